@@ -1,0 +1,25 @@
+"""Errors that are the user's to read: each says what came, what was expected, and what to do."""
+
+
+class MoELensError(Exception):
+    """Base of every error that moe_lens raises on purpose."""
+
+
+class CheckpointError(MoELensError):
+    """A checkpoint is not whole, or contradicts its own config; the message names file and tensor."""
+
+
+class UnsupportedModelError(MoELensError):
+    """A model, or a feature of its config, whose mathematics moe_lens does not know."""
+
+
+class HookError(MoELensError):
+    """A hook was asked for where there is none, or returned what cannot be used."""
+
+
+class InputError(MoELensError):
+    """Texts, tokens or arguments that cannot be worked with."""
+
+
+class SelfCheckError(MoELensError):
+    """The parts of a freshly loaded model do not make up the whole; the message names layer and deviation."""

@@ -1,0 +1,1 @@
+"""Models: the only place that knows transformers' and TransformerLens's internals."""
