@@ -1,0 +1,71 @@
+# Needs python3 (3.11 or newer), make and pip; everything else goes into .venv. `make help` lists the targets.
+# A second run is quick: installation is repeated only when pyproject.toml or constraints.txt change.
+
+PYTHON ?= python3
+VENV ?= .venv
+REPORT_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help report install test check docs docs-serve examples notebooks clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 | \2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
+
+report: $(VENV)/.installed  ## the main job on the embedded model; REPORT_ARGS="--help" shows what else it can do
+	$(BIN)/moe-lens report $(REPORT_ARGS)
+
+install: $(VENV)/.installed  ## create .venv and install the package there, editable
+
+test: check  ## lint, formatting, types, import layers, tests; PYTEST_ARGS="-m 'not slow'" goes to pytest
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-dev  ## all of `make test` but the tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+docs: $(VENV)/.installed-docs  ## build the documentation into site/, warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+docs-serve: $(VENV)/.installed-docs  ## the documentation at a local address, rebuilt as files change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+examples: $(VENV)/.installed-dev  ## execute every example and check that its notebook is in step with it
+	$(BIN)/python scripts/run_examples.py
+
+notebooks: $(VENV)/.installed-dev  ## execute every example and write its notebook
+	$(BIN)/python scripts/run_examples.py --write
+
+clean:  ## remove .venv and everything that was built
+	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis .coverage htmlcov .import_linter_cache
+
+# Debian's python3 comes without ensurepip unless python3-venv is installed; pip can then fill the environment from outside.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "moe_lens needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1)."; \
+	    echo "Name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@echo "Creating $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV) 2>/dev/null || { rm -rf $(VENV) && $(PYTHON) -m venv --without-pip $(VENV) \
+	    && $(PYTHON) -m pip --python $(VENV)/bin/python install --quiet pip; } || { rm -rf $(VENV); exit 1; }
+
+# The constraint on torch decides which build pip takes, so that no dependency pulls a newer one with its CUDA packages.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing moe_lens into $(VENV) (some minutes the first time) ..."
+	@$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "Installing the development tools into $(VENV) ..."
+	@$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	@echo "Installing the documentation tools into $(VENV) ..."
+	@$(INSTALL) --editable '.[docs]'
+	@touch $@
