@@ -1,0 +1,114 @@
+"""The one place that spells hook names.
+
+Hooks of a Mixture-of-Experts layer live at `blocks.{layer}.mlp.{name}` and answer to `blocks.{layer}.{name}` too, so
+that TransformerLens's shorthand finds them: `get_act_name("expert_out", 3)`, `cache["expert_out", 3]`.
+"""
+
+import re
+from dataclasses import dataclass
+
+ROUTER_LOGITS = "hook_router_logits"
+EXPERT_INDICES = "hook_expert_indices"
+ROUTING_WEIGHTS = "hook_routing_weights"
+EXPERT_PRE = "hook_expert_pre"
+EXPERT_PRE_LINEAR = "hook_expert_pre_linear"
+EXPERT_POST = "hook_expert_post"
+EXPERT_OUT = "hook_expert_out"
+EXPERT_WEIGHTED = "hook_expert_weighted"
+ROUTED_OUT = "hook_routed_out"
+SHARED_OUT = "hook_shared_out"
+MLP_IN = "hook_in"
+MLP_OUT = "hook_out"
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One row of the hook table."""
+
+    name: str
+    """Under `blocks.{layer}.mlp.`, or under `blocks.{layer}.` for the residual stream."""
+    shape: str
+    """b batch, p position, E routed experts, k active experts by rank, d d_model, m d_expert."""
+    edit: str
+    """What happens when a hook function returns another value."""
+
+
+MLP_HOOKS = (
+    Hook(MLP_IN, "b p d", "changes what router and experts read"),
+    Hook(ROUTER_LOGITS, "b p E", "re-routes: selection and weights are recomputed by the model's own rule"),
+    Hook(
+        EXPERT_INDICES,
+        "b p k (int)",
+        "forces experts: they get their unmasked affinity, then the family's own normalisation and scale; "
+        "a selection bias and expert groups affect the choice only; duplicates and ids out of range raise",
+    ),
+    Hook(ROUTING_WEIGHTS, "b p k", "rescales; includes any scale that a family applies"),
+    Hook(EXPERT_PRE, "b p k m", "expert neurons, the activated branch before its activation"),
+    Hook(EXPERT_PRE_LINEAR, "b p k m", "expert neurons, the linear branch"),
+    Hook(EXPERT_POST, "b p k m", "expert neurons, the product of the two branches"),
+    Hook(EXPERT_OUT, "b p k d", "E_i(x), not weighted"),
+    Hook(EXPERT_WEIGHTED, "b p k d", "g_i E_i(x), what is added to the residual stream"),
+    Hook(ROUTED_OUT, "b p d", "Σ g_i E_i(x)"),
+    Hook(SHARED_OUT, "b p d", "the shared experts, with their own gate where a family has one"),
+    Hook(MLP_OUT, "b p d", "the whole MoE layer: routed_out + shared_out"),
+)
+"""Hooks of a Mixture-of-Experts layer, under `blocks.{layer}.mlp.`."""
+
+ALIASED = tuple(h.name for h in MLP_HOOKS if h.name not in (MLP_IN, MLP_OUT))
+"""Hooks that also answer to `blocks.{layer}.{name}`."""
+
+EXPERT_HOOKS = (
+    Hook("hook_pre", "rows m", "one expert's neurons, activated branch"),
+    Hook("hook_pre_linear", "rows m", "one expert's neurons, linear branch"),
+    Hook("hook_post", "rows m", "one expert's neurons, product of the branches"),
+    Hook("hook_out", "rows d", "one expert's output, not weighted"),
+)
+"""Hooks of one expert, under `blocks.{layer}.mlp.experts.{expert}.`; `hook.ctx` holds `batch`, `pos`, `rank` of each row."""
+
+RESIDUAL_HOOKS = (
+    Hook("hook_resid_pre", "b p d", "the residual stream entering the block"),
+    Hook("hook_attn_out", "b p d", "what attention adds"),
+    Hook("hook_resid_mid", "b p d", "the residual stream itself between attention and experts (u in the paper)"),
+    Hook("hook_mlp_out", "b p d", "what the MLP or MoE layer adds"),
+    Hook("hook_resid_post", "b p d", "the residual stream leaving the block"),
+)
+"""TransformerLens's own, under `blocks.{layer}.`."""
+
+_EXPERT_NAME = re.compile(r"blocks\.(\d+)\.mlp\.experts\.(\d+)\.(hook_pre_linear|hook_pre|hook_post|hook_out)")
+_MLP_NAME = re.compile(r"blocks\.(\d+)\.(?:mlp\.)?(" + "|".join(ALIASED) + r")")
+
+
+def mlp(name: str, layer: int) -> str:
+    """`("hook_expert_out", 3)` → `blocks.3.mlp.hook_expert_out`."""
+    return f"blocks.{layer}.mlp.{name}"
+
+
+def block(name: str, layer: int) -> str:
+    """`("hook_resid_mid", 3)` → `blocks.3.hook_resid_mid`."""
+    return f"blocks.{layer}.{name}"
+
+
+def expert(name: str, layer: int, index: int) -> str:
+    """`("hook_out", 3, 17)` → `blocks.3.mlp.experts.17.hook_out`."""
+    return f"blocks.{layer}.mlp.experts.{index}.{name}"
+
+
+def parse_expert(name: str) -> tuple[int, int, str] | None:
+    """(layer, expert, hook) of a per-expert hook name, or None for any other name."""
+    found = _EXPERT_NAME.fullmatch(name)
+    return (int(found[1]), int(found[2]), found[3]) if found else None
+
+
+def parse_mlp(name: str) -> tuple[int, str] | None:
+    """(layer, hook) of a hook that only MoE layers have, by either of its names, or None for any other name."""
+    found = _MLP_NAME.fullmatch(name)
+    return (int(found[1]), found[2]) if found else None
+
+
+def alias(name: str) -> str | None:
+    """The other name of a hook that has two: `blocks.3.mlp.hook_x` ↔ `blocks.3.hook_x`."""
+    found = parse_mlp(name)
+    if found is None:
+        return None
+    layer, hook = found
+    return block(hook, layer) if ".mlp." in name else mlp(hook, layer)
