@@ -16,7 +16,11 @@ torch.set_num_threads(1)
 
 # A first call compiles and loads; wall-clock limits per example would only measure the machine.
 hypothesis.settings.register_profile(
-    "moe_lens", deadline=None, max_examples=25, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    "moe_lens",
+    deadline=None,
+    max_examples=25,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("moe_lens")
 

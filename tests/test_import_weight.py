@@ -17,7 +17,9 @@ LAZY = DRAWING | {"datasets"}  # TransformerLens loads `datasets` itself; our ow
 def loaded_by(statement: str) -> set[str]:
     """Top-level modules in sys.modules after a statement, in a fresh interpreter."""
     code = f"{statement}\nimport json, sys\nprint(json.dumps([name for name in sys.modules if '.' not in name]))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
+    )
     return set(json.loads(result.stdout.splitlines()[-1]))
 
 

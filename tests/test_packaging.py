@@ -20,7 +20,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 RUNTIME = [Requirement(line) for line in PROJECT["dependencies"]]
 EXTRAS = [Requirement(line) for lines in PROJECT["optional-dependencies"].values() for line in lines]
 PINS = dict(
-    line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if line[:1] not in ("", "#")
+    line.split("==")
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    if line[:1] not in ("", "#")
 )
 PINS = {canonicalize_name(name): pin for name, pin in PINS.items()}
 
@@ -75,13 +77,24 @@ def test_there_is_one_version():
 
 @pytest.mark.slow
 def test_the_wheel_holds_the_package_with_its_assets_and_nothing_else(tmp_path: Path):
-    build = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(ROOT)]
+    build = [
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(tmp_path),
+        str(ROOT),
+    ]
     subprocess.run([sys.executable, *build], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("moe_lens-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
         points = next(archive.read(name).decode() for name in archive.namelist() if name.endswith("entry_points.txt"))
-    listed = subprocess.run(["git", "ls-files", "moe_lens"], cwd=ROOT, check=True, capture_output=True, text=True)
+    git = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "moe_lens"]
+    listed = subprocess.run(git, cwd=ROOT, check=True, capture_output=True, text=True)
     assert held == set(listed.stdout.splitlines())
     assert {"moe_lens/py.typed", "moe_lens/assets/tiny-deepseekmoe/config.json"} <= held
     assert "moe-lens = moe_lens.cli:main" in points

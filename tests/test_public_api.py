@@ -34,6 +34,8 @@ def test_nothing_else_is_offered():
 
 def test_every_error_of_the_package_descends_from_the_public_one():
     errors = importlib.import_module("moe_lens.errors")
-    classes = [value for value in vars(errors).values() if inspect.isclass(value) and value.__module__ == errors.__name__]
+    classes = [
+        value for value in vars(errors).values() if inspect.isclass(value) and value.__module__ == errors.__name__
+    ]
     assert len(classes) > 1
     assert all(issubclass(value, moe_lens.MoELensError) for value in classes)

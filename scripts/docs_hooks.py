@@ -1,0 +1,56 @@
+"""What mkdocs does before it renders a page: `{{ hooks }}` becomes a table made from the module that spells the names.
+
+A page may also take in a Markdown file of the repository, `{{ include PATH }}`: its front matter is dropped, and links
+between such files lead to the pages that show them.
+"""
+
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import Files
+from mkdocs.structure.pages import Page
+
+from moe_lens import names
+
+ROOT = Path(__file__).parents[1]
+TABLES = {
+    "residual": ("blocks.{layer}.", names.RESIDUAL_HOOKS),
+    "mlp": ("blocks.{layer}.mlp.", names.MLP_HOOKS),
+    "expert": ("blocks.{layer}.mlp.experts.{expert}.", names.EXPERT_HOOKS),
+}
+LINKS = {"LICENSE": None, "CHANGELOG.md": "changelog.md", "training/README.md": "embedded-model.md"}
+
+
+def table(prefix: str, hooks: tuple[names.Hook, ...]) -> str:
+    """A Markdown table, one row a hook, in the order of the module."""
+    lines = [f"| under `{prefix}` | shape | an edit |", "|---|---|---|"]
+    for hook in hooks:
+        cells = (f"`{hook.name}`", hook.shape, hook.edit)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def include(path: str) -> str:
+    """The text of a Markdown file of the repository, without front matter, its links led to pages."""
+    file = ROOT / path
+    if not file.is_file():
+        raise PluginError(f"a page includes {path}, and there is no such file")
+    text = re.sub(r"\A---\n.*?\n---\n", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+    def led(link: re.Match[str]) -> str:
+        label, target = link[1], link[2]
+        if re.match(r"[a-z]+:|#", target):
+            return link[0]
+        inside = (file.parent / target).resolve().relative_to(ROOT).as_posix()
+        page = LINKS.get(inside, inside.removeprefix("docs/") if inside.startswith("docs/") else None)
+        return f"[{label}]({page})" if page else label
+
+    return re.sub(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)", led, text)
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001
+    """Called by mkdocs for every page."""
+    markdown = re.sub(r"\{\{ hooks (\w+) \}\}", lambda found: table(*TABLES[found[1]]), markdown)
+    return re.sub(r"\{\{ include (\S+) \}\}", lambda found: include(found[1]), markdown)
