@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ def test_the_notebook_example_runs_as_written(
     monkeypatch.chdir(tmp_path)
     (example,) = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
     assert len([line for line in example.splitlines() if line.strip()]) <= 10
-    values: dict = {}
+    values: dict[str, Any] = {}
     exec(compile(example, "README.md", "exec"), values)
     assert values["cache"]["expert_out", 3].shape[:3] == (1, values["logits"].shape[1], 6)
     assert (values["changed"] != values["logits"]).any()  # the edit took effect
