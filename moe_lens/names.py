@@ -19,6 +19,12 @@ ROUTED_OUT = "hook_routed_out"
 SHARED_OUT = "hook_shared_out"
 MLP_IN = "hook_in"
 MLP_OUT = "hook_out"
+RESID_PRE = "hook_resid_pre"
+ATTN_OUT = "hook_attn_out"
+RESID_MID = "hook_resid_mid"
+BLOCK_MLP_OUT = "hook_mlp_out"
+RESID_POST = "hook_resid_post"
+FINAL_SCALE = "ln_final.hook_scale"
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,11 @@ EXPERT_HOOKS = (
 """Hooks of one expert, under `blocks.{layer}.mlp.experts.{expert}.`; `hook.ctx` holds `batch`, `pos`, `rank` of each row."""
 
 RESIDUAL_HOOKS = (
-    Hook("hook_resid_pre", "b p d", "the residual stream entering the block"),
-    Hook("hook_attn_out", "b p d", "what attention adds"),
-    Hook("hook_resid_mid", "b p d", "the residual stream itself between attention and experts (u in the paper)"),
-    Hook("hook_mlp_out", "b p d", "what the MLP or MoE layer adds"),
-    Hook("hook_resid_post", "b p d", "the residual stream leaving the block"),
+    Hook(RESID_PRE, "b p d", "the residual stream entering the block"),
+    Hook(ATTN_OUT, "b p d", "what attention adds"),
+    Hook(RESID_MID, "b p d", "the residual stream itself between attention and experts (u in the paper)"),
+    Hook(BLOCK_MLP_OUT, "b p d", "what the MLP or MoE layer adds"),
+    Hook(RESID_POST, "b p d", "the residual stream leaving the block"),
 )
 """TransformerLens's own, under `blocks.{layer}.`."""
 
