@@ -1,0 +1,99 @@
+"""`PartialSum`: the name of a point in the residual stream, between "before the experts" and "after all of them"."""
+
+import operator
+from collections.abc import Collection
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal, get_args
+
+from moe_lens.errors import InputError
+
+Residual = Literal["mid", "pre", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartialSum:
+    """A part of the residual stream plus chosen routed experts of one layer: u + Σ_{chosen} g_i E_i(x).
+
+    It only names the sum; `MoECache.partial_sum` computes it. `PartialSum()` is "routed experts + residual" and
+    `PartialSum(ranks=[j])` "expert j + residual" in Figure 2 of arXiv 2603.05806. Equal sums compare and hash equal.
+
+    Raises:
+        InputError: an unknown `residual`, ranks or experts that are not distinct whole numbers from 0, or both of them.
+    """
+
+    residual: Residual = "mid"
+    """What experts are added to: the stream between attention and experts (u), the stream entering the block, or nothing."""
+    ranks: Collection[int] | None = None
+    """Places by routing weight from 0, the largest; a sorted tuple. None: no restriction; empty: no routed expert."""
+    experts: Collection[int] | None = None
+    """Expert ids instead of ranks; one that a token did not choose adds nothing there. Kept as a sorted tuple."""
+    weighted: bool = True
+    """Whether an expert's output is multiplied by its routing weight, as the model does."""
+    shared: bool = False
+    """Whether the shared experts are added (nothing, in a model that has none)."""
+
+    def __post_init__(self) -> None:
+        if self.residual not in get_args(Residual):
+            raise InputError(f"residual is {self.residual!r}; expected one of {get_args(Residual)}")
+        if self.ranks is not None and self.experts is not None:
+            raise InputError("a partial sum chooses by ranks or by experts; got both. Leave one of them out")
+        for name in ("ranks", "experts"):
+            object.__setattr__(self, name, _whole_numbers(name, getattr(self, name)))
+
+    @property
+    def restricted(self) -> bool:
+        """Whether only some of the routed experts are meant."""
+        return self.ranks is not None or self.experts is not None
+
+    @property
+    def label(self) -> str:
+        """A readable name, such as `mid + ranks 0-2, 5 + shared`."""
+        parts = [] if self.residual == "none" else [self.residual]
+        suffix = "" if self.weighted else " unweighted"
+        if not self.restricted:
+            parts.append(f"routed{suffix}")
+        for name, chosen in (("rank", self.ranks), ("expert", self.experts)):
+            if chosen:
+                parts.append(f"{name}{'s' if len(chosen) > 1 else ''} {_spans(chosen)}{suffix}")
+        if self.shared:
+            parts.append("shared")
+        return " + ".join(parts) or "nothing"
+
+    @classmethod
+    def each_rank(cls, top_k: int) -> tuple["PartialSum", ...]:
+        """One expert alone, by rank: k sums."""
+        return tuple(cls(ranks=[rank]) for rank in range(top_k))
+
+    @classmethod
+    def cumulative(cls, top_k: int) -> tuple["PartialSum", ...]:
+        """The first j ranks, for j from none to all: k + 1 sums."""
+        return tuple(cls(ranks=range(count)) for count in range(top_k + 1))
+
+    @classmethod
+    def leave_one_out(cls, top_k: int) -> tuple["PartialSum", ...]:
+        """All ranks but one: k sums."""
+        return tuple(cls(ranks=set(range(top_k)) - {rank}) for rank in range(top_k))
+
+
+def _whole_numbers(name: str, values: Collection[int] | None) -> tuple[int, ...] | None:
+    if values is None:
+        return None
+    try:
+        numbers = [operator.index(value) for value in values if not isinstance(value, bool)]
+        complete = len(numbers) == len(values)
+    except TypeError:
+        complete = False
+        numbers = []
+    if not complete:
+        raise InputError(f"{name} is {values!r}; expected whole numbers in a list, set or range, or None for all")
+    if numbers and min(numbers) < 0:
+        raise InputError(f"{name} has {min(numbers)}; they count from 0")
+    if len(set(numbers)) < len(numbers):
+        raise InputError(f"{name} is {values!r}; expected each number once")
+    return tuple(sorted(numbers))
+
+
+def _spans(numbers: Collection[int]) -> str:
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)

@@ -1,0 +1,274 @@
+"""`Routing`: which experts each token chose, and with what weight. It needs no model."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from moe_lens.errors import InputError
+from moe_lens.storage import load_tensors, save_tensors
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class _Chosen:
+    """What routing is, whatever axes stand before the last one."""
+
+    n_experts: int
+    """Routed experts to choose from."""
+    indices: Int[Tensor, "*axes top_k"]
+    """Ids of the chosen experts, by rank: the largest weight first."""
+    weights: Float[Tensor, "*axes top_k"]
+    """What the chosen experts' outputs are multiplied by, any scale of the family included; need not sum to one."""
+    logits: Float[Tensor, "*axes n_experts"] | None = None
+    """Router logits of all experts."""
+    probs: Float[Tensor, "*axes n_experts"] | None = None
+    """Affinity of all experts: softmax or sigmoid of the logits, whichever the family has, without any selection bias."""
+    mask: Bool[Tensor, "*tokens"] | None = None
+    """True at real tokens, [batch, pos]; None when there is no padding."""
+
+    _layer_axes: ClassVar[int]
+
+    def __post_init__(self) -> None:
+        tokens = tuple(self.indices.shape[:-1])
+        wide = (*tokens, self.n_experts)
+        for name, value, shape in (
+            ("weights", self.weights, tuple(self.indices.shape)),
+            ("logits", self.logits, wide),
+            ("probs", self.probs, wide),
+        ):
+            if value is not None and tuple(value.shape) != shape:
+                raise InputError(f"{name} has shape {tuple(value.shape)}; expected {shape} to go with the indices")
+        if self.mask is not None and tuple(self.mask.shape) != tokens[self._layer_axes :]:
+            expected = tokens[self._layer_axes :]
+            raise InputError(f"mask has shape {tuple(self.mask.shape)}; expected {expected}, as the indices have")
+
+    def _sizes(self, tokens: Sequence[int]) -> str:
+        return f"{' × '.join(map(str, tokens))} tokens, {self.top_k} of {self.n_experts} experts"
+
+    @property
+    def top_k(self) -> int:
+        """Experts chosen per token."""
+        return self.indices.shape[-1]
+
+    def dense_weights(self) -> Float[Tensor, "*axes n_experts"]:
+        """Weights of all experts, zero where not chosen: the paper's g_{i,t}."""
+        dense = self.weights.new_zeros(*self.indices.shape[:-1], self.n_experts)
+        return dense.scatter(-1, self.indices, self.weights)
+
+    def margin(self) -> Float[Tensor, "*axes"]:
+        """How decided the choice was: least router logit among the chosen minus the greatest among the others.
+
+        Zero is a tie. Negative where something else than the logit chose (a selection bias, expert groups, forced
+        indices); infinite where every expert is chosen.
+
+        Raises:
+            InputError: the router logits are not known.
+        """
+        if self.logits is None:
+            raise InputError("the margin needs router logits, which this routing does not hold")
+        chosen = self.logits.gather(-1, self.indices).amin(-1)
+        others = self.logits.scatter(-1, self.indices, -torch.inf)
+        return chosen - others.amax(-1)
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class LayerRouting(_Chosen):
+    """Routing of one layer: tensors are [batch, pos, …], or [pos, …] from a cache without a batch axis."""
+
+    layer: int
+    """The layer in the model."""
+
+    _layer_axes: ClassVar[int] = 0
+
+    def __repr__(self) -> str:
+        return f"LayerRouting(layer {self.layer}, {self._sizes(self.indices.shape[:-1])})"
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Routing(_Chosen):
+    """Routing of several layers: tensors are [layer, batch, pos, …]; `mask` is [batch, pos].
+
+    Made by `HookedMoE.routing`, by `Routing.stack` from one layer after another, or by `Routing.from_arrays` from what
+    another program exported.
+    """
+
+    layers: tuple[int, ...]
+    """The layers in the model that the first axis stands for."""
+
+    _layer_axes: ClassVar[int] = 1
+
+    def __repr__(self) -> str:
+        return f"Routing(layers {list(self.layers)}, {self._sizes(self.indices.shape[1:-1])})"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.indices.ndim != 4:
+            raise InputError(f"indices have shape {tuple(self.indices.shape)}; expected [layer, batch, pos, top_k]")
+        if len(self.layers) != len(self.indices) or len(set(self.layers)) != len(self.layers):
+            raise InputError(f"layers are {self.layers}; expected {len(self.indices)} different ones")
+
+    def layer(self, layer: int) -> LayerRouting:
+        """Routing of one layer of the model: views, no copies.
+
+        Raises:
+            InputError: this routing does not hold that layer.
+        """
+        if layer not in self.layers:
+            raise InputError(f"there is no routing of layer {layer}; this one holds layers {list(self.layers)}")
+        row = self.layers.index(layer)
+        return LayerRouting(
+            layer=layer,
+            n_experts=self.n_experts,
+            indices=self.indices[row],
+            weights=self.weights[row],
+            logits=None if self.logits is None else self.logits[row],
+            probs=None if self.probs is None else self.probs[row],
+            mask=self.mask,
+        )
+
+    @classmethod
+    def stack(cls, layers: Iterable[LayerRouting]) -> "Routing":
+        """Layers of one run, copied into one; logits and probs are kept if every layer has them.
+
+        Raises:
+            InputError: no layers, or layers that do not fit one another.
+        """
+        parts = list(layers)
+        if not parts:
+            raise InputError("there is no layer to stack")
+        first = parts[0]
+        if any(part.indices.shape != first.indices.shape or part.n_experts != first.n_experts for part in parts):
+            shapes = {part.layer: (*part.indices.shape, part.n_experts) for part in parts}
+            raise InputError(f"layers differ in shape (…, top_k, n_experts): {shapes}")
+
+        def joined(name: str) -> Any:
+            values = [getattr(part, name) for part in parts]
+            if any(value is None for value in values):
+                return None
+            stacked = torch.stack([value.to(first.indices.device) for value in values])
+            return stacked if stacked.ndim == 4 else stacked.unsqueeze(1)
+
+        return cls(
+            layers=tuple(part.layer for part in parts),
+            n_experts=first.n_experts,
+            indices=joined("indices"),
+            weights=joined("weights"),
+            logits=joined("logits"),
+            probs=joined("probs"),
+            mask=first.mask if first.mask is None or first.mask.ndim == 2 else first.mask.unsqueeze(0),
+        )
+
+    @classmethod
+    def from_arrays(
+        cls,
+        indices: Any,
+        weights: Any,
+        n_experts: int,
+        *,
+        layers: Sequence[int] | None = None,
+        mask: Any = None,
+    ) -> "Routing":
+        """Routing that another program recorded, checked, its slots sorted by weight (ties: lowest id first).
+
+        Args:
+            indices: expert ids, [tokens, layers, top_k] as inference engines export them (one sequence), or
+                [layers, batch, pos, top_k]; numpy or torch.
+            weights: routing weights, of the same shape.
+            n_experts: routed experts to choose from.
+            layers: the model's layers that the layer axis stands for; 0, 1, … if not given.
+            mask: true at real tokens, [tokens] or [batch, pos]; padding may hold anything in range.
+
+        Raises:
+            InputError: shapes that do not fit, ids out of range, an expert chosen twice by a token, weights that are
+                not finite, or a layer that is zero throughout (a dense one, or one that was not recorded).
+        """
+        chosen, given = torch.as_tensor(indices), torch.as_tensor(weights)
+        if chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool:
+            raise InputError(f"indices are {chosen.dtype}; expected whole numbers")
+        if chosen.shape != given.shape or chosen.ndim not in (3, 4) or 0 in chosen.shape:
+            raise InputError(
+                f"indices have shape {tuple(chosen.shape)} and weights {tuple(given.shape)}; expected [tokens, layers, "
+                "top_k] or [layers, batch, pos, top_k] for both, and no empty axis"
+            )
+        chosen = chosen.long()
+        given = given if given.is_floating_point() else given.float()
+        real = None if mask is None else torch.as_tensor(mask).bool()
+        if chosen.ndim == 3:
+            chosen, given = chosen.transpose(0, 1).unsqueeze(1), given.transpose(0, 1).unsqueeze(1)
+            real = None if real is None else real.reshape(1, -1)
+        names = tuple(range(len(chosen))) if layers is None else tuple(layers)
+        order = chosen.argsort(dim=-1)
+        chosen, given = chosen.gather(-1, order), given.gather(-1, order)
+        order = given.argsort(dim=-1, descending=True, stable=True)
+        routing = cls(
+            layers=names,
+            n_experts=n_experts,
+            indices=chosen.gather(-1, order),
+            weights=given.gather(-1, order),
+            mask=real,
+        )
+        routing._check_values()
+        return routing
+
+    def _check_values(self) -> None:
+        low, high = int(self.indices.min()), int(self.indices.max())
+        if low < 0 or high >= self.n_experts:
+            raise InputError(f"indices go from {low} to {high}; expected expert ids from 0 to {self.n_experts - 1}")
+        real = torch.ones_like(self.indices[..., 0], dtype=torch.bool)
+        if self.mask is not None:
+            real &= self.mask
+        for row, layer in enumerate(self.layers):
+            indices, weights = self.indices[row][real[row]], self.weights[row][real[row]]
+            if not weights.isfinite().all():
+                raise InputError(f"weights of layer {layer} are not all finite")
+            if not weights.any() or (self.top_k > 1 and not indices.any()):
+                raise InputError(
+                    f"layer {layer} is zero throughout: it has no experts, or was not recorded. Leave it out, and name "
+                    "the others with layers="
+                )
+            if (indices.sort(dim=-1).values.diff(dim=-1) == 0).any():
+                raise InputError(f"in layer {layer} a token chose the same expert twice")
+
+    def to_frame(self) -> pd.DataFrame:
+        """Long format: a row per real token, layer and rank; columns layer, batch, pos, rank, expert, weight.
+
+        `batch` and `pos` count along the tensors' axes.
+        """
+        n_layers, n_batch, n_pos, top_k = self.indices.shape
+        keep = np.ones((n_batch, n_pos), bool) if self.mask is None else self.mask.cpu().numpy()
+        kept = np.broadcast_to(keep[None, :, :, None], self.indices.shape)
+        layer, batch, pos, rank = (axis[kept] for axis in np.indices((n_layers, n_batch, n_pos, top_k), sparse=False))
+        return pd.DataFrame(
+            {
+                "layer": np.asarray(self.layers)[layer],
+                "batch": batch,
+                "pos": pos,
+                "rank": rank,
+                "expert": self.indices.cpu().numpy()[kept],
+                "weight": self.weights.detach().to("cpu", torch.float64).numpy()[kept],
+            }
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write to one safetensors file."""
+        fields = {name: getattr(self, name) for name in ("indices", "weights", "logits", "probs", "mask")}
+        tensors = {name: value.detach().cpu() for name, value in fields.items() if value is not None}
+        save_tensors(path, "Routing", tensors, {"layers": self.layers, "n_experts": self.n_experts})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Routing":
+        """Read what `save` wrote, onto the CPU.
+
+        Raises:
+            InputError: the file is missing, broken or holds something else.
+        """
+        tensors, header = load_tensors(path, "Routing")
+        if not {"indices", "weights"} <= tensors.keys():
+            raise InputError(f"{path} holds {sorted(tensors)}; expected at least indices and weights")
+        return cls(layers=tuple(header["layers"]), n_experts=header["n_experts"], **tensors)
