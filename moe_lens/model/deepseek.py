@@ -277,7 +277,13 @@ class DeepseekPreTrainedModel(v2.DeepseekV2PreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        return True  # transformers looks for its decorator in the source of this very module, and it stands in V2's
+        return True  # transformers looks for its decorator in the source of this very module, but it stands in V2's
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Transformers' choice, but for float64, which its default `grouped_mm` cannot compute."""
+        if requested_experts is None and torch.get_default_dtype() == torch.float64:
+            requested_experts = "eager"
+        return super().get_correct_experts_implementation(requested_experts)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -1,0 +1,196 @@
+"""Checkpoints on disk or on the hub: which files, which tensors in them, and whether all of it is there.
+
+Only headers are read here (names, shapes, dtypes). Transformers loads several kinds of broken checkpoints silently, with
+random numbers for what is missing; everything that can be seen from the headers is refused here, naming file and tensor.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.utils.hub import cached_file
+
+from moe_lens.errors import CheckpointError
+
+HUB_ARGUMENTS = frozenset(
+    {"cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder"}
+)
+"""Arguments of `from_pretrained` that say where files come from."""
+
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class StoredTensor(NamedTuple):
+    """One tensor in one safetensors file."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def find_file(source: str, name: str, hub: Mapping[str, Any]) -> Path | None:
+    """Path of a checkpoint's file, downloaded where need be; None where the checkpoint has no such file.
+
+    Raises:
+        CheckpointError: the folder or the hub's repository is not there or cannot be reached.
+    """
+    folder = Path(source) / (hub.get("subfolder") or "")
+    if Path(source).is_file():
+        raise CheckpointError(f"{source} is a file; expected a checkpoint's folder or its name on the hub.")
+    if (folder / name).is_dir():
+        raise CheckpointError(f"{folder / name} is a folder; expected a file.")
+    try:
+        found = cached_file(source, name, **hub, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"No checkpoint {source!r}: it is no folder here, and the hub's answer was: {error}"
+        ) from error
+    return None if found is None else Path(found)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; expected an object.")
+    return value
+
+
+def read_config(source: str, hub: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """Path and content of config.json, which must name a model_type."""
+    path = find_file(source, "config.json", hub)
+    if path is None:
+        raise CheckpointError(
+            f"{source} has no config.json. Expected a folder with config.json and model.safetensors, or a name on the hub."
+        )
+    config = read_json(path)
+    if not isinstance(config.get("model_type"), str):
+        raise CheckpointError(f"{path} has no model_type, so which model it belongs to is unknown.")
+    return path, config
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a checkpoint, from the headers of its safetensors files."""
+
+    files: tuple[Path, ...]
+    """All weight files, in order."""
+    tensors: Mapping[str, StoredTensor]
+    """Every tensor by name; none is in two files."""
+
+    @classmethod
+    def locate(cls, source: str, hub: Mapping[str, Any], variant: str | None = None) -> "Checkpoint":
+        """Find the safetensors files of a checkpoint and read their headers.
+
+        Raises:
+            CheckpointError: no weights, or pickled ones only; an index that is not JSON or contradicts its shards; a shard
+                that is missing, empty, truncated or no safetensors file; one tensor in two shards.
+        """
+        stem = f"model.{variant}" if variant else "model"
+        single = find_file(source, f"{stem}.safetensors", hub)
+        if single is not None:
+            return cls((single,), _header(single))
+        index_name = f"model.safetensors.index.{variant}.json" if variant else "model.safetensors.index.json"
+        index = find_file(source, index_name, hub)
+        if index is not None:
+            return cls._from_index(source, index, hub)
+        for pickled in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
+            if find_file(source, pickled, hub) is not None:
+                raise CheckpointError(
+                    f"{source} has pickled weights only ({pickled}), which can run code when they are read. Convert them to "
+                    "safetensors, or pass use_safetensors=False if you trust them."
+                )
+        raise CheckpointError(f"{source} has no weights: neither {stem}.safetensors nor {index_name}.")
+
+    @classmethod
+    def _from_index(cls, source: str, index: Path, hub: Mapping[str, Any]) -> "Checkpoint":
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index} has no weight_map from tensors to files.")
+        for tensor, shard in weight_map.items():
+            if not isinstance(shard, str) or PurePosixPath(shard).name != shard or "\\" in shard or shard in (".", ".."):
+                raise CheckpointError(f"{index} places {tensor} in {shard!r}; expected a file beside the index.")
+        files: list[Path] = []
+        tensors: dict[str, StoredTensor] = {}
+        for shard in sorted(set(weight_map.values())):
+            claimed = {tensor for tensor, place in weight_map.items() if place == shard}
+            file = find_file(source, shard, hub)
+            if file is None:
+                raise CheckpointError(f"{source} lacks the shard {shard}, which should hold {_some(claimed)}.")
+            header = _header(file)
+            for tensor in header:
+                if tensor in tensors:
+                    raise CheckpointError(f"{tensor} is in both {tensors[tensor].file.name} and {shard}.")
+            if absent := claimed - header.keys():
+                raise CheckpointError(f"{index.name} says that {shard} holds {_some(absent)}; {file} does not.")
+            if unnamed := header.keys() - claimed:
+                raise CheckpointError(f"{file} holds {_some(unnamed)}, which {index.name} does not place there.")
+            files.append(file)
+            tensors.update(header)
+        return cls(tuple(files), tensors)
+
+    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse the checkpoint unless it has exactly the tensors of `expected`, in those shapes, as floating point.
+
+        Raises:
+            CheckpointError: names the tensors that are missing, unexpected, misshapen or not floating point, and their files.
+        """
+        problems = [
+            f"{tensor.file.name}: {name} has shape {tensor.shape}, config.json asks for {expected[name]}"
+            for name, tensor in self.tensors.items()
+            if name in expected and tensor.shape != expected[name]
+        ]
+        problems += [
+            f"{tensor.file.name}: {name} is {tensor.dtype}, expected one of {', '.join(_FLOATS)}"
+            for name, tensor in self.tensors.items()
+            if name in expected and tensor.dtype not in _FLOATS
+        ]
+        problems += [
+            f"{tensor.file.name}: {name} is unexpected, config.json has no place for it"
+            for name, tensor in self.tensors.items()
+            if name not in expected
+        ]
+        places = ", ".join(file.name for file in self.files)
+        problems += [f"{places}: {name} is missing" for name in expected if name not in self.tensors]
+        if problems:
+            shown = "\n  ".join(problems[:8])
+            more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+            raise CheckpointError(
+                f"The checkpoint in {self.files[0].parent} is not whole, or its config.json is another model's:\n"
+                f"  {shown}{more}"
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The narrowest dtype that holds every tensor without rounding."""
+        dtypes = [_FLOATS[tensor.dtype] for tensor in self.tensors.values()]
+        widest = dtypes[0]
+        for dtype in dtypes[1:]:
+            widest = torch.promote_types(widest, dtype)
+        return widest
+
+
+def _header(file: Path) -> dict[str, StoredTensor]:
+    """Names, shapes and dtypes in a safetensors file; reading them also proves that the file is as long as it says."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            slices = {name: handle.get_slice(name) for name in handle.keys()}
+            return {
+                name: StoredTensor(file, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} is not a whole safetensors file ({file.stat().st_size:,} bytes): {error}. Copy or download it again."
+        ) from error
+
+
+def _some(names: set[str], limit: int = 3) -> str:
+    shown = ", ".join(sorted(names)[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
