@@ -1,0 +1,63 @@
+"""What a caching hook keeps of an activation."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge.bridge_core import BridgeCore
+
+from moe_lens import names
+
+
+@dataclass(frozen=True, eq=False)
+class Keep:
+    """A hook function that stores a copy of what it sees; a later change in place does not reach the copy."""
+
+    cache: dict[str, Tensor]
+    keys: tuple[str, ...]
+    """The names under which the copy is stored."""
+    device: Any = None
+    dtype: torch.dtype | None = None
+    """Of what is kept, for floating-point tensors."""
+    positions: Any = None
+    """TransformerLens's `Slice` over positions."""
+    remove_batch_dim: bool = False
+    suffix: str = ""
+
+    def gradients(self) -> "Keep":
+        """The same for backward hooks."""
+        return replace(self, suffix="_grad")
+
+    def __call__(self, value: Any, hook: HookPoint) -> None:
+        """Store `value`; what is no tensor (a tuple's further members, None) is left out."""
+        if isinstance(value, tuple):
+            value = value[0]
+        if not isinstance(value, Tensor):
+            return
+        kept = self._cut(value.detach(), hook)
+        kept = kept.to(device=self.device, dtype=self.dtype if kept.is_floating_point() else None)
+        shared = kept.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
+        if shared and not self._owns(value, kept, hook):
+            kept = kept.clone()
+        for key in self.keys:
+            self.cache[key + self.suffix] = kept
+
+    def _cut(self, value: Tensor, hook: HookPoint) -> Tensor:
+        ragged = names.parse_expert(self.keys[0]) is not None
+        if self.positions is not None and ragged:
+            inside = torch.zeros(hook.ctx["n_pos"], dtype=torch.bool, device=value.device)
+            inside[torch.as_tensor(self.positions.indices(len(inside)), device=value.device)] = True
+            value = value[inside[hook.ctx["pos"]]]
+        elif self.positions is not None and value.dim() >= 2:
+            value = self.positions.apply(value, dim=BridgeCore._pos_slice_dim(hook.name or self.keys[0], hook))
+        if self.remove_batch_dim and not ragged and value.shape[0] == 1:
+            value = value[0]
+        return value
+
+    def _owns(self, value: Tensor, kept: Tensor, hook: HookPoint) -> bool:
+        """Whether the tensor can be kept as it is: our own points hand out copies, and no hook runs after this one."""
+        private = getattr(hook, "private", False) and not self.suffix
+        last = hook.fwd_hooks[-1].user_hook if hook.fwd_hooks else None
+        return private and kept.numel() == value.numel() and isinstance(last, Keep)

@@ -1,0 +1,227 @@
+"""Expert mathematics and its hook points.
+
+One kernel serves everybody, whoever listens: slots (token, expert) are sorted by expert, multiplied group by group,
+brought back to their tokens, weighted and summed. Hooks see copies in rank order; what they edit is put back in the
+model's own order, so that a run which is only watched keeps every bit.
+
+Shapes inside the kernel: `tokens` = batch · pos, `slots` = tokens · top_k.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from moe_lens import names
+from moe_lens.errors import HookError
+
+
+def rank_order(indices: Int[Tensor, "tokens top_k"], weights: Float[Tensor, "tokens top_k"]) -> Int[Tensor, "tokens top_k"]:
+    """Slots of each token by routing weight, largest first; ties go to the lower expert index."""
+    by_index = indices.argsort(-1)
+    by_weight = weights.detach().gather(-1, by_index).sort(dim=-1, descending=True, stable=True).indices
+    return by_index.gather(-1, by_weight)
+
+
+def call_hook(point: HookPoint, value: Tensor, name: str) -> tuple[Tensor, bool]:
+    """Run the hooks of a point on `value`, which nobody else holds; the result and whether it must replace the value.
+
+    An edit is a returned tensor or a change in place. Backward hooks need the result in the graph, edited or not.
+    """
+    version = None if value.is_inference() else value._version
+    seen = point(value)
+    if seen is value and version is not None and value._version == version and not point.bwd_hooks:
+        return value, False
+    if not isinstance(seen, Tensor) or seen.shape != value.shape:
+        came = f"shape {tuple(seen.shape)}" if isinstance(seen, Tensor) else type(seen).__name__
+        raise HookError(f"a hook on {name} returned {came}; expected a tensor of shape {tuple(value.shape)}, or None")
+    if seen.dtype.is_floating_point != value.dtype.is_floating_point:
+        raise HookError(f"a hook on {name} returned {seen.dtype}; expected {value.dtype}")
+    return seen.to(value.dtype), True
+
+
+class LayerHooks:
+    """The hook points of one MoE layer and the layout of the tokens that are passing through it."""
+
+    def __init__(self, layer: int, linear_branch: bool, shared: bool):
+        self.layer = layer
+        absent = {names.MLP_IN, names.MLP_OUT}
+        absent |= set() if linear_branch else {names.EXPERT_PRE_LINEAR}
+        absent |= set() if shared else {names.SHARED_OUT}
+        self.points = {hook.name: HookPoint() for hook in names.MLP_HOOKS if hook.name not in absent}
+        for point in self.points.values():
+            point.private = True  # pyright: ignore[reportArgumentType]  # hooks get a copy of their own: see run_with_cache
+        self.experts: dict[tuple[int, str], HookPoint] = {}
+        self.batch = self.pos = 0
+        self._routing: tuple[Tensor, Tensor] | None = None
+        self._slots: Tensor | None = None
+
+    def start(self, batch: int, pos: int) -> None:
+        """A forward pass enters the layer with `batch` × `pos` tokens."""
+        self.batch, self.pos = batch, pos
+        self.finish()
+
+    def finish(self) -> None:
+        """Let go of the pass's tensors."""
+        self._routing = self._slots = None
+
+    def routed(self, indices: Tensor, weights: Tensor) -> None:
+        """Note the model's own, unedited routing: it defines the ranks."""
+        self._routing = indices, weights
+
+    def heard(self, name: str) -> bool:
+        """Whether anybody listens to the hook."""
+        point = self.points.get(name)
+        return point is not None and point.has_hooks()
+
+    @property
+    def slots(self) -> Int[Tensor, " slots"]:
+        """Where, in the model's order of slots, the slot of each (token, rank) is."""
+        if self._slots is None:
+            assert self._routing is not None, "experts ran before their router"
+            order = rank_order(*self._routing)
+            first = torch.arange(0, order.numel(), order.shape[1], device=order.device)
+            self._slots = (first[:, None] + order).flatten()
+        return self._slots
+
+    def over_tokens(self, name: str, value: Tensor) -> Tensor:
+        """Pass [tokens, …] through a hook that sees [batch, pos, …]."""
+        if not self.heard(name):
+            return value
+        view = value.reshape(self.batch, self.pos, value.shape[-1]).clone()
+        seen, edited = call_hook(self.points[name], view, names.mlp(name, self.layer))
+        return seen.reshape(value.shape) if edited else value
+
+    def over_slots(self, name: str, value: Tensor, place: Tensor | None = None) -> Tensor:
+        """Pass values of slots through a hook that sees [batch, pos, rank, …].
+
+        `value` is [tokens, top_k, …] in the model's order, or [slots, …] in the order for which `place` gives each
+        slot of the model's order its row.
+        """
+        if not self.heard(name):
+            return value
+        rows = self.slots if place is None else place[self.slots]
+        flat = value.reshape(rows.numel(), *value.shape[(2 if place is None else 1) :])
+        view = flat.index_select(0, rows).view(self.batch, self.pos, -1, *flat.shape[1:])
+        seen, edited = call_hook(self.points[name], view, names.mlp(name, self.layer))
+        if not edited:
+            return value
+        back = torch.empty_like(rows)
+        back[rows] = torch.arange(rows.numel(), device=rows.device)
+        return seen.reshape(flat.shape).index_select(0, back).view(value.shape)
+
+    def over_expert(self, name: str, value: Tensor, permutation: Tensor, ends: Tensor) -> Tensor:
+        """Pass the rows of each listened-to expert through its own hook; `value` is [slots, …] sorted by expert."""
+        for (expert, hook), point in self.experts.items():
+            if hook != name or not point.has_hooks():
+                continue
+            start, end = (int(ends[expert - 1]) if expert else 0), int(ends[expert])
+            slot = permutation[start:end]
+            top_k = permutation.numel() // (self.batch * self.pos)
+            rank = torch.empty_like(self.slots)
+            rank[self.slots] = torch.arange(rank.numel(), device=rank.device) % top_k
+            token = slot // top_k
+            point.ctx.update(batch=token // self.pos, pos=token % self.pos, rank=rank[slot], n_pos=self.pos)
+            seen, edited = call_hook(point, value[start:end].clone(), names.expert(name, self.layer, expert))
+            if edited:
+                value = torch.cat([value[:start], seen, value[end:]])
+        return value
+
+
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, ends: Tensor, transposed: bool) -> Tensor:
+    """Each row times the matrix of its expert; `x` [slots, in] is sorted by expert and group e ends before `ends[e]`.
+
+    `torch.nn.functional.grouped_mm` where it works; it refuses float64 and rows that are not multiples of 16 bytes.
+    """
+    matrix = weight if transposed else weight.mT
+    x = x.to(weight.dtype)
+    rows = (matrix.shape[-2] * x.element_size(), matrix.shape[-1] * x.element_size())
+    if x.dtype != torch.float64 and not any(size % 16 for size in rows):
+        out = F.grouped_mm(x, matrix, offs=ends)
+    else:
+        counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
+        # split, not slices: its backward is one concatenation instead of a full-size scatter for every expert
+        out = torch.cat([part @ m for part, m in zip(x.split(counts), matrix.unbind(), strict=True)])
+    return out if bias is None else out + bias[ids]
+
+
+def split_branches(projected: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """The activated and the linear branch of a gated expert's first product."""
+    if interleaved:
+        return projected[..., ::2], projected[..., 1::2]
+    activated, linear = projected.chunk(2, -1)
+    return activated, linear
+
+
+def join_branches(activated: Tensor, linear: Tensor, interleaved: bool) -> Tensor:
+    """Inverse of `split_branches`."""
+    if interleaved:
+        return torch.stack([activated, linear], -1).flatten(-2)
+    return torch.cat([activated, linear], -1)
+
+
+def experts_forward(
+    experts: Any,
+    hooks: LayerHooks,
+    interleaved: bool,
+    x: Float[Tensor, "tokens d_model"],
+    indices: Int[Tensor, "tokens top_k"],
+    weights: Float[Tensor, "tokens top_k"],
+) -> Float[Tensor, "tokens d_model"]:
+    """Σ_k weights · E_indices(x): what transformers' experts modules compute, in the order of its `grouped_mm` path.
+
+    `experts` is a module under transformers' experts contract (packed `gate_up_proj` or `up_proj`, `down_proj`, flags
+    `has_gate`, `has_bias`, `is_transposed`, `has_post_expert_norm`, method `_apply_gate`).
+    """
+    tokens, top_k = indices.shape
+    ids, permutation = indices.reshape(-1).sort(stable=True)
+    ends = torch.searchsorted(ids, torch.arange(experts.num_experts, device=ids.device), right=True).to(torch.int32)
+    # place[s]: the row, among the rows sorted by expert, of slot s of the model's order
+    place = torch.empty_like(permutation)
+    place[permutation] = torch.arange(permutation.numel(), device=permutation.device)
+
+    first = experts.gate_up_proj if experts.has_gate else experts.up_proj
+    bias = (experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias) if experts.has_bias else None
+    projected = grouped_linear(x.index_select(0, permutation // top_k), first, bias, ids, ends, experts.is_transposed)
+    projected = _neurons(experts, hooks, projected, place, permutation, ends, interleaved)
+    post = experts._apply_gate(projected) if experts.has_gate else experts.act_fn(projected)
+    post = hooks.over_slots(names.EXPERT_POST, post, place)
+    post = hooks.over_expert("hook_post", post, permutation, ends)
+
+    bias = experts.down_proj_bias if experts.has_bias else None
+    out = grouped_linear(post, experts.down_proj, bias, ids, ends, experts.is_transposed)
+    if experts.has_post_expert_norm:
+        out = experts.post_expert_norm(out)
+    out = hooks.over_expert("hook_out", out, permutation, ends)
+    out = hooks.over_slots(names.EXPERT_OUT, out, place)
+    # Weighting row by row and summing over k afterwards is bit-equal to transformers; a batched product is not.
+    weighted = out * weights.reshape(-1)[permutation].unsqueeze(-1)
+    weighted = hooks.over_slots(names.EXPERT_WEIGHTED, weighted, place)
+    routed = weighted.index_select(0, place).view(tokens, top_k, -1).sum(1).to(x.dtype)
+    return hooks.over_tokens(names.ROUTED_OUT, routed)
+
+
+def _neurons(
+    experts: Any, hooks: LayerHooks, projected: Tensor, place: Tensor, permutation: Tensor, ends: Tensor, interleaved: bool
+) -> Tensor:
+    """Hooks before the activation function; nothing is split unless somebody listens."""
+    wanted = {name for (_, name), point in hooks.experts.items() if point.has_hooks()} & {"hook_pre", "hook_pre_linear"}
+    if not wanted and not hooks.heard(names.EXPERT_PRE) and not hooks.heard(names.EXPERT_PRE_LINEAR):
+        return projected
+    if not experts.has_gate:
+        activated = hooks.over_slots(names.EXPERT_PRE, projected, place)
+        return hooks.over_expert("hook_pre", activated, permutation, ends)
+    branches = split_branches(projected, interleaved)
+    edited = []
+    for branch, all_experts, one_expert in zip(
+        branches, (names.EXPERT_PRE, names.EXPERT_PRE_LINEAR), ("hook_pre", "hook_pre_linear"), strict=True
+    ):
+        branch_ = hooks.over_slots(all_experts, branch, place)
+        edited.append(hooks.over_expert(one_expert, branch_, permutation, ends))
+    if all(e is b for e, b in zip(edited, branches, strict=True)):
+        return projected
+    return join_branches(edited[0], edited[1], interleaved)
+

@@ -1,0 +1,59 @@
+"""Proof at load, on a few tokens, that the parts of a model make up the whole.
+
+A family may look like the contract and differ in one place: this finds it before a user's result does.
+"""
+
+from typing import Any
+
+import torch
+
+from moe_lens import names
+from moe_lens.errors import SelfCheckError
+
+TOKENS = 8
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+"""Largest deviation, relative to the largest value of the whole."""
+
+
+def self_check(model: Any) -> dict[str, float]:
+    """Check laws 1 and 2 of the hook table on random tokens; the largest relative deviation of each.
+
+    Raises:
+        SelfCheckError: names the law, the layer, and the deviation.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.cfg.d_vocab, (1, TOKENS), generator=generator).to(model.cfg.device)
+    kept = {names.EXPERT_WEIGHTED, names.ROUTED_OUT, names.SHARED_OUT, "hook_resid_mid", "hook_mlp_out", "hook_resid_post"}
+    with torch.no_grad():
+        plain = model(tokens)
+        logits, cache = model.run_with_cache(tokens, names_filter=lambda name: name.rpartition(".")[2] in kept)
+    if not torch.equal(plain, logits):
+        raise SelfCheckError(
+            f"observing changed the logits by {(plain - logits).abs().max():.2e}; expected identical bits. "
+            "Please report the model; check=False loads it nevertheless"
+        )
+    deviations = {"routed_out": 0.0, "mlp_out": 0.0, "resid_post": 0.0}
+    for layer in range(model.cfg.n_layers):
+        mid, mlp_out, post = (
+            cache[names.block(name, layer)] for name in ("hook_resid_mid", "hook_mlp_out", "hook_resid_post")
+        )
+        laws = [("resid_post", mid + mlp_out, post, "resid_mid + mlp_out = resid_post")]
+        if layer in model.moe_layers:
+            routed = cache[names.mlp(names.ROUTED_OUT, layer)]
+            ranks = cache[names.mlp(names.EXPERT_WEIGHTED, layer)].sum(2)
+            whole = routed + cache[names.mlp(names.SHARED_OUT, layer)] if model.has_shared(layer) else routed
+            laws += [
+                ("routed_out", ranks, routed, "Σ expert_weighted = routed_out"),
+                ("mlp_out", whole, mlp_out, "routed_out + shared_out = mlp_out"),
+            ]
+        for name, parts, total, law in laws:
+            scale = max(total.abs().max().item(), torch.finfo(total.dtype).tiny)
+            deviation = (parts - total).abs().max().item() / scale
+            deviations[name] = max(deviations[name], deviation)
+            if not deviation <= TOLERANCE[total.dtype]:
+                raise SelfCheckError(
+                    f"layer {layer}: {law} fails by {deviation:.2e} of the largest value; expected at most "
+                    f"{TOLERANCE[total.dtype]:.0e} in {total.dtype}. Please report the model; "
+                    "check=False loads it nevertheless"
+                )
+    return deviations
