@@ -1,13 +1,13 @@
 """Checkpoints on disk or on the hub: which files, which tensors in them, and whether all of it is there.
 
-Only headers are read here (names, shapes, dtypes). Transformers loads several kinds of broken checkpoints silently, with
-random numbers for what is missing; everything that can be seen from the headers is refused here, naming file and tensor.
+Only headers are read here (names, shapes, dtypes). Transformers loads several kinds of broken checkpoints silently,
+with random numbers for what is missing; whatever headers can tell is refused here, naming file and tensor.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -68,7 +68,7 @@ def read_config(source: str, hub: Mapping[str, Any]) -> tuple[Path, dict[str, An
     path = find_file(source, "config.json", hub)
     if path is None:
         raise CheckpointError(
-            f"{source} has no config.json. Expected a folder with config.json and model.safetensors, or a name on the hub."
+            f"{source} has no config.json. Expected a folder with config.json and safetensors, or a name on the hub."
         )
     config = read_json(path)
     if not isinstance(config.get("model_type"), str):
@@ -90,8 +90,8 @@ class Checkpoint:
         """Find the safetensors files of a checkpoint and read their headers.
 
         Raises:
-            CheckpointError: no weights, or pickled ones only; an index that is not JSON or contradicts its shards; a shard
-                that is missing, empty, truncated or no safetensors file; one tensor in two shards.
+            CheckpointError: no weights, or pickled ones only; an index that is not JSON or contradicts its shards; a
+                shard that is missing, empty, truncated or no safetensors file; one tensor in two shards.
         """
         stem = f"model.{variant}" if variant else "model"
         single = find_file(source, f"{stem}.safetensors", hub)
@@ -104,8 +104,8 @@ class Checkpoint:
         for pickled in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
             if find_file(source, pickled, hub) is not None:
                 raise CheckpointError(
-                    f"{source} has pickled weights only ({pickled}), which can run code when they are read. Convert them to "
-                    "safetensors, or pass use_safetensors=False if you trust them."
+                    f"{source} has pickled weights only ({pickled}), and reading a pickle can run code. Convert them "
+                    "to safetensors, or pass use_safetensors=False if you trust them."
                 )
         raise CheckpointError(f"{source} has no weights: neither {stem}.safetensors nor {index_name}.")
 
@@ -115,7 +115,7 @@ class Checkpoint:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index} has no weight_map from tensors to files.")
         for tensor, shard in weight_map.items():
-            if not isinstance(shard, str) or PurePosixPath(shard).name != shard or "\\" in shard or shard in (".", ".."):
+            if not isinstance(shard, str) or not shard.endswith(".safetensors") or set(shard) & {"/", "\\"}:
                 raise CheckpointError(f"{index} places {tensor} in {shard!r}; expected a file beside the index.")
         files: list[Path] = []
         tensors: dict[str, StoredTensor] = {}
@@ -140,7 +140,7 @@ class Checkpoint:
         """Refuse the checkpoint unless it has exactly the tensors of `expected`, in those shapes, as floating point.
 
         Raises:
-            CheckpointError: names the tensors that are missing, unexpected, misshapen or not floating point, and their files.
+            CheckpointError: tensors that are missing, unexpected, misshapen or not floating point, and their files.
         """
         problems = [
             f"{tensor.file.name}: {name} has shape {tensor.shape}, config.json asks for {expected[name]}"
@@ -160,12 +160,7 @@ class Checkpoint:
         places = ", ".join(file.name for file in self.files)
         problems += [f"{places}: {name} is missing" for name in expected if name not in self.tensors]
         if problems:
-            shown = "\n  ".join(problems[:8])
-            more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
-            raise CheckpointError(
-                f"The checkpoint in {self.files[0].parent} is not whole, or its config.json is another model's:\n"
-                f"  {shown}{more}"
-            )
+            raise not_whole(str(self.files[0].parent), problems)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -177,17 +172,26 @@ class Checkpoint:
         return widest
 
 
+def not_whole(source: str, problems: list[str], limit: int = 8) -> CheckpointError:
+    """One error that lists what is wrong with a checkpoint."""
+    lines = problems[:limit]
+    if len(problems) > limit:
+        lines.append(f"and {len(problems) - limit} more")
+    listed = "".join(f"\n  {line}" for line in lines)
+    return CheckpointError(f"The checkpoint {source} is not whole, or its config.json is another model's:{listed}")
+
+
 def _header(file: Path) -> dict[str, StoredTensor]:
     """Names, shapes and dtypes in a safetensors file; reading them also proves that the file is as long as it says."""
     try:
         with safe_open(file, framework="pt") as handle:
-            slices = {name: handle.get_slice(name) for name in handle.keys()}
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118  no mapping
             return {
                 name: StoredTensor(file, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()
             }
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{file} is not a whole safetensors file ({file.stat().st_size:,} bytes): {error}. Copy or download it again."
+            f"{file} ({file.stat().st_size:,} bytes) is no whole safetensors file: {error}. Copy or download it again."
         ) from error
 
 

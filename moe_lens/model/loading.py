@@ -1,5 +1,6 @@
 """Models by name or folder: whole, or an error that names file and tensor."""
 
+import contextlib
 import copy
 import importlib.resources
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import (
 from transformers.utils.hub import resolve_revision
 
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
-from moe_lens.model.checkpoint import HUB_ARGUMENTS, Checkpoint, read_config
+from moe_lens.model.checkpoint import HUB_ARGUMENTS, Checkpoint, not_whole, read_config
 from moe_lens.model.deepseek import DeepseekConfig, DeepseekForCausalLM
 from moe_lens.model.packing import lazy_state_dict, parameter_shapes, stored_shapes
 from moe_lens.model.tokenizer import check_vocabulary, has_tokenizer, load_tokenizer
@@ -30,9 +31,15 @@ EMBEDDED = "tiny-deepseekmoe"
 
 # A config.json without one of these would silently get the defaults of another size of model.
 _REQUIRED = (
-    "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads "
-    "n_routed_experts num_experts_per_tok"
-).split()
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "n_routed_experts",
+    "num_experts_per_tok",
+)
 
 # What these ask for happens inside transformers' own loader.
 _OWN_LOADER = frozenset(
@@ -83,8 +90,8 @@ def load_pretrained(
         model = _load_other(source, hub, {**kwargs, "trust_remote_code": trust_remote_code})
     else:
         raise UnsupportedModelError(
-            f"{path}: model_type {raw['model_type']!r} is unknown to this version of transformers. If the checkpoint brings "
-            "its own code and you trust it, pass trust_remote_code=True."
+            f"{path}: model_type {raw['model_type']!r} is unknown to this version of transformers. If the checkpoint "
+            "brings its own code and you trust it, pass trust_remote_code=True."
         )
     model.config.name_or_path = model.name_or_path = str(name_or_path)
     tokenizer = None
@@ -112,10 +119,8 @@ def _load_deepseek(
     model = DeepseekForCausalLM.from_pretrained(None, config=config, state_dict=parameters, dtype=dtype, **kwargs)
     del model._weight_conversions  # none were needed to read; to write, transformers then takes the registered ones
     if kwargs.get("generation_config") is None:
-        try:
+        with contextlib.suppress(OSError):  # it has none: the one that was made from the model's config stays
             model.generation_config = GenerationConfig.from_pretrained(source, **hub)
-        except OSError:
-            pass  # it has none: the one that was made from the model's config stays
     return model
 
 
@@ -130,7 +135,8 @@ def _deepseek_config(path: Path, raw: dict[str, Any], kwargs: dict[str, Any]) ->
     dtypes = {key: kwargs[key] for key in ("dtype", "torch_dtype") if key in kwargs}
     others = {key: value for key, value in kwargs.items() if key not in (*dtypes, "quantization_config")}
     try:
-        config, left = DeepseekConfig.from_dict(dict(raw), return_unused_kwargs=True, **others)
+        loaded: Any = DeepseekConfig.from_dict(dict(raw), return_unused_kwargs=True, **others)
+        config, left = loaded
         config.validate()
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{path}: {error}") from error
@@ -188,8 +194,7 @@ def _load_through_transformers(loader: Any, source: str, kwargs: dict[str, Any])
     problems += [str(message) for message in info.get("error_msgs", [])]
     problems += [f"{name} is NaN or infinite in places" for name, p in model.named_parameters() if not _is_finite(p)]
     if problems:
-        shown = "\n  ".join(problems[:8]) + (f"\n  and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise CheckpointError(f"The checkpoint {source} is not whole, or its config.json is another model's:\n  {shown}")
+        raise not_whole(source, problems)
     return model
 
 

@@ -1,8 +1,9 @@
 """The original's tensors, one per expert and matrix, read straight into transformers' packed parameters.
 
-Transformers' own loader collects a layer's matrices and concatenates copies of them, which costs up to 70 % of the weights
-in extra memory. Here every parameter of the model is a lazy tensor that, when transformers asks for it, is allocated once,
-in its final dtype, and filled one stored tensor at a time; transformers still decides where each goes (`device_map`).
+Transformers' own loader collects a layer's matrices and concatenates copies of them, which costs up to 70 % of the
+weights in extra memory. Here every parameter of the model is a lazy tensor that, when transformers asks for it, is
+allocated once, in its final dtype, and filled one stored tensor at a time; transformers still decides where it goes
+(`device_map`).
 """
 
 import re
@@ -25,7 +26,8 @@ class Part(NamedTuple):
     """A stored tensor and the block of a parameter that it fills."""
 
     name: str
-    index: tuple[int | slice, ...]
+    place: Any
+    """Index of the block in the parameter."""
     shape: tuple[int, ...]
 
 
@@ -33,7 +35,7 @@ def parts_of(name: str, shape: tuple[int, ...]) -> list[Part]:
     """The stored tensors that make up the parameter `name`: itself, or one or two matrices for each expert."""
     match = _PACKED.fullmatch(name)
     if match is None:
-        return [Part(name, (...,), shape)]  # pyright: ignore[reportArgumentType]
+        return [Part(name, ..., shape)]
     n_experts, rows, columns = shape
     if match["matrix"] == "down_proj":
         matrices = [("down_proj", slice(0, rows))]
@@ -74,7 +76,7 @@ class LazyParameter:
             if stored.file != file:  # at most a few files per parameter: a layer's experts may straddle two shards
                 file, handle = stored.file, safe_open(stored.file, framework="pt")
             assert handle is not None
-            out[part.index].copy_(_finite(handle.get_tensor(part.name), part.name, stored, self.dtype))
+            out[part.place].copy_(_finite(handle.get_tensor(part.name), part.name, stored, self.dtype))
         return out
 
 

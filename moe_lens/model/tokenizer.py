@@ -21,8 +21,8 @@ def has_tokenizer(source: str, hub: Mapping[str, Any]) -> bool:
 def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedTokenizerBase:
     """Load a checkpoint's tokenizer.
 
-    Transformers 5 ignores `add_bos_token` and `add_eos_token` of tokenizer_config.json where a tokenizer.json lies beside
-    it; here they count. A chat template writes its own BOS, and `apply_chat_template` then adds no second one.
+    Transformers 5 ignores `add_bos_token` and `add_eos_token` of tokenizer_config.json where a tokenizer.json lies
+    beside it; here they count. A chat template writes its own BOS, and `apply_chat_template` then adds no second one.
 
     Args:
         name_or_path: name on the hub, or folder.

@@ -1,0 +1,197 @@
+"""The config of DeepSeekMoE: the original's words and defaults, in a closed world."""
+
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+from moe_lens.errors import UnsupportedModelError
+
+_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+
+# Kinds of rope scaling, and the keys that each has beside rope_theta.
+_ROPE_KEYS: dict[str, set[str]] = {"default": set(), "linear": {"factor"}, "dynamic": {"factor"}}
+
+# Keys of related families, with the values under which they say nothing: any other value is another mathematics.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "routed_scaling_factor": (None, 1),
+    "topk_method": (None, "greedy"),
+    "n_group": (None, 1),
+    "topk_group": (None, 1),
+    "ep_size": (None, 1),
+    "mlp_bias": (None, False),
+    "sliding_window": (None,),
+    "q_lora_rank": (None,),
+    "kv_lora_rank": (None,),
+    "partial_rotary_factor": (None, 1),
+    "pruned_heads": (None, {}),
+    "per_layer_config": (None,),
+    "add_cross_attention": (None, False),
+    "tie_encoder_decoder": (None, False),
+}
+
+# Keys that transformers writes or reads itself, in any family, and that leave the mathematics alone.
+_HOUSEKEEPING = frozenset(
+    {
+        "_attn_implementation_autoset",
+        "_attn_implementation_internal",
+        "_commit_hash",
+        "_experts_implementation_internal",
+        "_from_model_config",
+        "_name_or_path",
+        "attn_implementation",
+        "auto_map",
+        "experts_implementation",
+        "finetuning_task",
+        "gradient_checkpointing",
+        "is_decoder",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "prefix",
+        "quantization_config",
+        "rope_scaling",
+        "rope_theta",
+        "sep_token_id",
+        "task_specific_params",
+        "tokenizer_class",
+        "torch_dtype",
+        "torchscript",
+        "transformers_weights",
+        "use_bfloat16",
+        "use_return_dict",
+    }
+) | frozenset(GenerationConfig._get_default_generation_params())
+
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "moe_layer_freq",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
+
+
+@strict
+class DeepseekConfig(PreTrainedConfig):
+    """Config of DeepSeekMoE (arXiv 2401.06066; `deepseek-ai/deepseek-moe-16b-*`).
+
+    Fields are the original's; `rope_theta` and `rope_scaling` are read as such and kept in `rope_parameters`, as
+    everywhere in transformers 5. `aux_loss_alpha`, `seq_aux` and `pretraining_tp` concern training: carried, not used.
+
+    Raises:
+        UnsupportedModelError: a scoring function, activation or rope scaling that DeepSeekMoE does not have, or a key
+            that is neither known nor known to be harmless, for it may change the mathematics.
+    """
+
+    model_type = "deepseek"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {"num_experts": "n_routed_experts"}
+    mlp_bias: ClassVar[bool] = False  # transformers' MLP asks for it
+
+    vocab_size: int = 102400
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    moe_intermediate_size: int = 1407
+    num_hidden_layers: int = 30
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    n_shared_experts: int | None = None
+    n_routed_experts: int = 64
+    num_experts_per_tok: int = 6
+    moe_layer_freq: int = 1
+    first_k_dense_replace: int = 0
+    norm_topk_prob: bool = False
+    scoring_func: str = "softmax"
+    aux_loss_alpha: float = 0.001
+    seq_aux: bool = True
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 100000
+    eos_token_id: int | list[int] | None = 100001
+    pretraining_tp: int | None = 1
+    tie_word_embeddings: bool = False
+    rope_parameters: RopeParameters | dict[str, Any] | None = None
+    attention_bias: bool = False
+    attention_dropout: int | float | None = 0.0
+    output_router_logits: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        neutral = {**_NEUTRAL, "head_dim": (None, self.hidden_size // max(self.num_attention_heads, 1))}
+        for key in kwargs.keys() - _HOUSEKEEPING:
+            value = kwargs.pop(key)
+            if key not in neutral:
+                raise UnsupportedModelError(
+                    f"The config has {key} = {value!r}, which DeepSeekMoE does not know and which may "
+                    "change its mathematics. Remove the key if it does not, or load the model as what it is."
+                )
+            if value not in neutral[key]:
+                raise UnsupportedModelError(
+                    f"The config has {key} = {value!r}; DeepSeekMoE (model_type deepseek) computes as if it were "
+                    f"{' or '.join(map(repr, neutral[key]))}, so the results would be wrong."
+                )
+        super().__post_init__(**kwargs)
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether layer `layer` has routed experts, by the original's rule."""
+        return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
+
+    def validate_architecture(self) -> None:
+        """Refuse what the family does not have, and sizes that contradict one another."""
+        if self.scoring_func != "softmax":
+            raise UnsupportedModelError(
+                f"The config has scoring_func = {self.scoring_func!r}; DeepSeekMoE scores its experts by 'softmax'."
+            )
+        if self.hidden_act not in _ACTIVATIONS:
+            raise UnsupportedModelError(
+                f"The config has hidden_act = {self.hidden_act!r}; expected one of {', '.join(_ACTIVATIONS)}."
+            )
+        for name in _POSITIVE:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
+        for name in ("first_k_dense_replace", "n_shared_experts"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        if self.num_experts_per_tok > self.n_routed_experts:
+            raise ValueError(
+                f"num_experts_per_tok is {self.num_experts_per_tok}, but there are {self.n_routed_experts} experts"
+            )
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} does not give each of {self.num_attention_heads} heads an even width"
+            )
+        if self.num_attention_heads % (self.num_key_value_heads or 1):
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        self._validate_rope_scaling()
+
+    def _validate_rope_scaling(self) -> None:
+        rope: dict[str, Any] = dict(self.rope_parameters or {})
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in _ROPE_KEYS:
+            raise UnsupportedModelError(
+                f"The config has rope scaling {kind!r}; DeepSeekMoE knows {', '.join(map(repr, _ROPE_KEYS))}."
+            )
+        if unknown := rope.keys() - _ROPE_KEYS[kind] - {"rope_theta", "type", "rope_type"}:
+            raise UnsupportedModelError(f"The config's rope scaling {kind!r} has unknown keys {sorted(unknown)}.")
+        for key in sorted(_ROPE_KEYS[kind] | {"rope_theta"}):
+            value = rope.get(key, 10000.0 if key == "rope_theta" else None)
+            if not isinstance(value, int | float) or value < 1:
+                raise ValueError(f"rope scaling {kind!r} has {key} = {value!r}; expected a number of at least 1")
