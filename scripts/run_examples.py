@@ -23,7 +23,7 @@ def cells(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
 
 
 def run(script: Path, *, write: bool) -> str | None:
-    """Execute one example; the reason if it failed or its notebook is out of step."""
+    """Execute one example in its own folder; the reason if it failed or its notebook is out of step."""
     notebook = jupytext.read(script)
     written = script.with_suffix(".ipynb")
     if not write:
@@ -34,7 +34,7 @@ def run(script: Path, *, write: bool) -> str | None:
     # "python3" is the kernel of the very interpreter that runs this script.
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     try:
-        NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
+        NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(script.parent)}}).execute()
     except CellExecutionError as error:
         return str(error)
     if write:
@@ -49,7 +49,7 @@ def run(script: Path, *, write: bool) -> str | None:
 
 def main() -> int:
     """Exit status 1 if any example failed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--write", action="store_true", help="write the executed notebooks")
     arguments = parser.parse_args()
     scripts = sorted(EXAMPLES.glob("*.py"))

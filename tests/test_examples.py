@@ -1,0 +1,38 @@
+"""The runner of examples notices a cell that fails and a notebook that is out of step with its script."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from scripts.run_examples import EXAMPLES, cells, run
+
+SCRIPT = '# %% [markdown]\n# A sum.\n\n# %%\nvalue = 1 + 1\nprint("it is", value)\n'
+
+
+@pytest.mark.slow
+def test_an_example_is_executed_and_kept_in_step(tmp_path: Path):
+    script = tmp_path / "sum.py"
+    script.write_text(SCRIPT)
+    assert "sum.ipynb is missing" in str(run(script, write=False))
+    assert run(script, write=True) is None
+    notebook = nbformat.read(tmp_path / "sum.ipynb", as_version=4)
+    assert notebook.cells[1].outputs[0].text == "it is 2\n"
+    first = (tmp_path / "sum.ipynb").read_bytes()
+    assert run(script, write=True) is None
+    assert (tmp_path / "sum.ipynb").read_bytes() == first  # nothing in it depends on when it ran
+    assert run(script, write=False) is None
+
+    script.write_text(SCRIPT.replace("1 + 1", "1 + 2"))
+    assert "out of step" in str(run(script, write=False))
+    script.write_text(SCRIPT.replace("1 + 1", "1 + None"))
+    assert "TypeError" in str(run(script, write=True))
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda script: script.stem)
+def test_every_example_has_its_executed_notebook(script: Path):
+    notebook = nbformat.read(script.with_suffix(".ipynb"), as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+    assert cells(notebook)
+    assert all(cell.execution_count for cell in code)
+    assert not any(output.output_type == "error" for cell in code for output in cell.outputs)
