@@ -51,7 +51,9 @@ class HookedMoE(TransformerBridge):
                     if name in block.mlp.hooks.points:
                         object.__setattr__(block, name, block.mlp.hooks.points[name])
                         self._hook_registry[names.block(name, layer)] = block.mlp.hooks.points[name]
-        self.__dict__["_all_hooks"] = super().hook_dict
+        dead = (*names.DEAD, *family.dead)
+        self._hook_registry = {n: p for n, p in self._hook_registry.items() if not n.endswith(dead)}
+        self.__dict__["_all_hooks"] = {n: p for n, p in super().hook_dict.items() if not n.endswith(dead)}
         if not self.moe_layers:
             raise UnsupportedModelError(
                 f"this {family.model_type} has no layer with experts; TransformerLens's TransformerBridge is for dense models"

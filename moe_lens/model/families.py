@@ -29,13 +29,16 @@ class Family:
     """Affinity of all experts as a function of the router logits."""
     interleaved: bool = False
     """Whether `gate_up_proj` alternates the two branches instead of concatenating them."""
+    dead: tuple[str, ...] = ()
+    """Endings of TransformerLens's hook names that never fire in this family."""
 
 
 FAMILIES = {
     family.model_type: family
     for family in (
         Family("deepseek", shared="shared_experts"),
-        Family("deepseek_v2", shared="shared_experts"),
+        # V2 rotates by complex numbers: there are no cosines and sines to hook.
+        Family("deepseek_v2", shared="shared_experts", dead=(".hook_cos", ".hook_sin")),
         Family("deepseek_v3", shared="shared_experts", score="sigmoid"),
         # gpt-oss applies its softmax to the selected logits alone: the affinity of all, renormalised over the selected.
         Family("gpt_oss", router="router", interleaved=True),
