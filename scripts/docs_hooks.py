@@ -4,17 +4,29 @@ A page may also take in a Markdown file of the repository, `{{ include PATH }}`:
 between such files lead to the pages that show them.
 """
 
+import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
 
-from moe_lens import names
-
 ROOT = Path(__file__).parents[1]
+
+
+def load(path: Path) -> Any:
+    """A module by its file, so that pages can be built without importing the whole package, and torch with it."""
+    spec = importlib.util.spec_from_file_location(f"docs_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+names = load(ROOT / "moe_lens" / "names.py")
 TABLES = {
     "residual": ("blocks.{layer}.", names.RESIDUAL_HOOKS),
     "mlp": ("blocks.{layer}.mlp.", names.MLP_HOOKS),
@@ -23,7 +35,7 @@ TABLES = {
 LINKS = {"LICENSE": None, "CHANGELOG.md": "changelog.md", "training/README.md": "embedded-model.md"}
 
 
-def table(prefix: str, hooks: tuple[names.Hook, ...]) -> str:
+def table(prefix: str, hooks: tuple[Any, ...]) -> str:
     """A Markdown table, one row a hook, in the order of the module."""
     lines = [f"| under `{prefix}` | shape | an edit |", "|---|---|---|"]
     for hook in hooks:
