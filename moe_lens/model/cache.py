@@ -1,0 +1,259 @@
+"""`MoECache`: TransformerLens's activation cache, with experts aligned to tokens and parts that make the whole."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformer_lens.utilities import Slice, SliceInput
+
+from moe_lens import names
+from moe_lens.errors import HookError, InputError
+from moe_lens.model.attribution import AttributionCache
+from moe_lens.partial_sum import PartialSum
+from moe_lens.routing import LayerRouting
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertRows:
+    """One expert's output at every token."""
+
+    values: Float[Tensor, "*tokens d_model"]
+    """Zero where `mask` is false."""
+    mask: Bool[Tensor, "*tokens"]
+    """Real tokens that chose the expert."""
+
+
+@dataclass(frozen=True, eq=False)
+class ResidualSum:
+    """A `PartialSum` of one layer, computed."""
+
+    values: Float[Tensor, "*tokens d_model"]
+    """A new tensor: changing it leaves the cache alone."""
+    layer: int
+    """The layer in the model."""
+    which: PartialSum
+    """The sum that was asked for."""
+    dense: bool
+    """Whether the layer has no experts, so that its whole MLP stands where the experts would."""
+
+
+class MoECache(AttributionCache):
+    """Activations of one run, by hook name, with what routing and experts need on top of TransformerLens.
+
+    `cache[…]` returns the stored tensor itself, as in TransformerLens: changing it in place changes the cache. What the
+    methods return is new memory, but for `routing`, which holds the stored tensors too. Axes are those of the cache: no
+    batch axis after `remove_batch_dim`, and a position axis that counts the cached positions if a `pos_slice` was used.
+
+    Args:
+        cache_dict: tensors by full hook name; hooks that have two names may go by either.
+        model: the model that made them.
+        has_batch_dim: whether the tensors' first axis is the batch.
+        tokens: ids at the cached positions.
+        mask: true at real tokens, false at padding; None when there is no padding.
+    """
+
+    # Routing and experts
+
+    def routing(self, layer: int) -> LayerRouting:
+        """Routing of one layer: indices and weights by rank, and logits and affinities of all experts if cached.
+
+        Affinities are computed from the logits in float32 at least. `Routing.stack` joins several layers.
+
+        Raises:
+            HookError: the layer is dense, or indices or weights were not cached.
+        """
+        layer = self._moe_layer(layer, "routing")
+        indices, weights = names.mlp(names.EXPERT_INDICES, layer), names.mlp(names.ROUTING_WEIGHTS, layer)
+        self._require(indices, weights)
+        logits = names.mlp(names.ROUTER_LOGITS, layer)
+        known = self.cache_dict.get(self._full_name(logits))
+        return LayerRouting(
+            layer=layer,
+            n_experts=self.model.n_experts,
+            indices=self[indices],
+            weights=self[weights],
+            logits=known,
+            probs=None if known is None else _affinity(known, self.model.family.score),
+            mask=self.mask,
+        )
+
+    def expert_out(self, layer: int, *, expert: int, weighted: bool = False) -> ExpertRows:
+        """Output of one expert at every token, zero where a token did not choose it and at padding.
+
+        Args:
+            layer: a layer with experts.
+            expert: its id.
+            weighted: whether to multiply by the routing weight.
+
+        Raises:
+            HookError: the layer is dense, or the outputs or indices were not cached.
+            InputError: there is no such expert.
+        """
+        layer = self._moe_layer(layer, "experts")
+        self._check_ids("expert", (expert,), self.model.n_experts)
+        slots = self._slots(layer, weighted)
+        self._require(names.mlp(names.EXPERT_INDICES, layer))
+        chosen = self[names.mlp(names.EXPERT_INDICES, layer)] == expert
+        mask = chosen.any(-1)
+        if self.mask is not None:
+            mask = mask & self.mask
+        rank = chosen.int().argmax(-1)
+        values = slots.take_along_dim(rank[..., None, None], dim=-2).squeeze(-2)
+        return ExpertRows(values.masked_fill(~mask[..., None], 0), mask)
+
+    def partial_sum(self, layer: int, which: PartialSum | None = None, **chosen: Any) -> ResidualSum:
+        """A point of the residual stream: `partial_sum(3, PartialSum(ranks=[0]))`, or just `partial_sum(3, ranks=[0])`.
+
+        In a dense layer a sum over all experts is the residual plus the whole MLP and is flagged `dense`; shared
+        experts add nothing there. Weighted outputs that were not cached are made as weights × outputs, without what a
+        hook may have changed in the weighted ones.
+
+        Raises:
+            HookError: something needed was not cached, a dense layer is asked for ranks or experts, or the sum is empty
+                there, for want of shared experts.
+            InputError: ranks or experts that the model does not have, or both a PartialSum and keywords.
+        """
+        if which is not None and chosen:
+            raise InputError(f"got {which} and {sorted(chosen)}; expected a PartialSum or its keywords, not both")
+        which = which or PartialSum(**chosen)
+        layer = self._layer(layer)
+        dense = layer not in self.model.moe_layers
+        self._check_ids("rank", which.ranks or (), self.model.top_k)
+        self._check_ids("expert", which.experts or (), self.model.n_experts)
+        terms = list(self._terms(layer, which, dense))
+        if not terms:
+            raise HookError(f"layer {layer} has no shared experts: the sum {which.label!r} is empty there")
+        values = terms[0].clone() if len(terms) == 1 else sum(terms[1:], start=terms[0])
+        return ResidualSum(values, layer, which, dense)
+
+    def _terms(self, layer: int, which: PartialSum, dense: bool) -> Iterator[Tensor]:
+        if which.residual != "none":
+            yield self[names.block(names.RESID_MID if which.residual == "mid" else names.RESID_PRE, layer)]
+        if dense:
+            if which.ranks or which.experts:
+                raise HookError(self._dense(layer, f"{which.label!r}"))
+            if not which.restricted:
+                yield self[names.block(names.BLOCK_MLP_OUT, layer)]
+            return
+        whole = names.mlp(names.ROUTED_OUT, layer)
+        every = not which.restricted or len(which.ranks or ()) == self.model.top_k
+        if every and which.weighted and whole in self:
+            yield self[whole]
+        elif every:
+            yield self._slots(layer, which.weighted).sum(-2)
+        elif which.ranks:
+            yield self._slots(layer, which.weighted)[..., list(which.ranks), :].sum(-2)
+        elif which.experts:
+            slots = self._slots(layer, which.weighted)
+            indices = self[names.mlp(names.EXPERT_INDICES, layer)]
+            wanted = torch.isin(indices, torch.tensor(list(which.experts), device=indices.device))
+            yield slots.masked_fill(~wanted[..., None], 0).sum(-2)
+        if which.shared and self.model.n_shared_experts:
+            yield self[names.mlp(names.SHARED_OUT, layer)]
+
+    def _slots(self, layer: int, weighted: bool) -> Float[Tensor, "*tokens top_k d_model"]:
+        """Expert outputs by rank; weighted ones are made from unweighted ones if they have to be."""
+        plain, ready = names.mlp(names.EXPERT_OUT, layer), names.mlp(names.EXPERT_WEIGHTED, layer)
+        weights = names.mlp(names.ROUTING_WEIGHTS, layer)
+        if not weighted:
+            return self[plain]
+        if ready in self or plain not in self or weights not in self:
+            return self[ready]
+        return (self[plain] * self[weights][..., None]).to(self[plain].dtype)
+
+    def _check_ids(self, what: str, ids: Any, count: int) -> None:
+        wrong = [number for number in ids if not 0 <= number < count]
+        if wrong:
+            raise InputError(f"there is no {what} {wrong[0]}; the model has {what}s 0 to {count - 1}")
+
+    # The whole in parts
+
+    def decompose_experts(
+        self,
+        layer: int | None = None,
+        *,
+        by: Literal["rank", "expert"] = "rank",
+        apply_ln: bool = False,
+        pos_slice: Slice | SliceInput = None,
+        return_labels: bool = True,
+    ) -> Any:
+        """The residual stream entering a block, or leaving the last one, as a stack of components that sum to it.
+
+        Components are `embed` (what enters block 0), `3_attn_out`, `0_mlp_out` of dense layers, `3_shared_out`, and
+        `3_rank_0` or `3_expert_17`: weighted outputs, zero where a token did not choose the expert. By expert there are
+        `n_experts` components a layer: 27 × 64 in DeepSeekMoE 16B, 14 MB a token in float32. `pos_slice` helps.
+
+        Args:
+            layer: components before this block; None (or -1, as in TransformerLens) for the whole model.
+            by: one component per rank, or per expert.
+            apply_ln: divide by the cached scale of the norm that follows and multiply by its gain.
+            pos_slice: positions to take.
+            return_labels: whether to return the labels too.
+
+        Returns:
+            The stack, [component, batch, pos, d_model], and its labels; or the stack alone.
+
+        Raises:
+            HookError: something needed was not cached; the message names all of it.
+        """
+        if by not in ("rank", "expert"):
+            raise InputError(f"by is {by!r}; expected 'rank' or 'expert'")
+        where = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
+        n_layers = self.model.cfg.n_layers
+        end = n_layers if layer in (None, -1, n_layers) else self._layer(layer)
+        labels, wanted = self._components(end, by)
+        self._require(*wanted)
+        embed = where.apply(self[names.block(names.RESID_PRE, 0)], dim=-2)
+        stack = embed.new_zeros(len(labels), *embed.shape)
+        stack[0] = embed
+        row = 1
+        for index in range(end):
+            routed = index in self.model.moe_layers
+            stack[row] = where.apply(self[names.block(names.ATTN_OUT, index)], dim=-2)
+            row += 1
+            if not routed or self.model.n_shared_experts:
+                rest = names.mlp(names.SHARED_OUT, index) if routed else names.block(names.BLOCK_MLP_OUT, index)
+                stack[row] = where.apply(self[rest], dim=-2)
+                row += 1
+            if routed:
+                slots = where.apply(self._slots(index, weighted=True), dim=-3).movedim(-2, 0)
+                count = self.model.top_k if by == "rank" else self.model.n_experts
+                part = stack[row : row + count]
+                if by == "rank":
+                    part.copy_(slots)
+                else:
+                    chosen = where.apply(self[names.mlp(names.EXPERT_INDICES, index)], dim=-2).movedim(-1, 0)
+                    part.scatter_(0, chosen[..., None].expand_as(slots).to(part.device), slots.to(part))
+                row += count
+        if apply_ln:
+            stack = self.apply_ln_to_stack(stack, end, pos_slice=where, has_batch_dim=self.has_batch_dim)
+        return (stack, labels) if return_labels else stack
+
+    def _components(self, end: int, by: str) -> tuple[list[str], list[str]]:
+        """Labels of the components before block `end`, and the hooks that hold them."""
+        labels, wanted = ["embed"], [names.block(names.RESID_PRE, 0)]
+        for layer in range(end):
+            labels.append(f"{layer}_attn_out")
+            wanted.append(names.block(names.ATTN_OUT, layer))
+            if layer not in self.model.moe_layers:
+                labels.append(f"{layer}_mlp_out")
+                wanted.append(names.block(names.BLOCK_MLP_OUT, layer))
+                continue
+            if self.model.n_shared_experts:
+                labels.append(f"{layer}_shared_out")
+                wanted.append(names.mlp(names.SHARED_OUT, layer))
+            count = self.model.top_k if by == "rank" else self.model.n_experts
+            labels += [f"{layer}_{by}_{number}" for number in range(count)]
+            made = [names.mlp(names.EXPERT_OUT, layer), names.mlp(names.ROUTING_WEIGHTS, layer)]
+            wanted += made if all(name in self for name in made) else [names.mlp(names.EXPERT_WEIGHTED, layer)]
+            if by == "expert":
+                wanted.append(names.mlp(names.EXPERT_INDICES, layer))
+        return labels, wanted
+
+
+def _affinity(logits: Float[Tensor, "*tokens n_experts"], score: str) -> Float[Tensor, "*tokens n_experts"]:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide.sigmoid() if score == "sigmoid" else wide.softmax(dim=-1)

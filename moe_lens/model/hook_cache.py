@@ -1,0 +1,222 @@
+"""How activations are held: by hook name, moved, sliced, and kept on disk."""
+
+import copy
+from pathlib import Path, PurePath
+from typing import Any, Self
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformer_lens.ActivationCache import ActivationCache
+from transformer_lens.utilities import Slice, SliceInput, get_act_name
+
+from moe_lens import names
+from moe_lens.errors import HookError, InputError
+from moe_lens.protocols import HookedModel
+from moe_lens.storage import load_tensors, save_tensors
+
+_GRAD = "_grad"
+
+
+class HookCache(ActivationCache):
+    """Activations of one run by hook name: what `MoECache` has in common with any other cache."""
+
+    model: Any
+
+    def __init__(
+        self,
+        cache_dict: dict[str, Tensor],
+        model: HookedModel,
+        has_batch_dim: bool = True,
+        tokens: Int[Tensor, "*batch pos"] | None = None,
+        mask: Bool[Tensor, "*batch pos"] | None = None,
+    ):
+        super().__init__(cache_dict, model, has_batch_dim)
+        self.tokens = tokens
+        self.mask = mask
+
+    def __getitem__(self, key: Any) -> Tensor:
+        """An activation by full name, by either name of a hook that has two, or by shorthand: `cache["expert_out", 3]`.
+
+        Raises:
+            HookError: it is not there; the message names the layers that have it, or the `names_filter` that caches it.
+        """
+        name = self._full_name(key)
+        if name not in self.cache_dict:
+            raise HookError(self._why_missing([name]))
+        return self.cache_dict[name]
+
+    def __contains__(self, key: Any) -> bool:
+        return self._full_name(key) in self.cache_dict
+
+    def __repr__(self) -> str:
+        size = sum(value.nbytes for value in self.cache_dict.values())
+        batch = "" if self.has_batch_dim else ", no batch axis"
+        held = ", ".join(self.cache_dict)
+        return f"{type(self).__name__}({len(self)} activations, {size / 2**20:.1f} MiB{batch}: {held})"
+
+    def _full_name(self, key: Any) -> str:
+        if isinstance(key, str):
+            name = key if key in self.cache_dict else get_act_name(key)
+        else:
+            short, *rest = key
+            if rest and isinstance(rest[0], int):
+                rest[0] = self._layer(rest[0])
+            name = get_act_name(short, *rest)
+        if name in self.cache_dict:
+            return name
+        suffix = _GRAD if name.endswith(_GRAD) else ""
+        other = names.alias(name.removesuffix(_GRAD))
+        return other + suffix if other is not None and other + suffix in self.cache_dict else name
+
+    def _why_missing(self, missing: list[str]) -> str:
+        for name in missing:
+            bare = name.removesuffix(_GRAD)
+            found = names.parse_mlp(bare) or names.parse_expert(bare)
+            if found and found[0] not in self.model.moe_layers:
+                return self._dense(found[0], name)
+        forward = sorted({name.removesuffix(_GRAD) for name in missing})
+        with_grad = ", incl_bwd=True" if any(name.endswith(_GRAD) for name in missing) else ""
+        return (
+            f"the cache does not hold {', '.join(missing)}. If the model has such a hook, "
+            f"run_with_cache(…, names_filter={forward}{with_grad}) caches it"
+        )
+
+    def _dense(self, layer: int, what: str) -> str:
+        return f"layer {layer} is dense and has no {what}; the layers with experts are {list(self.model.moe_layers)}"
+
+    def _layer(self, layer: int) -> int:
+        n_layers = self.model.cfg.n_layers
+        if not -n_layers <= layer < n_layers:
+            raise HookError(f"there is no layer {layer}; the model has layers 0 to {n_layers - 1}")
+        return layer % n_layers
+
+    def _moe_layer(self, layer: int, what: str) -> int:
+        layer = self._layer(layer)
+        if layer not in self.model.moe_layers:
+            raise HookError(self._dense(layer, what))
+        return layer
+
+    def _require(self, *wanted: str) -> None:
+        missing = [name for name in wanted if name not in self]
+        if missing:
+            raise HookError(self._why_missing(missing))
+
+    # Its shape, place and precision
+
+    def _batch_size(self) -> int:
+        if self.tokens is not None:
+            return len(self.tokens)
+        aligned = {name: value for name, value in self.cache_dict.items() if not _ragged(name)}
+        return ActivationCache(aligned, self.model)._batch_size()
+
+    def remove_batch_dim(self, batch_size: int | None = None) -> Self:
+        """Drop the batch axis of a batch of one; rows of single experts have none and stay as they are.
+
+        Raises:
+            InputError: the batch has more than one item.
+        """
+        if not self.has_batch_dim:
+            return self
+        size = self._batch_size() if batch_size is None else batch_size
+        if size != 1:
+            raise InputError(f"the cache holds a batch of {size}; only a batch of one can lose its batch axis")
+        for name, value in self.cache_dict.items():
+            if not _ragged(name) and value.ndim > 0 and len(value) == 1:
+                self.cache_dict[name] = value[0]
+        self.tokens = None if self.tokens is None else self.tokens[0]
+        self.mask = None if self.mask is None else self.mask[0]
+        self.has_batch_dim = False
+        return self
+
+    def apply_slice_to_batch_dim(self, batch_slice: Slice | SliceInput) -> Self:
+        """A cache of some items of the batch: views. Rows of single experts, which do not say whose, are left out.
+
+        Raises:
+            InputError: there is no batch axis.
+        """
+        if not self.has_batch_dim:
+            raise InputError("the cache has no batch axis to slice: it was removed")
+        items = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
+        size = self._batch_size()
+        sliced = copy.copy(self)
+        sliced.cache_dict = {
+            # Where the first axis is not the batch, TransformerLens keeps one tensor for all items.
+            name: items.apply(value) if value.ndim > 0 and len(value) == size else value
+            for name, value in self.cache_dict.items()
+            if not _ragged(name)
+        }
+        sliced.tokens = None if self.tokens is None else items.apply(self.tokens)
+        sliced.mask = None if self.mask is None else items.apply(self.mask)
+        sliced.has_batch_dim = items.mode != "int"
+        return sliced
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
+        """Move everything to a device, and floating-point tensors to a dtype. Changes the cache and returns it."""
+
+        def moved(value: Tensor) -> Tensor:
+            return value.to(device, dtype if value.is_floating_point() else None)
+
+        self.cache_dict = {name: moved(value) for name, value in self.cache_dict.items()}
+        self.tokens = None if self.tokens is None else moved(self.tokens)
+        self.mask = None if self.mask is None else moved(self.mask)
+        return self
+
+    # On disk
+
+    def to_disk(self, path: str | Path) -> None:
+        """Write everything to one safetensors file, bit for bit; a tensor that has two names is written once."""
+        tensors: dict[str, Tensor] = {}
+        owners: dict[tuple[Any, ...], str] = {}
+        same: dict[str, str] = {}
+        storages: set[int] = set()
+        for name, value in self.cache_dict.items():
+            same[name] = owners.setdefault((value.data_ptr(), value.shape, value.stride(), value.dtype), name)
+            if same[name] == name:
+                storage = value.untyped_storage().data_ptr()
+                tensors[name] = value.clone() if storage in storages else value  # safetensors refuses shared memory
+                storages.add(storage)
+        extra = {"tokens": self.tokens, "mask": self.mask}
+        tensors |= {name: value for name, value in extra.items() if value is not None}
+        header = {"names": same, "has_batch_dim": self.has_batch_dim, "model": _identity(self.model)}
+        save_tensors(path, type(self).__name__, tensors, header)
+
+    @classmethod
+    def from_disk(cls, path: str | Path, model: HookedModel) -> Self:
+        """Read what `to_disk` wrote, onto the CPU.
+
+        Raises:
+            InputError: the file is missing, broken or holds something else, or another model made it.
+        """
+        tensors, header = load_tensors(path, cls.__name__)
+        for what, here in _identity(model).items():
+            there = header["model"].get(what)
+            if there != here:
+                raise InputError(f"{path} was made by a model with {what} {there!r}; this one has {here!r}")
+        lost = set(header["names"].values()) - tensors.keys()
+        if lost:
+            raise InputError(f"{path} is not whole: it lacks {', '.join(sorted(lost))}")
+        return cls(
+            {name: tensors[stored] for name, stored in header["names"].items()},
+            model,
+            header["has_batch_dim"],
+            tokens=tensors.get("tokens"),
+            mask=tensors.get("mask"),
+        )
+
+
+def _ragged(name: str) -> bool:
+    """Whether a tensor has one row per token that an expert got, and so neither batch nor position axis."""
+    return names.parse_expert(name.removesuffix(_GRAD)) is not None
+
+
+def _identity(model: HookedModel) -> dict[str, Any]:
+    """What tells one model from another: the last part of its name, wherever it was loaded from, and its sizes."""
+    sizes = {name: getattr(model.cfg, name) for name in ("n_layers", "d_model", "d_vocab")}
+    return {
+        "name": PurePath(model.cfg.model_name).name,
+        **sizes,
+        "n_experts": model.n_experts,
+        "top_k": model.top_k,
+        "moe_layers": list(model.moe_layers),
+    }
