@@ -1,0 +1,81 @@
+"""Token batches: each passage on its own row, counted once, and nothing else counted."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_lens.data import Domain, Passage, tokenize
+from moe_lens.errors import InputError
+
+BOS, PAD = 0, 1
+
+
+class Letters:
+    """A tokenizer of letters; "~" is the literal text of a special token."""
+
+    all_special_ids = [BOS, PAD, 126]
+    pad_token_id = PAD
+    bos_token_id: int | None = BOS
+
+    def __init__(self, bos: bool = True):
+        self.tokenizer = self
+        self.bos = bos
+
+    def to_tokens(self, text: str, *, truncate: bool) -> torch.Tensor:
+        assert not truncate
+        return torch.tensor([[BOS] * self.bos + [ord(letter) for letter in text]])
+
+
+def domain(*texts: tuple[str, str]) -> Domain:
+    return Domain("d", tuple(Passage(text, source, f"f:{i}") for i, (text, source) in enumerate(texts, start=1)))
+
+
+words = st.text("abcdefgh", min_size=2, max_size=30)
+
+
+@given(st.lists(st.tuples(words, st.sampled_from("xyz")), min_size=1, max_size=12), st.booleans(), st.integers(4, 40))
+def test_with_room_every_letter_is_there_once(texts, bos, context):
+    tokens = tokenize(domain(*texts), Letters(bos), n_tokens=10**6, context=context, batch_tokens=64)
+    seen: Counter[str] = Counter()
+    for batch in tokens:
+        assert batch.tokens.shape[1] <= context
+        assert batch.tokens.numel() <= 64 or len(batch.sources) == 1
+        assert (batch.tokens[~batch.mask] == PAD).all()
+        assert torch.equal(batch.counted, batch.mask & (batch.tokens != BOS))
+        assert (batch.mask.int().diff(dim=1) <= 0).all()  # padding stands on the right
+        if bos:
+            assert (batch.tokens[:, 0] == BOS).all()
+        seen += Counter(chr(i) for i in batch.tokens[batch.counted].tolist())
+    whole = Counter("".join(text for text, _ in texts))
+    room = context - bos
+    lost = Counter(
+        "".join(text[-1] for text, _ in texts if len(text) % room == 1)
+    )  # a window of one letter predicts nothing
+    assert seen == whole - lost
+    assert tokens.n_tokens == seen.total()
+
+
+def test_special_tokens_inside_a_text_are_not_counted():
+    (batch,) = tokenize(domain(("ab~c", "x")), Letters(), n_tokens=10, context=16)
+    assert batch.counted.tolist() == [[False, True, True, False, True]]
+
+
+def test_budget_is_spread_over_sources():
+    texts = [("a" * 10, f"long{i}") for i in range(5) for _ in range(20)]
+    tokens = tokenize(domain(*texts), Letters(), n_tokens=50, context=16)
+    assert tokens.n_tokens == 50
+    assert len(tokens.sources) == 5
+
+
+def test_same_seed_same_choice_and_another_seed_another():
+    texts = [(letter * 5, letter) for letter in "abcdefghijklmnop"]
+    chosen = [tokenize(domain(*texts), Letters(), n_tokens=20, context=16, seed=seed).sources for seed in (0, 0, 1)]
+    assert chosen[0] == chosen[1] != chosen[2]
+
+
+def test_text_of_one_token_is_named():
+    with pytest.raises(InputError, match="f:2: a text of 1 token"):
+        tokenize(domain(("ab", "x"), ("a", "y")), Letters(), n_tokens=100, context=16)
