@@ -19,11 +19,12 @@ class PartialSum:
     `PartialSum(ranks=[j])` "expert j + residual" in Figure 2 of arXiv 2603.05806. Equal sums compare and hash equal.
 
     Raises:
-        InputError: an unknown `residual`, ranks or experts that are not distinct whole numbers from 0, or both of them.
+        InputError: an unknown `residual`, ranks or experts that are not distinct whole numbers from 0, both of them,
+            or a sum of nothing.
     """
 
     residual: Residual = "mid"
-    """What experts are added to: the stream between attention and experts (u), the stream entering the block, or nothing."""
+    """What experts are added to: the stream between attention and experts (u), that entering the block, or nothing."""
     ranks: Collection[int] | None = None
     """Places by routing weight from 0, the largest; a sorted tuple. None: no restriction; empty: no routed expert."""
     experts: Collection[int] | None = None
@@ -40,6 +41,10 @@ class PartialSum:
             raise InputError("a partial sum chooses by ranks or by experts; got both. Leave one of them out")
         for name in ("ranks", "experts"):
             object.__setattr__(self, name, _whole_numbers(name, getattr(self, name)))
+        if not self.label:
+            raise InputError(
+                "a partial sum of nothing: no residual, no routed expert, no shared experts. Ask for one of them"
+            )
 
     @property
     def restricted(self) -> bool:
@@ -58,7 +63,7 @@ class PartialSum:
                 parts.append(f"{name}{'s' if len(chosen) > 1 else ''} {_spans(chosen)}{suffix}")
         if self.shared:
             parts.append("shared")
-        return " + ".join(parts) or "nothing"
+        return " + ".join(parts)
 
     @classmethod
     def each_rank(cls, top_k: int) -> tuple["PartialSum", ...]:

@@ -17,7 +17,10 @@ class RouterFamily(Protocol):
 
 @runtime_checkable
 class HookedModel(Protocol):
-    """A model with hooked routers and experts, as `HookedMoE` is."""
+    """A model with hooked routers and experts, as `HookedMoE` is.
+
+    It also has TransformerLens's modules `blocks` and `ln_final`; a check at run time does not see modules.
+    """
 
     @property
     def cfg(self) -> Any:
@@ -47,11 +50,6 @@ class HookedModel(Protocol):
     @property
     def top_k(self) -> int:
         """Routed experts active per token."""
-        ...
-
-    @property
-    def ln_final(self) -> Any:
-        """The hooked final norm: `original_component.weight` is its gain, less one if `uses_weight_offset`."""
         ...
 
     @property

@@ -28,7 +28,7 @@ class _Chosen:
     logits: Float[Tensor, "*axes n_experts"] | None = None
     """Router logits of all experts."""
     probs: Float[Tensor, "*axes n_experts"] | None = None
-    """Affinity of all experts: softmax or sigmoid of the logits, whichever the family has, without any selection bias."""
+    """Affinity of all experts: softmax or sigmoid of the logits, whichever the family has; no selection bias."""
     mask: Bool[Tensor, "*tokens"] | None = None
     """True at real tokens, [batch, pos]; None when there is no padding."""
 

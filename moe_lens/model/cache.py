@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -38,6 +38,15 @@ class ResidualSum:
     """The sum that was asked for."""
     dense: bool
     """Whether the layer has no experts, so that its whole MLP stands where the experts would."""
+
+
+class _Part(NamedTuple):
+    """Components of the residual stream that come from the same hooks."""
+
+    labels: list[str]
+    hooks: list[str]
+    moe_layer: int | None = None
+    """For routed experts, the layer they are in."""
 
 
 class MoECache(AttributionCache):
@@ -130,11 +139,11 @@ class MoECache(AttributionCache):
         return ResidualSum(values, layer, which, dense)
 
     def _terms(self, layer: int, which: PartialSum, dense: bool) -> Iterator[Tensor]:
+        if dense and (which.ranks or which.experts):
+            raise HookError(self._dense(layer, repr(which.label)))
         if which.residual != "none":
             yield self[names.block(names.RESID_MID if which.residual == "mid" else names.RESID_PRE, layer)]
         if dense:
-            if which.ranks or which.experts:
-                raise HookError(self._dense(layer, f"{which.label!r}"))
             if not which.restricted:
                 yield self[names.block(names.BLOCK_MLP_OUT, layer)]
             return
@@ -204,54 +213,49 @@ class MoECache(AttributionCache):
         where = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
         n_layers = self.model.cfg.n_layers
         end = n_layers if layer in (None, -1, n_layers) else self._layer(layer)
-        labels, wanted = self._components(end, by)
-        self._require(*wanted)
-        embed = where.apply(self[names.block(names.RESID_PRE, 0)], dim=-2)
+        parts = list(self._parts(end, by))
+        self._require(*(hook for part in parts for hook in part.hooks))
+        labels = [label for part in parts for label in part.labels]
+        embed = where.apply(self[parts[0].hooks[0]], dim=-2)
         stack = embed.new_zeros(len(labels), *embed.shape)
-        stack[0] = embed
-        row = 1
-        for index in range(end):
-            routed = index in self.model.moe_layers
-            stack[row] = where.apply(self[names.block(names.ATTN_OUT, index)], dim=-2)
-            row += 1
-            if not routed or self.model.n_shared_experts:
-                rest = names.mlp(names.SHARED_OUT, index) if routed else names.block(names.BLOCK_MLP_OUT, index)
-                stack[row] = where.apply(self[rest], dim=-2)
-                row += 1
-            if routed:
-                slots = where.apply(self._slots(index, weighted=True), dim=-3).movedim(-2, 0)
-                count = self.model.top_k if by == "rank" else self.model.n_experts
-                part = stack[row : row + count]
-                if by == "rank":
-                    part.copy_(slots)
-                else:
-                    chosen = where.apply(self[names.mlp(names.EXPERT_INDICES, index)], dim=-2).movedim(-1, 0)
-                    part.scatter_(0, chosen[..., None].expand_as(slots).to(part.device), slots.to(part))
-                row += count
+        row = 0
+        for part in parts:
+            rows = stack[row : row + len(part.labels)]
+            if part.moe_layer is None:
+                rows[0] = where.apply(self[part.hooks[0]], dim=-2)
+            else:
+                self._fill(rows, part.moe_layer, by, where)
+            row += len(rows)
         if apply_ln:
             stack = self.apply_ln_to_stack(stack, end, pos_slice=where, has_batch_dim=self.has_batch_dim)
         return (stack, labels) if return_labels else stack
 
-    def _components(self, end: int, by: str) -> tuple[list[str], list[str]]:
-        """Labels of the components before block `end`, and the hooks that hold them."""
-        labels, wanted = ["embed"], [names.block(names.RESID_PRE, 0)]
+    def _parts(self, end: int, by: str) -> Iterator[_Part]:
+        """What stands before block `end`, in order."""
+        yield _Part(["embed"], [names.block(names.RESID_PRE, 0)])
         for layer in range(end):
-            labels.append(f"{layer}_attn_out")
-            wanted.append(names.block(names.ATTN_OUT, layer))
+            yield _Part([f"{layer}_attn_out"], [names.block(names.ATTN_OUT, layer)])
             if layer not in self.model.moe_layers:
-                labels.append(f"{layer}_mlp_out")
-                wanted.append(names.block(names.BLOCK_MLP_OUT, layer))
+                yield _Part([f"{layer}_mlp_out"], [names.block(names.BLOCK_MLP_OUT, layer)])
                 continue
             if self.model.n_shared_experts:
-                labels.append(f"{layer}_shared_out")
-                wanted.append(names.mlp(names.SHARED_OUT, layer))
-            count = self.model.top_k if by == "rank" else self.model.n_experts
-            labels += [f"{layer}_{by}_{number}" for number in range(count)]
+                yield _Part([f"{layer}_shared_out"], [names.mlp(names.SHARED_OUT, layer)])
+            ready = [names.mlp(names.EXPERT_WEIGHTED, layer)]
             made = [names.mlp(names.EXPERT_OUT, layer), names.mlp(names.ROUTING_WEIGHTS, layer)]
-            wanted += made if all(name in self for name in made) else [names.mlp(names.EXPERT_WEIGHTED, layer)]
+            hooks = made if ready[0] not in self and all(name in self for name in made) else ready
             if by == "expert":
-                wanted.append(names.mlp(names.EXPERT_INDICES, layer))
-        return labels, wanted
+                hooks = [*hooks, names.mlp(names.EXPERT_INDICES, layer)]
+            count = self.model.top_k if by == "rank" else self.model.n_experts
+            yield _Part([f"{layer}_{by}_{number}" for number in range(count)], hooks, layer)
+
+    def _fill(self, rows: Tensor, layer: int, by: str, where: Slice) -> None:
+        """Write a layer's routed components into `rows`, [component, batch, pos, d_model], which are zero."""
+        slots = where.apply(self._slots(layer, weighted=True), dim=-3).movedim(-2, 0)
+        if by == "rank":
+            rows.copy_(slots)
+        else:
+            chosen = where.apply(self[names.mlp(names.EXPERT_INDICES, layer)], dim=-2).movedim(-1, 0)
+            rows.scatter_(0, chosen[..., None].expand_as(slots).to(rows.device), slots.to(rows))
 
 
 def _affinity(logits: Float[Tensor, "*tokens n_experts"], score: str) -> Float[Tensor, "*tokens n_experts"]:
