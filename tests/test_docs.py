@@ -1,0 +1,43 @@
+"""The guide's code runs as it is written, and the API pages hold every public name."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.test_public_api import PUBLIC
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def code_of(page: Path) -> str:
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE))
+
+
+@pytest.mark.slow
+def test_get_started_runs_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    values: dict[str, Any] = {}
+    exec(compile(code_of(DOCS / "get-started.md"), "get-started.md", "exec"), values)
+    assert capsys.readouterr().out
+    for edited in ("rerouted", "muted", "doubled"):
+        assert (values[edited] != values["logits"]).any()
+    assert values["attribution"].max() == values["attribution"][values["best"]]
+
+
+def test_every_public_name_has_its_place_in_the_api_pages():
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
+    shown = set(re.findall(r"^::: moe_lens\.(\w+)$", pages, re.MULTILINE))
+    modules = set(re.findall(r"^::: moe_lens\.(names|errors)$", pages, re.MULTILINE))
+    assert modules == {"names", "errors"}
+    missing = {name for name in PUBLIC if not name.endswith("Error") and not name.startswith("_")} - shown
+    assert not missing
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in DOCS.rglob("*.md"):
+        assert f": {page.relative_to(DOCS).as_posix()}\n" in navigation
