@@ -85,6 +85,8 @@ def main() -> None:
     parser.add_argument("--adam-lr", type=float, default=4e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--balance", type=float, default=1e-3)
+    parser.add_argument("--balance-later", type=float, nargs=2, default=None, metavar=("STEP", "ALPHA"),
+                        help="another balance from a step on: routing specialises first, and no expert is left behind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--save-minutes", type=float, default=4.0)
@@ -117,12 +119,13 @@ def main() -> None:
         for o in optimizers:
             for group in o.param_groups:
                 group["lr"] = group["peak"] * factor
+        alpha = args.balance if not args.balance_later or step < args.balance_later[0] else args.balance_later[1]
         parts = data.batch(step, rank, args.batch).split(args.micro)
         total = torch.zeros(2, device=device)
         for part in parts:
             losses, balance = run(part.to(device))
             loss = losses.mean()
-            ((loss + args.balance * balance) / len(parts)).backward()
+            ((loss + alpha * balance) / len(parts)).backward()
             total += torch.stack([loss.detach(), balance.detach()]) / len(parts)
         total = average_gradients(model, total)
         for o in optimizers:
@@ -136,7 +139,9 @@ def main() -> None:
             print(json.dumps(entry), file=log, flush=True)
         if rank == 0 and (time.time() - saved > 60 * args.save_minutes or step == last - 1):
             optimizer_states = [o.state_dict() for o in optimizers]
-            save(path, {"model": model.state_dict(), "optimizers": optimizer_states, "step": step + 1, "args": vars(args) | {"folder": str(args.folder)}})
+            settings = vars(args) | {"folder": str(args.folder)}
+            whole = {"model": model.state_dict(), "optimizers": optimizer_states, "step": step + 1, "args": settings}
+            save(path, whole)
             saved = time.time()
     if world > 1:
         dist.destroy_process_group()
