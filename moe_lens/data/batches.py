@@ -97,12 +97,11 @@ def tokenize(
             found += sum(token not in special for token in window)
             if found >= n_tokens:
                 break
-    padding = encoder.tokenizer.pad_token_id
     rows.sort(key=lambda row: len(row[0]))
     batches, start = [], 0
     for end in range(1, len(rows) + 1):
         if end == len(rows) or (end - start + 1) * len(rows[end][0]) > batch_tokens:
-            batches.append(_batch(rows[start:end], special, 0 if padding is None else int(padding)))
+            batches.append(_batch(rows[start:end], special))
             start = end
     return Tokens(domain.name, tuple(batches))
 
@@ -136,9 +135,9 @@ def _windows(passage: Passage, encoder: Encoder, context: int) -> Iterator[list[
             yield opening + window
 
 
-def _batch(rows: list[tuple[list[int], str]], special: set[int], padding: int) -> TokenBatch:
+def _batch(rows: list[tuple[list[int], str]], special: set[int]) -> TokenBatch:
     width = max(len(ids) for ids, _ in rows)
-    tokens = torch.tensor([ids + [padding] * (width - len(ids)) for ids, _ in rows])
+    tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])  # any id will do: it is masked
     mask = torch.arange(width) < torch.tensor([len(ids) for ids, _ in rows])[:, None]
     counted = mask & ~torch.isin(tokens, torch.tensor(sorted(special), dtype=torch.long))
     return TokenBatch(tokens, mask, counted, tuple(source for _, source in rows))
