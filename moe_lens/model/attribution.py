@@ -5,11 +5,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.utilities import Slice, SliceInput
 
 from moe_lens import names
 from moe_lens.errors import InputError
-from moe_lens.model.hook_cache import HookCache
+from moe_lens.model.hook_cache import Cut, HookCache, as_slice
 
 
 class AttributionCache(HookCache):
@@ -20,8 +19,8 @@ class AttributionCache(HookCache):
         residual_stack: Float[Tensor, "component *tokens d_model"],
         layer: int | None = None,
         mlp_input: bool = False,
-        pos_slice: Slice | SliceInput = None,
-        batch_slice: Slice | SliceInput = None,
+        pos_slice: Cut = None,
+        batch_slice: Cut = None,
         has_batch_dim: bool = True,
         recompute_ln: bool = False,
     ) -> Float[Tensor, "component *sliced d_model"]:
@@ -32,7 +31,7 @@ class AttributionCache(HookCache):
         n_layers = self.model.cfg.n_layers
         final = layer in (None, -1, n_layers)
         scaled = super().apply_ln_to_stack(
-            residual_stack, layer, mlp_input, pos_slice, batch_slice, has_batch_dim, recompute_ln
+            residual_stack, layer, mlp_input, as_slice(pos_slice), as_slice(batch_slice), has_batch_dim, recompute_ln
         )
         if final and recompute_ln:
             return scaled  # computed by the norm itself, gain included
@@ -45,8 +44,8 @@ class AttributionCache(HookCache):
         residual_stack: Float[Tensor, "component *tokens d_model"],
         tokens: str | int | Int[Tensor, "..."],
         incorrect_tokens: str | int | Int[Tensor, "..."] | None = None,
-        pos_slice: Slice | SliceInput = None,
-        batch_slice: Slice | SliceInput = None,
+        pos_slice: Cut = None,
+        batch_slice: Cut = None,
         has_batch_dim: bool = True,
     ) -> Float[Tensor, "component *sliced"]:
         """What each component adds to a token's logit, or to the difference of two logits, with the final norm frozen.
@@ -75,8 +74,8 @@ class AttributionCache(HookCache):
                 shapes = tuple(direction.shape[:-1]), tuple(other.shape[:-1])
                 raise InputError(f"tokens and incorrect_tokens have shapes {shapes}; expected the same")
             direction = direction - other
-        items = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
-        where = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
+        items = as_slice(batch_slice)
+        where = as_slice(pos_slice)
         stack = items.apply(residual_stack, dim=1) if has_batch_dim else residual_stack
         batched = has_batch_dim and items.mode != "int"
         if batched and stack.ndim == 4 and direction.ndim == 2 and len(direction) == stack.shape[1]:

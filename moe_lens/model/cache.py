@@ -7,11 +7,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from transformer_lens.utilities import Slice, SliceInput
+from transformer_lens.utilities import Slice
 
 from moe_lens import names
 from moe_lens.errors import HookError, InputError
 from moe_lens.model.attribution import AttributionCache
+from moe_lens.model.hook_cache import Cut, as_slice
 from moe_lens.partial_sum import PartialSum
 from moe_lens.routing import LayerRouting
 
@@ -186,7 +187,7 @@ class MoECache(AttributionCache):
         *,
         by: Literal["rank", "expert"] = "rank",
         apply_ln: bool = False,
-        pos_slice: Slice | SliceInput = None,
+        pos_slice: Cut = None,
         return_labels: bool = True,
     ) -> Any:
         """The residual stream entering a block, or leaving the last one, as a stack of components that sum to it.
@@ -210,7 +211,7 @@ class MoECache(AttributionCache):
         """
         if by not in ("rank", "expert"):
             raise InputError(f"by is {by!r}; expected 'rank' or 'expert'")
-        where = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
+        where = as_slice(pos_slice)
         n_layers = self.model.cfg.n_layers
         end = n_layers if layer in (None, -1, n_layers) else self._layer(layer)
         parts = list(self._parts(end, by))

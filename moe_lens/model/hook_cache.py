@@ -2,13 +2,15 @@
 
 import copy
 from pathlib import Path, PurePath
-from typing import Any, Self
+from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
+from numpy.typing import NDArray
 from torch import Tensor
 from transformer_lens.ActivationCache import ActivationCache
-from transformer_lens.utilities import Slice, SliceInput, get_act_name
+from transformer_lens.utilities import Slice, get_act_name
 
 from moe_lens import names
 from moe_lens.errors import HookError, InputError
@@ -16,6 +18,16 @@ from moe_lens.protocols import HookedModel
 from moe_lens.storage import load_tensors, save_tensors
 
 _GRAD = "_grad"
+Cut = Slice | int | np.integer[Any] | tuple[int, ...] | list[int] | Tensor | NDArray[Any] | None
+"""TransformerLens's `SliceInput`, or a `Slice`: `3`, `(2, 5)` for 2:5, `[1, 4]`, or None for everything."""
+
+# Not typing.Self, which the run-time checker of annotations in tests cannot place.
+_Cache = TypeVar("_Cache", bound="HookCache")
+
+
+def as_slice(where: Cut) -> Slice:
+    """TransformerLens's `Slice` of whatever stands for one."""
+    return where if isinstance(where, Slice) else Slice(cast(Any, where))
 
 
 class HookCache(ActivationCache):
@@ -110,7 +122,7 @@ class HookCache(ActivationCache):
         aligned = {name: value for name, value in self.cache_dict.items() if not _ragged(name)}
         return ActivationCache(aligned, self.model)._batch_size()
 
-    def remove_batch_dim(self, batch_size: int | None = None) -> Self:
+    def remove_batch_dim(self: _Cache, batch_size: int | None = None) -> _Cache:
         """Drop the batch axis of a batch of one; rows of single experts have none and stay as they are.
 
         Raises:
@@ -129,7 +141,7 @@ class HookCache(ActivationCache):
         self.has_batch_dim = False
         return self
 
-    def apply_slice_to_batch_dim(self, batch_slice: Slice | SliceInput) -> Self:
+    def apply_slice_to_batch_dim(self: _Cache, batch_slice: Cut) -> _Cache:
         """A cache of some items of the batch: views. Rows of single experts, which do not say whose, are left out.
 
         Raises:
@@ -137,7 +149,7 @@ class HookCache(ActivationCache):
         """
         if not self.has_batch_dim:
             raise InputError("the cache has no batch axis to slice: it was removed")
-        items = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
+        items = as_slice(batch_slice)
         size = self._batch_size()
         sliced = copy.copy(self)
         sliced.cache_dict = {
@@ -151,7 +163,7 @@ class HookCache(ActivationCache):
         sliced.has_batch_dim = items.mode != "int"
         return sliced
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
+    def to(self: _Cache, device: torch.device | str, dtype: torch.dtype | None = None) -> _Cache:
         """Move everything to a device, and floating-point tensors to a dtype. Changes the cache and returns it."""
 
         def moved(value: Tensor) -> Tensor:
@@ -182,7 +194,7 @@ class HookCache(ActivationCache):
         save_tensors(path, type(self).__name__, tensors, header)
 
     @classmethod
-    def from_disk(cls, path: str | Path, model: HookedModel) -> Self:
+    def from_disk(cls: type[_Cache], path: str | Path, model: HookedModel) -> _Cache:
         """Read what `to_disk` wrote, onto the CPU.
 
         Raises:

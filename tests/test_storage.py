@@ -1,0 +1,67 @@
+"""Files are whole or not there, and say what they are."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from moe_lens.errors import InputError
+from moe_lens.storage import load_tensors, save_tensors
+
+
+def test_tensors_and_header_come_back_bit_for_bit(tmp_path: Path):
+    tensors = {
+        "half": torch.randn(3, 4).bfloat16(),
+        "view": torch.randn(4, 6).T[1:3],
+        "ids": torch.arange(5),
+        "empty": torch.zeros(0, 7),
+        "flags": torch.tensor([True, False]),
+    }
+    header = {"layers": [1, 2], "text": "é", "nothing": None}
+    save_tensors(tmp_path / "new" / "file.safetensors", "Test", tensors, header)
+    loaded, found = load_tensors(tmp_path / "new" / "file.safetensors", "Test")
+    assert loaded.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert loaded[name].dtype == value.dtype and torch.equal(loaded[name], value)
+    assert found.items() >= header.items()
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path):
+    path = tmp_path / "file"
+    save_tensors(path, "Test", {"a": torch.ones(2)}, {})
+    shared = torch.zeros(3)
+    with pytest.raises(RuntimeError, match="share memory"):
+        save_tensors(path, "Test", {"a": shared, "b": shared}, {})
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+    assert torch.equal(load_tensors(path, "Test")[0]["a"], torch.ones(2))
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path):
+    whole = tmp_path / "whole"
+    save_tensors(whole, "Test", {"a": torch.ones(200)}, {})
+    (tmp_path / "truncated").write_bytes(whole.read_bytes()[:-10])
+    (tmp_path / "empty").touch()
+    (tmp_path / "text").write_text("{}")
+    save_file({"a": torch.ones(2)}, tmp_path / "foreign")
+    for name, message in (
+        ("truncated", "cannot be read as safetensors"),
+        ("empty", "cannot be read as safetensors"),
+        ("text", "cannot be read as safetensors"),
+        ("", "cannot be read as safetensors"),
+        ("absent", "there is no file"),
+        ("foreign", "something that moe_lens did not write; expected a Test"),
+    ):
+        with pytest.raises(InputError, match=message) as error:
+            load_tensors(tmp_path / name, "Test")
+        assert str(tmp_path / name) in str(error.value)
+    with pytest.raises(InputError, match="holds Test; expected a Routing"):
+        load_tensors(whole, "Routing")
+
+
+def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("moe_lens.storage._VERSION", 2)
+    save_tensors(tmp_path / "file", "Test", {"a": torch.ones(2)}, {})
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="format version 2; this moe_lens reads 1"):
+        load_tensors(tmp_path / "file", "Test")
