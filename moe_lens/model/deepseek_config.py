@@ -1,6 +1,6 @@
 """The config of DeepSeekMoE: the original's words and defaults, in a closed world."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, no_type_check
 
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
@@ -81,6 +81,7 @@ _POSITIVE = (
 )
 
 
+@no_type_check  # `strict` checks types itself, and takes keys beyond the fields, which a second checker would refuse
 @strict
 class DeepseekConfig(PreTrainedConfig):
     """Config of DeepSeekMoE (arXiv 2401.06066; `deepseek-ai/deepseek-moe-16b-*`).
