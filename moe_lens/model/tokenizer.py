@@ -22,7 +22,8 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False, **kwar
     """Load a checkpoint's tokenizer.
 
     Transformers 5 ignores `add_bos_token` and `add_eos_token` of tokenizer_config.json where a tokenizer.json lies
-    beside it; here they count. A chat template writes its own BOS, and `apply_chat_template` then adds no second one.
+    beside it; here they count. A chat template writes its own BOS, and `apply_chat_template` then adds no second one
+    (text that it returns with `tokenize=False` is to be tokenised with `add_special_tokens=False`).
 
     Args:
         name_or_path: name on the hub, or folder.
