@@ -1,7 +1,7 @@
 """Token batches: a budget of tokens spread over the sources of a domain, each passage in a row of its own."""
 
 import random
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -18,6 +18,7 @@ from moe_lens.errors import InputError
 class Encoder(Protocol):
     """What is asked of a model to tokenise for it."""
 
+    cfg: Any
     tokenizer: Any
 
     def to_tokens(self, text: str, *, truncate: bool) -> Int[Tensor, "1 pos"]:
@@ -72,8 +73,9 @@ def tokenize(
 ) -> Tokens:
     """Choose passages until there are `n_tokens` of text, and batch them.
 
-    Sources take turns in a random order, and within a source the passages do, so that a small budget still sees as many
-    sources as it can. A passage longer than `context` is cut into windows, each opened by BOS if the model has one.
+    A passage longer than `context` is cut into windows, each opened by BOS if the model has one. Sources take turns in
+    a random order, a window each time, so that a small budget still sees as many sources as it can; within a source,
+    passages come in a random order.
 
     Args:
         domain: The texts.
@@ -84,19 +86,17 @@ def tokenize(
         seed: Of the order.
 
     Raises:
-        InputError: A text of fewer than two tokens came up; the message names file and line.
+        InputError: A text of fewer than two tokens came up, or one with tokens that the model does not have; the
+            message names file and line.
     """
     rows: list[tuple[list[int], str]] = []
     special = set(encoder.tokenizer.all_special_ids)
     found = 0
-    for passage in _in_turns(domain, seed):
+    for window, source in _in_turns(domain, encoder, context, seed):
+        rows.append((window, source))
+        found += sum(token not in special for token in window)
         if found >= n_tokens:
             break
-        for window in _windows(passage, encoder, context):
-            rows.append((window, passage.source))
-            found += sum(token not in special for token in window)
-            if found >= n_tokens:
-                break
     rows.sort(key=lambda row: len(row[0]))
     batches, start = [], 0
     for end in range(1, len(rows) + 1):
@@ -106,33 +106,44 @@ def tokenize(
     return Tokens(domain.name, tuple(batches))
 
 
-def _in_turns(domain: Domain, seed: int) -> Iterator[Passage]:
+def _in_turns(domain: Domain, encoder: Encoder, context: int, seed: int) -> Iterator[tuple[list[int], str]]:
     shuffled = random.Random(seed)
     by_source: dict[str, list[Passage]] = defaultdict(list)
     for passage in domain.passages:
         by_source[passage.source].append(passage)
-    queues = list(by_source.values())
-    shuffled.shuffle(queues)
-    for queue in queues:
-        shuffled.shuffle(queue)
-    for turn in range(max(map(len, queues))):
-        yield from (queue[turn] for queue in queues if turn < len(queue))
+    order = list(by_source)
+    shuffled.shuffle(order)
+    for passages in by_source.values():
+        shuffled.shuffle(passages)
+    waiting = deque((source, _windows(by_source[source], encoder, context)) for source in order)
+    while waiting:
+        source, windows = waiting.popleft()
+        window = next(windows, None)
+        if window is not None:
+            yield window, source
+            waiting.append((source, windows))
 
 
-def _windows(passage: Passage, encoder: Encoder, context: int) -> Iterator[list[int]]:
-    ids = encoder.to_tokens(passage.text, truncate=False)[0].tolist()
-    bos = encoder.tokenizer.bos_token_id
-    opening = [bos] if bos is not None and ids[:1] == [bos] else []
-    text = ids[len(opening) :]
-    if len(text) < 2:
-        raise InputError(
-            f"{passage.origin}: a text of {len(text)} token; at least two are needed to predict one from another"
-        )
-    room = context - len(opening)
-    for start in range(0, len(text), room):
-        window = text[start : start + room]
-        if len(window) >= 2:  # a single left-over token predicts nothing
-            yield opening + window
+def _windows(passages: list[Passage], encoder: Encoder, context: int) -> Iterator[list[int]]:
+    for passage in passages:
+        ids = encoder.to_tokens(passage.text, truncate=False)[0].tolist()
+        bos = encoder.tokenizer.bos_token_id
+        opening = [bos] if bos is not None and ids[:1] == [bos] else []
+        text = ids[len(opening) :]
+        if len(text) < 2:
+            raise InputError(
+                f"{passage.origin}: a text of {len(text)} token; at least two are needed to predict one from another"
+            )
+        if (unknown := max(ids)) >= encoder.cfg.d_vocab:
+            raise InputError(
+                f"{passage.origin}: the tokenizer gives token {unknown}, and the model has {encoder.cfg.d_vocab};"
+                " is it the tokenizer of another model?"
+            )
+        room = context - len(opening)
+        for start in range(0, len(text), room):
+            window = text[start : start + room]
+            if len(window) >= 2:  # a single left-over token predicts nothing
+                yield opening + window
 
 
 def _batch(rows: list[tuple[list[int], str]], special: set[int]) -> TokenBatch:

@@ -1,6 +1,7 @@
 """Token batches: each passage on its own row, counted once, and nothing else counted."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ class Letters:
 
     def __init__(self, bos: bool = True):
         self.tokenizer = self
+        self.cfg = SimpleNamespace(d_vocab=128)
         self.bos = bos
 
     def to_tokens(self, text: str, *, truncate: bool) -> torch.Tensor:
@@ -67,6 +69,17 @@ def test_budget_is_spread_over_sources():
     tokens = tokenize(domain(*texts), Letters(), n_tokens=50, context=16)
     assert tokens.n_tokens == 50
     assert len(tokens.sources) == 5
+
+
+def test_a_long_passage_does_not_take_the_budget_of_other_sources():
+    texts = [("a" * 100, "long"), ("b" * 10, "x"), ("c" * 10, "y")]
+    tokens = tokenize(domain(*texts), Letters(), n_tokens=30, context=11)
+    assert tokens.sources == ("long", "x", "y")
+
+
+def test_tokens_that_the_model_lacks_are_refused():
+    with pytest.raises(InputError, match="f:1: the tokenizer gives token 233, and the model has 128;"):
+        tokenize(domain(("caf\u00e9", "x")), Letters(), n_tokens=30, context=11)
 
 
 def test_same_seed_same_choice_and_another_seed_another():

@@ -1,0 +1,78 @@
+"""The extended LogitLens at one position of an example text (arXiv 2603.05806, Figure 2)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moe_lens.data import Domain
+from moe_lens.lenses import LensResult, LogitLens
+from moe_lens.partial_sum import PartialSum
+
+EXAMPLE_TOKENS = 24
+
+
+@dataclass(frozen=True, eq=False)
+class LensExample:
+    """What the lens reads at the last token of a prompt."""
+
+    domain: str
+    origin: str
+    """File and line of the passage."""
+    prompt: tuple[int, ...]
+    """Token ids, BOS among them."""
+    target: int
+    """The token that follows the prompt in the text."""
+    predicted: int
+    """The token that the model holds most likely."""
+    result: LensResult
+    """Of one position, the last of the prompt."""
+    texts: Mapping[int, str]
+    """What every token that occurs reads as."""
+
+
+def figure2(top_k: int) -> tuple[PartialSum, ...]:
+    """Layer output; routed experts + residual; each rank + residual: the columns of the paper's Figure 2."""
+    return PartialSum(shared=True), PartialSum(), *PartialSum.each_rank(top_k)
+
+
+def lens_table(model: Any, domains: Sequence[Domain], *, top: int = 5) -> list[LensExample]:
+    """Figure 2 for one example of each domain, chosen by a fixed rule and not by how it looks.
+
+    The rule: the first passage in the file that has more than `EXAMPLE_TOKENS` tokens (the longest if none has), and in
+    it the position of token number `EXAMPLE_TOKENS`, or of the last but one.
+
+    Args:
+        model: A `HookedMoE`.
+        domains: The texts.
+        top: How many of the most likely tokens to keep for each cell.
+    """
+    lens = LogitLens(model)
+    examples = []
+    for domain in domains:
+        prompt, target, origin = _example(model, domain)
+        with torch.no_grad():
+            logits, cache = model.run_with_cache(torch.tensor([prompt]), names_filter=lens.hooks())
+            result = lens.decode(cache, figure2(model.top_k), positions=[len(prompt) - 1], top=top)
+            predicted = int(logits[0, -1].argmax())
+        occurring = {*prompt, target, predicted, *result.top_tokens.unique().tolist()} - {-1}
+        texts = {token: model.tokenizer.decode([token]) for token in sorted(occurring)}
+        examples.append(LensExample(domain.name, origin, tuple(prompt), target, predicted, result, texts))
+    return examples
+
+
+def _example(model: Any, domain: Domain) -> tuple[list[int], int, str]:
+    longest: tuple[list[int], str] = ([], "")
+    for passage in domain.passages:
+        ids = model.to_tokens(passage.text, truncate=False)[0].tolist()
+        if len(ids) > len(longest[0]):
+            longest = ids, passage.origin
+        opened = ids[:1] == [model.tokenizer.bos_token_id]
+        if len(ids) - opened > EXAMPLE_TOKENS:
+            break
+    else:
+        ids = longest[0]
+        opened = ids[:1] == [model.tokenizer.bos_token_id]
+    end = min(EXAMPLE_TOKENS + opened, len(ids) - 1)
+    return ids[:end], ids[end], longest[1]

@@ -1,0 +1,11 @@
+"""Figures from results: plotly for numbers, rich for the terminal, circuitsvis for tokens."""
+
+from moe_lens.viz.lens import lens_table as lens_table
+from moe_lens.viz.lens import lens_text as lens_text
+from moe_lens.viz.similarity import perplexity_by_k as perplexity_by_k
+from moe_lens.viz.similarity import similarity_by_layer as similarity_by_layer
+from moe_lens.viz.specialisation import experts_for_half as experts_for_half
+from moe_lens.viz.specialisation import most_specialised as most_specialised
+from moe_lens.viz.specialisation import specialisation_map as specialisation_map
+from moe_lens.viz.text import readable as readable
+from moe_lens.viz.tokens import routing_tokens as routing_tokens

@@ -1,0 +1,40 @@
+"""One look for all figures."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+INK, MUTED, GRID = "#1f2933", "#697586", "#e4e7eb"
+PALETTE = ("#2563a8", "#d1495b", "#3b8f5a", "#b7791f", "#7a4fa3", "#0f8b8d", "#8a5a44", "#5b6770")
+"""Of domains, in their order; used again from the start when there are more."""
+SCALE = [[0.0, "#f7fafc"], [0.25, "#c6dbef"], [0.5, "#6baed6"], [0.75, "#2b7bba"], [1.0, "#0b3c6f"]]
+
+
+def colour(number: int) -> str:
+    """Of the domain with this number."""
+    return PALETTE[number % len(PALETTE)]
+
+
+def rgba(hexadecimal: str, opacity: float) -> str:
+    """`#2563a8` at some opacity."""
+    red, green, blue = (int(hexadecimal[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{opacity})"
+
+
+def styled(figure: "Figure", **layout: Any) -> "Figure":
+    """The common look."""
+    figure.update_layout(
+        template="plotly_white",
+        font={"family": FONT, "size": 12, "color": INK},
+        margin={"l": 56, "r": 16, "t": 36, "b": 44},
+        paper_bgcolor="white",
+        plot_bgcolor="white",
+        hoverlabel={"font": {"family": FONT, "size": 12}},
+        **layout,
+    )
+    figure.update_annotations(font_size=12)
+    figure.update_xaxes(gridcolor=GRID, zeroline=False)
+    figure.update_yaxes(gridcolor=GRID, zeroline=False)
+    return figure

@@ -1,0 +1,25 @@
+"""Tokens that can be read: whitespace and control characters are shown, markup is escaped."""
+
+import html
+import unicodedata
+
+VISIBLE = {" ": "␣", "\n": "↵", "\r": "␍", "\t": "⇥", "\ufffd": "�"}
+
+
+def readable(token: str) -> str:
+    """A token as a reader can see it: whitespace as ␣ ↵ ⇥, other unprintable characters as \\x.., an empty one as ∅."""
+    shown = [VISIBLE.get(character) or _printable(character) for character in token]
+    return "".join(shown) or "∅"
+
+
+def _printable(character: str) -> str:
+    if unicodedata.category(character)[0] in "CZ":
+        return (
+            character.encode("unicode_escape").decode("ascii") if ord(character) > 127 else f"\\x{ord(character):02x}"
+        )
+    return character
+
+
+def escaped(token: str) -> str:
+    """`readable`, with what plotly and HTML would take for markup escaped."""
+    return html.escape(readable(token), quote=False)
