@@ -80,8 +80,9 @@ RESIDUAL_HOOKS = (
 )
 """TransformerLens's own, under `blocks.{layer}.`."""
 
-DEAD = ("attn.hook_hidden_states", "rotary_emb.hook_out", "hook_pos_embed")
-"""Endings of TransformerLens's hook names that never fire in any of our families: an edit would be lost."""
+DEAD = ("attn.hook_hidden_states", "rotary_emb.hook_in", "rotary_emb.hook_out", "hook_pos_embed")
+"""Endings of TransformerLens's hook names that never fire in any of our families, or fire with a value that nothing
+reads (rotary embeddings look at the dtype of their input alone): an edit would be lost."""
 
 _EXPERT_NAME = re.compile(r"blocks\.(\d+)\.mlp\.experts\.(\d+)\.(hook_pre_linear|hook_pre|hook_post|hook_out)")
 _MLP_NAME = re.compile(r"blocks\.(\d+)\.(?:mlp\.)?(" + "|".join(ALIASED) + r")")

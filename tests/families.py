@@ -56,7 +56,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **change
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             std = 0.1 if "bias" in parameter_name else 0.25
-            if parameter.dim() >= 2 or "bias" in parameter_name:
+            if parameter.dim() >= 2 or "bias" in parameter_name or "sinks" in parameter_name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
             elif "norm" in parameter_name:
                 parameter.copy_(1 + torch.randn(parameter.shape, generator=generator) * 0.3)

@@ -95,7 +95,9 @@ def build_adapter(model: PreTrainedModel, name: str) -> tuple[ArchitectureAdapte
 def _mend(adapter: ArchitectureAdapter, family: Family) -> None:
     mapping: dict[str, Any] = adapter.component_mapping  # pyright: ignore[reportAssignmentType]
     blocks = mapping["blocks"]
-    for component in (*mapping.values(), *blocks.submodules.values()):
+    attention = [c for c in blocks.submodules.values() if isinstance(c, AttentionBridge)]
+    within = [component for part in attention for component in part.submodules.values()]  # norms of queries and keys
+    for component in (*mapping.values(), *blocks.submodules.values(), *within):
         if isinstance(component, NormalizationBridge):
             adapt(component, Norm)
         elif isinstance(component, AttentionBridge):
