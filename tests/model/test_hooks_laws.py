@@ -1,0 +1,173 @@
+"""The three laws of the hook table, on tiny random models of every family."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moe_lens import names
+from moe_lens.hooked_moe import HookedMoE
+from tests.families import CONFIGS, build, tokens
+from tests.wrapped import deviation, listening, untouched, wrapped
+
+FP32 = 1e-5  # relative to the largest value: what float32 sums in another order differ by
+
+families = pytest.mark.parametrize("family", CONFIGS)
+
+
+def close(ours: Tensor, theirs: Tensor, bound: float = FP32) -> None:
+    assert deviation(ours, theirs) <= bound * theirs.abs().max().item()
+
+
+# --- parity ---
+
+
+@families
+def test_logits_are_those_of_transformers_before_wrapping_to_the_bit(family: str) -> None:
+    case = wrapped(family)
+    with torch.no_grad():
+        assert torch.equal(case.model(case.tokens), case.logits)
+        case.hf.set_experts_implementation("eager")
+        try:
+            eager = case.hf(case.tokens).logits
+        finally:
+            case.hf.set_experts_implementation("grouped_mm")
+    assert deviation(case.logits, eager) <= 1e-5
+    assert not torch.equal(case.logits, eager), "the two implementations are expected to round differently"
+
+
+@families
+def test_negative_control_one_perturbed_matrix_of_one_expert_is_seen(family: str) -> None:
+    case = wrapped(family)
+    hf = build(family)
+    experts: Any = hf.model.layers[case.last].mlp.experts
+    used = case.model.routing(case.tokens)
+    with torch.no_grad():
+        experts.down_proj[int(used.indices[-1, 0, 0, 0])] *= 1.01
+        assert deviation(HookedMoE.from_hf(hf, check=False)(case.tokens), case.logits) > 1e-3
+
+
+# --- law 1: observing changes nothing ---
+
+MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "grad": torch.enable_grad,
+}
+
+
+@families
+@settings(max_examples=12)
+@given(data=st.data())
+def test_observing_changes_nothing(family: str, data: st.DataObject) -> None:
+    case = wrapped(family)
+    offered = sorted(case.exact)
+    chosen = data.draw(st.lists(st.sampled_from(offered), unique=True, max_size=12))
+    mode = data.draw(st.sampled_from(sorted(MODES)))
+    cached = data.draw(st.booleans())
+    seen: list[str] = []
+    with untouched(case.model), MODES[mode]():
+        if cached:
+            logits, cache = case.model.run_with_cache(case.tokens, names_filter=chosen)
+            seen = list(cache.keys())
+        else:
+            watch = [(name, lambda value, hook, name=name: seen.append(name)) for name in chosen]
+            logits = case.model.run_with_hooks(case.tokens, fwd_hooks=watch)
+    assert torch.equal(logits, case.logits)
+    assert set(seen) == set(chosen)
+
+
+@families
+def test_everything_but_attention_s_insides_at_once_changes_nothing(family: str) -> None:
+    case = wrapped(family)
+    with torch.no_grad():
+        logits, cache = case.model.run_with_cache(case.tokens, names_filter=lambda name: name in case.exact)
+    assert torch.equal(logits, case.logits)
+    assert set(cache.keys()) == case.exact
+
+
+@families
+def test_attention_s_insides_select_eager_attention_which_rounds_differently(family: str) -> None:
+    case = wrapped(family)
+    with torch.no_grad():
+        logits, cache = case.model.run_with_cache(case.tokens)
+    close(logits, case.logits)
+    assert set(cache.keys()) == case.fire, "every hook fires"
+
+
+# --- law 2: the parts make the whole ---
+
+
+@families
+@settings(max_examples=8)
+@given(seed=st.integers(0, 2**31), batch=st.integers(1, 3), pos=st.integers(1, 9))
+def test_the_parts_make_the_whole(family: str, seed: int, batch: int, pos: int) -> None:
+    case = wrapped(family)
+    model = case.model
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens(batch, pos, seed), names_filter=lambda name: name in case.exact)
+    for layer in range(model.cfg.n_layers):
+        mid, out, post = (cache[names.block(n, layer)] for n in (names.RESID_MID, names.BLOCK_MLP_OUT, names.RESID_POST))
+        assert torch.equal(mid + out, post)
+        close(cache[names.block(names.RESID_PRE, layer)] + cache[names.block(names.ATTN_OUT, layer)], mid)
+        if layer not in model.moe_layers:
+            continue
+        at = {hook.name: cache[names.mlp(hook.name, layer)] for hook in names.MLP_HOOKS if names.mlp(hook.name, layer) in cache}
+        close(at[names.EXPERT_OUT] * at[names.ROUTING_WEIGHTS][..., None], at[names.EXPERT_WEIGHTED])
+        close(at[names.EXPERT_WEIGHTED].sum(2), at[names.ROUTED_OUT])
+        whole = at[names.ROUTED_OUT] + at[names.SHARED_OUT] if model.has_shared(layer) else at[names.ROUTED_OUT]
+        close(whole, at[names.MLP_OUT])
+        assert torch.equal(at[names.MLP_OUT], out)
+        chosen = at[names.EXPERT_INDICES]
+        assert chosen.dtype == torch.int64
+        assert all(len(set(row.tolist())) == model.top_k for row in chosen.flatten(0, 1))
+        weights = at[names.ROUTING_WEIGHTS]
+        assert (weights[..., :-1] >= weights[..., 1:]).all(), "rank 0 is the largest weight"
+
+
+# --- law 3: an edit is an intervention ---
+
+
+@families
+@pytest.mark.parametrize("own", [lambda value, hook: value, lambda value, hook: value.clone()], ids=["same", "clone"])
+def test_a_part_set_to_its_own_value_changes_nothing(family: str, own: Any) -> None:
+    case = wrapped(family)
+    every = sorted({case.model.hook_dict[name].name or name for name in case.exact})
+    with untouched(case.model), torch.no_grad():
+        for name in every:
+            assert torch.equal(case.model.run_with_hooks(case.tokens, fwd_hooks=[(name, own)]), case.logits), name
+        assert torch.equal(case.model.run_with_hooks(case.tokens, fwd_hooks=[(n, own) for n in every]), case.logits)
+
+
+@families
+def test_no_hook_is_dead(family: str) -> None:
+    """Editing any hook changes the logits, but for those that have nothing behind them to change."""
+    case = wrapped(family)
+    points = sorted({case.model.hook_dict[name].name or name for name in case.fire})
+    generator = torch.Generator().manual_seed(0)
+
+    def disturb(value: Any, hook: Any) -> Any:
+        if isinstance(value, tuple):
+            return (disturb(value[0], hook), *value[1:])
+        if not value.is_floating_point():  # other experts, other tokens
+            return (value + 1) % case.model.n_experts if "indices" in hook.name else value.flip(1)
+        return value * 1.5 + 0.3 * torch.randn(value.shape, generator=generator, dtype=value.dtype)
+
+    dead = []
+    with untouched(case.model), torch.no_grad():
+        for name in points:
+            logits = case.model.run_with_hooks(case.tokens, fwd_hooks=[(name, disturb)])
+            if not deviation(logits, case.logits) > 1e-3:
+                dead.append(name)
+    assert dead == []
+
+
+def test_a_fresh_model_has_no_hooks_and_no_single_expert() -> None:
+    model = HookedMoE.from_hf(build("deepseek"), check=False)
+    assert listening(model) == []
+    assert not [name for name in model.hook_dict if ".experts." in name and "shared" not in name]

@@ -1,0 +1,99 @@
+"""Each tiny family once: wrapped, as transformers' own, and with the plain re-implementation inside."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+from transformers import PreTrainedModel
+
+from moe_lens.hooked_moe import HookedMoE
+from tests.families import build, tokens
+from tests.plain_moe import Installed
+
+GATED = ("hook_mlp_in", "attn.hook_result", "_input", "attn_in")
+"""Endings of TransformerLens's hooks that stay silent until a `set_use_…` switches them on."""
+
+INNER = re.compile(r"attn\.hook_(?!in$|out$)")
+"""Hook points of the attention module itself (scores, pattern, rotated and normed queries and keys, latents, cosines,
+and queries, keys and values of DeepSeek-V2 and V3): listening to one selects TransformerLens's eager attention."""
+
+
+def plain_transformers(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A family's model, with the experts that transformers itself would choose; its grouped products refuse float64."""
+    model = build(name, dtype)
+    if dtype == torch.float64:
+        model.set_experts_implementation("eager")
+    return model
+
+
+class Case:
+    """A family's wrapped model; `hf` and `plain` are further copies of the same weights, never wrapped."""
+
+    def __init__(self, name: str, dtype: torch.dtype):
+        self.name, self.dtype = name, dtype
+        self.tokens = tokens()
+        hf = plain_transformers(name, dtype)
+        with torch.no_grad():
+            self.logits: Tensor = hf(self.tokens).logits  # before wrapping
+        self.model = HookedMoE.from_hf(hf, check=False)
+        self.last = self.model.moe_layers[-1]
+        points = {name: point.name or name for name, point in self.model.hook_dict.items()}
+        self.fire = {name for name in points if not name.endswith(GATED)}
+        """Hook names, canonical or not, that fire."""
+        self.exact = {name for name in self.fire if not INNER.search(points[name])}
+        """Those that can be listened to without selecting eager attention."""
+
+    @property
+    def hf(self) -> PreTrainedModel:
+        return _hf(self.name, self.dtype)
+
+    @property
+    def plain(self) -> Installed:
+        return _plain(self.name, self.dtype)
+
+
+@cache
+def wrapped(name: str, dtype: torch.dtype = torch.float32) -> Case:
+    return Case(name, dtype)
+
+
+@cache
+def _hf(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    return plain_transformers(name, dtype)
+
+
+@cache
+def _plain(name: str, dtype: torch.dtype) -> Installed:
+    return Installed(plain_transformers(name, dtype))
+
+
+def as_hook(change: Callable[[Tensor], Any]) -> Callable[[Tensor, HookPoint], Any]:
+    return lambda value, hook: change(value)
+
+
+def on(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[str, Tensor], Tensor]:
+    """An `edit` for the plain re-implementation which changes one hook."""
+    return lambda at, value: change(value) if at == name else value
+
+
+def listening(model: HookedMoE) -> list[str]:
+    """Hook points somebody still listens to."""
+    found = [name for name, point in model.named_modules() if isinstance(point, HookPoint) and point.has_hooks()]
+    return found + [name for name, point in model.hook_dict.items() if point.has_hooks()]
+
+
+@contextmanager
+def untouched(model: HookedMoE) -> Iterator[None]:
+    """The model must be without hooks afterwards."""
+    yield
+    assert listening(model) == []
+
+
+def deviation(ours: Tensor, theirs: Tensor) -> float:
+    assert ours.shape == theirs.shape
+    return (ours.double() - theirs.double()).abs().max().item()
