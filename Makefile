@@ -28,7 +28,7 @@ check: $(VENV)/.installed-dev  ## all of `make test` but the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-cache  # its cache does not notice that an imported module has been added
 
 docs: $(VENV)/.installed-docs  ## build the documentation into site/, warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
@@ -43,7 +43,7 @@ notebooks: $(VENV)/.installed-dev  ## execute every example and write its notebo
 	$(BIN)/python scripts/run_examples.py --write
 
 clean:  ## remove .venv and everything that was built
-	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis .coverage htmlcov .import_linter_cache
+	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis .coverage htmlcov
 
 # Debian's python3 comes without ensurepip unless python3-venv is installed; pip can then fill the environment from outside.
 $(BIN)/python:
