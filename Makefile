@@ -24,11 +24,12 @@ install: $(VENV)/.installed  ## create .venv and install the package there, edit
 test: check  ## lint, formatting, types, import layers, tests; PYTEST_ARGS="-m 'not slow'" goes to pytest
 	$(BIN)/pytest $(PYTEST_ARGS)
 
+# The cache of lint-imports does not notice that a module which others import has been added.
 check: $(VENV)/.installed-dev  ## all of `make test` but the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/lint-imports --no-cache  # its cache does not notice that an imported module has been added
+	$(BIN)/lint-imports --no-cache
 
 docs: $(VENV)/.installed-docs  ## build the documentation into site/, warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
