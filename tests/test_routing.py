@@ -127,10 +127,10 @@ def test_frame_has_a_row_per_layer_token_and_rank():
     frame = routing.to_frame()
     assert list(frame.columns) == ["layer", "batch", "pos", "rank", "expert", "weight"]
     assert len(frame) == INDICES.numel()
-    for row in frame.sample(20, random_state=0).itertuples():
-        where = (routing.layers.index(int(row.layer)), row.batch, row.pos, row.rank)  # pyright: ignore[reportArgumentType]
-        assert routing.indices[where] == row.expert
-        assert routing.weights[where].item() == row.weight
+    for row in frame.sample(20, random_state=0).to_dict("records"):
+        where = (routing.layers.index(row["layer"]), row["batch"], row["pos"], row["rank"])
+        assert routing.indices[where] == row["expert"]
+        assert routing.weights[where].item() == row["weight"]
 
 
 def test_a_layer_is_a_view_and_stacking_gives_it_back():

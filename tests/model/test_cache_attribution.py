@@ -1,0 +1,192 @@
+"""Attribution to logits with the norm's gain in place, against the definition; TransformerLens's own is the control."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformer_lens.ActivationCache import ActivationCache
+
+from moe_lens import names
+from moe_lens.errors import HookError, InputError
+from moe_lens.model.cache import MoECache
+from tests.families import CONFIGS
+from tests.model.caches import FAMILIES, close, fresh, full
+
+
+def by_definition(case: Any, kept: MoECache, component: Tensor) -> Tensor:
+    """What a component adds to every logit: (c / rms(final residual) ⊙ gain) W_U, from the parameters alone."""
+    model = case.model.original_model
+    final = kept["resid_post", -1]
+    rms = (final.pow(2).mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt()
+    norm, head = model.get_submodule("model.norm"), model.get_submodule("lm_head")
+    weights = [module.state_dict() for module in (norm, head)]
+    gain, unembed = (next(v for name, v in held.items() if name.endswith("weight")) for held in weights)
+    return component / rms * gain @ unembed.T
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_attributions_are_the_definition_and_sum_to_the_logits(name: str):
+    case, _, kept = full(name)
+    stack, labels = kept.decompose_experts()
+    # In float64, DeepSeek's norms are exact; other families' go through float32.
+    tolerance = 1e-12 if name.startswith("deepseek,") or name == "deepseek" else 1e-6
+    right = case.tokens.roll(-1, 1)
+    attrs = kept.logit_attrs(stack, right)
+    assert attrs.shape == (len(labels), 2, 12)
+    for component, attr in zip(stack, attrs, strict=True):
+        expected = by_definition(case, kept, component).gather(-1, right[..., None])[..., 0]
+        assert (attr - expected).abs().max() <= tolerance * by_definition(case, kept, stack.sum(0)).abs().max()
+    logits = case.logits.gather(-1, right[..., None])[..., 0]  # of transformers' own model, before wrapping
+    assert close(attrs.sum(0), logits, tolerance)
+    wrong = (right + 5) % 101
+    difference = kept.logit_attrs(stack, right, wrong)
+    assert close(difference, attrs - kept.logit_attrs(stack, wrong), 1e-12)
+    assert close(difference.sum(0), logits - case.logits.gather(-1, wrong[..., None])[..., 0], tolerance * 10)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_transformerlens_is_off_by_the_gain(name: str):
+    case, _, kept = full(name)
+    stack, _ = kept.decompose_experts()
+    theirs = ActivationCache(kept.cache_dict, case.model)
+    logits = case.logits[..., 7]
+    assert not close(theirs.logit_attrs(stack, 7).sum(0), logits, 0.01)
+    gain = next(iter(case.model.original_model.get_submodule("model.norm").parameters())).detach()
+    assert close(theirs.logit_attrs(stack * gain, 7), kept.logit_attrs(stack, 7), 1e-12)
+    assert close(theirs.apply_ln_to_stack(stack) * gain, kept.apply_ln_to_stack(stack), 1e-12)
+
+
+def test_by_expert_and_by_rank_agree():
+    _, _, kept = full("deepseek")
+    ranks, experts = (kept.logit_attrs(kept.decompose_experts(by=by)[0], 3).sum(0) for by in ("rank", "expert"))
+    assert close(ranks, experts)
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        5,
+        torch.tensor(5),
+        torch.tensor([5]),
+        torch.tensor([5, 9]),
+        torch.arange(12),
+        torch.arange(12)[None],
+        torch.arange(24).view(2, 12),
+    ],
+    ids=["id", "scalar", "one", "batch", "pos", "one by pos", "batch by pos"],
+)
+def test_tokens_of_every_shape(tokens: Any):
+    case, _, kept = full("deepseek")
+    stack, _ = kept.decompose_experts()
+    attrs = kept.logit_attrs(stack, tokens)
+    if isinstance(tokens, torch.Tensor) and tokens.shape == (2,):
+        tokens = tokens[:, None]
+    wanted = torch.as_tensor(tokens).expand(2, 12)
+    assert close(attrs.sum(0), case.logits.gather(-1, wanted[..., None])[..., 0])
+    assert close(
+        attrs, ActivationCache(kept.cache_dict, case.model).logit_attrs(stack * case.model.ln_final.weight, tokens)
+    )
+
+
+def test_a_batch_as_long_as_its_texts_is_read_as_one_token_per_item():
+    case, _, _ = full("deepseek")
+    kept = fresh("deepseek", tokens=case.tokens[:, :2])
+    stack, _ = kept.decompose_experts()
+    per_item, per_position = (
+        kept.logit_attrs(stack, torch.tensor([5, 9])),
+        kept.logit_attrs(stack, torch.tensor([[5, 9]])),
+    )
+    assert close(per_item[:, 1], kept.logit_attrs(stack, 9)[:, 1])
+    assert close(per_position[:, :, 1], kept.logit_attrs(stack, 9)[:, :, 1])
+
+
+def test_a_string_is_a_token(monkeypatch: pytest.MonkeyPatch):
+    case, _, kept = full("deepseek")
+    monkeypatch.setattr(type(case.model), "to_single_token", lambda self, text: {" cat": 7, " dog": 9}[text])
+    stack, _ = kept.decompose_experts()
+    assert torch.equal(kept.logit_attrs(stack, " cat", " dog"), kept.logit_attrs(stack, 7, 9))
+
+
+@pytest.mark.parametrize("pos_slice", [3, -1, (2, 7), [0, 5]])
+def test_positions_and_items(pos_slice: Any):
+    case, _, kept = full("deepseek")
+    at = slice(*pos_slice) if isinstance(pos_slice, tuple) else pos_slice
+    whole = kept.logit_attrs(kept.decompose_experts(return_labels=False), 7)
+    part = kept.decompose_experts(pos_slice=pos_slice, return_labels=False)
+    assert close(kept.logit_attrs(part, 7, pos_slice=pos_slice), whole[:, :, at])
+    assert close(kept.logit_attrs(part, 7, pos_slice=pos_slice, batch_slice=1), whole[:, 1][..., at])
+    assert close(kept.logit_attrs(part, 7, pos_slice=pos_slice, batch_slice=(1, 2)), whole[:, 1:2][..., at])
+    one = fresh("deepseek", tokens=case.tokens[:1]).remove_batch_dim()
+    stack = one.decompose_experts(return_labels=False)
+    assert close(one.logit_attrs(stack, 7, has_batch_dim=False), whole[:, 0])
+    assert close(one.logit_attrs(stack, torch.arange(12)).sum(0), case.logits[0].diagonal())
+
+
+def test_what_does_not_fit_is_refused():
+    _, _, kept = full("deepseek")
+    stack, _ = kept.decompose_experts()
+    for tokens, message in (
+        (101, "expected ids from 0 to 100"),
+        (-1, "expected ids from 0 to 100"),
+        (torch.arange(5), r"tokens have shape \(5,\); expected one, or what fits components of \(2, 12\) tokens"),
+        (torch.zeros(3, 12).long(), r"tokens have shape \(3, 12\)"),
+        (torch.zeros(4, 2, 12).long(), r"tokens have shape \(4, 2, 12\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            kept.logit_attrs(stack, tokens)
+    with pytest.raises(InputError, match=r"shapes \(\(\), \(12,\)\); expected the same"):
+        kept.logit_attrs(stack, 3, torch.arange(12))
+    poor = fresh("deepseek", names_filter=[names.block(names.RESID_POST, 2)])
+    with pytest.raises(HookError, match=r"names_filter=\['ln_final.hook_scale'\]"):
+        poor.logit_attrs(poor["resid_post", 2][None], 3)
+
+
+def test_half_precision_is_summed_in_float32():
+    _, _, kept = full("deepseek")
+    stack, _ = kept.decompose_experts()
+    exact, coarse = kept.logit_attrs(stack.bfloat16().double(), 7), kept.logit_attrs(stack.bfloat16(), 7)
+    assert coarse.dtype == torch.float32
+    assert close(coarse.double(), exact, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["deepseek", *(n for n in CONFIGS if n in ("qwen2_moe", "mixtral"))])
+def test_components_of_what_a_block_reads(name: str):
+    """Before a block, and before its experts: the norm's gain there, too."""
+    case, _, kept = full(name)
+    tolerance = 1e-12 if name == "deepseek" else 1e-6
+    for layer in (1, 2):
+        stack, _ = kept.decompose_experts(layer, apply_ln=True)
+        assert close(stack.sum(0), kept[f"blocks.{layer}.ln1.hook_out"], tolerance)
+        mid = kept.apply_ln_to_stack(kept["resid_mid", layer][None], layer, mlp_input=True)
+        assert close(mid[0], kept[f"blocks.{layer}.ln2.hook_out"], tolerance)
+        assert torch.equal(kept["resid_mid", layer], full(name)[2]["resid_mid", layer])
+    final, _ = kept.decompose_experts(apply_ln=True, pos_slice=-1)
+    assert close(final.sum(0) @ case.model.W_U, case.logits[:, -1], tolerance)
+
+
+def test_a_recomputed_norm_has_its_gain_once():
+    case, _, kept = full("deepseek")
+    streams, labels = kept.accumulated_resid(apply_ln=True, return_labels=True)
+    assert labels[-1] == "final_post"
+    assert close(streams[-1] @ case.model.W_U, case.logits)
+    first = case.model.original_model.get_submodule("model.norm")(kept["resid_pre", 0])
+    assert close(streams[0], first)
+
+
+@pytest.mark.gpu
+def test_a_cache_on_the_cpu_of_a_model_on_the_gpu():
+    from moe_lens.hooked_moe import HookedMoE
+    from tests.families import build, tokens
+
+    hf: Any = build("deepseek")
+    model = HookedMoE.from_hf(hf.cuda(), check=False)
+    with torch.no_grad():
+        logits, kept = model.run_with_cache(tokens().cuda(), device="cpu")
+    stack, _ = kept.decompose_experts()
+    assert stack.device.type == "cpu"
+    assert close(kept.logit_attrs(stack, 7).sum(0), logits[..., 7].cpu(), 1e-5)
+    assert close(kept.decompose_experts(by="expert", apply_ln=True)[0].sum(0) @ model.W_U.cpu(), logits.cpu(), 1e-5)
+    kept.to("cuda")
+    assert kept.partial_sum(1, experts=[3, 4]).values.device.type == "cuda"
+    assert kept.routing(1).dense_weights().device.type == "cuda"

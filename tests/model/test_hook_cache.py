@@ -1,0 +1,161 @@
+"""Holding activations: found by any of their names, moved, and kept on disk bit for bit."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_lens import names
+from moe_lens.errors import HookError, InputError
+from moe_lens.model.cache import MoECache
+from moe_lens.routing import Routing
+from tests.model.caches import fresh, full
+from tests.wrapped import wrapped
+
+MLP_NAMES = [names.mlp(hook.name, 1) for hook in names.MLP_HOOKS if hook.name in names.ALIASED]
+
+
+@pytest.mark.parametrize("stored", MLP_NAMES)
+def test_either_name_finds_what_is_stored_under_one(stored: str):
+    other = names.alias(stored)
+    assert other is not None
+    short = stored.rpartition(".hook_")[2]
+    for name in (stored, other):
+        kept = fresh("deepseek", names_filter=name)
+        assert len(kept) == 1
+        for key in (stored, other, (short, 1), (short, -2)):
+            assert key in kept and kept[key] is kept.cache_dict[name]
+        assert (short, 2) not in kept
+
+
+def test_gradients_go_by_either_name():
+    case = wrapped("deepseek", torch.float64)
+    stored = names.mlp(names.EXPERT_OUT, 1)
+    _, kept = case.model.run_with_cache(case.tokens, names_filter=stored, incl_bwd=True, return_type="loss")
+    case.model.zero_grad()
+    assert kept[stored + "_grad"].shape == kept[stored].shape
+    assert kept["blocks.1.hook_expert_out_grad"] is kept[stored + "_grad"]
+    with pytest.raises(HookError, match=r"names_filter=\['blocks.1.hook_resid_mid'\], incl_bwd=True\) caches it"):
+        kept["blocks.1.hook_resid_mid_grad"]
+
+
+def test_what_is_missing_is_explained():
+    kept = fresh("deepseek", names_filter="hook_embed")
+    with pytest.raises(
+        HookError, match=r"does not hold blocks.2.hook_router_logits.*names_filter=\['blocks.2.hook_router_logits'\]"
+    ):
+        kept["router_logits", 2]
+    fresh("deepseek", names_filter=["blocks.2.hook_router_logits"])["router_logits", 2]
+    for layer in (3, -4, 100):
+        with pytest.raises(HookError, match=f"there is no layer {layer}; the model has layers 0 to 2"):
+            kept["router_logits", layer]
+    with pytest.raises(HookError, match="layer 0 is dense and has no blocks.0.hook_expert_out"):
+        kept["expert_out", 0]
+    assert kept["embed"] is kept["hook_embed"]
+    assert list(kept) == ["hook_embed"] == list(kept.keys())
+    assert repr(kept) == "MoECache(1 activations, 0.0 MiB: hook_embed)"
+
+
+def test_moving_keeps_integers_and_flags():
+    kept = MoECache(
+        dict(fresh("deepseek").items()),
+        wrapped("deepseek", torch.float64).model,
+        mask=torch.ones(2, 12, dtype=torch.bool),
+    )
+    assert kept.to("cpu", torch.bfloat16) is kept
+    assert kept["expert_out", 1].dtype == torch.bfloat16
+    assert kept["expert_indices", 1].dtype == torch.int64
+    assert kept.mask is not None and kept.mask.dtype == torch.bool
+    assert kept["expert_out", 1].nbytes * 4 == full("deepseek")[2]["expert_out", 1].nbytes
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}, {"pos_slice": [1, 4]}])
+def test_a_cache_on_disk_comes_back(tmp_path: Path, options: dict[str, Any]):
+    case = wrapped("deepseek", torch.float64)
+    rows = names.expert("hook_out", 1, int(case.model.routing(case.tokens).layer(1).indices[0, 1, 0]))
+    wanted = [*full("deepseek")[2], rows]
+    kept = fresh("deepseek", names_filter=wanted, **options)
+    kept.tokens, kept.mask = case.tokens, torch.rand(2, 12) > 0.5
+    kept.to_disk(tmp_path / "cache.safetensors")
+    again = MoECache.from_disk(tmp_path / "cache.safetensors", case.model)
+    assert list(again) == list(kept) and rows in again
+    for name in kept:
+        assert again[name].dtype == kept[name].dtype and torch.equal(again[name], kept[name])
+    assert again.has_batch_dim and again.tokens is not None and torch.equal(again.tokens, case.tokens)
+    assert again.mask is not None and torch.equal(again.mask, kept.mask)
+    assert torch.equal(again.decompose_experts()[0], kept.decompose_experts()[0])
+    assert [file.name for file in tmp_path.iterdir()] == ["cache.safetensors"]
+
+
+def test_two_names_of_one_tensor_are_written_once(tmp_path: Path):
+    case = wrapped("deepseek", torch.float64)
+    value = torch.randn(2, 12, 3, 32, dtype=torch.float64)
+    both = {names.mlp(names.EXPERT_OUT, 1): value, names.block(names.EXPERT_OUT, 1): value}
+    views = {
+        "a": value[:, :5],
+        "b": value[:, 3:],
+        "c": value.transpose(1, 2),
+        "d": torch.zeros(0, 4),
+        "e": torch.zeros(0, 4),
+    }
+    kept = MoECache(both | views, case.model, has_batch_dim=False)
+    kept.to_disk(tmp_path / "cache")
+    again = MoECache.from_disk(tmp_path / "cache", case.model)
+    assert not again.has_batch_dim
+    assert all(torch.equal(again[name], kept[name]) for name in kept)
+    one, other = both
+    assert again[one] is again[other]
+    size = sum(view.nbytes for view in (value, *views.values()))
+    assert size < (tmp_path / "cache").stat().st_size < size + 4096
+
+
+def test_another_models_cache_is_refused(tmp_path: Path):
+    case = wrapped("deepseek", torch.float64)
+    fresh("deepseek", names_filter="hook_embed").to_disk(tmp_path / "cache")
+    with pytest.raises(InputError, match="was made by a model with name '.*deepseek.*'; this one has '.*mixtral.*'"):
+        MoECache.from_disk(tmp_path / "cache", wrapped("mixtral", torch.float64).model)
+
+    class Like:
+        """The same model, but for some attributes."""
+
+        family: Any
+        moe_layers: Any
+        n_experts: Any
+        n_shared_experts: Any
+        top_k: Any
+        W_U: Any
+        to_single_token: Any
+
+        def __init__(self, **changes: Any):
+            self.cfg = copy.copy(case.model.cfg)
+            for name in ("family", "moe_layers", "n_experts", "n_shared_experts", "top_k", "W_U", "to_single_token"):
+                setattr(self, name, changes.pop(name, getattr(case.model, name)))
+            for name, value in changes.items():
+                setattr(self.cfg, name, value)
+
+    for changes in (
+        {"d_model": 16},
+        {"n_layers": 4},
+        {"d_vocab": 7},
+        {"n_experts": 9},
+        {"top_k": 2},
+        {"moe_layers": (0, 1)},
+    ):
+        what = next(iter(changes))
+        with pytest.raises(InputError, match=f"was made by a model with {what} "):
+            MoECache.from_disk(tmp_path / "cache", Like(**changes))
+    assert len(MoECache.from_disk(tmp_path / "cache", Like())) == 1
+    elsewhere = Like(model_name=f"some/other/place/{case.model.cfg.model_name}")
+    assert len(MoECache.from_disk(tmp_path / "cache", elsewhere)) == 1
+
+
+def test_a_file_that_is_no_cache_is_refused(tmp_path: Path):
+    case = wrapped("deepseek", torch.float64)
+    case.model.routing(case.tokens).save(tmp_path / "routing")
+    with pytest.raises(InputError, match="holds Routing; expected a MoECache"):
+        MoECache.from_disk(tmp_path / "routing", case.model)
+    assert Routing.load(tmp_path / "routing").layers == (1, 2)
+    with pytest.raises(InputError, match="there is no file"):
+        MoECache.from_disk(tmp_path / "absent", case.model)
