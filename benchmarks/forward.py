@@ -14,12 +14,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
+
 from moe_lens import HookedMoE, names
 from moe_lens.model.deepseek import DeepseekConfig, DeepseekForCausalLM
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 8192, "hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8,
     "intermediate_size": 1024, "moe_intermediate_size": 176, "n_routed_experts": 64, "num_experts_per_tok": 6,
     "n_shared_experts": 2, "first_k_dense_replace": 1, "max_position_embeddings": 512,
@@ -28,6 +30,7 @@ SHAPE = {
 
 def import_seconds() -> float:
     """Median wall time of `import moe_lens` in a fresh process, less that of `import transformer_lens`'s bridge."""
+
     def once(code: str) -> float:
         script = f"import time; t = time.perf_counter(); {code}; print(time.perf_counter() - t)"
         return float(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
@@ -46,7 +49,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     config = DeepseekConfig(**SHAPE, moe_layer_freq=1)
-    plain = DeepseekForCausalLM(config).eval().to(device=args.device, dtype=getattr(torch, args.dtype))
+    plain: Any = DeepseekForCausalLM(config).eval().to(device=args.device, dtype=getattr(torch, args.dtype))
     hooked = HookedMoE.from_hf(copy.deepcopy(plain))
     tokens = torch.randint(config.vocab_size, (4, 256), device=args.device)
     some = [
@@ -54,7 +57,7 @@ def main() -> None:
         for layer in hooked.moe_layers
         for name in (names.ROUTER_LOGITS, names.EXPERT_OUT, names.EXPERT_WEIGHTED)
     ]
-    variants: dict[str, Callable[[], object]] = {
+    variants: dict[str, Callable[[], Any]] = {
         "plain transformers": lambda: plain(tokens, use_cache=False).logits,
         "HookedMoE, no hooks": lambda: hooked(tokens, use_cache=False),
         "HookedMoE, router logits, expert_out, expert_weighted cached": lambda: hooked.run_with_cache(
@@ -64,7 +67,7 @@ def main() -> None:
     }
     times: dict[str, list[float]] = {name: [] for name in variants}
     with torch.no_grad():
-        assert torch.equal(variants["plain transformers"](), variants["HookedMoE, no hooks"]())  # type: ignore[arg-type]
+        assert torch.equal(variants["plain transformers"](), variants["HookedMoE, no hooks"]())
         for _ in range(args.rounds + 1):
             for name, run in variants.items():
                 start = time.perf_counter()
@@ -74,7 +77,8 @@ def main() -> None:
                 times[name].append(time.perf_counter() - start)
     base = statistics.median(times["plain transformers"][1:])
     million = sum(p.numel() for p in plain.parameters()) / 1e6
-    print(f"{million:.1f} M parameters, {tokens.numel()} tokens, {args.dtype}, {args.threads} threads, {args.rounds} rounds")
+    run = f"{tokens.numel()} tokens, {args.dtype}, {args.threads} threads, {args.rounds} rounds"
+    print(f"{million:.1f} M parameters, {run}")
     for name, seconds in times.items():
         median = statistics.median(seconds[1:])
         print(f"{name:62s} {1000 * median:8.1f} ms  {median / base:5.3f} ×")

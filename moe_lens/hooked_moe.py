@@ -129,32 +129,38 @@ class HookedMoE(TransformerBridge):
         """Whether a MoE layer has shared experts."""
         return any(at == layer and names.SHARED_OUT in hooks.points for at, hooks in self._layer_hooks())
 
-    def _experts(self, layer: int) -> Any:
-        return self.blocks[layer].mlp.original_component.experts
+    def _moe(self, layer: int) -> Any:
+        """Transformers' own MoE block."""
+        blocks: Any = self.blocks
+        return blocks[layer].mlp.original_component
+
+    @property
+    def _hf_config(self) -> Any:
+        return self.original_model.config
 
     @property
     def n_experts(self) -> int:
         """Routed experts of a MoE layer."""
-        return int(self._experts(self.moe_layers[0]).num_experts)
+        return int(self._moe(self.moe_layers[0]).experts.num_experts)
 
     @property
     def top_k(self) -> int:
         """Routed experts active for a token."""
-        return int(self.original_model.config.num_experts_per_tok)
+        return int(self._hf_config.num_experts_per_tok)
 
     @property
     def n_shared_experts(self) -> int:
         """Shared experts of a MoE layer; they are fused into one MLP."""
         if not self.has_shared(self.moe_layers[0]):
             return 0
-        return int(getattr(self.original_model.config, "n_shared_experts", None) or 1)
+        return int(getattr(self._hf_config, "n_shared_experts", None) or 1)
 
     @property
     def W_router(self) -> LayerParameters:
         """Router rows, `W_router[layer]` [n_experts, d_model]."""
         router = self.family.router
         return LayerParameters(
-            "W_router", {at: lambda at=at: getattr(self.blocks[at].mlp.original_component, router).weight for at in self.moe_layers}
+            "W_router", {at: lambda at=at: getattr(self._moe(at), router).weight for at in self.moe_layers}
         )
 
     @property
@@ -170,12 +176,15 @@ class HookedMoE(TransformerBridge):
     @property
     def W_out(self) -> LayerParameters:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Output matrix of the experts, `W_out[layer, expert]` [d_expert, d_model]."""
-        return LayerParameters("W_out", {at: lambda at=at: second_product(self._experts(at)) for at in self.moe_layers})
+        return LayerParameters(
+            "W_out", {at: lambda at=at: second_product(self._moe(at).experts) for at in self.moe_layers}
+        )
 
     def _first(self, name: str, branch: int) -> LayerParameters:
         interleaved = self.family.interleaved
         return LayerParameters(
-            name, {at: lambda at=at: first_product(self._experts(at), branch, interleaved) for at in self.moe_layers}
+            name,
+            {at: lambda at=at: first_product(self._moe(at).experts, branch, interleaved) for at in self.moe_layers},
         )
 
     # --- hooks ---

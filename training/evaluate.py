@@ -1,6 +1,6 @@
 """How good the embedded model is, beside baselines that a reader can judge it by.
 
-python training/evaluate.py --model MODEL --texts EVAL_FOLDER [--run training/run] [--half a|b|both] [--out results.json]
+python training/evaluate.py --model MODEL --texts EVAL_FOLDER [--run training/run] [--half a|b|both]
 
 Every `*.jsonl` of the folder is one domain file (fields text and source). Per file: loss in nats per token and per byte
 (each passage alone, after BOS, truncated to the context), perplexity without routed experts and with one of them, and
@@ -10,7 +10,6 @@ gzip. Sources are split in two halves by a hash: choices are made on half `a`, p
 
 import argparse
 import gzip
-import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -19,22 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from moe_lens import HookedMoE, names
+from prepare import held_out
 from torch import Tensor
 
+from moe_lens import HookedMoE, names
+
 DISCOUNT = 0.75
-
-
-def passages(path: Path, half: str) -> list[dict[str, str]]:
-    """The passages of a file whose source falls in the half; files with fewer than four sources are split by passage."""
-    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    few = len({row["source"] for row in rows}) < 4
-
-    def side(row: dict[str, str]) -> str:
-        key = row["text"] if few else row["source"]
-        return "ab"[hashlib.sha256(key.encode()).digest()[0] % 2]
-
-    return [row for row in rows if half in (side(row), "both")]
 
 
 class Bigram:
@@ -69,9 +58,10 @@ def batches(model: HookedMoE, rows: list[dict[str, str]], size: int = 16) -> Ite
         yield tokens, torch.arange(tokens.shape[1]) < lengths[:, None]
 
 
-def keep(model: HookedMoE, k: int) -> list[tuple[str, Any]]:
+def keep(model: HookedMoE, k: int) -> list[Any]:
     """Hooks that leave the k experts with the largest weights, unnormalised."""
-    def cut(weights: Tensor, hook: Any) -> Tensor:
+
+    def cut(weights: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
         return weights * (torch.arange(weights.shape[-1]) < k)
 
     return [(names.mlp(names.ROUTING_WEIGHTS, layer), cut) for layer in model.moe_layers]
@@ -103,10 +93,17 @@ def evaluate(model: HookedMoE, rows: list[dict[str, str]]) -> dict[str, Any]:
 
 def js_divergence(distributions: Tensor) -> Tensor:
     """Jensen–Shannon divergence in bits between the rows of [domain, layer, expert], per layer."""
+
     def entropy(p: Tensor) -> Tensor:
         return -(p * p.clamp_min(1e-12).log2()).sum(-1)
 
     return entropy(distributions.mean(0)) - entropy(distributions).mean(0)
+
+
+def experts_for_half(load: Tensor) -> Tensor:
+    """How few experts take half of a layer's assignments, per layer of [layer, expert]."""
+    share = load.sort(-1, descending=True).values.cumsum(-1) / load.sum(-1, keepdim=True)
+    return (share < 0.5).sum(-1) + 1
 
 
 def main() -> None:
@@ -123,9 +120,10 @@ def main() -> None:
     bigram = Bigram(sorted(args.run.glob("*.npy")), model.cfg.d_vocab) if args.run else None
     results: dict[str, dict[str, Any]] = {}
     loads = []
-    print(f"{'file':20s} tokens  nats/token nats/byte | bigram  gzip nats/byte | no routed  top-1 (× perplexity) | busiest expert a layer")
+    print("loss in nats; ratios of perplexity without routed experts and with one of them")
+    print(f"{'file':18s}  tokens  a token  a byte  bigram  gzip a byte  none  top-1  busiest expert of each MoE layer")
     for path in sorted(args.texts.glob("*.jsonl")):
-        rows = passages(path, args.half)[: args.limit]
+        rows = held_out(path, args.half)[: args.limit]
         found = evaluate(model, rows)
         loss = found["loss"] / found["tokens"]
         ids = [model.to_tokens(row["text"])[0].numpy() for row in rows]
@@ -143,13 +141,14 @@ def main() -> None:
             "perplexity_ratio_top1": math.exp((found["top1"] - found["loss"]) / found["tokens"]),
             "busiest_expert": load.max(-1).values.tolist(),
             "top_weight": found["top_weight"].tolist(),
-            "half_of_assignments": ((load.sort(-1, descending=True).values.cumsum(-1) < load.sum(-1, keepdim=True) / 2).sum(-1) + 1).tolist(),
-        }  # fmt: skip
+            "half_of_assignments": experts_for_half(load).tolist(),
+        }
         r = results[path.stem]
+        busiest = " ".join(f"{x:.2f}" for x in r["busiest_expert"])
         print(
-            f"{path.stem:20s} {r['tokens']:6d}  {loss:8.3f} {r['nats_per_byte']:9.3f} | {r['bigram_nats_per_token'] or math.nan:6.3f} "
-            f"{r['gzip_nats_per_byte']:8.3f}       | {r['perplexity_ratio_no_routed']:8.2f} {r['perplexity_ratio_top1']:8.2f}"
-            f"              | {' '.join(f'{x:.2f}' for x in r['busiest_expert'])}"
+            f"{path.stem:18s} {r['tokens']:7d}  {loss:7.3f}  {r['nats_per_byte']:6.3f}  "
+            f"{r['bigram_nats_per_token'] or math.nan:6.3f}  {r['gzip_nats_per_byte']:11.3f}  "
+            f"{r['perplexity_ratio_no_routed']:4.1f}  {r['perplexity_ratio_top1']:5.2f}  {busiest}"
         )
     stacked = torch.stack(loads)
     summary = {

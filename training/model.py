@@ -63,7 +63,7 @@ class Attention(nn.Module):
 
 
 def rotary(shape: Shape) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles, [max positions, head width]."""
+    """Cos and sin of the rotary angles, [max positions, head width]."""
     half = shape.hidden_size // shape.num_attention_heads // 2
     frequency = shape.rope_theta ** (-torch.arange(half) / half)
     angle = torch.arange(shape.max_position_embeddings)[:, None] * torch.cat([frequency, frequency])
@@ -142,7 +142,7 @@ class Block(nn.Module):
 
 
 class UnembedLoss(torch.autograd.Function):
-    """Next-token loss of each row (nats), with the gradient of their mean; logits are held for one chunk of rows only."""
+    """Next-token loss of each row (nats), with the gradient of their mean; logits exist for one chunk of rows only."""
 
     @staticmethod
     def forward(ctx, x: Tensor, unembed: Tensor, targets: Tensor, chunk: int = 256) -> Tensor:
@@ -165,7 +165,7 @@ class UnembedLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_x, grad_unembed = ctx.saved_tensors
         return grad_x * grad_loss.sum(), grad_unembed * grad_loss.sum(), None
 

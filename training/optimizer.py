@@ -29,7 +29,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]
@@ -47,7 +47,7 @@ def build(model: nn.Module, muon_lr: float, adam_lr: float, weight_decay: float)
     named = list(model.named_parameters())
     hidden = [p for n, p in named if p.ndim >= 2 and n not in table and "router" not in n]
     tables = [p for n, p in named if n in table or "router" in n]
-    norms = [p for n, p in named if p.ndim < 2]
+    norms = [p for _, p in named if p.ndim < 2]
     groups = [{"params": tables, "weight_decay": weight_decay}, {"params": norms, "weight_decay": 0.0}]
     adam = torch.optim.AdamW(groups, lr=adam_lr, betas=(0.9, 0.95), eps=1e-10)
     optimizers = [Muon(hidden, lr=muon_lr, weight_decay=weight_decay), adam]

@@ -2,11 +2,14 @@
 
 python training/prepare.py --texts TEXTS --out training/run
 
-`TEXTS/train/*.txt` hold documents separated by a line `<|doc|>`. A byte-level BPE of 4096 tokens is trained on equal
-amounts of every domain; every text file becomes `NAME.npy` (uint16), each document opened by the BOS token.
+`TEXTS/train/*.txt` hold documents separated by a line `<|doc|>`, `TEXTS/eval/*.jsonl` held-out passages. A byte-level
+BPE of 4096 tokens is trained on equal amounts of every domain; every file becomes `NAME.npy` (uint16), each document or
+passage opened by the BOS token. Of the held-out passages only the half on which choices are made goes to `eval/`.
 """
 
 import argparse
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,8 +54,20 @@ def train_tokenizer(pieces: Iterator[str]) -> Tokenizer:
         show_progress=False,
     )
     tok.train_from_iterator(pieces, trainer)
-    tok.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, 0)])
+    tok.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
     return tok
+
+
+def half(source: str) -> str:
+    """`a` (choices are made on it) or `b` (published) for a source of the held-out texts."""
+    return "ab"[hashlib.sha256(source.encode()).digest()[0] % 2]
+
+
+def held_out(path: Path, wanted: str) -> list[dict[str, str]]:
+    """The passages of a jsonl file whose source is in the half; with fewer than four sources, split by passage."""
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    key = "text" if len({row["source"] for row in rows}) < 4 else "source"
+    return [row for row in rows if wanted in (half(row[key]), "both")]
 
 
 def main() -> None:
@@ -69,7 +84,15 @@ def main() -> None:
         ids = [i for e in tok.encode_batch(docs) for i in e.ids]
         np.save(args.out / f"{name}.npy", np.array(ids, dtype=np.uint16))
         characters = sum(map(len, docs))
-        print(f"{name:16s} {len(docs):5d} documents {len(ids):9,d} tokens {characters / len(ids):.2f} characters a token")
+        print(
+            f"{name:20s} {len(docs):5d} documents {len(ids):9,d} tokens {characters / len(ids):.2f} characters a token"
+        )
+    (args.out / "eval").mkdir(exist_ok=True)
+    for path in sorted((args.texts / "eval").glob("*.jsonl")):
+        passages = [row["text"] for row in held_out(path, "a")]
+        ids = [i for e in tok.encode_batch(passages) for i in e.ids]
+        np.save(args.out / "eval" / f"{path.stem}.npy", np.array(ids, dtype=np.uint16))
+        print(f"{path.stem:20s} {len(passages):5d} passages  {len(ids):9,d} tokens")
 
 
 if __name__ == "__main__":

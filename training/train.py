@@ -45,6 +45,31 @@ class Mixture:
         return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
+class HeldOut:
+    """The first windows of every held-out file, shared out over the processes."""
+
+    def __init__(self, run: Path, length: int, windows: int, rank: int, world: int):
+        self.parts: list[tuple[str, torch.Tensor]] = []
+        self.files = [path.stem for path in sorted((run / "eval").glob("*.npy"))]
+        for path in sorted((run / "eval").glob("*.npy")):
+            ids = torch.from_numpy(np.load(path).astype(np.int64))
+            rows = ids[: len(ids) // length * length].view(-1, length)[:windows][rank::world]
+            self.parts.append((path.stem, torch.nn.functional.pad(rows, (1, 0), value=BOS)))
+
+    @torch.no_grad()
+    def losses(self, model: torch.nn.Module, device: torch.device, micro: int) -> dict[str, float]:
+        """Mean nats per token of each file."""
+        sums = torch.zeros(len(self.parts), 2, device=device)
+        for i, (_, rows) in enumerate(self.parts):
+            for part in rows.split(micro):
+                losses = model(part.to(device))[0]
+                sums[i] += torch.stack([losses.sum(), losses.new_tensor(losses.numel())])
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        means = (sums[:, 0] / sums[:, 1]).tolist()
+        return {name: round(value, 4) for name, value in zip(self.files, means, strict=True)}
+
+
 def rate(step: int, steps: int, decay: float, warmup: int) -> float:
     """Warm-up, hold, linear decay to zero over the last `decay` of the run."""
     return min(1.0, (step + 1) / warmup, (steps - step) / (steps * decay))
@@ -53,7 +78,7 @@ def rate(step: int, steps: int, decay: float, warmup: int) -> float:
 def average_gradients(model: DeepSeekMoE, extra: torch.Tensor) -> torch.Tensor:
     """All-reduce the gradients, and `extra` with them, in one message."""
     params = list(model.parameters())
-    flat = torch.cat([p.grad.flatten() for p in params] + [extra])
+    flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in params] + [extra])
     if dist.is_initialized():
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
@@ -85,8 +110,14 @@ def main() -> None:
     parser.add_argument("--adam-lr", type=float, default=4e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--balance", type=float, default=1e-3)
-    parser.add_argument("--balance-later", type=float, nargs=2, default=None, metavar=("STEP", "ALPHA"),
-                        help="another balance from a step on: routing specialises first, and no expert is left behind")
+    parser.add_argument(
+        "--balance-later",
+        type=float,
+        nargs=2,
+        default=None,
+        metavar=("STEP", "ALPHA"),
+        help="another balance from a step on: routing specialises first, and no expert is left behind",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--save-minutes", type=float, default=4.0)
@@ -109,6 +140,7 @@ def main() -> None:
         for o, s in zip(optimizers, state["optimizers"], strict=True):
             o.load_state_dict(s)
         first = state["step"]
+    held_out = HeldOut(args.folder, args.length, 16, rank, world)
     run = torch.compile(model) if args.compile else model
     log = (args.folder / "log.jsonl").open("a") if rank == 0 else None
     last = args.steps if args.stop is None else min(args.stop, args.steps)
@@ -137,6 +169,10 @@ def main() -> None:
             entry = {"step": step, "tokens": tokens, "loss": total[0].item(), "balance": total[1].item(),
                      "rate": factor, "tokens_per_second": round(speed)}  # fmt: skip
             print(json.dumps(entry), file=log, flush=True)
+        if step % 250 == 249 or step == last - 1:
+            losses = held_out.losses(model, device, args.micro)
+            if log:
+                print(json.dumps({"step": step, "held_out": losses}), file=log, flush=True)
         if rank == 0 and (time.time() - saved > 60 * args.save_minutes or step == last - 1):
             optimizer_states = [o.state_dict() for o in optimizers]
             settings = vars(args) | {"folder": str(args.folder)}

@@ -86,7 +86,7 @@ def build_adapter(model: PreTrainedModel, name: str) -> tuple[ArchitectureAdapte
     attention = model.config._attn_implementation
     adapter.prepare_model(model)
     # Some adapters force eager attention for every run; here it is chosen when somebody listens to it.
-    if model.config._attn_implementation != attention:
+    if attention is not None and model.config._attn_implementation != attention:
         model.set_attn_implementation(attention)
     _mend(adapter, family)
     return adapter, family

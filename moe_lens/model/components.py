@@ -183,7 +183,9 @@ class MoEBlock(GeneralizedComponent):
             self.hooks.finish()
 
 
-def _shared(compute: Callable[..., Tensor], openness: Callable[..., Tensor] | None, hooks: LayerHooks, x: Tensor) -> Tensor:
+def _shared(
+    compute: Callable[..., Tensor], openness: Callable[..., Tensor] | None, hooks: LayerHooks, x: Tensor
+) -> Tensor:
     out = compute(x)
     if openness is not None and hooks.heard(names.SHARED_OUT):
         out = openness(x).sigmoid() * out

@@ -19,7 +19,9 @@ from moe_lens import names
 from moe_lens.errors import HookError
 
 
-def rank_order(indices: Int[Tensor, "tokens top_k"], weights: Float[Tensor, "tokens top_k"]) -> Int[Tensor, "tokens top_k"]:
+def rank_order(
+    indices: Int[Tensor, "tokens top_k"], weights: Float[Tensor, "tokens top_k"]
+) -> Int[Tensor, "tokens top_k"]:
     """Slots of each token by routing weight, largest first; ties go to the lower expert index."""
     by_index = indices.argsort(-1)
     by_weight = weights.detach().gather(-1, by_index).sort(dim=-1, descending=True, stable=True).indices
@@ -131,7 +133,9 @@ class LayerHooks:
         return value
 
 
-def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, ends: Tensor, transposed: bool) -> Tensor:
+def grouped_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, ends: Tensor, transposed: bool
+) -> Tensor:
     """Each row times the matrix of its expert; `x` [slots, in] is sorted by expert and group e ends before `ends[e]`.
 
     `torch.nn.functional.grouped_mm` where it works; it refuses float64 and rows that are not multiples of 16 bytes.
@@ -205,7 +209,13 @@ def experts_forward(
 
 
 def _neurons(
-    experts: Any, hooks: LayerHooks, projected: Tensor, place: Tensor, permutation: Tensor, ends: Tensor, interleaved: bool
+    experts: Any,
+    hooks: LayerHooks,
+    projected: Tensor,
+    place: Tensor,
+    permutation: Tensor,
+    ends: Tensor,
+    interleaved: bool,
 ) -> Tensor:
     """Hooks before the activation function; nothing is split unless somebody listens."""
     wanted = {name for (_, name), point in hooks.experts.items() if point.has_hooks()} & {"hook_pre", "hook_pre_linear"}
@@ -224,4 +234,3 @@ def _neurons(
     if all(e is b for e, b in zip(edited, branches, strict=True)):
         return projected
     return join_branches(edited[0], edited[1], interleaved)
-
