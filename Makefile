@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help report install test check docs docs-serve examples notebooks clean
+.PHONY: help report install test check docs docs-serve examples notebooks picture clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 | \2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
@@ -42,6 +42,9 @@ examples: $(VENV)/.installed-dev  ## execute every example and check that its no
 
 notebooks: $(VENV)/.installed-dev  ## execute every example and write its notebook
 	$(BIN)/python scripts/run_examples.py --write
+
+picture: $(VENV)/.installed  ## draw the README's picture again, from the embedded model
+	$(BIN)/python scripts/picture.py
 
 clean:  ## remove .venv and everything that was built
 	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis .coverage htmlcov
