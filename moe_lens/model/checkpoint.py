@@ -157,10 +157,14 @@ class Checkpoint:
             for name, tensor in self.tensors.items()
             if name not in expected
         ]
-        places = ", ".join(file.name for file in self.files)
-        problems += [f"{places}: {name} is missing" for name in expected if name not in self.tensors]
+        problems += [f"{self.places}: {name} is missing" for name in expected if name not in self.tensors]
         if problems:
             raise not_whole(str(self.files[0].parent), problems)
+
+    @property
+    def places(self) -> str:
+        """The names of all files, as an error gives them."""
+        return ", ".join(file.name for file in self.files)
 
     @property
     def dtype(self) -> torch.dtype:

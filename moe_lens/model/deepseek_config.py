@@ -59,7 +59,6 @@ _HOUSEKEEPING = frozenset(
         "tokenizer_class",
         "torch_dtype",
         "torchscript",
-        "transformers_weights",
         "use_bfloat16",
         "use_return_dict",
     }
@@ -86,8 +85,9 @@ _POSITIVE = (
 class DeepseekConfig(PreTrainedConfig):
     """Config of DeepSeekMoE (arXiv 2401.06066; `deepseek-ai/deepseek-moe-16b-*`).
 
-    Fields are the original's; `rope_theta` and `rope_scaling` are read as such and kept in `rope_parameters`, as
-    everywhere in transformers 5. `aux_loss_alpha`, `seq_aux` and `pretraining_tp` concern training: carried, not used.
+    Fields are the original's; `rope_theta` and `rope_scaling` are read and written as such, and kept in
+    `rope_parameters`, as everywhere in transformers 5. `aux_loss_alpha`, `seq_aux` and `pretraining_tp` concern training:
+    they are carried, not used.
 
     Raises:
         UnsupportedModelError: a scoring function, activation or rope scaling that DeepSeekMoE does not have, or a key
@@ -147,6 +147,15 @@ class DeepseekConfig(PreTrainedConfig):
                     f"{' or '.join(map(repr, neutral[key]))}, so the results would be wrong."
                 )
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config in the original's words, so that whatever reads the hub's checkpoints reads ours."""
+        content = super().to_dict()
+        rope = content.pop("rope_parameters", None) or {}
+        kind = rope.get("rope_type", "default")
+        content["rope_theta"] = rope.get("rope_theta", 10000.0)
+        content["rope_scaling"] = None if kind == "default" else {"type": kind, "factor": rope["factor"]}
+        return content
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer `layer` has routed experts, by the original's rule."""

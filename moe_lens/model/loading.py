@@ -140,7 +140,7 @@ def _deepseek_config(path: Path, raw: dict[str, Any], kwargs: dict[str, Any]) ->
         config.validate()
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{path}: {error}") from error
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} is no config of a DeepSeekMoE: {error}") from error
     if "quantization_config" in kwargs:
         left["quantization_config"] = kwargs["quantization_config"]
@@ -151,9 +151,13 @@ def _deepseek_checkpoint(
     source: str, config: DeepseekConfig, hub: dict[str, Any], kwargs: dict[str, Any]
 ) -> tuple[Checkpoint, dict[str, tuple[int, ...]]]:
     """The checkpoint, proved to hold what `config` asks for, and the shapes of the model's parameters."""
+    checkpoint = Checkpoint.locate(source, hub, kwargs.get("variant"))
+    there = len(checkpoint.tensors)
+    for name in ("num_hidden_layers", "n_routed_experts"):  # a model of that many would take for ever to build
+        if (asked := getattr(config, name)) > there:
+            raise not_whole(source, [f"{checkpoint.places}: {name} is {asked}, but all tensors are {there}"])
     with torch.device("meta"):
         shapes = parameter_shapes(DeepseekForCausalLM(copy.deepcopy(config)))  # building a model writes to its config
-    checkpoint = Checkpoint.locate(source, hub, kwargs.get("variant"))
     checkpoint.check(stored_shapes(shapes))
     return checkpoint, shapes
 
