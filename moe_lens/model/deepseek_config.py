@@ -86,8 +86,8 @@ class DeepseekConfig(PreTrainedConfig):
     """Config of DeepSeekMoE (arXiv 2401.06066; `deepseek-ai/deepseek-moe-16b-*`).
 
     Fields are the original's; `rope_theta` and `rope_scaling` are read and written as such, and kept in
-    `rope_parameters`, as everywhere in transformers 5. `aux_loss_alpha`, `seq_aux` and `pretraining_tp` concern training:
-    they are carried, not used.
+    `rope_parameters`, as everywhere in transformers 5. `aux_loss_alpha`, `seq_aux` and `pretraining_tp` concern
+    training: they are carried, not used.
 
     Raises:
         UnsupportedModelError: a scoring function, activation or rope scaling that DeepSeekMoE does not have, or a key
