@@ -57,7 +57,10 @@ class Keep:
         return value
 
     def _owns(self, value: Tensor, kept: Tensor, hook: HookPoint) -> bool:
-        """Whether the tensor can be kept as it is: our own points hand out copies, and no hook runs after this one."""
-        private = getattr(hook, "private", False) and not self.suffix
-        last = hook.fwd_hooks[-1].user_hook if hook.fwd_hooks else None
-        return private and kept.numel() == value.numel() and isinstance(last, Keep)
+        """Whether the tensor can be kept as it is: our own points hand out copies, and nobody but caches listens here.
+
+        What another hook returned is that hook's, and the model may go on computing in it.
+        """
+        private = getattr(hook, "private", False) and not self.suffix and not hook.bwd_hooks
+        whole = kept.numel() == value.numel()
+        return private and whole and all(isinstance(handle.user_hook, Keep) for handle in hook.fwd_hooks)

@@ -36,12 +36,12 @@ class _ExactForward(torch.autograd.Function):
     """The value of one computation with the gradient of another that equals it but for rounding."""
 
     @staticmethod
-    def forward(ctx: Any, differentiated: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, differentiated: Tensor, value: Tensor) -> Tensor:  # noqa: ARG004
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grad, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return grads[0], None
 
 
 class Norm(GeneralizedComponent):
@@ -50,11 +50,12 @@ class Norm(GeneralizedComponent):
     residual_point: HookPoint | None = None
     """`hook_resid_mid` of the block, on the norm before its MLP."""
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:  # noqa: ARG002
         """Normalise, firing hooks on the way."""
         if self.residual_point is not None and self.residual_point.has_hooks():
             self._edit_residual(hidden_states)
-        x = self.hook_in(hidden_states)
+        # A copy for hooks: a change in place is one of what the norm reads, not of the residual stream.
+        x = self.hook_in(hidden_states.clone()) if self.hook_in.has_hooks() else hidden_states
         component: Any = self.original_component
         native = component(x)
         scale_point, normalized_point = self.hook_scale, self.hook_normalized
@@ -115,7 +116,7 @@ class Attention(GeneralizedComponent):
 
 
 class Unembedding(GeneralizedComponent):
-    """The unembedding without the bias of zeros that TransformerLens adds: it costs time and is saved with the model."""
+    """The unembedding without the bias of zeros that TransformerLens adds: it costs time, and would be saved."""
 
     def set_original_component(self, original_component: nn.Module) -> None:
         """Wrap the module as it is."""
@@ -123,7 +124,7 @@ class Unembedding(GeneralizedComponent):
 
 
 class MoEBlock(GeneralizedComponent):
-    """The MLP of a block; a Mixture-of-Experts layer gets its hook points here, a dense layer keeps TransformerLens's."""
+    """The MLP of a block; a layer with experts gets its hook points here, a dense layer keeps TransformerLens's."""
 
     family: Family
     hooks: LayerHooks | None = None

@@ -40,7 +40,7 @@ def call_hook(point: HookPoint, value: Tensor, name: str) -> tuple[Tensor, bool]
     if not isinstance(seen, Tensor) or seen.shape != value.shape:
         came = f"shape {tuple(seen.shape)}" if isinstance(seen, Tensor) else type(seen).__name__
         raise HookError(f"a hook on {name} returned {came}; expected a tensor of shape {tuple(value.shape)}, or None")
-    if seen.dtype.is_floating_point != value.dtype.is_floating_point:
+    if seen.dtype.is_floating_point != value.dtype.is_floating_point or seen.dtype == torch.bool:
         raise HookError(f"a hook on {name} returned {seen.dtype}; expected {value.dtype}")
     return seen.to(value.dtype), True
 
