@@ -112,12 +112,14 @@ def test_the_parts_make_the_whole(family: str, seed: int, batch: int, pos: int) 
     with torch.no_grad():
         _, cache = model.run_with_cache(tokens(batch, pos, seed), names_filter=lambda name: name in case.exact)
     for layer in range(model.cfg.n_layers):
-        mid, out, post = (cache[names.block(n, layer)] for n in (names.RESID_MID, names.BLOCK_MLP_OUT, names.RESID_POST))
+        mid, post = cache[names.block(names.RESID_MID, layer)], cache[names.block(names.RESID_POST, layer)]
+        out = cache[names.block(names.BLOCK_MLP_OUT, layer)]
         assert torch.equal(mid + out, post)
         close(cache[names.block(names.RESID_PRE, layer)] + cache[names.block(names.ATTN_OUT, layer)], mid)
         if layer not in model.moe_layers:
             continue
-        at = {hook.name: cache[names.mlp(hook.name, layer)] for hook in names.MLP_HOOKS if names.mlp(hook.name, layer) in cache}
+        here = {hook.name: names.mlp(hook.name, layer) for hook in names.MLP_HOOKS}
+        at = {hook: cache[name] for hook, name in here.items() if name in cache}
         close(at[names.EXPERT_OUT] * at[names.ROUTING_WEIGHTS][..., None], at[names.EXPERT_WEIGHTED])
         close(at[names.EXPERT_WEIGHTED].sum(2), at[names.ROUTED_OUT])
         whole = at[names.ROUTED_OUT] + at[names.SHARED_OUT] if model.has_shared(layer) else at[names.ROUTED_OUT]
