@@ -9,6 +9,7 @@ import torch
 from moe_lens.data import Domain
 from moe_lens.lenses import LensResult, LogitLens
 from moe_lens.partial_sum import PartialSum
+from moe_lens.studies.running import input_device
 
 EXAMPLE_TOKENS = 24
 
@@ -53,7 +54,9 @@ def lens_table(model: Any, domains: Sequence[Domain], *, top: int = 5) -> list[L
     for domain in domains:
         prompt, target, origin = _example(model, domain)
         with torch.no_grad():
-            logits, cache = model.run_with_cache(torch.tensor([prompt]), names_filter=lens.hooks())
+            logits, cache = model.run_with_cache(
+                torch.tensor([prompt], device=input_device(model)), names_filter=lens.hooks()
+            )
             result = lens.decode(cache, figure2(model.top_k), positions=[len(prompt) - 1], top=top)
             predicted = int(logits[0, -1].argmax())
         occurring = {*prompt, target, predicted, *result.top_tokens.unique().tolist()} - {-1}

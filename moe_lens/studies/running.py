@@ -48,11 +48,15 @@ def each_layer(model: Any, wanted: Sequence[str], consume: Callable[[int, dict[s
     return [hook(layer, name) for layer in model.moe_layers for name in wanted]
 
 
+def input_device(model: Any) -> torch.device:
+    """Where the model wants its tokens."""
+    return model.original_model.get_input_embeddings().weight.device
+
+
 @torch.no_grad()
 def losses(model: Any, batch: TokenBatch, hooks: Hooks) -> Float[Tensor, "batch pos"]:
     """Nats of every token given those before it, with hooks in place; 0 at the first position: nothing predicts it."""
-    device = next(model.original_model.parameters()).device
-    tokens, mask = batch.tokens.to(device), batch.mask.long().to(device)
+    tokens, mask = batch.tokens.to(input_device(model)), batch.mask.long().to(input_device(model))
     logits = model.run_with_hooks(tokens, fwd_hooks=hooks, return_type="logits", attention_mask=mask)
     return token_losses(logits, tokens.to(logits.device)).cpu()
 

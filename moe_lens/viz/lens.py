@@ -57,7 +57,7 @@ def lens_table(
         listed = zip(cell.tokens, cell.logits, cell.probs, strict=True)
         lines = [f"{escaped(texts[token])}  {prob:.1%}  (logit {logit:.2f})" for token, logit, prob in listed]
         routed = "" if cell.expert is None else f"<br>expert {cell.expert}, weight {cell.weight:.3f}"
-        hover[i][j] = f"layer {cell.layer}, {escaped(_title(result.sums[j]))}{routed}<br>" + "<br>".join(lines)
+        hover[i][j] = f"layer {cell.layer}, {_title(result.sums[j])}{routed}<br>" + "<br>".join(lines)
         if cell.expert is not None:
             look = {"size": 9, "color": "white" if cell.probs[0] > 0.6 and colour_by == "prob" else MUTED}
             base = {"x": j, "y": i, "showarrow": False, "font": look}
@@ -89,7 +89,9 @@ def lens_table(
     styled(figure, height=40 * rows + 90, annotations=notes)
     figure.update_annotations(font_size=9)
     figure.update_layout(font_color=INK, margin={"t": 50, "b": 10})
-    labels = [escaped(_title(which)).replace(" + ", "<br>+ ") for which in result.sums]
+    labels = [
+        _title(which).replace(" + ", "<br>+ ").replace("layer output", "layer<br>output") for which in result.sums
+    ]
     figure.update_xaxes(tickvals=list(range(columns)), ticktext=labels, side="top", showgrid=False)
     layers = [f"{layer} (dense)" if layer in result.dense else str(layer) for layer in result.layers]
     figure.update_yaxes(
@@ -132,9 +134,9 @@ def _title(which: PartialSum) -> str:
     if which == PartialSum(shared=True):
         return "layer output"
     if which == PartialSum():
-        return "routed experts + residual"
+        return "all routed + residual"
     if which.residual == "mid" and which.weighted and not which.shared and len(which.ranks or ()) == 1:
-        return f"expert of rank {next(iter(which.ranks or ()))} + residual"
+        return f"rank {next(iter(which.ranks or ()))} + residual"
     return which.label
 
 

@@ -3,8 +3,9 @@
 import html
 from typing import TYPE_CHECKING
 
+from moe_lens.stats import MIN_SOURCES
 from moe_lens.studies import SingleExpert
-from moe_lens.viz.style import MUTED, rgba, styled
+from moe_lens.viz.style import MUTED, error_bars, rgba, styled
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -52,14 +53,7 @@ def similarity_by_layer(result: SingleExpert, *, residual: bool) -> "Figure":
                 go.Scatter(
                     x=rows["layer"],
                     y=rows["mean"],
-                    error_y={
-                        "type": "data",
-                        "symmetric": False,
-                        "array": (rows["high"].astype(float) - rows["mean"]).fillna(0),
-                        "arrayminus": (rows["mean"] - rows["low"].astype(float)).fillna(0),
-                        "thickness": 1,
-                        "width": 2,
-                    },
+                    error_y=error_bars(rows["mean"], rows["low"], rows["high"]),
                     mode="lines+markers",
                     line={"color": colour, "width": 1.8, "dash": dash},
                     marker={"size": 4},
@@ -80,7 +74,7 @@ def similarity_by_layer(result: SingleExpert, *, residual: bool) -> "Figure":
 
 
 def perplexity_by_k(result: SingleExpert) -> "Figure":
-    """Perplexity with k active experts divided by that with all, a panel for each domain; not normalised, k on a line."""
+    """Perplexity with k active experts divided by that with all, a panel for each domain; log scale, not normalised."""
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
@@ -96,8 +90,8 @@ def perplexity_by_k(result: SingleExpert) -> "Figure":
     for column, domain in enumerate(domains, start=1):
         for others, (label, colour) in looks.items():
             rows = frame[(frame["domain"] == domain) & (frame["others"] == others)]
-            low, high = rows["ratio_low"].astype(float), rows["ratio_high"].astype(float)
-            if low.notna().all():
+            low, high = list(rows["ratio_low"]), list(rows["ratio_high"])
+            if len(result.dropped[domain][0].sources) >= MIN_SOURCES:
                 figure.add_trace(
                     go.Scatter(
                         x=[*rows["k"], *rows["k"][::-1]],

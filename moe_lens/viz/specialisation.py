@@ -4,14 +4,14 @@ import html
 from typing import TYPE_CHECKING
 
 from moe_lens.studies import Specialisation
-from moe_lens.viz.style import MUTED, SCALE, colour, styled
+from moe_lens.viz.style import MUTED, SCALE, colour, error_bars, styled
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 
 def specialisation_map(result: Specialisation) -> "Figure":
-    """Share of a domain's tokens that have each expert among their active ones: a map of layers × experts per domain."""
+    """Share of a domain's tokens that have each expert among their active ones: layers × experts, a map per domain."""
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
@@ -69,19 +69,11 @@ def most_specialised(result: Specialisation) -> "Figure":
     n_domains = len(result.domains)
     for number, (name, rows) in enumerate(frame.groupby("domain", sort=False)):
         offset = (number - (n_domains - 1) / 2) * 0.6 / n_domains
-        low, high = rows["low"].astype(float), rows["high"].astype(float)
         figure.add_trace(
             go.Scatter(
                 x=rows["layer"] + offset,
                 y=rows["share"],
-                error_y={
-                    "type": "data",
-                    "symmetric": False,
-                    "array": (high - rows["share"]).fillna(0),
-                    "arrayminus": (rows["share"] - low).fillna(0),
-                    "thickness": 1.4,
-                    "width": 3,
-                },
+                error_y=error_bars(rows["share"], rows["low"], rows["high"]),
                 mode="markers+text",
                 text=rows["expert"].astype(str),
                 textposition="top center",

@@ -1,5 +1,6 @@
 """One look for all figures."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +22,21 @@ def rgba(hexadecimal: str, opacity: float) -> str:
     """`#2563a8` at some opacity."""
     red, green, blue = (int(hexadecimal[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},{opacity})"
+
+
+def error_bars(middle: Iterable[float], low: Iterable[float | None], high: Iterable[float | None]) -> dict[str, Any]:
+    """Plotly's error bars from intervals; none where there is no interval."""
+    bounds = [
+        (m, m if lo is None else lo, m if hi is None else hi) for m, lo, hi in zip(middle, low, high, strict=True)
+    ]
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [max(0.0, hi - m) if hi == hi else 0.0 for m, _, hi in bounds],
+        "arrayminus": [max(0.0, m - lo) if lo == lo else 0.0 for m, lo, _ in bounds],
+        "thickness": 1.2,
+        "width": 2,
+    }
 
 
 def styled(figure: "Figure", **layout: Any) -> "Figure":

@@ -7,7 +7,7 @@ VISIBLE = {" ": "␣", "\n": "↵", "\r": "␍", "\t": "⇥", "\ufffd": "�"}
 
 
 def readable(token: str) -> str:
-    """A token as a reader can see it: whitespace as ␣ ↵ ⇥, other unprintable characters as \\x.., an empty one as ∅."""
+    """A token as a reader can see it: whitespace as ␣ ↵ ⇥, other unprintable characters by code, an empty one as ∅."""
     shown = [VISIBLE.get(character) or _printable(character) for character in token]
     return "".join(shown) or "∅"
 
