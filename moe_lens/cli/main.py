@@ -10,6 +10,7 @@ import typer
 from typer.exceptions import TyperException
 
 import moe_lens
+from moe_lens.cli.report import make_report
 from moe_lens.errors import InputError, MoELensError
 
 app = typer.Typer(
@@ -66,8 +67,8 @@ def report(
         list[str] | None,
         typer.Option(
             metavar="NAME=FILE",
-            help="Texts to read; give it once for each domain. FILE.jsonl: an object a line with `text`, and `source` to "
-            "say which texts were taken from one document. FILE.txt: passages separated by blank lines, one source. "
+            help="Texts to read; give it once for each domain. FILE.jsonl: an object a line with `text`, and `source` "
+            "to say which texts were taken from one document. FILE.txt: passages separated by blank lines, one source. "
             "Without --domain: the five embedded domains.",
         ),
     ] = None,
@@ -84,8 +85,6 @@ def report(
     Which experts each domain is sent to; one expert against the ensemble, with controls; what fewer experts cost; and
     what each expert would say next.
     """
-    from moe_lens.cli.report import make_report  # loads torch and transformers: `--help` should not
-
     make_report(model, _named_files(domain or []), tokens=tokens, out=out, seed=seed, dtype=dtype.value, device=device)
 
 

@@ -10,6 +10,7 @@ from moe_lens import viz
 from moe_lens.report.collect import Report
 from moe_lens.report.paper import PUBLISHED
 from moe_lens.stats import MEASURES, MIN_SOURCES
+from moe_lens.viz.style import colour
 
 CONFIG = {"displayModeBar": False, "responsive": True}
 
@@ -98,7 +99,7 @@ def _domain(report: Report, number: int) -> dict[str, Any]:
         "low": interval.low if interval else None,
         "high": interval.high if interval else None,
         "apart": report.single_expert.apart[tokens.domain],
-        "colour": viz.style.colour(number),
+        "colour": colour(number),
     }
 
 
@@ -127,34 +128,30 @@ def _examples(report: Report) -> list[dict[str, Any]]:
     return shown
 
 
-def _range(values: list[float], digits: int, unit: str = "") -> str:
-    low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
+def _range(values: list[float], shown: str, unit: str = "") -> str:
+    low, high = (format(value, shown) for value in (min(values), max(values)))
     return f"{low}{unit}" if low == high else f"{low} to {high}{unit}"
 
 
 def _findings(report: Report, tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
     most, single = tables["most_specialised"], report.single_expert
     top_k = report.model["top_k"]
-    best = most.loc[most["share"].idxmax()].to_dict()
+    best = max(most.to_dict("records"), key=lambda row: row["share"])
     cosines = _similarity(report).values()
-    ks = {
-        k: {name: by_k[k].ratio(by_k[-1]) for name, by_k in results.items()}
-        for k in (0, 1)
-        for results in (single.dropped,)
-    }
+    dropped = {k: [by_k[k].ratio(by_k[-1]) for by_k in single.dropped.values()] for k in (0, 1)}
     replaced = [by_k[1].ratio(by_k[-1]) for by_k in single.replaced.values()]
     return {
         "best": best,
         "pairs": len(most),
         "over_half": int((most["share"] > 0.5).sum()),
-        "half": _range(tables["experts_for_half"]["experts"].astype(float).tolist(), 0),
-        "one": _range([100 * (ratio - 1) for ratio in ks[1].values()], 0, " %"),
-        "one_replaced": _range([100 * (ratio - 1) for ratio in replaced], 0, " %"),
-        "none": _range(list(ks[0].values()), 2),
-        "top": _range([values["top"] for values in cosines], 3),
-        "alone": _range([values["none"] for values in cosines], 3),
-        "rest": _range([values["rest_top"] for values in cosines], 2),
-        "unexplained": _range([100 * values["unexplained"] for values in cosines], 0, " %"),
+        "half": _range(tables["experts_for_half"]["experts"].astype(float).tolist(), ".0f"),
+        "one": _range([100 * (ratio - 1) for ratio in dropped[1]], "+.0f", " %"),
+        "one_replaced": _range([100 * (ratio - 1) for ratio in replaced], "+.0f", " %"),
+        "none": _range(dropped[0], ".2f"),
+        "top": _range([values["top"] for values in cosines], ".3f"),
+        "alone": _range([values["none"] for values in cosines], ".3f"),
+        "rest": _range([values["rest_top"] for values in cosines], ".2f"),
+        "unexplained": _range([100 * values["unexplained"] for values in cosines], ".0f", " %"),
         "top_k": top_k,
     }
 
