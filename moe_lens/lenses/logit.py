@@ -85,7 +85,7 @@ class LogitLens:
     def decode(
         self,
         cache: Any,
-        sums: Sequence[PartialSum],
+        sums: PartialSum | Sequence[PartialSum],
         *,
         layers: Sequence[int] | None = None,
         positions: Sequence[int] | None = None,
@@ -95,7 +95,7 @@ class LogitLens:
 
         Args:
             cache: A `MoECache` of this model that holds `hooks(layers)`, with a batch axis.
-            sums: What to read in every layer.
+            sums: What to read in every layer: one sum or several.
             layers: Which layers; all if not given.
             positions: Which positions of the cache, from 0; all if not given.
             top: How many of the most likely tokens to keep.
@@ -104,6 +104,7 @@ class LogitLens:
             HookError: The cache lacks an activation; the message says which.
             InputError: A position that the cache does not have, or no sum.
         """
+        sums = [sums] if isinstance(sums, PartialSum) else sums
         layers = tuple(range(self.model.cfg.n_layers) if layers is None else layers)
         dense = tuple(layer for layer in layers if layer not in self.model.moe_layers)
         if not sums or not layers or not cache.has_batch_dim:
