@@ -129,7 +129,7 @@ def _numbers(report: Report, tables: dict[str, pd.DataFrame], own_version: str) 
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return json.loads(table.to_json(orient="records", double_precision=15))
+    return json.loads(str(table.to_json(orient="records", double_precision=15)))
 
 
 def _installed() -> dict[str, str]:

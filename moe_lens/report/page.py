@@ -143,7 +143,7 @@ def _findings(report: Report, tables: dict[str, pd.DataFrame]) -> dict[str, Any]
     return {
         "best": best,
         "pairs": len(most),
-        "over_half": int((most["share"] > 0.5).sum()),
+        "over_half": sum(share > 0.5 for share in most["share"]),
         "half": _range(tables["experts_for_half"]["experts"].astype(float).tolist(), ".0f"),
         "one": _range([100 * (ratio - 1) for ratio in dropped[1]], "+.0f", " %"),
         "one_replaced": _range([100 * (ratio - 1) for ratio in replaced], "+.0f", " %"),

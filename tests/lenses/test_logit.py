@@ -1,5 +1,7 @@
 """The lens against its definition on a tiny random model: final norm and unembedding written out by hand."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -24,7 +26,7 @@ def cache(model):
 
 
 def by_hand(model: HookedMoE, resid: torch.Tensor) -> torch.Tensor:
-    hf = model.original_model
+    hf: Any = model.original_model
     scale = resid.square().mean(-1, keepdim=True).add(hf.config.rms_norm_eps).rsqrt()
     return (resid * scale * hf.model.norm.weight) @ hf.lm_head.weight.T
 

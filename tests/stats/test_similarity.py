@@ -1,5 +1,7 @@
 """Cosines and their controls, against plain numpy; means; the controls do their work on vectors with a known answer."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ def cosine(a, b):
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
-def plain(u, a, mean_u, mean_a) -> dict[str, float]:
+def plain(u, a, mean_u, mean_a) -> dict[str, Any]:
     """The definitions of the docstring, for one token."""
     s = sum(a)
     centre = mean_u + sum(mean_a)
