@@ -87,7 +87,7 @@ class MoECache(AttributionCache):
             weights=self[weights],
             logits=known,
             probs=None if known is None else _affinity(known, self.model.family.score),
-            mask=self.mask,
+            mask=None if self.mask is None else self.mask.to(self[indices].device),
         )
 
     def expert_out(self, layer: int, *, expert: int, weighted: bool = False) -> ExpertRows:
@@ -109,7 +109,7 @@ class MoECache(AttributionCache):
         chosen = self[names.mlp(names.EXPERT_INDICES, layer)] == expert
         mask = chosen.any(-1)
         if self.mask is not None:
-            mask = mask & self.mask
+            mask = mask & self.mask.to(mask.device)
         rank = chosen.int().argmax(-1)
         values = slots.take_along_dim(rank[..., None, None], dim=-2).squeeze(-2)
         return ExpertRows(values.masked_fill(~mask[..., None], 0), mask)

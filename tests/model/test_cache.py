@@ -14,8 +14,8 @@ from moe_lens.errors import HookError, InputError
 from moe_lens.model.cache import MoECache
 from moe_lens.partial_sum import PartialSum
 from moe_lens.routing import Routing
-from tests.model.caches import F64, FAMILIES, SHARED, close, fresh, full, same
-from tests.wrapped import Case
+from tests.model.caches import F64, FAMILIES, SHARED, close, fresh, full, quiet, same
+from tests.wrapped import Case, wrapped
 
 
 def by_hand(kept: MoECache, layer: int, which: PartialSum) -> Tensor:
@@ -208,6 +208,24 @@ def test_padding_is_masked_from_an_experts_rows():
     assert set(Routing.stack([padded.routing(1)]).to_frame().query("batch == 1").pos) == set(range(5, 12))
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_run_knows_its_padding(side: str):
+    case = wrapped("deepseek", torch.float64)
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    mask[1, slice(5) if side == "left" else slice(-5, None)] = 0
+    with torch.no_grad():
+        _, kept = case.model.run_with_cache(case.tokens, names_filter=quiet, attention_mask=mask)
+    frame = Routing.stack([kept.routing(layer) for layer in (1, 2)]).to_frame()
+    assert len(frame) == 2 * 3 * int(mask.sum())
+    counts = sum(kept.expert_out(1, expert=expert).mask.int() for expert in range(8))
+    assert torch.equal(torch.as_tensor(counts), 3 * mask)
+    assert kept.tokens is not None and torch.equal(kept.tokens, case.tokens)
+    with torch.no_grad():
+        _, part = case.model.run_with_cache(case.tokens, names_filter=quiet, attention_mask=mask, pos_slice=(3, 9))
+    assert part.mask is not None and torch.equal(part.mask, mask[:, 3:9].bool())
+    assert torch.equal(part.expert_out(1, expert=2).mask, kept.expert_out(1, expert=2).mask[:, 3:9])
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_routing_is_what_the_router_chose(name: str):
     case, _, kept = full(name)
@@ -282,6 +300,24 @@ def test_components_sum_to_the_residual_stream(name: str, by: Any):
     assert len(labels) == expected
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        (torch.float32, 1e-5),
+        (torch.bfloat16, 2**-6),
+        (torch.float16, 2**-9),
+    ],  # 13 parts, a rounding each, of the largest value
+)
+def test_components_sum_in_every_precision(dtype: torch.dtype, tolerance: float):
+    case = wrapped("deepseek", dtype)
+    with torch.no_grad():
+        _, kept = case.model.run_with_cache(case.tokens, names_filter=quiet)
+    for by in ("rank", "expert"):
+        stack, _ = kept.decompose_experts(by=by)
+        assert stack.dtype == dtype
+        assert close(stack.float().sum(0), kept["resid_post", -1].float(), tolerance)
+
+
 def test_components_are_what_their_labels_say():
     _, _, kept = full("deepseek")
     stack, labels = kept.decompose_experts()
@@ -290,7 +326,8 @@ def test_components_are_what_their_labels_say():
     assert torch.equal(found["0_mlp_out"], kept["mlp_out", 0])
     assert torch.equal(found["2_attn_out"], kept["attn_out", 2])
     assert torch.equal(found["1_shared_out"], kept["shared_out", 1])
-    assert torch.equal(found["2_rank_1"], kept["expert_weighted", 2][:, :, 1])
+    for rank in range(3):
+        assert torch.equal(found[f"2_rank_{rank}"], kept["expert_weighted", 2][:, :, rank])
     stack, labels = kept.decompose_experts(by="expert")
     found = dict(zip(labels, stack, strict=True))
     assert close(found["2_expert_5"], kept.expert_out(2, expert=5, weighted=True).values)

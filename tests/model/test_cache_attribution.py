@@ -182,11 +182,12 @@ def test_a_cache_on_the_cpu_of_a_model_on_the_gpu():
     hf: Any = build("deepseek")
     model = HookedMoE.from_hf(hf.cuda(), check=False)
     with torch.no_grad():
-        logits, kept = model.run_with_cache(tokens().cuda(), device="cpu")
+        logits, kept = model.run_with_cache(tokens().cuda(), device="cpu", attention_mask=torch.ones(2, 12).cuda())
     stack, _ = kept.decompose_experts()
     assert stack.device.type == "cpu"
     assert close(kept.logit_attrs(stack, 7).sum(0), logits[..., 7].cpu(), 1e-5)
     assert close(kept.decompose_experts(by="expert", apply_ln=True)[0].sum(0) @ model.W_U.cpu(), logits.cpu(), 1e-5)
+    assert kept.expert_out(1, expert=3).mask.device.type == "cpu"
     kept.to("cuda")
     assert kept.partial_sum(1, experts=[3, 4]).values.device.type == "cuda"
     assert kept.routing(1).dense_weights().device.type == "cuda"
