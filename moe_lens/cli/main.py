@@ -18,6 +18,9 @@ app = typer.Typer(
 )
 
 
+INTERRUPTED = 130
+
+
 class Dtype(StrEnum):
     """Floating-point types that a model can be loaded in."""
 
@@ -44,18 +47,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("moe-lens: error:", " ".join(said.split()), file=sys.stderr)
         return 2
     except (typer.Abort, KeyboardInterrupt):
+        code = INTERRUPTED
+    if code == INTERRUPTED:
         print("moe-lens: interrupted; nothing was written", file=sys.stderr)
-        return 130
     return code if isinstance(code, int) else 0
+
+
+def _say_version(wanted: bool) -> bool:
+    if wanted:
+        print(moe_lens.__version__)
+        raise typer.Exit
+    return wanted
 
 
 @app.callback()
 def _program(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Say the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Say the version and exit.")
+    ] = False,
 ) -> None:
-    if version:
-        print(moe_lens.__version__)
-        raise typer.Exit
+    del version  # the option's callback has said it
 
 
 @app.command()

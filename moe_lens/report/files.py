@@ -129,7 +129,9 @@ def _numbers(report: Report, tables: dict[str, pd.DataFrame], own_version: str) 
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return json.loads(str(table.to_json(orient="records", double_precision=15)))
+    """The rows, with null for what is missing: JSON has no NaN."""
+    rows = table.to_dict("records")
+    return [{str(key): None if value != value else value for key, value in row.items()} for row in rows]
 
 
 def _installed() -> dict[str, str]:

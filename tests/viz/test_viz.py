@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def specialisation() -> Specialisation:
 
 def test_map_shows_the_shares():
     result = specialisation()
-    figure = viz.specialisation_map(result)
+    figure: Any = viz.specialisation_map(result)
     assert len(figure.data) == 2
     for trace, routing in zip(figure.data, result.domains.values(), strict=True):
         assert torch.equal(torch.tensor(trace.z), routing.specialisation)
@@ -62,13 +63,14 @@ def test_map_shows_the_shares():
 
 def test_most_specialised_has_bars_where_there_are_sources_enough():
     result = specialisation()
-    figure = viz.most_specialised(result)
+    figure: Any = viz.most_specialised(result)
     enough, few = figure.data
     frame = result.most_specialised()
     assert list(enough.y) == list(frame[frame["domain"] == "one"]["share"])
     assert max(enough.error_y.array) > 0 and max(few.error_y.array) == 0
     assert [annotation.text for annotation in figure.layout.annotations] == ["uniform 37.5%"]
-    assert [trace.name for trace in viz.experts_for_half(result).data] == ["one", escaped(NASTY).replace("␣", " ")]
+    half: Any = viz.experts_for_half(result)
+    assert [trace.name for trace in half.data] == ["one", escaped(NASTY).replace("␣", " ")]
 
 
 def lens_result() -> LensResult:
@@ -88,7 +90,7 @@ TEXTS = {token: f" w{token}" for token in range(16)} | {12: NASTY}
 
 def test_lens_table_places_token_expert_and_weight():
     result = lens_result()
-    figure = viz.lens_table(result, 5, TEXTS)
+    figure: Any = viz.lens_table(result, 5, TEXTS)
     (heat,) = figure.data
     assert heat.text[1][0] == "␣w8"
     assert heat.text[0][2] == "" and heat.z[0][2] is None  # a dense layer has no ranks
@@ -97,12 +99,12 @@ def test_lens_table_places_token_expert_and_weight():
     assert notes == [(2, 1, "7"), (2, 1, "0.60"), (3, 1, "4"), (3, 1, "0.30")]
     assert "expert 7, weight 0.600" in heat.customdata[1][2]
     assert list(figure.layout.yaxis.ticktext) == ["0 (dense)", "1"]
-    by_logit = viz.lens_table(result, 5, TEXTS, colour_by="logit").data[0]
-    assert by_logit.z[1][3] == pytest.approx(float(result.top_logits[1, 3, 0, 0, 0]))
+    by_logit: Any = viz.lens_table(result, 5, TEXTS, colour_by="logit")
+    assert by_logit.data[0].z[1][3] == pytest.approx(float(result.top_logits[1, 3, 0, 0, 0]))
 
 
 def test_tokens_cannot_break_out_of_a_figure():
-    figure = viz.lens_table(lens_result(), 5, TEXTS)
+    figure: Any = viz.lens_table(lens_result(), 5, TEXTS)
     assert figure.data[0].text[1][2].startswith("&lt;/script&gt;")
     html = figure.to_html(full_html=False, include_plotlyjs=False)
     assert html.count("</script>") == html.count("<script")
