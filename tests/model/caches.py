@@ -10,8 +10,8 @@ from moe_lens.model.cache import MoECache
 from tests.families import CONFIGS
 from tests.wrapped import Case, wrapped
 
-F64 = 1e-12
-"""Relative to the largest value: a few thousand roundings in float64."""
+F64 = 1e-14
+"""Relative to the largest value: fifty roundings in float64."""
 
 FAMILIES = list(CONFIGS)
 SHARED = ["deepseek", "qwen2_moe"]  # with a dense layer 0 and shared experts

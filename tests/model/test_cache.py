@@ -303,7 +303,7 @@ def test_components_sum_to_the_residual_stream(name: str, by: Any):
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [
-        (torch.float32, 1e-5),
+        (torch.float32, 1e-6),
         (torch.bfloat16, 2**-6),
         (torch.float16, 2**-9),
     ],  # 13 parts, a rounding each, of the largest value

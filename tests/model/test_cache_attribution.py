@@ -11,7 +11,7 @@ from moe_lens import names
 from moe_lens.errors import HookError, InputError
 from moe_lens.model.cache import MoECache
 from tests.families import CONFIGS
-from tests.model.caches import FAMILIES, close, fresh, full
+from tests.model.caches import F64, FAMILIES, close, fresh, full
 
 
 def by_definition(case: Any, kept: MoECache, component: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def test_attributions_are_the_definition_and_sum_to_the_logits(name: str):
     case, _, kept = full(name)
     stack, labels = kept.decompose_experts()
     # In float64, DeepSeek's norms are exact; other families' go through float32.
-    tolerance = 1e-12 if name.startswith("deepseek,") or name == "deepseek" else 1e-6
+    tolerance = F64 if name.startswith("deepseek,") or name == "deepseek" else 1e-6
     right = case.tokens.roll(-1, 1)
     attrs = kept.logit_attrs(stack, right)
     assert attrs.shape == (len(labels), 2, 12)
@@ -41,7 +41,7 @@ def test_attributions_are_the_definition_and_sum_to_the_logits(name: str):
     assert close(attrs.sum(0), logits, tolerance)
     wrong = (right + 5) % 101
     difference = kept.logit_attrs(stack, right, wrong)
-    assert close(difference, attrs - kept.logit_attrs(stack, wrong), 1e-12)
+    assert close(difference, attrs - kept.logit_attrs(stack, wrong), F64)
     assert close(difference.sum(0), logits - case.logits.gather(-1, wrong[..., None])[..., 0], tolerance * 10)
 
 
@@ -53,8 +53,8 @@ def test_transformerlens_is_off_by_the_gain(name: str):
     logits = case.logits[..., 7]
     assert not close(theirs.logit_attrs(stack, 7).sum(0), logits, 0.01)
     gain = next(iter(case.model.original_model.get_submodule("model.norm").parameters())).detach()
-    assert close(theirs.logit_attrs(stack * gain, 7), kept.logit_attrs(stack, 7), 1e-12)
-    assert close(theirs.apply_ln_to_stack(stack) * gain, kept.apply_ln_to_stack(stack), 1e-12)
+    assert close(theirs.logit_attrs(stack * gain, 7), kept.logit_attrs(stack, 7), F64)
+    assert close(theirs.apply_ln_to_stack(stack) * gain, kept.apply_ln_to_stack(stack), F64)
 
 
 def test_by_expert_and_by_rank_agree():
@@ -154,7 +154,7 @@ def test_half_precision_is_summed_in_float32():
 def test_components_of_what_a_block_reads(name: str):
     """Before a block, and before its experts: the norm's gain there, too."""
     case, _, kept = full(name)
-    tolerance = 1e-12 if name == "deepseek" else 1e-6
+    tolerance = F64 if name == "deepseek" else 1e-6
     for layer in (1, 2):
         stack, _ = kept.decompose_experts(layer, apply_ln=True)
         assert close(stack.sum(0), kept[f"blocks.{layer}.ln1.hook_out"], tolerance)

@@ -94,6 +94,7 @@ def test_two_names_of_one_tensor_are_written_once(tmp_path: Path):
     value = torch.randn(2, 12, 3, 32, dtype=torch.float64)
     both = {names.mlp(names.EXPERT_OUT, 1): value, names.block(names.EXPERT_OUT, 1): value}
     views = {
+        "whole item": value[:1],
         "a": value[:, :5],
         "b": value[:, 3:],
         "c": value.transpose(1, 2),
