@@ -9,6 +9,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import configure_toke
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_lens import names
+from moe_lens.errors import InputError
 from moe_lens.model.adapter import build_adapter
 from moe_lens.model.bridge import ExpertBridge
 from moe_lens.model.loading import load_pretrained
@@ -60,8 +61,14 @@ class HookedMoE(ExpertBridge):
 
         Raises:
             UnsupportedModelError: the family is not supported, or the model is wrapped already.
+            InputError: the tokenizer was not loaded from anywhere.
             SelfCheckError: the parts do not make up the whole.
         """
+        if tokenizer is not None and "name_or_path" not in tokenizer.init_kwargs:
+            raise InputError(
+                "this tokenizer was not loaded from anywhere, and TransformerLens loads tokenizers again to add the "
+                "BOS token: save it with its save_pretrained, and pass what AutoTokenizer loads from there"
+            )
         adapter, family = build_adapter(model, name or getattr(model.config, "_name_or_path", "") or family_name(model))
         if tokenizer is not None:
             tokenizer = configure_tokenizer(tokenizer, adapter.cfg)

@@ -69,7 +69,10 @@ EXPERT_HOOKS = (
     Hook("hook_post", "rows m", "one expert's neurons, product of the branches"),
     Hook("hook_out", "rows d", "one expert's output, not weighted"),
 )
-"""Hooks of one expert, under `blocks.{layer}.mlp.experts.{expert}.`; `hook.ctx` holds `batch`, `pos`, `rank` of each row."""
+"""Hooks of one expert, under `blocks.{layer}.mlp.experts.{expert}.`.
+
+`hook.ctx` holds `batch`, `pos` and `rank` of each row.
+"""
 
 RESIDUAL_HOOKS = (
     Hook(RESID_PRE, "b p d", "the residual stream entering the block"),

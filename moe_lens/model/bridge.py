@@ -28,6 +28,11 @@ class ExpertBridge(TransformerBridge):
     family: Family
 
     def __init__(self, model: PreTrainedModel, adapter: Any, tokenizer: Any, family: Family):
+        if not any(name.endswith(".experts") for name, _ in model.named_modules()):
+            raise UnsupportedModelError(
+                f"this {family.model_type} has no layer with experts; "
+                "dense models belong in TransformerLens's TransformerBridge"
+            )
         self.__dict__.update(family=family, _original_names=tuple(model.state_dict()))
         super().__init__(model, adapter, tokenizer)
         for layer, block in enumerate(self.blocks):
@@ -42,11 +47,6 @@ class ExpertBridge(TransformerBridge):
         dead = (*names.DEAD, *family.dead)
         self._hook_registry = {n: p for n, p in self._hook_registry.items() if not n.endswith(dead)}
         self.__dict__["_all_hooks"] = {n: p for n, p in super().hook_dict.items() if not n.endswith(dead)}
-        if not self.moe_layers:
-            raise UnsupportedModelError(
-                f"this {family.model_type} has no layer with experts; "
-                "dense models belong in TransformerLens's TransformerBridge"
-            )
 
     def _layer_hooks(self) -> Iterator[tuple[int, LayerHooks]]:
         for layer, block in enumerate(self.blocks):

@@ -192,8 +192,9 @@ def experts_forward(
     projected = grouped_linear(x.index_select(0, permutation // top_k), first, bias, ids, ends, experts.is_transposed)
     projected = _neurons(experts, hooks, projected, place, permutation, ends, interleaved)
     post = experts._apply_gate(projected) if experts.has_gate else experts.act_fn(projected)
-    post = hooks.over_slots(names.EXPERT_POST, post, place)
+    # One expert's hooks first: those of all experts then show what the model goes on with.
     post = hooks.over_expert("hook_post", post, permutation, ends)
+    post = hooks.over_slots(names.EXPERT_POST, post, place)
 
     bias = experts.down_proj_bias if experts.has_bias else None
     out = grouped_linear(post, experts.down_proj, bias, ids, ends, experts.is_transposed)
@@ -222,15 +223,15 @@ def _neurons(
     if not wanted and not hooks.heard(names.EXPERT_PRE) and not hooks.heard(names.EXPERT_PRE_LINEAR):
         return projected
     if not experts.has_gate:
-        activated = hooks.over_slots(names.EXPERT_PRE, projected, place)
-        return hooks.over_expert("hook_pre", activated, permutation, ends)
+        activated = hooks.over_expert("hook_pre", projected, permutation, ends)
+        return hooks.over_slots(names.EXPERT_PRE, activated, place)
     branches = split_branches(projected, interleaved)
     edited = []
     for branch, all_experts, one_expert in zip(
         branches, (names.EXPERT_PRE, names.EXPERT_PRE_LINEAR), ("hook_pre", "hook_pre_linear"), strict=True
     ):
-        branch_ = hooks.over_slots(all_experts, branch, place)
-        edited.append(hooks.over_expert(one_expert, branch_, permutation, ends))
+        branch_ = hooks.over_expert(one_expert, branch, permutation, ends)
+        edited.append(hooks.over_slots(all_experts, branch_, place))
     if all(e is b for e, b in zip(edited, branches, strict=True)):
         return projected
     return join_branches(edited[0], edited[1], interleaved)
