@@ -48,6 +48,11 @@ class Case:
         self.exact = {name for name in self.fire if not INNER.search(points[name])}
         """Those that can be listened to without selecting eager attention."""
 
+    def some(self) -> list[str]:
+        """One name for each hook point that fires, of the first and of the last layer and outside of the layers."""
+        names = {self.model.hook_dict[name].name or name for name in self.fire}
+        return sorted(n for n in names if n.startswith(("blocks.0.", f"blocks.{self.last}.")) or "blocks" not in n)
+
     @property
     def hf(self) -> PreTrainedModel:
         return _hf(self.name, self.dtype)

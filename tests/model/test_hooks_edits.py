@@ -72,8 +72,9 @@ def test_edits_of_the_table_are_those_of_the_plain_layer(family: str, one_token:
         if not one_token:
             assert deviation(logits, case.logits) > 1e-2, hook
         elif hook != names.SHARED_OUT:
-            assert torch.equal(logits[0], case.logits[0]), "the other text is untouched"
-            assert torch.equal(logits[1, :4], case.logits[1, :4]), "and so is what comes before the token"
+            # The other text and what comes before the token are untouched, but for rounding: groups of rows changed.
+            assert deviation(logits[0], case.logits[0]) <= FP32 * case.logits.abs().max().item()
+            assert deviation(logits[1, :4], case.logits[1, :4]) <= FP32 * case.logits.abs().max().item()
             assert deviation(logits[1, 4:], case.logits[1, 4:]) > 1e-3, hook
 
 
@@ -323,18 +324,20 @@ IN_PLACE: dict[str, Callable[[Tensor], Any]] = {
 
 
 @families
-@pytest.mark.parametrize("how", IN_PLACE)
-def test_a_change_in_place_is_an_edit(family: str, how: str) -> None:
+def test_a_change_in_place_is_an_edit(family: str) -> None:
     """Not so at the inputs of TransformerLens's linear layers: those see the tensor that their siblings read."""
     case = wrapped(family)
     linear = re.compile(r"(attn\.\w+|shared_expert\w*|shared_expert\w*\.\w+)\.hook_in$")
     with untouched(case.model), torch.no_grad():
-        for name in sorted({case.model.hook_dict[name].name or name for name in case.exact}):
-            if not name.startswith(f"blocks.{case.last}.") or "indices" in name or linear.search(name):
+        for name in case.some():
+            if name not in case.exact or "blocks.0" in name or "indices" in name or linear.search(name):
+                continue
+            if not name.startswith("blocks"):
                 continue
             halved = case.model.run_with_hooks(case.tokens, fwd_hooks=[(name, as_hook(lambda value: value * 0.5))])
-            in_place = case.model.run_with_hooks(case.tokens, fwd_hooks=[(name, as_hook(IN_PLACE[how]))])
-            assert torch.equal(in_place, halved), name
+            for how, change in IN_PLACE.items():
+                in_place = case.model.run_with_hooks(case.tokens, fwd_hooks=[(name, as_hook(change))])
+                assert torch.equal(in_place, halved), (name, how)
             assert deviation(halved, case.logits) > 0, name
 
 

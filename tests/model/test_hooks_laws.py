@@ -62,7 +62,7 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 
 @families
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_observing_changes_nothing(family: str, data: st.DataObject) -> None:
     case = wrapped(family)
@@ -97,14 +97,14 @@ def test_attention_s_insides_select_eager_attention_which_rounds_differently(fam
     with torch.no_grad():
         logits, cache = case.model.run_with_cache(case.tokens)
     close(logits, case.logits)
-    assert set(cache.keys()) == case.fire, "every hook fires"
+    assert {name for name in cache.keys() if names.parse_expert(name) is None} == case.fire, "every hook fires"  # noqa: SIM118
 
 
 # --- law 2: the parts make the whole ---
 
 
 @families
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(seed=st.integers(0, 2**31), batch=st.integers(1, 3), pos=st.integers(1, 9))
 def test_the_parts_make_the_whole(family: str, seed: int, batch: int, pos: int) -> None:
     case = wrapped(family)
@@ -139,7 +139,7 @@ def test_the_parts_make_the_whole(family: str, seed: int, batch: int, pos: int) 
 @pytest.mark.parametrize("own", [lambda value, hook: value, lambda value, hook: value.clone()], ids=["same", "clone"])
 def test_a_part_set_to_its_own_value_changes_nothing(family: str, own: Any) -> None:
     case = wrapped(family)
-    every = sorted({case.model.hook_dict[name].name or name for name in case.exact})
+    every = [name for name in case.some() if name in case.exact]
     with untouched(case.model), torch.no_grad():
         for name in every:
             assert torch.equal(case.model.run_with_hooks(case.tokens, fwd_hooks=[(name, own)]), case.logits), name
@@ -150,7 +150,6 @@ def test_a_part_set_to_its_own_value_changes_nothing(family: str, own: Any) -> N
 def test_no_hook_is_dead(family: str) -> None:
     """Editing any hook changes the logits, but for those that have nothing behind them to change."""
     case = wrapped(family)
-    points = sorted({case.model.hook_dict[name].name or name for name in case.fire})
     generator = torch.Generator().manual_seed(0)
 
     def disturb(value: Any, hook: Any) -> Any:
@@ -162,7 +161,7 @@ def test_no_hook_is_dead(family: str) -> None:
 
     dead = []
     with untouched(case.model), torch.no_grad():
-        for name in points:
+        for name in case.some():
             logits = case.model.run_with_hooks(case.tokens, fwd_hooks=[(name, disturb)])
             if not deviation(logits, case.logits) > 1e-3:
                 dead.append(name)

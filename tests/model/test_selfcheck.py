@@ -1,0 +1,88 @@
+"""The self-check passes what is whole, quickly, and names law, layer and deviation of what is not."""
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moe_lens import names
+from moe_lens.errors import SelfCheckError
+from moe_lens.hooked_moe import HookedMoE
+from moe_lens.model.selfcheck import TOLERANCE, self_check
+from tests.families import CONFIGS, build, tokens
+from tests.wrapped import untouched, wrapped
+
+families = pytest.mark.parametrize("family", CONFIGS)
+
+
+@families
+def test_what_is_whole_passes_in_less_than_a_second(family: str) -> None:
+    case = wrapped(family)
+    started = time.process_time()
+    with untouched(case.model):
+        deviations = self_check(case.model)
+    assert time.process_time() - started < 1.0
+    assert all(0 <= value <= 1e-6 for value in deviations.values()), "far inside of the tolerance"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_every_dtype_passes(dtype: torch.dtype) -> None:
+    hf = build("deepseek", dtype)
+    assert HookedMoE.from_hf(hf).moe_layers == (1, 2)
+
+
+class Lying(nn.Module):
+    """A MoE block that adds something which no hook shows."""
+
+    def __init__(self, block: Any, lie: float):
+        super().__init__()
+        self.gate, self.experts, self.shared_experts = block.gate, block.experts, block.shared_experts
+        self.lie = lie
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, weights, indices = self.gate(x)
+        routed = self.experts(x.reshape(-1, x.shape[-1]), indices, weights).view(x.shape)
+        return routed + self.shared_experts(x) + self.lie * x
+
+
+def liar(lie: float) -> Any:
+    hf: Any = build("deepseek")
+    hf.model.layers[2].mlp = Lying(hf.model.layers[2].mlp, lie)
+    return hf
+
+
+def test_a_block_that_adds_what_no_hook_shows_is_found() -> None:
+    with pytest.raises(SelfCheckError, match=r"layer 2: routed_out \+ shared_out = mlp_out fails by [\d.]+e-0[123]"):
+        HookedMoE.from_hf(liar(0.05))
+    assert HookedMoE.from_hf(liar(0.0)).moe_layers == (1, 2), "negative control: the same block without the lie"
+
+
+def test_the_check_can_be_skipped() -> None:
+    model = HookedMoE.from_hf(liar(0.05), check=False)
+    with torch.no_grad():
+        assert model(tokens()).shape == (2, 12, 101)
+
+
+def test_a_block_that_scales_the_stream_is_found() -> None:
+    hf: Any = build("deepseek")
+    layer = hf.model.layers[1]
+    forward = layer.forward
+    layer.forward = lambda *args, **kwargs: forward(*args, **kwargs) * 1.01
+    with pytest.raises(SelfCheckError, match=r"layer 1: resid_mid \+ mlp_out = resid_post fails by"):
+        HookedMoE.from_hf(hf)
+
+
+def test_a_kernel_that_depends_on_who_listens_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_lens.model.experts import LayerHooks
+
+    honest = LayerHooks.over_slots
+
+    def listens(self: LayerHooks, name: str, value: Tensor, place: Tensor | None = None) -> Tensor:
+        out = honest(self, name, value, place)
+        return out * 1.001 if self.heard(name) and name == names.EXPERT_WEIGHTED else out
+
+    monkeypatch.setattr(LayerHooks, "over_slots", listens)
+    with pytest.raises(SelfCheckError, match="observing changed the logits by"):
+        HookedMoE.from_hf(build("deepseek"))
