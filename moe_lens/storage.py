@@ -24,16 +24,22 @@ def save_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], hea
         kind: what the file holds, such as "Routing"; `load_tensors` asks for it.
         tensors: tensors that share no memory.
         header: anything JSON can hold.
+
+    Raises:
+        InputError: the file cannot be written there; nothing is left behind.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     metadata = {_HEADER: json.dumps({"kind": kind, "version": _VERSION, **header})}
     temporary = target.with_name(f".{target.name}.{uuid4().hex}")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         save_file({key: value.detach().contiguous() for key, value in tensors.items()}, temporary, metadata)
         temporary.replace(target)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be written: {error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

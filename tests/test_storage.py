@@ -37,6 +37,16 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path):
     assert torch.equal(load_tensors(path, "Test")[0]["a"], torch.ones(2))
 
 
+def test_where_nothing_can_be_written_nothing_is_left(tmp_path: Path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for name in ("folder", "file/below"):
+        with pytest.raises(InputError, match="cannot be written") as error:
+            save_tensors(tmp_path / name, "Test", {"a": torch.ones(2)}, {})
+        assert str(tmp_path / name) in str(error.value)
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["file", "folder"]
+
+
 def test_what_cannot_be_read_is_named(tmp_path: Path):
     whole = tmp_path / "whole"
     save_tensors(whole, "Test", {"a": torch.ones(200)}, {})
