@@ -59,7 +59,8 @@ def lens_table(
         routed = "" if cell.expert is None else f"<br>expert {cell.expert}, weight {cell.weight:.3f}"
         hover[i][j] = f"layer {cell.layer}, {_title(result.sums[j])}{routed}<br>" + "<br>".join(lines)
         if cell.expert is not None:
-            look = {"size": 9, "color": "white" if cell.probs[0] > 0.6 and colour_by == "prob" else MUTED}
+            dark = cell.probs[0] if colour_by == "prob" else 0.4
+            look = {"size": 9, "color": "white" if dark > 0.6 else INK if dark > 0.3 else MUTED}
             base = {"x": j, "y": i, "showarrow": False, "font": look}
             notes.append({**base, "text": str(cell.expert), "xshift": -46, "yshift": -12, "xanchor": "left"})
             notes.append({**base, "text": f"{cell.weight:.2f}", "xshift": 46, "yshift": 12, "xanchor": "right"})
@@ -141,4 +142,4 @@ def _title(which: PartialSum) -> str:
 
 
 def _shortened(text: str, length: int = 12) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
+    return text if len(text) <= length or text.isspace() else text[: length - 1] + "…"

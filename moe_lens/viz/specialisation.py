@@ -76,7 +76,7 @@ def most_specialised(result: Specialisation) -> "Figure":
                 error_y=error_bars(rows["share"], rows["low"], rows["high"]),
                 mode="markers+text",
                 text=rows["expert"].astype(str),
-                textposition="top center",
+                textposition="middle right",
                 textfont={"size": 9, "color": MUTED},
                 marker={"color": colour(number), "size": 8},
                 name=html.escape(str(name), quote=False),

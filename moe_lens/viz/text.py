@@ -1,15 +1,19 @@
 """Tokens that can be read: whitespace and control characters are shown, markup is escaped."""
 
 import html
+import re
 import unicodedata
 
 VISIBLE = {" ": "␣", "\n": "↵", "\r": "␍", "\t": "⇥", "\ufffd": "�"}
 
 
 def readable(token: str) -> str:
-    """A token as a reader can see it: whitespace as ␣ ↵ ⇥, other unprintable characters by code, an empty one as ∅."""
-    shown = [VISIBLE.get(character) or _printable(character) for character in token]
-    return "".join(shown) or "∅"
+    """A token as a reader can see it: whitespace as ␣ ↵ ⇥, other unprintable characters by code, an empty one as ∅.
+
+    Four or more of the same whitespace become one and their number: ␣×8.
+    """
+    shown = "".join(VISIBLE.get(character) or _printable(character) for character in token)
+    return re.sub(r"([␣↵⇥])\1{3,}", lambda run: f"{run[1]}×{len(run[0])}", shown) or "∅"
 
 
 def _printable(character: str) -> str:

@@ -126,7 +126,7 @@ def test_arguments_that_are_wrong(capsys, checkpoint, texts, tmp_path):
     few = f"{texts}/<few.txt"
     assert "No such option: --nonsense" in refused(capsys, "--nonsense")
     assert "'--tokens': Input should be a valid integer" in refused(capsys, "--tokens", "many")
-    assert "1 is not in the range" in refused(capsys, "--tokens", "1")
+    assert "greater than or equal to 2" in refused(capsys, "--tokens", "1")
     assert "int8" in refused(capsys, "--dtype", "int8")
     assert "expected NAME=FILE" in refused(capsys, "--domain", "few.txt")
     assert "given twice" in refused(capsys, "--domain", f"a={few}", "--domain", f"a={few}")
