@@ -145,7 +145,7 @@ on these texts, as a share of uniform: {least}.
 
 ## Training
 
-{last["tokens"] / 1e6:.1f} M tokens in {last["step"] + 1} steps of {last["tokens"] // (last["step"] + 1):,} tokens, two processes of one CPU thread; seed {settings["seed"]}.
+{last["tokens"] / 1e6:.1f} M tokens in {last["step"] + 1} steps of {last["tokens"] // (last["step"] + 1):,} tokens, two processes of one CPU thread; seed {settings["seed"]}. The run was interrupted and resumed.
 
 ```sh
 python training/prepare.py --texts TEXTS --out training/run
@@ -178,7 +178,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--curve", type=Path, default=Path("docs/assets/loss.svg"))
     args = parser.parse_args()
-    entries = [json.loads(line) for line in args.log.read_text().splitlines()]
+    # A resumed run logs some steps again.
+    logged = [json.loads(line) for line in args.log.read_text().splitlines()]
+    entries = list({(entry["step"], "held_out" in entry): entry for entry in logged}.values())
+    entries.sort(key=lambda entry: entry["step"])
     results, settings = json.loads(args.results.read_text()), json.loads(args.settings.read_text())
     args.curve.write_text(loss_curve(entries))
     (args.model / "README.md").write_text(card(entries, results, settings))
