@@ -1,7 +1,7 @@
 """Each tiny family once: wrapped, as transformers' own, and with the plain re-implementation inside."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -93,7 +93,7 @@ def listening(model: HookedMoE) -> list[str]:
 
 
 @contextmanager
-def untouched(model: HookedMoE) -> Iterator[None]:
+def untouched(model: HookedMoE) -> Generator[None]:
     """The model must be without hooks afterwards."""
     yield
     assert listening(model) == []

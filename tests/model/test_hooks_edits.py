@@ -310,7 +310,7 @@ def test_interventions_of_the_original_code_are_reproduced_by_hooks(original: Ho
     assert deviation(logits, truth[f"iv.{name}.logits"]) <= 1e-4
     assert deviation(plain, truth[f"iv.{name}.logits"]) > 1e-2
     if name == "zero_expert":  # the same by the expert's own hook, which does not need to know where it was used
-        own = [(names.expert("hook_out", layer, expert), as_hook(torch.zeros_like))]
+        own: list[Any] = [(names.expert("hook_out", layer, expert), as_hook(torch.zeros_like))]
         with torch.no_grad():
             assert torch.equal(original.run_with_hooks(truth["input_ids"], fwd_hooks=own), logits)
 
@@ -377,7 +377,7 @@ def test_an_edited_tensor_that_is_cached_does_not_follow_later_changes_in_place(
     routed, out = names.mlp(names.ROUTED_OUT, case.last), names.mlp(names.MLP_OUT, case.last)
     cache, caching, _ = case.model.get_caching_hooks(routed)
     edit = [] if backward else [(routed, as_hook(lambda value: value + 1.0))]
-    listen = [(routed, lambda grad, hook: None)] if backward else []
+    listen: list[Any] = [(routed, lambda grad, hook: None)] if backward else []
     with torch.no_grad():
         case.model.run_with_hooks(case.tokens, fwd_hooks=[*edit, *caching], bwd_hooks=listen)
         expected = cache[routed].clone()

@@ -82,7 +82,7 @@ def test_two_experts_edited_together_are_both_edited() -> None:
     indices = case.model.routing(case.tokens).indices[0]
     pair = [int(e) for e in indices.flatten().unique()[:2]]
     mask = torch.isin(indices, torch.tensor(pair))[..., None]
-    own = [(names.expert("hook_out", 1, e), as_hook(torch.zeros_like)) for e in pair]
+    own: list[Any] = [(names.expert("hook_out", 1, e), as_hook(torch.zeros_like)) for e in pair]
     with untouched(case.model), torch.no_grad():
         ours = case.model.run_with_hooks(case.tokens, fwd_hooks=own)
         theirs = case.model.run_with_hooks(

@@ -115,16 +115,14 @@ def test_gradients_reach_every_parameter_and_equal_those_of_transformers(family:
 def test_a_backward_hook_can_edit_the_gradient() -> None:
     case = wrapped("deepseek")
     name = "blocks.1.hook_expert_weighted"
-    parameter = case.model.W_out[1]
     got = []
     for factor in (1.0, 0.0):
         case.model.zero_grad()
         with untouched(case.model), case.model.hooks(bwd_hooks=[(name, lambda grad, hook, f=factor: grad * f)]):
             case.model(case.tokens, return_type="loss").backward()
-        gradient = case.model.original_model.model.layers[1].mlp._original_component.experts.down_proj.grad
-        got.append(gradient.abs().max().item())
+        block: Any = case.model.blocks[1]
+        got.append(block.mlp.original_component.experts.down_proj.grad.abs().max().item())
     case.model.zero_grad()
-    assert parameter.shape == (8, 16, 32)
     assert got[0] > 0
     assert got[1] == 0
 

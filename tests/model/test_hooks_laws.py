@@ -76,7 +76,7 @@ def test_observing_changes_nothing(family: str, data: st.DataObject) -> None:
             logits, cache = case.model.run_with_cache(case.tokens, names_filter=chosen)
             seen = list(cache.keys())
         else:
-            watch = [(name, lambda value, hook, name=name: seen.append(name)) for name in chosen]
+            watch: list[Any] = [(name, lambda value, hook, name=name: seen.append(name)) for name in chosen]
             logits = case.model.run_with_hooks(case.tokens, fwd_hooks=watch)
     assert torch.equal(logits, case.logits)
     assert set(seen) == set(chosen)

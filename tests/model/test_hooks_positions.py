@@ -90,7 +90,7 @@ def words(folder: Path) -> PreTrainedTokenizerFast:
     """A tokenizer of a hundred words w3 … w100."""
     vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, 101)}}
     tokenizer = Tokenizer(WordLevel(vocab, unk_token="</s>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.pre_tokenizer = WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="</s>"
     )

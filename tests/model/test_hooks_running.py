@@ -167,7 +167,7 @@ def test_batch_of_one_device_and_dtype() -> None:
     assert torch.equal(small["expert_out", 1], whole["expert_out", 1].bfloat16())
     seen: list[torch.Size] = []
     with torch.no_grad():
-        watching = [("blocks.1.hook_expert_out", lambda value, hook: seen.append(value.shape))]
+        watching: list[Any] = [("blocks.1.hook_expert_out", lambda value, hook: seen.append(value.shape))]
         case.model.run_with_hooks(one, fwd_hooks=watching, remove_batch_dim=True)
     assert seen == [whole["expert_out", 1].shape[1:]]
 
