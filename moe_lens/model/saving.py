@@ -19,7 +19,7 @@ def original_state(model: PreTrainedModel, original_names: Collection[str]) -> d
 def save_pretrained(
     model: PreTrainedModel, original_names: Collection[str], tokenizer: Any, folder: Path, **kwargs: Any
 ) -> None:
-    """transformers' `save_pretrained`, of the model as it was before it was wrapped."""
+    """Transformers' `save_pretrained`, of the model as it was before it was wrapped."""
     model.save_pretrained(folder, state_dict=original_state(model, original_names), **kwargs)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

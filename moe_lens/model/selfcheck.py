@@ -23,7 +23,14 @@ def self_check(model: Any) -> dict[str, float]:
     """
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.cfg.d_vocab, (1, TOKENS), generator=generator).to(model.cfg.device)
-    kept = {names.EXPERT_WEIGHTED, names.ROUTED_OUT, names.SHARED_OUT, "hook_resid_mid", "hook_mlp_out", "hook_resid_post"}
+    kept = {
+        names.EXPERT_WEIGHTED,
+        names.ROUTED_OUT,
+        names.SHARED_OUT,
+        "hook_resid_mid",
+        "hook_mlp_out",
+        "hook_resid_post",
+    }
     with torch.no_grad():
         plain = model(tokens)
         logits, cache = model.run_with_cache(tokens, names_filter=lambda name: name.rpartition(".")[2] in kept)
