@@ -40,6 +40,8 @@ def run(script: Path, *, write: bool) -> str | None:
     if write:
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)  # times, which would change the file at every run
+            if cell.cell_type == "code":  # progress bars and warnings are of the machine that it ran on
+                cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         notebook.metadata.pop("jupytext", None)
         for number, cell in enumerate(notebook.cells):
             cell["id"] = f"cell-{number}"
