@@ -49,7 +49,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     config = DeepseekConfig(**SHAPE, moe_layer_freq=1)
-    plain: Any = DeepseekForCausalLM(config).eval().to(device=args.device, dtype=getattr(torch, args.dtype))
+    plain: Any = DeepseekForCausalLM(config)
+    plain = plain.eval().to(device=args.device, dtype=getattr(torch, args.dtype))
     hooked = HookedMoE.from_hf(copy.deepcopy(plain))
     tokens = torch.randint(config.vocab_size, (4, 256), device=args.device)
     some = [

@@ -14,6 +14,7 @@
 
 # %%
 import torch
+from transformer_lens.hook_points import HookPoint
 
 from moe_lens import HookedMoE, LogitLens, PartialSum
 from moe_lens.viz.tokens import routing_tokens
@@ -54,7 +55,7 @@ for position in range(1, 16):
 # sentence.
 
 # %%
-tokens = model.to_str_tokens(text)
+tokens = [str(token) for token in model.to_str_tokens(text)]
 german = slice(tokens.index(" Der"), tokens.index(" Le"))
 expert = int(routing.dense_weights()[0, german].sum(0).argmax())
 print("expert", expert)
@@ -68,12 +69,12 @@ routing_tokens(tokens, routing, expert=expert)
 
 
 # %%
-def forbid(router_logits, hook):
+def forbid(router_logits: torch.Tensor, hook: HookPoint) -> torch.Tensor:
     router_logits[..., expert] = -torch.inf
     return router_logits
 
 
-def silence(rows, hook):
+def silence(rows: torch.Tensor, hook: HookPoint) -> torch.Tensor:
     return torch.zeros_like(rows)
 
 

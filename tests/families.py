@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-import moe_lens.model.deepseek as _registers  # noqa: F401  # model_type "deepseek"
+import moe_lens.model.deepseek as _registers  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 COMMON: dict[str, Any] = {
     "vocab_size": 101,
@@ -21,14 +21,30 @@ COMMON: dict[str, Any] = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
-MLA = {"q_lora_rank": 12, "kv_lora_rank": 20, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 16, "num_key_value_heads": 4}
-DEEPSEEK = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16, "n_shared_experts": 2, "first_k_dense_replace": 1}
+MLA = {
+    "q_lora_rank": 12,
+    "kv_lora_rank": 20,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}
+DEEPSEEK = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+}
 QWEN = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16}
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek": ("deepseek", DEEPSEEK),
     "deepseek, normalised": ("deepseek", {**DEEPSEEK, "norm_topk_prob": True, "n_shared_experts": None}),
-    "deepseek_v2": ("deepseek_v2", {**DEEPSEEK, **MLA, "head_dim": 8, "topk_method": "greedy", "routed_scaling_factor": 1.5}),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {**DEEPSEEK, **MLA, "head_dim": 8, "topk_method": "greedy", "routed_scaling_factor": 1.5},
+    ),
     "deepseek_v2, groups": (
         "deepseek_v2",
         {**DEEPSEEK, **MLA, "head_dim": 8, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
@@ -37,8 +53,14 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("gpt_oss", {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 8, "sliding_window": 8}),
     "mixtral": ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 3}),
     "olmoe": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 3}),
-    "qwen2_moe": ("qwen2_moe", {**QWEN, "shared_expert_intermediate_size": 24, "decoder_sparse_step": 1, "mlp_only_layers": [0]}),
-    "qwen3_moe": ("qwen3_moe", {**QWEN, "head_dim": 8, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {**QWEN, "shared_expert_intermediate_size": 24, "decoder_sparse_step": 1, "mlp_only_layers": [0]},
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {**QWEN, "head_dim": 8, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    ),
 }
 
 

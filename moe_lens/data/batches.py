@@ -21,7 +21,7 @@ class Encoder(Protocol):
     cfg: Any
     tokenizer: Any
 
-    def to_tokens(self, text: str, *, truncate: bool) -> Int[Tensor, "1 pos"]:
+    def to_tokens(self, text: str, /, *, truncate: bool) -> Int[Tensor, "1 pos"]:
         """The ids of a text, opened by BOS if the model has one."""
         ...
 

@@ -48,18 +48,26 @@ def load_domain(name: str, path: Path) -> Domain:
     Args:
         name: What the domain is called in tables and figures.
         path: `.jsonl`: an object a line with `text` and, if known, `source`. `.txt`: passages separated by blank lines.
-            Passages without `source`, and those of a `.txt` file, count as one source: nothing shows that they are
-            independent.
+            `.parquet`, or a folder that `datasets` saved: a row a passage, with the same columns. Passages without
+            `source`, and those of a `.txt` file, count as one source: nothing shows that they are independent.
 
     Raises:
         InputError: The file cannot be read, is not UTF-8, holds no text, or has a line that is not as described; the
             message names file and line.
     """
-    readers = {".jsonl": _read_jsonl, ".txt": _read_txt}
-    if path.suffix not in readers:
-        raise InputError(
-            f"{path}: domain {name!r} must be a .jsonl or a .txt file, not {path.suffix or 'a file without suffix'}"
-        )
+    if path.is_dir() or path.suffix == ".parquet":
+        passages = _read_dataset(path)
+    elif path.suffix in _READERS:
+        passages = _READERS[path.suffix](path, _decoded(path))
+    else:
+        came = path.suffix or "a file without suffix"
+        raise InputError(f"{path}: domain {name!r} must be a .jsonl, .txt or .parquet file or a dataset, not {came}")
+    if not passages:
+        raise InputError(f"{path}: domain {name!r} holds no text")
+    return Domain(name, tuple(passages))
+
+
+def _decoded(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -71,10 +79,25 @@ def load_domain(name: str, path: Path) -> Domain:
         raise InputError(
             f"{path}:{line}: not UTF-8 (byte {content[error.start]:#04x}); convert the file to UTF-8"
         ) from None
-    passages = readers[path.suffix](path, text.replace("\r\n", "\n"))
-    if not passages:
-        raise InputError(f"{path}: domain {name!r} holds no text")
-    return Domain(name, tuple(passages))
+    return text.replace("\r\n", "\n")
+
+
+def _read_dataset(path: Path) -> list[Passage]:
+    """The rows of a parquet file, or of a dataset saved to a folder, through `datasets`."""
+    import datasets
+
+    rows: Any
+    try:
+        if path.is_dir():
+            rows = datasets.load_from_disk(str(path))
+        else:
+            rows = datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
+    except Exception as error:  # datasets and pyarrow raise errors of many kinds for files that are not theirs
+        reason = str(error).strip().splitlines()
+        raise InputError(f"{path}: not a dataset ({reason[0] if reason else type(error).__name__})") from None
+    if isinstance(rows, datasets.DatasetDict):
+        raise InputError(f"{path}: holds the splits {sorted(rows)}; name the folder of one of them")
+    return [_passage(row, f"{path}:{number}", path.name) for number, row in enumerate(rows, start=1)]
 
 
 def _read_jsonl(path: Path, content: str) -> list[Passage]:
@@ -83,12 +106,7 @@ def _read_jsonl(path: Path, content: str) -> list[Passage]:
         if not line.strip():
             continue
         origin = f"{path}:{number}"
-        row = _parse(line, origin)
-        text, source = row["text"], row.get("source")
-        if not isinstance(text, str) or not text.strip():
-            came = "empty" if isinstance(text, str) else type(text).__name__
-            raise InputError(f'{origin}: "text" must be a text that is not empty, and is {came}')
-        passages.append(Passage(text, str(path.name if source is None else source), origin))
+        passages.append(_passage(_parse(line, origin), origin, path.name))
     return passages
 
 
@@ -97,10 +115,19 @@ def _parse(line: str, origin: str) -> dict[str, Any]:
         row = json.loads(line)
     except (json.JSONDecodeError, RecursionError):
         raise InputError(f'{origin}: not JSON; expected a line such as {{"text": "…", "source": "…"}}') from None
-    if not isinstance(row, dict) or "text" not in row:
-        came = f"keys {sorted(row)}" if isinstance(row, dict) else f"a JSON {type(row).__name__}"
-        raise InputError(f'{origin}: expected an object with "text", got {came}')
+    if not isinstance(row, dict):
+        raise InputError(f'{origin}: expected an object with "text", got a JSON {type(row).__name__}')
     return row
+
+
+def _passage(row: dict[str, Any], origin: str, file: str) -> Passage:
+    if "text" not in row:
+        raise InputError(f'{origin}: expected an object with "text", got keys {sorted(row)}')
+    text, source = row["text"], row.get("source")
+    if not isinstance(text, str) or not text.strip():
+        came = "empty" if isinstance(text, str) else type(text).__name__
+        raise InputError(f'{origin}: "text" must be a text that is not empty, and is {came}')
+    return Passage(text, str(file if source is None else source), origin)
 
 
 def _read_txt(path: Path, content: str) -> list[Passage]:
@@ -113,3 +140,6 @@ def _read_txt(path: Path, content: str) -> list[Passage]:
             passages.append(Passage("\n".join(block), path.name, f"{path}:{start}"))
             block = []
     return passages
+
+
+_READERS = {".jsonl": _read_jsonl, ".txt": _read_txt}

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -100,7 +101,7 @@ class AttributionCache(HookCache):
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < d_vocab:
             raise InputError(f"tokens go from {ids.min()} to {ids.max()}; expected ids from 0 to {d_vocab - 1}")
         W_U = self.model.W_U.detach()
-        return W_U[:, ids.to(W_U.device)].movedim(0, -1)
+        return rearrange(W_U[:, ids.to(W_U.device)], "d_model ... -> ... d_model")
 
 
 def _gain(norm: Any) -> Float[Tensor, " d_model"]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.utilities import Slice
@@ -251,11 +252,15 @@ class MoECache(AttributionCache):
 
     def _fill(self, rows: Tensor, layer: int, by: str, where: Slice) -> None:
         """Write a layer's routed components into `rows`, [component, batch, pos, d_model], which are zero."""
-        slots = where.apply(self._slots(layer, weighted=True), dim=-3).movedim(-2, 0)
+        slots = rearrange(
+            where.apply(self._slots(layer, weighted=True), dim=-3), "... rank d_model -> rank ... d_model"
+        )
         if by == "rank":
             rows.copy_(slots)
         else:
-            chosen = where.apply(self[names.mlp(names.EXPERT_INDICES, layer)], dim=-2).movedim(-1, 0)
+            chosen = rearrange(
+                where.apply(self[names.mlp(names.EXPERT_INDICES, layer)], dim=-2), "... rank -> rank ..."
+            )
             rows.scatter_(0, chosen[..., None].expand_as(slots).to(rows.device), slots.to(rows))
 
 

@@ -97,6 +97,7 @@ def perplexity_by_k(result: SingleExpert) -> "Figure":
                         x=[*rows["k"], *rows["k"][::-1]],
                         y=[*high, *low[::-1]],
                         fill="toself",
+                        mode="lines",
                         fillcolor=rgba(colour, 0.16),
                         line={"width": 0},
                         hoverinfo="skip",

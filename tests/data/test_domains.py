@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 
 from moe_lens.data import embedded_domains, load_domain
@@ -46,7 +47,7 @@ def test_txt_is_cut_at_blank_lines_and_is_one_source(tmp_path):
         ("a.jsonl", "", "holds no text"),
         ("a.txt", "\n \n", "holds no text"),
         ("a.txt", b"one\ntwo \xff\n", "a.txt:2: not UTF-8 (byte 0xff)"),
-        ("a.csv", "text\na b", "must be a .jsonl or a .txt file, not .csv"),
+        ("a.csv", "text\na b", "must be a .jsonl, .txt or .parquet file or a dataset, not .csv"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
@@ -61,7 +62,7 @@ def test_missing_file_and_folder(tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         load_domain("a", tmp_path / "none.jsonl")
     (tmp_path / "folder.txt").mkdir()
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="not a dataset"):
         load_domain("a", tmp_path / "folder.txt")
 
 
@@ -75,3 +76,32 @@ def test_what_ships_has_enough_sources_for_intervals():
     assert " the " in domains["english"].passages[0].text
     for name in ("french", "german"):
         assert not [p.origin for p in domains[name].passages if p.text.count(" the ") > 2]
+
+
+def test_parquet_and_saved_datasets_give_the_same_passages_as_jsonl(tmp_path):
+    rows = [{"text": "one", "source": "a"}, {"text": "two", "source": None}]
+    lines = "\n".join(json.dumps(row) for row in rows)
+    expected = [(p.text, p.source == "a") for p in load_domain("d", written(tmp_path, "d.jsonl", lines)).passages]
+    dataset = datasets.Dataset.from_list(rows)
+    dataset.to_parquet(tmp_path / "d.parquet")
+    dataset.save_to_disk(tmp_path / "saved")
+    for path in (tmp_path / "d.parquet", tmp_path / "saved"):
+        assert [(p.text, p.source == "a") for p in load_domain("d", path).passages] == expected
+
+
+def test_a_dataset_that_cannot_be_used_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    written(tmp_path, "broken.parquet", "no parquet")
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_list([{"text": "one"}])})
+    splits.save_to_disk(tmp_path / "splits")
+    datasets.Dataset.from_list([{"body": "one"}]).to_parquet(tmp_path / "d.parquet")
+    for name, message in (
+        ("empty", "not a dataset"),
+        ("broken.parquet", "not a dataset"),
+        ("splits", "holds the splits ['train']"),
+        ("d.parquet", "got keys ['body']"),
+    ):
+        with pytest.raises(InputError) as error:
+            load_domain("d", tmp_path / name)
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
