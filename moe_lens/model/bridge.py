@@ -88,6 +88,19 @@ class ExpertBridge(TransformerBridge):
             return 0
         return int(getattr(self._hf_config, "n_shared_experts", None) or 1)
 
+    # --- text ---
+
+    def to_tokens(self, input: str | list[str], prepend_bos: bool | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        """Tokens of a text or of texts [batch, pos], BOS once.
+
+        A text that opens with the BOS token's own text (a rendered chat template) gets no second one; the other
+        arguments are TransformerLens's.
+        """
+        bos = getattr(self.tokenizer, "bos_token", None)
+        if bos and (getattr(self.cfg, "default_prepend_bos", True) if prepend_bos is None else prepend_bos):
+            input = input.removeprefix(bos) if isinstance(input, str) else [text.removeprefix(bos) for text in input]
+        return super().to_tokens(input, prepend_bos, *args, **kwargs)
+
     # --- hooks ---
 
     @property
