@@ -4,6 +4,9 @@ A page may also take in a Markdown file of the repository, `{{ include PATH }}`:
 between such files lead to the pages that show them.
 """
 
+# The documentation tools are an extra of their own; types are checked without them too.
+# pyright: reportMissingImports=false
+
 import importlib.util
 import re
 from pathlib import Path
