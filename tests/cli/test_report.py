@@ -179,6 +179,11 @@ def test_help_and_version(capsys):
     assert main(["nonsense"]) == 2
 
 
+def interruptible() -> None:
+    """A process that a shell started in the background ignores SIGINT, and so do its children; not this one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def started(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     code = "import sys; from moe_lens.cli import main; print('ready', file=sys.stderr, flush=True); sys.exit(main())"
     return subprocess.Popen(
@@ -188,6 +193,7 @@ def started(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=interruptible,
     )
 
 
