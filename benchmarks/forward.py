@@ -29,7 +29,7 @@ SHAPE: dict[str, Any] = {
 
 
 def import_seconds() -> float:
-    """Median wall time of `import moe_lens` in a fresh process, less that of `import transformer_lens`'s bridge."""
+    """Median wall time of `import moe_lens` in a fresh process."""
 
     def once(code: str) -> float:
         script = f"import time; t = time.perf_counter(); {code}; print(time.perf_counter() - t)"
