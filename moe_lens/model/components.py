@@ -67,7 +67,7 @@ class Norm(GeneralizedComponent):
         scale, scaled = call_hook(scale_point, (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt(), "hook_scale")
         normalized, edited = call_hook(normalized_point, centred / scale, "hook_normalized")
         rebuilt = self._apply_weight_and_bias(normalized, x.dtype)
-        if torch.equal(rebuilt, native) or not (scaled or edited):
+        if not (scaled or edited):
             return self.hook_out(native)
         if not scale_point.fwd_hooks and not normalized_point.fwd_hooks:
             return self.hook_out(_ExactForward.apply(rebuilt, native))

@@ -156,3 +156,17 @@ def test_negative_control_a_second_model_has_other_gradients() -> None:
     other = type(case.model).from_hf(build("deepseek", seed=1), check=False)
     _, theirs = gradients(other, case.tokens, [name])
     assert deviation(ours[name], theirs[name]) > FP32
+
+
+@pytest.mark.parametrize("size", range(1, 21))
+def test_a_norm_s_gradient_arrives_also_where_rounding_makes_no_difference(size: int) -> None:
+    """Rebuilt and native norm can agree to the bit; backward hooks must see gradients all the same."""
+    model = wrapped("deepseek").model
+    signs = torch.ones(1, 1, model.cfg.d_model)
+    signs[..., ::2] = -1
+    resid = (signs * size).requires_grad_()
+    seen: list[Tensor] = []
+    with model.hooks(bwd_hooks=[("ln_final.hook_scale", lambda grad, hook: seen.append(grad.clone()))]):
+        model.ln_final(resid)[..., 0].sum().backward()
+    assert len(seen) == 1 and seen[0].shape == (1, 1, 1)
+    assert seen[0].abs().item() > 0
