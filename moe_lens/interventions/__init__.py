@@ -1,0 +1,9 @@
+"""Interventions: ablate, re-route, patch and attribute experts."""
+
+from moe_lens.interventions.metrics import KLDivergence as KLDivergence
+from moe_lens.interventions.metrics import Logit as Logit
+from moe_lens.interventions.metrics import LogitDifference as LogitDifference
+from moe_lens.interventions.metrics import LogProb as LogProb
+from moe_lens.interventions.metrics import Loss as Loss
+from moe_lens.interventions.metrics import Metric as Metric
+from moe_lens.interventions.metrics import TokenMetric as TokenMetric
