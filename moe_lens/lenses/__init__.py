@@ -1,4 +1,5 @@
 """Lenses: points of the residual stream, read as if they were the last."""
 
-from moe_lens.lenses.logit import LensResult as LensResult
+from moe_lens.lenses.base import Lens as Lens
 from moe_lens.lenses.logit import LogitLens as LogitLens
+from moe_lens.lenses.result import LensResult as LensResult

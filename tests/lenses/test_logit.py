@@ -33,8 +33,8 @@ def by_hand(model: HookedMoE, resid: torch.Tensor) -> torch.Tensor:
 
 def test_logits_are_the_definition(model, cache):
     resid = cache["resid_mid", 1]
-    logits = LogitLens(model).logits(resid)
-    assert torch.allclose(logits, by_hand(model, resid), atol=1e-5, rtol=0)
+    logits = LogitLens(model).logits(resid, 1)
+    assert torch.allclose(logits.detach(), by_hand(model, resid), atol=1e-5, rtol=0)
     # Controls: without the norm, or without its gain, it is far off (0.1 is 10,000 times the tolerance above).
     weight = model.original_model.lm_head.weight.T
     assert not torch.allclose(logits, resid @ weight, atol=0.1)
@@ -85,7 +85,7 @@ def test_dense_layer_reads_as_a_whole_and_has_no_ranks(model, cache):
 
 def test_chunks_change_nothing(model, cache, monkeypatch):
     whole = LogitLens(model).decode(cache, SUMS)
-    monkeypatch.setattr("moe_lens.lenses.logit.CHUNK", 101 * 5)  # five rows at a time, 24 do not divide by it
+    monkeypatch.setattr("moe_lens.lenses.base.CHUNK", 101 * 5)  # five rows at a time, 24 do not divide by it
     parts = LogitLens(model).decode(cache, SUMS)
     assert torch.equal(whole.top_tokens, parts.top_tokens)
     assert torch.allclose(whole.top_probs, parts.top_probs, atol=1e-6, rtol=0, equal_nan=True)
