@@ -1,0 +1,236 @@
+"""`Selection`: which experts, ranks, layers and positions. Ablation, patching, attribution and caches share it."""
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from moe_lens.errors import InputError
+from moe_lens.protocols import HookedModel
+
+Experts = Mapping[int, Iterable[int]] | Iterable[tuple[int, int]]
+"""`{layer: [expert, …]}` or `[(layer, expert), …]`."""
+Where = int | Iterable[int] | slice | Tensor | Callable[[Tensor], Tensor]
+"""Absolute positions, a mask [batch, pos], or a predicate: token ids [batch, pos] → booleans of that shape."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """The tokens of one forward pass: which they are, and where in their texts."""
+
+    batch: int
+    pos: int
+    tokens: Int[Tensor, "batch pos"] | None = None
+    """Their ids; None when the model was given embeddings or a residual stream."""
+    seen: Bool[Tensor, "batch total"] | None = None
+    """True at real tokens, false at padding, those of earlier steps in front; None when there is no padding."""
+    offset: int = 0
+    """How many columns of earlier steps the model's key-value cache holds."""
+
+    @property
+    def real(self) -> Bool[Tensor, "batch pos"] | None:
+        """True at this step's real tokens; None when all are."""
+        return None if self.seen is None else self.seen[:, -self.pos :]
+
+    def places(self) -> Int[Tensor, "#batch pos"]:
+        """Absolute positions: from 0 at the text's first real token, earlier steps counted. Meaningless at padding."""
+        if self.seen is None:
+            return torch.arange(self.offset, self.offset + self.pos)[None]
+        return (self.seen.long().cumsum(-1) - 1)[:, -self.pos :]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Selection:
+    """Chosen experts (or ranks, or the shared experts) of chosen layers at chosen positions.
+
+    `Selection()` is every routed expert everywhere. It names them only; `check` holds it against a model.
+
+    Raises:
+        InputError: experts and ranks both, experts and layers both, or something that is no whole number from 0.
+    """
+
+    experts: Experts | None = None
+    """Routed experts by layer; kept as a dict of sorted tuples. None: all."""
+    ranks: Iterable[int] | None = None
+    """Places by routing weight from 0, the largest; a sorted tuple. None: all."""
+    layers: Iterable[int] | None = None
+    """Layers of the model; a sorted tuple. None: those of `experts`, or all that have experts."""
+    shared: bool = False
+    """Whether the shared experts are meant; alone, if neither experts nor ranks are given."""
+    where: Where | None = None
+    """Which tokens. None: all.
+
+    Positions are absolute: they count a text's real tokens from 0, padding left out and the key-value cache's tokens
+    added. A mask goes with the input's own columns; tokens generated after it are not in it. A predicate sees the ids
+    of the tokens of each step. Padding is never meant.
+    """
+
+    def __post_init__(self) -> None:
+        if self.experts is not None and self.ranks is not None:
+            raise InputError(f"got experts {self.experts!r} and ranks {self.ranks!r}; expected one of them")
+        if self.experts is not None and self.layers is not None:
+            raise InputError(f"got experts {self.experts!r} and layers {self.layers!r}; experts name their layers")
+        for name in ("ranks", "layers"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, whole_numbers(name, value))
+        if self.experts is not None:
+            object.__setattr__(self, "experts", _by_layer(self.experts))
+        object.__setattr__(self, "where", _where(self.where))
+
+    @property
+    def by_layer(self) -> dict[int, tuple[int, ...]] | None:
+        """`experts` as it is kept."""
+        return cast(Any, self.experts)
+
+    @property
+    def routed(self) -> bool:
+        """Whether routed experts are meant."""
+        return self.experts is not None or self.ranks is not None or not self.shared
+
+    def check(self, model: HookedModel, *, dense: bool = False) -> "Selection":
+        """The selection itself, if the model has all that it names.
+
+        Args:
+            model: A `HookedMoE`.
+            dense: Whether layers without experts will do, as for the residual stream.
+
+        Raises:
+            InputError: no such layer, expert or rank, a layer without experts, or no shared experts; the message names
+                the value and the valid range.
+        """
+        n_layers = model.cfg.n_layers
+        for layer in self.layers_of(model):
+            if not 0 <= layer < n_layers:
+                raise InputError(f"there is no layer {layer}; the model has layers 0 to {n_layers - 1}")
+            if not dense and layer not in model.moe_layers:
+                raise InputError(
+                    f"layer {layer} is dense; the layers with experts are {', '.join(map(str, model.moe_layers))}"
+                )
+        last = model.n_experts - 1
+        for layer, experts in (self.by_layer or {}).items():
+            if experts[-1] > last:
+                raise InputError(f"there is no expert {experts[-1]} in layer {layer}; it has experts 0 to {last}")
+        for rank in self.ranks or ():
+            if rank >= model.top_k:
+                raise InputError(f"there is no rank {rank}; the model has ranks 0 to {model.top_k - 1}")
+        if self.shared and not model.n_shared_experts:
+            raise InputError("shared=True, and the model has no shared experts")
+        return self
+
+    def layers_of(self, model: HookedModel) -> tuple[int, ...]:
+        """The layers that are meant, ascending."""
+        if self.by_layer is not None:
+            return tuple(self.by_layer)
+        return model.moe_layers if self.layers is None else tuple(self.layers)
+
+    def positions(self, step: Step) -> Bool[Tensor, "batch pos"]:
+        """Which tokens of a forward pass are meant; never padding.
+
+        Raises:
+            InputError: a mask of another shape, a predicate without tokens or with an answer of another shape.
+        """
+        chosen = self._chosen(step)
+        real = step.real
+        return chosen if real is None else chosen & real.to(chosen.device)
+
+    def _chosen(self, step: Step) -> Bool[Tensor, "batch pos"]:
+        shape, where = (step.batch, step.pos), self.where
+        if where is None:
+            return torch.ones(shape, dtype=torch.bool)
+        if isinstance(where, Tensor):
+            if step.offset == 0 and tuple(where.shape) != shape:
+                raise InputError(f"where is a mask of shape {tuple(where.shape)}; expected {shape} [batch, pos]")
+            if len(where) != step.batch:
+                raise InputError(f"where is a mask for a batch of {len(where)}; this one has {step.batch}")
+            chosen = torch.zeros(shape, dtype=torch.bool, device=where.device)
+            now = where[:, step.offset : step.offset + step.pos]
+            chosen[:, : now.shape[1]] = now
+            return chosen
+        if callable(where):
+            if step.tokens is None:
+                raise InputError("where is a predicate on tokens, and this forward pass was not given tokens")
+            answer = where(step.tokens)
+            if not isinstance(answer, Tensor) or answer.dtype != torch.bool or tuple(answer.shape) != shape:
+                came = f"{answer.dtype} {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
+                raise InputError(f"where returned {came}; expected a tensor of booleans of shape {shape} [batch, pos]")
+            return answer
+        places = step.places().expand(shape)
+        if isinstance(where, slice):
+            start, step_ = where.start or 0, where.step or 1
+            inside = (places >= start) & ((places - start) % step_ == 0)
+            return inside if where.stop is None else inside & (places < where.stop)
+        assert isinstance(where, tuple)
+        return torch.isin(places, torch.tensor(where, dtype=torch.long, device=places.device))
+
+    def slots(
+        self, layer: int, indices: Int[Tensor, "batch pos top_k"], positions: Bool[Tensor, "batch pos"] | None = None
+    ) -> Bool[Tensor, "batch pos top_k"]:
+        """Which slots of a layer hold a routed expert that is meant.
+
+        Args:
+            layer: The layer.
+            indices: The experts of its slots, in rank order.
+            positions: What `positions` gave; None for all tokens.
+        """
+        chosen = torch.zeros_like(indices, dtype=torch.bool)
+        if self.by_layer is not None:
+            wanted = self.by_layer.get(layer, ())
+            chosen = torch.isin(indices, torch.tensor(wanted, dtype=indices.dtype, device=indices.device))
+        elif self.routed and (self.layers is None or layer in tuple(self.layers)):
+            ranks = range(indices.shape[-1]) if self.ranks is None else self.ranks
+            chosen[..., list(ranks)] = True
+        return chosen if positions is None else chosen & positions.to(chosen.device)[..., None]
+
+
+def whole_numbers(name: str, values: Iterable[int]) -> tuple[int, ...]:
+    """Sorted, each once.
+
+    Raises:
+        InputError: not whole numbers from 0, or nothing at all.
+    """
+    try:
+        numbers = sorted({operator.index(value) for value in values if not isinstance(value, bool)})
+    except TypeError:
+        numbers = []
+    if not numbers or numbers[0] < 0:
+        came = numbers[0] if numbers else repr(values)
+        raise InputError(f"{name}: got {came}; expected whole numbers from 0, at least one of them")
+    return tuple(numbers)
+
+
+def _by_layer(experts: Any) -> dict[int, tuple[int, ...]]:
+    try:
+        pairs = (
+            [(layer, expert) for layer, of_layer in experts.items() for expert in of_layer]
+            if isinstance(experts, Mapping)
+            else [(layer, expert) for layer, expert in experts]
+        )
+    except TypeError:
+        pairs = []
+    if not pairs:
+        raise InputError(f"experts is {experts!r}; expected {{layer: [expert, …]}} or [(layer, expert), …]")
+    layers = whole_numbers("layers", [layer for layer, _ in pairs])
+    return {at: whole_numbers(f"experts of layer {at}", [e for layer, e in pairs if layer == at]) for at in layers}
+
+
+def _where(where: Any) -> Any:
+    """Positions as a tuple, a mask as it is."""
+    if where is None or callable(where):
+        return where
+    if isinstance(where, slice):
+        parts = (where.start or 0, where.stop or 0, 1 if where.step is None else where.step)
+        if any(not isinstance(part, int) or part < 0 for part in parts) or parts[2] == 0:
+            raise InputError(f"where is {where}; positions count from 0, and steps are at least 1")
+        return where
+    if not isinstance(where, int | range | tuple | list | set):
+        where = torch.as_tensor(where)
+        if where.dtype == torch.bool:
+            if where.ndim != 2:
+                raise InputError(f"where is a mask of shape {tuple(where.shape)}; expected [batch, pos]")
+            return where
+        where = where.flatten().tolist()
+    return whole_numbers("where", [where] if isinstance(where, int) else where)
