@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from moe_lens.errors import InputError
 
 Residual = Literal["mid", "pre", "none"]
+Drawn = Literal["active", "unselected"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +20,8 @@ class PartialSum:
     `PartialSum(ranks=[j])` "expert j + residual" in Figure 2 of arXiv 2603.05806. Equal sums compare and hash equal.
 
     Raises:
-        InputError: an unknown `residual`, ranks or experts that are not distinct whole numbers from 0, both of them,
-            or a sum of nothing.
+        InputError: an unknown `residual` or `drawn`, ranks or experts that are not distinct whole numbers from 0, more
+            than one of ranks, experts and drawn, or a sum of nothing.
     """
 
     residual: Residual = "mid"
@@ -33,12 +34,25 @@ class PartialSum:
     """Whether an expert's output is multiplied by its routing weight, as the model does."""
     shared: bool = False
     """Whether the shared experts are added (nothing, in a model that has none)."""
+    drawn: Drawn | None = None
+    """One expert drawn at random for every token and layer, as a control: one of the active ones with its own weight,
+    or one that was not selected, computed for the purpose and given the weight of rank 0. An unselected expert's own
+    affinity would be small by construction; with rank 0's weight only *which* expert speaks differs from rank 0."""
+    seed: int = 0
+    """Of the drawing. Each token has its draw by its place in the cache, whatever other tokens are read."""
 
     def __post_init__(self) -> None:
         if self.residual not in get_args(Residual):
             raise InputError(f"residual is {self.residual!r}; expected one of {get_args(Residual)}")
-        if self.ranks is not None and self.experts is not None:
-            raise InputError("a partial sum chooses by ranks or by experts; got both. Leave one of them out")
+        if self.drawn not in (None, *get_args(Drawn)):
+            raise InputError(f"drawn is {self.drawn!r}; expected one of {get_args(Drawn)}, or None")
+        given = [name for name in ("ranks", "experts", "drawn") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise InputError(f"a partial sum chooses by ranks or by experts, or draws; got {' and '.join(given)}")
+        if self.drawn is None:
+            object.__setattr__(self, "seed", 0)  # nothing is drawn: equal sums are equal
+        elif isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise InputError(f"seed is {self.seed!r}; expected a whole number from 0")
         for name in ("ranks", "experts"):
             object.__setattr__(self, name, _whole_numbers(name, getattr(self, name)))
         if not self.label:
@@ -49,7 +63,17 @@ class PartialSum:
     @property
     def restricted(self) -> bool:
         """Whether only some of the routed experts are meant."""
-        return self.ranks is not None or self.experts is not None
+        return self.ranks is not None or self.experts is not None or self.drawn is not None
+
+    @property
+    def picks(self) -> bool:
+        """Whether some routed experts are picked out by rank, by id or at random, which a dense layer has none of."""
+        return bool(self.ranks or self.experts or self.drawn)
+
+    @property
+    def control(self) -> bool:
+        """Whether it is there to be compared with: no routed expert at all, or one drawn at random."""
+        return self.drawn is not None or (self.restricted and not self.picks)
 
     @property
     def label(self) -> str:
@@ -61,6 +85,9 @@ class PartialSum:
         for name, chosen in (("rank", self.ranks), ("expert", self.experts)):
             if chosen:
                 parts.append(f"{name}{'s' if len(chosen) > 1 else ''} {_spans(chosen)}{suffix}")
+        if self.drawn:
+            seed = f" (seed {self.seed})" if self.seed else ""
+            parts.append(("random active" if self.drawn == "active" else "unselected") + f" expert{suffix}{seed}")
         if self.shared:
             parts.append("shared")
         return " + ".join(parts)
@@ -79,6 +106,26 @@ class PartialSum:
     def leave_one_out(cls, top_k: int) -> tuple["PartialSum", ...]:
         """All ranks but one: k sums."""
         return tuple(cls(ranks=set(range(top_k)) - {rank}) for rank in range(top_k))
+
+    @classmethod
+    def each_expert(cls, n_experts: int) -> tuple["PartialSum", ...]:
+        """One expert alone, by id: as many sums as there are experts."""
+        return tuple(cls(experts=[expert]) for expert in range(n_experts))
+
+    @classmethod
+    def figure2(cls, top_k: int) -> tuple["PartialSum", ...]:
+        """Layer output; routed experts + residual; each rank + residual: the columns of the paper's Figure 2."""
+        return cls(shared=True), cls(), *cls.each_rank(top_k)
+
+    @classmethod
+    def controls(cls, top_k: int, *, seed: int = 0) -> tuple["PartialSum", ...]:
+        """What any one expert is to be compared with.
+
+        The residual alone; an active expert drawn at random; the expert of the last rank; an expert that was not
+        selected, with the weight of rank 0.
+        """
+        active, unselected = cls(drawn="active", seed=seed), cls(drawn="unselected", seed=seed)
+        return cls(ranks=[]), active, cls(ranks=[top_k - 1]), unselected
 
 
 def _whole_numbers(name: str, values: Collection[int] | None) -> tuple[int, ...] | None:

@@ -59,31 +59,35 @@ def test_it_cannot_be_changed():
         (PartialSum(residual="none", experts=[17, 4], weighted=False), "experts 4, 17 unweighted"),
         (PartialSum(residual="none", weighted=False), "routed unweighted"),
         (PartialSum(residual="none", ranks=[], shared=True), "shared"),
+        (PartialSum(drawn="active"), "mid + random active expert"),
+        (
+            PartialSum(residual="pre", drawn="unselected", weighted=False, seed=3, shared=True),
+            "pre + unselected expert unweighted (seed 3) + shared",
+        ),
     ],
 )
 def test_labels_say_what_is_summed(which: PartialSum, label: str):
     assert which.label == label
 
 
-@given(
-    st.tuples(
-        st.sampled_from(["mid", "pre", "none"]),
-        st.one_of(st.none(), st.tuples(st.sampled_from(["ranks", "experts"]), numbers)),
-        st.booleans(),
-        st.booleans(),
+anything = st.tuples(
+    st.sampled_from(["mid", "pre", "none"]),
+    st.one_of(
+        st.none(),
+        st.tuples(st.sampled_from(["ranks", "experts"]), numbers),
+        st.tuples(st.just("drawn"), st.sampled_from(["active", "unselected"])),
     ),
-    st.tuples(
-        st.sampled_from(["mid", "pre", "none"]),
-        st.one_of(st.none(), st.tuples(st.sampled_from(["ranks", "experts"]), numbers)),
-        st.booleans(),
-        st.booleans(),
-    ),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2),
 )
+
+
+@given(anything, anything)
 def test_equal_labels_mean_equal_sums(one, other):
-    def make(residual, chosen, weighted, shared):
-        return PartialSum(
-            residual=residual, weighted=weighted, shared=shared, **({chosen[0]: chosen[1]} if chosen else {})
-        )
+    def make(residual, chosen, weighted, shared, seed):
+        which = {chosen[0]: chosen[1]} if chosen else {}
+        return PartialSum(residual=residual, weighted=weighted, shared=shared, seed=seed, **which)
 
     one, other = make(*one), make(*other)
     assert (one.label == other.label) == (one == other)
@@ -95,14 +99,38 @@ def test_families_of_sums():
     assert [s.ranks for s in PartialSum.cumulative(3)] == [(), (0,), (0, 1), (0, 1, 2)]
     assert [s.ranks for s in PartialSum.leave_one_out(3)] == [(1, 2), (0, 2), (0, 1)]
     assert all(s.residual == "mid" and s.weighted and not s.shared for s in PartialSum.cumulative(3))
+    assert [s.experts for s in PartialSum.each_expert(3)] == [(0,), (1,), (2,)]
+    assert PartialSum.figure2(2) == (
+        PartialSum(shared=True),
+        PartialSum(),
+        PartialSum(ranks=[0]),
+        PartialSum(ranks=[1]),
+    )
+
+
+def test_controls_are_told_from_what_they_control():
+    controls = PartialSum.controls(3, seed=7)
+    assert [s.label for s in controls] == [
+        "mid",
+        "mid + random active expert (seed 7)",
+        "mid + rank 2",
+        "mid + unselected expert (seed 7)",
+    ]
+    assert [s.control for s in controls] == [True, True, False, True]
+    assert [s.picks for s in controls] == [False, True, True, True]
+    assert not any(s.control for s in PartialSum.figure2(3)) and not any(s.picks for s in PartialSum.figure2(3)[:2])
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"residual": "post"}, "residual is 'post'; expected one of ('mid', 'pre', 'none')"),
-        ({"ranks": [0], "experts": [1]}, "got both"),
-        ({"ranks": []} | {"experts": []}, "got both"),
+        ({"ranks": [0], "experts": [1]}, "got ranks and experts"),
+        ({"ranks": []} | {"experts": []}, "got ranks and experts"),
+        ({"ranks": [0], "drawn": "active"}, "got ranks and drawn"),
+        ({"drawn": "any"}, "drawn is 'any'; expected one of ('active', 'unselected'), or None"),
+        ({"drawn": "active", "seed": -1}, "seed is -1; expected a whole number from 0"),
+        ({"drawn": "active", "seed": 0.5}, "seed is 0.5; expected a whole number from 0"),
         ({"ranks": 0}, "expected whole numbers in a list"),
         ({"ranks": [0.0]}, "expected whole numbers"),
         ({"ranks": "01"}, "expected whole numbers"),
