@@ -2,8 +2,18 @@
 
 from moe_lens.data.batches import TokenBatch as TokenBatch
 from moe_lens.data.batches import Tokens as Tokens
+from moe_lens.data.batches import batched as batched
 from moe_lens.data.batches import tokenize as tokenize
+from moe_lens.data.corpus import Corpus as Corpus
+from moe_lens.data.corpus import from_file as from_file
+from moe_lens.data.corpus import from_generator as from_generator
+from moe_lens.data.corpus import from_hub as from_hub
+from moe_lens.data.domains import EMBEDDED as EMBEDDED
 from moe_lens.data.domains import Domain as Domain
 from moe_lens.data.domains import Passage as Passage
 from moe_lens.data.domains import embedded_domains as embedded_domains
 from moe_lens.data.domains import load_domain as load_domain
+from moe_lens.data.shards import Reading as Reading
+from moe_lens.data.shards import Shard as Shard
+from moe_lens.data.shards import shards as shards
+from moe_lens.data.windows import Window as Window

@@ -1,17 +1,15 @@
-"""Token batches: a budget of tokens spread over the sources of a domain, each passage in a row of its own."""
+"""Token batches: windows of text, one a row or packed, with what is counted and where each row comes from."""
 
-import random
-from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from moe_lens.data.domains import Domain, Passage
-from moe_lens.errors import InputError
+from moe_lens.data.domains import Domain
+from moe_lens.data.windows import Window, in_turns
 
 
 @runtime_checkable
@@ -26,7 +24,24 @@ class Encoder(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """How the rows of a batch lie one after another in fewer, fuller rows that the model reads.
+
+    Positions start again with every window, which is what tells transformers that no attention reaches across.
+    """
+
+    tokens: Int[Tensor, "row column"]
+    positions: Int[Tensor, "row column"]
+    at: Int[Tensor, "batch pos"]
+    """Where each token of the batch lies, counting row by row; 0 for padding."""
+
+    def unpack(self, values: Shaped[Tensor, "row column *rest"]) -> Shaped[Tensor, "batch pos *rest"]:
+        """Values of packed tokens as values of the batch; those of padding mean nothing."""
+        return values.flatten(0, 1)[self.at.to(values.device)]
+
+
+@dataclass(frozen=True, eq=False)
 class TokenBatch:
     """Windows of text, one a row, padded on the right."""
 
@@ -37,6 +52,14 @@ class TokenBatch:
     """True for text: neither padding nor special tokens. Statistics are taken here and nowhere else."""
     sources: tuple[str, ...]
     """Of each row."""
+    windows: tuple[Window, ...] = ()
+    """What the rows were made from, if they were made from windows."""
+    packing: Packing | None = None
+    """How the model is to read the rows if not one by one; all else in the batch is by row either way."""
+
+    def unpack(self, values: Shaped[Tensor, "rows columns *rest"]) -> Shaped[Tensor, "batch pos *rest"]:
+        """What the model gave for what it read, by row of the batch."""
+        return values if self.packing is None else self.packing.unpack(values)
 
 
 @dataclass(frozen=True)
@@ -89,66 +112,72 @@ def tokenize(
         InputError: A text of fewer than two tokens came up, or one with tokens that the model does not have; the
             message names file and line.
     """
-    rows: list[tuple[list[int], str]] = []
-    special = set(encoder.tokenizer.all_special_ids)
+    windows = up_to(in_turns(domain, encoder, context, seed), n_tokens)
+    return Tokens(domain.name, tuple(batched(list(windows), encoder, batch_tokens=batch_tokens)))
+
+
+def up_to(windows: Iterable[Window], n_tokens: int | None) -> Iterator[Window]:
+    """Windows until they hold at least so many tokens of text; all of them if it is None."""
     found = 0
-    for window, source in _in_turns(domain, encoder, context, seed):
-        rows.append((window, source))
-        found += sum(token not in special for token in window)
-        if found >= n_tokens:
-            break
-    rows.sort(key=lambda row: len(row[0]))
-    batches, start = [], 0
-    for end in range(1, len(rows) + 1):
-        if end == len(rows) or (end - start + 1) * len(rows[end][0]) > batch_tokens:
-            batches.append(_batch(rows[start:end], special))
-            start = end
-    return Tokens(domain.name, tuple(batches))
+    for window in windows:
+        yield window
+        found += window.counted
+        if n_tokens is not None and found >= n_tokens:
+            return
 
 
-def _in_turns(domain: Domain, encoder: Encoder, context: int, seed: int) -> Iterator[tuple[list[int], str]]:
-    shuffled = random.Random(seed)
-    by_source: dict[str, list[Passage]] = defaultdict(list)
-    for passage in domain.passages:
-        by_source[passage.source].append(passage)
-    order = list(by_source)
-    shuffled.shuffle(order)
-    for passages in by_source.values():
-        shuffled.shuffle(passages)
-    waiting = deque((source, _windows(by_source[source], encoder, context)) for source in order)
-    while waiting:
-        source, windows = waiting.popleft()
-        window = next(windows, None)
-        if window is not None:
-            yield window, source
-            waiting.append((source, windows))
+def batched(
+    windows: Iterable[Window], encoder: Encoder, *, batch_tokens: int, packed: int | None = None
+) -> Iterator[TokenBatch]:
+    """Windows as batches, those of like length together so that there is little padding.
+
+    Args:
+        windows: At least one.
+        encoder: The model that they were tokenised for.
+        batch_tokens: Rows × columns of what the model reads at once; a longer window stands alone.
+        packed: The length of the packed rows to lay the windows in, or None for one window a row.
+    """
+    special = set(encoder.tokenizer.all_special_ids)
+    ordered = sorted(windows, key=lambda window: len(window.ids))
+    start = 0
+    for end in range(1, len(ordered) + 1):
+        if end < len(ordered):
+            if packed is None:
+                size = (end - start + 1) * len(ordered[end].ids)
+            else:
+                size = sum(len(window.ids) for window in ordered[start : end + 1])
+            if size <= batch_tokens:
+                continue
+        yield _batch(ordered[start:end], special, packed)
+        start = end
 
 
-def _windows(passages: list[Passage], encoder: Encoder, context: int) -> Iterator[list[int]]:
-    for passage in passages:
-        ids = encoder.to_tokens(passage.text, truncate=False)[0].tolist()
-        bos = encoder.tokenizer.bos_token_id
-        opening = [bos] if bos is not None and ids[:1] == [bos] else []
-        text = ids[len(opening) :]
-        if len(text) < 2:
-            raise InputError(
-                f"{passage.origin}: a text of {len(text)} token; at least two are needed to predict one from another"
-            )
-        if (unknown := max(ids)) >= encoder.cfg.d_vocab:
-            raise InputError(
-                f"{passage.origin}: the tokenizer gives token {unknown}, and the model has {encoder.cfg.d_vocab};"
-                " is it the tokenizer of another model?"
-            )
-        room = context - len(opening)
-        for start in range(0, len(text), room):
-            window = text[start : start + room]
-            if len(window) >= 2:  # a single left-over token predicts nothing
-                yield opening + window
-
-
-def _batch(rows: list[tuple[list[int], str]], special: set[int]) -> TokenBatch:
-    width = max(len(ids) for ids, _ in rows)
-    tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])  # any id will do: it is masked
-    mask = torch.arange(width) < torch.tensor([len(ids) for ids, _ in rows])[:, None]
+def _batch(rows: list[Window], special: set[int], packed: int | None) -> TokenBatch:
+    width = max(len(row.ids) for row in rows)
+    tokens = torch.tensor([[*row.ids, *([0] * (width - len(row.ids)))] for row in rows])  # padding is masked: any id
+    mask = torch.arange(width) < torch.tensor([len(row.ids) for row in rows])[:, None]
     counted = mask & ~torch.isin(tokens, torch.tensor(sorted(special), dtype=torch.long))
-    return TokenBatch(tokens, mask, counted, tuple(source for _, source in rows))
+    packing = None if packed is None else _packed(rows, max(packed, width), width)
+    return TokenBatch(tokens, mask, counted, tuple(row.source for row in rows), tuple(rows), packing)
+
+
+def _packed(rows: list[Window], columns: int, width: int) -> Packing:
+    """Each window goes where the row that was begun last has room; otherwise a new row begins."""
+    starts, row, column = [], 0, 0
+    for window in rows:
+        if column + len(window.ids) > columns:
+            row, column = row + 1, 0
+        starts.append((row, column))
+        column += len(window.ids)
+    columns = min(columns, max(at + len(window.ids) for (_, at), window in zip(starts, rows, strict=True)))
+    tokens = torch.zeros(row + 1, columns, dtype=torch.long)
+    # What is left of a row is a document of its own: its positions start at 0 too.
+    positions = torch.arange(columns).repeat(row + 1, 1)
+    at = torch.zeros(len(rows), width, dtype=torch.long)
+    for number, ((row, column), window) in enumerate(zip(starts, rows, strict=True)):
+        n = len(window.ids)
+        tokens[row, column : column + n] = torch.tensor(window.ids)
+        positions[row, column : column + n] = torch.arange(n)
+        positions[row, column + n :] = torch.arange(columns - column - n)
+        at[number, :n] = row * columns + column + torch.arange(n)
+    return Packing(tokens, positions, at)

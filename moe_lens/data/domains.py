@@ -1,8 +1,10 @@
 """Domains: named collections of passages, each with the source that it was taken from."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ def embedded_domains() -> list[Domain]:
     return [load_domain(name, Path(str(folder / f"{name}.jsonl"))) for name in EMBEDDED]
 
 
-def load_domain(name: str, path: Path) -> Domain:
+def load_domain(name: str, path: Path, *, text: str = "text", source: str | None = "source") -> Domain:
     """Read a domain from a file.
 
     Args:
@@ -50,40 +52,82 @@ def load_domain(name: str, path: Path) -> Domain:
         path: `.jsonl`: an object a line with `text` and, if known, `source`. `.txt`: passages separated by blank lines.
             `.parquet`, or a folder that `datasets` saved: a row a passage, with the same columns. Passages without
             `source`, and those of a `.txt` file, count as one source: nothing shows that they are independent.
+        text: The column (or key) with the text.
+        source: The column that says which document a text was taken from.
 
     Raises:
         InputError: The file cannot be read, is not UTF-8, holds no text, or has a line that is not as described; the
             message names file and line.
     """
-    if path.is_dir() or path.suffix == ".parquet":
-        passages = _read_dataset(path)
-    elif path.suffix in _READERS:
-        passages = _READERS[path.suffix](path, _decoded(path))
-    else:
-        came = path.suffix or "a file without suffix"
-        raise InputError(f"{path}: domain {name!r} must be a .jsonl, .txt or .parquet file or a dataset, not {came}")
-    if not passages:
-        raise InputError(f"{path}: domain {name!r} holds no text")
-    return Domain(name, tuple(passages))
-
-
-def _decoded(path: Path) -> str:
     try:
-        content = path.read_bytes()
+        passages = tuple(read_lines(path, text=text, source=source))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if not passages:
+        raise InputError(f"{path}: domain {name!r} holds no text")
+    return Domain(name, passages)
+
+
+def read_lines(path: Path, *, text: str = "text", source: str | None = "source") -> Iterator[Passage]:
+    """The passages of a file one after another; see `load_domain` for the kinds of files and for what is refused."""
+    if path.is_dir() or path.suffix == ".parquet":
+        rows = enumerate(_read_dataset(path), start=1)
+        yield from (read_row(row, f"{path}:{number}", path.name, text=text, source=source) for number, row in rows)
+    elif path.suffix == ".jsonl":
+        for number, line in _lines(path):
+            if line.strip():
+                origin = f"{path}:{number}"
+                yield read_row(_parse(line, origin), origin, path.name, text=text, source=source)
+    elif path.suffix == ".txt":
+        yield from _read_txt(path)
+    else:
+        came = path.suffix or "a file without suffix"
+        raise InputError(f"{path}: texts must be a .jsonl, .txt or .parquet file or a dataset, not {came}")
+
+
+def read_row(
+    row: dict[str, Any], origin: str, file: str, *, text: str = "text", source: str | None = "source"
+) -> Passage:
+    """A row of a dataset as a passage.
+
+    Args:
+        row: By column.
+        origin: File and line, for messages.
+        file: What counts as the source where the row names none.
+        text: The column with the text.
+        source: The column with the source.
+
+    Raises:
+        InputError: There is no such text in it.
+    """
+    if text not in row:
+        raise InputError(f'{origin}: expected an object with "{text}", got keys {sorted(map(str, row))}')
+    value = row[text]
+    if not isinstance(value, str) or not value.strip():
+        came = "empty" if isinstance(value, str) else type(value).__name__
+        raise InputError(f'{origin}: "{text}" must be a text that is not empty, and is {came}')
+    given = None if source is None else row.get(source)
+    return Passage(value, str(file if given is None else given), origin)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines with their numbers, one in memory at a time."""
     try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"{path}:{line}: not UTF-8 (byte {content[error.start]:#04x}); convert the file to UTF-8"
-        ) from None
-    return text.replace("\r\n", "\n")
+        with path.open("rb") as content:
+            for number, line in enumerate(content, start=1):
+                try:
+                    decoded = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise InputError(
+                        f"{path}:{number}: not UTF-8 (byte {line[error.start]:#04x}); convert the file to UTF-8"
+                    ) from None
+                yield number, decoded.rstrip("\r\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def _read_dataset(path: Path) -> list[Passage]:
-    """The rows of a parquet file, or of a dataset saved to a folder, through `datasets`."""
+def _read_dataset(path: Path) -> Any:
+    """The rows of a parquet file, or of a dataset saved to a folder, through `datasets`; mapped, not loaded."""
     import datasets
 
     rows: Any
@@ -91,23 +135,14 @@ def _read_dataset(path: Path) -> list[Passage]:
         if path.is_dir():
             rows = datasets.load_from_disk(str(path))
         else:
-            rows = datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
+            rows = datasets.IterableDataset.from_parquet(str(path))
+            next(iter(rows), None)  # reads nothing before
     except Exception as error:  # datasets and pyarrow raise errors of many kinds for files that are not theirs
         reason = str(error).strip().splitlines()
         raise InputError(f"{path}: not a dataset ({reason[0] if reason else type(error).__name__})") from None
     if isinstance(rows, datasets.DatasetDict):
         raise InputError(f"{path}: holds the splits {sorted(rows)}; name the folder of one of them")
-    return [_passage(row, f"{path}:{number}", path.name) for number, row in enumerate(rows, start=1)]
-
-
-def _read_jsonl(path: Path, content: str) -> list[Passage]:
-    passages = []
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        origin = f"{path}:{number}"
-        passages.append(_passage(_parse(line, origin), origin, path.name))
-    return passages
+    return rows
 
 
 def _parse(line: str, origin: str) -> dict[str, Any]:
@@ -120,26 +155,13 @@ def _parse(line: str, origin: str) -> dict[str, Any]:
     return row
 
 
-def _passage(row: dict[str, Any], origin: str, file: str) -> Passage:
-    if "text" not in row:
-        raise InputError(f'{origin}: expected an object with "text", got keys {sorted(row)}')
-    text, source = row["text"], row.get("source")
-    if not isinstance(text, str) or not text.strip():
-        came = "empty" if isinstance(text, str) else type(text).__name__
-        raise InputError(f'{origin}: "text" must be a text that is not empty, and is {came}')
-    return Passage(text, str(file if source is None else source), origin)
-
-
-def _read_txt(path: Path, content: str) -> list[Passage]:
-    passages, block, start = [], [], 1
-    for number, line in enumerate([*content.split("\n"), ""], start=1):
+def _read_txt(path: Path) -> Iterator[Passage]:
+    block: list[str] = []
+    start = 1
+    for number, line in chain(_lines(path), [(0, "")]):
         if line.strip():
             start = start if block else number
             block.append(line)
         elif block:
-            passages.append(Passage("\n".join(block), path.name, f"{path}:{start}"))
+            yield Passage("\n".join(block), path.name, f"{path}:{start}")
             block = []
-    return passages
-
-
-_READERS = {".jsonl": _read_jsonl, ".txt": _read_txt}

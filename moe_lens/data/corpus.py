@@ -1,0 +1,167 @@
+"""A domain that is read as it comes: larger than memory, from files, the hub or a generator, through `datasets`."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from moe_lens.data.domains import Passage, read_lines, read_row
+from moe_lens.errors import InputError
+
+SHUFFLED = 10_000
+"""Passages that are held at a time to be drawn from in a random order, where not all of a corpus is read."""
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """A named stream of passages, of which only a few are in memory at a time."""
+
+    name: str
+    rows: Callable[[], Any]
+    """Makes a `datasets.IterableDataset` that starts from the beginning, of rows with text, source and origin."""
+    identity: dict[str, Any] = field(default_factory=dict)
+    """What it is read from, as plain values: two readings of one identity are taken for the same texts."""
+
+    def passages(self, *, rank: int = 0, world_size: int = 1, seed: int | None = None) -> Iterator[tuple[int, Passage]]:
+        """The passages with their numbers, from the beginning.
+
+        Args:
+            rank: Which of the processes is reading: it gets every `world_size`-th passage.
+            world_size: How many processes there are.
+            seed: Draw from a buffer of `SHUFFLED` passages at random, the same way for the same seed; numbers then
+                count in that order. None: in the order of the corpus.
+
+        Raises:
+            InputError: It cannot be read; the message says where.
+        """
+        from datasets.distributed import split_dataset_by_node
+
+        rows = self.rows()
+        if seed is not None:
+            rows = rows.shuffle(seed=seed, buffer_size=SHUFFLED)
+        if world_size > 1:
+            # Not by files, even where that would be quicker: which passages there are, and their numbers, must not
+            # depend on how many processes read them.
+            rows = split_dataset_by_node(rows, rank, world_size, strategy="examples")
+        number = -1
+        try:
+            for number, row in enumerate(rows):
+                yield rank + number * world_size, Passage(row["text"], row["source"], row["origin"])
+        except (OSError, ValueError) as error:  # of `datasets` and of what it reads through
+            raise InputError(f"domain {self.name!r} cannot be read after passage {number + 1}: {_line(error)}") from None
+
+
+def from_generator(name: str, generate: Callable[[], Iterable[str | dict[str, Any]]]) -> Corpus:
+    """A corpus from a function that generates texts, or rows with `text` and `source`, anew at every call.
+
+    Args:
+        name: What the domain is called.
+        generate: Must generate the same each time: an interrupted study reads it again from the start.
+    """
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for number, row in enumerate(generate(), start=1):
+            given = {"text": row} if isinstance(row, str) else row
+            yield vars(read_row(given, f"{name}:{number}", name))
+
+    return Corpus(name, partial(_iterable, rows), {"generator": getattr(generate, "__qualname__", str(generate))})
+
+
+def from_file(name: str, path: Path, *, text: str = "text", source: str | None = "source") -> Corpus:
+    """A corpus from a .jsonl, .txt or .parquet file, or a folder that `datasets` saved, without loading it whole.
+
+    Args:
+        name: What the domain is called.
+        path: As for `load_domain`.
+        text: The column (or key) with the text.
+        source: The column that says which document a text was taken from.
+
+    Raises:
+        InputError: There is no such file, or it is of another kind.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: cannot be read (No such file or directory)")
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for passage in read_lines(path, text=text, source=source):
+            yield vars(passage)
+
+    return Corpus(name, partial(_iterable, rows), {"file": path.name, "digest": digest(path), "text": text})
+
+
+def from_hub(
+    name: str,
+    repository: str,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    text: str = "text",
+    source: str | None = None,
+    hint: str = "",
+) -> Corpus:
+    """A corpus from a dataset on the hub, streamed.
+
+    Args:
+        name: What the domain is called.
+        repository: Its name on the hub.
+        config: Of the dataset, where it has several.
+        split: Which split.
+        revision: Commit, tag or branch; the newest if not given.
+        text: The column with the text.
+        source: The column that says which document a text was taken from; without one every row is its own source,
+            since rows of a dataset are documents more often than not.
+        hint: What else the message says when the dataset cannot be had.
+    """
+
+    def stream() -> Any:
+        import datasets
+
+        wanted = f"{repository}{f' ({config})' if config else ''}, split {split}"
+        try:
+            rows: Any = datasets.load_dataset(repository, config, split=split, revision=revision, streaming=True)
+        except Exception as error:  # datasets and huggingface_hub raise errors of many kinds
+            raise InputError(
+                f"domain {name!r}: {wanted}: cannot be had from the hub ({_line(error)}). Is this machine online, and "
+                "HF_HUB_OFFLINE not set? Offline, download the texts elsewhere and give a .jsonl, .txt or .parquet "
+                f"file{'; ' + hint if hint else ''}"
+            ) from None
+
+        def read() -> Iterator[dict[str, Any]]:
+            for number, row in enumerate(rows, start=1):
+                origin = f"{repository}:{number}"
+                yield vars(read_row(row, origin, origin, text=text, source=source))
+
+        return _iterable(read)
+
+    identity = {"hub": repository, "config": config, "split": split, "revision": revision, "text": text}
+    return Corpus(name, stream, identity)
+
+
+def digest(path: Path) -> str:
+    """A fingerprint of a file's size, beginning and end, or of every file of a folder: enough to see a change."""
+    found = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if not file.is_file():
+            continue
+        size = file.stat().st_size
+        found.update(json.dumps([file.name, size]).encode())
+        with file.open("rb") as content:
+            found.update(content.read(2**20))
+            content.seek(max(0, size - 2**20))
+            found.update(content.read())
+    return found.hexdigest()[:16]
+
+
+def _iterable(generate: Callable[[], Iterator[dict[str, Any]]]) -> Any:
+    import datasets
+
+    return datasets.IterableDataset.from_generator(generate)
+
+
+def _line(error: Exception) -> str:
+    said = str(error).strip().splitlines()
+    return said[0] if said else type(error).__name__

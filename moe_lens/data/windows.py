@@ -1,0 +1,99 @@
+"""Windows: passages as token ids, cut to the context that a model is given."""
+
+import random
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from moe_lens.data.domains import Domain, Passage
+from moe_lens.errors import InputError
+
+
+@dataclass(frozen=True)
+class Window:
+    """A piece of a passage that is read on its own."""
+
+    ids: tuple[int, ...]
+    """Opened by BOS if the model has one."""
+    source: str
+    """Of the passage."""
+    document: int
+    """Number of the passage in its domain, from 0."""
+    start: int
+    """Where in the passage's tokens, BOS not counted, the window begins."""
+    counted: int
+    """How many of its tokens are text: no special tokens."""
+
+
+def too_short(passage: Passage, length: int) -> None:
+    """Refuse a text of fewer than two tokens."""
+    raise InputError(
+        f"{passage.origin}: a text of {length} token; at least two are needed to predict one from another"
+    )
+
+
+def windows_of(
+    number: int,
+    passage: Passage,
+    encoder: Any,
+    context: int,
+    short: Callable[[Passage, int], None] = too_short,
+) -> Iterator[Window]:
+    """The windows of a passage, in order.
+
+    Args:
+        number: Of the passage in its domain.
+        passage: The text.
+        encoder: The model that it is tokenised for.
+        context: The greatest length of a window, BOS included.
+        short: Called with a passage of fewer than two tokens and their number; raises if not given.
+
+    Raises:
+        InputError: The tokenizer gives tokens that the model does not have; names file and line.
+    """
+    ids = encoder.to_tokens(passage.text, truncate=False)[0].tolist()
+    bos = encoder.tokenizer.bos_token_id
+    opening = [bos] if bos is not None and ids[:1] == [bos] else []
+    text = ids[len(opening) :]
+    if len(text) < 2:
+        short(passage, len(text))
+        return
+    if (unknown := max(ids)) >= encoder.cfg.d_vocab:
+        raise InputError(
+            f"{passage.origin}: the tokenizer gives token {unknown}, and the model has {encoder.cfg.d_vocab};"
+            " is it the tokenizer of another model?"
+        )
+    special = set(encoder.tokenizer.all_special_ids)
+    room = context - len(opening)
+    for start in range(0, len(text), room):
+        window = text[start : start + room]
+        if len(window) >= 2:  # a single left-over token predicts nothing
+            counted = sum(token not in special for token in window)
+            yield Window((*opening, *window), passage.source, number, start, counted)
+
+
+def in_turns(
+    domain: Domain, encoder: Any, context: int, seed: int, short: Callable[[Passage, int], None] = too_short
+) -> Iterator[Window]:
+    """Windows of a domain that is held in memory: sources take turns in a random order, a window each time."""
+    shuffled = random.Random(seed)
+    by_source: dict[str, list[tuple[int, Passage]]] = defaultdict(list)
+    for number, passage in enumerate(domain.passages):
+        by_source[passage.source].append((number, passage))
+    order = list(by_source)
+    shuffled.shuffle(order)
+    for passages in by_source.values():
+        shuffled.shuffle(passages)
+
+    def of_source(source: str) -> Iterator[Window]:
+        for number, passage in by_source[source]:
+            yield from windows_of(number, passage, encoder, context, short)
+
+    waiting = deque((source, of_source(source)) for source in order)
+    while waiting:
+        source, windows = waiting.popleft()
+        window = next(windows, None)
+        if window is not None:
+            yield window
+            waiting.append((source, windows))
