@@ -3,3 +3,5 @@
 from moe_lens.lenses.base import Lens as Lens
 from moe_lens.lenses.logit import LogitLens as LogitLens
 from moe_lens.lenses.result import LensResult as LensResult
+from moe_lens.lenses.tuned import TunedLens as TunedLens
+from moe_lens.lenses.tuning import Tuning as Tuning

@@ -1,0 +1,146 @@
+"""Token rows from whatever a user has: texts, token tensors, or batches with a mask, read once and never kept."""
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from moe_lens.errors import InputError
+
+BUFFER = 1024
+"""Rows among which the order is shuffled."""
+
+
+@runtime_checkable
+class MaskedTokens(Protocol):
+    """A batch that knows its padding, such as `moe_lens.data.TokenBatch`."""
+
+    tokens: Any
+    """[batch, pos]."""
+    mask: Any
+    """[batch, pos], true at real tokens."""
+
+
+Texts = Iterable[Any]
+"""What is accepted as a corpus: items that are texts, token ids [pos] or [batch, pos], or batches with a mask."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of tokens, padded on the right."""
+
+    tokens: Int[Tensor, "batch pos"]
+    mask: Bool[Tensor, "batch pos"]
+    """True at real tokens."""
+
+
+def rows(model: Any, texts: Texts, context: int | None = None) -> Iterator[list[int]]:
+    """Rows of at most `context` token ids (default: the model's), in order; empty ones are left out.
+
+    A longer text is cut into windows, each opened by the model's BOS token if it has one; rows of token ids are cut as
+    they are.
+
+    Raises:
+        InputError: An item is neither text nor tokens, or holds a token that the model does not have.
+    """
+    if isinstance(texts, str):
+        raise InputError("got one text; expected an iterable of texts: put it in a list")
+    length = int(context or model.cfg.n_ctx)
+    for item in texts:
+        yield from (row for row in of_item(model, item, length) if row)
+
+
+def of_item(model: Any, item: Any, length: int) -> Iterator[list[int]]:
+    """The rows of one item of a corpus."""
+    if isinstance(item, str):
+        ids = model.to_tokens(item, truncate=False)[0].tolist()
+        bos = getattr(model.tokenizer, "bos_token_id", None)
+        opening = ids[:1] if bos is not None and ids[:1] == [bos] else []
+        yield from _cut(model, ids[len(opening) :], length, opening)
+    elif isinstance(item, MaskedTokens):
+        for row, real in zip(item.tokens, item.mask, strict=True):
+            yield from _cut(model, row[real.to(row.device)].tolist(), length, [])
+    else:
+        try:
+            tokens = torch.as_tensor(item)
+        except (TypeError, ValueError, RuntimeError):
+            tokens = torch.empty(0)
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool or tokens.ndim not in (1, 2):
+            raise InputError(
+                f"a corpus holds a {type(item).__name__}; expected texts, token ids [pos] or [batch, pos], or batches "
+                "with `tokens` and `mask`"
+            )
+        for row in tokens.view(-1, tokens.shape[-1]).tolist():
+            yield from _cut(model, row, length, [])
+
+
+def _cut(model: Any, ids: list[int], length: int, opening: list[int]) -> Iterator[list[int]]:
+    if ids and not 0 <= min(ids) <= max(ids) < model.cfg.d_vocab:
+        raise InputError(
+            f"a corpus holds tokens from {min(ids)} to {max(ids)}, and the model has 0 to {model.cfg.d_vocab - 1}; are "
+            "they of another model's tokenizer?"
+        )
+    room = max(1, length - len(opening))
+    for start in range(0, len(ids), room):
+        yield opening + ids[start : start + room]
+
+
+def endless(texts: Texts, skip: int = 0) -> Iterator[Any]:
+    """The items of a corpus but the first `skip`, over and over.
+
+    Raises:
+        InputError: It has ended and cannot be read again, or holds nothing.
+    """
+    first = True
+    while True:
+        found = False
+        for number, item in enumerate(texts):
+            if number >= skip:
+                found = True
+                yield item
+        if not found:
+            raise InputError(
+                "the corpus holds nothing to train on"
+                if first
+                else "the corpus has been read to its end and cannot be read again: pass a list, or a data set that can "
+                "be iterated more than once, or ask for fewer steps"
+            )
+        first = False
+
+
+def shuffled(stream: Iterator[list[int]], seed: int, size: int = BUFFER) -> Iterator[list[int]]:
+    """The rows in an order that is random within a buffer; the same for the same seed."""
+    choice = random.Random(seed)
+    held: list[list[int]] = []
+    for row in stream:
+        held.append(row)
+        if len(held) == size:
+            at = choice.randrange(size)
+            held[at], held[-1] = held[-1], held[at]
+            yield held.pop()
+    choice.shuffle(held)
+    yield from held
+
+
+def batched(stream: Iterator[list[int]], size: int) -> Iterator[Rows]:
+    """Batches of `size` rows; the last may be smaller."""
+    part: list[list[int]] = []
+    for row in stream:
+        part.append(row)
+        if len(part) == size:
+            yield padded(part)
+            part = []
+    if part:
+        yield padded(part)
+
+
+def padded(part: Sequence[Sequence[int]]) -> Rows:
+    """Rows of different lengths as one batch."""
+    width = max(map(len, part))
+    tokens = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in part])  # any id will do: it is masked
+    mask = torch.arange(width) < torch.tensor([len(ids) for ids in part])[:, None]
+    return Rows(tokens, mask)

@@ -1,0 +1,294 @@
+"""Training a TunedLens: KL to the model's own final distribution, over a stream of text, with checkpoints."""
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from moe_lens import names
+from moe_lens.errors import InputError
+from moe_lens.lenses import base
+from moe_lens.lenses.streams import Rows, batched, endless, of_item, padded, rows, shuffled
+from moe_lens.lenses.tuned import TunedLens, fingerprint
+from moe_lens.lenses.tuning import Tuning
+from moe_lens.storage import load_tensors, save_tensors
+
+HELD_OUT = 32
+"""Rows that are held out of a corpus when no others are given."""
+
+_KIND = "TunedLens training"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the result of a training depends on, beside the texts."""
+
+    steps: int
+    batch: int
+    context: int
+    lr: float
+    seed: int
+    mid: bool
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "context"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if not self.lr > 0:
+            raise InputError(f"lr is {self.lr}; expected a positive number")
+
+    def rate(self, step: int) -> float:
+        """Warm-up over a twentieth of the steps, then linear decay to zero; a share of `lr`."""
+        return min((step + 1) / max(1, self.steps // 20), 1 - step / self.steps)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a translator reads: `resid_post` or `resid_mid` of a layer."""
+
+    lens: TunedLens
+    layer: int
+    hook: str
+
+    @property
+    def parameters(self) -> tuple[Tensor, Tensor]:
+        """The translator."""
+        return self.lens.weights[self.layer], self.lens.biases[self.layer]
+
+
+def sites(lens: TunedLens) -> list[Site]:
+    """All translators that can differ from the identity: the stream that leaves the last layer needs none."""
+    n_layers = lens.model.cfg.n_layers
+    post = [Site(lens, layer, names.block(names.RESID_POST, layer)) for layer in range(n_layers - 1)]
+    if lens.mid is None:
+        return post
+    return post + [Site(lens.mid, layer, names.block(names.RESID_MID, layer)) for layer in range(n_layers)]
+
+
+class Streams:
+    """The residual stream of a batch at every site, real tokens only, and what the model made of it."""
+
+    @torch.no_grad()
+    def __init__(self, lens: TunedLens, batch: Rows):
+        model = lens.model
+        n_layers, device = model.cfg.n_layers, model.W_U.device
+        self.last = names.block(names.RESID_POST, n_layers - 1)
+        wanted = [*(site.hook for site in sites(lens)), self.last]
+        place = model.original_model.get_input_embeddings().weight.device
+        _, cache = model.run_with_cache(
+            batch.tokens.to(place),
+            names_filter=wanted,
+            stop_at_layer=n_layers,
+            attention_mask=batch.mask.long().to(place),
+        )
+        self.values = {name: cache[name][batch.mask.to(cache[name].device)].to(device) for name in wanted}
+        self.tokens = int(batch.mask.sum())
+        self._lens = lens
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Which tokens, the model's own probabilities for them, and Σ p log p in nats."""
+        model = self._lens.model
+        size = max(1, base.CHUNK // model.cfg.d_vocab)
+        for start in range(0, self.tokens, size):
+            at = slice(start, start + size)
+            with torch.no_grad():
+                final = model.unembed(model.ln_final(self.values[self.last][at])).float().log_softmax(-1)
+                probs = final.exp()
+                negentropy = torch.linalg.vecdot(probs, final)
+            yield at, probs, negentropy  # outside: a generator would leave gradients switched off for who reads it
+
+    def divergence(self, site: Site, at: slice, probs: Tensor, negentropy: Tensor) -> Float[Tensor, " tokens"]:
+        """KL(final ‖ lens) of each token: Σ p log p + logsumexp(z) − Σ p z, with the lens's logits z."""
+        logits = site.lens.logits(self.values[site.hook][at], site.layer).float()
+        return negentropy + logits.logsumexp(-1) - torch.linalg.vecdot(probs, logits)
+
+
+@torch.no_grad()
+def divergences(lens: TunedLens, batches: Iterable[Rows]) -> tuple[Float[Tensor, " site"], Float[Tensor, " site"], int]:
+    """Mean KL(final ‖ lens) at each of `sites(lens)` in nats a token; the root mean square of the stream there; tokens."""
+    every = sites(lens)
+    sums, squares = torch.zeros(2, len(every), dtype=torch.float64)
+    tokens = 0
+    for batch in batches:
+        streams = Streams(lens, batch)
+        tokens += streams.tokens
+        for i, site in enumerate(every):
+            squares[i] += streams.values[site.hook].double().square().mean(-1).sum().cpu()
+        for part in streams.chunks():
+            for i, site in enumerate(every):
+                sums[i] += streams.divergence(site, *part).double().sum().cpu()
+    if not tokens:
+        raise InputError("there are no held-out tokens to evaluate on")
+    return sums / tokens, (squares / tokens).sqrt(), tokens
+
+
+def train(
+    model: Any,
+    texts: Iterable[Any],
+    held_out: Iterable[Any] | None,
+    settings: Settings,
+    *,
+    checkpoint: Path | None = None,
+    every: int = 50,
+    progress: bool = True,
+) -> TunedLens:
+    """See `TunedLens.fit`."""
+    lens = TunedLens(model, mid=TunedLens(model) if settings.mid else None)
+    skip, kept = (
+        _held_out(model, texts, settings.context) if held_out is None else (0, rows(model, held_out, settings.context))
+    )
+    kept = list(kept)
+    evaluation = [padded(kept[i : i + settings.batch]) for i in range(0, len(kept), settings.batch)]
+    before, scale, held_out_tokens = divergences(lens, evaluation)
+    optimizer = _optimizer(lens, scale.tolist(), settings)
+    run = {**asdict(settings), "fingerprint": fingerprint(model), "held_out_tokens": held_out_tokens}
+    step = tokens = 0
+    if checkpoint is not None and checkpoint.exists():
+        step, tokens = _resume(checkpoint, lens, optimizer, run)
+    stream = (row for item in endless(texts, skip) for row in of_item(model, item, settings.context) if row)
+    batches = islice(batched(shuffled(stream, settings.seed), settings.batch), step, settings.steps)
+    with _bar(progress, step, settings.steps) as show:
+        for batch in batches:
+            streams = Streams(lens, batch)
+            loss = _gradients(lens, streams)
+            for group in optimizer.param_groups:
+                group["lr"] = group["full"] * settings.rate(step)
+            optimizer.step()
+            step, tokens = step + 1, tokens + streams.tokens
+            show(loss)
+            if checkpoint is not None and (step % every == 0 or step == settings.steps):
+                _save(checkpoint, lens, optimizer, {**run, "step": step, "tokens": tokens})
+    after = divergences(lens, evaluation)[0]
+    for site in sites(lens):
+        for parameter in site.parameters:
+            parameter.requires_grad_(False)
+    lens.tuning = _tuning(model, settings, tokens, held_out_tokens, before, after)
+    return lens
+
+
+def _held_out(model: Any, texts: Iterable[Any], context: int) -> tuple[int, list[list[int]]]:
+    """How many of the first items of a corpus are held out, and their rows."""
+    if iter(texts) is texts:
+        raise InputError("a corpus that can be read once cannot also be held out from: pass held_out, or a list")
+    kept: list[list[int]] = []
+    for number, item in enumerate(texts):
+        kept += [row for row in of_item(model, item, context) if row]
+        if len(kept) >= HELD_OUT:
+            return number + 1, kept
+    raise InputError(f"the corpus has {len(kept)} rows, too few to hold {HELD_OUT} out of it: pass held_out")
+
+
+def _optimizer(lens: TunedLens, scale: list[float], settings: Settings) -> torch.optim.Adam:
+    """Adam. A step moves a translated stream by about `lr` of its size, whatever the width and size of the stream."""
+    groups = []
+    for site, rms in zip(sites(lens), scale, strict=True):
+        weight, bias = (parameter.requires_grad_() for parameter in site.parameters)
+        groups += [
+            {"params": [weight], "full": settings.lr / lens.model.cfg.d_model},
+            {"params": [bias], "full": settings.lr / lens.model.cfg.d_model**0.5 * rms},
+        ]
+    return torch.optim.Adam(groups)
+
+
+def _gradients(lens: TunedLens, streams: Streams) -> float:
+    """Put the gradients of the mean KL into `.grad`; the mean over sites, in nats a token."""
+    every = sites(lens)
+    total = 0.0
+    for site in every:
+        for parameter in site.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+    for part in streams.chunks():
+        for site in every:
+            loss = streams.divergence(site, *part).sum() / streams.tokens
+            # Not backward(): the model's own parameters need no gradients.
+            found = torch.autograd.grad(loss, site.parameters)
+            for parameter, gradient in zip(site.parameters, found, strict=True):
+                assert parameter.grad is not None
+                parameter.grad += gradient
+            total += loss.item()
+    return total / len(every)
+
+
+def _tuning(model: Any, settings: Settings, tokens: int, held_out_tokens: int, before: Tensor, after: Tensor) -> Tuning:
+    n_layers = model.cfg.n_layers
+
+    def split(values: Tensor) -> tuple[tuple[float, ...], tuple[float, ...] | None]:
+        numbers = [round(value, 6) for value in values.tolist()]
+        return (*numbers[: n_layers - 1], 0.0), tuple(numbers[n_layers - 1 :]) if settings.mid else None
+
+    (post_before, mid_before), (post_after, mid_after) = split(before), split(after)
+    return Tuning(
+        steps=settings.steps,
+        tokens=tokens,
+        batch=settings.batch,
+        context=settings.context,
+        lr=settings.lr,
+        seed=settings.seed,
+        held_out_tokens=held_out_tokens,
+        post_before=post_before,
+        post_after=post_after,
+        mid_before=mid_before,
+        mid_after=mid_after,
+    )
+
+
+def _save(file: Path, lens: TunedLens, optimizer: torch.optim.Adam, header: dict[str, Any]) -> None:
+    tensors = {}
+    for i, group in enumerate(optimizer.param_groups):
+        (parameter,) = group["params"]
+        state = optimizer.state[parameter]
+        parts = {"value": parameter, **{name: state[name] for name in ("step", "exp_avg", "exp_avg_sq")}}
+        tensors.update({f"{i}.{name}": value.detach().cpu().clone() for name, value in parts.items()})
+    save_tensors(file, _KIND, tensors, header)
+
+
+def _resume(file: Path, lens: TunedLens, optimizer: torch.optim.Adam, run: dict[str, Any]) -> tuple[int, int]:
+    """Take up a checkpoint: the steps and tokens that are done."""
+    tensors, header = load_tensors(file, _KIND)
+    other = {name: header.get(name) for name, value in run.items() if header.get(name) != value}
+    if other:
+        raise InputError(
+            f"{file} is of another training: it has {json.dumps(other)}, this one "
+            f"{json.dumps({name: run[name] for name in other})}. Call with the same arguments, or delete it"
+        )
+    for i, group in enumerate(optimizer.param_groups):
+        (parameter,) = group["params"]
+        with torch.no_grad():
+            parameter.copy_(tensors[f"{i}.value"])
+        state = {name: tensors[f"{i}.{name}"] for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {
+            "step": tensors[f"{i}.step"],
+            **{name: value.to(parameter) for name, value in state.items()},
+        }
+    return int(header["step"]), int(header["tokens"])
+
+
+def _bar(progress: bool, done: int, steps: int) -> Any:
+    """A context that gives what is to be called after every step, with its loss."""
+    return _Bar(done, steps) if progress else nullcontext(lambda loss: None)  # noqa: ARG005
+
+
+class _Bar:
+    def __init__(self, done: int, steps: int):
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        self._progress = Progress(*columns, console=Console(stderr=True))
+        self._task = self._progress.add_task("tuning", total=steps, completed=done)
+
+    def __enter__(self) -> Any:
+        self._progress.start()
+        return self._show
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def _show(self, loss: float) -> None:
+        self._progress.update(self._task, advance=1, description=f"tuning, KL {loss:.3f}")

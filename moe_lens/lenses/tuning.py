@@ -1,0 +1,44 @@
+"""`Tuning`: how a TunedLens was trained, and what it came to."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Settings of a training, and KL(final ‖ lens) on held-out tokens before and after it, in nats a token.
+
+    Before it, the lens is the LogitLens.
+    """
+
+    steps: int
+    tokens: int
+    """Tokens that were trained on, counted again when they came again."""
+    batch: int
+    context: int
+    lr: float
+    seed: int
+    held_out_tokens: int
+    post_before: tuple[float, ...]
+    """At `resid_post` of each layer. The last is zero, here and after: the model itself reads it."""
+    post_after: tuple[float, ...]
+    mid_before: tuple[float, ...] | None = None
+    """At `resid_mid` of each layer, if a lens for it was trained."""
+    mid_after: tuple[float, ...] | None = None
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per layer and site: logit_lens and tuned_lens, held-out nats a token."""
+        sites = {"post": (self.post_before, self.post_after), "mid": (self.mid_before or (), self.mid_after or ())}
+        rows = [
+            (layer, site, before, after)
+            for site, (start, end) in sites.items()
+            for layer, (before, after) in enumerate(zip(start, end, strict=True))
+        ]
+        return pd.DataFrame(rows, columns=["layer", "site", "logit_lens", "tuned_lens"])
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Tuning":
+        """From what `dataclasses.asdict` and JSON make of it."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
