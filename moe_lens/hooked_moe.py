@@ -4,14 +4,16 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge.sources._bridge_builder import configure_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_lens import names
-from moe_lens.errors import InputError
+from moe_lens.errors import HookError, InputError
 from moe_lens.model.adapter import build_adapter
 from moe_lens.model.bridge import ExpertBridge
+from moe_lens.model.experts import LayerHooks, experts_forward
 from moe_lens.model.loading import load_pretrained
 from moe_lens.model.parameters import LayerParameters, first_product, second_product
 from moe_lens.model.saving import save_pretrained
@@ -135,6 +137,38 @@ class HookedMoE(ExpertBridge):
         with torch.no_grad():
             _, cache = self.run_with_cache(input, names_filter=wanted, **kwargs)
         return Routing.stack([cache.routing(layer) for layer in self.moe_layers])
+
+    # --- experts ---
+
+    @torch.no_grad()
+    def expert_outputs(
+        self, layer: int, x: Float[Tensor, "*tokens d_model"], experts: Int[Tensor, "*tokens n"]
+    ) -> Float[Tensor, "*tokens n d_model"]:
+        """E_i(x), not weighted, of any experts at any tokens, selected or not; no hook fires and nothing is routed.
+
+        Args:
+            layer: a layer with experts.
+            x: what the experts read, as `mlp.hook_in` has it.
+            experts: ids, n for each token.
+
+        Raises:
+            HookError: the layer is dense.
+            InputError: an id out of range.
+        """
+        if layer not in self.moe_layers:
+            raise HookError(f"layer {layer} has no experts; MoE layers are {list(self.moe_layers)}")
+        wrong = (experts < 0) | (experts >= self.n_experts)
+        if wrong.any():
+            raise InputError(
+                f"there is no expert {int(experts[wrong][0])}; expected ids from 0 to {self.n_experts - 1}"
+            )
+        module = self._moe(layer).experts
+        rows = x[..., None, :].expand(*experts.shape, x.shape[-1]).reshape(-1, x.shape[-1])
+        rows = rows.to(module.down_proj.device, module.down_proj.dtype)
+        silent = LayerHooks(layer, linear_branch=module.has_gate, shared=False)
+        ids = experts.reshape(-1, 1).to(rows.device)
+        out = experts_forward(module, silent, self.family.interleaved, rows, ids, rows.new_ones(ids.shape))
+        return out.view(*experts.shape, -1).to(x.device)
 
 
 def family_name(model: PreTrainedModel) -> str:

@@ -11,10 +11,9 @@ from torch import Tensor
 from transformer_lens.utilities import Slice
 
 from moe_lens import names
-from moe_lens.errors import HookError, InputError
-from moe_lens.model.attribution import AttributionCache
+from moe_lens.errors import InputError
 from moe_lens.model.hook_cache import Cut, as_slice
-from moe_lens.partial_sum import PartialSum
+from moe_lens.model.sum_cache import SumCache
 from moe_lens.routing import LayerRouting
 
 
@@ -28,20 +27,6 @@ class ExpertRows:
     """Real tokens that chose the expert."""
 
 
-@dataclass(frozen=True, eq=False)
-class ResidualSum:
-    """A `PartialSum` of one layer, computed."""
-
-    values: Float[Tensor, "*tokens d_model"]
-    """A new tensor: changing it leaves the cache alone."""
-    layer: int
-    """The layer in the model."""
-    which: PartialSum
-    """The sum that was asked for."""
-    dense: bool
-    """Whether the layer has no experts, so that its whole MLP stands where the experts would."""
-
-
 class _Part(NamedTuple):
     """Components of the residual stream that come from the same hooks."""
 
@@ -51,7 +36,7 @@ class _Part(NamedTuple):
     """For routed experts, the layer they are in."""
 
 
-class MoECache(AttributionCache):
+class MoECache(SumCache):
     """Activations of one run, by hook name, with what routing and experts need on top of TransformerLens.
 
     `cache[…]` returns the stored tensor itself, as in TransformerLens: changing it in place changes the cache. What the
@@ -64,6 +49,7 @@ class MoECache(AttributionCache):
         has_batch_dim: whether the tensors' first axis is the batch.
         tokens: ids at the cached positions.
         mask: true at real tokens, false at padding; None when there is no padding.
+        following: the id that follows in the text, also where only some positions were cached; −1 where none does.
     """
 
     # Routing and experts
@@ -114,71 +100,6 @@ class MoECache(AttributionCache):
         rank = chosen.int().argmax(-1)
         values = slots.take_along_dim(rank[..., None, None], dim=-2).squeeze(-2)
         return ExpertRows(values.masked_fill(~mask[..., None], 0), mask)
-
-    def partial_sum(self, layer: int, which: PartialSum | None = None, **chosen: Any) -> ResidualSum:
-        """A point of the residual stream: `partial_sum(3, PartialSum(ranks=[0]))`, or just `partial_sum(3, ranks=[0])`.
-
-        In a dense layer a sum over all experts is the residual plus the whole MLP and is flagged `dense`; shared
-        experts add nothing there. Weighted outputs that were not cached are made as weights × outputs, without what a
-        hook may have changed in the weighted ones.
-
-        Raises:
-            HookError: something needed was not cached, a dense layer is asked for ranks or experts, or the sum is empty
-                there, for want of shared experts.
-            InputError: ranks or experts that the model does not have, or both a PartialSum and keywords.
-        """
-        if which is not None and chosen:
-            raise InputError(f"got {which} and {sorted(chosen)}; expected a PartialSum or its keywords, not both")
-        which = which or PartialSum(**chosen)
-        layer = self._layer(layer)
-        dense = layer not in self.model.moe_layers
-        self._check_ids("rank", which.ranks or (), self.model.top_k)
-        self._check_ids("expert", which.experts or (), self.model.n_experts)
-        terms = list(self._terms(layer, which, dense))
-        if not terms:
-            raise HookError(f"layer {layer} has no shared experts: the sum {which.label!r} is empty there")
-        values = terms[0].clone() if len(terms) == 1 else sum(terms[1:], start=terms[0])
-        return ResidualSum(values, layer, which, dense)
-
-    def _terms(self, layer: int, which: PartialSum, dense: bool) -> Iterator[Tensor]:
-        if dense and (which.ranks or which.experts):
-            raise HookError(self._dense(layer, repr(which.label)))
-        if which.residual != "none":
-            yield self[names.block(names.RESID_MID if which.residual == "mid" else names.RESID_PRE, layer)]
-        if dense:
-            if not which.restricted:
-                yield self[names.block(names.BLOCK_MLP_OUT, layer)]
-            return
-        whole = names.mlp(names.ROUTED_OUT, layer)
-        every = not which.restricted or len(which.ranks or ()) == self.model.top_k
-        if every and which.weighted and whole in self:
-            yield self[whole]
-        elif every:
-            yield self._slots(layer, which.weighted).sum(-2)
-        elif which.ranks:
-            yield self._slots(layer, which.weighted)[..., list(which.ranks), :].sum(-2)
-        elif which.experts:
-            slots = self._slots(layer, which.weighted)
-            indices = self[names.mlp(names.EXPERT_INDICES, layer)]
-            wanted = torch.isin(indices, torch.tensor(list(which.experts), device=indices.device))
-            yield slots.masked_fill(~wanted[..., None], 0).sum(-2)
-        if which.shared and self.model.n_shared_experts:
-            yield self[names.mlp(names.SHARED_OUT, layer)]
-
-    def _slots(self, layer: int, weighted: bool) -> Float[Tensor, "*tokens top_k d_model"]:
-        """Expert outputs by rank; weighted ones are made from unweighted ones if they have to be."""
-        plain, ready = names.mlp(names.EXPERT_OUT, layer), names.mlp(names.EXPERT_WEIGHTED, layer)
-        weights = names.mlp(names.ROUTING_WEIGHTS, layer)
-        if not weighted:
-            return self[plain]
-        if ready in self or plain not in self or weights not in self:
-            return self[ready]
-        return (self[plain] * self[weights][..., None]).to(self[plain].dtype)
-
-    def _check_ids(self, what: str, ids: Any, count: int) -> None:
-        wrong = [number for number in ids if not 0 <= number < count]
-        if wrong:
-            raise InputError(f"there is no {what} {wrong[0]}; the model has {what}s 0 to {count - 1}")
 
     # The whole in parts
 

@@ -42,10 +42,12 @@ class HookCache(ActivationCache):
         has_batch_dim: bool = True,
         tokens: Int[Tensor, "*batch pos"] | None = None,
         mask: Bool[Tensor, "*batch pos"] | None = None,
+        following: Int[Tensor, "*batch pos"] | None = None,
     ):
         super().__init__(cache_dict, model, has_batch_dim)
         self.tokens = tokens
         self.mask = mask
+        self.following = following
 
     def __getitem__(self, key: Any) -> Tensor:
         """An activation by full name, by either name of a hook that has two, or by shorthand: `cache["expert_out", 3]`.
@@ -138,6 +140,7 @@ class HookCache(ActivationCache):
                 self.cache_dict[name] = value[0]
         self.tokens = None if self.tokens is None else self.tokens[0]
         self.mask = None if self.mask is None else self.mask[0]
+        self.following = None if self.following is None else self.following[0]
         self.has_batch_dim = False
         return self
 
@@ -160,6 +163,7 @@ class HookCache(ActivationCache):
         }
         sliced.tokens = None if self.tokens is None else items.apply(self.tokens)
         sliced.mask = None if self.mask is None else items.apply(self.mask)
+        sliced.following = None if self.following is None else items.apply(self.following)
         sliced.has_batch_dim = items.mode != "int"
         return sliced
 
@@ -172,6 +176,7 @@ class HookCache(ActivationCache):
         self.cache_dict = {name: moved(value) for name, value in self.cache_dict.items()}
         self.tokens = None if self.tokens is None else moved(self.tokens)
         self.mask = None if self.mask is None else moved(self.mask)
+        self.following = None if self.following is None else moved(self.following)
         return self
 
     # On disk
@@ -188,7 +193,7 @@ class HookCache(ActivationCache):
                 storage = value.untyped_storage().data_ptr()
                 tensors[name] = value.clone() if storage in storages else value  # safetensors refuses shared memory
                 storages.add(storage)
-        extra = {"tokens": self.tokens, "mask": self.mask}
+        extra = {"tokens": self.tokens, "mask": self.mask, "following": self.following}
         tensors |= {name: value for name, value in extra.items() if value is not None}
         header = {"names": same, "has_batch_dim": self.has_batch_dim, "model": _identity(self.model)}
         save_tensors(path, type(self).__name__, tensors, header)
@@ -214,7 +219,23 @@ class HookCache(ActivationCache):
             header["has_batch_dim"],
             tokens=tensors.get("tokens"),
             mask=tensors.get("mask"),
+            following=tensors.get("following"),
         )
+
+
+def following_tokens(
+    tokens: Int[Tensor, "batch pos"] | None, mask: Bool[Tensor, "batch pos"] | None
+) -> Int[Tensor, "batch pos"] | None:
+    """The token after each token; −1 at the last one, at padding, and before it."""
+    if tokens is None:
+        return None
+    following = torch.full_like(tokens, -1)
+    following[:, :-1] = tokens[:, 1:]
+    if mask is None:
+        return following
+    real = mask.clone()
+    real[:, :-1] &= mask[:, 1:]
+    return following.masked_fill(~real.to(following.device), -1)
 
 
 def _ragged(name: str) -> bool:
