@@ -58,7 +58,7 @@ class Loss(TokenMetric):
         mask: true at real tokens; all of them if not given.
     """
 
-    def __init__(self, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "..."] | Bool[Tensor, "..."] | None = None):
+    def __init__(self, tokens: Int[Tensor, "batch pos"], mask: Tensor | None = None):
         self.tokens = tokens
         real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool().to(tokens.device)
         _same_shape("mask", real, tuple(tokens.shape))
@@ -90,7 +90,7 @@ class _Chosen(TokenMetric):
         for ids in self._tokens:
             if tuple(ids.shape) not in ((), (batch,), (batch, pos)):
                 raise InputError(
-                    f"the metric's tokens have shape {tuple(ids.shape)}; "
+                    f"the metric was given tokens of shape {tuple(ids.shape)}; "
                     f"expected one id, or {(batch,)} or {(batch, pos)}"
                 )
         where = self.positions
@@ -163,7 +163,7 @@ class KLDivergence(TokenMetric):
     def __init__(
         self,
         clean: Float[Tensor, "batch pos d_vocab"],
-        mask: Int[Tensor, "..."] | Bool[Tensor, "..."] | None = None,
+        mask: Tensor | None = None,
     ):
         self.clean = clean.detach()
         shape = tuple(clean.shape[:2])
@@ -235,7 +235,9 @@ def _wide(logits: Tensor) -> Tensor:
 
 def _same_shape(what: str, value: Tensor, expected: tuple[int, ...]) -> Tensor:
     if tuple(value.shape) != expected:
-        raise InputError(f"the metric's {what} have shape {tuple(value.shape)}; expected {expected}, as the input has")
+        raise InputError(
+            f"the metric was given {what} of shape {tuple(value.shape)}; expected {expected}, as the input has"
+        )
     return value
 
 
