@@ -10,6 +10,7 @@ from dataclasses import dataclass
 ROUTER_LOGITS = "hook_router_logits"
 EXPERT_INDICES = "hook_expert_indices"
 ROUTING_WEIGHTS = "hook_routing_weights"
+EXPERT_KEPT = "hook_expert_kept"
 EXPERT_PRE = "hook_expert_pre"
 EXPERT_PRE_LINEAR = "hook_expert_pre_linear"
 EXPERT_POST = "hook_expert_post"
@@ -49,6 +50,12 @@ MLP_HOOKS = (
         "a selection bias and expert groups affect the choice only; duplicates and ids out of range raise",
     ),
     Hook(ROUTING_WEIGHTS, "b p k", "rescales; includes any scale that a family applies"),
+    Hook(
+        EXPERT_KEPT,
+        "b p k (bool)",
+        "False leaves a slot out: its expert is not computed for that token and adds nothing; the slot's neurons and "
+        "outputs are shown as zeros, and of edits of them only one of hook_expert_weighted counts",
+    ),
     Hook(EXPERT_PRE, "b p k m", "expert neurons, the activated branch before its activation"),
     Hook(EXPERT_PRE_LINEAR, "b p k m", "expert neurons, the linear branch"),
     Hook(EXPERT_POST, "b p k m", "expert neurons, the product of the two branches"),

@@ -1,7 +1,9 @@
 """What instruments and caches need of a model, so that they need not import it."""
 
+from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from jaxtyping import Int
 from torch import Tensor
 
 
@@ -55,6 +57,30 @@ class HookedModel(Protocol):
     @property
     def W_U(self) -> Tensor:
         """The unembedding, [d_model, d_vocab]."""
+        ...
+
+    def has_shared(self, layer: int) -> bool:
+        """Whether a layer has shared experts."""
+        ...
+
+    def hooks(self, fwd_hooks: Any = ..., bwd_hooks: Any = ...) -> AbstractContextManager[Any]:
+        """Hooks that are in place inside a `with`."""
+        ...
+
+    def run_with_cache(self, input: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Run the model and keep activations."""
+        ...
+
+    def step(self) -> Any:
+        """The tokens of the forward pass that is running, a `Step`; None where the model was not told."""
+        ...
+
+    def experts_in_slots(self, layer: int) -> Int[Tensor, "batch pos top_k"]:
+        """Experts that the forward pass now running computes in a layer, by rank; −1 in slots that are left out."""
+        ...
+
+    def choice(self, layer: int) -> Any:
+        """What the forward pass now running selects a layer's experts from, a `Choice`."""
         ...
 
     def to_single_token(self, string: str) -> int:

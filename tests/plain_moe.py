@@ -115,12 +115,14 @@ def plain_moe(config: Any, moe: Any, x: Tensor, edit: Edit = unedited) -> Tensor
     if config.model_type not in ("mixtral", "deepseek_v2", "deepseek_v3"):
         weights = weights.to(logits.dtype)
     weights = edit("hook_routing_weights", weights)
+    kept = edit("hook_expert_kept", torch.ones_like(indices, dtype=torch.bool))
 
     experts = [PlainExpert(config, moe.experts, e) for e in range(moe.experts.num_experts)]
     slots = [(b, p, k) for b, p in where for k in range(indices.shape[-1])]
 
     def each(compute: Callable[[PlainExpert, tuple[int, int, int]], Tensor]) -> Tensor:
         rows = [compute(experts[int(indices[slot])], slot) for slot in slots]
+        rows = [row if kept[slot] else torch.zeros_like(row) for row, slot in zip(rows, slots, strict=True)]
         return torch.stack(rows).view(*indices.shape, -1)
 
     pre = edit("hook_expert_pre", each(lambda expert, slot: expert.pre(x[slot[:2]])))

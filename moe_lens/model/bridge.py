@@ -1,9 +1,11 @@
 """Hook points by name, hook functions and caches: the running half of `HookedMoE`."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
@@ -16,11 +18,21 @@ from moe_lens.errors import HookError, UnsupportedModelError
 from moe_lens.model.cache import MoECache
 from moe_lens.model.caching import Keep
 from moe_lens.model.components import MoEBlock
-from moe_lens.model.experts import LayerHooks
+from moe_lens.model.experts import Choice, LayerHooks
 from moe_lens.model.families import Family
-from moe_lens.model.hook_cache import following_tokens
+from moe_lens.selection import Step
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
+
+
+@dataclass
+class _Running:
+    """What `forward` was called with."""
+
+    input: Any
+    kwargs: dict[str, Any]
+    past: int
+    step: Step | None = None
 
 
 class ExpertBridge(TransformerBridge):
@@ -115,9 +127,7 @@ class ExpertBridge(TransformerBridge):
         Raises:
             HookError: a dense layer, or no such expert.
         """
-        hooks = dict(self._layer_hooks()).get(layer)
-        if hooks is None:
-            raise HookError(f"layer {layer} has no experts; MoE layers are {list(self.moe_layers)}")
+        hooks = self._hooks_of(layer)
         if not 0 <= expert < self.n_experts:
             raise HookError(f"expert {expert} does not exist; expected 0 to {self.n_experts - 1}")
         made = {}
@@ -258,9 +268,7 @@ class ExpertBridge(TransformerBridge):
             if incl_bwd:
                 self._backward(output)
         tokens, mask = self._tokens_and_mask(input, pos_slice, **kwargs)
-        following = following_tokens(*self._tokens_and_mask(input, **kwargs))
-        following = None if following is None else Slice.unwrap(pos_slice).apply(following, dim=1)
-        cache = MoECache(kept, self, has_batch_dim=True, tokens=tokens, mask=mask, following=following)
+        cache = MoECache(kept, self, has_batch_dim=True, tokens=tokens, mask=mask)
         if remove_batch_dim:
             cache.remove_batch_dim()
         return output, cache if return_cache_object else cache.cache_dict
@@ -309,6 +317,68 @@ class ExpertBridge(TransformerBridge):
         if not output.requires_grad:
             raise HookError("incl_bwd needs gradients: no parameter requires one, or autograd is off")
         output.backward()
+
+    # --- the forward pass that is running, for hook functions that ask ---
+
+    def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
+        """As TransformerLens's; hook functions can ask `step()` meanwhile which tokens are passing.
+
+        Args:
+            input: text, texts, tokens, or embeddings.
+            args: `return_type` and so on, as in TransformerLens.
+            kwargs: `attention_mask`, `start_at_layer`, `stop_at_layer`, `past_key_values`, …
+        """
+        outer = self.__dict__.get("_running")
+        past = kwargs.get("past_key_values")
+        self.__dict__["_running"] = _Running(input, kwargs, 0 if past is None else past.get_seq_length())
+        try:
+            return super().forward(input, *args, **kwargs)
+        finally:
+            self.__dict__["_running"] = outer
+
+    def step(self) -> Step | None:
+        """The tokens of the forward pass that is running; None where `forward` does not run."""
+        running: _Running | None = self.__dict__.get("_running")
+        if running is None:
+            return None
+        if running.step is None:
+            running.step = self._step(running)
+        return running.step
+
+    def _step(self, running: "_Running") -> Step:
+        attention_mask = running.kwargs.get("attention_mask")
+        tokens, mask = self._tokens_and_mask(running.input, **running.kwargs)
+        batch, pos = running.input.shape[:2] if tokens is None else tokens.shape
+        if attention_mask is not None:
+            mask = attention_mask.bool() if attention_mask.dim() == 2 else None
+        if mask is not None and mask.shape[1] == pos and running.past:
+            mask = torch.cat([mask.new_ones(batch, running.past), mask], 1)
+        return Step(int(batch), int(pos), tokens, mask, running.past)
+
+    def experts_in_slots(self, layer: int) -> Int[Tensor, "batch pos top_k"]:
+        """Ids of the experts that the forward pass now running computes in a layer, by rank.
+
+        For hook functions, from `hook_routing_weights` on: it holds what earlier hooks have forced, and −1 in slots
+        that `hook_expert_kept` leaves out.
+
+        Raises:
+            HookError: a dense layer, or a layer that is not running or has not selected yet.
+        """
+        return self._hooks_of(layer).experts_in_slots()
+
+    def choice(self, layer: int) -> Choice:
+        """What the forward pass now running selects a layer's experts from; for hook functions on the selection.
+
+        Raises:
+            HookError: a dense layer, or a layer that is not selecting.
+        """
+        return self._hooks_of(layer).choice()
+
+    def _hooks_of(self, layer: int) -> LayerHooks:
+        hooks = dict(self._layer_hooks()).get(layer)
+        if hooks is None:
+            raise HookError(f"layer {layer} has no experts; MoE layers are {list(self.moe_layers)}")
+        return hooks
 
     # --- what TransformerLens offers and we refuse ---
 

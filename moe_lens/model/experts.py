@@ -2,21 +2,23 @@
 
 One kernel serves everybody, whoever listens: slots (token, expert) are sorted by expert, multiplied group by group,
 brought back to their tokens, weighted and summed. Hooks see copies in rank order; what they edit is put back in the
-model's own order, so that a run which is only watched keeps every bit.
+model's own order, so that a run which is only watched keeps every bit. Slots that a hook leaves out are not computed.
 
-Shapes inside the kernel: `tokens` = batch · pos, `slots` = tokens · top_k.
+Shapes inside the kernel: `tokens` = batch · pos, `slots` = tokens · top_k, `rows` = the slots that are computed.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from moe_lens import names
 from moe_lens.errors import HookError
+from moe_lens.model.scaling import unscaled
 
 
 def rank_order(
@@ -40,9 +42,19 @@ def call_hook(point: HookPoint, value: Tensor, name: str) -> tuple[Tensor, bool]
     if not isinstance(seen, Tensor) or seen.shape != value.shape:
         came = f"shape {tuple(seen.shape)}" if isinstance(seen, Tensor) else type(seen).__name__
         raise HookError(f"a hook on {name} returned {came}; expected a tensor of shape {tuple(value.shape)}, or None")
-    if seen.dtype.is_floating_point != value.dtype.is_floating_point or seen.dtype == torch.bool:
+    kinds = [(tensor.dtype.is_floating_point, tensor.dtype == torch.bool) for tensor in (seen, value)]
+    if kinds[0] != kinds[1]:
         raise HookError(f"a hook on {name} returned {seen.dtype}; expected {value.dtype}")
     return seen.to(value.dtype), True
+
+
+class Choice(NamedTuple):
+    """What a layer selects its experts from, in one forward pass."""
+
+    scores: Float[Tensor, "batch pos n_experts"]
+    """The family takes the largest: affinities, for most; −inf in expert groups that are left out."""
+    wishes: Int[Tensor, "batch pos n_experts"]
+    """1 where an expert is to be chosen, −1 where it must not be; interventions of the pass add theirs in place."""
 
 
 class LayerHooks:
@@ -60,6 +72,12 @@ class LayerHooks:
         self.batch = self.pos = 0
         self._routing: tuple[Tensor, Tensor] | None = None
         self._slots: Tensor | None = None
+        self._used: Tensor | None = None
+        self._kept: Tensor | None = None
+        self._scores: Callable[[], Tensor] | None = None
+        self._choice: Choice | None = None
+        self.factors: dict[str, float] = {}
+        """What the family multiplies by after the experts, by hook; hooks show the product."""
 
     def start(self, batch: int, pos: int) -> None:
         """A forward pass enters the layer with `batch` × `pos` tokens."""
@@ -68,11 +86,47 @@ class LayerHooks:
 
     def finish(self) -> None:
         """Let go of the pass's tensors."""
-        self._routing = self._slots = None
+        self._routing = self._slots = self._used = self._kept = self._scores = self._choice = None
 
     def routed(self, indices: Tensor, weights: Tensor) -> None:
         """Note the model's own, unedited routing: it defines the ranks."""
-        self._routing = indices, weights
+        self._routing, self._used = (indices, weights), indices
+
+    def selecting(self, scores: Callable[[], Tensor]) -> None:
+        """Note how to find the scores of which the model has taken its largest."""
+        self._scores = scores
+
+    def choice(self) -> Choice:
+        """What the pass now running selects from.
+
+        Raises:
+            HookError: the layer is not selecting.
+        """
+        if self._choice is None:
+            if self._scores is None:
+                raise HookError(f"layer {self.layer} is not selecting: ask from a hook on {names.EXPERT_INDICES}")
+            scores = self._scores().view(self.batch, self.pos, -1)
+            self._choice = Choice(scores, torch.zeros_like(scores, dtype=torch.int8))
+        return self._choice
+
+    def forced(self, indices: Tensor) -> None:
+        """Note the experts that a hook has put into the slots."""
+        self._used = indices
+
+    def experts_in_slots(self) -> Int[Tensor, "batch pos top_k"]:
+        """Ids of the experts that the pass now running computes, by rank; −1 in slots that are left out.
+
+        Raises:
+            HookError: no pass is between this layer's selection and its end.
+        """
+        if self._used is None:
+            raise HookError(
+                f"layer {self.layer} has not selected its experts: ask from a hook on what comes after that"
+            )
+        used = self._used.flatten()
+        if self._kept is not None:
+            used = used.masked_fill(~self._kept, -1)
+        return used[self.slots].view(self.batch, self.pos, -1)
 
     def heard(self, name: str) -> bool:
         """Whether anybody listens to the hook."""
@@ -93,27 +147,47 @@ class LayerHooks:
         """Pass [tokens, …] through a hook that sees [batch, pos, …]."""
         if not self.heard(name):
             return value
-        view = value.reshape(self.batch, self.pos, value.shape[-1]).clone()
-        seen, edited = call_hook(self.points[name], view, names.mlp(name, self.layer))
-        return seen.reshape(value.shape) if edited else value
+        factor = self.factors.get(name, 1.0)
+        view = value.reshape(self.batch, self.pos, value.shape[-1])
+        seen, edited = call_hook(
+            self.points[name], view.clone() if factor == 1.0 else view * factor, names.mlp(name, self.layer)
+        )
+        if not edited:
+            return value
+        return (seen if factor == 1.0 else unscaled(seen, view, factor)).reshape(value.shape)
 
     def over_slots(self, name: str, value: Tensor, place: Tensor | None = None) -> Tensor:
         """Pass values of slots through a hook that sees [batch, pos, rank, …].
 
-        `value` is [tokens, top_k, …] in the model's order, or [slots, …] in the order for which `place` gives each
-        slot of the model's order its row.
+        `value` is [tokens, top_k, …] in the model's order, or [rows, …] in the order for which `place` gives each slot
+        of the model's order its row; slots that are left out have the row after the last.
         """
         if not self.heard(name):
             return value
         rows = self.slots if place is None else place[self.slots]
-        flat = value.reshape(rows.numel(), *value.shape[(2 if place is None else 1) :])
-        view = flat.index_select(0, rows).view(self.batch, self.pos, -1, *flat.shape[1:])
-        seen, edited = call_hook(self.points[name], view, names.mlp(name, self.layer))
+        flat = value if place is not None else value.reshape(rows.numel(), *value.shape[2:])
+        view = flat if len(flat) == len(rows) else F.pad(flat, (0, 0) * (flat.dim() - 1) + (0, 1))
+        view = view.index_select(0, rows).view(self.batch, self.pos, -1, *flat.shape[1:])
+        factor = self.factors.get(name, 1.0)
+        shown = view if factor == 1.0 else view * factor
+        seen, edited = call_hook(self.points[name], shown, names.mlp(name, self.layer))
         if not edited:
             return value
-        back = torch.empty_like(rows)
+        seen = seen if factor == 1.0 else unscaled(seen, view, factor)
+        back = rows.new_empty(len(flat) + 1)
         back[rows] = torch.arange(rows.numel(), device=rows.device)
-        return seen.reshape(flat.shape).index_select(0, back).view(value.shape)
+        return seen.reshape(-1, *flat.shape[1:]).index_select(0, back[: len(flat)]).view(value.shape)
+
+    def keep(self, tokens: int, top_k: int, device: torch.device) -> Bool[Tensor, " slots"] | None:
+        """The slots to compute, in the model's order; None for all of them."""
+        if not self.heard(names.EXPERT_KEPT):
+            return None
+        kept = torch.ones(tokens, top_k, dtype=torch.bool, device=device)
+        edited = self.over_slots(names.EXPERT_KEPT, kept)
+        if edited is kept or bool(edited.all()):
+            return None
+        self._kept = edited.flatten()
+        return self._kept
 
     def over_expert(self, name: str, value: Tensor, permutation: Tensor, ends: Tensor) -> Tensor:
         """Pass the rows of each listened-to expert through its own hook; `value` is [slots, …] sorted by expert."""
@@ -122,7 +196,7 @@ class LayerHooks:
                 continue
             start, end = (int(ends[expert - 1]) if expert else 0), int(ends[expert])
             slot = permutation[start:end]
-            top_k = permutation.numel() // (self.batch * self.pos)
+            top_k = self.slots.numel() // (self.batch * self.pos)
             rank = torch.empty_like(self.slots)
             rank[self.slots] = torch.arange(rank.numel(), device=rank.device) % top_k
             token = slot // top_k
@@ -143,7 +217,7 @@ def grouped_linear(
     matrix = weight if transposed else weight.mT
     x = x.to(weight.dtype)
     rows = (matrix.shape[-2] * x.element_size(), matrix.shape[-1] * x.element_size())
-    if x.dtype != torch.float64 and not any(size % 16 for size in rows):
+    if len(x) and x.dtype != torch.float64 and not any(size % 16 for size in rows):
         out = F.grouped_mm(x, matrix, offs=ends)
     else:
         counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
@@ -181,10 +255,16 @@ def experts_forward(
     `has_gate`, `has_bias`, `is_transposed`, `has_post_expert_norm`, method `_apply_gate`).
     """
     tokens, top_k = indices.shape
-    ids, permutation = indices.reshape(-1).sort(stable=True)
+    kept = hooks.keep(tokens, top_k, indices.device)
+    if kept is None:
+        ids, permutation = indices.reshape(-1).sort(stable=True)
+    else:
+        chosen = kept.nonzero().squeeze(-1)
+        ids, order = indices.reshape(-1)[chosen].sort(stable=True)
+        permutation = chosen[order]
     ends = torch.searchsorted(ids, torch.arange(experts.num_experts, device=ids.device), right=True).to(torch.int32)
-    # place[s]: the row, among the rows sorted by expert, of slot s of the model's order
-    place = torch.empty_like(permutation)
+    # place[s]: the row, among the rows sorted by expert, of slot s of the model's order; past the last where left out
+    place = permutation.new_full((tokens * top_k,), permutation.numel())
     place[permutation] = torch.arange(permutation.numel(), device=permutation.device)
 
     first = experts.gate_up_proj if experts.has_gate else experts.up_proj
@@ -204,9 +284,13 @@ def experts_forward(
     out = hooks.over_slots(names.EXPERT_OUT, out, place)
     # Weighting row by row and summing over k afterwards is bit-equal to transformers; a batched product is not.
     weighted = out * weights.reshape(-1)[permutation].unsqueeze(-1)
-    weighted = hooks.over_slots(names.EXPERT_WEIGHTED, weighted, place)
-    routed = weighted.index_select(0, place).view(tokens, top_k, -1).sum(1).to(x.dtype)
-    return hooks.over_tokens(names.ROUTED_OUT, routed)
+    if kept is None:
+        weighted = hooks.over_slots(names.EXPERT_WEIGHTED, weighted, place)
+        weighted = weighted.index_select(0, place).view(tokens, top_k, -1)
+    else:
+        weighted = weighted.new_zeros(tokens * top_k, weighted.shape[-1]).index_copy(0, permutation, weighted)
+        weighted = hooks.over_slots(names.EXPERT_WEIGHTED, weighted.view(tokens, top_k, -1))
+    return hooks.over_tokens(names.ROUTED_OUT, weighted.sum(1).to(x.dtype))
 
 
 def _neurons(

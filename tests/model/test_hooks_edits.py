@@ -22,6 +22,8 @@ FP64 = 1e-10
 
 families = pytest.mark.parametrize("family", CONFIGS)
 TABLE = [hook.name for hook in names.MLP_HOOKS]
+WHICH = re.compile(f"({names.EXPERT_INDICES}|{names.EXPERT_KEPT})$")
+"""Hooks whose values are no quantities: they cannot be halved."""
 GROUPED = ["deepseek_v2, groups", "deepseek_v3"]
 
 
@@ -30,6 +32,8 @@ def replaced(value: Tensor, one_token: bool) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     if value.is_floating_point():
         other = value * 0.7 + 0.5 * torch.randn(value.shape, generator=generator).to(value.dtype)
+    elif value.dtype == torch.bool:
+        other = torch.rand(value.shape, generator=generator) < 0.5
     else:  # ids: another expert in every slot, none twice
         other = (value + torch.randint(1, 8, (*value.shape[:2], 1), generator=generator)) % 8
     if not one_token:
@@ -330,7 +334,7 @@ def test_a_change_in_place_is_an_edit(family: str) -> None:
     linear = re.compile(r"(attn\.\w+|shared_expert\w*|shared_expert\w*\.\w+)\.hook_in$")
     with untouched(case.model), torch.no_grad():
         for name in case.some():
-            if name not in case.exact or "blocks.0" in name or "indices" in name or linear.search(name):
+            if name not in case.exact or "blocks.0" in name or WHICH.search(name) or linear.search(name):
                 continue
             if not name.startswith("blocks"):
                 continue
@@ -351,7 +355,7 @@ def test_what_is_cached_stays_what_it_was(family: str) -> None:
     with torch.no_grad():
         _, clean = case.model.run_with_cache(case.tokens, names_filter=kept)
     for position, hook in enumerate(hooks):
-        if hook == names.EXPERT_INDICES:
+        if WHICH.search(hook):
             continue
         name = names.mlp(hook, layer)
         spoil = as_hook(IN_PLACE["returns nothing"])

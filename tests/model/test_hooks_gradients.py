@@ -12,6 +12,8 @@ from moe_lens.errors import HookError
 from tests.families import CONFIGS, build
 from tests.wrapped import deviation, listening, untouched, wrapped
 
+DISCRETE = (names.EXPERT_INDICES, names.EXPERT_KEPT)
+
 families = pytest.mark.parametrize("family", CONFIGS)
 FP32 = 1e-4  # of the largest gradient of a hook: a backward pass sums in yet another order
 
@@ -29,7 +31,7 @@ def test_gradients_at_hooks_are_those_of_an_added_zero(family: str) -> None:
     """d loss / d value by backward hooks, against autograd through an edit `value + 0` that needs a gradient."""
     case = wrapped(family)
     layer = case.model.moe_layers[0]
-    table = [names.mlp(hook.name, layer) for hook in names.MLP_HOOKS if hook.name != names.EXPERT_INDICES]
+    table = [names.mlp(hook.name, layer) for hook in names.MLP_HOOKS if hook.name not in DISCRETE]
     table = [name for name in table if name in case.model.hook_dict]
     table += [names.block(hook.name, layer) for hook in names.RESIDUAL_HOOKS]
     plain = case.model(case.tokens, return_type="loss").detach()
@@ -70,7 +72,7 @@ def test_every_float_hook_has_a_gradient_at_once_and_nothing_warns(family: str) 
 
 def test_gradients_at_hooks_are_finite_differences_in_float64() -> None:
     case = wrapped("deepseek", torch.float64)
-    table = [names.mlp(hook.name, 1) for hook in names.MLP_HOOKS if hook.name != names.EXPERT_INDICES]
+    table = [names.mlp(hook.name, 1) for hook in names.MLP_HOOKS if hook.name not in DISCRETE]
     _, found = gradients(case.model, case.tokens, table)
     step = 1e-5
     for name in table:
