@@ -195,7 +195,7 @@ class HookCache(ActivationCache):
                 storages.add(storage)
         extra = {"tokens": self.tokens, "mask": self.mask, "following": self.following}
         tensors |= {name: value for name, value in extra.items() if value is not None}
-        header = {"names": same, "has_batch_dim": self.has_batch_dim, "model": _identity(self.model)}
+        header = {"names": same, "has_batch_dim": self.has_batch_dim, "model": identity(self.model)}
         save_tensors(path, type(self).__name__, tensors, header)
 
     @classmethod
@@ -206,7 +206,7 @@ class HookCache(ActivationCache):
             InputError: the file is missing, broken or holds something else, or another model made it.
         """
         tensors, header = load_tensors(path, cls.__name__)
-        for what, here in _identity(model).items():
+        for what, here in identity(model).items():
             there = header["model"].get(what)
             if there != here:
                 raise InputError(f"{path} was made by a model with {what} {there!r}; this one has {here!r}")
@@ -243,7 +243,7 @@ def _ragged(name: str) -> bool:
     return names.parse_expert(name.removesuffix(_GRAD)) is not None
 
 
-def _identity(model: HookedModel) -> dict[str, Any]:
+def identity(model: HookedModel) -> dict[str, Any]:
     """What tells one model from another: the last part of its name, wherever it was loaded from, and its sizes."""
     sizes = {name: getattr(model.cfg, name) for name in ("n_layers", "d_model", "d_vocab")}
     return {
