@@ -62,3 +62,19 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
         raise InputError(f"there is no file {path}") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def stored_kind(path: str | Path) -> str:
+    """What kind of thing `save_tensors` wrote to a file.
+
+    Raises:
+        InputError: there is no such file, or it is not safetensors.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+            return str(header.get("kind", "something that moe_lens did not write"))
+    except FileNotFoundError as error:
+        raise InputError(f"there is no file {path}") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as safetensors: {error}") from error

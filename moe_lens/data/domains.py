@@ -1,5 +1,6 @@
 """Domains: named collections of passages, each with the source that it was taken from."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,6 +37,14 @@ class Domain:
     def n_sources(self) -> int:
         """How many different documents the passages come from."""
         return len({passage.source for passage in self.passages})
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells these texts from others, as plain values."""
+        found = hashlib.sha256()
+        for passage in self.passages:
+            found.update(json.dumps([passage.text, passage.source]).encode())
+        return {"passages": len(self.passages), "digest": found.hexdigest()[:16]}
 
 
 def embedded_domains() -> list[Domain]:

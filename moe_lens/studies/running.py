@@ -1,6 +1,6 @@
 """Running a model over batches: activations are handed on layer by layer, logits do not outlive their batch."""
 
-from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +10,12 @@ from torch.nn.functional import cross_entropy
 
 from moe_lens import names
 from moe_lens.data import TokenBatch
-
-Hooks = list[tuple[str, Callable[..., Tensor | None]]]
+from moe_lens.errors import InputError
+from moe_lens.routing import LayerRouting, Routing
+from moe_lens.stats import RoutedBatch
+from moe_lens.stats.live import Hooks as Hooks
+from moe_lens.stats.live import each_layer as each_layer
+from moe_lens.stats.live import routing_hooks
 
 LOSS_CHUNK = 2**24
 """Greatest number of logits that are copied to float32 at a time."""
@@ -21,44 +25,82 @@ def nothing() -> None:
     """Called after a batch by whoever does not watch the progress."""
 
 
-def each_layer(model: Any, wanted: Sequence[str], consume: Callable[[int, dict[str, Tensor]], None]) -> Hooks:
-    """Hooks that gather some activations of a MoE layer and hand them on when they are complete.
-
-    No more than one layer is held at a time, which is what makes it cheaper than a cache.
-
-    Args:
-        model: A `HookedMoE`.
-        wanted: Names of hooks of a MoE layer, or of the block.
-        consume: Called with the layer and its activations by name.
-    """
-    held: dict[int, dict[str, Tensor]] = {}
-
-    def keep(layer: int, name: str, value: Tensor) -> None:
-        parts = held.setdefault(layer, {})
-        parts[name] = value.detach()
-        if len(parts) == len(wanted):
-            consume(layer, held.pop(layer))
-
-    in_block = {hook.name for hook in names.RESIDUAL_HOOKS}
-
-    def hook(layer: int, name: str) -> tuple[str, Callable[..., None]]:
-        full = names.block(name, layer) if name in in_block else names.mlp(name, layer)
-        return full, lambda value, hook: keep(layer, name, value)  # noqa: ARG005  # TransformerLens passes hook by name
-
-    return [hook(layer, name) for layer in model.moe_layers for name in wanted]
-
-
 def input_device(model: Any) -> torch.device:
     """Where the model wants its tokens."""
     return model.original_model.get_input_embeddings().weight.device
 
 
 @torch.no_grad()
+def forward(model: Any, batch: TokenBatch, hooks: Hooks) -> Float[Tensor, "rows columns d_vocab"]:
+    """Logits for what the model reads of a batch (`batch.unpack` brings them into its rows), with hooks in place.
+
+    Raises:
+        InputError: They hold NaN; the message names the layer where that begins.
+    """
+    device = input_device(model)
+    if batch.packing is None:
+        tokens, how = batch.tokens, {"attention_mask": batch.mask.long().to(device)}
+    else:
+        # Positions that start again mark windows that must not see one another, if there is no mask and no cache.
+        tokens, how = batch.packing.tokens, {"position_ids": batch.packing.positions.to(device), "use_cache": False}
+    logits = model.run_with_hooks(tokens.to(device), fwd_hooks=hooks, return_type="logits", **how)
+    if logits.sum(-1).isnan().any() and (bad := batch.unpack(logits.isnan().any(-1)).cpu() & batch.mask).any():
+        row = int(bad.any(-1).nonzero()[0, 0])
+        raise InputError(
+            f"the logits hold NaN in a text of source {batch.sources[row]!r}; {_first_not_finite(model, tokens, how)}. "
+            "A parameter may be broken, or the dtype too narrow"
+        )
+    return logits
+
+
+def _first_not_finite(model: Any, tokens: Int[Tensor, "rows columns"], how: dict[str, Any]) -> str:
+    found: list[str] = []
+
+    def look(value: Tensor, hook: Any) -> None:
+        if not value.isfinite().all():
+            found.append(str(hook.name))
+
+    points = [names.block(name, layer) for layer in range(model.cfg.n_layers) for name in _STREAM]
+    model.run_with_hooks(tokens.to(input_device(model)), fwd_hooks=[(name, look) for name in points], **how)
+    if not found:
+        return "the residual stream of every layer is finite, so it is the final norm or the unembedding"
+    return f"the first values that are not finite are at {found[0]} (layer {found[0].split('.')[1]})"
+
+
+_STREAM = (names.RESID_PRE, names.RESID_MID, names.RESID_POST)
+
+
 def losses(model: Any, batch: TokenBatch, hooks: Hooks) -> Float[Tensor, "batch pos"]:
     """Nats of every token given those before it, with hooks in place; 0 at the first position: nothing predicts it."""
-    tokens, mask = batch.tokens.to(input_device(model)), batch.mask.long().to(input_device(model))
-    logits = model.run_with_hooks(tokens, fwd_hooks=hooks, return_type="logits", attention_mask=mask)
-    return token_losses(logits, tokens.to(logits.device)).cpu()
+    logits = forward(model, batch, hooks)
+    tokens = batch.tokens if batch.packing is None else batch.packing.tokens
+    found = batch.unpack(token_losses(logits, tokens.to(logits.device)).cpu())
+    found[:, 0] = 0
+    return found
+
+
+@torch.no_grad()
+def observed(model: Any, batch: TokenBatch, *, predicted: bool = False) -> RoutedBatch:
+    """Run a model over a batch and note its routing, by row of the batch.
+
+    Args:
+        model: A `HookedMoE`.
+        batch: What to read.
+        predicted: Whether to note the most likely next token, too.
+    """
+    layers: dict[int, LayerRouting] = {}
+    logits = forward(model, batch, routing_hooks(model, layers))
+    if batch.packing is not None:
+        for layer, routing in layers.items():
+            rows = {name: batch.unpack(getattr(routing, name)) for name in ("indices", "weights", "logits", "probs")}
+            layers[layer] = replace(routing, **rows)
+    return RoutedBatch(
+        routing=Routing.stack([layers[layer] for layer in model.moe_layers]),
+        tokens=batch.tokens,
+        counted=batch.counted,
+        sources=batch.sources,
+        predicted=batch.unpack(logits.argmax(-1)) if predicted else None,
+    )
 
 
 def token_losses(

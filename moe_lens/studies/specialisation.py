@@ -5,14 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-import torch
-from torch import Tensor
 
-from moe_lens import names
 from moe_lens.data import Tokens
-from moe_lens.stats import RoutingResult, RoutingStats
+from moe_lens.stats import RoutingResult, RoutingStats, observe
 from moe_lens.studies.frames import by_domain
-from moe_lens.studies.running import each_layer, losses, nothing
+from moe_lens.studies.running import nothing
 
 PASSES = 1
 """How many times every batch is read."""
@@ -54,14 +51,7 @@ def specialisation(model: Any, domains: Sequence[Tokens], *, on_batch: Callable[
     for domain in domains:
         stats = RoutingStats(model.moe_layers, model.n_experts, model.top_k)
         for batch in domain:
-            chosen: dict[int, Tensor] = {}
-            hooks = each_layer(
-                model,
-                [names.EXPERT_INDICES],
-                lambda layer, of, to=chosen: to.update({layer: of[names.EXPERT_INDICES].cpu()}),
-            )
-            losses(model, batch, hooks)
-            stats.update(torch.stack([chosen[layer] for layer in model.moe_layers]), batch.counted, batch.sources)
+            stats.update(observe(model, batch))
             on_batch()
         results[domain.domain] = stats.result()
     return Specialisation(results)

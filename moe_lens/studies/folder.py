@@ -1,0 +1,155 @@
+"""Where a study writes: progress beside the folder it was asked for, which appears when everything is there."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from torch import Tensor
+
+from moe_lens.errors import InputError
+from moe_lens.storage import load_tensors, save_tensors
+
+MANIFEST = "manifest.json"
+PLAN = "plan.json"
+SPACE = 2**26
+"""Bytes that must be free before a study that does not know better begins."""
+
+
+class StudyFolder:
+    """A folder that appears when it is complete; until then what was done is kept in `NAME.unfinished` beside it.
+
+    Args:
+        path: The folder; it must not exist, be empty, or hold the finished result of the same plan.
+        plan: What is to be done, as plain values: work that was begun is gone on with if its plan is the same.
+    """
+
+    def __init__(self, path: Path, plan: Mapping[str, Any]):
+        self.path = path
+        self.plan = json.loads(json.dumps(plan))
+        self.unfinished = path.with_name(f"{path.name}.unfinished")
+
+    def finished(self) -> bool:
+        """Whether the folder holds the result of this very plan.
+
+        Raises:
+            InputError: It holds something else.
+        """
+        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+            return False
+        manifest = read_manifest(self.path)
+        self._same(manifest["plan"], self.path, f"holds the result of another study ({manifest['plan']['study']})")
+        return True
+
+    def begin(self, space: int = SPACE) -> None:
+        """Make sure that it can be written, and go on with what was begun.
+
+        Args:
+            space: Bytes that the study will write.
+
+        Raises:
+            InputError: The disk is too full or the folder cannot be written, or other work was begun there.
+        """
+        try:
+            self.unfinished.mkdir(parents=True, exist_ok=True)
+            probe = self.unfinished / f".probe-{uuid4().hex}"
+            probe.write_bytes(b"\0" * 2**16)
+            probe.unlink()
+            free = shutil.disk_usage(self.unfinished).free
+            if free < space:
+                self._discard_if_empty()
+                raise InputError(
+                    f"{self.path}: {_size(free)} are free there, and this may need {_size(space)}; free some, or choose "
+                    "another --out"
+                )
+            plan = self.unfinished / PLAN
+            if plan.exists():
+                begun = json.loads(plan.read_text(encoding="utf-8"))
+                self._same(begun, self.unfinished, "holds the beginning of other work")
+            elif any(self.unfinished.iterdir()):
+                raise InputError(f"{self.unfinished}: is in the way, and is not ours; choose another --out")
+            else:
+                _write(plan, json.dumps(self.plan, indent=1, ensure_ascii=False))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise InputError(f"{self.path}: cannot be written ({reason}); choose another --out") from None
+
+    def save(self, name: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+        """Keep progress, in place of what was kept under the name; complete or not at all."""
+        save_tensors(self.unfinished / f"{name}.safetensors", "progress", tensors, header)
+
+    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The progress kept under a name."""
+        path = self.unfinished / f"{name}.safetensors"
+        return load_tensors(path, "progress") if path.exists() else None
+
+    def finish(self, scratch: Path, manifest: Mapping[str, Any]) -> None:
+        """Let the files of a folder inside `unfinished` appear, with their manifest, and drop the progress.
+
+        Raises:
+            InputError: The disk is full, or the folder is no longer writable; progress is kept.
+        """
+        try:
+            complete = {"plan": self.plan, **manifest}
+            _write(scratch / MANIFEST, json.dumps(complete, indent=1, ensure_ascii=False, allow_nan=False))
+            scratch.rename(self.path)  # takes the place of an empty folder, and of no other
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise InputError(f"{self.path}: could not be written ({reason}); {self.unfinished} is kept") from None
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+
+    def scratch(self) -> Path:
+        """An empty folder for the files of the result."""
+        folder = self.unfinished / "result"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return folder
+
+    def _discard_if_empty(self) -> None:
+        if not any(self.unfinished.iterdir()):
+            self.unfinished.rmdir()
+
+    def _same(self, found: Mapping[str, Any], where: Path, what: str) -> None:
+        different = sorted(key for key in self.plan.keys() | found.keys() if self.plan.get(key) != found.get(key))
+        if where == self.path:
+            different = [key for key in different if key != "processes"]  # they change no result
+        if different:
+            told = "; ".join(f"{key}: {_short(found.get(key))} there, {_short(self.plan.get(key))} now" for key in different)
+            raise InputError(f"{where}: {what} – {told}. Choose another --out, or remove it")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What a finished result says of itself.
+
+    Raises:
+        InputError: The folder holds no result of a study.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict) or "plan" not in manifest:
+            raise ValueError
+    except FileNotFoundError:
+        unfinished = folder.with_name(f"{folder.name}.unfinished")
+        more = f"; {unfinished} holds the beginning of one: run its command again" if unfinished.exists() else ""
+        raise InputError(f"{folder}: holds no result of a study (there is no {MANIFEST}){more}") from None
+    except (OSError, ValueError):
+        raise InputError(f"{path}: cannot be read as the manifest of a study") from None
+    return manifest
+
+
+def _write(path: Path, content: str) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+    temporary.write_text(content, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _short(value: Any) -> str:
+    said = json.dumps(value, ensure_ascii=False)
+    return said if len(said) <= 160 else f"{said[:157]}…"
+
+
+def _size(n: int) -> str:
+    return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"

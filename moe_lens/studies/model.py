@@ -1,0 +1,54 @@
+"""What a study notes of its model."""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+
+SAMPLED = 64
+"""Values of each parameter that the fingerprint looks at."""
+
+
+def model_facts(model: Any, name: str) -> dict[str, Any]:
+    """Name, sizes and fingerprint of a `HookedMoE`, as plain values.
+
+    Args:
+        model: The model.
+        name: What it was loaded as.
+    """
+    hf = model.original_model
+    return {
+        "name": name,
+        "type": hf.config.model_type,
+        "fingerprint": fingerprint(hf),
+        "dtype": str(next(hf.parameters()).dtype).removeprefix("torch."),
+        "parameters": sum(parameter.numel() for parameter in hf.parameters()),
+        "layers": int(model.cfg.n_layers),
+        "moe_layers": list(model.moe_layers),
+        "experts": int(model.n_experts),
+        "top_k": int(model.top_k),
+        "shared_experts": int(model.n_shared_experts),
+        "d_model": int(model.cfg.d_model),
+        "vocabulary": int(model.cfg.d_vocab),
+    }
+
+
+def fingerprint(hf: Any) -> str:
+    """A hash of a transformers model's config and of `SAMPLED` evenly spaced values of every parameter.
+
+    It tells checkpoints apart at once even if they are large; two that differ in other values alone look the same to
+    it, and parameters that are offloaded count with their shapes only.
+    """
+    config = {key: value for key, value in hf.config.to_dict().items() if key not in _VOLATILE and key[0] != "_"}
+    found = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, parameter in sorted(hf.named_parameters()):
+        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        if not parameter.is_meta and parameter.numel():
+            flat = parameter.detach().flatten()
+            at = torch.linspace(0, len(flat) - 1, min(SAMPLED, len(flat)), dtype=torch.float64).long()
+            found.update(flat[at.to(flat.device)].double().cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+_VOLATILE = {"transformers_version", "torch_dtype", "dtype", "architectures"}

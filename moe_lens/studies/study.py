@@ -1,0 +1,275 @@
+"""Running a study: domains read shard by shard, progress kept, work shared among processes, a frozen result at the end.
+
+A study reads every domain one or more times; each time is a *pass*, which fills accumulators of its own and may use
+those of the passes before it. After every shard the accumulators are saved: a study that was interrupted, in whatever
+way, goes on from there, and as it then adds the same numbers in the same order, ends with the same result.
+"""
+
+import platform
+import shlex
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pandas as pd
+from torch import Tensor
+
+from moe_lens import distributed
+from moe_lens.data import Corpus, Domain, Reading, Shard, TokenBatch, batched, shards
+from moe_lens.errors import InputError
+from moe_lens.stats import Accumulator, Result
+from moe_lens.studies.folder import SPACE, StudyFolder
+from moe_lens.studies.model import model_facts
+from moe_lens.studies.result import StudyResult
+from moe_lens.studies.texts import TextStats
+
+Gathered = Mapping[str, Accumulator[Any]]
+"""Accumulators by name."""
+
+
+class Study(ABC):
+    """What a study does with a batch. Instances hold its settings and nothing that changes."""
+
+    name: ClassVar[str]
+    passes: ClassVar[tuple[str, ...]]
+    """Names of the times that a domain is read."""
+
+    def settings(self) -> dict[str, Any]:
+        """What was asked for, as plain values."""
+        return dict(vars(self))
+
+    def check(self, model: Any, domains: Sequence[Domain | Corpus]) -> None:
+        """Refuse what cannot be done with this model; raises `InputError`."""
+
+    @abstractmethod
+    def begin(self, model: Any, name: str) -> Gathered:
+        """Empty accumulators of a pass."""
+
+    @abstractmethod
+    def step(
+        self, model: Any, name: str, batch: TokenBatch, into: Gathered, earlier: Mapping[str, Gathered]
+    ) -> None:
+        """Count a batch in a pass.
+
+        Args:
+            model: A `HookedMoE`.
+            name: Of the pass.
+            batch: What to read.
+            into: The accumulators of the pass.
+            earlier: Those of the passes before it, over the whole domain.
+        """
+
+    @abstractmethod
+    def results(self, earlier: Mapping[str, Gathered]) -> dict[str, Result]:
+        """What is kept of a domain when all its passes are done."""
+
+    @abstractmethod
+    def tables(self, model: Mapping[str, Any], results: Mapping[str, Mapping[str, Result]]) -> dict[str, pd.DataFrame]:
+        """Tables of all domains.
+
+        Args:
+            model: Facts of the model, from the manifest.
+            results: By domain.
+        """
+
+
+def run(
+    study: Study,
+    model: Any,
+    domains: Sequence[Domain | Corpus],
+    *,
+    reading: Reading | None = None,
+    out: Path | None = None,
+    name: str | None = None,
+    batch_tokens: int = 2048,
+    command: str | None = None,
+    watch: Callable[[str, int], None] = lambda what, tokens: None,  # noqa: ARG005
+) -> StudyResult:
+    """Run a study, or go on with it.
+
+    Under `torch.distributed` each process reads its share and all return the same result; the first one writes it.
+
+    Args:
+        study: Which.
+        model: A `HookedMoE`.
+        domains: Texts in memory or corpora, each with a name of its own.
+        reading: How texts are read.
+        out: The folder that will hold the result; progress is kept beside it. None: nothing is written.
+        name: What the model was loaded as.
+        batch_tokens: Rows × columns that the model reads at once to begin with; halved where memory runs out.
+        command: For the record; the arguments of this process if not given.
+        watch: Called with what is being read and how many tokens were, after every shard.
+
+    Raises:
+        InputError: The texts, the settings or the folder cannot be worked with.
+    """
+    reading = Reading() if reading is None else reading
+    names = [domain.name for domain in domains]
+    if not names or len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise InputError(f"domains need names of their own, at least one of them; twice: {twice}")
+    study.check(model, domains)
+    plan = {
+        "study": study.name,
+        "settings": study.settings(),
+        "reading": vars(reading),
+        "model": model_facts(model, name or str(model.cfg.model_name)),
+        "domains": [{"name": domain.name, **domain.identity} for domain in domains],
+        "processes": distributed.world_size(),
+    }
+    folder = None if out is None else StudyFolder(out, plan)
+    if folder is not None and out is not None:
+        if _agreed(folder.finished):
+            return StudyResult.load(out)
+        _agreed(folder.begin)
+    results: dict[str, dict[str, Result]] = {}
+    read: list[dict[str, Any]] = []
+    for number, domain in enumerate(domains):
+        earlier: dict[str, Gathered] = {}
+        for place, each in enumerate(study.passes):
+            into = {**study.begin(model, each), **({"texts": TextStats()} if place == 0 else {})}
+            key = f"{number:02d}-{each}-{distributed.rank()}of{distributed.world_size()}"
+            shown = f"{domain.name}: {each}"
+            _Pass(study, model, domain, reading, each, into, earlier, batch_tokens, folder, key).go(
+                lambda tokens, shown=shown: watch(shown, tokens)
+            )
+            for accumulator in into.values():
+                accumulator.all_reduce()
+            earlier[each] = into
+        texts = earlier[study.passes[0]]["texts"].result()
+        read.append({"name": domain.name, **texts.facts()})
+        results[domain.name] = study.results(earlier)
+    manifest = {
+        "plan": plan,
+        "read": read,
+        "versions": versions(),
+        "command": command or shlex.join(sys.argv),
+    }
+    result = StudyResult(manifest, study.tables(plan["model"], results), results)
+    if folder is not None and out is not None:
+        _agreed(lambda: _finish(folder, result))
+        return StudyResult.load(out)
+    return result
+
+
+class _Pass:
+    """One reading of one domain by this process."""
+
+    def __init__(
+        self,
+        study: Study,
+        model: Any,
+        domain: Domain | Corpus,
+        reading: Reading,
+        name: str,
+        into: Gathered,
+        earlier: Mapping[str, Gathered],
+        batch_tokens: int,
+        folder: StudyFolder | None,
+        key: str,
+    ):
+        self.study, self.model, self.domain, self.reading, self.name = study, model, domain, reading, name
+        self.into, self.earlier, self.batch_tokens, self.folder, self.key = into, earlier, batch_tokens, folder, key
+        self._before = self._state()
+
+    def go(self, watch: Callable[[int], None]) -> None:
+        """Read all shards that were not read before."""
+        from accelerate.utils import find_executable_batch_size
+
+        done = self._resume()
+        longest = 0
+
+        def halve() -> int:
+            if self.batch_tokens <= longest:  # a window stands alone already
+                raise InputError(
+                    f"out of memory with a single window of {longest} tokens; ask for a smaller context, or a smaller dtype"
+                )
+            self.batch_tokens //= 2
+            return self.batch_tokens
+
+        read = find_executable_batch_size(
+            self._shard, starting_batch_size=self.batch_tokens, reduce_batch_size_fn=halve
+        )
+        places = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+        for shard in shards(self.domain, self.model, self.reading, start=done, **places):
+            longest = max(len(window.ids) for window in shard.windows)
+            read(shard)
+            self._keep(shard.number + 1)
+            watch(sum(window.counted for window in shard.windows))
+
+    def _shard(self, batch_tokens: int, shard: Shard) -> None:
+        # Where memory runs out this is called again, and the batches that were counted must not count twice.
+        self._restore(self._before)
+        packed = min(self.reading.context, int(self.model.cfg.n_ctx)) if self.reading.packed else None
+        for batch in batched(shard.windows, self.model, batch_tokens=batch_tokens, packed=packed):
+            self.study.step(self.model, self.name, batch, self.into, self.earlier)
+            if isinstance(texts := self.into.get("texts"), TextStats):
+                texts.update(batch)
+        if isinstance(texts := self.into.get("texts"), TextStats):
+            texts.leave_out(shard.short)
+
+    def _state(self) -> dict[str, dict[str, Tensor]]:
+        return {name: accumulator.state_dict() for name, accumulator in self.into.items()}
+
+    def _restore(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        for name, accumulator in self.into.items():
+            accumulator.load_state_dict(state[name])
+
+    def _keep(self, done: int) -> None:
+        self._before = self._state()
+        if self.folder is not None:
+            flat = {f"{name}/{key}": value for name, part in self._before.items() for key, value in part.items()}
+            self.folder.save(self.key, flat, {"shards": done, "batch_tokens": self.batch_tokens})
+
+    def _resume(self) -> int:
+        found = self.folder.load(self.key) if self.folder is not None else None
+        if found is None:
+            return 0
+        state: dict[str, dict[str, Tensor]] = {name: {} for name in self.into}
+        for name, value in found[0].items():
+            accumulator, _, key = name.partition("/")
+            state[accumulator][key] = value
+        self._restore(state)
+        self._before = state
+        self.batch_tokens = int(found[1]["batch_tokens"])
+        return int(found[1]["shards"])
+
+
+def _finish(folder: StudyFolder, result: StudyResult) -> None:
+    scratch = folder.scratch()
+    try:
+        manifest = result.write(scratch)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"{folder.path}: could not be written ({reason}); {folder.unfinished} is kept") from None
+    folder.finish(scratch, manifest)
+
+
+def _agreed(action: Callable[[], Any]) -> Any:
+    """What the first process finds, in all of them; an error that it meets is raised in all of them."""
+    found: tuple[Any, str | None] = (None, None)
+    if distributed.rank() == 0:
+        try:
+            found = (action(), None)
+        except InputError as error:
+            found = (None, str(error))
+    value, error = distributed.gather(found)[0]
+    if error is not None:
+        raise InputError(error)
+    return value
+
+
+def versions() -> dict[str, str]:
+    """Of everything that has a say in the numbers."""
+    import moe_lens
+
+    found = {"moe_lens": moe_lens.__version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "transformer-lens", "datasets"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # pragma: no cover  # a vendored installation
+            found[name] = "unknown"
+    return found
