@@ -1,0 +1,136 @@
+"""Attribution: how much of a metric each expert accounts for."""
+
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from moe_lens.errors import InputError
+from moe_lens.interventions.attribution_knockout import Knockouts
+from moe_lens.interventions.attribution_paths import (
+    Means,
+    Slots,
+    direct_gradient,
+    integrated_gradient,
+    run_with_gradients,
+)
+from moe_lens.interventions.attribution_result import ExpertAttribution, Unit
+from moe_lens.interventions.metrics import Metric, describe, evaluate
+from moe_lens.interventions.sweep import CleanRun, RoutingMode
+from moe_lens.model.cache import MoECache
+from moe_lens.selection import Selection, Step
+
+Method = Literal["direct", "gradient", "integrated", "knockout", "direct_knockout"]
+
+
+def expert_attribution(
+    model: Any,
+    input: str | list[str] | Int[Tensor, "batch pos"],
+    metric: Metric,
+    *,
+    method: Method = "gradient",
+    routing: RoutingMode = "free",
+    unit: Unit = "expert",
+    baseline: Literal["zero", "mean"] = "zero",
+    reference: Any = None,
+    selection: Selection | None = None,
+    per_position: bool | None = None,
+    steps: int = 16,
+    **kwargs: Any,
+) -> ExpertAttribution:
+    """Attribute a metric to every expert (or rank) of every layer: metric(run) − metric(run without it).
+
+    A slot's contribution to the residual stream is g E(x); without it, it is 0, or g times the expert's mean output.
+    Neither the other experts' weights nor which experts the layer itself chooses change.
+
+    Methods, with c the contribution minus its baseline:
+
+    - `"direct"`: ∂metric/∂logits · (c ⊙ gain / scale) W_U: what c adds to the logits by itself, the final norm's scale
+      frozen. Exact for metrics that are linear in the logits (`Logit`, `LogitDifference`), where it sums, with all
+      other components of the stream and the embedding, to the metric; of first order for others.
+    - `"gradient"`: ∂metric/∂c · c, one forward and one backward pass for all experts of all layers.
+    - `"integrated"`: the mean gradient while all selected contributions of a layer grow together from their baselines,
+      times c, by `steps` points of Gauss–Legendre quadrature for each layer (arXiv 1703.01365). With frozen routing the
+      values of a layer sum to `difference`, the metric's change when they are all at their baselines.
+    - `"knockout"`: exact; a run without each expert. Values need not sum to anything: experts interact.
+    - `"direct_knockout"`: exact removal from the final residual stream only, where no later layer reads it; the
+      norm's scale follows. What `"direct"` is an approximation of.
+
+    Routing is discrete, and a change at one layer makes later ones choose other experts: `"free"`. `"frozen"` keeps the
+    run's experts in all layers behind; their weights still follow from what the routers read, by the family's own rule.
+    Infinitesimal changes re-route nothing, so that the two agree for `"direct"`, `"gradient"` and `"direct_knockout"`.
+    `free.rerouting(frozen)` is their difference.
+
+    Args:
+        model: a `HookedMoE`.
+        input: tokens, text or texts.
+        metric: from logits [batch, pos, d_vocab] to a scalar; see `moe_lens.interventions.metrics`.
+        method: one of the above.
+        routing: whether later layers choose again.
+        unit: a value per expert, or per rank by routing weight.
+        baseline: what contributions are compared with.
+        reference: what means are taken over, for `baseline="mean"`: as for `model.ablate(…, how="mean")`.
+        selection: layers, experts or ranks, and positions to attribute; everything if not given. Of experts or ranks
+            that are left out values and counts are 0.
+        per_position: a value for each position, instead of one for all positions (taken out together). If not given,
+            false for knock-outs, of which it needs one for each expert and position, and true otherwise.
+        steps: of `"integrated"`.
+        kwargs: of `forward`: `attention_mask`, `prepend_bos`, `padding_side`.
+
+    Raises:
+        InputError: an unknown method or layer; a metric that is not a finite scalar, or has no gradient where one is
+            needed; `baseline="mean"` without reference.
+    """
+    for name, value, known in (("method", method, Method), ("routing", routing, RoutingMode), ("unit", unit, Unit)):
+        if value not in get_args(known):
+            raise InputError(f"{name} is {value!r}; expected one of {', '.join(map(repr, get_args(known)))}")
+    if steps < 1:
+        raise InputError(f"steps is {steps}; expected at least 1")
+    selection = (selection or Selection()).check(model)
+    layers = selection.layers_of(model)
+    means, difference = _means(baseline, reference, layers), None
+    about: dict[str, Any] = {"method": method, "routing": routing, "baseline": baseline, "unit": unit, "layers": layers}
+    about["metric"] = describe(metric)
+    if method == "gradient":
+        clean, cache, slots, gradients = run_with_gradients(model, input, metric, layers, means, **kwargs)
+        chosen = _chosen(selection, slots, cache)
+    else:
+        run = CleanRun.of(model, input, keep=Slots.hooks(layers, means is not None), **kwargs)
+        clean, slots = evaluate(metric, run.logits).item(), Slots.of(run.cache, layers, means)
+        chosen = _chosen(selection, slots, run.cache)
+        if method in ("knockout", "direct_knockout"):
+            knockouts = Knockouts(model, run, slots, chosen, unit)
+            values, count = knockouts.measure(metric, routing, bool(per_position), direct=method == "direct_knockout")
+            return ExpertAttribution(**about, clean=clean, values=values, count=count)
+        if method == "direct":
+            gradients = dict.fromkeys(layers, direct_gradient(model, run, metric))
+        else:
+            gradients, starts = {}, []
+            for layer, which in zip(layers, chosen, strict=True):
+                gradients[layer], start = integrated_gradient(
+                    model, run, metric, layer, slots.removed(layer, which), steps=steps, frozen=routing == "frozen"
+                )
+                starts.append(start)
+            difference = clean - torch.tensor(starts, dtype=torch.float64)
+    values, count = slots.by_unit(slots.products(gradients), chosen, unit, model.n_experts)
+    if per_position is False:
+        values, count = values.flatten(2).sum(-1), count.flatten(2).sum(-1)
+    return ExpertAttribution(**about, clean=clean, values=values, count=count, difference=difference)
+
+
+def _means(baseline: str, reference: Any, layers: tuple[int, ...]) -> Means | None:
+    """Mean outputs of the layers' experts, if they are the baseline."""
+    if baseline not in ("zero", "mean") or (baseline == "mean") != (reference is not None):
+        raise InputError(
+            f"baseline is {baseline!r} and reference {type(reference).__name__}; "
+            'expected "zero" without a reference, or "mean" with one'
+        )
+    return None if reference is None else {layer: reference.of(layer) for layer in layers}
+
+
+def _chosen(selection: Selection, slots: Slots, cache: MoECache) -> Bool[Tensor, "layer batch pos top_k"]:
+    """The slots that are attributed: those selected, and none at padding."""
+    batch, pos, _ = next(iter(slots.indices.values())).shape
+    positions = selection.positions(Step(batch, pos, cache.tokens, cache.mask))
+    return torch.stack([selection.slots(layer, indices, positions) for layer, indices in slots.indices.items()])
