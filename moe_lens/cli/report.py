@@ -1,59 +1,78 @@
-"""`moe-lens report`: load, study, write, say where the page is."""
+"""`moe-lens report`: load, study, write, say where the page is; or one page of studies that were saved."""
 
-import logging
 import time
-import warnings
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
-import torch
-import transformers
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moe_lens import HookedMoE, __version__
-from moe_lens.data import embedded_domains, load_domain
+from moe_lens import __version__
+from moe_lens.cli import options
+from moe_lens.cli.app import app
+from moe_lens.cli.loading import load_model, quiet
+from moe_lens.data import Corpus, Domain
 from moe_lens.errors import InputError
-from moe_lens.report import OutputFolder, Settings, batched, n_steps, run, write
+from moe_lens.report import OutputFolder, Settings, batched, n_steps, run, write, write_saved
+from moe_lens.studies import StudyResult
 
 
-def make_report(
-    name: str, files: Mapping[str, Path], *, tokens: int, out: Path, seed: int, dtype: str, device: str
+@app.command()
+def report(
+    context: typer.Context,
+    saved: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[FOLDER]...", help="Results that studies saved: the page then shows these, of any kind."),
+    ] = None,
+    model: options.Model = "tiny-deepseekmoe",
+    domain: options.Domains = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of text to read in each domain.")] = 4096,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the page and its numbers go.")] = Path(
+        "moe-lens-report"
+    ),
+    seed: options.Seed = 0,
+    dtype: options.DtypeOption = options.Dtype.float32,
+    device: options.Device = "cpu",
+    config: options.Config = None,  # noqa: ARG001  # its callback has read it
 ) -> None:
-    """Make the report; raises `MoELensError` for whatever the user can put right."""
+    """What the experts of a model do on real text: one HTML page that opens offline, its numbers as JSON and parquet.
+
+    Which experts each domain is sent to; one expert against the ensemble, with controls; what fewer experts cost; and
+    what each expert would say next. With folders that studies saved: one page of all of them.
+
+    Example: moe-lens report runs/routing runs/single-expert --out page
+    """
     started = time.monotonic()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
-    warnings.simplefilter("ignore")  # of libraries; what the user has to know is raised
+    quiet()
     console = Console(stderr=True)
-    domains = [load_domain(domain, path) for domain, path in files.items()] if files else embedded_domains()
-    settings = Settings(name, tokens, seed, dtype, device)
+    if saved:
+        results = {folder: StudyResult.load(folder) for folder in saved}
+        with OutputFolder(out) as folder, console.status("writing the page"):
+            page = write_saved(results, folder, version=__version__)
+        print(page.resolve())
+        return
+    domains = _in_memory(options.open_domains(context, domain))
+    settings = Settings(model, tokens, seed, dtype.value, device)
     with OutputFolder(out) as folder:
-        with console.status(f"loading {name}"):
-            model = _load(name, getattr(torch, dtype), device)
-        if not model.moe_layers:
-            raise InputError(f"{name} has no layer with experts")
-        batches = batched(model, domains, settings)
+        with console.status(f"loading {model}"):
+            loaded = load_model(model, dtype.value, device)
+        batches = batched(loaded, domains, settings)
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, console=console) as progress:
-            steps = progress.add_task("reading the domains", total=n_steps(model, batches))
-            report = run(model, domains, batches, settings, lambda: progress.advance(steps))
+            steps = progress.add_task("reading the domains", total=n_steps(loaded, batches))
+            made = run(loaded, domains, batches, settings, lambda: progress.advance(steps))
         with console.status("writing the page"):
-            page = write(report, folder, version=__version__)
+            page = write(made, folder, version=__version__)
     console.print(f"done in {time.monotonic() - started:.0f} s", highlight=False)
     print(page.resolve())
 
 
-def _load(name: str, dtype: torch.dtype, device: str) -> HookedMoE:
-    if device == "auto":
-        return HookedMoE.from_pretrained(name, dtype=dtype, device_map="auto").eval()
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {device}: {reason}") from None
-    model = HookedMoE.from_pretrained(name, dtype=dtype).eval()
-    if place.type != "cpu":
-        model.original_model.to(place)
-    return model
+def _in_memory(domains: options.Opened) -> list[Domain]:
+    streamed = [domain.name for domain in domains if isinstance(domain, Corpus)]
+    if streamed:
+        raise InputError(
+            f"domain {streamed[0]!r} is a stream, and report reads files several times over; run the studies "
+            "(moe-lens routing …, moe-lens single-expert …) and give their folders to report"
+        )
+    return [domain for domain in domains if isinstance(domain, Domain)]

@@ -13,7 +13,12 @@ from moe_lens.data.domains import Domain as Domain
 from moe_lens.data.domains import Passage as Passage
 from moe_lens.data.domains import embedded_domains as embedded_domains
 from moe_lens.data.domains import load_domain as load_domain
+from moe_lens.data.presets import PRESETS as PRESETS
+from moe_lens.data.presets import Preset as Preset
 from moe_lens.data.shards import Reading as Reading
 from moe_lens.data.shards import Shard as Shard
 from moe_lens.data.shards import shards as shards
+from moe_lens.data.specs import DomainSpec as DomainSpec
+from moe_lens.data.specs import domains_from_table as domains_from_table
+from moe_lens.data.specs import parse_domains as parse_domains
 from moe_lens.data.windows import Window as Window

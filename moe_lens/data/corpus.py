@@ -65,7 +65,7 @@ def from_generator(name: str, generate: Callable[[], Iterable[str | dict[str, An
     def rows() -> Iterator[dict[str, Any]]:
         for number, row in enumerate(generate(), start=1):
             given = {"text": row} if isinstance(row, str) else row
-            yield vars(read_row(given, f"{name}:{number}", name))
+            yield vars(read_row(given, f"{name}:{number}", name, empty=True))
 
     return Corpus(name, partial(_iterable, rows), {"generator": getattr(generate, "__qualname__", str(generate))})
 
@@ -76,7 +76,7 @@ def from_file(name: str, path: Path, *, text: str = "text", source: str | None =
     Args:
         name: What the domain is called.
         path: As for `load_domain`.
-        text: The column (or key) with the text.
+        text: The column (or key) with the text, or several joined by +.
         source: The column that says which document a text was taken from.
 
     Raises:
@@ -111,7 +111,7 @@ def from_hub(
         config: Of the dataset, where it has several.
         split: Which split.
         revision: Commit, tag or branch; the newest if not given.
-        text: The column with the text.
+        text: The column with the text, or several joined by +.
         source: The column that says which document a text was taken from; without one every row is its own source,
             since rows of a dataset are documents more often than not.
         hint: What else the message says when the dataset cannot be had.
@@ -133,7 +133,7 @@ def from_hub(
         def read() -> Iterator[dict[str, Any]]:
             for number, row in enumerate(rows, start=1):
                 origin = f"{repository}:{number}"
-                yield vars(read_row(row, origin, origin, text=text, source=source))
+                yield vars(read_row(row, origin, origin, text=text, source=source, empty=True))
 
         return _iterable(read)
 

@@ -49,8 +49,13 @@ class Domain:
 
 def embedded_domains() -> list[Domain]:
     """The five held-out domains that ship with the package."""
+    return [embedded_domain(name) for name in EMBEDDED]
+
+
+def embedded_domain(name: str) -> Domain:
+    """One of `EMBEDDED`."""
     folder = resources.files("moe_lens") / "assets" / "domains"
-    return [load_domain(name, Path(str(folder / f"{name}.jsonl"))) for name in EMBEDDED]
+    return load_domain(name, Path(str(folder / f"{name}.jsonl")))
 
 
 def load_domain(name: str, path: Path, *, text: str = "text", source: str | None = "source") -> Domain:
@@ -61,7 +66,7 @@ def load_domain(name: str, path: Path, *, text: str = "text", source: str | None
         path: `.jsonl`: an object a line with `text` and, if known, `source`. `.txt`: passages separated by blank lines.
             `.parquet`, or a folder that `datasets` saved: a row a passage, with the same columns. Passages without
             `source`, and those of a `.txt` file, count as one source: nothing shows that they are independent.
-        text: The column (or key) with the text.
+        text: The column (or key) with the text, or several joined by +.
         source: The column that says which document a text was taken from.
 
     Raises:
@@ -95,7 +100,13 @@ def read_lines(path: Path, *, text: str = "text", source: str | None = "source")
 
 
 def read_row(
-    row: dict[str, Any], origin: str, file: str, *, text: str = "text", source: str | None = "source"
+    row: dict[str, Any],
+    origin: str,
+    file: str,
+    *,
+    text: str = "text",
+    source: str | None = "source",
+    empty: bool = False,
 ) -> Passage:
     """A row of a dataset as a passage.
 
@@ -103,18 +114,21 @@ def read_row(
         row: By column.
         origin: File and line, for messages.
         file: What counts as the source where the row names none.
-        text: The column with the text.
+        text: The column with the text, or several joined by +, whose texts then follow one another.
         source: The column with the source.
+        empty: Whether an empty text will do: it then counts among those that are too short to be read.
 
     Raises:
         InputError: There is no such text in it.
     """
-    if text not in row:
+    columns = text.split("+")
+    if not row.keys() >= set(columns):
         raise InputError(f'{origin}: expected an object with "{text}", got keys {sorted(map(str, row))}')
-    value = row[text]
-    if not isinstance(value, str) or not value.strip():
-        came = "empty" if isinstance(value, str) else type(value).__name__
-        raise InputError(f'{origin}: "{text}" must be a text that is not empty, and is {came}')
+    for column in columns:
+        if not isinstance(row[column], str) or not (empty or row[column].strip()):
+            came = "empty" if isinstance(row[column], str) else type(row[column]).__name__
+            raise InputError(f'{origin}: "{column}" must be a text that is not empty, and is {came}')
+    value = "\n".join(row[column] for column in columns)
     given = None if source is None else row.get(source)
     return Passage(value, str(file if given is None else given), origin)
 

@@ -7,3 +7,4 @@ from moe_lens.report.collect import n_steps as n_steps
 from moe_lens.report.collect import run as run
 from moe_lens.report.files import OutputFolder as OutputFolder
 from moe_lens.report.files import write as write
+from moe_lens.report.saved import write_saved as write_saved

@@ -46,15 +46,14 @@ class Report:
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """Every number of the page, in long form, by the name of its parquet file."""
-        lens = [example.result.to_frame().assign(domain=example.domain) for example in self.lens]
-        words = {token: text for example in self.lens for token, text in example.texts.items()}
+        lens = [example.result.top_frame().assign(domain=example.domain) for example in self.lens]
         return {
             "specialisation": self.specialisation.to_frame(),
             "most_specialised": self.specialisation.most_specialised(),
             "experts_for_half": self.specialisation.coverage(),
             "similarity": self.single_expert.similarity_frame(),
             "perplexity": self.single_expert.perplexity_frame(),
-            "lens": pd.concat(lens, ignore_index=True).assign(text=lambda frame: frame["token"].map(words)),
+            "lens": pd.concat(lens, ignore_index=True),
         }
 
 

@@ -122,7 +122,7 @@ def _examples(report: Report) -> list[dict[str, Any]]:
                 "prompt": [viz.readable(example.texts[token]) for token in example.prompt],
                 "target": viz.readable(example.texts[example.target]),
                 "predicted": viz.readable(example.texts[example.predicted]),
-                "figure": _html(viz.lens_table(example.result, position, example.texts)),
+                "figure": _html(viz.lens_table(example.result, position)),
             }
         )
     return shown

@@ -1,0 +1,112 @@
+"""Options that several commands have, and what is made of them."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moe_lens.data import Corpus, Domain, DomainSpec, domains_from_table, embedded_domains, parse_domains
+from moe_lens.errors import InputError
+
+DOMAINS = "moe_lens.domains"
+"""Where the domains of a --config are kept in the command's context."""
+
+
+class Dtype(StrEnum):
+    """Floating-point types that a model can be loaded in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    if path is None:
+        return None
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--config {path}: cannot be read ({error.strerror or error})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path}: not TOML ({error})") from None
+    domains = table.pop("domains", {})
+    if not isinstance(domains, Mapping):
+        raise InputError(f"--config {path}: domains must be tables, such as [domains.code]")
+    context.meta[DOMAINS] = domains_from_table(domains)
+    known = {parameter.name for parameter in context.command.params} - {"config", "domain", "help"}
+    values = {key.replace("-", "_"): value for key, value in table.items()}
+    unknown = sorted(values.keys() - known)
+    if unknown:
+        raise InputError(f"--config {path}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}, domains")
+    context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        is_eager=True,
+        callback=_read_config,
+        help="A TOML file with the same options (tokens = 100000), and a table for each domain: [domains.code] with path "
+        "or hub, and text, source, split, config, revision, streaming. Options of the command line win.",
+    ),
+]
+Model = Annotated[
+    str, typer.Option(metavar="NAME_OR_PATH", help="A model on the hub, a folder, or the embedded model.")
+]
+Domains = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=WHERE",
+        help="Texts to read; give it once for each domain. WHERE is a file or hub:OWNER/DATASET. FILE.jsonl: an object a "
+        "line with `text`, and `source` to say which texts were taken from one document. FILE.txt: passages separated by "
+        "blank lines, one source. FILE.parquet, or a folder that `datasets` saved: columns as jsonl has keys. A name "
+        "alone is an embedded domain (english, …) or one of the paper's (paper/gsm8k, …). Without --domain: the five "
+        "embedded domains.",
+    ),
+]
+TextColumn = Annotated[str, typer.Option(metavar="COLUMN", help="The column or key with the text; a+b joins two.")]
+SourceColumn = Annotated[
+    str | None, typer.Option(metavar="COLUMN", help="The one that says which document a text is from.  [source]")
+]
+Split = Annotated[str, typer.Option(help="Which split of a dataset on the hub.")]
+Streaming = Annotated[
+    bool, typer.Option("--streaming", help="Read files as they come: for those that are larger than memory.")
+]
+Tokens = Annotated[int, typer.Option(min=0, help="Tokens of text to read in each domain; 0 reads everything.")]
+Context = Annotated[int, typer.Option(min=3, help="Greatest length of a window of text.")]
+Packed = Annotated[
+    bool,
+    typer.Option(
+        "--packed", help="Lay windows one after another instead of padding them. None attends to another either way."
+    ),
+]
+BatchTokens = Annotated[
+    int, typer.Option(min=1, help="Tokens that the model reads at once; halved by itself where memory runs out.")
+]
+ShardTokens = Annotated[int, typer.Option(min=1, help="Tokens after which progress is saved.")]
+Seed = Annotated[int, typer.Option(help="Of the choice of texts.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="What the model computes in.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto spreads a large model over devices.")]
+
+
+Opened = Sequence[Domain | Corpus]
+
+
+def open_domains(
+    context: typer.Context, arguments: Sequence[str] | None, **shared: Any
+) -> Opened:
+    """The domains of the command line, or else of its --config, or else the embedded ones.
+
+    Args:
+        context: Of the command.
+        arguments: Of --domain.
+        shared: Fields of `DomainSpec` that the command line gave for all of them.
+    """
+    specs: list[DomainSpec] = parse_domains(arguments, **shared) if arguments else context.meta.get(DOMAINS, [])
+    return [spec.open() for spec in specs] if specs else embedded_domains()
