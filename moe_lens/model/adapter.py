@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from moe_lens.errors import UnsupportedModelError
 from moe_lens.model.components import Attention, MoEBlock, Norm, Unembedding, adapt
 from moe_lens.model.families import Family, family_of
+from moe_lens.model.generic import GenericAdapter
 
 
 class DeepseekArchitectureAdapter(ArchitectureAdapter):
@@ -76,6 +77,10 @@ def build_adapter(model: PreTrainedModel, name: str) -> tuple[ArchitectureAdapte
         )
     parameter = next(model.parameters())
     cfg = build_bridge_config_from_hf(model.config, type(model).__name__, name, parameter.dtype)
+    if family.layout is not None:
+        adapter = GenericAdapter(cfg, family, model)
+        adapter.cfg.device = str(parameter.device)
+        return adapter, family
     try:
         adapter = ArchitectureAdapterFactory.select_architecture_adapter(cfg)
     except ValueError as error:

@@ -50,21 +50,26 @@ class ExpertBridge(TransformerBridge):
         super().__init__(model, adapter, tokenizer)
         for layer, block in enumerate(self.blocks):
             # Not modules of the norm: a reference, so that each hook point has one owner and one name.
-            block.ln2.__dict__["residual_point"] = block.hook_resid_mid
-            if block.mlp.hooks is not None:
-                block.mlp.hooks.layer = layer
+            parts: Any = block._modules
+            reader = parts.get("ln2") or parts.get("mlp")
+            if "hook_resid_mid" in parts and reader is not None:
+                reader.__dict__["residual_point"] = parts["hook_resid_mid"]
+            hooks = getattr(parts.get("mlp"), "hooks", None)
+            if isinstance(hooks, LayerHooks):
+                hooks.layer = layer
                 for name in names.ALIASED:
-                    if name in block.mlp.hooks.points:
-                        object.__setattr__(block, name, block.mlp.hooks.points[name])
-                        self._hook_registry[names.block(name, layer)] = block.mlp.hooks.points[name]
+                    if name in hooks.points:
+                        object.__setattr__(block, name, hooks.points[name])
+                        self._hook_registry[names.block(name, layer)] = hooks.points[name]
         dead = (*names.DEAD, *family.dead)
         self._hook_registry = {n: p for n, p in self._hook_registry.items() if not n.endswith(dead)}
         self.__dict__["_all_hooks"] = {n: p for n, p in super().hook_dict.items() if not n.endswith(dead)}
 
     def _layer_hooks(self) -> Iterator[tuple[int, LayerHooks]]:
         for layer, block in enumerate(self.blocks):
-            if isinstance(block.mlp, MoEBlock) and block.mlp.hooks is not None:
-                yield layer, block.mlp.hooks
+            mlp = block._modules.get("mlp")
+            if isinstance(mlp, MoEBlock) and mlp.hooks is not None:
+                yield layer, mlp.hooks
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -92,7 +97,9 @@ class ExpertBridge(TransformerBridge):
     @property
     def top_k(self) -> int:
         """Routed experts active for a token."""
-        return int(self._hf_config.num_experts_per_tok)
+        moe = self._moe(self.moe_layers[0])
+        router = getattr(moe, self.family.router)
+        return int(router.top_k if hasattr(router, "top_k") else self._hf_config.num_experts_per_tok)
 
     @property
     def n_shared_experts(self) -> int:

@@ -18,7 +18,8 @@ from moe_lens import names
 from moe_lens.errors import UnsupportedModelError
 from moe_lens.model.experts import LayerHooks, call_hook, experts_forward
 from moe_lens.model.families import Family
-from moe_lens.model.router import route
+from moe_lens.model.router import route, rule_of
+from moe_lens.model.scaling import ExactForward, unscaled
 
 
 @cache
@@ -32,16 +33,55 @@ def adapt(component: GeneralizedComponent, mended: type) -> Any:
     return component
 
 
-class _ExactForward(torch.autograd.Function):
-    """The value of one computation with the gradient of another that equals it but for rounding."""
+def edit_stream(point: HookPoint | None, stream: Tensor) -> None:
+    """Let the hooks of `hook_resid_mid` read and edit the stream that a part reads and the block adds to afterwards.
 
-    @staticmethod
-    def forward(ctx: Any, differentiated: Tensor, value: Tensor) -> Tensor:  # noqa: ARG004
-        return value.clone()
+    transformers' blocks keep no other reference to it than this tensor, so an edit is copied into it. Hooks get a
+    copy: what their graph has saved stays as it was.
+    """
+    if point is None or not point.has_hooks():
+        return
+    seen, edited = call_hook(point, stream.clone(), "hook_resid_mid")
+    if edited:
+        stream.copy_(seen)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
-        return grads[0], None
+
+class Part(GeneralizedComponent):
+    """A part of a layer that transformers computes: hooks at its input and its output, nothing inside.
+
+    What it computes is shown as it is added to the residual stream: times the layer's multiplier, where there is one.
+    """
+
+    residual_point: HookPoint | None = None
+    """`hook_resid_mid` of the block, on the part that reads the stream after attention."""
+    multiplier: float = 1.0
+    shows_output: bool = True
+    """Whether its output is shown here, and not at the input of a norm that it ends with."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the part between its two hooks."""
+        named = not args
+        x = kwargs["hidden_states"] if named else args[0]
+        edit_stream(self.residual_point, x)
+        if self.hook_in.has_hooks():
+            x = self.hook_in(x.clone())  # a copy: a change in place is not one of the stream, which others read too
+        component: Any = self.original_component
+        out = component(**{**kwargs, "hidden_states": x}) if named else component(x, *args[1:], **kwargs)
+        out = self._finish(out, x)
+        return (self._shown(out[0]), *out[1:]) if isinstance(out, tuple) else self._shown(out)
+
+    def _finish(self, out: Any, x: Tensor) -> Any:  # noqa: ARG002
+        """What is left to do before the output is shown."""
+        return out
+
+    def _shown(self, out: Tensor) -> Tensor:
+        point = self.hook_out
+        if not point.has_hooks() or not self.shows_output:
+            return out
+        if self.multiplier == 1.0:
+            return point(out)
+        seen, edited = call_hook(point, out * self.multiplier, point.name or "hook_out")
+        return unscaled(seen, out, self.multiplier) if edited else out
 
 
 class Norm(GeneralizedComponent):
@@ -49,11 +89,14 @@ class Norm(GeneralizedComponent):
 
     residual_point: HookPoint | None = None
     """`hook_resid_mid` of the block, on the norm before its MLP."""
+    summed_point: HookPoint | None = None
+    """`mlp.hook_out` of a MoE block that this norm ends."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:  # noqa: ARG002
         """Normalise, firing hooks on the way."""
-        if self.residual_point is not None and self.residual_point.has_hooks():
-            self._edit_residual(hidden_states)
+        edit_stream(self.residual_point, hidden_states)
+        if self.summed_point is not None and self.summed_point.has_hooks():
+            hidden_states = self.summed_point(hidden_states.clone())
         # A copy for hooks: a change in place is one of what the norm reads, not of the residual stream.
         x = self.hook_in(hidden_states.clone()) if self.hook_in.has_hooks() else hidden_states
         component: Any = self.original_component
@@ -70,25 +113,13 @@ class Norm(GeneralizedComponent):
         if not (scaled or edited):
             return self.hook_out(native)
         if not scale_point.fwd_hooks and not normalized_point.fwd_hooks:
-            return self.hook_out(_ExactForward.apply(rebuilt, native))
+            return self.hook_out(ExactForward.apply(rebuilt, native))
         # Forward and backward hooks together cannot be told from an edit but by the value.
         unedited = self._apply_weight_and_bias(
             (centred / (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt()).detach(), x.dtype
         )
         same = torch.equal(rebuilt.detach(), unedited)
-        return self.hook_out(_ExactForward.apply(rebuilt, native) if same else rebuilt)
-
-    def _edit_residual(self, stream: Tensor) -> None:
-        """Let hooks read and edit the stream that this norm reads and the block adds to afterwards.
-
-        transformers' blocks keep no other reference to it than this tensor, so an edit is copied into it. Hooks get a
-        copy: what their graph has saved stays as it was.
-        """
-        point = self.residual_point
-        assert point is not None
-        seen, edited = call_hook(point, stream.clone(), "hook_resid_mid")
-        if edited:
-            stream.copy_(seen)
+        return self.hook_out(ExactForward.apply(rebuilt, native) if same else rebuilt)
 
 
 class Attention(GeneralizedComponent):
@@ -124,10 +155,14 @@ class Unembedding(GeneralizedComponent):
 
 
 class MoEBlock(GeneralizedComponent):
-    """The MLP of a block; a layer with experts gets its hook points here, a dense layer keeps TransformerLens's."""
+    """The MLP of a block; a layer with experts gets its hook points here, a dense layer keeps those it has."""
 
     family: Family
     hooks: LayerHooks | None = None
+    layer: Any = None
+    """The decoder layer around it, where shared experts may be."""
+    beside: Callable[..., Tensor] | None = None
+    """What computes shared experts that are not in the block but beside it."""
 
     def set_original_component(self, original_component: nn.Module) -> None:
         """Wrap the block and, when it has experts, take the router and the experts apart."""
@@ -140,13 +175,12 @@ class MoEBlock(GeneralizedComponent):
 
     def _open(self, moe: Any, router: Any, experts: Any) -> None:
         family = self.family
-        if not hasattr(experts, "has_gate") or not hasattr(experts, "down_proj"):
-            raise UnsupportedModelError(
-                f"{type(experts).__name__} is not under transformers' experts contract (packed gate_up_proj and "
-                "down_proj); quantised experts replace it: load the model without quantization_config"
-            )
+        check_experts(experts)
         shared = getattr(moe, family.shared, None) if family.shared else None
-        self.__dict__["hooks"] = hooks = LayerHooks(-1, linear_branch=experts.has_gate, shared=shared is not None)
+        beside = getattr(self.layer, family.shared, None) if family.shared and shared is None else None
+        has_shared = shared is not None or beside is not None
+        self.__dict__["hooks"] = hooks = LayerHooks(-1, linear_branch=experts.has_gate, shared=has_shared)
+        hooks.factors = _factors(family, moe, router, self.layer)
         if isinstance(self._modules.get("hook_router_scores"), HookPoint):
             self._hook_registry.pop("hook_router_scores")
             del self.hook_router_scores
@@ -154,10 +188,14 @@ class MoEBlock(GeneralizedComponent):
         for name, point in hooks.points.items():
             setattr(self, name, point)
         # partials, not closures: a deep copy of the model then has hooks of its own
-        router.forward = partial(route, router.forward, hooks, experts.num_experts)
+        router.forward = partial(route, router.forward, hooks, rule_of(family, router, experts.num_experts))
         experts.forward = partial(experts_forward, experts, hooks, family.interleaved)
         if shared is not None:
             self._open_shared(moe, shared, hooks)
+        elif beside is not None:
+            # The layer adds it to what the block returns: the block does so itself, and the layer then adds zero.
+            self.__dict__["beside"] = partial(_shared, beside.forward, None, hooks)
+            beside.forward = _nothing
 
     def _open_shared(self, moe: Any, shared: Any, hooks: LayerHooks) -> None:
         """Hook the shared experts' output, after their own sigmoid gate where the family has one.
@@ -183,11 +221,52 @@ class MoEBlock(GeneralizedComponent):
         finally:
             self.hooks.finish()
 
+    def _finish(self, out: Any, x: Tensor) -> Any:
+        return out if self.beside is None else out + self.beside(x)
+
+
+def check_experts(experts: Any) -> None:
+    """Whether an experts module is one whose mathematics the kernel knows.
+
+    Raises:
+        UnsupportedModelError: it is not, or its parameters are quantised.
+    """
+    down = getattr(experts, "down_proj", None)
+    packed = isinstance(down, Tensor) and hasattr(experts, "has_gate")
+    if not packed or not down.is_floating_point() or down.element_size() < 2 or "FP8" in type(experts).__name__:
+        raise UnsupportedModelError(
+            f"{type(experts).__name__} is not under transformers' experts contract (packed gate_up_proj and down_proj, "
+            "of 16 bits at least); quantised experts replace it. Dequantise while loading, with quantization_config="
+            "Mxfp4Config(dequantize=True) or FineGrainedFP8Config(dequantize=True) of transformers; other formats "
+            "have no way back"
+        )
+
+
+def _factors(family: Family, moe: Any, router: Any, layer: Any) -> dict[str, float]:
+    """What the family multiplies by after the experts, by hook: hooks show the product."""
+    multiplier = family.layout.multiplier if family.layout else None
+    both = float(getattr(layer, multiplier)) if multiplier else 1.0
+    if family.averaged and getattr(moe, family.averaged) == "average":
+        both /= 2
+    owner = moe if hasattr(moe, family.scaled or "") else router
+    routed = both * (float(getattr(owner, family.scaled)) if family.scaled and family.scaled_after else 1.0)
+    of_routed = dict.fromkeys((names.ROUTING_WEIGHTS, names.EXPERT_WEIGHTED, names.ROUTED_OUT), routed)
+    return {name: factor for name, factor in {**of_routed, names.SHARED_OUT: both}.items() if factor != 1.0}
+
+
+def _nothing(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x.new_zeros(())
+
 
 def _shared(
-    compute: Callable[..., Tensor], openness: Callable[..., Tensor] | None, hooks: LayerHooks, x: Tensor
+    compute: Callable[..., Tensor],
+    openness: Callable[..., Tensor] | None,
+    hooks: LayerHooks,
+    x: Tensor,
+    *args: Any,
+    **kwargs: Any,
 ) -> Tensor:
-    out = compute(x)
+    out = compute(x, *args, **kwargs)
     if openness is not None and hooks.heard(names.SHARED_OUT):
         out = openness(x).sigmoid() * out
     return hooks.over_tokens(names.SHARED_OUT, out)

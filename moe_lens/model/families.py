@@ -5,47 +5,244 @@ A family is supported when its MoE block follows the contract of transformers 5:
 `experts(hidden, indices, weights)`. What is not in the table is refused by name.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import replace
+from typing import Any
 
 from transformers import PretrainedConfig
 
 from moe_lens.errors import UnsupportedModelError
+from moe_lens.model.family import Family, Layout
+from moe_lens.model.refusals import REFUSED
 
+__all__ = ["FAMILIES", "Family", "Layout", "family_of"]
 
-@dataclass(frozen=True)
-class Family:
-    """What the wrapper has to know of one model type; everything else is read off the modules."""
-
-    model_type: str
-    """`config.model_type` of transformers."""
-    router: str = "gate"
-    """Name of the router module in the MoE block."""
-    shared: str | None = None
-    """Name of the shared experts' MLP in the MoE block."""
-    shared_gate: str | None = None
-    """Name of the linear layer whose sigmoid scales the shared experts' output."""
-    score: Literal["softmax", "sigmoid"] = "softmax"
-    """Affinity of all experts as a function of the router logits."""
-    interleaved: bool = False
-    """Whether `gate_up_proj` alternates the two branches instead of concatenating them."""
-    dead: tuple[str, ...] = ()
-    """Endings of TransformerLens's hook names that never fire in this family."""
-
+LLAMA = Layout()
+"""Norm, attention, add; norm, MLP, add: what most families have."""
+OFFSET = Layout(offset=True)
+SANDWICH = Layout(ln1_post="post_attention_layernorm", ln2="pre_mlp_layernorm", ln2_post="post_mlp_layernorm")
+GRANITE = Layout(
+    mlp="block_sparse_moe",
+    multiplier="residual_multiplier",
+    embed_multiplier="embedding_multiplier",
+    logits_divisor="logits_scaling",
+)
+STREAMS = Layout(stream="other", streams=True)
+# DeepSeek-V3's rule: sigmoid, a bias and groups for the choice, then normalisation and a scale.
+V3: dict[str, Any] = {
+    "score": "sigmoid",
+    "bias": True,
+    "groups": True,
+    "normalised": "config",
+    "scaled": "routed_scaling_factor",
+}
+V3_SHARED: dict[str, Any] = {**V3, "shared": "shared_experts", "layout": LLAMA}
+QWEN: dict[str, Any] = {"shared": "shared_expert", "shared_gate": "shared_expert_gate"}
+MANY_STREAMS = "several residual streams, mixed anew by every part: no hook_resid_*, hook_attn_out or hook_mlp_out"
 
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("deepseek", shared="shared_experts"),
+        Family(
+            "afmoe",
+            router="router",
+            shared="shared_experts",
+            score="sigmoid",
+            bias=True,
+            normalised="always",
+            scaled="route_scale",
+            layout=SANDWICH,
+        ),
+        Family("aria_text", router="router", shared="shared_experts", normalised="always", layout=LLAMA),
+        Family(
+            "axk1",
+            **{**V3_SHARED, "layout": Layout(ln2_post="mlp.post_mlp_layernorm")},
+            note="a norm at the end of the MoE block: mlp.hook_out is what it reads, hook_mlp_out what it returns",
+        ),
+        Family("axk2", **V3_SHARED),
+        Family("bailing_hybrid", **V3_SHARED),
+        Family(
+            "beam",
+            score="sigmoid",
+            bias=True,
+            groups=True,
+            normalised="config",
+            scaled="routed_scaling_factor",
+            scaled_after=True,
+            layout=Layout(
+                ln1_post="post_attention_layernorm",
+                ln2="pre_feedforward_layernorm",
+                ln2_post="post_feedforward_layernorm",
+                stream="other",
+            ),
+            note="every addition shrinks the residual stream: no hook_resid_mid, hook_attn_out or hook_mlp_out",
+        ),
+        Family(
+            "cohere2_moe",
+            shared="shared_experts",
+            averaged="shared_expert_combination_strategy",
+            score_field="expert_selection_fn",
+            normalised="config",
+            layout=Layout(ln2=None, stream="parallel", logits_multiplier="logit_scale"),
+            note="attention and experts read the same norm and are added together: no hook_resid_mid",
+        ),
+        Family("deepseek", shared="shared_experts", normalised="config"),
         # V2 rotates by complex numbers: there are no cosines and sines to hook.
-        Family("deepseek_v2", shared="shared_experts", dead=(".hook_cos", ".hook_sin")),
-        Family("deepseek_v3", shared="shared_experts", score="sigmoid"),
+        Family(
+            "deepseek_v2",
+            shared="shared_experts",
+            groups=True,
+            scaled="routed_scaling_factor",
+            dead=(".hook_cos", ".hook_sin"),
+        ),
+        Family("deepseek_v3", shared="shared_experts", **V3),
+        Family("deepseek_v32", **V3_SHARED),
+        Family(
+            "deepseek_v4",
+            shared="shared_experts",
+            score="sqrtsoftplus",
+            score_field="scoring_func",
+            bias=True,
+            normalised="always",
+            scaled="routed_scaling_factor",
+            select="token",
+            layout=STREAMS,
+            note=MANY_STREAMS + "; the first layers choose experts by the token's id: logits set their weights alone",
+        ),
+        Family("dots1", **V3_SHARED),
+        Family("dots3_note_text", **V3_SHARED),
+        Family("ernie4_5_moe", shared="shared_experts", bias=True, normalised="always", layout=LLAMA),
+        Family("exaone_moe", **V3_SHARED),
+        Family(
+            "flex_olmo",
+            normalised="config",
+            layout=Layout(
+                ln1=None, ln1_post="post_attention_layernorm", ln2=None, ln2_post="post_feedforward_layernorm"
+            ),
+        ),
+        Family("flint", shared="shared_expert", score="sigmoid", normalised="config", layout=LLAMA),
+        Family("glm4_moe", **V3_SHARED),
+        Family("glm4_moe_lite", **V3_SHARED),
+        Family("glm_moe_dsa", **V3_SHARED),
         # gpt-oss applies its softmax to the selected logits alone: the affinity of all, renormalised over the selected.
-        Family("gpt_oss", router="router", interleaved=True),
-        Family("mixtral"),
-        Family("olmoe"),
-        Family("qwen2_moe", shared="shared_expert", shared_gate="shared_expert_gate"),
-        Family("qwen3_moe"),
+        Family("gpt_oss", router="router", interleaved=True, normalised="always"),
+        Family("granitemoe", router="router", normalised="always", layout=GRANITE),
+        Family("granitemoe_swa", router="router", shared="shared_mlp", normalised="always", layout=GRANITE),
+        Family("granitemoehybrid", router="router", shared="shared_mlp", normalised="always", layout=GRANITE),
+        Family("granitemoeshared", router="router", shared="shared_mlp", normalised="always", layout=GRANITE),
+        Family("hunyuan_v1_moe", shared="shared_mlp", normalised="always", layout=LLAMA),
+        Family(
+            "hy_v3",
+            shared="shared_experts",
+            score="sigmoid",
+            bias=True,
+            normalised="always",
+            scaled="router_scaling_factor",
+            layout=LLAMA,
+        ),
+        Family("hy_v4", **{**V3_SHARED, "layout": STREAMS}, note=MANY_STREAMS),
+        Family(
+            "inkling_text",
+            shared="shared_experts",
+            score="sigmoid",
+            bias=True,
+            normalised="always",
+            scaled="route_scale",
+            shared_logits=True,
+            layout=Layout(ln1_post="attn_sconv", ln2_post="mlp_sconv"),
+            note="weights are normalised together with those of the shared experts; a short convolution follows the "
+            "MoE block: mlp.hook_out is what it reads, hook_mlp_out what it returns",
+        ),
+        Family(
+            "jamba",
+            router="router",
+            layout=Layout(mlp="feed_forward", ln2="pre_ff_layernorm", final_norm="final_layernorm"),
+        ),
+        Family("kimi_linear", **V3_SHARED),
+        Family(
+            "kolibri1",
+            shared="shared_experts",
+            score="sigmoid",
+            bias=True,
+            normalised="config",
+            layout=Layout(ln1_post="post_self_attn_layernorm", ln2_post="post_mlp_layernorm"),
+        ),
+        Family(
+            "laguna",
+            shared="shared_experts",
+            score="sigmoid",
+            bias=True,
+            normalised="always",
+            scaled="routed_scaling_factor",
+            scaled_after=True,
+            logits_factor="router_logit_softcapping",
+            layout=LLAMA,
+        ),
+        Family(
+            "lfm2_moe",
+            score="sigmoid",
+            bias=True,
+            normalised="config",
+            scaled="routed_scaling_factor",
+            layout=Layout(mlp="feed_forward", ln1="operator_norm", ln2="ffn_norm", final_norm="embedding_norm"),
+        ),
+        Family("mellum", normalised="config", layout=LLAMA),
+        Family("mimo_v2_flash", **V3, layout=LLAMA),
+        Family(
+            "minimax",
+            normalised="always",
+            layout=Layout(stream="other"),
+            note="norms stand in the residual stream itself: no hook_resid_mid, hook_attn_out or hook_mlp_out",
+        ),
+        Family("minimax_m2", score="sigmoid", bias=True, normalised="always", layout=LLAMA),
+        Family(
+            "minimax_m3_vl_text",
+            shared="shared_experts",
+            score="sigmoid",
+            bias=True,
+            normalised="always",
+            scaled="routed_scaling_factor",
+            scaled_after=True,
+            layout=OFFSET,
+        ),
+        Family(
+            "mistral4",
+            shared="shared_experts",
+            groups=True,
+            normalised="config",
+            scaled="routed_scaling_factor",
+            layout=LLAMA,
+        ),
+        Family("mixtral", normalised="always"),
+        Family(
+            "nemotron_h",
+            **V3,
+            shared="shared_experts",
+            layout=Layout(mlp="mixer", embed="embeddings", ln1="norm", ln2="norm", final_norm="norm_f"),
+            note="a layer either mixes positions or is an MLP; only MoE layers have hook_resid_mid and hook_mlp_out",
+        ),
+        Family("olmoe", normalised="config"),
+        Family(
+            "phimoe",
+            router="router",
+            select="sparsemixer",
+            layout=LLAMA,
+            note="experts are chosen one after the other; each weight is a softmax over the logits near the largest "
+            "of those left, and a forced expert counts as near",
+        ),
+        Family("qwen2_moe", **QWEN, normalised="config"),
+        Family("qwen3_5_moe_text", **QWEN, normalised="always", layout=OFFSET),
+        Family("qwen3_moe", normalised="config"),
+        Family("qwen3_next", **QWEN, normalised="config", layout=OFFSET),
+        Family(
+            "qwen4_exp_text",
+            **QWEN,
+            normalised="config",
+            layout=Layout(
+                stream="other", streams=True, offset=True, ln1=None, ln2=None, final_norm="hyper_connection_mixer"
+            ),
+            note=MANY_STREAMS,
+        ),
+        Family("solar_open", **V3_SHARED),
     )
 }
 
@@ -54,12 +251,23 @@ def family_of(config: PretrainedConfig) -> Family:
     """The family of a transformers config.
 
     Raises:
-        UnsupportedModelError: its model type is not in the table.
+        UnsupportedModelError: its model type is not in the table, or a field of it says what is not known.
     """
     model_type = getattr(config, "model_type", None)
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
-    raise UnsupportedModelError(
-        f"model_type {model_type!r} is not supported. Supported: {', '.join(sorted(FAMILIES))}. "
-        "A model without experts belongs in TransformerLens's TransformerBridge."
-    )
+    if model_type not in FAMILIES:
+        why = REFUSED.get(str(model_type))
+        raise UnsupportedModelError(
+            f"model_type {model_type!r} is not supported"
+            + (f": {why}. " if why else ". ")
+            + f"Supported: {', '.join(sorted(FAMILIES))}. "
+            "A model without experts belongs in TransformerLens's TransformerBridge."
+        )
+    family = FAMILIES[model_type]
+    if family.score_field is None:
+        return family
+    score = getattr(config, family.score_field)
+    if score not in ("softmax", "sigmoid", "sqrtsoftplus"):
+        raise UnsupportedModelError(
+            f"{family.score_field} of this {model_type} is {score!r}; expected softmax, sigmoid or sqrtsoftplus"
+        )
+    return replace(family, score=score)

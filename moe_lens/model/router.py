@@ -135,7 +135,7 @@ class _ForceIndices(_Again):
             return func(*args, **kwargs)
         top_k = self.indices.shape[-1]
         if self.rule.select == "sparsemixer":
-            return self._one_by_one(func, scores, args, kwargs)
+            return self._one_by_one(func, args, kwargs)
         if func in MASK:
             return scores
         if func in TOPK and (args[1] if len(args) > 1 else kwargs["k"]) == top_k:
@@ -146,7 +146,7 @@ class _ForceIndices(_Again):
             return scores.gather(-1, self.indices)
         return func(*args, **kwargs)
 
-    def _one_by_one(self, func: Any, scores: Tensor, args: Any, kwargs: Any) -> Any:
+    def _one_by_one(self, func: Any, args: Any, kwargs: Any) -> Any:
         """PhiMoE takes the largest logit k times; logits far below it are masked, but for the forced expert's."""
         out = func(*args, **kwargs)
         if func in LARGEST and self.chosen < self.indices.shape[-1]:

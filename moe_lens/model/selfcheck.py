@@ -23,30 +23,33 @@ def self_check(model: Any) -> dict[str, float]:
     """
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.cfg.d_vocab, (1, TOKENS), generator=generator).to(model.cfg.device)
-    kept = {
-        names.EXPERT_WEIGHTED,
-        names.ROUTED_OUT,
-        names.SHARED_OUT,
-        "hook_resid_mid",
-        "hook_mlp_out",
-        "hook_resid_post",
-    }
+    of_block = {names.RESID_PRE, names.ATTN_OUT, names.RESID_MID, names.BLOCK_MLP_OUT, names.RESID_POST}
+    of_mlp = {names.EXPERT_WEIGHTED, names.ROUTED_OUT, names.SHARED_OUT, names.MLP_OUT}
+    wanted = {names.block(name, layer) for name in of_block for layer in range(model.cfg.n_layers)}
+    wanted |= {names.mlp(name, layer) for name in of_mlp for layer in model.moe_layers}
     with torch.no_grad():
         plain = model(tokens)
-        logits, cache = model.run_with_cache(tokens, names_filter=lambda name: name.rpartition(".")[2] in kept)
+        logits, cache = model.run_with_cache(tokens, names_filter=sorted(wanted & model.hook_dict.keys()))
     if not torch.equal(plain, logits):
         raise SelfCheckError(
             f"observing changed the logits by {(plain - logits).abs().max():.2e}; expected identical bits. "
             "Please report the model; check=False loads it nevertheless"
         )
-    deviations = {"routed_out": 0.0, "mlp_out": 0.0, "resid_post": 0.0}
+    deviations = {"routed_out": 0.0, "mlp_out": 0.0, "resid_mid": 0.0, "resid_post": 0.0}
     for layer in range(model.cfg.n_layers):
-        mid, mlp_out, post = (
-            cache[names.block(name, layer)] for name in ("hook_resid_mid", "hook_mlp_out", "hook_resid_post")
-        )
-        laws = [("resid_post", mid + mlp_out, post, "resid_mid + mlp_out = resid_post")]
+        laws = []
+        at = {name: cache[full] for name in of_block if (full := names.block(name, layer)) in cache}
+        mid, post = at.get(names.RESID_MID), at.get(names.RESID_POST)
+        if mid is not None and post is not None:
+            laws.append(("resid_post", mid + at[names.BLOCK_MLP_OUT], post, "resid_mid + mlp_out = resid_post"))
+        elif post is not None and (added := [at[n] for n in (names.ATTN_OUT, names.BLOCK_MLP_OUT) if n in at]):
+            laws.append(("resid_post", sum(added, at[names.RESID_PRE]), post, "resid_pre + parts = resid_post"))
+        if mid is not None and names.ATTN_OUT in at:
+            laws.append(
+                ("resid_mid", at[names.RESID_PRE] + at[names.ATTN_OUT], mid, "resid_pre + attn_out = resid_mid")
+            )
         if layer in model.moe_layers:
-            routed = cache[names.mlp(names.ROUTED_OUT, layer)]
+            routed, mlp_out = (cache[names.mlp(name, layer)] for name in (names.ROUTED_OUT, names.MLP_OUT))
             ranks = cache[names.mlp(names.EXPERT_WEIGHTED, layer)].sum(2)
             whole = routed + cache[names.mlp(names.SHARED_OUT, layer)] if model.has_shared(layer) else routed
             laws += [

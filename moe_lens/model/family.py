@@ -1,0 +1,90 @@
+"""What the wrapper has to know of one model type."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where transformers keeps the parts of a decoder, and how a layer of it adds up what its parts compute.
+
+    Names of modules; those of a layer are looked up in each layer, and one that a layer lacks has no hooks there.
+    """
+
+    decoder: str = "model"
+    """Path of the module that holds the embedding, the layers and the final norm."""
+    embed: str = "embed_tokens"
+    final_norm: str = "norm"
+    head: str = "lm_head"
+    ln1: str | None = "input_layernorm"
+    ln1_post: str | None = None
+    """Norm of what attention adds."""
+    ln2: str | None = "post_attention_layernorm"
+    """Norm of what the MLP reads; None where it reads the residual stream itself."""
+    ln2_post: str | None = None
+    """Norm of what the MLP adds."""
+    mlp: str = "mlp"
+    offset: bool = False
+    """Whether the norms multiply by 1 + weight."""
+    stream: Literal["sequential", "parallel", "other"] = "sequential"
+    """`sequential`: resid_pre + attn_out = resid_mid, resid_mid + mlp_out = resid_post. `parallel`: attention and MLP
+    read the same norm, and there is no resid_mid. `other`: the stream is rescaled, gated, or many streams, so what a
+    part adds is no term of a sum: no hook_resid_mid, hook_attn_out or hook_mlp_out."""
+    streams: bool = False
+    """Whether what passes between layers is no one stream: then there is no hook_resid_pre or hook_resid_post."""
+    multiplier: str | None = None
+    """Attribute of a layer: what attention and MLP compute is multiplied by it before it is added."""
+    embed_multiplier: str | None = None
+    """Field of the config that embeddings are multiplied by."""
+    logits_multiplier: str | None = None
+    """Field of the config that logits are multiplied by."""
+    logits_divisor: str | None = None
+    """Field of the config that logits are divided by."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is particular to one model type; everything else is read off the modules."""
+
+    model_type: str
+    """`config.model_type` of transformers."""
+    router: str = "gate"
+    """Name of the router module in the MoE block."""
+    shared: str | None = None
+    """Name of the shared experts' MLP in the MoE block, or beside it in the layer."""
+    shared_gate: str | None = None
+    """Name of the linear layer whose sigmoid scales the shared experts' output."""
+    score: Score = "softmax"
+    """Affinity of all experts as a function of the router logits."""
+    score_field: str | None = None
+    """Field of the config that says which score function a checkpoint uses."""
+    interleaved: bool = False
+    """Whether `gate_up_proj` alternates the two branches instead of concatenating them."""
+    dead: tuple[str, ...] = ()
+    """Endings of TransformerLens's hook names that never fire in this family."""
+    layout: Layout | None = None
+    """Where the parts are, for the generic adapter; None uses TransformerLens's."""
+    normalised: Literal["always", "config", "never"] = "never"
+    """Whether weights are divided by their sum over the chosen experts; `config`: as `norm_topk_prob` says."""
+    bias: bool = False
+    """Whether a bias is added to the affinities for the choice alone."""
+    groups: bool = False
+    """Whether experts are chosen within the best groups of experts."""
+    scaled: str | None = None
+    """Attribute of the router or the MoE block that weights are multiplied by."""
+    scaled_after: bool = False
+    """Whether that is done by the block, after the experts."""
+    averaged: str | None = None
+    """Attribute of the MoE block that says `average` where routed and shared experts are averaged, not added."""
+    shared_logits: bool = False
+    """Whether the router's product has columns for the shared experts behind those of the routed ones."""
+    logits_factor: str | None = None
+    """Attribute of the router: its product is multiplied by it, or bounded with it, before anything else; 0 is off."""
+    select: Literal["topk", "sparsemixer", "token"] = "topk"
+    """How experts are chosen: the largest scores, one after the other (PhiMoE), or by the token's id in some layers."""
+    text: str | None = None
+    """Path of the text model's config inside a multimodal one."""
+    note: str = ""
+    """What a user should know beyond the fields: which hooks are lacking, and why."""

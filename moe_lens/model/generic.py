@@ -1,0 +1,139 @@
+"""An adapter of our own, for families that TransformerLens has none for.
+
+It hooks the boundaries of a layer's parts and leaves every computation to transformers: embedding, residual stream,
+norms, attention (or the state-space or convolution layer in its place), MLP, and the experts inside.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+from transformer_lens.model_bridge.generalized_components import (
+    BlockBridge,
+    EmbeddingBridge,
+    NormalizationBridge,
+    UnembeddingBridge,
+)
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+from moe_lens.model.components import MoEBlock, Norm, Part, Unembedding, adapt
+from moe_lens.model.family import Family, Layout
+
+MIXERS = {"self_attn": "attn", "linear_attn": "linear_attn", "mamba": "mamba", "conv": "conv"}
+"""Modules of a layer that mix positions, and the names of their components; a layer has one of them."""
+
+
+def norm_of(name: str, module: nn.Module, layout: Layout, cfg: Any) -> GeneralizedComponent:
+    """The component of a norm: with `hook_scale` and `hook_normalized` where it is an ordinary one."""
+    kind = type(module).__name__
+    if isinstance(module, nn.LayerNorm) or kind.endswith("LayerNorm"):
+        return adapt(NormalizationBridge(name, cfg, uses_rms_norm=False, uses_weight_offset=False), Norm)
+    if kind.endswith("RMSNorm") and "Gated" not in kind:
+        return adapt(NormalizationBridge(name, cfg, uses_rms_norm=True, uses_weight_offset=layout.offset), Norm)
+    return Part(name)
+
+
+class Layer(BlockBridge):
+    """A decoder layer: its parts are what the layer at hand has of those that its family can have."""
+
+    family: Family
+    hook_aliases: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self, name: str, family: Family, cfg: Any):
+        super().__init__(name, submodules={}, hook_alias_overrides={})
+        self.__dict__.update(family=family, cfg=cfg)
+        del self.hook_mlp_in
+        self._hook_registry.pop("hook_mlp_in")
+        layout = _layout(family)
+        self.hook_aliases = {} if layout.streams else {"hook_resid_pre": "hook_in", "hook_resid_post": "hook_out"}
+
+    def _maybe_wire_capture_hooks(self) -> None:
+        """TransformerLens's further points on the inputs of attention and MLP: not here."""
+
+    def set_original_component(self, original_component: nn.Module) -> None:
+        """Wrap a layer, and find its parts."""
+        super().set_original_component(original_component)
+        layout = _layout(self.family)
+        parts: dict[str, GeneralizedComponent] = {}
+        layer: Any = original_component
+        mlp = getattr(layer, layout.mlp, None)
+        mixer = next((name for name in MIXERS if getattr(layer, name, None) is not None), None)
+        single = mixer is None and layout.ln1 == layout.ln2  # a layer that either mixes positions or is an MLP
+        if single and mlp is not None and not hasattr(mlp, "experts"):
+            mixer, mlp = layout.mlp, None
+        ln2 = None if single and mlp is None else layout.ln2
+        ln1 = None if single and mlp is not None else layout.ln1
+        for key, name in (("ln1", ln1), ("ln1_post", layout.ln1_post), ("ln2", ln2), ("ln2_post", layout.ln2_post)):
+            module = _find(layer, name)
+            if name is not None and module is not None:
+                parts[key] = norm_of(name, module, layout, self.__dict__["cfg"])
+        if mixer is not None:
+            parts[MIXERS.get(mixer, "attn")] = Part(mixer)
+        if mlp is not None:
+            block = adapt(Part(layout.mlp), MoEBlock)
+            block.__dict__.update(family=self.family, layer=layer)
+            parts["mlp"] = block
+        # Parts inside others come last: they are looked up through the wrapped ones.
+        self.submodules = dict(sorted(parts.items(), key=lambda part: (part[1].name or "").count(".")))
+        if layout.multiplier is not None:
+            for key in (*MIXERS.values(), "mlp"):
+                if key in parts:
+                    parts[key].__dict__["multiplier"] = float(getattr(layer, layout.multiplier))
+        if "mlp" in parts and "ln2_post" in parts and str(layout.ln2_post).startswith(f"{layout.mlp}."):
+            parts["mlp"].__dict__["shows_output"] = False
+            parts["ln2_post"].__dict__["summed_point"] = parts["mlp"].hook_out
+        aliases = dict(self.hook_aliases)
+        if layout.stream != "other":
+            mixed = next((key for key in MIXERS.values() if key in parts), None)
+            if mixed is not None:
+                aliases["hook_attn_out"] = "ln1_post.hook_out" if "ln1_post" in parts else f"{mixed}.hook_out"
+            if "mlp" in parts:
+                aliases["hook_mlp_out"] = "ln2_post.hook_out" if "ln2_post" in parts else "mlp.hook_out"
+        self.hook_aliases = aliases
+        if layout.stream == "sequential" and "mlp" in parts:
+            self.hook_resid_mid = HookPoint()
+
+
+def _layout(family: Family) -> Layout:
+    assert family.layout is not None
+    return family.layout
+
+
+def _find(module: Any, path: str | None) -> Any:
+    for name in (path or "").split(".") if path else ():
+        module = getattr(module, name, None)
+    return module if path else None
+
+
+class GenericAdapter(ArchitectureAdapter):
+    """Hooks at the boundaries that a family's `Layout` names."""
+
+    def __init__(self, cfg: Any, family: Family, model: nn.Module):
+        super().__init__(cfg)
+        self.family = family
+        layout = _layout(family)
+        self.weight_processing_conversions = {}
+        # What TransformerLens reconstructs in its own norms and shows of a config.
+        self._set_rms_rotary_defaults()
+        self.cfg.rmsnorm_uses_offset = layout.offset
+        config: Any = model.config
+        self.text = text = config.get_text_config()
+        factor = getattr(text, layout.embed_multiplier) if layout.embed_multiplier else 1.0
+        norm = f"{layout.decoder}.{layout.final_norm}"
+        self.component_mapping = {
+            "embed": EmbeddingBridge(f"{layout.decoder}.{layout.embed}", output_contribution_scale=float(factor)),
+            "blocks": Layer(f"{layout.decoder}.layers", family, self.cfg),
+            "ln_final": norm_of(norm, _find(model, norm), layout, self.cfg),
+            "unembed": adapt(UnembeddingBridge(layout.head), Unembedding),
+        }
+
+    def apply_output_logits_transform(self, logits: torch.Tensor) -> Tensor:
+        """What the family does to the unembedding's output: scales it, bounds it."""
+        layout, text = _layout(self.family), self.text
+        if layout.logits_multiplier is not None:
+            logits = logits * getattr(text, layout.logits_multiplier)
+        if layout.logits_divisor is not None:
+            logits = logits / getattr(text, layout.logits_divisor)
+        return super().apply_output_logits_transform(logits)

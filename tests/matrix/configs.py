@@ -1,0 +1,208 @@
+"""A tiny random model of every model type that moe_lens supports: decisive in its routing, no two widths equal."""
+
+from functools import cache
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
+
+import moe_lens.model.deepseek as _deepseek
+
+VOCABULARY, EXPERTS, TOP_K, LAYERS = 101, 8, 3, 4
+
+# Taken by a config class that has the field, under whichever of its names.
+BASE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 40,
+    "intermediate_size": 56,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "num_experts": EXPERTS,
+    "num_local_experts": EXPERTS,
+    "n_routed_experts": EXPERTS,
+    "moe_num_experts": EXPERTS,
+    "num_experts_per_tok": TOP_K,
+    "moe_topk": TOP_K,
+    "moe_top_k": TOP_K,
+    "moe_k": TOP_K,
+    "top_k_experts": TOP_K,
+    "n_shared_experts": 1,
+    "num_shared_experts": 1,
+    "moe_num_shared_experts": 1,
+    "shared_expert_intermediate_size": 32,
+    "shared_intermediate_size": 32,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "num_dense_layers": 1,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 20,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+    "sliding_window": 8,
+    # Factors that are 1 by default would hide where they are applied.
+    "routed_scaling_factor": 1.7,
+    "router_scaling_factor": 1.7,
+    "moe_routed_scaling_factor": 1.7,
+    "route_scale": 1.7,
+    "residual_multiplier": 0.6,
+    "embedding_multiplier": 2.5,
+    "logits_scaling": 0.8,
+    "logit_scale": 0.7,
+    "norm_topk_prob": True,
+}
+MLA: dict[str, Any] = {"head_dim": None, "num_key_value_heads": 4}
+INDEXED: dict[str, Any] = {"index_head_dim": 8, "index_n_heads": 2, "index_topk": 8}
+DELTA: dict[str, Any] = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+
+# What a model type needs beside BASE; None takes a field of BASE away.
+SPECIAL: dict[str, dict[str, Any]] = {
+    "deepseek": {"num_experts": None, "num_local_experts": None},
+    "bailing_hybrid": {**MLA, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"] * 2},
+    "kimi_linear": {
+        **MLA,
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+    },
+    "axk1": MLA,
+    "axk2": {**MLA, **INDEXED},
+    "beam": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
+    "cohere2_moe": {
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        "prefix_dense_intermediate_size": 48,
+        "shared_expert_combination_strategy": "average",
+        "expert_selection_fn": "sigmoid",
+    },
+    "deepseek_v2": {**MLA, "head_dim": 8, "topk_method": "group_limited_greedy"},
+    "deepseek_v3": MLA,
+    "deepseek_v32": {**MLA, **INDEXED},
+    "glm4_moe_lite": MLA,
+    "glm_moe_dsa": {**MLA, **INDEXED},
+    "dots3_note_text": {**MLA, **INDEXED, "head_dim": 20, "shared_experts_intermediate_size": 32},
+    "gemma4_text": {
+        "enable_moe_block": True,
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+        "global_head_dim": 8,
+        "vocab_size_per_layer_input": VOCABULARY,
+    },
+    "granitemoehybrid": {
+        "mamba_n_heads": 8,
+        "mamba_d_head": 10,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+        "mamba_chunk_size": 8,
+        "layer_types": ["mamba", "attention", "mamba", "attention"],
+    },
+    "jamba": {
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "use_mamba_kernels": False,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "mistral4": MLA,
+    "nemotron_h": {
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 8,
+        "n_groups": 2,
+        "chunk_size": 8,
+        "moe_shared_expert_intermediate_size": 32,
+        "layers_block_type": ["mamba", "attention", "moe", "moe"],
+    },
+    "phimoe": {"num_experts_per_tok": 2},
+    "qwen3_next": DELTA,
+    "qwen3_5_moe_text": DELTA,
+    "qwen4_exp_text": {
+        **DELTA,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+        "hc_lowrank": 12,
+    },
+    "laguna": {"moe_router_logit_softcapping": 2.0},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+
+def config(model_type: str, **changes: Any) -> PreTrainedConfig:
+    """A tiny config of a model type; fields that it does not have are left out."""
+    cls = CONFIG_MAPPING[model_type]
+    probe = cls()
+    known = {*probe.to_dict(), *getattr(probe, "attribute_map", {})}
+    fields = {key: value for key, value in BASE.items() if key in known}
+    fields |= {**SPECIAL.get(model_type, {}), **changes}
+    return cls(**{key: value for key, value in fields.items() if value is not None})
+
+
+def class_of(model_type: str) -> Any:
+    """The transformers class that computes next-token logits for a model type."""
+    if model_type == "deepseek":
+        return _deepseek.DeepseekForCausalLM
+    for mapping in (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    ):
+        if model_type in mapping:
+            return getattr(transformers, mapping[model_type])
+    raise KeyError(model_type)
+
+
+def build(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A tiny random model, with biases, norms and router rows large enough to matter."""
+    made = config(model_type, **changes)
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    model = class_of(model_type)._from_config(made, dtype=dtype).eval()
+
+    def draw(value: Tensor, std: float) -> Tensor:
+        return torch.randn(value.shape, generator=generator) * std
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() >= 2:
+                parameter.copy_(draw(parameter, 0.25))
+            elif "bias" in name or "sinks" in name:
+                parameter.copy_(draw(parameter, 0.1))
+            elif "norm" in name:
+                parameter.add_(draw(parameter, 0.3))
+        for name, buffer in model.named_buffers():
+            if "correction_bias" in name or "expert_bias" in name:
+                buffer.copy_(draw(buffer, 0.1))
+    return model
+
+
+@cache
+def tokens(batch: int = 2, pos: int = 12, seed: int = 1) -> Tensor:
+    """Random tokens, none of them special."""
+    return torch.randint(3, VOCABULARY, (batch, pos), generator=torch.Generator().manual_seed(seed))
