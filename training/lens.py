@@ -2,9 +2,9 @@
 
 python training/lens.py --folder training/run --out moe_lens/assets/tiny-deepseekmoe-lens
 
-The folder is that of `prepare.py`: token files, and in `eval/` the half of the held-out sources on which choices are made.
-The lens never sees either half. An interrupted run goes on from `FOLDER/lens.safetensors`. `lens_evaluate.py` measures
-what comes out.
+The folder is that of `prepare.py`: token files, and in `eval/` the half of the held-out sources on which choices are
+made. The lens is trained on neither half. An interrupted run goes on from `FOLDER/lens.safetensors`.
+`lens_evaluate.py` measures what comes out.
 """
 
 import argparse

@@ -106,8 +106,8 @@ def endless(texts: Texts, skip: int = 0) -> Iterator[Any]:
             raise InputError(
                 "the corpus holds nothing to train on"
                 if first
-                else "the corpus has been read to its end and cannot be read again: pass a list, or a data set that can "
-                "be iterated more than once, or ask for fewer steps"
+                else "the corpus has been read to its end and cannot be read again: pass a list, or a data set that "
+                "can be iterated more than once, or ask for fewer steps"
             )
         first = False
 

@@ -69,7 +69,7 @@ class TunedLens(Lens):
             )
 
     def translate(self, resid: Float[Tensor, "*axes d_model"], layer: int) -> Float[Tensor, "*axes d_model"]:
-        """h + A_l h + b_l, in the dtype of h."""
+        """The stream at a layer in the basis of the last: h + A_l h + b_l, in the dtype of h."""
         weight, bias = self.weights[layer], self.biases[layer]
         wide = resid.to(torch.promote_types(resid.dtype, weight.dtype))
         change = torch.nn.functional.linear(wide, weight.to(wide), bias.to(wide))
@@ -163,7 +163,7 @@ class TunedLens(Lens):
         """Load a lens for a model.
 
         Args:
-            name_or_path: A folder that `save_pretrained` wrote, or "tiny-deepseekmoe" for the lens of the embedded model.
+            name_or_path: A folder that `save_pretrained` wrote, or "tiny-deepseekmoe": the embedded model's lens.
             model: The model to read; if not given, the one that the lens was trained for is loaded by its name.
             strict: Whether to refuse a model of another name, or with another final norm or unembedding, than the one
                 the lens was trained for. Names are compared without what stands before their last slash.
@@ -204,8 +204,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
-            f"there is no lens at {folder}: {file.name} cannot be read. Expected a folder that TunedLens.save_pretrained "
-            f"wrote, or {EMBEDDED!r}"
+            f"there is no lens at {folder}: {file.name} cannot be read. Expected a folder that "
+            f"TunedLens.save_pretrained wrote, or {EMBEDDED!r}"
         ) from error
     except ValueError as error:
         raise InputError(f"{file} is not JSON: {error}") from error
@@ -220,8 +220,8 @@ def _check_model(folder: Path, config: dict[str, Any], model: Any, strict: bool)
     shape, expected = (model.cfg.n_layers, model.cfg.d_model), (config["n_layers"], config["d_model"])
     if shape != expected:
         raise InputError(
-            f"the lens at {folder} is of {config['model_name']} ({expected[0]} layers of width {expected[1]}); this model "
-            f"is {name} ({shape[0]} of {shape[1]})"
+            f"the lens at {folder} is of {config['model_name']} ({expected[0]} layers of width {expected[1]}); this "
+            f"model is {name} ({shape[0]} of {shape[1]})"
         )
     if not strict:
         return

@@ -1,7 +1,7 @@
 """Training a TunedLens: KL to the model's own final distribution, over a stream of text, with checkpoints."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from moe_lens import names
 from moe_lens.errors import InputError
-from moe_lens.lenses import base
-from moe_lens.lenses.streams import Rows, batched, endless, of_item, padded, rows, shuffled
+from moe_lens.lenses.divergence import Streams, divergences, sites
+from moe_lens.lenses.streams import batched, endless, of_item, padded, rows, shuffled
 from moe_lens.lenses.tuned import TunedLens, fingerprint
 from moe_lens.lenses.tuning import Tuning
 from moe_lens.storage import load_tensors, save_tensors
@@ -51,86 +49,6 @@ class Settings:
         return min((step + 1) / max(1, self.steps // 20), 1 - step / self.steps)
 
 
-@dataclass(frozen=True)
-class Site:
-    """Where a translator reads: `resid_post` or `resid_mid` of a layer."""
-
-    lens: TunedLens
-    layer: int
-    hook: str
-
-    @property
-    def parameters(self) -> tuple[Tensor, Tensor]:
-        """The translator."""
-        return self.lens.weights[self.layer], self.lens.biases[self.layer]
-
-
-def sites(lens: TunedLens) -> list[Site]:
-    """All translators that can differ from the identity: the stream that leaves the last layer needs none."""
-    n_layers = lens.model.cfg.n_layers
-    post = [Site(lens, layer, names.block(names.RESID_POST, layer)) for layer in range(n_layers - 1)]
-    if lens.mid is None:
-        return post
-    return post + [Site(lens.mid, layer, names.block(names.RESID_MID, layer)) for layer in range(n_layers)]
-
-
-class Streams:
-    """The residual stream of a batch at every site, real tokens only, and what the model made of it."""
-
-    @torch.no_grad()
-    def __init__(self, lens: TunedLens, batch: Rows):
-        model = lens.model
-        n_layers, device = model.cfg.n_layers, model.W_U.device
-        self.last = names.block(names.RESID_POST, n_layers - 1)
-        wanted = [*(site.hook for site in sites(lens)), self.last]
-        place = model.original_model.get_input_embeddings().weight.device
-        _, cache = model.run_with_cache(
-            batch.tokens.to(place),
-            names_filter=wanted,
-            stop_at_layer=n_layers,
-            attention_mask=batch.mask.long().to(place),
-        )
-        self.values = {name: cache[name][batch.mask.to(cache[name].device)].to(device) for name in wanted}
-        self.tokens = int(batch.mask.sum())
-        self._lens = lens
-
-    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Which tokens, the model's own probabilities for them, and Σ p log p in nats."""
-        model = self._lens.model
-        size = max(1, base.CHUNK // model.cfg.d_vocab)
-        for start in range(0, self.tokens, size):
-            at = slice(start, start + size)
-            with torch.no_grad():
-                final = model.unembed(model.ln_final(self.values[self.last][at])).float().log_softmax(-1)
-                probs = final.exp()
-                negentropy = torch.linalg.vecdot(probs, final)
-            yield at, probs, negentropy  # outside: a generator would leave gradients switched off for who reads it
-
-    def divergence(self, site: Site, at: slice, probs: Tensor, negentropy: Tensor) -> Float[Tensor, " tokens"]:
-        """KL(final ‖ lens) of each token: Σ p log p + logsumexp(z) − Σ p z, with the lens's logits z."""
-        logits = site.lens.logits(self.values[site.hook][at], site.layer).float()
-        return negentropy + logits.logsumexp(-1) - torch.linalg.vecdot(probs, logits)
-
-
-@torch.no_grad()
-def divergences(lens: TunedLens, batches: Iterable[Rows]) -> tuple[Float[Tensor, " site"], Float[Tensor, " site"], int]:
-    """Mean KL(final ‖ lens) at each of `sites(lens)` in nats a token; the root mean square of the stream there; tokens."""
-    every = sites(lens)
-    sums, squares = torch.zeros(2, len(every), dtype=torch.float64)
-    tokens = 0
-    for batch in batches:
-        streams = Streams(lens, batch)
-        tokens += streams.tokens
-        for i, site in enumerate(every):
-            squares[i] += streams.values[site.hook].double().square().mean(-1).sum().cpu()
-        for part in streams.chunks():
-            for i, site in enumerate(every):
-                sums[i] += streams.divergence(site, *part).double().sum().cpu()
-    if not tokens:
-        raise InputError("there are no held-out tokens to evaluate on")
-    return sums / tokens, (squares / tokens).sqrt(), tokens
-
-
 def train(
     model: Any,
     texts: Iterable[Any],
@@ -153,7 +71,7 @@ def train(
     run = {**asdict(settings), "fingerprint": fingerprint(model), "held_out_tokens": held_out_tokens}
     step = tokens = 0
     if checkpoint is not None and checkpoint.exists():
-        step, tokens = _resume(checkpoint, lens, optimizer, run)
+        step, tokens = _resume(checkpoint, optimizer, run)
     stream = (row for item in endless(texts, skip) for row in of_item(model, item, settings.context) if row)
     batches = islice(batched(shuffled(stream, settings.seed), settings.batch), step, settings.steps)
     with _bar(progress, step, settings.steps) as show:
@@ -166,7 +84,7 @@ def train(
             step, tokens = step + 1, tokens + streams.tokens
             show(loss)
             if checkpoint is not None and (step % every == 0 or step == settings.steps):
-                _save(checkpoint, lens, optimizer, {**run, "step": step, "tokens": tokens})
+                _save(checkpoint, optimizer, {**run, "step": step, "tokens": tokens})
     after = divergences(lens, evaluation)[0]
     for site in sites(lens):
         for parameter in site.parameters:
@@ -241,7 +159,7 @@ def _tuning(model: Any, settings: Settings, tokens: int, held_out_tokens: int, b
     )
 
 
-def _save(file: Path, lens: TunedLens, optimizer: torch.optim.Adam, header: dict[str, Any]) -> None:
+def _save(file: Path, optimizer: torch.optim.Adam, header: dict[str, Any]) -> None:
     tensors = {}
     for i, group in enumerate(optimizer.param_groups):
         (parameter,) = group["params"]
@@ -251,7 +169,7 @@ def _save(file: Path, lens: TunedLens, optimizer: torch.optim.Adam, header: dict
     save_tensors(file, _KIND, tensors, header)
 
 
-def _resume(file: Path, lens: TunedLens, optimizer: torch.optim.Adam, run: dict[str, Any]) -> tuple[int, int]:
+def _resume(file: Path, optimizer: torch.optim.Adam, run: dict[str, Any]) -> tuple[int, int]:
     """Take up a checkpoint: the steps and tokens that are done."""
     tensors, header = load_tensors(file, _KIND)
     other = {name: header.get(name) for name, value in run.items() if header.get(name) != value}

@@ -41,4 +41,5 @@ class Tuning:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Tuning":
         """From what `dataclasses.asdict` and JSON make of it."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**plain)
