@@ -1,7 +1,7 @@
 """What instruments and caches need of a model, so that they need not import it."""
 
 from contextlib import AbstractContextManager
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Int
 from torch import Tensor
@@ -12,8 +12,8 @@ class RouterFamily(Protocol):
     """How a family of models scores its experts."""
 
     @property
-    def score(self) -> Literal["softmax", "sigmoid"]:
-        """Affinity of all experts as a function of the router logits."""
+    def score(self) -> str:
+        """Affinity of all experts as a function of the router logits: "softmax", "sigmoid", …"""
         ...
 
 

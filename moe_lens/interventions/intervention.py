@@ -1,0 +1,107 @@
+"""`Intervention`: a change of a model's forward pass, as a value."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from moe_lens.errors import InputError
+from moe_lens.protocols import HookedModel
+from moe_lens.selection import Selection
+
+Hook = tuple[str, Callable[[Tensor, HookPoint], Tensor | None]]
+"""The name of a hook point and a function for it, as `run_with_hooks` takes them."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Intervention:
+    """A change of a model's forward pass, in force inside `with`, in `generate(…, interventions=[…])`, or as hooks.
+
+    Interventions nest. At one hook point the outer one acts first and the inner one sees what it has made; hook points
+    act in the order in which the model computes: router logits, selection, routing weights, slots left out, outputs.
+    Nothing outlives the `with`, however it is left. A value can be used again, also inside itself: it then acts twice.
+    """
+
+    model: HookedModel
+    label: str
+    """What it does, readable."""
+    hooks: tuple[Hook, ...]
+    _open: list[AbstractContextManager[Any]] = field(default_factory=list, init=False)
+
+    @property
+    def fwd_hooks(self) -> list[Hook]:
+        """For `run_with_hooks` and `hooks`."""
+        return list(self.hooks)
+
+    def __enter__(self) -> "Intervention":
+        context = self.model.hooks(fwd_hooks=self.fwd_hooks)
+        context.__enter__()
+        self._open.append(context)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._open.pop().__exit__(kind, error, traceback)
+
+    def __repr__(self) -> str:
+        return f"Intervention({self.label})"
+
+
+def check_interventions(model: HookedModel, interventions: Iterable[Any]) -> list[Intervention]:
+    """The interventions, if they are interventions on this model.
+
+    Raises:
+        InputError: one is something else, or was made for another model.
+    """
+    given = list(interventions)
+    for one in given:
+        if not isinstance(one, Intervention):
+            raise InputError(
+                f"interventions holds a {type(one).__name__}; expected what model.ablate(…) and so on return"
+            )
+        if one.model is not model:
+            raise InputError(f"{one} was made for another model; make it with the methods of this one")
+    return given
+
+
+def positions(model: HookedModel, selection: Selection, like: Tensor) -> Bool[Tensor, "batch pos"] | None:
+    """Which tokens of the pass now running are meant; None for all of them.
+
+    Args:
+        model: The model that is running.
+        selection: Its `where`.
+        like: An activation [batch, pos, …] of the pass.
+
+    Raises:
+        InputError: the selection names positions, and the model was not told which tokens pass.
+    """
+    step = model.step()
+    if step is None or (step.batch, step.pos) != tuple(like.shape[:2]):
+        if selection.where is not None:
+            raise InputError(
+                "where= needs the tokens of the forward pass, which only forward, run_with_hooks, run_with_cache and "
+                f"generate tell; this one has activations of {tuple(like.shape[:2])} [batch, pos] from somewhere else"
+            )
+        return None
+    if selection.where is None and step.real is None:
+        return None
+    return selection.positions(step).to(like.device)
+
+
+def computed(model: HookedModel, layer: int, selection: Selection) -> tuple[Tensor, Bool[Tensor, "batch pos top_k"]]:
+    """The experts in a layer's slots, −1 where left out, and which slots are meant, left-out ones not among them."""
+    experts: Int[Tensor, "batch pos top_k"] = model.experts_in_slots(layer)
+    return experts, selection.slots(layer, experts, positions(model, selection, experts)) & (experts >= 0)
+
+
+def first_token(which: Bool[Tensor, "batch pos"]) -> str:
+    """The first true place, for a message."""
+    batch, position = torch.nonzero(which)[0].tolist()
+    return f"(batch {batch}, position {position})"
