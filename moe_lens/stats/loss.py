@@ -2,18 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens.errors import InputError
-from moe_lens.stats.by_source import BySource
+from moe_lens.stats.accumulator import Accumulator, Result
+from moe_lens.stats.parts import BySource
 from moe_lens.stats.resampling import Interval, bootstrap
 
 
 @dataclass(frozen=True, eq=False)
-class LossResult:
+class LossResult(Result):
     """Sums of next-token losses, by source; a row is one window of text, a sample in the paper's words."""
 
     sources: tuple[str, ...]
@@ -58,21 +61,27 @@ class LossResult:
         tokens = self.tokens.double()
         return bootstrap(lambda times: ((times @ self.nats) / (times @ tokens)).exp(), len(self.sources))
 
+    def to_frame(self) -> pd.DataFrame:
+        """One row per source: nats and tokens (sums), rows, and row_losses (sum of the rows' mean losses)."""
+        columns = {"nats": self.nats, "tokens": self.tokens, "rows": self.rows, "row_losses": self.row_losses}
+        return pd.DataFrame({"source": self.sources, **{name: value.numpy() for name, value in columns.items()}})
+
     def _paired(self, reference: "LossResult") -> "LossResult":
         if self.sources != reference.sources or not torch.equal(self.tokens, reference.tokens):
             raise InputError("two losses can be compared only on the same tokens of the same sources")
         return reference
 
 
-class LossStats:
+class LossStats(Accumulator[LossResult]):
     """Sums losses per source."""
 
     def __init__(self) -> None:
         self._sums, self._counts = BySource(), BySource()
+        super().__init__({}, {"sums": self._sums, "counts": self._counts})
 
     def update(
         self, losses: Float[Tensor, "batch pos"], counted: Bool[Tensor, "batch pos"], sources: Sequence[str]
-    ) -> "LossStats":
+    ) -> Self:
         """Count a batch.
 
         Args:
@@ -90,12 +99,6 @@ class LossStats:
         sums, filled = nats.sum(-1), tokens > 0
         self._sums.add(torch.stack([sums, sums / tokens.clamp(min=1)], -1)[filled], _take(sources, filled))
         self._counts.add(torch.stack([tokens, torch.ones_like(tokens)], -1)[filled], _take(sources, filled))
-        return self
-
-    def merge(self, other: "LossStats") -> "LossStats":
-        """Add the sums of another accumulator."""
-        self._sums.merge(other._sums)
-        self._counts.merge(other._counts)
         return self
 
     def result(self) -> LossResult:

@@ -40,8 +40,24 @@ def bootstrap(
         seed: Of the draws.
 
     Returns:
-        The interval, or None below `MIN_SOURCES` sources. Resamples in which the value is not finite are left out.
+        The interval, or None below `MIN_SOURCES` sources. Resamples in which the value is not finite are left out; None
+        if it never is.
     """
+    ends = bootstrap_all(statistic, n_sources, level=level, resamples=resamples, seed=seed)
+    if ends is None or not bool(ends.isfinite().all()):
+        return None
+    return Interval(float(ends[0]), float(ends[1]), level)
+
+
+def bootstrap_all(
+    statistic: Callable[[Float[Tensor, "resample source"]], Float[Tensor, "resample *shape"]],
+    n_sources: int,
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Float[Tensor, "2 *shape"] | None:
+    """`bootstrap` of many values at once, all from the same draws: lower and upper ends, NaN if never finite."""
     if n_sources < MIN_SOURCES:
         return None
     generator = torch.Generator().manual_seed(seed)
@@ -49,12 +65,12 @@ def bootstrap(
     times = torch.zeros(resamples, n_sources, dtype=torch.float64)
     times.scatter_add_(1, drawn, torch.ones(1, dtype=torch.float64).expand(resamples, n_sources))
     values = statistic(times).double()
-    values = values[values.isfinite()]
-    if not len(values):
-        return None
+    values = values.masked_fill(~values.isfinite(), torch.nan)
     tail = (1 - level) / 2
-    low, high = values.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return Interval(low, high, level)
+    at = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    # torch refuses quantiles of more than 2²⁴ numbers at a time
+    columns = values.flatten(1).split(2**23 // resamples, 1) if values.ndim > 1 else (values[:, None],)
+    return torch.cat([column.nanquantile(at, dim=0) for column in columns], 1).view(2, *values.shape[1:])
 
 
 def halves(sources: Iterable[str], seed: int = 0) -> dict[str, int]:

@@ -7,6 +7,7 @@ any a_0; so it is only given together with its controls.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import pandas as pd
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from moe_lens.errors import InputError
-from moe_lens.stats.by_source import BySource
+from moe_lens.stats.accumulator import Accumulator, Result
 from moe_lens.stats.means import Means
+from moe_lens.stats.parts import BySource, Total
 from moe_lens.stats.resampling import bootstrap
 
 MEASURES = {
@@ -89,7 +91,7 @@ def _root_ratio(above: Float[Tensor, " tokens"], below: Float[Tensor, " tokens"]
 
 
 @dataclass(frozen=True, eq=False)
-class SimilarityResult:
+class SimilarityResult(Result):
     """Means over tokens of the measures, and the share of variance that the top expert leaves unexplained."""
 
     layers: tuple[int, ...]
@@ -121,14 +123,25 @@ class SimilarityResult:
         return pd.DataFrame(rows)
 
 
-class SimilarityStats:
+class SimilarityStats(Accumulator[SimilarityResult]):
     """Sums the measures over tokens, by source and layer."""
 
     def __init__(self, layers: Sequence[int]):
         self.layers = tuple(layers)
         self._sums = [BySource() for _ in self.layers]
         self._tokens = [BySource() for _ in self.layers]
-        self._moments: list[tuple[Tensor, Tensor] | None] = [None] * len(self.layers)
+        # Of S and S − a₀: sums over tokens, and sums of squares.
+        self._vectors = [Total() for _ in self.layers]
+        self._squares = [Total() for _ in self.layers]
+        parts = {"sums": self._sums, "tokens": self._tokens, "vectors": self._vectors, "squares": self._squares}
+        super().__init__(
+            {"layers": self.layers, "measures": list(MEASURES)},
+            {
+                f"{name}.{layer}": part
+                for name, of in parts.items()
+                for layer, part in zip(self.layers, of, strict=True)
+            },
+        )
 
     def update(
         self,
@@ -138,7 +151,7 @@ class SimilarityStats:
         counted: Bool[Tensor, "batch pos"],
         sources: Sequence[str],
         centres: Sequence[Means],
-    ) -> "SimilarityStats":
+    ) -> Self:
         """Count one layer of a batch.
 
         Args:
@@ -163,31 +176,18 @@ class SimilarityStats:
         chosen = a[counted].double()
         total = chosen.sum(-2)
         pair = torch.stack([total, total - chosen[:, 0]])
-        self._add_moments(i, pair.sum(1), pair.square().sum((1, 2)))
-        return self
-
-    def _add_moments(self, i: int, sums: Tensor, squares: Tensor) -> None:
-        before = self._moments[i]
-        self._moments[i] = (sums, squares) if before is None else (before[0] + sums, before[1] + squares)
-
-    def merge(self, other: "SimilarityStats") -> "SimilarityStats":
-        """Add the sums of another accumulator of the same model."""
-        for i, moments in enumerate(other._moments):
-            self._sums[i].merge(other._sums[i])
-            self._tokens[i].merge(other._tokens[i])
-            if moments is not None:
-                self._add_moments(i, *moments)
+        self._vectors[i].add(pair.sum(1))
+        self._squares[i].add(pair.square().sum((1, 2)))
         return self
 
     def result(self) -> SimilarityResult:
         """The sums so far."""
-        if any(moments is None for moments in self._moments):
+        if not all(by_source.sources for by_source in self._tokens):
             raise InputError("no tokens were counted; update every layer with a batch that holds text first")
         tokens = torch.stack([by_source.stacked() for by_source in self._tokens], 1)
         unexplained = []
-        for moments, n in zip(self._moments, tokens.sum(0), strict=True):
-            assert moments is not None
-            variances = moments[1] / n - (moments[0] / n).square().sum(-1)
+        for vectors, squares, n in zip(self._vectors, self._squares, tokens.sum(0), strict=True):
+            variances = squares.value / n - (vectors.value / n).square().sum(-1)
             unexplained.append(variances[1] / variances[0])
         sums = torch.stack([by_source.stacked() for by_source in self._sums], 1)
         return SimilarityResult(self.layers, self._tokens[0].sources, tokens, sums, torch.stack(unexplained))

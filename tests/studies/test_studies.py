@@ -81,7 +81,8 @@ def test_specialisation_counts_what_the_model_routes(model):
         assert found.n_tokens == sum(LENGTHS) - len(LENGTHS)
         assert found.sources == ("a", "b", "c", "d")
     frame = result.to_frame()
-    assert list(frame.columns) == ["domain", "layer", "expert", "assigned", "tokens", "share"]
+    counts = ["assigned", "top1", "weight", "share", "low", "high", "tokens"]
+    assert list(frame.columns) == ["domain", "layer", "expert", *counts]
     assert len(frame) == 2 * len(model.moe_layers) * model.n_experts
     assert set(result.coverage()["experts"]) <= set(range(1, model.n_experts + 1))
 

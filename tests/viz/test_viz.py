@@ -6,15 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
-from moe_lens import PartialSum, viz
+from moe_lens import viz
 from moe_lens.errors import InputError
-from moe_lens.lenses import LensResult
 from moe_lens.routing import LayerRouting
 from moe_lens.stats import RoutingStats
-from moe_lens.studies import Specialisation, figure2
+from moe_lens.studies import Specialisation
 from moe_lens.viz.text import escaped
+from tests.stats.routed import routed
 
 NASTY = "</script><b>&amp;[red]"
 
@@ -49,7 +48,7 @@ def specialisation() -> Specialisation:
         stats = RoutingStats((1, 2), 8, 3)
         for i in range(12 if name == "one" else 2):
             indices = torch.rand(2, 1, 6, 8, generator=generator).topk(3).indices
-            stats.update(indices, torch.ones(1, 6).bool(), [f"s{i}"])
+            stats.update(routed(indices, sources=[f"s{i}"], n_experts=8, layers=(1, 2)))
         domains[name] = stats.result()
     return Specialisation(domains)
 
@@ -75,55 +74,9 @@ def test_most_specialised_has_bars_where_there_are_sources_enough():
     assert [trace.name for trace in half.data] == ["one", escaped(NASTY).replace("␣", " ")]
 
 
-def lens_result() -> LensResult:
-    sums = figure2(2)
-    shape = 2, len(sums), 1, 1, 2
-    top_tokens = torch.arange(16).view(shape).clone()
-    probs = torch.rand(shape).sort(-1, descending=True).values
-    top_tokens[0, 2:] = -1
-    probs[0, 2:] = torch.nan
-    experts = torch.tensor([[-1, -1], [7, 4]]).view(2, 1, 1, 2)
-    weights = torch.tensor([[torch.nan, torch.nan], [0.6, 0.3]]).view(2, 1, 1, 2)
-    return LensResult((0, 1), sums, (5,), (0,), top_tokens, probs * 10, probs, experts, weights)
-
-
-TEXTS = {token: f" w{token}" for token in range(16)} | {12: NASTY}
-
-
-def test_lens_table_places_token_expert_and_weight():
-    result = lens_result()
-    figure: Any = viz.lens_table(result, 5, TEXTS)
-    (heat,) = figure.data
-    assert heat.text[1][0] == "␣w8"
-    assert heat.text[0][2] == "" and heat.z[0][2] is None  # a dense layer has no ranks
-    assert heat.z[1][3] == pytest.approx(float(result.top_probs[1, 3, 0, 0, 0]))
-    notes = [(note.x, note.y, note.text) for note in figure.layout.annotations]
-    assert notes == [(2, 1, "7"), (2, 1, "0.60"), (3, 1, "4"), (3, 1, "0.30")]
-    assert "expert 7, weight 0.600" in heat.customdata[1][2]
-    assert list(figure.layout.yaxis.ticktext) == ["0 (dense)", "1"]
-    by_logit: Any = viz.lens_table(result, 5, TEXTS, colour_by="logit")
-    assert by_logit.data[0].z[1][3] == pytest.approx(float(result.top_logits[1, 3, 0, 0, 0]))
-
-
 def test_tokens_cannot_break_out_of_a_figure():
-    figure: Any = viz.lens_table(lens_result(), 5, TEXTS)
-    assert figure.data[0].text[1][2].startswith("&lt;/script&gt;")
-    html = figure.to_html(full_html=False, include_plotlyjs=False)
-    assert html.count("</script>") == html.count("<script")
     html = viz.specialisation_map(specialisation()).to_html(full_html=False, include_plotlyjs=False)
     assert html.count("</script>") == html.count("<script")
-
-
-def test_lens_text_has_the_same_cells():
-    console = Console(width=120, record=True, file=None)
-    with console.capture() as captured:
-        console.print(viz.lens_text(lens_result(), 5, TEXTS))
-    text = captured.get()
-    probs = lens_result()
-    assert "7·0.60" in text and "4·0.30" in text
-    assert "</script><b…" in text  # rich takes nothing for markup
-    assert len(re.findall(r"␣w\d+ \d+%", text)) == 5
-    assert probs.sums[0] == PartialSum(shared=True) and "layer output" in text
 
 
 def routing(batch: bool = True) -> LayerRouting:
