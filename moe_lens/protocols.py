@@ -13,7 +13,7 @@ class RouterFamily(Protocol):
 
     @property
     def score(self) -> str:
-        """Affinity of all experts as a function of the router logits: "softmax", "sigmoid", …"""
+        """Affinity of all experts as a function of the router logits, such as "softmax"."""
         ...
 
 
