@@ -59,7 +59,7 @@ def ablate(
     if how == "mean" or (how == "resample" and fallback == "mean"):
         if reference is None:
             raise InputError(f"how={how!r} replaces by means: pass reference=, a cache, texts or ExpertMeans")
-        means = _means(model, reference, selection)
+        means = means_for(model, reference, selection)
     elif reference is not None:
         raise InputError(f"how={how!r} uses no reference; leave it out, or say how='mean' or fallback='mean'")
     hooks: list[Hook] = []
@@ -82,8 +82,8 @@ def _describe(selection: Selection) -> str:
     return " + ".join(parts)
 
 
-def _means(model: HookedModel, reference: Reference, selection: Selection) -> ExpertMeans:
-    """The reference's means, checked for every expert that is named."""
+def means_for(model: HookedModel, reference: Reference, selection: Selection) -> ExpertMeans:
+    """The reference's means, checked for every expert that is named; raises `InputError` where one is missing."""
     if isinstance(reference, Path):
         means = ExpertMeans.load(reference)
     elif isinstance(reference, MoECache):
@@ -100,12 +100,13 @@ def _means(model: HookedModel, reference: Reference, selection: Selection) -> Ex
         if selection.shared and model.has_shared(layer):
             means.shared_of(layer)
         for expert in (selection.by_layer or {}).get(layer, ()):
-            _seen(means, layer, expert)
+            check_mean(means, layer, expert)
         means.of(layer)
     return means
 
 
-def _seen(means: ExpertMeans, layer: int, expert: int) -> None:
+def check_mean(means: ExpertMeans, layer: int, expert: int) -> None:
+    """Raise `InputError` if an expert has no mean."""
     if bool(means.of(layer)[expert].isnan().any()):
         raise InputError(
             f"expert {expert} of layer {layer} has no mean: no token of the reference was routed to it. Take a larger "
@@ -183,7 +184,7 @@ def _by_mean(
     assert means is not None
     stand_in = means.of(layer).to(outputs)[experts[which]]
     if bool(stand_in.isnan().any()):
-        _seen(means, layer, int(experts[which][stand_in.isnan().any(-1)][0]))
+        check_mean(means, layer, int(experts[which][stand_in.isnan().any(-1)][0]))
     return outputs.index_put(which.nonzero(as_tuple=True), stand_in)
 
 

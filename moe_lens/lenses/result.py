@@ -1,19 +1,30 @@
-"""`LensResult`: what a lens read, and tables of it."""
+"""`LensResult`: what a lens read, as tensors, tables and a file."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moe_lens.errors import InputError
 from moe_lens.partial_sum import PartialSum
+from moe_lens.storage import load_tensors, save_tensors
+
+QUANTITIES = ("entropy", "cross_entropy", "target_rank", "kl_final", "kl_ensemble", "agrees_final", "agrees_layer")
+"""Numbers that a result has for every cell."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LensResult:
-    """What a lens reads at some layers, sums and positions: the most likely next tokens, best first.
+    """What a lens reads at some layers, sums and positions, all in nats. Tensors are on the CPU.
 
-    A dense layer has no ranks: there, sums over some of the experts hold token −1 and NaN, and so does its routing.
+    "Final" is the model's own prediction, "ensemble" the lens on all routed experts + residual of the same layer, and
+    "layer" the lens on that layer's whole output. What cannot be read holds token −1, rank −1 and NaN: padding, sums
+    over some experts in a dense layer, and sums of experts none of which the token selected.
     """
 
     layers: tuple[int, ...]
@@ -22,21 +33,113 @@ class LensResult:
     """Along the position axis of the cache."""
     dense: tuple[int, ...]
     """Those of the layers that have no experts; sums over all experts are the residual plus the whole MLP there."""
+    never_selected: tuple[tuple[int, int], ...]
+    """(layer, expert) of experts that a sum names and no token of the text selected."""
+    texts: Mapping[int, str]
+    """What the tokens that occur in the result read as; empty if the model has no tokenizer."""
+    targets: Int[Tensor, "batch pos"]
+    """The tokens that `cross_entropy` and `target_rank` are of: those that follow in the text; −1 where none does."""
     top_tokens: Int[Tensor, "layer sum batch pos top"]
+    """The most likely tokens, best first."""
     top_logits: Float[Tensor, "layer sum batch pos top"]
     top_probs: Float[Tensor, "layer sum batch pos top"]
     """Softmax over the whole vocabulary, in [0, 1]."""
-    experts: Int[Tensor, "layer batch pos top_k"]
-    """The experts that were routed to, by rank."""
-    weights: Float[Tensor, "layer batch pos top_k"]
-    """Their routing weights."""
+    entropy: Float[Tensor, "layer sum batch pos"]
+    """−Σ p log p, in [0, log d_vocab]."""
+    cross_entropy: Float[Tensor, "layer sum batch pos"]
+    """−log p(target); NaN where there is no target."""
+    target_rank: Int[Tensor, "layer sum batch pos"]
+    """How many tokens have a greater logit than the target: 0 is the best; −1 where there is no target."""
+    kl_final: Float[Tensor, "layer sum batch pos"]
+    """KL(final ‖ lens): what the lens still lacks of the model's prediction."""
+    kl_ensemble: Float[Tensor, "layer sum batch pos"]
+    """KL(lens ‖ ensemble): how surprising this reading is to who knows all routed experts."""
+    agrees_final: Float[Tensor, "layer sum batch pos"]
+    """1 where the final's most likely token is the lens's too, else 0."""
+    agrees_layer: Float[Tensor, "layer sum batch pos"]
+    """1 where the most likely token of the whole layer is the sum's too, else 0."""
+    expert: Int[Tensor, "layer sum batch pos"]
+    """The one routed expert that the sum has there; −1 where it has none, several or all."""
+    weight: Float[Tensor, "layer sum batch pos"]
+    """What that expert's output is multiplied by; NaN where `expert` is −1."""
+
+    def __repr__(self) -> str:
+        _, _, batch, pos, _ = self.top_tokens.shape
+        return f"LensResult({len(self.layers)} layers × {len(self.sums)} sums × {batch} × {pos} tokens)"
+
+    def text(self, token: int) -> str:
+        """What a token reads as; `#17` if that is not known."""
+        return self.texts.get(token, f"#{token}")
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per layer, sum, batch, position and place: token, logit, prob; what does not exist is left out."""
-        axes = [self.layers, [which.label for which in self.sums], range(self.top_tokens.shape[2]), self.positions]
-        index = pd.MultiIndex.from_product(
-            [*axes, range(self.top_tokens.shape[-1])], names=["layer", "sum", "batch", "pos", "place"]
-        )
+        """One row per layer, sum, batch and position: the most likely token, and every number of the cell.
+
+        What cannot be read is left out.
+        """
+        index = pd.MultiIndex.from_product(self._axes(), names=["layer", "sum", "batch", "pos"])
+        best = {"token": self.top_tokens, "logit": self.top_logits, "prob": self.top_probs}
+        columns = {name: value[..., 0].flatten().numpy() for name, value in best.items()}
+        columns |= {name: getattr(self, name).flatten().numpy() for name in (*QUANTITIES, "expert", "weight")}
+        return self._readable(pd.DataFrame(columns, index=index))
+
+    def top_frame(self) -> pd.DataFrame:
+        """One row per layer, sum, batch, position and place, from 0: token, logit, prob and text."""
+        places = range(self.top_tokens.shape[-1])
+        index = pd.MultiIndex.from_product([*self._axes(), places], names=["layer", "sum", "batch", "pos", "place"])
         values = {"token": self.top_tokens, "logit": self.top_logits, "prob": self.top_probs}
-        frame = pd.DataFrame({name: value.flatten().numpy() for name, value in values.items()}, index=index)
-        return frame[frame["token"] >= 0].reset_index()
+        return self._readable(
+            pd.DataFrame({name: value.flatten().numpy() for name, value in values.items()}, index=index)
+        )
+
+    def _axes(self) -> list[Any]:
+        return [self.layers, [which.label for which in self.sums], range(self.top_tokens.shape[2]), self.positions]
+
+    def _readable(self, frame: pd.DataFrame) -> pd.DataFrame:
+        kept = frame[frame["token"] >= 0].reset_index()
+        kept["text"] = [self.text(token) for token in kept["token"].tolist()]
+        return kept
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to one safetensors file.
+
+        Raises:
+            InputError: it cannot be written there.
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        header = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+        header["sums"] = [vars(which) for which in self.sums]
+        header["texts"] = {str(token): text for token, text in self.texts.items()}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        save_tensors(path, type(self).__name__, tensors, header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "LensResult":
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: the file is missing, broken or holds something else.
+        """
+        tensors, header = load_tensors(path, cls.__name__)
+        lacking = {field.name for field in fields(cls)} - tensors.keys() - header.keys()
+        if lacking:
+            raise InputError(f"{path} is not whole: it lacks {', '.join(sorted(lacking))}")
+        plain: dict[str, Any] = {name: tuple(header[name]) for name in ("layers", "positions", "dense")}
+        return cls(
+            **plain,
+            sums=tuple(PartialSum(**which) for which in header["sums"]),
+            never_selected=tuple((layer, expert) for layer, expert in header["never_selected"]),
+            texts={int(token): text for token, text in header["texts"].items()},
+            **tensors,
+        )
+
+
+def blank(n_layers: int, n_sums: int, batch: int, pos: int, top: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a result in which nothing has been read yet."""
+    cells = n_layers, n_sums, batch, pos
+    whole = {name: torch.full(cells, -1) for name in ("target_rank", "expert")}
+    whole["top_tokens"] = torch.full((*cells, top), -1)
+    for name in ("top_logits", "top_probs"):
+        whole[name] = torch.full((*cells, top), torch.nan, dtype=dtype)
+    for name in (*QUANTITIES, "weight"):
+        whole.setdefault(name, torch.full(cells, torch.nan, dtype=dtype))
+    return whole

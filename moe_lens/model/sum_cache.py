@@ -1,11 +1,11 @@
 """Points of the residual stream between "before the experts" and "after all of them", from cached activations."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens import names
@@ -32,12 +32,14 @@ class ResidualSum:
 
 
 class Picked(NamedTuple):
-    """The one routed expert that a sum has at each token."""
+    """What a sum has of routed experts at each token."""
 
     expert: Int[Tensor, "*tokens"]
-    """Its id; −1 where the token did not select the expert that the sum names."""
+    """The expert, if the sum is of a single one, by rank, id or drawn, and the token has it; −1 otherwise."""
     weight: Float[Tensor, "*tokens"]
-    """What its output is multiplied by in the sum; 0 where there is none."""
+    """What its output is multiplied by in the sum; NaN where there is no single expert."""
+    present: Bool[Tensor, "*tokens"]
+    """False where a sum names experts and the token selected none of them."""
 
 
 class SumCache(AttributionCache):
@@ -76,26 +78,46 @@ class SumCache(AttributionCache):
         values = terms[0].clone() if len(terms) == 1 else sum(terms[1:], start=terms[0])
         return ResidualSum(values, layer, which, dense)
 
-    def picked(self, layer: int, which: PartialSum, *, at: At | None = None) -> Picked | None:
-        """Which expert a sum of one routed expert has at each token: by rank, by id or drawn; None for other sums.
+    def picked(self, layer: int, which: PartialSum, *, at: At | None = None) -> Picked:
+        """Which routed expert a sum has at each token, if it is one.
 
         Raises:
             HookError: the layer is dense, or indices or weights were not cached.
             InputError: there is no unselected expert to draw, because all are always active.
         """
         layer = self._moe_layer(layer, "experts")
-        if not which.drawn and len(which.ranks or which.experts or ()) != 1:
-            return None
         indices = self._taken(names.mlp(names.EXPERT_INDICES, layer), at)
         weights = self._taken(names.mlp(names.ROUTING_WEIGHTS, layer), at)
+        present = torch.ones_like(indices[..., 0], dtype=torch.bool)
         if which.drawn == "unselected":
             expert, weight = self._unselected(layer, which.seed, at), weights[..., 0]
         else:
             chosen = self._chosen(layer, which, indices, at)
-            found = chosen.any(-1)
-            expert = (indices * chosen).sum(-1).masked_fill(~found, -1)
+            present = chosen.any(-1) if which.experts else present
+            single = which.drawn or len(which.ranks or which.experts or ()) == 1
+            expert = (indices * chosen).sum(-1).masked_fill(~chosen.any(-1) | (not single), -1)
             weight = (weights * chosen).sum(-1)
-        return Picked(expert, weight if which.weighted else (expert >= 0).to(weights.dtype))
+        weight = weight if which.weighted else torch.ones_like(weight)
+        return Picked(expert, weight.masked_fill(expert < 0, torch.nan), present)
+
+    def require(self, wanted: Iterable[str]) -> None:
+        """Check that activations are cached, or can be made of others that are.
+
+        Raises:
+            HookError: some are lacking; the message names all of them.
+        """
+        lacking = [name for name in wanted if name not in self and not self._can_make(name)]
+        if lacking:
+            raise HookError(self._why_missing(lacking))
+
+    def _can_make(self, name: str) -> bool:
+        found = names.parse_mlp(name)
+        if found is None or found[1] not in (names.EXPERT_WEIGHTED, names.ROUTED_OUT):
+            return False
+        layer, hook = found
+        if hook == names.ROUTED_OUT and names.mlp(names.EXPERT_WEIGHTED, layer) in self:
+            return True
+        return all(names.mlp(part, layer) in self for part in (names.EXPERT_OUT, names.ROUTING_WEIGHTS))
 
     def _terms(self, layer: int, which: PartialSum, dense: bool, at: At | None) -> Iterator[Tensor]:
         if dense and which.picks:
@@ -121,7 +143,7 @@ class SumCache(AttributionCache):
             indices = self._taken(names.mlp(names.EXPERT_INDICES, layer), at)
             wanted = self._chosen(layer, which, indices, at)
             yield slots.masked_fill(~wanted[..., None], 0).sum(-2)
-        if which.shared and self.model.n_shared_experts:
+        if which.shared and self.model.has_shared(layer):
             yield self._taken(names.mlp(names.SHARED_OUT, layer), at)
 
     def _taken(self, name: str, at: At | None) -> Tensor:

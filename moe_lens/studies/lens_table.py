@@ -30,12 +30,7 @@ class LensExample:
     result: LensResult
     """Of one position, the last of the prompt."""
     texts: Mapping[int, str]
-    """What every token that occurs reads as."""
-
-
-def figure2(top_k: int) -> tuple[PartialSum, ...]:
-    """Layer output; routed experts + residual; each rank + residual: the columns of the paper's Figure 2."""
-    return PartialSum(shared=True), PartialSum(), *PartialSum.each_rank(top_k)
+    """What the tokens of the prompt, the target and the predicted one read as."""
 
 
 def lens_table(model: Any, domains: Sequence[Domain], *, top: int = 5) -> list[LensExample]:
@@ -49,18 +44,17 @@ def lens_table(model: Any, domains: Sequence[Domain], *, top: int = 5) -> list[L
         domains: The texts.
         top: How many of the most likely tokens to keep for each cell.
     """
-    lens = LogitLens(model)
+    lens, sums = LogitLens(model), PartialSum.figure2(model.top_k)
     examples = []
     for domain in domains:
         prompt, target, origin = _example(model, domain)
         with torch.no_grad():
             logits, cache = model.run_with_cache(
-                torch.tensor([prompt], device=input_device(model)), names_filter=lens.hooks()
+                torch.tensor([prompt], device=input_device(model)), names_filter=lens.hooks(sums=sums)
             )
-            result = lens.decode(cache, figure2(model.top_k), positions=[len(prompt) - 1], top=top)
+            result = lens.decode(cache, sums, positions=[len(prompt) - 1], targets=torch.tensor([[target]]), top=top)
             predicted = int(logits[0, -1].argmax())
-        occurring = {*prompt, target, predicted, *result.top_tokens.unique().tolist()} - {-1}
-        texts = {token: model.tokenizer.decode([token]) for token in sorted(occurring)}
+        texts = {token: model.tokenizer.decode([token]) for token in sorted({*prompt, target, predicted})}
         examples.append(LensExample(domain.name, origin, tuple(prompt), target, predicted, result, texts))
     return examples
 

@@ -1,12 +1,13 @@
 """The paper's Figure 2 from what a lens read, for the page and for the terminal."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 from rich.text import Text
 
+from moe_lens.errors import InputError
 from moe_lens.lenses import LensResult
 from moe_lens.partial_sum import PartialSum
 from moe_lens.viz.style import INK, MUTED, SCALE, styled
@@ -15,55 +16,60 @@ from moe_lens.viz.text import escaped, readable
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
+NOT_SELECTED = "not selected"
+
 
 @dataclass(frozen=True)
 class _Cell:
-    layer: int
+    row: int
     column: int
     tokens: Sequence[int]
     logits: Sequence[float]
     probs: Sequence[float]
     expert: int | None
-    weight: float | None
+    weight: float
 
 
 def lens_table(
-    result: LensResult,
-    position: int,
-    texts: Mapping[int, str],
-    *,
-    batch: int = 0,
-    colour_by: Literal["prob", "logit"] = "prob",
+    result: LensResult, position: int, *, batch: int = 0, colour_by: Literal["prob", "logit"] = "prob"
 ) -> "Figure":
     """Layers × sums; a cell shows the most likely token, its expert lower left, the routing weight upper right.
+
+    Hovering shows the most likely tokens that were kept. A cell is empty where there is nothing to read; a sum over
+    experts that the token did not select says so.
 
     Args:
         result: What a lens read.
         position: One of `result.positions`.
-        texts: What each token reads as.
         batch: Which row of the batch.
         colour_by: Whether the colour is the probability of the token, or its logit.
+
+    Raises:
+        InputError: The result does not have that position or row.
     """
     import plotly.graph_objects as go
 
     rows, columns = len(result.layers), len(result.sums)
     values: list[list[float | None]] = [[None] * columns for _ in range(rows)]
     words, hover = ([[""] * columns for _ in range(rows)] for _ in range(2))
-    notes = []
-    for i, cell in _cells(result, position, batch):
-        j = cell.column
+    notes: list[dict[str, Any]] = []
+    cells = list(_cells(result, position, batch))
+    shades = _shades([cell.probs[0] if colour_by == "prob" else cell.logits[0] for cell in cells], colour_by)
+    for cell, shade in zip(cells, shades, strict=True):
+        i, j = cell.row, cell.column
         values[i][j] = cell.probs[0] if colour_by == "prob" else cell.logits[0]
-        words[i][j] = escaped(_shortened(texts[cell.tokens[0]]))
+        words[i][j] = escaped(_shortened(result.text(cell.tokens[0])))
         listed = zip(cell.tokens, cell.logits, cell.probs, strict=True)
-        lines = [f"{escaped(texts[token])}  {prob:.1%}  (logit {logit:.2f})" for token, logit, prob in listed]
+        lines = [f"{escaped(result.text(token))}  {prob:.1%}  (logit {logit:.2f})" for token, logit, prob in listed]
         routed = "" if cell.expert is None else f"<br>expert {cell.expert}, weight {cell.weight:.3f}"
-        hover[i][j] = f"layer {cell.layer}, {_title(result.sums[j])}{routed}<br>" + "<br>".join(lines)
+        hover[i][j] = f"layer {result.layers[i]}, {_title(result.sums[j])}{routed}<br>" + "<br>".join(lines)
         if cell.expert is not None:
-            dark = cell.probs[0] if colour_by == "prob" else 0.4
-            look = {"size": 9, "color": "white" if dark > 0.6 else INK if dark > 0.3 else MUTED}
+            look = {"size": 9, "color": "white" if shade > 0.6 else INK if shade > 0.3 else MUTED}
             base = {"x": j, "y": i, "showarrow": False, "font": look}
             notes.append({**base, "text": str(cell.expert), "xshift": -46, "yshift": -12, "xanchor": "left"})
             notes.append({**base, "text": f"{cell.weight:.2f}", "xshift": 46, "yshift": 12, "xanchor": "right"})
+    for i, j in _unselected(result, position, batch):
+        notes.append({"x": j, "y": i, "showarrow": False, "font": {"size": 9, "color": MUTED}, "text": NOT_SELECTED})
     limits = {"zmin": 0, "zmax": 1} if colour_by == "prob" else {}
     figure = go.Figure(
         go.Heatmap(
@@ -101,34 +107,63 @@ def lens_table(
     return figure
 
 
-def lens_text(result: LensResult, position: int, texts: Mapping[int, str], *, batch: int = 0) -> Table:
-    """The same table for a terminal: `token 37%`, and below it `expert·weight`; print it with rich."""
+def lens_text(result: LensResult, position: int, *, batch: int = 0) -> Table:
+    """The same table for a terminal: `token 37%`, and below it `expert·weight`; print it with rich.
+
+    Raises:
+        InputError: The result does not have that position or row.
+    """
     table = Table("layer", *(_title(which) for which in result.sums), show_lines=True)
     grid = [[Text("") for _ in result.sums] for _ in result.layers]
-    for i, cell in _cells(result, position, batch):
-        text = Text(f"{readable(_shortened(texts[cell.tokens[0]]))} {cell.probs[0]:.0%}")
+    for i, j in _unselected(result, position, batch):
+        grid[i][j] = Text(NOT_SELECTED, style="dim")
+    for cell in _cells(result, position, batch):
+        text = Text(f"{readable(_shortened(result.text(cell.tokens[0])))} {cell.probs[0]:.0%}")
         if cell.expert is not None:
             text.append(f"\n{cell.expert}·{cell.weight:.2f}", style="dim")
-        grid[i][cell.column] = text
+        grid[cell.row][cell.column] = text
     for layer, cells in zip(result.layers, grid, strict=True):
         table.add_row(f"{layer} (dense)" if layer in result.dense else str(layer), *cells)
     return table
 
 
-def _cells(result: LensResult, position: int, batch: int) -> Iterator[tuple[int, _Cell]]:
-    at = result.positions.index(position)
-    for i, layer in enumerate(result.layers):
-        for j, which in enumerate(result.sums):
-            place = i, j, batch, at
-            tokens = result.top_tokens[place].tolist()
+def _place(result: LensResult, position: int, batch: int) -> tuple[int, int]:
+    if position not in result.positions:
+        raise InputError(f"position {position} was not read; the result has {list(result.positions)}")
+    rows = result.top_tokens.shape[2]
+    if not 0 <= batch < rows:
+        raise InputError(f"there is no row {batch} of the batch; the result has 0 to {rows - 1}")
+    return batch, result.positions.index(position)
+
+
+def _cells(result: LensResult, position: int, batch: int) -> Iterator[_Cell]:
+    where = _place(result, position, batch)
+    for i in range(len(result.layers)):
+        for j in range(len(result.sums)):
+            tokens = result.top_tokens[i, j, *where].tolist()
             if tokens[0] < 0:
                 continue
-            expert = weight = None
-            if which.ranks is not None and len(which.ranks) == 1:
-                slot = i, batch, at, next(iter(which.ranks))
-                expert, weight = int(result.experts[slot]), float(result.weights[slot])
-            logits, probs = result.top_logits[place].tolist(), result.top_probs[place].tolist()
-            yield i, _Cell(layer, j, tokens, logits, probs, expert, weight)
+            expert, weight = int(result.expert[i, j, *where]), float(result.weight[i, j, *where])
+            logits, probs = result.top_logits[i, j, *where].tolist(), result.top_probs[i, j, *where].tolist()
+            yield _Cell(i, j, tokens, logits, probs, None if expert < 0 else expert, weight)
+
+
+def _unselected(result: LensResult, position: int, batch: int) -> Iterator[tuple[int, int]]:
+    """Cells of sums that name experts none of which the token selected."""
+    where = _place(result, position, batch)
+    real = bool((result.top_tokens[:, :, *where] >= 0).any())
+    for i, layer in enumerate(result.layers):
+        for j, which in enumerate(result.sums):
+            if real and which.experts and layer not in result.dense and result.top_tokens[i, j, *where][0] < 0:
+                yield i, j
+
+
+def _shades(values: Sequence[float], colour_by: str) -> list[float]:
+    """How dark each cell is, from 0 to 1."""
+    if colour_by == "prob" or not values:
+        return list(values)
+    low, high = min(values), max(values)
+    return [(value - low) / ((high - low) or 1) for value in values]
 
 
 def _title(which: PartialSum) -> str:

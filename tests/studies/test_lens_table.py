@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import moe_lens
-from moe_lens import HookedMoE, PartialSum
+from moe_lens import HookedMoE
 from moe_lens.data import Domain, Passage
 from moe_lens.model.tokenizer import load_tokenizer
-from moe_lens.studies import figure2, lens_table
+from moe_lens.studies import lens_table
 from moe_lens.studies.lens_table import EXAMPLE_TOKENS
 from tests.families import build
 
@@ -37,15 +37,14 @@ def test_first_passage_that_is_long_enough_is_read_at_its_24th_token(model):
     logits = model(torch.tensor([example.prompt]))[0, -1]
     assert example.predicted == int(logits.argmax()) == int(example.result.top_tokens[-1, 0, 0, 0, 0])
     assert example.texts[example.target] == model.tokenizer.decode([example.target])
+    assert example.texts.keys() == {*example.prompt, example.target, example.predicted}
     occurring = set(example.result.top_tokens.unique().tolist()) - {-1}
-    assert occurring <= example.texts.keys()
+    assert occurring | {example.target} == example.result.texts.keys()
+    found = -logits.detach().log_softmax(-1)[example.target]
+    assert float(example.result.cross_entropy[-1, 0, 0, 0]) == pytest.approx(float(found), abs=1e-5)
 
 
 def test_otherwise_the_longest_at_its_last_but_one(model):
     (example,) = lens_table(model, [domain("a few", "a few words more", "a few")])
     ids = model.to_tokens("a few words more")[0].tolist()
     assert (list(example.prompt), example.target, example.origin) == (ids[:-1], ids[-1], "f:2")
-
-
-def test_columns_are_those_of_the_paper():
-    assert figure2(2) == (PartialSum(shared=True), PartialSum(), PartialSum(ranks=[0]), PartialSum(ranks=[1]))

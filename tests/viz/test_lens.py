@@ -1,0 +1,95 @@
+"""What a lens read, as the paper's Figure 2 and as curves over layers: the numbers of the result, and no markup."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from moe_lens import PartialSum, viz
+from moe_lens.errors import InputError
+from moe_lens.lenses import LensResult
+from moe_lens.lenses.result import QUANTITIES, blank
+
+NASTY = "</script><b>&amp;[red]"
+TEXTS = {token: f" w{token}" for token in range(16)} | {12: NASTY}
+DRAWN = PartialSum(drawn="active")
+
+
+def lens_result() -> LensResult:
+    """Two layers, the first dense, of a model with two active experts; expert 3 was not selected."""
+    sums = (*PartialSum.figure2(2), PartialSum(ranks=[]), DRAWN, PartialSum(experts=[3]))
+    cells = blank(2, len(sums), 1, 2, 2, torch.float32)
+    cells["top_tokens"][:, :4, 0, 1] = torch.arange(16).view(2, 4, 2)
+    cells["top_tokens"][:, 4:6, 0, 1] = torch.tensor([1, 2])
+    probs = torch.rand(cells["top_probs"].shape).sort(-1, descending=True).values
+    for j in (2, 3, 5):
+        cells["top_tokens"][0, j] = -1
+    cells["top_tokens"][:, 6] = -1
+    cells["top_probs"][:] = probs.masked_fill(cells["top_tokens"] < 0, torch.nan)
+    cells["top_logits"][:] = 10 * cells["top_probs"]
+    cells["expert"][1, 2:4, 0, 1], cells["weight"][1, 2:4, 0, 1] = torch.tensor([7, 4]), torch.tensor([0.6, 0.3])
+    cells["expert"][1, 5, 0, 1], cells["weight"][1, 5, 0, 1] = 4, 0.3
+    read = cells["top_tokens"][..., 0] >= 0
+    for number, name in enumerate(QUANTITIES):
+        values = torch.arange(read.numel()).view(read.shape) + 100 * number
+        cells[name][read] = values[read].to(cells[name].dtype)
+    return LensResult(
+        layers=(0, 1),
+        sums=sums,
+        positions=(4, 5),
+        dense=(0,),
+        never_selected=((1, 3),),
+        texts=TEXTS,
+        targets=torch.tensor([[3, 5]]),
+        **cells,
+    )
+
+
+def test_table_places_token_expert_and_weight():
+    result = lens_result()
+    figure: Any = viz.lens_table(result, 5)
+    (heat,) = figure.data
+    assert heat.text[1][0] == "␣w8"
+    assert heat.text[0][2] == "" and heat.z[0][2] is None  # a dense layer has no ranks
+    assert heat.z[1][3] == pytest.approx(float(result.top_probs[1, 3, 0, 1, 0]))
+    notes = [(note.x, note.y, note.text) for note in figure.layout.annotations]
+    experts = [(2, 1, "7"), (2, 1, "0.60"), (3, 1, "4"), (3, 1, "0.30"), (5, 1, "4"), (5, 1, "0.30")]
+    assert notes == [*experts, (6, 1, "not selected")]
+    left, right = figure.layout.annotations[:2]
+    assert left.xshift < 0 and left.yshift < 0 and right.xshift > 0 and right.yshift > 0  # y shifts point upwards
+    assert "expert 7, weight 0.600" in heat.customdata[1][2]
+    assert heat.customdata[1][0].count("<br>") == 2  # both tokens that were kept
+    assert list(figure.layout.yaxis.ticktext) == ["0 (dense)", "1"]
+    by_logit: Any = viz.lens_table(result, 5, colour_by="logit")
+    assert by_logit.data[0].z[1][3] == pytest.approx(float(result.top_logits[1, 3, 0, 1, 0]))
+
+
+def test_tokens_cannot_break_out_of_the_table():
+    figure: Any = viz.lens_table(lens_result(), 5)
+    assert figure.data[0].text[1][2].startswith("&lt;/script&gt;")
+    assert "<b>" not in figure.data[0].customdata[1][2]
+    html = figure.to_html(full_html=False, include_plotlyjs=False)
+    assert html.count("</script>") == html.count("<script")
+
+
+def test_text_has_the_same_cells():
+    console = Console(width=160, record=True, file=None)
+    with console.capture() as captured:
+        console.print(viz.lens_text(lens_result(), 5))
+    text = captured.get()
+    assert "7·0.60" in text and text.count("4·0.30") == 2
+    assert "</script><b…" in text  # rich takes nothing for markup
+    assert len(re.findall(r"␣w\d+ \d+%", text)) == 8
+    assert "layer output" in text and text.count("not selected") == 1
+
+
+def test_what_was_not_read_cannot_be_shown():
+    for show in (viz.lens_table, viz.lens_text):
+        with pytest.raises(InputError, match=r"position 3 was not read; the result has \[4, 5\]"):
+            show(lens_result(), 3)
+        with pytest.raises(InputError, match="there is no row 1 of the batch; the result has 0 to 0"):
+            show(lens_result(), 5, batch=1)
+    empty: Any = viz.lens_table(lens_result(), 4)  # padding: nothing to see, and nothing to go wrong
+    assert not empty.layout.annotations and set(empty.data[0].text[1]) == {""}
