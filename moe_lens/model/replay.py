@@ -95,15 +95,18 @@ def recording(model: Any) -> Iterator[list[Replay]]:
 def _only(mlp: nn.Module, tokens: Bool[Tensor, "rows pos"]) -> Iterator[None]:
     """Let an MLP or MoE layer compute some tokens alone, as one row; it adds nothing to the others."""
 
+    def part(hidden: Tensor) -> Tensor:
+        return hidden[tokens.to(hidden.device)][None]
+
     def gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:  # noqa: ARG001
         if args:
-            return (args[0][tokens][None], *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": kwargs["hidden_states"][tokens][None]}
+            return (part(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": part(kwargs["hidden_states"])}
 
     def scatter(module: nn.Module, args: Any, out: Any) -> Any:  # noqa: ARG001
         first = out[0] if isinstance(out, tuple) else out
         whole = first.new_zeros(*tokens.shape, first.shape[-1])
-        whole[tokens] = first[0]
+        whole[tokens.to(whole.device)] = first[0]
         return (whole, *out[1:]) if isinstance(out, tuple) else whole
 
     before = mlp.register_forward_pre_hook(gather, with_kwargs=True)

@@ -1,0 +1,162 @@
+"""A forward pass that can be started again at any block, and the variants that depart from it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from moe_lens import names
+from moe_lens.errors import UnsupportedModelError
+from moe_lens.model.cache import MoECache
+from moe_lens.model.replay import Replay, recording
+from moe_lens.selection import Step
+
+HookFunction = Callable[[Tensor, HookPoint], Tensor | None]
+Hooks = Sequence[tuple[str, HookFunction]]
+
+
+@dataclass(frozen=True, eq=False)
+class CleanRun:
+    """One forward pass, and what is needed to start again at any block of it."""
+
+    replay: Replay
+    cache: MoECache
+    """Residual streams, routing, and whatever else was asked for; its `tokens` and `mask` are those of the run."""
+    logits: Float[Tensor, "batch pos d_vocab"]
+    direct: frozenset[int]
+    """Layers whose MLP's output is added to the residual stream as it is, by no further norm or factor."""
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls,
+        model: Any,
+        input: str | list[str] | Tensor,
+        *,
+        keep: Sequence[str] = (),
+        fwd_hooks: Hooks = (),
+        **kwargs: Any,
+    ) -> "CleanRun":
+        """Run a model.
+
+        Args:
+            model: A `HookedMoE`.
+            input: Text, texts or tokens.
+            keep: Full names of further hooks to cache.
+            fwd_hooks: Hooks in place during the run, if the run that variants depart from is itself an edited one.
+            kwargs: Of `forward`: `attention_mask`, `prepend_bos`, `padding_side`.
+
+        Raises:
+            UnsupportedModelError: the model's logits are not its final norm and unembedding alone.
+        """
+        n_layers = model.cfg.n_layers
+        wanted = [names.block(names.RESID_PRE, layer) for layer in range(n_layers)]
+        wanted += [names.block(names.RESID_POST, n_layers - 1)]
+        wanted += [names.mlp(n, at) for at in model.moe_layers for n in (names.EXPERT_INDICES, names.ROUTING_WEIGHTS)]
+        filtered = list(dict.fromkeys([*wanted, *keep]))
+        ends: dict[str, Tensor] = {}
+        both = [names.block(names.RESID_MID, at) for at in range(n_layers)]
+        both += [names.mlp(names.MLP_OUT, at) for at in range(n_layers)]
+        watch = [(name, lambda value, hook, name=name: ends.update({name: value[:, -1].clone()})) for name in both]  # noqa: ARG005
+        with recording(model) as recorded, model.hooks([*fwd_hooks, *watch]):
+            logits, cache = model.run_with_cache(input, names_filter=filtered, use_cache=False, **kwargs)
+        run = cls(recorded[0], cache, logits, frozenset())
+        sums = [ends[both[at]] + ends[both[n_layers + at]] for at in range(n_layers)]
+        direct = {at for at in range(n_layers) if torch.equal(sums[at], run.resid[at + 1][:, -1])}
+        run = replace(run, direct=frozenset(direct))
+        again = run.replay.logits(run.resid[-1][:, -1].to(logits.device)).to(logits.device)
+        if (again - logits[:, -1]).abs().max() > 0.02 * logits[:, -1].abs().max():
+            raise UnsupportedModelError(
+                f"{model.cfg.model_name} does more to its logits than a norm and an unembedding; sweeps cannot follow"
+            )
+        return run
+
+    @property
+    def batch(self) -> int:
+        """Items."""
+        return self.logits.shape[0]
+
+    @property
+    def pos(self) -> int:
+        """Positions, padding included."""
+        return self.logits.shape[1]
+
+    @cached_property
+    def resid(self) -> tuple[Float[Tensor, "batch pos d_model"], ...]:
+        """The residual stream entering each block, and the one leaving the last."""
+        n_layers = len(self.replay.arguments)
+        entering = [self.cache[names.block(names.RESID_PRE, layer)] for layer in range(n_layers)]
+        return (*entering, self.cache[names.block(names.RESID_POST, n_layers - 1)])
+
+    def stream(self, layer: int, items: Int[Tensor, " rows"]) -> Float[Tensor, "rows pos d_model"]:
+        """`resid[layer]` of some items."""
+        return self.resid[layer].index_select(0, items.to(self.resid[layer].device))
+
+    @property
+    def mask(self) -> Bool[Tensor, "batch pos"]:
+        """True at real tokens."""
+        mask = self.cache.mask
+        device = self.logits.device
+        if mask is None:
+            return torch.ones(self.batch, self.pos, dtype=torch.bool, device=device)
+        return mask.to(device)
+
+    @property
+    def step(self) -> Step:
+        """The tokens of the run, for a `Selection`."""
+        return Step(self.batch, self.pos, self.cache.tokens, self.cache.mask)
+
+    def adding(
+        self,
+        layer: int,
+        delta: Callable[[Int[Tensor, " items"]], Float[Tensor, "items pos d_model"]],
+        changed: Bool[Tensor, "batch pos"],
+    ) -> "Variant":
+        """The variant in which the MLP of a layer adds something else too: the block itself need not run.
+
+        Args:
+            layer: The layer.
+            delta: From items to what is added to the MLP's output there.
+            changed: Where that is not zero.
+        """
+        if layer in self.direct:
+            return Variant(layer + 1, lambda items: _sum(self.stream(layer + 1, items), delta(items)), changed=changed)
+        items = changed.any(1).nonzero()[:, 0]
+        hook = names.mlp(names.MLP_OUT, layer), lambda value, hook: _sum(value, delta(items))  # noqa: ARG005
+        return Variant(layer, hooks=[hook], changed=changed)
+
+    def indices(self, layer: int) -> Int[Tensor, "batch pos top_k"]:
+        """Experts chosen in a layer, by rank."""
+        return self.cache[names.mlp(names.EXPERT_INDICES, layer)]
+
+    def weights(self, layer: int) -> Float[Tensor, "batch pos top_k"]:
+        """Their routing weights."""
+        return self.cache[names.mlp(names.ROUTING_WEIGHTS, layer)]
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """A run that departs from the clean one at some block."""
+
+    layer: int
+    """The first block that is run; `n_layers` for none, when only the stream leaving the last block differs."""
+    resid: Callable[[Int[Tensor, " items"]], Float[Tensor, "items pos d_model"]] | None = None
+    """From the items to the stream entering that block; the clean one if not given."""
+    hooks: Hooks = ()
+    """Hooks in that block or later ones. Each sees this variant's own part of the batch: the items that it changes."""
+    changed: Bool[Tensor, "batch pos"] | None = None
+    """Where the stream entering the block, or a hook's edit, may differ from the clean run; everywhere if not given.
+
+    Later positions of the same item may change behind the first block. Items without any keep their clean result.
+    """
+
+
+def _sum(value: Tensor, delta: Tensor) -> Tensor:
+    """In float32 at least, rounded once."""
+    wide = torch.promote_types(value.dtype, torch.float32)
+    return (value.to(wide) + delta.to(value.device, wide)).to(value.dtype)
