@@ -1,0 +1,242 @@
+"""Pruned checkpoints in the family's own format: router rows, experts renumbered, config, tokenizer, card.
+
+Files are read tensor by tensor and written shard by shard: no more than one shard of the smaller model is in memory.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
+from moe_lens.model.checkpoint import Checkpoint, read_config
+from moe_lens.model.loading import resolve_name
+from moe_lens.pruning.card import model_card
+from moe_lens.pruning.formats import format_of, parse_expert, parse_rows, smaller_config
+from moe_lens.pruning.merging import StoredMerges
+from moe_lens.pruning.plans import Plan
+
+_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".safetensors.index.json",
+    ".bin.index.json",
+    ".gguf",
+    ".msgpack",
+    ".h5",
+)
+_INDEX = "model.safetensors.index.json"
+
+
+def export(
+    model: Any, plan: Plan, folder: str | Path, *, measurements: Mapping[str, Any] | None = None, **hub: Any
+) -> Path:
+    """Write the smaller model, in the format that its family's checkpoints have.
+
+    It loads in plain transformers where the family is transformers' own, and after `import moe_lens` for
+    `model_type "deepseek"`.
+
+    Args:
+        model: A `HookedMoE`, whose parameters in memory are written; or the name or folder of a checkpoint, which is
+            pruned file by file without loading it, for models larger than memory.
+        plan: What stays.
+        folder: A folder that is empty or not there yet.
+        measurements: What the card tells of the smaller model, by title.
+        hub: Where a checkpoint comes from (`revision`, `cache_dir`, `token`, …).
+
+    Returns:
+        The folder.
+
+    Raises:
+        UnsupportedModelError: the family, or a plan that its config cannot express: layers that keep different numbers
+            of experts, or groups of experts that do.
+        InputError: the plan is for another model, the folder is not empty, or there is no room for the model.
+        CheckpointError: the checkpoint is not whole.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} is not an empty folder; name one that is empty or does not exist")
+    with _source(model, target, hub) as (source, hub_):
+        path, raw = read_config(source, hub_)
+        _expressible(raw, plan)
+        checkpoint = Checkpoint.locate(source, hub_)
+        _holds(checkpoint, plan)
+        _room(checkpoint, plan, target)
+        temporary = target.with_name(f".{target.name}.{uuid4().hex}")
+        try:
+            temporary.mkdir(parents=True)
+            _write_shards(checkpoint, plan, temporary)
+            config = smaller_config(raw, len(plan.kept[0]), plan.top_k)
+            (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            _copy_rest(path.parent, temporary)
+            (temporary / "README.md").write_text(model_card(plan, raw, measurements or {}), encoding="utf-8")
+            if target.exists():
+                target.rmdir()
+            temporary.replace(target)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{target} cannot be written: {error}") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+@contextmanager
+def _source(model: Any, target: Path, hub: dict[str, Any]) -> Generator[tuple[str, dict[str, Any]]]:
+    """A checkpoint on disk: the one that was named, or what a loaded model is saved as for the time being."""
+    if isinstance(model, str | Path):
+        yield resolve_name(str(model)), hub
+        return
+    if hub:
+        raise InputError(f"got {sorted(hub)}, which say where a checkpoint comes from, for a model that is loaded")
+    format_of(model.original_model.config.model_type)
+    parent = target.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=parent, ignore_cleanup_errors=True) as whole:
+            model.save_pretrained(whole)
+            yield whole, {}
+    except OSError as error:
+        raise InputError(f"{target} cannot be written: {error}") from error
+
+
+def _expressible(raw: Mapping[str, Any], plan: Plan) -> None:
+    """Refuse what the family's config.json has no words for."""
+    known = format_of(raw["model_type"])
+    if not plan.even:
+        counts = {layer: len(experts) for layer, experts in zip(plan.layers, plan.kept, strict=True)}
+        raise UnsupportedModelError(
+            f"the plan keeps different numbers of experts in its layers ({counts}), and the config of "
+            f"{raw['model_type']!r} has one number for all; plan.uniform() is the plan of the same size that fits"
+        )
+    groups = (raw.get("n_group") or 1) if known.group else 1
+    if groups == 1:
+        return
+    size = plan.n_experts // groups
+    for layer, experts in zip(plan.layers, plan.kept, strict=True):
+        counts = [sum(expert // size == group for expert in experts) for group in range(groups)]
+        told = f"layer {layer} would keep {counts} experts in the {groups} groups that the router chooses from"
+        if len(set(counts)) > 1:
+            raise UnsupportedModelError(f"{told}; groups must stay equally large")
+        if counts[0] < known.group or counts[0] * raw["topk_group"] < plan.top_k:
+            raise UnsupportedModelError(
+                f"{told}; each needs at least {known.group}, and {raw['topk_group']} groups {plan.top_k}"
+            )
+
+
+def _holds(checkpoint: Checkpoint, plan: Plan) -> None:
+    """The checkpoint must have the experts that the plan speaks of, no more and no fewer."""
+    rows: dict[int, set[int]] = {}
+    single: dict[int, dict[int, set[str]]] = {}
+    for name, stored in checkpoint.tensors.items():
+        if (one := parse_expert(name)) is not None:
+            single.setdefault(one.layer, {}).setdefault(one.expert, set()).add(one.rest)
+        elif (layer := parse_rows(name)) is not None:
+            rows.setdefault(layer, set()).update(range(stored.shape[0]))
+    for layer, experts in single.items():
+        whole = set().union(*experts.values())
+        if lacking := [expert for expert, rests in experts.items() if rests != whole]:
+            lost = sorted(whole - experts[lacking[0]])[0]
+            raise CheckpointError(f"{checkpoint.places}: expert {lacking[0]} of layer {layer} lacks {lost}")
+    there = rows | {layer: set(experts) for layer, experts in single.items()}
+    expected = dict.fromkeys(plan.layers, set(range(plan.n_experts)))
+    if there != expected:
+        found = {layer: len(experts) for layer, experts in sorted(there.items())}
+        raise InputError(
+            f"the plan is for {plan.n_experts} experts in each of the layers {list(plan.layers)}; "
+            f"{checkpoint.places} holds {found} (layer: experts)"
+        )
+
+
+def _size(name: str, shape: tuple[int, ...], item: int, plan: Plan) -> int:
+    """Bytes of a stored tensor in the smaller model."""
+    count = item
+    for length in shape:
+        count *= length
+    if (one := parse_expert(name)) is not None:
+        return count if one.expert in plan.of(one.layer) else 0
+    if (layer := parse_rows(name)) is not None:
+        return count * len(plan.of(layer)) // plan.n_experts
+    return count
+
+
+def _room(checkpoint: Checkpoint, plan: Plan, target: Path) -> None:
+    bits = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+    needed = sum(_size(n, t.shape, bits.get(t.dtype, 1), plan) for n, t in checkpoint.tensors.items())
+    parent = next(folder for folder in target.absolute().parents if folder.exists())
+    if (free := shutil.disk_usage(parent).free) < needed:
+        raise InputError(f"{target}: the smaller model takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")
+
+
+def _write_shards(checkpoint: Checkpoint, plan: Plan, folder: Path) -> None:
+    """A shard for each shard of the source, of what stays of its tensors."""
+    by_file: dict[Path, list[str]] = {}
+    for name, stored in checkpoint.tensors.items():
+        by_file.setdefault(stored.file, []).append(name)
+    files = sorted(by_file)
+    merges = StoredMerges(checkpoint, plan) if plan.merged else None
+    weight_map, total, written = {}, 0, []
+    for file in files:
+        tensors = {}
+        with safe_open(file, framework="pt") as handle:
+            for name in sorted(by_file[file]):
+                if (kept := _smaller(name, handle, plan, merges)) is not None:
+                    tensors[kept[0]] = kept[1]
+        if tensors:
+            written.append((folder / f"shard-{len(written)}", list(tensors)))
+            total += sum(value.nbytes for value in tensors.values())
+            save_file(tensors, written[-1][0], {"format": "pt"})
+    for number, (path, tensor_names) in enumerate(written, start=1):
+        name = "model.safetensors" if len(written) == 1 else f"model-{number:05}-of-{len(written):05}.safetensors"
+        path.rename(folder / name)
+        weight_map |= dict.fromkeys(tensor_names, name)
+    if len(written) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _smaller(name: str, handle: Any, plan: Plan, merges: StoredMerges | None) -> tuple[str, Tensor] | None:
+    """A tensor's name and value in the smaller model; None if it goes."""
+    if (one := parse_expert(name)) is not None:
+        kept = plan.of(one.layer)
+        if one.expert not in kept:
+            return None
+        value = merges(one) if merges else handle.get_tensor(name)
+        return one.named(kept.index(one.expert)), value
+    if (layer := parse_rows(name)) is not None:
+        if merges and ".experts." in name:
+            raise UnsupportedModelError(
+                f"{name} holds all experts in one tensor; merging works on one tensor an expert"
+            )
+        return name, handle.get_tensor(name)[torch.tensor(plan.of(layer))]
+    return name, handle.get_tensor(name)
+
+
+def _copy_rest(source: Path, folder: Path) -> None:
+    """Everything of the checkpoint that is neither weights, config, card nor code."""
+    for file in source.iterdir():
+        other = file.name not in ("config.json", "README.md") and file.suffix != ".py" and not file.name.startswith(".")
+        if file.is_file() and other and not file.name.endswith(_WEIGHTS):
+            shutil.copyfile(file, folder / file.name)
+
+
+def folder_size(folder: str | Path) -> int:
+    """Bytes of a checkpoint's weights on disk.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    files = list(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} holds no safetensors file")
+    return sum(file.stat().st_size for file in files)

@@ -1,0 +1,104 @@
+"""How checkpoints name routers and experts, and what a family's config can say: a table, and a closed world."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moe_lens.errors import UnsupportedModelError
+
+_EXPERT = re.compile(
+    r"(?P<layer>.*\.layers\.(?P<n>\d+)\.(?:mlp|block_sparse_moe))\.experts\.(?P<expert>\d+)\.(?P<rest>.+)"
+)
+_PACKED = re.compile(r".*\.layers\.(?P<n>\d+)\.mlp\.experts\.(?:gate_up_proj|down_proj)(?:_bias|_blocks|_scales)?")
+_ROUTER = re.compile(
+    r".*\.layers\.(?P<n>\d+)\.(?:mlp|block_sparse_moe)\.(?:gate|router)\.(?:weight|bias|e_score_correction_bias)"
+)
+
+
+@dataclass(frozen=True)
+class ExpertTensor:
+    """A stored tensor of one expert."""
+
+    layer: int
+    expert: int
+    prefix: str
+    """Of the layer's MLP."""
+    rest: str
+    """What follows the expert's number."""
+
+    def named(self, expert: int) -> str:
+        """The tensor of the same kind of another expert."""
+        return f"{self.prefix}.experts.{expert}.{self.rest}"
+
+
+def parse_expert(name: str) -> ExpertTensor | None:
+    """The expert that a stored tensor belongs to; None for all other tensors."""
+    found = _EXPERT.fullmatch(name)
+    return ExpertTensor(int(found["n"]), int(found["expert"]), found["layer"], found["rest"]) if found else None
+
+
+def parse_rows(name: str) -> int | None:
+    """The layer of a stored tensor whose first axis counts experts: a router's, or packed ones; None for others."""
+    found = _PACKED.fullmatch(name) or _ROUTER.fullmatch(name)
+    return int(found["n"]) if found else None
+
+
+@dataclass(frozen=True)
+class Format:
+    """What is particular to the checkpoints of a model type."""
+
+    model_type: str
+    normalizes: bool | None = None
+    """Whether weights of the selected experts are rescaled to a fixed sum; None: config's `norm_topk_prob` says."""
+    group: int = 0
+    """Where experts can stand in groups (`n_group`, consecutive ones in each): how many a group must have at least."""
+
+
+FORMATS = {
+    entry.model_type: entry
+    for entry in (
+        Format("deepseek"),
+        Format("deepseek_v2", normalizes=False, group=1),  # transformers' V2 never normalises, whatever the config
+        Format("deepseek_v3", group=2),  # ranks groups by their best two
+        Format("gpt_oss", normalizes=True),  # softmax over the selected logits
+        Format("mixtral", normalizes=True),
+        Format("olmoe"),
+        Format("qwen2_moe"),
+        Format("qwen3_moe"),
+    )
+}
+
+_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts")
+"""Names that configs have for the number of routed experts."""
+
+
+def format_of(model_type: str) -> Format:
+    """The format of a model type.
+
+    Raises:
+        UnsupportedModelError: it is not in the table.
+    """
+    if model_type in FORMATS:
+        return FORMATS[model_type]
+    raise UnsupportedModelError(
+        f"pruned checkpoints of model_type {model_type!r} cannot be written; supported: {', '.join(sorted(FORMATS))}. "
+        "A plan's preview works on every family"
+    )
+
+
+def normalizes(config: Any) -> bool:
+    """Whether a family rescales the weights of the selected experts to a fixed sum."""
+    known = format_of(config.model_type).normalizes
+    return bool(getattr(config, "norm_topk_prob", False)) if known is None else known
+
+
+def smaller_config(raw: Mapping[str, Any], n_experts: int, top_k: int) -> dict[str, Any]:
+    """A config.json for a model that has `n_experts` experts a layer and uses `top_k`."""
+    counts = [name for name in _COUNTS if name in raw]
+    if not counts:
+        raise UnsupportedModelError(f"config.json says the number of experts under none of {', '.join(_COUNTS)}")
+    changed = {**raw, **dict.fromkeys(counts, n_experts), "num_experts_per_tok": top_k}
+    # The original repository's own code knows nothing of fewer experts, and is not copied.
+    changed.pop("auto_map", None)
+    return changed

@@ -1,0 +1,169 @@
+"""Pruned experts averaged into kept ones, after their neurons have been put in the same order.
+
+M-SMoE (arXiv 2310.01334) groups experts by their router logits, led by those used most, aligns neurons by a
+permutation and averages by how often each is used; HC-SMoE (arXiv 2410.08589) averages alike. Departure: both leave the
+router as large as it was, so that a member's tokens find the merged expert; a checkpoint with fewer experts has no row
+for the others, and the leader keeps its own.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from torch import Tensor
+
+from moe_lens import names
+from moe_lens.data import Tokens
+from moe_lens.errors import InputError, UnsupportedModelError
+from moe_lens.model.checkpoint import Checkpoint
+from moe_lens.model.hook_cache import identity
+from moe_lens.pruning.formats import ExpertTensor
+from moe_lens.pruning.plans import Plan
+from moe_lens.studies.running import each_layer, losses, nothing
+
+_OUTWARD = ("down_proj", "w2")
+"""What stored tensors call the matrix whose columns are neurons; in the others neurons are rows."""
+
+Matrices = Mapping[str, Float[Tensor, "neurons d_model"]]
+"""The matrices of one expert, all with neurons as rows."""
+
+
+def merge(plan: Plan, model: Any, domains: Sequence[Tokens], *, on_batch: Callable[[], None] = nothing) -> Plan:
+    """The same plan with pruned experts merged into kept ones instead of dropped.
+
+    Each pruned expert joins the kept expert of its layer whose router logits are most like its own: the greatest cosine
+    over all tokens of the domains. Averages weigh experts by how often they were chosen there.
+
+    Args:
+        plan: A plan that drops experts.
+        model: The `HookedMoE` that it is for.
+        domains: Calibration texts.
+        on_batch: Called after every batch.
+
+    Raises:
+        InputError: the plan is for another model, or merges already.
+        UnsupportedModelError: experts with biases.
+    """
+    plan.check(identity(model))
+    if plan.merged is not None:
+        raise InputError("this plan merges experts already")
+    if any(experts_of(model, layer).has_bias for layer in plan.layers):
+        raise UnsupportedModelError("merging experts that have biases is not supported; drop them instead")
+    size = len(plan.layers), plan.n_experts
+    products, chosen = torch.zeros(*size, plan.n_experts, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+    wanted = [names.ROUTER_LOGITS, names.EXPERT_INDICES]
+    for domain in domains:
+        for batch in domain:
+
+            def update(layer: int, of: dict[str, Tensor], counted: Tensor = batch.counted) -> None:
+                at = plan.layers.index(layer)
+                logits = of[names.ROUTER_LOGITS][counted.to(of[names.ROUTER_LOGITS].device)].double()
+                products[at] += (logits.T @ logits).cpu()
+                indices = of[names.EXPERT_INDICES].cpu()[counted]
+                chosen[at] += indices.flatten().bincount(minlength=plan.n_experts)
+
+            losses(model, batch, each_layer(model, wanted, update))
+            on_batch()
+    return grouped(plan, products, chosen)
+
+
+def grouped(
+    plan: Plan, products: Float[Tensor, "layer n_experts n_experts"], chosen: Float[Tensor, "layer n_experts"]
+) -> Plan:
+    """The plan, its pruned experts assigned by cosine.
+
+    Args:
+        plan: A plan that drops experts.
+        products: Σ over tokens of logit_i · logit_j.
+        chosen: How often each expert was chosen.
+    """
+    norms = products.diagonal(dim1=-2, dim2=-1).clamp(min=torch.finfo(products.dtype).tiny).sqrt()
+    cosines = products / norms[:, :, None] / norms[:, None, :]
+    merged = {}
+    for at, layer in enumerate(plan.layers):
+        kept = torch.tensor(plan.kept[at])
+        for expert in plan.pruned(layer):
+            merged[layer, expert] = int(kept[cosines[at, expert, kept].argmax()])
+    return replace(plan, merged=merged, shares=chosen.float())
+
+
+def members(plan: Plan, layer: int, kept: int) -> tuple[int, ...]:
+    """A kept expert and those that are averaged into it, the leader first."""
+    into = plan.merged or {}
+    return kept, *(expert for expert in plan.pruned(layer) if into.get((layer, expert)) == kept)
+
+
+def matching(leader: Matrices, other: Matrices) -> Int[Tensor, " neurons"]:
+    """The neuron of `other` that stands for each neuron of `leader`: the permutation with the greatest inner product.
+
+    Over all matrices together; permuting an expert's neurons does not change what it computes.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    likeness = sum((leader[name].double() @ other[name].double().T for name in leader), start=torch.zeros(()))
+    return torch.from_numpy(linear_sum_assignment(likeness.cpu().numpy(), maximize=True)[1])
+
+
+@torch.no_grad()
+def averaged(experts: Sequence[Matrices], shares: Float[Tensor, " experts"]) -> dict[str, Tensor]:
+    """The weighted mean of experts whose neurons are first put in the order of the first one's.
+
+    Experts that were never chosen count as little as can be; if none was, all count the same.
+    """
+    shares = shares.double()
+    shares = torch.ones_like(shares) if not shares.any() else shares
+    total = {name: value.double() * shares[0].item() for name, value in experts[0].items()}
+    for expert, share in zip(experts[1:], shares[1:].tolist(), strict=True):
+        order = matching(experts[0], expert)
+        for name, value in expert.items():
+            total[name] += value.double()[order.to(value.device)] * share
+    return {name: (value / shares.sum().item()).to(experts[0][name].dtype) for name, value in total.items()}
+
+
+class StoredMerges:
+    """Merged experts of a checkpoint on disk, one at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan):
+        self.checkpoint, self.plan = checkpoint, plan
+        self._last: tuple[tuple[int, int], dict[str, Tensor]] | None = None
+
+    def __call__(self, one: ExpertTensor) -> Tensor:
+        """A tensor of a kept expert, after merging."""
+        key = one.layer, one.expert
+        if self._last is None or self._last[0] != key:
+            self._last = key, self._merge(one)
+        merged = self._last[1][one.rest]
+        return (merged.T if one.rest.startswith(_OUTWARD) else merged).contiguous()
+
+    def _merge(self, one: ExpertTensor) -> dict[str, Tensor]:
+        group = members(self.plan, one.layer, one.expert)
+        assert self.plan.shares is not None
+        shares = self.plan.shares[self.plan.layers.index(one.layer), list(group)]
+        head = one.named(one.expert).removesuffix(one.rest)
+        rests = [name.removeprefix(head) for name in self.checkpoint.tensors if name.startswith(head)]
+        return averaged([{rest: self._read(one, expert, rest) for rest in rests} for expert in group], shares)
+
+    def _read(self, one: ExpertTensor, expert: int, rest: str) -> Tensor:
+        name = ExpertTensor(one.layer, expert, one.prefix, rest).named(expert)
+        stored = self.checkpoint.tensors[name]
+        if not rest.endswith(".weight") or stored.dtype not in ("F64", "F32", "F16", "BF16") or len(stored.shape) != 2:
+            raise UnsupportedModelError(f"{name} ({stored.dtype}) cannot be averaged; drop experts instead of merging")
+        with safe_open(stored.file, framework="pt") as handle:
+            value = handle.get_tensor(name)
+        return value.T if rest.startswith(_OUTWARD) else value
+
+
+def experts_of(model: Any, layer: int) -> Any:
+    """Transformers' module of the experts of a layer."""
+    return model._moe(layer).experts
+
+
+def views(model: Any, layer: int, expert: int) -> dict[str, Float[Tensor, "neurons d_model"]]:
+    """One expert's parameters in memory, neurons as rows; writing to them edits the model."""
+    first = {"W_in": model.W_in[layer, expert].T}
+    if experts_of(model, layer).has_gate:
+        first["W_gate"] = model.W_gate[layer, expert].T
+    return {**first, "W_out": model.W_out[layer, expert]}

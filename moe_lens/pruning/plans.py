@@ -1,0 +1,235 @@
+"""Plans: which experts of a model stay, how many a token uses, and what pruned experts are merged into."""
+
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moe_lens.errors import InputError
+from moe_lens.interventions.intervention import Intervention
+from moe_lens.pruning.scores import Scores
+from moe_lens.storage import load_tensors, save_tensors
+
+Budget = Literal["layer", "global"]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a smaller model consists of. It changes nothing by itself: `preview` and `export` carry it out."""
+
+    model: Mapping[str, Any]
+    """What tells the model from others: name and sizes."""
+    layers: tuple[int, ...]
+    """The layers that have experts."""
+    kept: tuple[tuple[int, ...], ...]
+    """By layer: the experts that stay, ascending. Place in this tuple = their number in the smaller model."""
+    top_k: int
+    """Experts active per token."""
+    values: Float[Tensor, "layer n_experts"]
+    """The scores that the plan was made from; `uniform` ranks by them."""
+    method: str
+    """How they were made."""
+    merged: Mapping[tuple[int, int], int] | None = None
+    """(layer, pruned expert) → the kept expert that it is averaged into; None: pruned experts are dropped."""
+    shares: Float[Tensor, "layer n_experts"] | None = None
+    """Weights of the average, for a plan that merges: how often each expert was chosen."""
+
+    def __post_init__(self) -> None:
+        for layer, experts in zip(self.layers, self.kept, strict=True):
+            if len(experts) < self.top_k:
+                raise InputError(
+                    f"layer {layer} would keep {len(experts)} experts, and every token needs {self.top_k}; "
+                    f"keep at least {self.top_k}, or reduce top_k"
+                )
+
+    def __repr__(self) -> str:
+        counts = sorted({len(experts) for experts in self.kept})
+        size = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        treatment = "merged" if self.merged else "dropped"
+        kept = f"keeps {size} of {self.n_experts} experts a layer by {self.method}"
+        return f"Plan({kept}, others {treatment}, top {self.top_k})"
+
+    @property
+    def n_experts(self) -> int:
+        """Experts of a layer before pruning."""
+        return self.values.shape[-1]
+
+    @property
+    def share_kept(self) -> float:
+        """Kept experts over all experts, in (0, 1]."""
+        return sum(map(len, self.kept)) / (len(self.layers) * self.n_experts)
+
+    @property
+    def even(self) -> bool:
+        """Whether every layer keeps the same number."""
+        return len({len(experts) for experts in self.kept}) == 1
+
+    def of(self, layer: int) -> tuple[int, ...]:
+        """The experts that stay in a layer.
+
+        Raises:
+            InputError: the layer has no experts.
+        """
+        if layer not in self.layers:
+            raise InputError(f"layer {layer} has no experts; the plan is for layers {list(self.layers)}")
+        return self.kept[self.layers.index(layer)]
+
+    def pruned(self, layer: int) -> tuple[int, ...]:
+        """The experts of a layer that go."""
+        stay = set(self.of(layer))
+        return tuple(expert for expert in range(self.n_experts) if expert not in stay)
+
+    def preview(self, model: Any) -> AbstractContextManager[Intervention]:
+        """The plan in force on a `HookedMoE` inside `with`; see `moe_lens.pruning.preview`."""
+        from moe_lens.pruning.preview import preview
+
+        return preview(self, model)
+
+    def uniform(self) -> "Plan":
+        """The plan of the same size, rounded, that keeps equally many experts in every layer: the best by score.
+
+        For formats whose config has one number of experts for all layers.
+
+        Raises:
+            InputError: the plan merges: merge after this.
+        """
+        if self.merged is not None:
+            raise InputError("this plan merges experts; make it uniform first, and merge then")
+        count = max(self.top_k, round(self.share_kept * self.n_experts))
+        best = self.values.argsort(dim=-1, descending=True, stable=True)[:, :count].sort(-1).values
+        return replace(self, kept=tuple(tuple(row) for row in best.tolist()))
+
+    def check(self, model: Mapping[str, Any]) -> None:
+        """Hold the plan against a model's identity.
+
+        Raises:
+            InputError: the plan was made for another model; names what differs.
+        """
+        for what, here in model.items():
+            if (there := self.model.get(what)) != here:
+                raise InputError(f"the plan is for a model with {what} {there!r}; this one has {here!r}")
+
+    def save(self, path: str | Path) -> None:
+        """Write to one safetensors file."""
+        stay = torch.zeros_like(self.values, dtype=torch.bool)
+        for row, experts in zip(stay, self.kept, strict=True):
+            row[list(experts)] = True
+        header = {"model": dict(self.model), "layers": self.layers, "top_k": self.top_k, "method": self.method}
+        tensors = {"kept": stay, "values": self.values}
+        if self.merged is not None and self.shares is not None:
+            into = torch.full(self.values.shape, -1)
+            for (layer, expert), kept in self.merged.items():
+                into[self.layers.index(layer), expert] = kept
+            tensors |= {"into": into, "shares": self.shares}
+        save_tensors(path, "Plan", tensors, header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: the file is missing, broken or holds something else.
+        """
+        tensors, header = load_tensors(path, "Plan")
+        layers = tuple(header["layers"])
+        merged = None
+        if "into" in tensors:
+            merged = {(layers[i], e): int(tensors["into"][i, e]) for i, e in (tensors["into"] >= 0).nonzero().tolist()}
+        return cls(
+            model=header["model"],
+            layers=layers,
+            kept=tuple(tuple(row.nonzero()[:, 0].tolist()) for row in tensors["kept"]),
+            top_k=header["top_k"],
+            values=tensors["values"],
+            method=header["method"],
+            merged=merged,
+            shares=tensors.get("shares"),
+        )
+
+
+def plan(
+    scores: Scores,
+    keep: float | int | Literal["selected"] | None = None,
+    *,
+    budget: Budget = "layer",
+    domain: str | None = None,
+    protect: Collection[tuple[int, int]] = (),
+    top_k: int | None = None,
+) -> Plan:
+    """Choose the experts that stay: those of greatest score.
+
+    Ties go to the lower expert number.
+
+    Args:
+        scores: What `score` gave.
+        keep: The share of experts that stays, in (0, 1); or how many of each layer; `"selected"`: all with a score
+            above 0, whatever their number; None: all (to reduce `top_k` alone).
+        budget: `"layer"`: the same number in every layer. `"global"`: the best of all layers together, with scores
+            divided by their layer's sum, and at least `top_k` in each.
+        domain: Keep what this domain needs (a specialist); all domains, each counting the same, if not given.
+        protect: (layer, expert) that stay whatever their score, such as super experts.
+        top_k: Experts active per token in the smaller model; as before if not given.
+
+    Raises:
+        InputError: too few experts for every token, more than there are, or a domain or expert that does not exist.
+    """
+    values = scores.of(domain)
+    n_layers, n_experts = values.shape
+    active = scores.top_k if top_k is None else top_k
+    if not 1 <= active <= scores.top_k:
+        raise InputError(f"top_k is {top_k}; expected 1 to {scores.top_k}, the model's own")
+    ranked = values.clone()
+    for layer, expert in protect:
+        if layer not in scores.layers or not 0 <= expert < n_experts:
+            raise InputError(f"there is no expert {expert} in layer {layer} to protect")
+        ranked[scores.layers.index(layer), expert] = torch.inf
+    stay = torch.zeros_like(values, dtype=torch.bool)
+    if keep == "selected":
+        stay = ranked > 0
+    else:
+        count = _count(keep, n_experts)
+        if count < active:
+            raise InputError(f"keep={keep} leaves {count} experts a layer, and every token needs {active}")
+        stay.scatter_(
+            -1, ranked.argsort(dim=-1, descending=True, stable=True)[:, : active if budget == "global" else count], True
+        )
+        if budget == "global":
+            relative = ranked / values.clamp(min=0).sum(-1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
+            rest = relative.masked_fill(stay, -torch.inf).flatten()
+            more = count * n_layers - int(stay.sum())
+            stay.view(-1)[rest.argsort(dim=-1, descending=True, stable=True)[:more]] = True
+    lost = [(layer, e) for layer, e in protect if not stay[scores.layers.index(layer), e]]
+    if lost:
+        raise InputError(
+            f"{len(lost)} protected experts do not fit into keep={keep}, such as {lost[0]} (layer, expert)"
+        )
+    method = scores.method if domain is None else f"{scores.method} on {domain}"
+    return Plan(
+        model=scores.model,
+        layers=scores.layers,
+        kept=tuple(tuple(row.nonzero()[:, 0].tolist()) for row in stay),
+        top_k=active,
+        values=values,
+        method=method,
+    )
+
+
+def _count(keep: float | int | str | None, n_experts: int) -> int:
+    """Experts of a layer that stay."""
+    if keep is None:
+        return n_experts
+    if isinstance(keep, bool) or not isinstance(keep, int | float):
+        raise InputError(f"keep is {keep!r}; expected a share in (0, 1), a whole number, 'selected' or None")
+    if isinstance(keep, int):
+        if not 1 <= keep <= n_experts:
+            raise InputError(f"keep is {keep}; expected 1 to {n_experts} experts a layer")
+        return keep
+    if not 0 < keep <= 1:
+        raise InputError(f"keep is {keep}; expected a share of the experts, above 0 and at most 1")
+    return round(Fraction(keep).limit_denominator(10**6) * n_experts)

@@ -1,0 +1,106 @@
+"""A plan in force on the model it is for, so that quality is measured before anything is written."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from moe_lens import names
+from moe_lens.interventions.ablation import _leave_out as leave_out
+from moe_lens.interventions.intervention import Hook, Intervention
+from moe_lens.model.hook_cache import identity
+from moe_lens.pruning.formats import normalizes
+from moe_lens.pruning.merging import averaged, members, views
+from moe_lens.pruning.plans import Plan
+
+_BIAS = "e_score_correction_bias"
+"""What some routers add to the affinities for the choice alone."""
+
+
+@contextmanager
+def preview(plan: Plan, model: Any) -> Generator[Intervention]:
+    """The model as it would be: pruned experts cannot be chosen, and affinities are those of a router without them.
+
+    No weights are copied, but for merged experts: those that others are averaged into are kept aside meanwhile.
+
+    Args:
+        plan: What stays.
+        model: The `HookedMoE` that the plan is for.
+
+    Raises:
+        InputError: the plan is for another model.
+        UnsupportedModelError: a smaller `top_k` in a family of which it is not known whether it normalises weights.
+    """
+    plan.check(identity(model))
+    hooks: list[Hook] = []
+    for layer in plan.layers:
+        gone = torch.tensor(plan.pruned(layer), dtype=torch.long)
+        if len(gone):
+            hooks.append((names.mlp(names.ROUTER_LOGITS, layer), _without(gone)))
+        if plan.top_k < model.top_k:
+            hooks += _fewer(model, layer, plan.top_k)
+    with _biases(plan, model), _merged(plan, model), Intervention(model, f"preview of {plan}", tuple(hooks)) as found:
+        yield found
+
+
+def _without(gone: Tensor) -> Any:
+    """A hook that gives pruned experts no affinity: what is left is what a router without their rows computes."""
+
+    def masked(logits: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        return logits.index_fill(-1, gone.to(logits.device), -torch.inf)
+
+    return masked
+
+
+def _fewer(model: Any, layer: int, top_k: int) -> list[Hook]:
+    """Hooks that leave the `top_k` experts which the router would choose first."""
+    chosen: list[Bool[Tensor, "batch pos top_k"]] = []
+
+    def note(indices: Tensor, hook: Any) -> None:  # noqa: ARG001
+        scores = model.choice(layer).scores.gather(-1, indices)
+        first = scores.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
+        chosen[:] = [torch.ones_like(indices, dtype=torch.bool).scatter(-1, first, False)]
+
+    others = leave_out(model, layer, lambda: chosen[0], normalizes(model.original_model.config))
+    return [(names.mlp(names.EXPERT_INDICES, layer), note), *others]
+
+
+@contextmanager
+def _biases(plan: Plan, model: Any) -> Generator[None]:
+    """A bias of −∞ for pruned experts, which without affinity might still be chosen for their bias."""
+    before: list[tuple[Tensor, Tensor]] = []
+    try:
+        for layer in plan.layers:
+            bias = getattr(getattr(model._moe(layer), model.family.router), _BIAS, None)
+            if bias is not None:
+                before.append((bias, bias.detach().clone()))
+                bias.data[list(plan.pruned(layer))] = -torch.inf
+        yield
+    finally:
+        for bias, value in before:
+            bias.data.copy_(value)
+
+
+@contextmanager
+def _merged(plan: Plan, model: Any) -> Generator[None]:
+    """Merged experts in the place of those that lead their groups."""
+    before: list[tuple[Tensor, Tensor]] = []
+    try:
+        for at, layer in enumerate(plan.layers if plan.merged else ()):
+            for kept in plan.kept[at]:
+                group = members(plan, layer, kept)
+                if len(group) == 1:
+                    continue
+                assert plan.shares is not None
+                # Only leaders are overwritten, and a leader is in no group but its own.
+                new = averaged([views(model, layer, expert) for expert in group], plan.shares[at, list(group)])
+                for name, parameter in views(model, layer, kept).items():
+                    before.append((parameter, parameter.detach().clone()))
+                    parameter.data.copy_(new[name])
+        yield
+    finally:
+        for parameter, value in before:
+            parameter.data.copy_(value)

@@ -1,0 +1,89 @@
+"""Scores: how much each expert matters to a set of texts, by one of several definitions."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
+
+from moe_lens.errors import InputError
+from moe_lens.storage import load_tensors, save_tensors
+
+Method = Literal["frequency", "weight", "ean", "reap", "gradient", "knockout", "random", "selected"]
+
+METHODS: dict[str, str] = {
+    "frequency": "share of tokens whose selected set contains the expert",
+    "weight": "sum of its routing weights, by token",
+    "ean": "sum over its tokens of ‖E(x)‖, by token: expert activation norm",
+    "reap": "mean over its tokens of g ‖E(x)‖ (REAP, arXiv 2510.13999)",
+    "gradient": "loss that removing its contribution would add, by first order: −Σ ∂L/∂(gE) · gE, nats a token",
+    "knockout": "loss that removing its contribution adds, measured: one run for each expert, nats a token",
+    "random": "uniform in [0, 1), the control",
+    "selected": "1 if any token chose it, else 0",
+}
+"""What each method measures; greater is more important in all of them."""
+assert set(METHODS) == set(get_args(Method))
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Scores of every expert, by domain."""
+
+    method: str
+    model: Mapping[str, Any]
+    """What tells the model from others: name and sizes."""
+    layers: tuple[int, ...]
+    """The layers that have experts."""
+    top_k: int
+    """Experts active per token."""
+    domains: tuple[str, ...]
+    tokens: tuple[int, ...]
+    """Calibration tokens of each domain."""
+    texts: str
+    """Fingerprint of the calibration data: SHA-256 of its tokens."""
+    values: Float[Tensor, "domain layer n_experts"]
+
+    def of(self, domain: str | None = None) -> Float[Tensor, "layer n_experts"]:
+        """Scores in one domain, or the mean over domains, each counting the same.
+
+        Raises:
+            InputError: there is no such domain.
+        """
+        if domain is None:
+            return self.values.mean(0)
+        if domain not in self.domains:
+            raise InputError(f"there are no scores for domain {domain!r}; there are some for {', '.join(self.domains)}")
+        return self.values[self.domains.index(domain)]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per domain, layer and expert: score, tokens."""
+        index = pd.MultiIndex.from_product(
+            [self.domains, self.layers, range(self.values.shape[-1])], names=["domain", "layer", "expert"]
+        )
+        frame = pd.DataFrame({"score": self.values.flatten().numpy()}, index=index).reset_index()
+        tokens = dict(zip(self.domains, self.tokens, strict=True))
+        frame["tokens"] = [tokens[domain] for domain in frame["domain"]]
+        return frame.assign(method=self.method)
+
+    def save(self, path: str | Path) -> None:
+        """Write to one safetensors file."""
+        header = {name: getattr(self, name) for name in ("method", "layers", "top_k", "domains", "tokens", "texts")} | {
+            "model": dict(self.model)
+        }
+        save_tensors(path, "Scores", {"values": self.values}, header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Scores":
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: the file is missing, broken or holds something else.
+        """
+        tensors, header = load_tensors(path, "Scores")
+        fields = {name: header[name] for name in ("method", "model", "top_k", "texts")}
+        for name in ("layers", "domains", "tokens"):
+            fields[name] = tuple(header[name])
+        return cls(**fields, values=tensors["values"])

@@ -1,0 +1,158 @@
+import json
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from moe_lens import HookedMoE
+from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
+from moe_lens.pruning import export
+from tests.families import CONFIGS, build, tokens
+from tests.pruning.smaller import by_hand, make_plan, whole
+
+STAY = {0: (0, 1, 2, 5, 6, 7), 1: (0, 2, 3, 4, 5, 7), 2: (1, 2, 3, 4, 6, 7)}  # three of each group of four
+
+
+def kept_of(model):
+    return {layer: STAY[layer] for layer in model.moe_layers}
+
+
+@pytest.fixture
+def hooked():
+    return HookedMoE.from_hf(build("olmoe"), check=False)
+
+
+@pytest.mark.parametrize("top_k", [2, 3])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_exported_checkpoints_are_the_smaller_model_in_plain_transformers(name, top_k, tmp_path):
+    hooked = HookedMoE.from_hf(whole(name), check=False)
+    kept = kept_of(hooked)
+    expected = by_hand(name, kept, top_k)
+    folder = export(hooked, make_plan(hooked, kept, top_k), tmp_path / "out")
+    loaded: Any
+    loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert type(loaded) is type(expected)
+    with torch.no_grad():
+        found, wanted = loaded(tokens()).logits, expected(tokens()).logits
+        other = whole(name)(tokens()).logits
+    assert torch.equal(found, wanted)
+    assert (found - other).abs().max() > 0.01
+
+
+def test_a_model_in_memory_is_left_as_it_was(hooked, tmp_path):
+    before = hooked(tokens())
+    export(hooked, make_plan(hooked, kept_of(hooked), 2), tmp_path / "out")
+    assert torch.equal(hooked(tokens()), before)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_checkpoint_on_disk_is_pruned_shard_by_shard(tmp_path):
+    HookedMoE.from_hf(build("qwen2_moe"), check=False).save_pretrained(tmp_path / "whole", max_shard_size="20KB")
+    assert len(list((tmp_path / "whole").glob("*.safetensors"))) > 3
+    hooked = HookedMoE.from_pretrained(tmp_path / "whole", check=False)
+    plan = make_plan(hooked, kept_of(hooked), 2)
+    export(str(tmp_path / "whole"), plan, tmp_path / "streamed")
+    export(hooked, plan, tmp_path / "loaded")
+    index = json.loads((tmp_path / "streamed" / "model.safetensors.index.json").read_text())
+    stored = {}
+    for file in sorted(set(index["weight_map"].values())):
+        stored |= load_file(tmp_path / "streamed" / file)
+    assert index["weight_map"].keys() == stored.keys()
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in stored.values())
+    both = [AutoModelForCausalLM.from_pretrained(tmp_path / name)(tokens()).logits for name in ("streamed", "loaded")]
+    assert torch.equal(*both)
+
+
+def test_the_rest_of_a_checkpoint_comes_along_and_code_does_not(tmp_path):
+    build("olmoe").save_pretrained(tmp_path / "whole")
+    (tmp_path / "whole" / "tokenizer.json").write_text("{}")
+    (tmp_path / "whole" / "modeling.py").write_text("raise SystemExit")
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    (tmp_path / "whole" / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "modeling.X"}}))
+    hooked = HookedMoE.from_hf(build("olmoe"), name=str(tmp_path / "whole"), check=False)
+    folder = export(
+        str(tmp_path / "whole"),
+        make_plan(hooked, kept_of(hooked), 3),
+        tmp_path / "out",
+        measurements={"Perplexity": "12 | 13"},
+    )
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "tokenizer.json", "model.safetensors", "README.md"} <= names and "modeling.py" not in names
+    written = json.loads((folder / "config.json").read_text())
+    assert written == {**config, "num_experts": 6}
+    card = (folder / "README.md").read_text()
+    assert "6 of 8 routed experts stay" in card and "12 | 13" in card and "| 1 | 0, 2, 3, 4, 5, 7 |" in card
+
+
+def test_folders_that_hold_something_are_refused(hooked, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    with pytest.raises(InputError, match="not an empty folder"):
+        export(hooked, make_plan(hooked, kept_of(hooked), 2), tmp_path / "out")
+    assert (tmp_path / "out" / "precious").read_text() == "x"
+
+
+def test_an_empty_folder_will_do(hooked, tmp_path):
+    (tmp_path / "out").mkdir()
+    export(hooked, make_plan(hooked, kept_of(hooked), 2), tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_uneven_plans_are_refused_and_their_uniform_fallback_works(hooked, tmp_path):
+    uneven = make_plan(hooked, {0: (0, 1, 2), 1: (3, 4, 5, 6, 7), 2: (1, 2, 5, 7)}, 2)
+    with pytest.raises(UnsupportedModelError, match=r"\{0: 3, 1: 5, 2: 4\}.*plan.uniform\(\)"):
+        export(hooked, uneven, tmp_path / "out")
+    export(hooked, uneven.uniform(), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_experts"] == 4
+
+
+def test_groups_must_stay_equally_large(tmp_path):
+    hooked = HookedMoE.from_hf(build("deepseek_v3"), check=False)
+    plan = make_plan(hooked, {1: (0, 1, 2, 3), 2: (0, 2, 4, 6)}, 2)
+    with pytest.raises(UnsupportedModelError, match=r"layer 1 would keep \[2, 2, 0, 0\] experts in the 4 groups"):
+        export(hooked, plan, tmp_path / "out")
+
+
+def test_groups_must_stay_large_enough_to_be_ranked(tmp_path):
+    hooked = HookedMoE.from_hf(build("deepseek_v3"), check=False)
+    plan = make_plan(hooked, {1: (0, 2, 4, 6), 2: (0, 2, 4, 6)}, 2)
+    with pytest.raises(UnsupportedModelError, match=r"layer 1 would keep \[1, 1, 1, 1\].*each needs at least 2"):
+        export(hooked, plan, tmp_path / "out")
+
+
+def test_plans_of_another_model_and_other_families_are_refused(hooked, tmp_path):
+    build("mixtral", num_local_experts=6).save_pretrained(tmp_path / "six")
+    plan = make_plan(hooked, kept_of(hooked), 2)
+    with pytest.raises(InputError, match=r"8 experts in each of the layers \[0, 1, 2\].*\{0: 6, 1: 6, 2: 6\}"):
+        export(str(tmp_path / "six"), plan, tmp_path / "out")
+    config = json.loads((tmp_path / "six" / "config.json").read_text())
+    (tmp_path / "six" / "config.json").write_text(json.dumps({**config, "model_type": "jamba"}))
+    with pytest.raises(UnsupportedModelError, match="'jamba' cannot be written; supported: deepseek, "):
+        export(str(tmp_path / "six"), plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_checkpoint_or_a_full_disk_leaves_nothing_behind(hooked, tmp_path, monkeypatch):
+    plan = make_plan(hooked, kept_of(hooked), 2)
+    hooked.save_pretrained(tmp_path / "whole")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(InputError, match="takes 0.00 GB, and 0.00 GB are free"):
+        export(str(tmp_path / "whole"), plan, tmp_path / "out")
+    monkeypatch.undo()
+    stored = load((tmp_path / "whole" / "model.safetensors").read_bytes())
+    (tmp_path / "whole" / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(CheckpointError, match="no whole safetensors file"):
+        export(str(tmp_path / "whole"), plan, tmp_path / "out")
+    whole_but = {name: value for name, value in stored.items() if ".layers.1.mlp.experts.4." not in name}
+    save_file(whole_but, tmp_path / "whole" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"holds \{0: 8, 1: 7, 2: 8\}"):
+        export(str(tmp_path / "whole"), plan, tmp_path / "out")
+    del stored["model.layers.1.mlp.experts.4.up_proj.weight"]
+    save_file(stored, tmp_path / "whole" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"expert 4 of layer 1 lacks up_proj\.weight"):
+        export(str(tmp_path / "whole"), plan, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]

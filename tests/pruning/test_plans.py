@@ -1,0 +1,115 @@
+import pytest
+import torch
+
+from moe_lens.errors import InputError
+from moe_lens.pruning import Plan, Scores, plan
+
+VALUES = torch.tensor(
+    [
+        [[5.0, 1, 2, 3], [1, 1, 1, 9]],
+        [[1.0, 8, 2, 2], [4, 0, 0, 0]],
+    ]
+)
+
+
+def scores(values=VALUES, top_k=2, method="frequency"):
+    return Scores(
+        method=method,
+        model={"name": "m", "n_experts": 4, "moe_layers": [1, 2]},
+        layers=(1, 2),
+        top_k=top_k,
+        domains=("a", "b")[: len(values)],
+        tokens=(10, 20)[: len(values)],
+        texts="f00",
+        values=values,
+    )
+
+
+def test_the_best_of_each_layer_stay_and_domains_count_the_same():
+    made = plan(scores(), 0.5)
+    assert made.kept == ((0, 1), (0, 3))  # means: 3, 4.5, 2, 2.5 and 2.5, .5, .5, 4.5
+    assert made.share_kept == 0.5 and made.even and made.top_k == 2 and made.pruned(1) == (2, 3)
+    assert plan(scores(), 2).kept == made.kept
+
+
+def test_a_specialist_keeps_what_its_domain_needs():
+    assert plan(scores(), 2, domain="a").kept == ((0, 3), (0, 3))
+    assert plan(scores(), 2, domain="b").kept == ((1, 2), (0, 1))  # ties go to the lower number
+    assert plan(scores(), 2, domain="b").method == "frequency on b"
+    with pytest.raises(InputError, match="no scores for domain 'c'; there are some for a, b"):
+        plan(scores(), 2, domain="c")
+
+
+def test_a_global_budget_takes_the_best_of_all_layers():
+    values = torch.tensor([[[1.0, 1, 1, 1], [97, 1, 1, 1]]])
+    made = plan(scores(values, top_k=1), 0.5, budget="global")
+    assert made.kept == ((0, 1, 2), (0,)) and not made.even and made.share_kept == 0.5
+    assert plan(scores(values * torch.tensor([[[1.0], [50.0]]]), top_k=1), 0.5, budget="global").kept == made.kept
+    assert made.uniform().kept == ((0, 1), (0, 1))
+    least = plan(scores(values, top_k=2), 0.5, budget="global")
+    assert [len(of) for of in least.kept] == [2, 2]
+
+
+def test_protected_experts_stay():
+    made = plan(scores(), 2, protect=[(2, 1)])
+    assert made.kept == ((0, 1), (1, 3))
+    assert plan(scores(), 2, budget="global", protect=[(2, 1)]).of(2)[0] in (0, 1) and 1 in plan(
+        scores(), 2, budget="global", protect=[(2, 1)]
+    ).of(2)
+    with pytest.raises(InputError, match="1 protected experts do not fit into keep=2, such as"):
+        plan(scores(), 2, protect=[(2, 0), (2, 1), (2, 2)])
+    with pytest.raises(InputError, match="no expert 4 in layer 2"):
+        plan(scores(), 2, protect=[(2, 4)])
+
+
+def test_only_selected_experts_stay_however_many():
+    values = torch.tensor([[[1.0, 1, 0, 1], [0, 1, 1, 0]]])
+    made = plan(scores(values, method="selected"), "selected")
+    assert made.kept == ((0, 1, 3), (1, 2))
+    with pytest.raises(InputError, match="layer 2 would keep 1 experts, and every token needs 2"):
+        plan(scores(torch.tensor([[[1.0, 1, 0, 1], [0, 1, 0, 0]]])), "selected")
+
+
+def test_fewer_active_experts_allow_fewer_kept_ones():
+    assert plan(scores(), top_k=1).top_k == 1 and plan(scores(), top_k=1).share_kept == 1
+    assert plan(scores(), 1, top_k=1).kept == ((1,), (3,))
+
+
+@pytest.mark.parametrize(
+    ("keep", "options", "message"),
+    [
+        (1, {}, "keep=1 leaves 1 experts a layer, and every token needs 2"),
+        (0.2, {}, "keep=0.2 leaves 1 experts a layer"),
+        (5, {}, "keep is 5; expected 1 to 4 experts a layer"),
+        (1.5, {}, "keep is 1.5; expected a share"),
+        (0, {}, "keep is 0; expected 1 to 4"),
+        (None, {"top_k": 3}, "top_k is 3; expected 1 to 2, the model's own"),
+        (None, {"top_k": 0}, "top_k is 0; expected 1 to 2"),
+    ],
+)
+def test_impossible_sizes_are_refused(keep, options, message):
+    with pytest.raises(InputError, match=message):
+        plan(scores(), keep, **options)
+
+
+def test_plans_and_scores_are_read_as_they_were_written(tmp_path):
+    from moe_lens.pruning.merging import grouped
+
+    made = plan(scores(), 2)
+    merged = grouped(made, torch.eye(4).expand(2, 4, 4).double() + 0.1, torch.arange(8.0).view(2, 4))
+    for each in (made, merged):
+        each.save(tmp_path / "plan")
+        again = Plan.load(tmp_path / "plan")
+        assert again.kept == each.kept and again.merged == each.merged and again.model == each.model
+        assert again.top_k == each.top_k and again.method == each.method and torch.equal(again.values, each.values)
+        assert (again.shares is None) == (each.shares is None)
+        again.check(scores().model)
+    scores().save(tmp_path / "scores")
+    again = Scores.load(tmp_path / "scores")
+    assert torch.equal(again.values, VALUES) and again.domains == ("a", "b") and again.texts == "f00"
+    frame = again.to_frame()
+    assert len(frame) == 16 and frame.query("domain == 'b' and layer == 1 and expert == 1").score.item() == 8
+    with pytest.raises(InputError, match="holds Scores; expected a Plan"):
+        Plan.load(tmp_path / "scores")
+    with pytest.raises(InputError, match="the plan is for a model with name 'm'; this one has 'n'"):
+        made.check({"name": "n"})

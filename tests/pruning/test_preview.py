@@ -1,0 +1,140 @@
+import pytest
+import torch
+
+from moe_lens import HookedMoE, names
+from moe_lens.errors import InputError
+from moe_lens.pruning.merging import averaged, grouped, matching, members, views
+from tests.families import CONFIGS, build, tokens
+from tests.pruning.smaller import by_hand, make_plan, whole
+
+STAY = {0: (0, 1, 2, 5, 6, 7), 1: (0, 2, 3, 4, 5, 7), 2: (1, 2, 3, 4, 6, 7)}
+
+
+def hooked_and_plan(name, top_k=3):
+    hooked = HookedMoE.from_hf(whole(name), check=False)
+    return hooked, make_plan(hooked, {layer: STAY[layer] for layer in hooked.moe_layers}, top_k)
+
+
+@pytest.mark.parametrize("top_k", [2, 3])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_preview_is_the_smaller_model(name, top_k):
+    """Against a plain transformers model with slices of the parameters: ≤ 1e-5 of logits of the order of 10."""
+    hooked, plan = hooked_and_plan(name, top_k)
+    with torch.no_grad():
+        before, expected = (
+            hooked(tokens()),
+            by_hand(name, dict(zip(plan.layers, plan.kept, strict=True)), top_k)(tokens()).logits,
+        )
+        with plan.preview(hooked):
+            found = hooked(tokens())
+        after = hooked(tokens())
+    assert (found - expected).abs().max() <= 1e-5
+    assert (before - expected).abs().max() > 0.01
+    assert torch.equal(before, after)
+
+
+def test_a_selection_bias_cannot_bring_a_pruned_expert_back():
+    hooked, plan = hooked_and_plan("deepseek_v3")
+    router = hooked._moe(1).gate
+    router.e_score_correction_bias.data[1] = 100.0  # expert 1 of layer 1 goes
+    before = router.e_score_correction_bias.clone()
+    assert bool((hooked.routing(tokens()).layer(1).indices == 1).any(-1).all())
+    with plan.preview(hooked):
+        assert not bool((hooked.routing(tokens()).layer(1).indices == 1).any())
+    assert torch.equal(router.e_score_correction_bias, before)
+
+
+def test_an_error_inside_restores_everything():
+    hooked, plan = hooked_and_plan("deepseek_v3")
+    merged = grouped(plan, torch.eye(8).expand(len(plan.layers), 8, 8).double(), torch.ones(len(plan.layers), 8))
+    state = {name: value.clone() for name, value in hooked.original_model.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt), merged.preview(hooked):
+        changed = [n for n, value in hooked.original_model.state_dict().items() if not torch.equal(value, state[n])]
+        assert any("experts" in name for name in changed) and any("bias" in name for name in changed)
+        raise KeyboardInterrupt
+    assert all(torch.equal(value, state[name]) for name, value in hooked.original_model.state_dict().items())
+    assert not any(point.has_hooks() for point in hooked.hook_dict.values())
+
+
+def test_a_plan_of_another_model_is_refused():
+    _, plan = hooked_and_plan("olmoe")
+    other = HookedMoE.from_hf(build("mixtral"), check=False)
+    with (
+        pytest.raises(InputError, match="the plan is for a model with name 'olmoe.*'; this one has 'mixtral"),
+        plan.preview(other),
+    ):
+        pass
+
+
+def test_pruned_experts_have_no_affinity_in_a_preview():
+    hooked, plan = hooked_and_plan("olmoe")
+    with plan.preview(hooked):
+        _, cache = hooked.run_with_cache(
+            tokens(),
+            names_filter=lambda name: name.endswith((names.ROUTER_LOGITS, names.EXPERT_INDICES, names.ROUTING_WEIGHTS)),
+        )
+    probs = cache.routing(1).probs
+    assert float(probs[..., list(plan.pruned(1))].max()) == 0
+    assert torch.allclose(probs.sum(-1), torch.ones(()))
+
+
+# --- merging ---
+
+
+def permuted(matrices, order):
+    return {name: value[order] for name, value in matrices.items()}
+
+
+def test_neurons_are_matched_and_a_permuted_copy_averages_to_itself():
+    torch.manual_seed(0)
+    expert = {name: torch.randn(16, 32, dtype=torch.float64) for name in ("W_in", "W_gate", "W_out")}
+    order = torch.randperm(16)
+    copy = permuted(expert, order)
+    assert torch.equal(order[matching(expert, copy)], torch.arange(16))
+    merged = averaged([expert, copy], torch.tensor([3.0, 1.0]))
+    assert all(torch.allclose(merged[name], expert[name], atol=1e-14) for name in expert)
+    naive = {name: 0.75 * expert[name] + 0.25 * copy[name] for name in expert}
+    assert not torch.allclose(naive["W_in"], expert["W_in"], atol=0.1)
+
+
+def test_averages_weigh_by_share_and_never_chosen_experts_count_alike():
+    a, b = ({"W_in": torch.full((1, 2), value)} for value in (1.0, 3.0))
+    assert averaged([a, b], torch.tensor([1.0, 3.0]))["W_in"].tolist() == [[2.5, 2.5]]
+    assert averaged([a, b], torch.tensor([0.0, 0.0]))["W_in"].tolist() == [[2.0, 2.0]]
+
+
+def test_groups_follow_the_cosine_of_router_logits():
+    _, plan = hooked_and_plan("olmoe")
+    logits = torch.randn(50, 8, dtype=torch.float64)
+    logits[:, 3] = 2 * logits[:, 0]  # expert 3 of layer 0 goes; expert 0 stays
+    logits[:, 4] = -logits[:, 1] + 3 * logits[:, 6]
+    products = (logits.T @ logits).expand(3, 8, 8)
+    merged = grouped(plan, products, torch.arange(8.0).expand(3, 8))
+    assert merged.merged is not None and merged.merged[0, 3] == 0 and merged.merged[0, 4] == 6
+    assert members(merged, 0, 0) == (0, 3) and members(merged, 0, 1) == (1,)
+    assert set(merged.merged) == {(layer, e) for layer in plan.layers for e in plan.pruned(layer)}
+
+
+@pytest.mark.parametrize("name", ["deepseek", "mixtral", "qwen2_moe"])
+def test_merged_experts_are_the_same_in_preview_and_checkpoint(name, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from moe_lens.pruning import export
+
+    hooked, plan = hooked_and_plan(name)
+    torch.manual_seed(0)
+    products = torch.randn(len(plan.layers), 40, 8, dtype=torch.float64)
+    merged = grouped(plan, products.mT @ products, torch.rand(len(plan.layers), 8))
+    layer = plan.layers[0]
+    leader = next(iter((merged.merged or {}).values()))
+    before = views(hooked, layer, leader)["W_out"].clone()
+    with torch.no_grad(), merged.preview(hooked):
+        expected = hooked(tokens())
+        assert not torch.equal(views(hooked, layer, leader)["W_out"], before)
+    folder = export(hooked, merged, tmp_path / "out")
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(folder)(tokens()).logits
+        with plan.preview(hooked):
+            dropped = hooked(tokens())
+    assert (found - expected).abs().max() <= 1e-5
+    assert (found - dropped).abs().max() > 0.001
