@@ -32,8 +32,8 @@ def test_exported_checkpoints_are_the_smaller_model_in_plain_transformers(name, 
     kept = kept_of(hooked)
     expected = by_hand(name, kept, top_k)
     folder = export(hooked, make_plan(hooked, kept, top_k), tmp_path / "out")
-    loaded: Any
-    loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    loader: Any = AutoModelForCausalLM
+    loaded, info = loader.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert type(loaded) is type(expected)
     with torch.no_grad():
