@@ -51,8 +51,6 @@ class Decoding:
                 )
         cache.require(lens.hooks(self.layers, self.sums))
         shape = cache[names.block(names.RESID_MID, self.layers[0])].shape
-        if len(shape) != 2 + cache.has_batch_dim:
-            raise InputError(f"the cache holds a residual stream of {tuple(shape)}; a lens needs an axis of positions")
         self.batch, length = shape[0] if cache.has_batch_dim else 1, shape[-2]
         self.positions = _counted("positions", range(length) if positions is None else positions, length, "the cache")
 

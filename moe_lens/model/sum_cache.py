@@ -70,8 +70,7 @@ class SumCache(AttributionCache):
         which = which or PartialSum(**chosen)
         layer = self._layer(layer)
         dense = layer not in self.model.moe_layers
-        self._check_ids("rank", which.ranks or (), self.model.top_k)
-        self._check_ids("expert", which.experts or (), self.model.n_experts)
+        self._check(which)
         terms = list(self._terms(layer, which, dense, at))
         if not terms:
             raise HookError(f"layer {layer} has no shared experts: the sum {which.label!r} is empty there")
@@ -83,9 +82,11 @@ class SumCache(AttributionCache):
 
         Raises:
             HookError: the layer is dense, or indices or weights were not cached.
-            InputError: there is no unselected expert to draw, because all are always active.
+            InputError: ranks or experts that the model does not have, or no unselected expert to draw, because all are
+                always active.
         """
         layer = self._moe_layer(layer, "experts")
+        self._check(which)
         indices = self._taken(names.mlp(names.EXPERT_INDICES, layer), at)
         weights = self._taken(names.mlp(names.ROUTING_WEIGHTS, layer), at)
         present = torch.ones_like(indices[..., 0], dtype=torch.bool)
@@ -194,6 +195,10 @@ class SumCache(AttributionCache):
         if not which.weighted:
             return out
         return out * self._taken(names.mlp(names.ROUTING_WEIGHTS, layer), at)[..., :1].to(out)
+
+    def _check(self, which: PartialSum) -> None:
+        self._check_ids("rank", which.ranks or (), self.model.top_k)
+        self._check_ids("expert", which.experts or (), self.model.n_experts)
 
     def _check_ids(self, what: str, ids: Any, count: int) -> None:
         wrong = [number for number in ids if not 0 <= number < count]
