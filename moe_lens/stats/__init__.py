@@ -3,6 +3,8 @@
 from moe_lens.stats.accumulator import Accumulator as Accumulator
 from moe_lens.stats.accumulator import Result as Result
 from moe_lens.stats.batch import RoutedBatch as RoutedBatch
+from moe_lens.stats.domains import DomainComparison as DomainComparison
+from moe_lens.stats.domains import compare_domains as compare_domains
 from moe_lens.stats.live import observe as observe
 from moe_lens.stats.loss import LossResult as LossResult
 from moe_lens.stats.loss import LossStats as LossStats

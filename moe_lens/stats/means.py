@@ -2,16 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens.errors import InputError
+from moe_lens.stats.accumulator import Accumulator, Result
+from moe_lens.stats.parts import Total
 
 
 @dataclass(frozen=True, eq=False)
-class Means:
+class Means(Result):
     """Means over the counted tokens, per layer."""
 
     layers: tuple[int, ...]
@@ -25,18 +29,26 @@ class Means:
     unseen: int
     """How many experts, over all layers, no token was routed to."""
 
+    def to_frame(self) -> pd.DataFrame:
+        """One row per layer: the norms of the means."""
+        norms = {"resid": self.resid.norm(dim=-1), "weighted": self.weighted.sum(1).norm(dim=-1)}
+        return pd.DataFrame({"layer": self.layers, **{name: value.numpy() for name, value in norms.items()}})
 
-class ActivationMeans:
+
+class ActivationMeans(Accumulator[Means]):
     """Accumulates means of u, of the ranks' contributions and of every expert's output; memory does not grow."""
 
     def __init__(self, layers: Sequence[int], n_experts: int, top_k: int, d_model: int):
-        self.layers = tuple(layers)
-        n_layers = len(self.layers)
-        self._tokens = torch.zeros(n_layers, dtype=torch.long)
-        self._resid = torch.zeros(n_layers, d_model, dtype=torch.float64)
-        self._weighted = torch.zeros(n_layers, top_k, d_model, dtype=torch.float64)
-        self._routed = torch.zeros(n_layers, n_experts, dtype=torch.long)
-        self._experts = torch.zeros(n_layers, n_experts, d_model, dtype=torch.float64)
+        self.layers, self.n_experts = tuple(layers), n_experts
+        self._sums = {name: [Total() for _ in self.layers] for name in _SUMS}
+        super().__init__(
+            {"layers": self.layers, "n_experts": n_experts, "top_k": top_k, "d_model": d_model},
+            {
+                f"{name}.{layer}": part
+                for name, parts in self._sums.items()
+                for layer, part in zip(self.layers, parts, strict=True)
+            },
+        )
 
     def update(
         self,
@@ -46,7 +58,7 @@ class ActivationMeans:
         weights: Float[Tensor, "batch pos top_k"],
         indices: Int[Tensor, "batch pos top_k"],
         counted: Bool[Tensor, "batch pos"],
-    ) -> "ActivationMeans":
+    ) -> Self:
         """Count one layer of a batch.
 
         Args:
@@ -57,40 +69,45 @@ class ActivationMeans:
             indices: Which experts they are.
             counted: The tokens to count.
         """
+        if not bool(counted.any()):
+            return self
         i = self.layers.index(layer)
         out, chosen = outputs[counted].double().cpu(), indices[counted].long().cpu()
-        self._tokens[i] += len(out)
-        self._resid[i] += resid[counted].double().cpu().sum(0)
-        self._weighted[i] += (out * weights[counted].double().cpu()[..., None]).sum(0)
-        self._routed[i] += torch.bincount(chosen.flatten(), minlength=self._routed.shape[1])
-        self._experts[i].index_add_(0, chosen.flatten(), out.flatten(0, 1))
-        return self
-
-    def merge(self, other: "ActivationMeans") -> "ActivationMeans":
-        """Add the sums of another accumulator of the same model."""
-        for mine, theirs in (
-            (self._tokens, other._tokens),
-            (self._resid, other._resid),
-            (self._weighted, other._weighted),
-            (self._routed, other._routed),
-            (self._experts, other._experts),
-        ):
-            mine += theirs
+        by_expert = torch.zeros(self.n_experts, out.shape[-1], dtype=torch.float64)
+        added = {
+            "tokens": torch.tensor(len(out)),
+            "resid": resid[counted].double().cpu().sum(0),
+            "weighted": (out * weights[counted].double().cpu()[..., None]).sum(0),
+            "routed": torch.bincount(chosen.flatten(), minlength=self.n_experts),
+            "experts": by_expert.index_add_(0, chosen.flatten(), out.flatten(0, 1)),
+        }
+        for name, value in added.items():
+            self._sums[name][i].add(value)
         return self
 
     def result(self) -> Means:
         """The means so far."""
-        if not int(self._tokens.min()):
+        if not all(part.seen for part in self._sums["tokens"]):
             raise InputError("no tokens were counted; update every layer with a batch that holds text first")
-        n = self._tokens[:, None]
-        layer_mean = self._experts.sum(1) / self._routed.sum(1, keepdim=True)
-        seen = (self._routed > 0)[..., None]
-        experts = torch.where(seen, self._experts / self._routed.clamp(min=1)[..., None], layer_mean[:, None])
+        tokens, resid, weighted, routed, sums = (
+            torch.stack([part.value for part in self._sums[name]]) for name in _SUMS
+        )
+        layer_mean = sums.sum(1) / routed.sum(1, keepdim=True)
+        seen = (routed > 0)[..., None]
+        experts = torch.where(seen, sums / routed.clamp(min=1)[..., None], layer_mean[:, None])
         return Means(
             self.layers,
-            (self._resid / n).float(),
-            (self._weighted / n[..., None]).float(),
+            (resid / tokens[:, None]).float(),
+            (weighted / tokens[:, None, None]).float(),
             experts.float(),
-            int(self._tokens[0]),
-            int((self._routed == 0).sum()),
+            int(tokens[0]),
+            int((routed == 0).sum()),
         )
+
+    @property
+    def seen(self) -> bool:
+        """Whether any token was counted."""
+        return all(part.seen for part in self._sums["tokens"])
+
+
+_SUMS = ("tokens", "resid", "weighted", "routed", "experts")
