@@ -1,5 +1,7 @@
 """Interventions: ablate, re-route, patch and attribute experts."""
 
+from moe_lens.interventions.attribution import expert_attribution as expert_attribution
+from moe_lens.interventions.attribution_result import ExpertAttribution as ExpertAttribution
 from moe_lens.interventions.metrics import KLDivergence as KLDivergence
 from moe_lens.interventions.metrics import Logit as Logit
 from moe_lens.interventions.metrics import LogitDifference as LogitDifference

@@ -7,15 +7,16 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from moe_lens.errors import InputError
+from moe_lens.interventions.ablation import Reference, check_mean, means_for
 from moe_lens.interventions.attribution_knockout import Knockouts
 from moe_lens.interventions.attribution_paths import (
-    Means,
     Slots,
     direct_gradient,
     integrated_gradient,
     run_with_gradients,
 )
 from moe_lens.interventions.attribution_result import ExpertAttribution, Unit
+from moe_lens.interventions.means import ExpertMeans
 from moe_lens.interventions.metrics import Metric, describe, evaluate
 from moe_lens.interventions.sweep import CleanRun, RoutingMode
 from moe_lens.model.cache import MoECache
@@ -33,7 +34,7 @@ def expert_attribution(
     routing: RoutingMode = "free",
     unit: Unit = "expert",
     baseline: Literal["zero", "mean"] = "zero",
-    reference: Any = None,
+    reference: Reference | None = None,
     selection: Selection | None = None,
     per_position: bool | None = None,
     steps: int = 16,
@@ -70,7 +71,7 @@ def expert_attribution(
         routing: whether later layers choose again.
         unit: a value per expert, or per rank by routing weight.
         baseline: what contributions are compared with.
-        reference: what means are taken over, for `baseline="mean"`: as for `model.ablate(…, how="mean")`.
+        reference: what means are taken over, for `baseline="mean"`; as for `model.ablate(…, how="mean")`.
         selection: layers, experts or ranks, and positions to attribute; everything if not given. Of experts or ranks
             that are left out values and counts are 0.
         per_position: a value for each position, instead of one for all positions (taken out together). If not given,
@@ -89,16 +90,16 @@ def expert_attribution(
         raise InputError(f"steps is {steps}; expected at least 1")
     selection = (selection or Selection()).check(model)
     layers = selection.layers_of(model)
-    means, difference = _means(baseline, reference, layers), None
+    means, difference = _means(model, baseline, reference, selection), None
     about: dict[str, Any] = {"method": method, "routing": routing, "baseline": baseline, "unit": unit, "layers": layers}
     about["metric"] = describe(metric)
     if method == "gradient":
         clean, cache, slots, gradients = run_with_gradients(model, input, metric, layers, means, **kwargs)
-        chosen = _chosen(selection, slots, cache)
+        chosen = _chosen(selection, slots, cache, means)
     else:
         run = CleanRun.of(model, input, keep=Slots.hooks(layers, means is not None), **kwargs)
         clean, slots = evaluate(metric, run.logits).item(), Slots.of(run.cache, layers, means)
-        chosen = _chosen(selection, slots, run.cache)
+        chosen = _chosen(selection, slots, run.cache, means)
         if method in ("knockout", "direct_knockout"):
             knockouts = Knockouts(model, run, slots, chosen, unit)
             values, count = knockouts.measure(metric, routing, bool(per_position), direct=method == "direct_knockout")
@@ -119,18 +120,25 @@ def expert_attribution(
     return ExpertAttribution(**about, clean=clean, values=values, count=count, difference=difference)
 
 
-def _means(baseline: str, reference: Any, layers: tuple[int, ...]) -> Means | None:
-    """Mean outputs of the layers' experts, if they are the baseline."""
+def _means(model: Any, baseline: str, reference: Reference | None, selection: Selection) -> ExpertMeans | None:
+    """Mean outputs of experts, if they are the baseline."""
     if baseline not in ("zero", "mean") or (baseline == "mean") != (reference is not None):
         raise InputError(
             f"baseline is {baseline!r} and reference {type(reference).__name__}; "
             'expected "zero" without a reference, or "mean" with one'
         )
-    return None if reference is None else {layer: reference.of(layer) for layer in layers}
+    return None if reference is None else means_for(model, reference, selection)
 
 
-def _chosen(selection: Selection, slots: Slots, cache: MoECache) -> Bool[Tensor, "layer batch pos top_k"]:
+def _chosen(
+    selection: Selection, slots: Slots, cache: MoECache, means: ExpertMeans | None
+) -> Bool[Tensor, "layer batch pos top_k"]:
     """The slots that are attributed: those selected, and none at padding."""
     batch, pos, _ = next(iter(slots.indices.values())).shape
     positions = selection.positions(Step(batch, pos, cache.tokens, cache.mask))
-    return torch.stack([selection.slots(layer, indices, positions) for layer, indices in slots.indices.items()])
+    chosen = {layer: selection.slots(layer, indices, positions) for layer, indices in slots.indices.items()}
+    if means is not None:
+        for layer, which in chosen.items():
+            for expert in slots.indices[layer][which].unique().tolist():
+                check_mean(means, layer, expert)
+    return torch.stack(list(chosen.values()))

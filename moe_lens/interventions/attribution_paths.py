@@ -18,11 +18,10 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.errors import InputError
 from moe_lens.interventions.attribution_result import Unit
+from moe_lens.interventions.means import ExpertMeans
 from moe_lens.interventions.metrics import KLDivergence, Metric, TokenMetric, checked, differentiable, evaluate
 from moe_lens.interventions.sweep import CleanRun
 from moe_lens.model.cache import MoECache
-
-Means = Mapping[int, Float[Tensor, "n_experts d_model"]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,21 +40,21 @@ class Slots:
         return [names.mlp(name, layer) for layer in layers for name in wanted]
 
     @classmethod
-    def of(cls, cache: MoECache, layers: Sequence[int], means: Means | None) -> "Slots":
+    def of(cls, cache: MoECache, layers: Sequence[int], means: ExpertMeans | None) -> "Slots":
         """Take them from a cache.
 
         Args:
             cache: of the run.
             layers: which layers.
-            means: outputs that stand at the baseline instead of each expert's own; none for a baseline of zero.
+            means: outputs that stand at the baseline for each expert's own; none for a baseline of zero.
         """
         indices = {layer: cache[names.mlp(names.EXPERT_INDICES, layer)] for layer in layers}
         parts = {layer: cache[names.mlp(names.EXPERT_WEIGHTED, layer)] for layer in layers}
         for layer in layers if means is not None else ():
-            weights = cache[names.mlp(names.ROUTING_WEIGHTS, layer)]
             assert means is not None
-            baseline = weights[..., None] * means[layer].to(weights)[indices[layer]]
-            parts[layer] = parts[layer] - baseline.to(parts[layer])
+            weights = cache[names.mlp(names.ROUTING_WEIGHTS, layer)]
+            stand_in = means.of(layer).nan_to_num().to(weights)[indices[layer]]
+            parts[layer] = parts[layer] - (weights[..., None] * stand_in).to(parts[layer])
         return cls(indices, parts)
 
     def products(self, gradients: Mapping[int, Tensor]) -> Float[Tensor, "layer batch pos top_k"]:
@@ -89,7 +88,7 @@ class Slots:
 
 
 def run_with_gradients(
-    model: Any, input: Any, metric: Metric, layers: Sequence[int], means: Means | None, **kwargs: Any
+    model: Any, input: Any, metric: Metric, layers: Sequence[int], means: ExpertMeans | None, **kwargs: Any
 ) -> tuple[float, MoECache, Slots, dict[int, Tensor]]:
     """One forward and one backward pass: the metric, the cache, its slots, and Γ of every layer.
 
@@ -171,7 +170,7 @@ def integrated_gradient(
                 point, value = at((node + 1) / 2)
                 mean += weight / 2 * torch.autograd.grad(differentiable(value, metric), point)[0].to(mean)
         with torch.no_grad():
-            return mean, at(0)[1].item()
+            return mean, at(0.0)[1].item()
 
 
 def _read(run: CleanRun, resid: Float[Tensor, "batch pos d_model"], metric: Metric) -> Float[Tensor, ""]:
