@@ -95,7 +95,7 @@ def observed(model: Any, batch: TokenBatch, *, predicted: bool = False) -> Route
             rows = {name: batch.unpack(getattr(routing, name)) for name in ("indices", "weights", "logits", "probs")}
             layers[layer] = replace(routing, **rows)
     return RoutedBatch(
-        routing=Routing.stack([layers[layer] for layer in model.moe_layers]),
+        routing=replace(Routing.stack([layers[layer] for layer in model.moe_layers]), mask=batch.mask),
         tokens=batch.tokens,
         counted=batch.counted,
         sources=batch.sources,
