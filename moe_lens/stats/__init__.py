@@ -5,11 +5,16 @@ from moe_lens.stats.accumulator import Result as Result
 from moe_lens.stats.batch import RoutedBatch as RoutedBatch
 from moe_lens.stats.domains import DomainComparison as DomainComparison
 from moe_lens.stats.domains import compare_domains as compare_domains
+from moe_lens.stats.information import ConditionalInformation as ConditionalInformation
+from moe_lens.stats.information import conditional_information as conditional_information
 from moe_lens.stats.live import observe as observe
 from moe_lens.stats.loss import LossResult as LossResult
 from moe_lens.stats.loss import LossStats as LossStats
 from moe_lens.stats.means import ActivationMeans as ActivationMeans
 from moe_lens.stats.means import Means as Means
+from moe_lens.stats.nulls import random_router as random_router
+from moe_lens.stats.nulls import token_unigram_routing as token_unigram_routing
+from moe_lens.stats.nulls import uniform_routing as uniform_routing
 from moe_lens.stats.pairs import PairResult as PairResult
 from moe_lens.stats.pairs import PairStats as PairStats
 from moe_lens.stats.resampling import MIN_SOURCES as MIN_SOURCES
@@ -23,3 +28,5 @@ from moe_lens.stats.routing import RoutingStats as RoutingStats
 from moe_lens.stats.similarity import MEASURES as MEASURES
 from moe_lens.stats.similarity import SimilarityResult as SimilarityResult
 from moe_lens.stats.similarity import SimilarityStats as SimilarityStats
+from moe_lens.stats.vocabulary import VocabularyResult as VocabularyResult
+from moe_lens.stats.vocabulary import VocabularyStats as VocabularyStats

@@ -1,6 +1,7 @@
 """Statistics of a live model: hooks that hand on activations while the model runs, so that no cache is kept."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -110,7 +111,7 @@ def observe(model: Any, batch: TextBatch, *, predicted: bool = False) -> RoutedB
         tokens, fwd_hooks=routing_hooks(model, layers), return_type="logits", attention_mask=mask.long()
     )
     return RoutedBatch(
-        routing=Routing.stack([layers[layer] for layer in model.moe_layers]),
+        routing=replace(Routing.stack([layers[layer] for layer in model.moe_layers]), mask=batch.mask),
         tokens=batch.tokens,
         counted=batch.counted & batch.mask,
         sources=batch.sources,

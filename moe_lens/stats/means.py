@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens.errors import InputError
+from moe_lens.interventions.means import ExpertMeans
 from moe_lens.stats.accumulator import Accumulator, Result
 from moe_lens.stats.parts import Total
 
@@ -25,9 +26,19 @@ class Means(Result):
     """Of the weighted contribution of each rank, g E(x)."""
     experts: Float[Tensor, "layer n_experts d_model"]
     """Of each expert's output E(x) over the tokens that were routed to it; the layer's mean where there were none."""
+    counts: Int[Tensor, "layer n_experts"]
+    """How many tokens were routed to each expert."""
     n_tokens: int
-    unseen: int
-    """How many experts, over all layers, no token was routed to."""
+
+    @property
+    def unseen(self) -> int:
+        """How many experts, over all layers, no token was routed to."""
+        return int((self.counts == 0).sum())
+
+    @property
+    def per_expert(self) -> ExpertMeans:
+        """The experts' means, as `model.ablate(how="mean")` takes them."""
+        return ExpertMeans(self.layers, self.experts, self.counts)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per layer: the norms of the means."""
@@ -92,16 +103,13 @@ class ActivationMeans(Accumulator[Means]):
         tokens, resid, weighted, routed, sums = (
             torch.stack([part.value for part in self._sums[name]]) for name in _SUMS
         )
-        layer_mean = sums.sum(1) / routed.sum(1, keepdim=True)
-        seen = (routed > 0)[..., None]
-        experts = torch.where(seen, sums / routed.clamp(min=1)[..., None], layer_mean[:, None])
         return Means(
             self.layers,
             (resid / tokens[:, None]).float(),
             (weighted / tokens[:, None, None]).float(),
-            experts.float(),
+            ExpertMeans.of_sums(self.layers, sums, routed).filled().experts,
+            routed,
             int(tokens[0]),
-            int((routed == 0).sum()),
         )
 
     @property

@@ -45,7 +45,9 @@ def plain(u, a, mean_u, mean_a) -> dict[str, Any]:
 
 def centre(layers=(0,)) -> Means:
     n = len(layers)
-    return Means(tuple(layers), torch.randn(n, D), torch.randn(n, K, D), torch.randn(n, 5, D), 1, 0)
+    return Means(
+        tuple(layers), torch.randn(n, D), torch.randn(n, K, D), torch.randn(n, 5, D), torch.ones(n, 5).long(), 1
+    )
 
 
 def test_against_numpy_in_double_precision():

@@ -1,0 +1,152 @@
+"""I(expert; domain | token): what the domain says about the expert once the token is known."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from moe_lens.errors import InputError
+from moe_lens.stats.accumulator import Result
+from moe_lens.stats.vocabulary import VocabularyResult
+
+
+@dataclass(frozen=True, eq=False)
+class ConditionalInformation(Result):
+    """I(E; D | X) of an assignment's expert, its domain and its token, beside what permuted labels give; nats.
+
+    Domains have the same weight. A token that occurs in one domain only says nothing, and adds 0.
+    """
+
+    domains: tuple[str, ...]
+    layers: tuple[int, ...]
+    permutations: int
+    information: Float[Tensor, " layer"]
+    null: Float[Tensor, " layer"]
+    """Mean over permutations: finite samples of rare tokens give much even where there is nothing."""
+    p_values: Float[Tensor, " layer"]
+    """One-sided, of each layer alone."""
+    shared: float
+    """Share of the text, in [0, 1], that is of tokens which occur in two domains at least."""
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row per layer: information, null, excess (information less null), p_value, shared."""
+        columns = {
+            "information": self.information,
+            "null": self.null,
+            "excess": self.information - self.null,
+            "p_value": self.p_values,
+        }
+        frame = pd.DataFrame({"layer": self.layers, **{name: value.numpy() for name, value in columns.items()}})
+        return frame.assign(shared=self.shared)
+
+
+def conditional_information(
+    results: Mapping[str, VocabularyResult], *, permutations: int = 200, seed: int = 0
+) -> ConditionalInformation:
+    """Measure I(E; D | X) and its permutation null.
+
+    For each token by itself, domain labels are permuted over the groups of sources in which the token occurs: routing
+    keeps its dependence on the token, and tokens of a group keep together.
+
+    Args:
+        results: Of each domain, counted by `VocabularyStats(…, groups=…)` with the same settings.
+        permutations: How often labels are permuted.
+        seed: Of the permutations.
+
+    Raises:
+        InputError: fewer than two domains, counts that do not fit one another, or a single group, with which there is
+            nothing to permute.
+    """
+    domains, first = tuple(results), next(iter(results.values()), None)
+    if first is None or len(results) < 2:
+        raise InputError(f"got the domains {list(results)}; expected at least two to compare")
+    about = {(r.by, r.layers, r.n_experts, r.top_k, r.d_vocab, r.groups) for r in results.values()}
+    if len(about) > 1:
+        raise InputError(f"the domains were counted in different ways: {sorted(about)}")
+    if first.groups == 1:
+        raise InputError("all sources were counted in one group; count with VocabularyStats(…, groups=10) or so")
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.zeros(permutations + 1, len(first.layers), dtype=torch.float64)
+    shared = 0.0
+    for i, layer in enumerate(first.layers):
+        units = _units(list(results.values()), layer)
+        values[0, i] = units.information(units.domain)
+        for j in range(permutations):
+            values[j + 1, i] = units.information(units.permuted(generator))
+        shared = units.shared  # the same in every layer
+    return ConditionalInformation(
+        domains=domains,
+        layers=first.layers,
+        permutations=permutations,
+        information=values[0],
+        null=values[1:].mean(0),
+        p_values=(values >= values[0] - 1e-12).double().mean(0),
+        shared=shared,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Units:
+    """Of one layer: what a group of sources did with a token, for tokens that occur in two domains at least."""
+
+    token: Int[Tensor, " unit"]
+    """Counted from 0, ascending."""
+    domain: Int[Tensor, " unit"]
+    counts: Float[Tensor, "unit n_experts"]
+    outside: Float[Tensor, " domain"]
+    """Assignments of other tokens."""
+    shared: float
+
+    def permuted(self, generator: torch.Generator) -> Int[Tensor, " unit"]:
+        """Domains dealt anew to the units of each token."""
+        random = torch.rand(len(self.token), generator=generator).argsort()
+        return self.domain[random[self.token[random].argsort(stable=True)]]
+
+    def information(self, domain: Int[Tensor, " unit"]) -> Float[Tensor, ""]:
+        """I(E; D | X) with the units in these domains."""
+        n_domains, n_experts = len(self.outside), self.counts.shape[-1]
+        if not len(self.token):
+            return torch.zeros((), dtype=torch.float64)
+        inside = torch.zeros(int(self.token[-1]) + 1, n_domains, n_experts, dtype=torch.float64)
+        inside.view(-1, n_experts).index_add_(0, self.token * n_domains + domain, self.counts)
+        # every domain has the same weight, whatever its size
+        p = inside / (inside.sum((0, 2)) + self.outside)[:, None] / n_domains
+        entropy = torch.special.entr
+        # H(X, E) + H(X, D) − H(X, D, E) − H(X); constants of tokens outside cancel
+        return entropy(p.sum(1)).sum() + entropy(p.sum(2)).sum() - entropy(p).sum() - entropy(p.sum((1, 2))).sum()
+
+
+def _units(results: list[VocabularyResult], layer: int) -> _Units:
+    first = results[0]
+    unit_keys, experts, counts = [], [], []
+    for d, result in enumerate(results):
+        group, token, place, expert = result.cells()
+        here = place == result.layers.index(layer)
+        unit_keys.append((token[here] * len(results) + d) * result.groups + group[here])
+        experts.append(expert[here])
+        counts.append(result.assigned[here])
+    keys, unit = torch.cat(unit_keys).unique(return_inverse=True)
+    table = torch.zeros(len(keys), first.n_experts, dtype=torch.float64)
+    table.view(-1).index_add_(0, unit * first.n_experts + torch.cat(experts), torch.cat(counts).double())
+    domain = keys // first.groups % len(results)
+    token = keys // first.groups // len(results)
+    kept = _in_two_domains(token, domain)
+    total = torch.zeros(len(results), dtype=torch.float64).index_add_(0, domain, table.sum(-1))
+    outside = torch.zeros_like(total).index_add_(0, domain[~kept], table[~kept].sum(-1))
+    return _Units(
+        token=token[kept].unique(return_inverse=True)[1],
+        domain=domain[kept],
+        counts=table[kept],
+        outside=outside,
+        shared=float((1 - outside / total).mean()),
+    )
+
+
+def _in_two_domains(token: Int[Tensor, " unit"], domain: Int[Tensor, " unit"]) -> Bool[Tensor, " unit"]:
+    tokens, place = token.unique(return_inverse=True)
+    low = torch.full((len(tokens),), int(domain.max()) + 1).scatter_reduce_(0, place, domain, "amin")
+    high = torch.full((len(tokens),), -1).scatter_reduce_(0, place, domain, "amax")
+    return (low < high)[place]
