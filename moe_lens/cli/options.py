@@ -52,8 +52,8 @@ Config = Annotated[
         metavar="FILE",
         is_eager=True,
         callback=_read_config,
-        help="A TOML file with the same options (tokens = 100000), and a table for each domain: [domains.code] with path "
-        "or hub, and text, source, split, config, revision, streaming. Options of the command line win.",
+        help="A TOML file with the same options (tokens = 100000), and a table for each domain: [domains.code] with "
+        "path or hub, and text, source, split, config, revision, streaming. Options of the command line win.",
     ),
 ]
 Model = Annotated[
@@ -63,9 +63,9 @@ Domains = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME=WHERE",
-        help="Texts to read; give it once for each domain. WHERE is a file or hub:OWNER/DATASET. FILE.jsonl: an object a "
-        "line with `text`, and `source` to say which texts were taken from one document. FILE.txt: passages separated by "
-        "blank lines, one source. FILE.parquet, or a folder that `datasets` saved: columns as jsonl has keys. A name "
+        help="Texts to read; once for each domain. WHERE is a file or hub:OWNER/DATASET. FILE.jsonl: an object "
+        "a line with `text`, and `source` to say which texts are from one document. FILE.txt: passages separated "
+        "by blank lines, one source. FILE.parquet, or a folder that `datasets` saved: columns as keys of jsonl. A name "
         "alone is an embedded domain (english, …) or one of the paper's (paper/gsm8k, …). Without --domain: the five "
         "embedded domains.",
     ),
@@ -79,7 +79,7 @@ Streaming = Annotated[
     bool, typer.Option("--streaming", help="Read files as they come: for those that are larger than memory.")
 ]
 Tokens = Annotated[int, typer.Option(min=0, help="Tokens of text to read in each domain; 0 reads everything.")]
-Context = Annotated[int, typer.Option(min=3, help="Greatest length of a window of text.")]
+Window = Annotated[int, typer.Option(min=3, help="Greatest length of a window of text, in tokens.")]
 Packed = Annotated[
     bool,
     typer.Option(
@@ -98,9 +98,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto spreads 
 Opened = Sequence[Domain | Corpus]
 
 
-def open_domains(
-    context: typer.Context, arguments: Sequence[str] | None, **shared: Any
-) -> Opened:
+def open_domains(context: typer.Context, arguments: Sequence[str] | None, **shared: Any) -> Opened:
     """The domains of the command line, or else of its --config, or else the embedded ones.
 
     Args:

@@ -23,7 +23,7 @@ def report(
     context: typer.Context,
     saved: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[FOLDER]...", help="Results that studies saved: the page then shows these, of any kind."),
+        typer.Argument(metavar="[FOLDER]...", help="Results that studies saved, of any kind, to show instead."),
     ] = None,
     model: options.Model = "tiny-deepseekmoe",
     domain: options.Domains = None,

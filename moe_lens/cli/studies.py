@@ -3,6 +3,8 @@
 import inspect
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, fields
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +17,7 @@ from moe_lens.cli import options
 from moe_lens.cli.app import app
 from moe_lens.cli.loading import join_processes, leave_processes, load_model, quiet
 from moe_lens.data import Reading
-from moe_lens.studies import RoutingStudy, Study, run
+from moe_lens.studies import TREATMENTS, RoutingStudy, SingleExpertStudy, Study, run
 
 Out = Annotated[
     Path,
@@ -27,26 +29,57 @@ Out = Annotated[
 ]
 
 
-def _study(
-    context: typer.Context,
-    model: options.Model = "tiny-deepseekmoe",
-    domain: options.Domains = None,
-    text_column: options.TextColumn = "text",
-    source_column: options.SourceColumn = None,
-    split: options.Split = "train",
-    streaming: options.Streaming = False,
-    tokens: options.Tokens = 4096,
-    context_length: Annotated[int, typer.Option("--context", min=3, help="Greatest length of a window of text.")] = 256,
-    packed: options.Packed = False,
-    seed: options.Seed = 0,
-    batch_tokens: options.BatchTokens = 2048,
-    shard_tokens: options.ShardTokens = 2**15,
-    dtype: options.DtypeOption = options.Dtype.float32,
-    device: options.Device = "cpu",
-    config: options.Config = None,
-) -> None:
-    """The arguments of every study; never called."""
-    raise AssertionError
+class Together(StrEnum):
+    """Where experts are left out."""
+
+    together = "together"
+    each = "each"
+    both = "both"
+
+
+class Treated(StrEnum):
+    """What is done to experts that are not kept."""
+
+    dropped = "dropped"
+    renormalised = "renormalised"
+    random = "random"
+    replaced = "replaced"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """The options that all studies have."""
+
+    model: options.Model = "tiny-deepseekmoe"
+    domain: options.Domains = None
+    text_column: options.TextColumn = "text"
+    source_column: options.SourceColumn = None
+    split: options.Split = "train"
+    streaming: options.Streaming = False
+    tokens: options.Tokens = 4096
+    window: options.Window = 256
+    packed: options.Packed = False
+    seed: options.Seed = 0
+    batch_tokens: options.BatchTokens = 2048
+    shard_tokens: options.ShardTokens = 2**15
+    dtype: options.DtypeOption = options.Dtype.float32
+    device: options.Device = "cpu"
+    config: options.Config = None
+
+    def domains(self, context: typer.Context) -> options.Opened:
+        """The texts."""
+        names = {"text": self.text_column, "source": self.source_column}
+        return options.open_domains(context, self.domain, **names, split=self.split, streaming=self.streaming)
+
+    def reading(self) -> Reading:
+        """How they are read."""
+        return Reading(
+            tokens=self.tokens or None,
+            context=self.window,
+            packed=self.packed,
+            seed=self.seed,
+            shard_tokens=self.shard_tokens,
+        )
 
 
 def command(name: str, folder: str) -> Callable[[Callable[..., Study]], Callable[..., Study]]:
@@ -59,67 +92,48 @@ def command(name: str, folder: str) -> Callable[[Callable[..., Study]], Callable
 
     def decorate(make: Callable[..., Study]) -> Callable[..., Study]:
         own = inspect.signature(make).parameters
-        shared = inspect.signature(_study).parameters
-        out = inspect.Parameter("out", inspect.Parameter.KEYWORD_ONLY, default=Path(folder), annotation=Out)
 
         def called(context: typer.Context, **given: Any) -> None:
-            settings = {key: given.pop(key) for key in own}
-            _run(context, make(**settings), **given)
+            study = make(**{key: given.pop(key) for key in own})
+            _run(context, study, given.pop("out"), Arguments(**given))
 
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        shared = [
+            inspect.Parameter(field.name, keyword, default=field.default, annotation=field.type)
+            for field in fields(Arguments)
+        ]
+        out = inspect.Parameter("out", keyword, default=Path(folder), annotation=Out)
+        context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+        every = [context, *shared, out, *(parameter.replace(kind=keyword) for parameter in own.values())]
         called.__doc__ = make.__doc__
-        parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in shared.values()]
-        called.__signature__ = inspect.Signature([*parameters, out, *own.values()])  # pyright: ignore[reportFunctionMemberAccess]
-        called.__annotations__ = {each.name: each.annotation for each in called.__signature__.parameters.values()}  # pyright: ignore[reportFunctionMemberAccess]
+        called.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
+        called.__signature__ = inspect.Signature(every)
         app.command(name)(called)
         return make
 
     return decorate
 
 
-def _run(
-    context: typer.Context,
-    study: Study,
-    *,
-    model: str,
-    domain: list[str] | None,
-    text_column: str,
-    source_column: str | None,
-    split: str,
-    streaming: bool,
-    tokens: int,
-    context_length: int,
-    packed: bool,
-    seed: int,
-    batch_tokens: int,
-    shard_tokens: int,
-    dtype: options.Dtype,
-    device: str,
-    config: Path | None,  # noqa: ARG001  # its callback has read it
-    out: Path,
-) -> None:
+def _run(context: typer.Context, study: Study, out: Path, given: Arguments) -> None:
     quiet()
     started = time.monotonic()
-    shared = {"text": text_column, "source": source_column, "split": split, "streaming": streaming}
-    domains = options.open_domains(context, domain, **shared)
-    reading = Reading(
-        tokens=tokens or None, context=context_length, packed=packed, seed=seed, shard_tokens=shard_tokens
-    )
-    join_processes(device)
+    domains, reading = given.domains(context), given.reading()
+    join_processes(given.device)
     try:
         console = Console(stderr=True, quiet=distributed.rank() > 0)
-        with console.status(f"loading {model}"):
-            loaded = load_model(model, dtype.value, device)
-        with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
+        with console.status(f"loading {given.model}"):
+            model = load_model(given.model, given.dtype.value, given.device)
+        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        with Progress(*columns, console=console) as progress:
             task, read = progress.add_task("reading"), 0
 
-            def watch(what: str, n: int) -> None:
+            def watch(what: str, tokens: int) -> None:
                 nonlocal read
-                read += n
+                read += tokens
                 progress.update(task, description=f"{what} · {read:,} tokens read")
 
-            run(
-                study, loaded, domains, reading=reading, out=out, name=model, batch_tokens=batch_tokens, watch=watch
-            )
+            how = {"reading": reading, "name": given.model, "batch_tokens": given.batch_tokens}
+            run(study, model, domains, out=out, watch=watch, **how)
         console.print(f"done in {time.monotonic() - started:.0f} s", highlight=False)
         if distributed.rank() == 0:
             print(out.resolve())
@@ -139,3 +153,37 @@ def routing() -> Study:
     Several processes: torchrun --nproc-per-node 4 -m moe_lens routing …
     """
     return RoutingStudy()
+
+
+@command("single-expert", "moe-lens-single-expert")
+def single_expert(
+    layers: Annotated[
+        Together, typer.Option(help="Leave experts out in all layers at once, in one at a time, or both.")
+    ] = (Together.together),
+    treatment: Annotated[
+        list[Treated] | None,
+        typer.Option(
+            help="What is done to the experts that are not kept; give it several times. Without it: all four."
+        ),
+    ] = None,
+    k: Annotated[
+        list[int] | None,
+        typer.Option("--k", min=0, help="How many experts are kept; give it several times.  [0 … top-k]"),
+    ] = None,
+) -> Study:
+    """One expert against all active ones: cosines with their controls, and what fewer experts cost.
+
+    Treatments of the experts that are not kept: dropped; renormalised (dropped, and the kept weights rescaled to the
+    same sum); random (the kept ones are drawn at random); replaced (by their mean output, taken from other sources).
+
+    Tables: perplexity (a row for each treatment, layer and k, token-weighted and as a geometric mean over windows, with
+    ratios to the whole model paired by source), similarity (cosine of residual + top expert with residual + all
+    experts, beside its controls).
+
+    Every text is read twice, and once more for each variant: 2 + 22 times for 6 active experts and all treatments, and
+    22 times more for each layer with --layers both.
+
+    Example: moe-lens single-expert --k 1 --k 3 --treatment dropped --treatment random --out runs/single
+    """
+    chosen = tuple(each.value for each in treatment) if treatment else tuple(TREATMENTS)
+    return SingleExpertStudy(treatments=chosen, layers=layers.value, k=tuple(k) if k else None)

@@ -11,6 +11,7 @@ from moe_lens.data.corpus import from_hub as from_hub
 from moe_lens.data.domains import EMBEDDED as EMBEDDED
 from moe_lens.data.domains import Domain as Domain
 from moe_lens.data.domains import Passage as Passage
+from moe_lens.data.domains import embedded_domain as embedded_domain
 from moe_lens.data.domains import embedded_domains as embedded_domains
 from moe_lens.data.domains import load_domain as load_domain
 from moe_lens.data.presets import PRESETS as PRESETS

@@ -40,6 +40,14 @@ class Packing:
         """Values of packed tokens as values of the batch; those of padding mean nothing."""
         return values.flatten(0, 1)[self.at.to(values.device)]
 
+    def pack(
+        self, values: Shaped[Tensor, "batch pos *rest"], mask: Bool[Tensor, "batch pos"]
+    ) -> Shaped[Tensor, "row column *rest"]:
+        """The inverse of `unpack` at real tokens; 0 elsewhere."""
+        packed = values.new_zeros(self.tokens.numel(), *values.shape[2:])
+        packed[self.at[mask].to(values.device)] = values[mask.to(values.device)]
+        return packed.view(*self.tokens.shape, *values.shape[2:])
+
 
 @dataclass(frozen=True, eq=False)
 class TokenBatch:
@@ -60,6 +68,10 @@ class TokenBatch:
     def unpack(self, values: Shaped[Tensor, "rows columns *rest"]) -> Shaped[Tensor, "batch pos *rest"]:
         """What the model gave for what it read, by row of the batch."""
         return values if self.packing is None else self.packing.unpack(values)
+
+    def pack(self, values: Shaped[Tensor, "batch pos *rest"]) -> Shaped[Tensor, "rows columns *rest"]:
+        """Values by row of the batch, as the model reads it."""
+        return values if self.packing is None else self.packing.pack(values, self.mask)
 
 
 @dataclass(frozen=True)

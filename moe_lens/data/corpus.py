@@ -51,7 +51,9 @@ class Corpus:
             for number, row in enumerate(rows):
                 yield rank + number * world_size, Passage(row["text"], row["source"], row["origin"])
         except (OSError, ValueError) as error:  # of `datasets` and of what it reads through
-            raise InputError(f"domain {self.name!r} cannot be read after passage {number + 1}: {_line(error)}") from None
+            raise InputError(
+                f"domain {self.name!r} cannot be read after passage {number + 1}: {_line(error)}"
+            ) from None
 
 
 def from_generator(name: str, generate: Callable[[], Iterable[str | dict[str, Any]]]) -> Corpus:

@@ -1,4 +1,4 @@
-"""Where the texts of a domain come from, as a user says it: a file, a dataset on the hub, a preset, an embedded domain."""
+"""Where the texts of a domain come from, as a user says it: a file, a dataset on the hub, or a known name."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -75,11 +75,12 @@ def parse_domains(arguments: Iterable[str], **shared: Any) -> list[DomainSpec]:
             continue
         if not (equals and name.strip() and where):
             raise InputError(
-                f"--domain {argument!r}: expected NAME=FILE, for example --domain code=code.jsonl, NAME=hub:OWNER/DATASET,"
-                f" or one of {', '.join([*EMBEDDED, *PRESETS])}"
+                f"--domain {argument!r}: expected NAME=FILE, for example --domain code=code.jsonl, "
+                f"NAME=hub:OWNER/DATASET, or one of {', '.join([*EMBEDDED, *PRESETS])}"
             )
-        place = {"hub": where.removeprefix(HUB)} if where.startswith(HUB) else {"path": where}
-        found.append(replace(DomainSpec(name=name, **place), **shared))
+        on_hub = where.startswith(HUB)
+        spec = DomainSpec(name=name, hub=where.removeprefix(HUB)) if on_hub else DomainSpec(name=name, path=where)
+        found.append(replace(spec, **shared))
     for name in (names := [spec.name for spec in found]):
         if names.count(name) > 1:
             raise InputError(f"--domain {name!r} is given twice; give each domain a name of its own")
@@ -96,11 +97,13 @@ def domains_from_table(table: Mapping[str, Any]) -> list[DomainSpec]:
     found = []
     for name, given in table.items():
         if not isinstance(given, Mapping):
-            raise InputError(f"[domains.{name}] must be a table, for example with path = \"code.jsonl\"")
+            raise InputError(f'[domains.{name}] must be a table, for example with path = "code.jsonl"')
         for key, value in given.items():
             if key not in known:
                 raise InputError(f"[domains.{name}] has no key {key!r}; known: {', '.join(known)}")
-            if not isinstance(value, bool if key == "streaming" else str):
-                raise InputError(f"[domains.{name}] {key} is {value!r}; expected {'true or false' if key == 'streaming' else 'a text'}")
+            expected = bool if key == "streaming" else str
+            if not isinstance(value, expected):
+                wanted = "true or false" if expected is bool else "a text"
+                raise InputError(f"[domains.{name}] {key} is {value!r}; expected {wanted}")
         found.append(DomainSpec(name=name, **given))
     return found

@@ -28,9 +28,7 @@ class Window:
 
 def too_short(passage: Passage, length: int) -> None:
     """Refuse a text of fewer than two tokens."""
-    raise InputError(
-        f"{passage.origin}: a text of {length} token; at least two are needed to predict one from another"
-    )
+    raise InputError(f"{passage.origin}: a text of {length} token; at least two are needed to predict one from another")
 
 
 def windows_of(

@@ -8,5 +8,5 @@ from moe_lens.studies import StudyResult
 
 
 def write_saved(results: Mapping[Path, StudyResult], folder: OutputFolder, *, version: str) -> Path:
-    """later"""
+    """Later."""
     raise NotImplementedError

@@ -1,5 +1,7 @@
 """The paper's experiments: a model and domains in, a frozen result out; nothing is drawn or printed here."""
 
+from moe_lens.studies.ensemble import TREATMENTS as TREATMENTS
+from moe_lens.studies.ensemble import SingleExpertStudy as SingleExpertStudy
 from moe_lens.studies.lens_table import LensExample as LensExample
 from moe_lens.studies.lens_table import lens_table as lens_table
 from moe_lens.studies.result import StudyResult as StudyResult

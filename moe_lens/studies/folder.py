@@ -61,7 +61,7 @@ class StudyFolder:
             if free < space:
                 self._discard_if_empty()
                 raise InputError(
-                    f"{self.path}: {_size(free)} are free there, and this may need {_size(space)}; free some, or choose "
+                    f"{self.path}: {_size(free)} are free there, and this may need {_size(space)}; free some or choose "
                     "another --out"
                 )
             plan = self.unfinished / PLAN
@@ -116,7 +116,9 @@ class StudyFolder:
         if where == self.path:
             different = [key for key in different if key != "processes"]  # they change no result
         if different:
-            told = "; ".join(f"{key}: {_short(found.get(key))} there, {_short(self.plan.get(key))} now" for key in different)
+            told = "; ".join(
+                f"{key}: {_short(found.get(key))} there, {_short(self.plan.get(key))} now" for key in different
+            )
             raise InputError(f"{where}: {what} – {told}. Choose another --out, or remove it")
 
 

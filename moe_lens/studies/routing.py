@@ -1,4 +1,4 @@
-"""The study `routing`: which experts each domain's tokens are sent to (arXiv 2603.05806, Figure 1), and how decidedly."""
+"""The study `routing`: which experts each domain's tokens are sent to (arXiv 2603.05806, Figure 1)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class RoutingStudy(Study):
         name: str,  # noqa: ARG002
         batch: TokenBatch,
         into: Gathered,
-        earlier: Mapping[str, Gathered],  # noqa: ARG002
+        prepared: Any,  # noqa: ARG002
     ) -> None:
         """One forward pass."""
         routed = observed(model, batch)

@@ -21,7 +21,7 @@ from moe_lens import distributed
 from moe_lens.data import Corpus, Domain, Reading, Shard, TokenBatch, batched, shards
 from moe_lens.errors import InputError
 from moe_lens.stats import Accumulator, Result
-from moe_lens.studies.folder import SPACE, StudyFolder
+from moe_lens.studies.folder import StudyFolder
 from moe_lens.studies.model import model_facts
 from moe_lens.studies.result import StudyResult
 from moe_lens.studies.texts import TextStats
@@ -41,17 +41,19 @@ class Study(ABC):
         """What was asked for, as plain values."""
         return dict(vars(self))
 
-    def check(self, model: Any, domains: Sequence[Domain | Corpus]) -> None:
+    def check(self, model: Any) -> None:  # noqa: B027  # most have nothing to refuse
         """Refuse what cannot be done with this model; raises `InputError`."""
 
     @abstractmethod
     def begin(self, model: Any, name: str) -> Gathered:
         """Empty accumulators of a pass."""
 
+    def prepare(self, model: Any, name: str, earlier: Mapping[str, Gathered]) -> Any:  # noqa: ARG002
+        """What a pass needs of the accumulators of the passes before it, over the whole domain; made once."""
+        return None
+
     @abstractmethod
-    def step(
-        self, model: Any, name: str, batch: TokenBatch, into: Gathered, earlier: Mapping[str, Gathered]
-    ) -> None:
+    def step(self, model: Any, name: str, batch: TokenBatch, into: Gathered, prepared: Any) -> None:
         """Count a batch in a pass.
 
         Args:
@@ -59,7 +61,7 @@ class Study(ABC):
             name: Of the pass.
             batch: What to read.
             into: The accumulators of the pass.
-            earlier: Those of the passes before it, over the whole domain.
+            prepared: By `prepare`.
         """
 
     @abstractmethod
@@ -111,7 +113,7 @@ def run(
     if not names or len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise InputError(f"domains need names of their own, at least one of them; twice: {twice}")
-    study.check(model, domains)
+    study.check(model)
     plan = {
         "study": study.name,
         "settings": study.settings(),
@@ -172,7 +174,8 @@ class _Pass:
         key: str,
     ):
         self.study, self.model, self.domain, self.reading, self.name = study, model, domain, reading, name
-        self.into, self.earlier, self.batch_tokens, self.folder, self.key = into, earlier, batch_tokens, folder, key
+        self.into, self.batch_tokens, self.folder, self.key = into, batch_tokens, folder, key
+        self.prepared = study.prepare(model, name, earlier)
         self._before = self._state()
 
     def go(self, watch: Callable[[int], None]) -> None:
@@ -185,7 +188,7 @@ class _Pass:
         def halve() -> int:
             if self.batch_tokens <= longest:  # a window stands alone already
                 raise InputError(
-                    f"out of memory with a single window of {longest} tokens; ask for a smaller context, or a smaller dtype"
+                    f"out of memory with a single window of {longest} tokens; ask for shorter windows, or another dtype"
                 )
             self.batch_tokens //= 2
             return self.batch_tokens
@@ -205,7 +208,7 @@ class _Pass:
         self._restore(self._before)
         packed = min(self.reading.context, int(self.model.cfg.n_ctx)) if self.reading.packed else None
         for batch in batched(shard.windows, self.model, batch_tokens=batch_tokens, packed=packed):
-            self.study.step(self.model, self.name, batch, self.into, self.earlier)
+            self.study.step(self.model, self.name, batch, self.into, self.prepared)
             if isinstance(texts := self.into.get("texts"), TextStats):
                 texts.update(batch)
         if isinstance(texts := self.into.get("texts"), TextStats):

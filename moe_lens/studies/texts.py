@@ -35,9 +35,7 @@ class Texts(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per source."""
-        return pd.DataFrame(
-            {"source": self.sources, "tokens": self.tokens.numpy(), "windows": self.windows.numpy()}
-        )
+        return pd.DataFrame({"source": self.sources, "tokens": self.tokens.numpy(), "windows": self.windows.numpy()})
 
 
 class TextStats(Accumulator[Texts]):
@@ -63,5 +61,3 @@ class TextStats(Accumulator[Texts]):
         """The counts so far."""
         read = self._read.stacked()
         return Texts(self._read.sources, read[:, 0], read[:, 1], int(self._left_out.value))
-
-
