@@ -62,11 +62,10 @@ class Streams:
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Which tokens, the model's own probabilities for them, and Σ p log p in nats."""
-        model = self._lens.model
         for start in range(0, self.tokens, CHUNK):
             at = slice(start, start + CHUNK)
             with torch.no_grad():
-                final = model.unembed(model.ln_final(self.values[self.last][at])).float().log_softmax(-1)
+                final = self._lens.unembed(self.values[self.last][at]).float().log_softmax(-1)
                 probs = final.exp()
                 negentropy = torch.linalg.vecdot(probs, final)
             yield at, probs, negentropy  # outside: a generator would leave gradients switched off for who reads it

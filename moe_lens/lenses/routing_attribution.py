@@ -70,7 +70,7 @@ def router_attrs_hooks(model: Any, layer: int, *, heads: bool = True) -> list[st
             continue
         wanted += [names.mlp(name, before) for name in (names.EXPERT_WEIGHTED, names.EXPERT_INDICES)]
         wanted.append(names.mlp(names.ROUTING_WEIGHTS, before))
-        wanted += [names.mlp(names.SHARED_OUT, before)] if model.n_shared_experts else []
+        wanted += [names.mlp(names.SHARED_OUT, before)] if model.has_shared(before) else []
     return [*wanted, _scale(layer), names.mlp(names.ROUTER_LOGITS, layer)]
 
 
@@ -153,7 +153,7 @@ def _heads(cache: Any, layer: int) -> tuple[list[str], Tensor]:
     z = rearrange(z, "... (head width) -> head ... width", head=n_heads)
     stack = torch.stack([part @ weight for part, weight in zip(z, matrix, strict=True)])
     labels = [f"{layer}_head_{head}" for head in range(n_heads)]
-    bias: Tensor | None = projection.bias
+    bias = getattr(projection, "bias", None)
     if bias is not None:
         stack = torch.cat([stack, bias.expand_as(whole)[None]])
         labels.append(f"{layer}_attn_bias")
