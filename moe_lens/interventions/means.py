@@ -58,11 +58,21 @@ class ExpertMeans:
 
     def filled(self) -> "ExpertMeans":
         """Experts without tokens get the mean over all outputs of their layer."""
-        weights = self.counts / self.counts.sum(1, keepdim=True)
-        layer_mean = (self.experts.nan_to_num() * weights[..., None].to(self.experts)).sum(1, keepdim=True)
-        return ExpertMeans(
-            self.layers, torch.where(self.experts.isnan(), layer_mean, self.experts), self.counts, self.shared
-        )
+        weights = (self.counts / self.counts.sum(1, keepdim=True))[..., None].to(self.experts)
+        layer_mean = (self.experts.nan_to_num() * weights).sum(1, keepdim=True)
+        experts = torch.where(self.counts[..., None] == 0, layer_mean, self.experts)
+        return ExpertMeans(self.layers, experts, self.counts, self.shared)
+
+    @classmethod
+    def of_sums(
+        cls,
+        layers: Iterable[int],
+        sums: Float[Tensor, "layer n_experts d_model"],
+        counts: Int[Tensor, "layer n_experts"],
+        shared: Float[Tensor, "layer d_model"] | None = None,
+    ) -> "ExpertMeans":
+        """From the sum of each expert's outputs and the number of tokens that it is over."""
+        return cls(tuple(layers), (sums / counts[..., None]).float(), counts, shared)
 
     @classmethod
     def of_cache(cls, cache: MoECache) -> "ExpertMeans":
@@ -183,7 +193,6 @@ class ExpertSums:
     def result(self) -> ExpertMeans:
         """The means so far, of the layers that were updated."""
         rows = [self.layers.index(layer) for layer in self.seen]
-        experts = self._sums[rows] / self._counts[rows][..., None]
         tokens = self._tokens[rows]
         shared = (self._shared[rows] / tokens[:, None]).float() if len(rows) and bool(tokens.all()) else None
-        return ExpertMeans(self.seen, experts.float(), self._counts[rows].clone(), shared)
+        return ExpertMeans.of_sums(self.seen, self._sums[rows], self._counts[rows], shared)

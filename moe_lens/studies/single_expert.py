@@ -6,7 +6,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from moe_lens import names
@@ -68,41 +67,6 @@ class SingleExpert:
         return pd.DataFrame(rows)
 
 
-def keep_top(
-    model: Any, k: int, fill: Callable[[int], Float[Tensor, "batch n_experts d_model"]] | None = None
-) -> Hooks:
-    """Hooks that leave every token its k experts of largest weight, in all layers; weights are not renormalised.
-
-    Args:
-        model: A `HookedMoE`.
-        k: How many experts to keep, 0 … top_k.
-        fill: From a layer to what stands in for each expert's output, by row of the batch; nothing if not given.
-    """
-    if k == model.top_k:
-        return []
-    chosen: dict[int, Tensor] = {}
-
-    def drop(weights: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        return torch.cat([weights[..., :k], torch.zeros_like(weights[..., k:])], -1)
-
-    def note(layer: int) -> Callable[..., None]:
-        return lambda indices, hook: chosen.update({layer: indices})  # noqa: ARG005
-
-    def replace(layer: int) -> Callable[..., Tensor]:
-        def replaced(outputs: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-            assert fill is not None
-            others = chosen.pop(layer)[..., k:]
-            rows = torch.arange(len(others), device=others.device)[:, None, None]
-            return torch.cat([outputs[..., :k, :], fill(layer).to(outputs)[rows, others]], -2)
-
-        return replaced
-
-    if fill is None:
-        return [(names.mlp(names.ROUTING_WEIGHTS, layer), drop) for layer in model.moe_layers]
-    pairs = ((names.EXPERT_INDICES, note), (names.EXPERT_OUT, replace))
-    return [(names.mlp(name, layer), make(layer)) for layer in model.moe_layers for name, make in pairs]
-
-
 class _CrossFit:
     """Means of either half of a domain's sources; a row is given those of the half that it does not belong to."""
 
@@ -128,10 +92,16 @@ class _CrossFit:
         """The means for each row."""
         return [self.means[1 - self.half[source] if self.apart else 0] for source in batch.sources]
 
-    def fill(self, batch: TokenBatch) -> Callable[[int], Float[Tensor, "batch n_experts d_model"]]:
-        """What stands in for the experts of a layer, by row."""
-        means = self.of_rows(batch)
-        return lambda layer: torch.stack([of.experts[of.layers.index(layer)] for of in means])
+    def replaced(self, model: Any, batch: TokenBatch, k: int) -> Hooks:
+        """All experts of a token but the k of largest weight replaced by their means, in all layers."""
+        halves = [self.half[source] if self.apart else 0 for source in batch.sources]
+        hooks: Hooks = []
+        for half in sorted(set(halves)):
+            rows = torch.tensor([of_row == half for of_row in halves])[:, None].expand(batch.tokens.shape)
+            means = self.means[1 - half if self.apart else 0].per_expert
+            ranks = range(k, model.top_k)
+            hooks += model.ablate(ranks=ranks, how="mean", reference=means, where=rows).fwd_hooks
+        return hooks
 
 
 def single_expert(model: Any, domains: Sequence[Tokens], *, on_batch: Callable[[], None] = nothing) -> SingleExpert:
@@ -165,7 +135,7 @@ def single_expert(model: Any, domains: Sequence[Tokens], *, on_batch: Callable[[
             fewer = [LossStats() for _ in range(model.top_k)]
             for batch in domain:
                 for k, stats in enumerate(fewer):
-                    hooks = keep_top(model, k, crossfit.fill(batch) if filled else None)
+                    hooks = crossfit.replaced(model, batch, k) if filled else model.keep_top(k).fwd_hooks
                     stats.update(losses(model, batch, hooks), predicted(batch), batch.sources)
                     on_batch()
             results[domain.domain] = (*(stats.result() for stats in fewer), whole.result())

@@ -11,7 +11,7 @@ from moe_lens.data import TokenBatch, Tokens
 from moe_lens.stats import ActivationMeans
 from moe_lens.studies import single_expert, specialisation
 from moe_lens.studies.running import each_layer, losses, predicted, token_losses
-from moe_lens.studies.single_expert import _CrossFit, keep_top, passes
+from moe_lens.studies.single_expert import _CrossFit, passes
 from tests.families import build, tokens
 
 LENGTHS = (12, 9, 12, 5, 11, 7)
@@ -87,51 +87,31 @@ def test_specialisation_counts_what_the_model_routes(model):
     assert set(result.coverage()["experts"]) <= set(range(1, model.n_experts + 1))
 
 
-@pytest.mark.parametrize("k", [0, 1, 2])
-def test_dropping_experts_is_removing_their_contribution(model, k):
-    batch = PADDED.batches[0]
-
-    def remove(weighted, hook):
-        weighted[:, :, k:] = 0
-        return weighted
-
-    plainly = [(names.mlp(names.EXPERT_WEIGHTED, layer), remove) for layer in model.moe_layers]
-    assert torch.allclose(losses(model, batch, keep_top(model, k)), losses(model, batch, plainly), atol=1e-6, rtol=0)
-    assert not torch.allclose(losses(model, batch, keep_top(model, k)), losses(model, batch, []), atol=1e-3, rtol=0)
-
-
-def test_keeping_all_is_no_intervention(model):
-    assert keep_top(model, model.top_k) == []
-
-
 @pytest.mark.parametrize("k", [0, 2])
-def test_replacing_puts_each_rows_own_value_in_the_place_of_each_expert(model, k):
-    batch, width = PADDED.batches[0], model.cfg.d_model
-    stand_in = {layer: torch.randn(3, model.n_experts, width) for layer in model.moe_layers}
-    chosen = {
-        layer: model.routing(batch.tokens, attention_mask=batch.mask.long()).layer(layer) for layer in model.moe_layers
-    }
-    layer = model.moe_layers[0]
+def test_replacing_puts_the_other_half_s_means_in_the_place_of_each_expert(model, k):
+    crossfit, batch = _CrossFit(model, PADDED, lambda: None), PADDED.batches[0]
+    means = crossfit.of_rows(batch)
+    chosen = {}
+
+    def note(indices, hook):
+        chosen[hook.name.split(".")[1]] = indices
 
     def by_hand(outputs, hook):
+        layer = int(hook.name.split(".")[1])
         for row in range(3):
             for position in range(outputs.shape[1]):
                 for rank in range(k, model.top_k):
-                    expert = int(chosen[layer].indices[row, position, rank])
-                    outputs[row, position, rank] = stand_in[layer][row, expert]
+                    expert = int(chosen[str(layer)][row, position, rank])
+                    outputs[row, position, rank] = means[row].experts[means[row].layers.index(layer), expert]
         return outputs
 
-    ours = [(name, fn) for name, fn in keep_top(model, k, stand_in.__getitem__) if name.startswith(f"blocks.{layer}.")]
-    plainly = [(names.mlp(names.EXPERT_OUT, layer), by_hand)]
-    assert torch.allclose(losses(model, batch, ours), losses(model, batch, plainly), atol=1e-6, rtol=0)
-
-
-def test_replacing_by_nothing_is_dropping(model):
-    batch = PADDED.batches[0]
-    nothing = lambda layer: torch.zeros(3, model.n_experts, model.cfg.d_model)  # noqa: E731
-    for k in range(model.top_k):
-        dropped, replaced = losses(model, batch, keep_top(model, k)), losses(model, batch, keep_top(model, k, nothing))
-        assert torch.allclose(dropped, replaced, atol=1e-6, rtol=0)
+    plainly = [(names.mlp(names.EXPERT_INDICES, layer), note) for layer in model.moe_layers]
+    plainly += [(names.mlp(names.EXPERT_OUT, layer), by_hand) for layer in model.moe_layers]
+    ours, theirs = losses(model, batch, crossfit.replaced(model, batch, k)), losses(model, batch, plainly)
+    real = predicted(batch)
+    assert torch.allclose(ours[real], theirs[real], atol=1e-5, rtol=0)
+    dropped = losses(model, batch, model.keep_top(k).fwd_hooks)
+    assert not torch.allclose(ours[real], dropped[real], atol=1e-3, rtol=0)
 
 
 def test_means_come_from_the_other_half(model):
@@ -159,7 +139,6 @@ def test_means_come_from_the_other_half(model):
         assert torch.allclose(means.resid[-1], expected.resid[0], atol=1e-5)
         assert torch.allclose(means.weighted[-1], expected.weighted[0], atol=1e-5)
         assert torch.allclose(means.experts[-1], expected.experts[0], atol=1e-5)
-        assert torch.equal(crossfit.fill(batch)(layer)[0], means.experts[-1])
 
 
 def test_single_expert_as_a_whole(model):
