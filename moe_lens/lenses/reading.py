@@ -51,8 +51,8 @@ def read(
     parts = []
     for start in range(0, len(logits), size):
         rows = slice(start, start + size)
-        others = (Distribution(known.log_probs[rows], known.best[rows]) for known in (final, ensemble))
-        parts.append(_read_block(logits[rows], *others, layer_best[rows], targets[rows], top))
+        one, other = (Distribution(known.log_probs[rows], known.best[rows]) for known in (final, ensemble))
+        parts.append(_read_block(logits[rows], one, other, layer_best[rows], targets[rows], top))
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
 
 

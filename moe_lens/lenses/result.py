@@ -123,14 +123,12 @@ class LensResult:
         lacking = {field.name for field in fields(cls)} - tensors.keys() - header.keys()
         if lacking:
             raise InputError(f"{path} is not whole: it lacks {', '.join(sorted(lacking))}")
-        plain: dict[str, Any] = {name: tuple(header[name]) for name in ("layers", "positions", "dense")}
-        return cls(
-            **plain,
-            sums=tuple(PartialSum(**which) for which in header["sums"]),
-            never_selected=tuple((layer, expert) for layer, expert in header["never_selected"]),
-            texts={int(token): text for token, text in header["texts"].items()},
-            **tensors,
-        )
+        values: dict[str, Any] = dict(tensors)
+        values |= {name: tuple(header[name]) for name in ("layers", "positions", "dense")}
+        values["sums"] = tuple(PartialSum(**which) for which in header["sums"])
+        values["never_selected"] = tuple((layer, expert) for layer, expert in header["never_selected"])
+        values["texts"] = {int(token): text for token, text in header["texts"].items()}
+        return cls(**values)
 
 
 def blank(n_layers: int, n_sums: int, batch: int, pos: int, top: int, dtype: torch.dtype) -> dict[str, Tensor]:

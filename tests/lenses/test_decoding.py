@@ -97,7 +97,8 @@ def test_draws_are_even_seeded_and_each_tokens_own():
     many = fresh("deepseek", torch.randint(3, 101, (40, 50)))
     everyone = many.picked(1, PartialSum(drawn="unselected")).expert
     indices = many["expert_indices", 1]
-    for kind, among in (("active", 3), ("unselected", 5)):
+    kinds: list[tuple[Any, int]] = [("active", 3), ("unselected", 5)]
+    for kind, among in kinds:
         which = PartialSum(drawn=kind)
         expert = many.picked(1, which).expert
         ids = torch.arange(8)
@@ -318,7 +319,7 @@ def test_bad_input_is_refused(model: HookedMoE, cache: MoECache):
     other = wrapped("deepseek").model
     with pytest.raises(InputError, match="the cache was made by another model"):
         LogitLens(other).decode(cache, SUMS)
-    for arguments, message in (
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"sums": SUMS, "positions": [12]}, "positions has 12; the cache has 0 to 11"),
         ({"sums": SUMS, "layers": [3]}, "layers has 3; the model has 0 to 2"),
         ({"sums": []}, "at least one sum, one layer and one position"),
@@ -326,7 +327,8 @@ def test_bad_input_is_refused(model: HookedMoE, cache: MoECache):
         ({"sums": PartialSum(ranks=[3])}, "there is no rank 3; the model has ranks 0 to 2"),
         ({"sums": PartialSum(experts=[8])}, "there is no expert 8; the model has experts 0 to 7"),
         ({"sums": SUMS, "top": 102}, "top is 102; expected 1 to 101"),
-    ):
+    ]
+    for arguments, message in wrong:
         with pytest.raises(InputError, match=message):
             lens.decode(cache, **arguments)
 

@@ -50,14 +50,14 @@ def test_logits_are_the_definition(model: HookedMoE, cache: MoECache):
     logits = LogitLens(model).logits(resid, 1).detach()
     assert torch.allclose(logits, by_hand(model, resid), atol=F32, rtol=0)
     # Controls: without the norm, or without its gain, it is far off (0.1 is 10,000 times the tolerance above).
-    weight = model.original_model.lm_head.weight.detach().T
+    weight = model.W_U.detach()
     assert not torch.allclose(logits, resid @ weight, atol=0.1)
     assert not torch.allclose(logits, torch.nn.functional.rms_norm(resid, resid.shape[-1:]) @ weight, atol=0.1)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_last_layer_reads_as_the_model_itself(name: str):
-    hf = plain_transformers(name, torch.float64)
+    hf: Any = plain_transformers(name, torch.float64)
     with torch.no_grad():
         logits = hf(TOKENS).logits  # before wrapping
     loss = cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())

@@ -93,3 +93,39 @@ def test_what_was_not_read_cannot_be_shown():
             show(lens_result(), 5, batch=1)
     empty: Any = viz.lens_table(lens_result(), 4)  # padding: nothing to see, and nothing to go wrong
     assert not empty.layout.annotations and set(empty.data[0].text[1]) == {""}
+
+
+def test_curves_are_means_and_medians_of_what_was_read():
+    result = lens_result()
+    figure: Any = viz.lens_trajectory(result)
+    assert len(figure.data) == 4 * len(result.sums)
+    by_axis = {axis: [trace for trace in figure.data if trace.yaxis == axis] for axis in ("y", "y2", "y3", "y4")}
+    for axis, name in (("y", "kl_final"), ("y2", "kl_ensemble"), ("y3", "entropy"), ("y4", "target_rank")):
+        for j, trace in enumerate(by_axis[axis]):
+            for i in range(2):
+                value = getattr(result, name)[i, j, 0, 1]  # the only token that was read
+                if result.top_tokens[i, j, 0, 1, 0] < 0:
+                    assert trace.y[i] is None and trace.customdata[i][1] == 0
+                else:
+                    assert trace.y[i] == float(value) + (axis == "y4")
+                    assert list(trace.customdata[i]) == [float(value), 1]
+    assert [trace.name for trace in by_axis["y"]][4:6] == ["residual alone", "random active + residual"]
+    assert [trace.line.dash for trace in by_axis["y"]] == [None] * 4 + ["dash", "dot", None]
+    one: Any = viz.lens_trajectory(result, position=5)
+    assert [trace.y for trace in one.data] == [trace.y for trace in figure.data]
+    none: Any = viz.lens_trajectory(result, position=4)
+    assert all(value is None for trace in none.data for value in trace.y)
+    with pytest.raises(InputError, match="position 3 was not read"):
+        viz.lens_trajectory(result, position=3)
+
+
+def test_several_tokens_are_averaged():
+    result = lens_result()
+    for name in ("kl_final", "target_rank"):
+        getattr(result, name)[1, 0, 0] = torch.tensor([2.0, 6.0]).to(getattr(result, name).dtype)
+    result.target_rank[1, 1, 0] = torch.tensor([-1, 8])
+    figure: Any = viz.lens_trajectory(result)
+    traces = {(trace.yaxis, trace.name): trace for trace in figure.data}
+    assert traces["y", "layer output"].y[1] == 4
+    assert traces["y4", "layer output"].y[1] == 2 + 1  # the lower median, plus one for the logarithm
+    assert list(traces["y4", "all routed + residual"].customdata[1]) == [8, 1]  # what has no target does not count
