@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
@@ -12,6 +12,7 @@ import moe_lens
 from moe_lens.cli import report as _report
 from moe_lens.cli import studies as _studies
 from moe_lens.cli.app import app
+from moe_lens.cli.config import defaults
 from moe_lens.errors import MoELensError
 
 __all__ = ["_report", "_studies", "main"]  # the modules of commands are imported to add them to the application
@@ -30,7 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = typer.main.get_command(app).main(arguments or ["--help"], prog_name="moe-lens", standalone_mode=False)
+        program: Any = typer.main.get_command(app)
+        code = program.main(
+            arguments or ["--help"],
+            prog_name="moe-lens",
+            standalone_mode=False,
+            default_map=defaults(arguments, program.commands),
+        )
     except (TyperException, MoELensError, OSError) as error:
         said = getattr(error, "format_message", error.__str__)()
         _say(f"error: {' '.join(said.split())}")

@@ -1,18 +1,14 @@
 """Options that several commands have, and what is made of them."""
 
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from moe_lens.data import Corpus, Domain, DomainSpec, domains_from_table, embedded_domains, parse_domains
-from moe_lens.errors import InputError
-
-DOMAINS = "moe_lens.domains"
-"""Where the domains of a --config are kept in the command's context."""
+from moe_lens.cli.config import config_domains
+from moe_lens.data import Corpus, Domain, embedded_domains, parse_domains
 
 
 class Dtype(StrEnum):
@@ -24,34 +20,10 @@ class Dtype(StrEnum):
     float64 = "float64"
 
 
-def _read_config(context: typer.Context, path: Path | None) -> Path | None:
-    if path is None:
-        return None
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"--config {path}: cannot be read ({error.strerror or error})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {path}: not TOML ({error})") from None
-    domains = table.pop("domains", {})
-    if not isinstance(domains, Mapping):
-        raise InputError(f"--config {path}: domains must be tables, such as [domains.code]")
-    context.meta[DOMAINS] = domains_from_table(domains)
-    known = {parameter.name for parameter in context.command.params} - {"config", "domain", "help"}
-    values = {key.replace("-", "_"): value for key, value in table.items()}
-    unknown = sorted(values.keys() - known)
-    if unknown:
-        raise InputError(f"--config {path}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}, domains")
-    context.default_map = {**(context.default_map or {}), **values}
-    return path
-
-
 Config = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        is_eager=True,
-        callback=_read_config,
         help="A TOML file with the same options (tokens = 100000), and a table for each domain: [domains.code] with "
         "path or hub, and text, source, split, config, revision, streaming. Options of the command line win.",
     ),
@@ -98,13 +70,13 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto spreads 
 Opened = Sequence[Domain | Corpus]
 
 
-def open_domains(context: typer.Context, arguments: Sequence[str] | None, **shared: Any) -> Opened:
+def open_domains(arguments: Sequence[str] | None, config: Path | None, **shared: Any) -> Opened:
     """The domains of the command line, or else of its --config, or else the embedded ones.
 
     Args:
-        context: Of the command.
         arguments: Of --domain.
-        shared: Fields of `DomainSpec` that the command line gave for all of them.
+        config: Of --config.
+        shared: Fields of `DomainSpec` that the command line gave for all of its domains.
     """
-    specs: list[DomainSpec] = parse_domains(arguments, **shared) if arguments else context.meta.get(DOMAINS, [])
+    specs = parse_domains(arguments, **shared) if arguments else config_domains(config) if config else []
     return [spec.open() for spec in specs] if specs else embedded_domains()

@@ -20,7 +20,6 @@ from moe_lens.studies import StudyResult
 
 @app.command()
 def report(
-    context: typer.Context,
     saved: Annotated[
         list[Path] | None,
         typer.Argument(metavar="[FOLDER]...", help="Results that studies saved, of any kind, to show instead."),
@@ -34,7 +33,7 @@ def report(
     seed: options.Seed = 0,
     dtype: options.DtypeOption = options.Dtype.float32,
     device: options.Device = "cpu",
-    config: options.Config = None,  # noqa: ARG001  # its callback has read it
+    config: options.Config = None,
 ) -> None:
     """What the experts of a model do on real text: one HTML page that opens offline, its numbers as JSON and parquet.
 
@@ -52,7 +51,7 @@ def report(
             page = write_saved(results, folder, version=__version__)
         print(page.resolve())
         return
-    domains = _in_memory(options.open_domains(context, domain))
+    domains = _in_memory(options.open_domains(domain, config))
     settings = Settings(model, tokens, seed, dtype.value, device)
     with OutputFolder(out) as folder:
         with console.status(f"loading {model}"):

@@ -66,10 +66,10 @@ class Arguments:
     device: options.Device = "cpu"
     config: options.Config = None
 
-    def domains(self, context: typer.Context) -> options.Opened:
+    def domains(self) -> options.Opened:
         """The texts."""
         names = {"text": self.text_column, "source": self.source_column}
-        return options.open_domains(context, self.domain, **names, split=self.split, streaming=self.streaming)
+        return options.open_domains(self.domain, self.config, **names, split=self.split, streaming=self.streaming)
 
     def reading(self) -> Reading:
         """How they are read."""
@@ -93,9 +93,9 @@ def command(name: str, folder: str) -> Callable[[Callable[..., Study]], Callable
     def decorate(make: Callable[..., Study]) -> Callable[..., Study]:
         own = inspect.signature(make).parameters
 
-        def called(context: typer.Context, **given: Any) -> None:
+        def called(**given: Any) -> None:
             study = make(**{key: given.pop(key) for key in own})
-            _run(context, study, given.pop("out"), Arguments(**given))
+            _run(study, given.pop("out"), Arguments(**given))
 
         keyword = inspect.Parameter.KEYWORD_ONLY
         shared = [
@@ -103,8 +103,7 @@ def command(name: str, folder: str) -> Callable[[Callable[..., Study]], Callable
             for field in fields(Arguments)
         ]
         out = inspect.Parameter("out", keyword, default=Path(folder), annotation=Out)
-        context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-        every = [context, *shared, out, *(parameter.replace(kind=keyword) for parameter in own.values())]
+        every = [*shared, out, *(parameter.replace(kind=keyword) for parameter in own.values())]
         called.__doc__ = make.__doc__
         called.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
         called.__signature__ = inspect.Signature(every)
@@ -114,10 +113,10 @@ def command(name: str, folder: str) -> Callable[[Callable[..., Study]], Callable
     return decorate
 
 
-def _run(context: typer.Context, study: Study, out: Path, given: Arguments) -> None:
+def _run(study: Study, out: Path, given: Arguments) -> None:
     quiet()
     started = time.monotonic()
-    domains, reading = given.domains(context), given.reading()
+    domains, reading = given.domains(), given.reading()
     join_processes(given.device)
     try:
         console = Console(stderr=True, quiet=distributed.rank() > 0)

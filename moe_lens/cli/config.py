@@ -1,0 +1,62 @@
+"""`--config study.toml`: options of a command as a file, and a table for each domain."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_lens.data import DomainSpec, domains_from_table
+from moe_lens.errors import InputError
+
+_DOMAINS = "domains"
+
+
+def defaults(arguments: Sequence[str], commands: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the file of a command line's --config says, by the name of its command: typer's `default_map`.
+
+    Args:
+        arguments: Of the command line.
+        commands: Typer's commands by name.
+
+    Raises:
+        InputError: The file cannot be read, is not TOML, or has a key that the command does not know.
+    """
+    path = _path(arguments)
+    name = next((argument for argument in arguments if argument in commands), None)
+    if path is None or name is None:
+        return {}
+    values = {key.replace("-", "_"): value for key, value in _read(path).items() if key != _DOMAINS}
+    known = {parameter.name for parameter in commands[name].params} - {"config", "domain"}
+    if unknown := sorted(values.keys() - known):
+        raise InputError(f"--config {path}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}, {_DOMAINS}")
+    return {name: values}
+
+
+def config_domains(path: Path) -> list[DomainSpec]:
+    """The domains of a file.
+
+    Raises:
+        InputError: A table is not as `DomainSpec` has it.
+    """
+    table = _read(path).get(_DOMAINS, {})
+    if not isinstance(table, Mapping):
+        raise InputError(f"--config {path}: {_DOMAINS} must be tables, such as [{_DOMAINS}.code]")
+    return domains_from_table(table)
+
+
+def _path(arguments: Sequence[str]) -> Path | None:
+    for place, argument in enumerate(arguments):
+        if argument == "--config" and place + 1 < len(arguments):
+            return Path(arguments[place + 1])
+        if argument.startswith("--config="):
+            return Path(argument.removeprefix("--config="))
+    return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--config {path}: cannot be read ({error.strerror or error})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path}: not TOML ({error})") from None
