@@ -50,9 +50,11 @@ def lens_table(
         hover[i][j] = f"layer {result.layers[i]}, {title(result.sums[j])}{routed}<br>" + "<br>".join(lines)
         if cell.expert is not None:
             look = {"size": 9, "color": "white" if shade > 0.6 else INK if shade > 0.3 else MUTED}
-            base = {"x": j, "y": i, "showarrow": False, "font": look}
-            notes.append({**base, "text": str(cell.expert), "xshift": -46, "yshift": -12, "xanchor": "left"})
-            notes.append({**base, "text": f"{cell.weight:.2f}", "xshift": 46, "yshift": 12, "xanchor": "right"})
+            base = {"showarrow": False, "font": look, "borderpad": 1}
+            left = {"x": j - 0.48, "xanchor": "left", "y": i + 0.45, "yanchor": "bottom"}  # layers count downwards
+            right = {"x": j + 0.48, "xanchor": "right", "y": i - 0.45, "yanchor": "top"}
+            notes.append({**base, **left, "text": str(cell.expert)})
+            notes.append({**base, **right, "text": f"{cell.weight:.2f}"})
     for i, j in unselected(result, position, batch):
         notes.append({"x": j, "y": i, "showarrow": False, "font": {"size": 9, "color": MUTED}, "text": NOT_SELECTED})
     limits = {"zmin": 0, "zmax": 1} if colour_by == "prob" else {}
@@ -96,7 +98,9 @@ def lens_text(result: LensResult, position: int, *, batch: int = 0) -> Table:
     Raises:
         InputError: The result does not have that position or row.
     """
-    table = Table("layer", *(title(which) for which in result.sums), show_lines=True)
+    table = Table("layer", show_lines=True)
+    for which in result.sums:
+        table.add_column(title(which), overflow="fold")
     grid = [[Text("") for _ in result.sums] for _ in result.layers]
     for i, j in unselected(result, position, batch):
         grid[i][j] = Text(NOT_SELECTED, style="dim")

@@ -74,6 +74,8 @@ def title(which: PartialSum) -> str:
     if which.residual == "mid" and which.weighted and not which.shared:
         if len(which.ranks or ()) == 1:
             return f"rank {next(iter(which.ranks or ()))} + residual"
+        if len(which.experts or ()) == 1:
+            return f"expert {next(iter(which.experts or ()))} + residual"
         if which.drawn:
             return f"{'random active' if which.drawn == 'active' else 'unselected'} + residual"
     return which.label

@@ -13,6 +13,8 @@ from moe_lens.viz.style import MUTED, PALETTE, styled
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
+COLOURS = PALETTE[:-1]
+"""Of what is no control: the last one is nearly their grey."""
 DASHES = ("dash", "dot", "dashdot")
 """Of controls, in their order."""
 
@@ -103,7 +105,7 @@ def _looks(result: LensResult) -> list[dict[str, Any]]:
             line = {"color": MUTED, "dash": DASHES[controls % len(DASHES)], "width": 1.5}
             controls += 1
         else:
-            line = {"color": PALETTE[others % len(PALETTE)], "width": 2}
+            line = {"color": COLOURS[others % len(COLOURS)], "width": 2}
             others += 1
         looks.append({"line": line, "marker": {"size": 5}})
     return looks

@@ -54,11 +54,12 @@ def test_table_places_token_expert_and_weight():
     assert heat.text[1][0] == "␣w8"
     assert heat.text[0][2] == "" and heat.z[0][2] is None  # a dense layer has no ranks
     assert heat.z[1][3] == pytest.approx(float(result.top_probs[1, 3, 0, 1, 0]))
-    notes = [(note.x, note.y, note.text) for note in figure.layout.annotations]
+    notes = [(round(note.x), round(note.y), note.text) for note in figure.layout.annotations]
     experts = [(2, 1, "7"), (2, 1, "0.60"), (3, 1, "4"), (3, 1, "0.30"), (5, 1, "4"), (5, 1, "0.30")]
     assert notes == [*experts, (6, 1, "not selected")]
     left, right = figure.layout.annotations[:2]
-    assert left.xshift < 0 and left.yshift < 0 and right.xshift > 0 and right.yshift > 0  # y shifts point upwards
+    assert left.x < 2 < right.x and left.y > 1 > right.y  # inside the cell; layers count downwards
+    assert figure.layout.yaxis.autorange == "reversed"
     assert "expert 7, weight 0.600" in heat.customdata[1][2]
     assert heat.customdata[1][0].count("<br>") == 2  # both tokens that were kept
     assert list(figure.layout.yaxis.ticktext) == ["0 (dense)", "1"]
