@@ -1,0 +1,104 @@
+"""Mean outputs of experts: the definition, and every way to them."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_lens import names
+from moe_lens.errors import InputError
+from moe_lens.interventions.means import ExpertMeans, ExpertSums
+from tests.families import tokens
+from tests.wrapped import wrapped
+
+TEXTS = tokens(5, 9, seed=4)
+
+
+def test_the_mean_of_an_expert_is_over_its_own_tokens() -> None:
+    case = wrapped("deepseek")
+    means = ExpertMeans.measure(case.model, TEXTS)
+    with torch.no_grad():
+        _, cache = case.model.run_with_cache(TEXTS, names_filter=lambda name: ".mlp.hook_" in name)
+    assert means.layers == (1, 2)
+    for layer in means.layers:
+        for expert in range(8):
+            rows = cache["expert_out", layer][cache["expert_indices", layer] == expert]
+            row = means.layers.index(layer)
+            assert int(means.counts[row, expert]) == len(rows)
+            if len(rows):
+                assert torch.allclose(means.of(layer)[expert], rows.double().mean(0).float(), atol=1e-6)
+            else:
+                assert means.of(layer)[expert].isnan().all()
+        assert torch.allclose(means.shared_of(layer), cache["shared_out", layer].flatten(0, 1).mean(0), atol=1e-6)
+    of_cache = ExpertMeans.of_cache(cache)
+    assert torch.equal(of_cache.counts, means.counts)
+    assert torch.allclose(of_cache.experts, means.experts, atol=1e-6, equal_nan=True)
+
+
+def test_padding_is_not_counted() -> None:
+    case = wrapped("deepseek")
+    padded = torch.cat([TEXTS[:2], torch.zeros(2, 3, dtype=torch.long)], 1)
+    mask = torch.tensor([[1] * 9 + [0] * 3] * 2)
+    with torch.no_grad():
+        _, cache = case.model.run_with_cache(padded, attention_mask=mask, names_filter=lambda name: "mlp.hook_" in name)
+    found, expected = ExpertMeans.of_cache(cache), ExpertMeans.measure(case.model, TEXTS[:2])
+    assert torch.equal(found.counts, expected.counts)
+    assert torch.allclose(found.experts, expected.experts, atol=1e-5, equal_nan=True)
+
+
+def test_experts_without_tokens_get_the_layer_s_mean_when_asked() -> None:
+    case = wrapped("deepseek")
+    means = ExpertMeans.measure(case.model, TEXTS[:1, :2])
+    with torch.no_grad():
+        _, cache = case.model.run_with_cache(TEXTS[:1, :2], names_filter=lambda name: ".mlp.hook_" in name)
+    unseen = means.counts == 0
+    assert unseen.any()
+    filled = means.filled()
+    for row, layer in enumerate(means.layers):
+        mean = cache["expert_out", layer].flatten(0, 2).mean(0)
+        assert torch.allclose(filled.of(layer)[unseen[row]], mean.expand_as(filled.of(layer)[unseen[row]]), atol=1e-6)
+        assert torch.equal(filled.of(layer)[~unseen[row]], means.of(layer)[~unseen[row]])
+    assert not filled.experts.isnan().any()
+    assert "without tokens" in repr(means)
+
+
+def test_sums_merge_and_are_saved_as_they_are(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = [ExpertSums([3, 5], 4, 6) for _ in range(3)]
+    for number, part in enumerate(parts[:2]):
+        for layer in (3, 5):
+            indices = torch.rand(2, 3, 4, generator=generator).topk(2).indices
+            outputs, shared = (torch.randn(*shape, generator=generator) for shape in ((2, 3, 2, 6), (2, 3, 6)))
+            counted = torch.rand(2, 3, generator=generator) < 0.7
+            for accumulator in (part, parts[2]):
+                accumulator.update(layer, indices, outputs, counted, shared)
+        assert number < 2
+    merged, whole = parts[0].merge(parts[1]).result(), parts[2].result()
+    assert torch.equal(merged.counts, whole.counts)
+    assert torch.allclose(merged.experts, whole.experts, atol=1e-6, equal_nan=True)
+    merged.save(tmp_path / "means")
+    loaded = ExpertMeans.load(tmp_path / "means")
+    assert loaded.layers == (3, 5)
+    assert torch.equal(loaded.counts, merged.counts)
+    assert merged.shared is not None and loaded.shared is not None
+    assert torch.equal(loaded.shared, merged.shared)
+    assert torch.equal(loaded.experts.nan_to_num(7), merged.experts.nan_to_num(7))
+
+
+def test_a_cache_without_outputs_and_another_file_are_refused(tmp_path: Path) -> None:
+    case = wrapped("deepseek")
+    with torch.no_grad():
+        _, cache = case.model.run_with_cache(TEXTS, names_filter=names.mlp(names.EXPERT_OUT, 1))
+    with pytest.raises(InputError, match="hook_expert_indices and hook_expert_out of no layer"):
+        ExpertMeans.of_cache(cache)
+    case.model.routing(TEXTS).save(tmp_path / "routing")
+    with pytest.raises(InputError, match="holds Routing; expected a ExpertMeans"):
+        ExpertMeans.load(tmp_path / "routing")
+    means = ExpertMeans.measure(wrapped("mixtral").model, TEXTS)
+    with pytest.raises(InputError, match="no outputs of shared experts"):
+        means.shared_of(1)
+    with pytest.raises(InputError, match=re.escape("(4, 32) (n_experts, d_model); the model has (8, 32)")):
+        wrapped("deepseek").model.ablate(
+            how="mean", reference=ExpertMeans((1, 2), torch.zeros(2, 4, 32), torch.ones(2, 4).long())
+        )

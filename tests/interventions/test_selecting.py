@@ -1,0 +1,243 @@
+"""Replaying and steering routing, against the plain re-implementation, on every family."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moe_lens import names
+from moe_lens.errors import InputError
+from moe_lens.interventions.selecting import reselect
+from moe_lens.routing import Routing
+from tests.families import CONFIGS, tokens
+from tests.interventions.by_hand import LAYERS, Notes, bound, rerouted
+from tests.wrapped import deviation, untouched, wrapped
+
+families = pytest.mark.parametrize("family", CONFIGS)
+OTHER = tokens(seed=7)
+
+
+def loop(indices: list[int], scores: list[float], wishes: list[int]) -> list[int]:
+    """`reselect` for one token: who is in, who is out, who fills the free slots."""
+    on = [e for e, wish in enumerate(wishes) if wish > 0]
+    slots: list[Any] = [None if wishes[e] < 0 else e for e in indices]
+    best = lambda experts: sorted(experts, key=lambda e: (-scores[e], e))  # noqa: E731
+    for e in best(set(on) - set(slots)):
+        if None not in slots:
+            leaves = best(c for c in slots if c not in on)[-1]
+            slots[slots.index(leaves)] = None
+        slots[slots.index(None)] = e
+    free = [e for e in range(len(scores)) if e not in slots and wishes[e] == 0 and scores[e] > -torch.inf]
+    for e in best(free)[: slots.count(None)]:
+        slots[slots.index(None)] = e
+    return slots
+
+
+@given(data=st.data())
+def test_selecting_again_is_what_a_loop_makes_of_it(data: st.DataObject) -> None:
+    n, k = 7, 3
+    scores = data.draw(st.lists(st.sampled_from([-torch.inf, 0.0, 0.1, 0.2, 0.5, 0.9, 1.5]), min_size=n, max_size=n))
+    indices = data.draw(st.permutations(range(n)))[:k]
+    wishes = data.draw(st.lists(st.sampled_from([-1, 0, 0, 0, 1]), min_size=n, max_size=n))
+    while wishes.count(1) > k:
+        wishes[wishes.index(1)] = 0
+    expected = loop(indices, scores, wishes)
+    given_ = torch.tensor([[indices]]), torch.tensor([[scores]]), torch.tensor([[wishes]], dtype=torch.int8)
+    if None in expected:
+        with pytest.raises(InputError, match=re.escape("layer 4, token (batch 0, position 0): fewer than 3 experts")):
+            reselect(4, *given_)
+        return
+    found = reselect(4, *given_)[0, 0].tolist()
+    assert sorted(found) == sorted(expected)
+    assert [e for e, was in zip(found, indices, strict=True) if was in expected] == [
+        e for e in indices if e in expected
+    ]
+
+
+# --- replaying ---
+
+
+@families
+@pytest.mark.parametrize("what", ["both", "indices", "weights"])
+def test_recorded_routing_is_replayed_on_another_input(family: str, what: Any) -> None:
+    case = wrapped(family)
+    routing = case.model.routing(OTHER)
+    edits = {}
+    if what != "weights":
+        edits["hook_expert_indices"] = lambda layer, _: routing.layer(layer).indices
+    if what != "indices":
+        edits["hook_routing_weights"] = lambda layer, value: routing.layer(layer).weights.to(value)
+    plain = case.plain(case.tokens, Notes(edits))
+    with untouched(case.model), torch.no_grad(), case.model.force_routing(routing, what=what):
+        ours = case.model(case.tokens)
+    assert deviation(ours, plain) <= bound(plain, LAYERS)
+    assert deviation(ours, case.logits) > 1e-2
+
+
+@families
+def test_a_run_s_own_routing_changes_nothing(family: str) -> None:
+    case = wrapped(family)
+    for what in ("both", "indices", "weights"):
+        with torch.no_grad(), case.model.force_routing(case.model.routing(case.tokens), what=what):
+            assert torch.equal(case.model(case.tokens), case.logits), what
+
+
+def test_a_cache_is_routing_too_and_layers_restrict() -> None:
+    case = wrapped("deepseek")
+    with torch.no_grad():
+        _, cache = case.model.run_with_cache(OTHER, names_filter=lambda name: "mlp" in name)
+        routing = case.model.routing(OTHER)
+        runs = []
+        for recorded in (cache, routing):
+            with case.model.force_routing(recorded, layers=[2]):
+                runs.append(case.model(case.tokens))
+        with case.model.force_routing(routing):
+            everywhere = case.model(case.tokens)
+    assert torch.equal(*runs)
+    assert deviation(runs[0], everywhere) > 1e-3
+    _, single = case.model.run_with_cache(OTHER[:1], names_filter=lambda n: "mlp" in n, remove_batch_dim=True)
+    with torch.no_grad(), case.model.force_routing(single):
+        one = case.model(case.tokens[:1])
+    with torch.no_grad(), case.model.force_routing(case.model.routing(OTHER[:1])):
+        assert torch.equal(case.model(case.tokens[:1]), one)
+
+
+def test_replay_in_generation_ends_with_the_record() -> None:
+    case = wrapped("deepseek")
+    prompt = case.tokens[:1, :6]
+    options: Any = {"max_new_tokens": 4, "do_sample": False, "stop_at_eos": False, "verbose": False}
+    free = case.model.generate(prompt, **options)
+    with untouched(case.model):
+        own = case.model.force_routing(case.model.routing(prompt))
+        assert torch.equal(case.model.generate(prompt, interventions=[own], **options), free)
+        others = [case.model.force_routing(case.model.routing(tokens(1, 6, seed))) for seed in range(6)]
+        outs = [case.model.generate(prompt, interventions=[other], **options) for other in others]
+    assert any(not torch.equal(out, free) for out in outs)
+
+
+# --- steering ---
+
+
+@families
+def test_a_number_is_added_to_the_router_logit(family: str) -> None:
+    case = wrapped(family)
+    pushes = {layer: {2: 3.0, 5: -1.5} for layer in case.model.moe_layers[-2:]}
+
+    def push(layer: int, logits: Tensor) -> Tensor:
+        for expert, value in pushes.get(layer, {}).items():
+            logits[..., expert] += value
+        return logits
+
+    plain = case.plain(case.tokens, Notes({"hook_router_logits": push}))
+    with untouched(case.model), torch.no_grad(), case.model.steer_experts(pushes):
+        ours = case.model(case.tokens)
+    assert deviation(ours, plain) <= bound(plain, LAYERS)
+    assert deviation(ours, case.logits) > 1e-2
+
+
+@families
+def test_experts_are_forced_in_and_out_with_their_own_affinity(family: str) -> None:
+    case = wrapped(family)
+    chosen = case.model.routing(case.tokens).layer(case.last).indices
+    order = torch.bincount(chosen.flatten(), minlength=8).argsort(descending=True).tolist()
+    often, rarely = order[0], order[-2:]
+    made = case.model.steer_experts({case.last: {often: "off", rarely[0]: "on", rarely[1]: "on"}})
+    name = names.mlp(names.EXPERT_INDICES, case.last)
+    with untouched(case.model), torch.no_grad(), made:
+        ours, cache = case.model.run_with_cache(case.tokens, names_filter=name)
+    edit = rerouted(case, lambda at, b, p, _: ({often}, set(rarely)) if at == case.last else (set(), set()))
+    plain = case.plain(case.tokens, edit)
+    assert torch.equal(cache[name].sort(-1).values, case.plain.values[name].sort(-1).values)
+    assert not (cache[name] == often).any()
+    assert all((cache[name] == e).any(-1).all() for e in rarely)
+    assert deviation(ours, plain) <= bound(plain, LAYERS)
+
+
+@families
+def test_steermoe_s_rule_rewrites_the_scores(family: str) -> None:
+    """s = log softmax(z); s_on = max s + 0.01, s_off = min s − 0.01, and the router goes on with s."""
+    case = wrapped(family)
+    made = case.model.steer_experts({case.last: {1: "on", 6: "off"}}, rule="steermoe", where=slice(2, None))
+
+    def rewrite(layer: int, logits: Tensor) -> Tensor:
+        if layer != case.last:
+            return logits
+        scores = logits - logits.logsumexp(-1, keepdim=True)
+        high, low = scores.max(-1).values, scores.min(-1).values
+        scores[..., 1], scores[..., 6] = high + 0.01, low - 0.01
+        return torch.cat([logits[:, :2], scores[:, 2:]], 1)
+
+    plain = case.plain(case.tokens, Notes({"hook_router_logits": rewrite}))
+    name = names.mlp(names.EXPERT_INDICES, case.last)
+    with untouched(case.model), torch.no_grad(), made:
+        ours, cache = case.model.run_with_cache(case.tokens, names_filter=name)
+    assert deviation(ours, plain) <= bound(plain, LAYERS)
+    if "groups" not in family and family != "deepseek_v3":
+        assert (cache[name] == 1).any(-1)[:, 2:].all()
+        assert not (cache[name] == 6)[:, 2:].any()
+    with torch.no_grad(), case.model.steer_experts({case.last: {1: "on", 6: "off"}}, where=slice(2, None)):
+        assert deviation(case.model(case.tokens), ours) > 1e-4, "the other rule keeps affinities"
+
+
+def test_steering_what_is_so_already_changes_nothing() -> None:
+    case = wrapped("deepseek")
+    one = case.tokens[:1, :1]
+    chosen = case.model.routing(one).layer(1).indices[0, 0].tolist()
+    idle = next(e for e in range(8) if e not in chosen)
+    with torch.no_grad():
+        plain = case.model(one)
+        with case.model.steer_experts({1: {chosen[1]: "on", idle: "off"}}):
+            assert torch.equal(case.model(one), plain)
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("steering", "says"),
+    [
+        ({0: {1: "on"}}, "layer 0 is dense; the layers with experts are 1, 2"),
+        ({1: {8: 1.0}}, "there is no expert 8 in layer 1; it has experts 0 to 7"),
+        ({1: {2: "up"}}, "expert 2 of layer 1: got 'up'; expected a number, 'on' or 'off'"),
+        ({1: {2: float("inf")}}, "expert 2 of layer 1: got inf"),
+        ({1: {2: float("nan")}}, "expert 2 of layer 1: got nan"),
+        ({1: {e: "on" for e in range(4)}}, "layer 1: 4 experts are on; a token has 3"),
+        ({1: {e: "off" for e in range(6)}}, "layer 1: 2 experts are not off; a token needs 3"),
+        ({}, "expected {layer: [expert, …]}"),
+    ],
+)
+@pytest.mark.untyped
+def test_steering_that_cannot_be_is_refused(steering: Any, says: str) -> None:
+    with pytest.raises(InputError, match=re.escape(says)):
+        wrapped("deepseek").model.steer_experts(steering)
+
+
+@pytest.mark.untyped
+def test_other_rules_and_other_parts_are_refused() -> None:
+    model: Any = wrapped("deepseek").model
+    with pytest.raises(InputError, match=re.escape("rule is 'max'; expected one of ('affinity', 'steermoe')")):
+        model.steer_experts({1: {1: "on"}}, rule="max")
+    with pytest.raises(InputError, match="what is 'logits'"):
+        model.force_routing(model.routing(OTHER), what="logits")
+
+
+def test_routing_of_another_shape_model_or_layer_is_refused() -> None:
+    case = wrapped("deepseek")
+    routing = case.model.routing(OTHER)
+    for wrong, says in (
+        (case.tokens[:, :7], "(2, 12) [batch, pos]; the input has (2, 7)"),
+        (case.tokens[:1], "(1, 12)"),
+    ):
+        with untouched(case.model), pytest.raises(InputError, match=re.escape(says)), case.model.force_routing(routing):
+            case.model(wrong)
+    with pytest.raises(InputError, match="layer 0 is dense"):
+        case.model.force_routing(routing, layers=[0])
+    with pytest.raises(InputError, match="there is no routing of layer 1"):
+        case.model.force_routing(Routing.stack([routing.layer(2)]), layers=[1])
+    more = Routing.from_arrays(torch.zeros(4, 1, 1).long(), torch.ones(4, 1, 1), 16, layers=[1])
+    with pytest.raises(InputError, match="chooses 1 of 16 experts; the model chooses 3 of 8"):
+        case.model.force_routing(more)
