@@ -141,17 +141,23 @@ def _run(study: Study, out: Path, given: Arguments) -> None:
 
 
 @command("routing", "moe-lens-routing")
-def routing() -> Study:
+def routing(
+    nulls: Annotated[
+        bool,
+        typer.Option("--nulls", help="Measure a random router, token-unigram and uniform routing, too: reads twice."),
+    ] = False,
+) -> Study:
     """Which experts each domain's tokens are sent to, with intervals over sources and tests between domains.
 
     Tables: specialisation (share of tokens that have the expert among their active ones), most_specialised, layers
-    (Gini, entropies, margin, experts for 50 and 80 %), pairs (co-activation, transitions), persistence.
+    (Gini, entropies, margin, experts for 50 and 80 %), pairs (co-activation, transitions), persistence, vocabulary; of
+    two domains or more: domain_experts, domain_layers, domain_pairs, the tests that permute domains over sources.
 
     Example: moe-lens routing --domain prose=prose.jsonl --domain code=code.jsonl --tokens 100000 --out runs/routing
 
     Several processes: torchrun --nproc-per-node 4 -m moe_lens routing …
     """
-    return RoutingStudy()
+    return RoutingStudy(nulls=nulls)
 
 
 @command("single-expert", "moe-lens-single-expert")

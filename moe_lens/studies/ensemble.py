@@ -20,7 +20,7 @@ from moe_lens.errors import InputError
 from moe_lens.stats import ActivationMeans, Means, Result, SimilarityResult, SimilarityStats
 from moe_lens.studies.frames import by_domain
 from moe_lens.studies.running import Hooks, each_layer, losses, predicted
-from moe_lens.studies.study import Gathered, Study
+from moe_lens.studies.study import Earlier, Gathered, Study
 from moe_lens.studies.variants import WHOLE, Variant, VariantLosses, VariantStats
 
 Where = Literal["together", "each", "both"]
@@ -81,11 +81,11 @@ class SingleExpertStudy(Study):
         variants = [(WHOLE, None, int(model.top_k)), *self.variants(model)]
         return {"similarity": SimilarityStats(model.moe_layers), "losses": VariantStats(variants)}
 
-    def prepare(self, model: Any, name: str, earlier: Mapping[str, Gathered]) -> "list[Means] | None":  # noqa: ARG002
+    def prepare(self, model: Any, name: str, domain: str, earlier: Earlier) -> list[Means] | None:  # noqa: ARG002
         """The means that the sources of each half are given: those of the other half, if it has any."""
         if name == "means":
             return None
-        halves = [earlier["means"][f"half{half}"] for half in (0, 1)]
+        halves = [earlier[domain]["means"][f"half{half}"] for half in (0, 1)]
         found = [each.result() if isinstance(each, ActivationMeans) and each.seen else None for each in halves]
         means = [there or here for here, there in zip(found, found[::-1], strict=True)]
         if means[0] is None or means[1] is None:

@@ -1,69 +1,175 @@
 """The study `routing`: which experts each domain's tokens are sent to (arXiv 2603.05806, Figure 1)."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import pandas as pd
+import torch
 
 from moe_lens.data import TokenBatch
-from moe_lens.stats import PairResult, PairStats, Result, RoutingResult, RoutingStats
+from moe_lens.stats import (
+    PairResult,
+    PairStats,
+    Result,
+    RoutedBatch,
+    RoutingResult,
+    RoutingStats,
+    VocabularyResult,
+    VocabularyStats,
+    compare_domains,
+    conditional_information,
+    random_router,
+    token_unigram_routing,
+    uniform_routing,
+)
 from moe_lens.studies.frames import by_domain
 from moe_lens.studies.running import observed
-from moe_lens.studies.study import Gathered, Study
+from moe_lens.studies.study import Earlier, Gathered, Study
+
+GROUPS = 10
+"""Groups of sources that tokens are counted apart in, for the null of what the domain says beyond the token."""
+
+NULLS: dict[str, str] = {
+    "random_router": "router rows are random directions, of the lengths of the model's own",
+    "token_unigram": "each token chooses as that token of the vocabulary does in all domains, whatever its context",
+    "uniform": "experts are drawn at random for each token and layer",
+}
+"""Routings in which the domain can matter through the texts alone, or not at all."""
+
+MODEL = "model"
+
+R = TypeVar("R", bound=Result)
 
 
 @dataclass(frozen=True)
 class RoutingStudy(Study):
-    """Load, specialisation and its intervals, co-activation, transitions between layers, persistence, and tests."""
+    """Load, specialisation, co-activation, persistence, vocabulary, and tests between domains, beside their nulls."""
+
+    nulls: bool = False
+    """Whether everything is also measured of `NULLS`, which reads the texts once more."""
+    seed: int = 0
+    """Of the nulls, and of permutations."""
 
     name: ClassVar[str] = "routing"
-    passes: ClassVar[tuple[str, ...]] = ("routing",)
+    passes: ClassVar[tuple[str, ...]] = (MODEL, "nulls")
 
-    def begin(self, model: Any, name: str) -> Gathered:  # noqa: ARG002
-        """Counts of experts, and of pairs of them."""
-        size = model.moe_layers, model.n_experts, model.top_k
-        return {"routing": RoutingStats(*size), "pairs": PairStats(*size)}
+    def chosen_passes(self) -> tuple[str, ...]:
+        """The model's own routing, and the nulls' if they are asked for."""
+        return self.passes if self.nulls else self.passes[:1]
 
-    def step(
-        self,
-        model: Any,
-        name: str,  # noqa: ARG002
-        batch: TokenBatch,
-        into: Gathered,
-        prepared: Any,  # noqa: ARG002
-    ) -> None:
-        """One forward pass."""
-        routed = observed(model, batch)
-        for name in ("routing", "pairs"):
-            into[name].update(routed)
+    def begin(self, model: Any, name: str) -> Gathered:
+        """Counts of experts, of pairs of them, and of them by token."""
+        if name == MODEL:
+            return {**_counters(model, MODEL), **{f"{MODEL} {by}": _by(model, by) for by in ("next", "predicted")}}
+        return {key: value for null in NULLS for key, value in _counters(model, null).items()}
+
+    def prepare(self, model: Any, name: str, domain: str, earlier: Earlier) -> VocabularyResult | None:  # noqa: ARG002
+        """For the null of tokens: how often each is sent where, in all domains together."""
+        if name == MODEL:
+            return None
+        counts = VocabularyStats(*_size(model), model.cfg.d_vocab, groups=GROUPS)
+        for of in earlier.values():
+            counts.merge(_vocabulary(of[MODEL][f"{MODEL} input"]))
+        return counts.result()
+
+    def step(self, model: Any, name: str, batch: TokenBatch, into: Gathered, prepared: Any) -> None:
+        """One forward pass; two for the nulls."""
+        routed = observed(model, batch, predicted=name == MODEL)
+        if name == MODEL:
+            _count(into, MODEL, routed)
+            for by in ("next", "predicted"):
+                into[f"{MODEL} {by}"].update(routed)
+            return
+        generator = torch.Generator().manual_seed(_seed(self.seed, batch))
+        _count(into, "random_router", random_router(model, batch, self.seed))
+        _count(into, "token_unigram", token_unigram_routing(routed, prepared, generator))
+        _count(into, "uniform", uniform_routing(routed, generator))
 
     def results(self, earlier: Mapping[str, Gathered]) -> dict[str, Result]:
-        """Both results."""
-        return {name: earlier["routing"][name].result() for name in ("routing", "pairs")}
+        """All results; the first word of a name is the routing."""
+        return {name: into[name].result() for into in earlier.values() for name in into if name != "texts"}
 
     def tables(
         self,
         model: Mapping[str, Any],  # noqa: ARG002
         results: Mapping[str, Mapping[str, Result]],
     ) -> dict[str, pd.DataFrame]:
-        """`specialisation`, `most_specialised`, `layers`, `pairs`, `persistence`."""
-        routing = {name: of["routing"] for name, of in results.items()}
-        pairs = {name: of["pairs"] for name, of in results.items()}
-        return {
-            "specialisation": by_domain({name: of.to_frame() for name, of in routing.items()}),
-            "most_specialised": by_domain({name: _routing(of).most_specialised() for name, of in routing.items()}),
-            "layers": by_domain({name: _routing(of).per_layer() for name, of in routing.items()}),
-            "pairs": by_domain({name: of.to_frame() for name, of in pairs.items()}),
-            "persistence": by_domain({name: _pairs(of).persistence() for name, of in pairs.items()}),
-        }
+        """Tables by domain, with the routing ("model", or one of `NULLS`) in the second column.
+
+        `specialisation`, `most_specialised`, `layers`, `pairs` (of the model alone), `persistence`, `vocabulary`; and
+        of two domains or more `domain_experts`, `domain_layers`, `domain_pairs`, the tests between them.
+        """
+        routings = [MODEL, *(NULLS if self.nulls else ())]
+        found: dict[str, list[pd.DataFrame]] = {}
+        for routing in routings:
+            counts = {name: _as(RoutingResult, of[f"{routing} routing"]) for name, of in results.items()}
+            pairs = {name: _as(PairResult, of[f"{routing} pairs"]) for name, of in results.items()}
+            tokens = {name: _as(VocabularyResult, of[f"{routing} input"]) for name, of in results.items()}
+            tables = {
+                "specialisation": by_domain({name: of.to_frame() for name, of in counts.items()}),
+                "most_specialised": by_domain({name: of.most_specialised() for name, of in counts.items()}),
+                "layers": by_domain({name: of.per_layer() for name, of in counts.items()}),
+                "persistence": by_domain({name: of.persistence() for name, of in pairs.items()}),
+                "vocabulary": by_domain({name: of.per_layer().assign(by="input") for name, of in tokens.items()}),
+            }
+            if routing == MODEL:
+                tables["pairs"] = by_domain({name: of.to_frame() for name, of in pairs.items()})
+                for by in ("next", "predicted"):
+                    of_token = {name: _as(VocabularyResult, of[f"{MODEL} {by}"]) for name, of in results.items()}
+                    more = by_domain({name: of.per_layer().assign(by=by) for name, of in of_token.items()})
+                    tables["vocabulary"] = pd.concat([tables["vocabulary"], more], ignore_index=True)
+            if len(results) > 1:
+                compared = compare_domains(counts, seed=self.seed)
+                beyond = conditional_information(tokens, seed=self.seed).to_frame()
+                tables["domain_experts"] = compared.to_frame()
+                tables["domain_layers"] = pd.concat(
+                    [
+                        compared.per_layer().assign(given="nothing"),
+                        beyond.rename(columns={"information": "mi"}).assign(given="token"),
+                    ],
+                    ignore_index=True,
+                )
+                tables["domain_pairs"] = compared.per_pair()
+            for name, table in tables.items():
+                table.insert(min(1, len(table.columns)), "routing", routing)
+                found.setdefault(name, []).append(table)
+        return {name: pd.concat(parts, ignore_index=True) for name, parts in found.items()}
 
 
-def _routing(result: Result) -> RoutingResult:
-    assert isinstance(result, RoutingResult)
-    return result
+def _vocabulary(accumulator: Any) -> VocabularyStats:
+    assert isinstance(accumulator, VocabularyStats)
+    return accumulator
 
 
-def _pairs(result: Result) -> PairResult:
-    assert isinstance(result, PairResult)
+def _size(model: Any) -> tuple[tuple[int, ...], int, int]:
+    return model.moe_layers, model.n_experts, model.top_k
+
+
+def _by(model: Any, by: Any) -> VocabularyStats:
+    return VocabularyStats(*_size(model), model.cfg.d_vocab, by=by)
+
+
+def _counters(model: Any, routing: str) -> dict[str, Any]:
+    return {
+        f"{routing} routing": RoutingStats(*_size(model)),
+        f"{routing} pairs": PairStats(*_size(model)),
+        f"{routing} input": VocabularyStats(*_size(model), model.cfg.d_vocab, groups=GROUPS),
+    }
+
+
+def _count(into: Gathered, routing: str, batch: RoutedBatch) -> None:
+    for kind in ("routing", "pairs", "input"):
+        into[f"{routing} {kind}"].update(batch)
+
+
+def _seed(seed: int, batch: TokenBatch) -> int:
+    """A seed that belongs to a batch, so that draws do not depend on what was read before."""
+    key = [seed, *((window.source, window.document, window.start) for window in batch.windows)]
+    return int.from_bytes(hashlib.sha256(str(key).encode()).digest()[:7], "big")
+
+
+def _as(kind: type[R], result: Result) -> R:
+    assert isinstance(result, kind)
     return result

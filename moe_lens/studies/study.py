@@ -29,13 +29,23 @@ from moe_lens.studies.texts import TextStats
 Gathered = Mapping[str, Accumulator[Any]]
 """Accumulators by name."""
 
+Earlier = Mapping[str, Mapping[str, Gathered]]
+"""Accumulators of the passes that are complete, by domain and pass."""
+
+
+_TEXTS = "texts"
+
 
 class Study(ABC):
     """What a study does with a batch. Instances hold its settings and nothing that changes."""
 
     name: ClassVar[str]
     passes: ClassVar[tuple[str, ...]]
-    """Names of the times that a domain is read."""
+    """Names of the times that the domains are read."""
+
+    def chosen_passes(self) -> tuple[str, ...]:
+        """Those of `passes` that the settings ask for; the first one always."""
+        return self.passes
 
     def settings(self) -> dict[str, Any]:
         """What was asked for, as plain values."""
@@ -48,8 +58,8 @@ class Study(ABC):
     def begin(self, model: Any, name: str) -> Gathered:
         """Empty accumulators of a pass."""
 
-    def prepare(self, model: Any, name: str, earlier: Mapping[str, Gathered]) -> Any:  # noqa: ARG002
-        """What a pass needs of the accumulators of the passes before it, over the whole domain; made once."""
+    def prepare(self, model: Any, name: str, domain: str, earlier: Earlier) -> Any:  # noqa: ARG002
+        """What a pass over a domain needs of the passes before it, which are complete in all domains; made once."""
         return None
 
     @abstractmethod
@@ -127,23 +137,22 @@ def run(
         if _agreed(folder.finished):
             return StudyResult.load(out)
         _agreed(folder.begin)
-    results: dict[str, dict[str, Result]] = {}
-    read: list[dict[str, Any]] = []
-    for number, domain in enumerate(domains):
-        earlier: dict[str, Gathered] = {}
-        for place, each in enumerate(study.passes):
-            into = {**study.begin(model, each), **({"texts": TextStats()} if place == 0 else {})}
-            key = f"{number:02d}-{each}-{distributed.rank()}of{distributed.world_size()}"
-            shown = f"{domain.name}: {each}"
-            _Pass(study, model, domain, reading, each, into, earlier, batch_tokens, folder, key).go(
+    earlier: dict[str, dict[str, Gathered]] = {domain.name: {} for domain in domains}
+    for place, each in enumerate(study.chosen_passes()):
+        for number, domain in enumerate(domains):
+            into = {**study.begin(model, each), **({_TEXTS: TextStats()} if place == 0 else {})}
+            key = f"{place}-{each}-{number:02d}-{distributed.rank()}of{distributed.world_size()}"
+            shown = f"{each}: {domain.name}"
+            prepared = study.prepare(model, each, domain.name, earlier)
+            _Pass(study, model, domain, reading, each, into, prepared, batch_tokens, folder, key).go(
                 lambda tokens, shown=shown: watch(shown, tokens)
             )
             for accumulator in into.values():
                 accumulator.all_reduce()
-            earlier[each] = into
-        texts = earlier[study.passes[0]]["texts"].result()
-        read.append({"name": domain.name, **texts.facts()})
-        results[domain.name] = study.results(earlier)
+            earlier[domain.name][each] = into
+    results = {domain.name: study.results(earlier[domain.name]) for domain in domains}
+    texts = {domain.name: earlier[domain.name][study.passes[0]][_TEXTS].result() for domain in domains}
+    read = [{"name": domain, **of.facts()} for domain, of in texts.items()]
     manifest = {
         "plan": plan,
         "read": read,
@@ -168,14 +177,13 @@ class _Pass:
         reading: Reading,
         name: str,
         into: Gathered,
-        earlier: Mapping[str, Gathered],
+        prepared: Any,
         batch_tokens: int,
         folder: StudyFolder | None,
         key: str,
     ):
         self.study, self.model, self.domain, self.reading, self.name = study, model, domain, reading, name
-        self.into, self.batch_tokens, self.folder, self.key = into, batch_tokens, folder, key
-        self.prepared = study.prepare(model, name, earlier)
+        self.into, self.prepared, self.batch_tokens, self.folder, self.key = into, prepared, batch_tokens, folder, key
         self._before = self._state()
 
     def go(self, watch: Callable[[int], None]) -> None:
@@ -209,9 +217,9 @@ class _Pass:
         packed = min(self.reading.context, int(self.model.cfg.n_ctx)) if self.reading.packed else None
         for batch in batched(shard.windows, self.model, batch_tokens=batch_tokens, packed=packed):
             self.study.step(self.model, self.name, batch, self.into, self.prepared)
-            if isinstance(texts := self.into.get("texts"), TextStats):
+            if isinstance(texts := self.into.get(_TEXTS), TextStats):
                 texts.update(batch)
-        if isinstance(texts := self.into.get("texts"), TextStats):
+        if isinstance(texts := self.into.get(_TEXTS), TextStats):
             texts.leave_out(shard.short)
 
     def _state(self) -> dict[str, dict[str, Tensor]]:
