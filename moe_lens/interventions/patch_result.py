@@ -1,0 +1,78 @@
+"""`PatchResult`: what patching found."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
+
+from moe_lens.storage import load_tensors, save_tensors
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PatchResult:
+    """The metric after patching, for every cell of the sweep; a cell in which nothing changes holds the base's."""
+
+    values: Float[Tensor, "..."]
+    """The metric, in float64, along `axes`."""
+    axes: Mapping[str, tuple[int, ...]]
+    """Coordinates by name of the axis, in the order of the values' axes; "pos" counts along the input's axis."""
+    site: str
+    """What was patched."""
+    metric: str
+    """What was measured."""
+    direction: str
+    """"denoising" (clean into corrupted) or "noising" (corrupted into clean)."""
+    routing: str
+    """"free" or "frozen"."""
+    clean: float
+    """The metric of the clean run."""
+    corrupted: float
+    """The metric of the corrupted run."""
+    n: int
+    """Pairs of clean and corrupted texts that the metric goes over."""
+    tokens: tuple[str, ...] = ()
+    """Of the base, as text, if there is one pair and a tokenizer."""
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{len(at)} {name}s" for name, at in self.axes.items())
+        return f"PatchResult({self.site}, {self.direction}, {self.metric}: {sizes}; {self.n} pairs)"
+
+    @property
+    def effect(self) -> Float[Tensor, "..."]:
+        """How far patching leads from the base to the source: 0 changes nothing, 1 is the source's metric.
+
+        Not bounded. Not a number where both runs have the same metric.
+        """
+        base, source = self.corrupted, self.clean
+        if self.direction == "noising":
+            base, source = source, base
+        return (self.values - base) / (source - base)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per cell: a column for each axis, `value` (the metric) and `effect`."""
+        index = pd.MultiIndex.from_product(self.axes.values(), names=list(self.axes))
+        frame = index.to_frame(index=False)
+        return frame.assign(value=self.values.flatten().numpy(), effect=self.effect.flatten().numpy())
+
+    def save(self, path: str | Path) -> None:
+        """Write to one safetensors file."""
+        header = {name: getattr(self, name) for name in _HEADER}
+        save_tensors(path, "PatchResult", {"values": self.values}, {**header, "axes": list(self.axes.items())})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "PatchResult":
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: the file is missing, broken or holds something else.
+        """
+        tensors, header = load_tensors(path, "PatchResult")
+        axes = {name: tuple(coordinates) for name, coordinates in header["axes"]}
+        fields = {name: header[name] for name in _HEADER}
+        return cls(**{**fields, "tokens": tuple(header["tokens"])}, values=tensors["values"], axes=axes)
+
+
+_HEADER = ("site", "metric", "direction", "routing", "clean", "corrupted", "n", "tokens")
