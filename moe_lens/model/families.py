@@ -148,7 +148,9 @@ FAMILIES = {
             normalised="always",
             scaled="route_scale",
             shared_logits=True,
-            layout=Layout(ln1_post="attn_sconv", ln2_post="mlp_sconv"),
+            layout=Layout(
+                ln1_post="attn_sconv", ln2_post="mlp_sconv", logits_divisor="logits_mup_width_multiplier"
+            ),
             note="weights are normalised together with those of the shared experts; a short convolution follows the "
             "MoE block: mlp.hook_out is what it reads, hook_mlp_out what it returns",
         ),

@@ -11,11 +11,14 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils.hub import resolve_revision
 
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
@@ -87,7 +90,7 @@ def load_pretrained(
     if raw["model_type"] == DeepseekConfig.model_type:
         model = _load_deepseek(source, path, raw, hub, kwargs)
     elif raw["model_type"] in CONFIG_MAPPING or trust_remote_code:
-        model = _load_other(source, hub, {**kwargs, "trust_remote_code": trust_remote_code})
+        model = _load_other(source, raw, hub, {**kwargs, "trust_remote_code": trust_remote_code})
     else:
         raise UnsupportedModelError(
             f"{path}: model_type {raw['model_type']!r} is unknown to this version of transformers. If the checkpoint "
@@ -173,12 +176,14 @@ def _dtype(asked: str | torch.dtype, config: PreTrainedConfig, checkpoint: Check
     return dtype
 
 
-def _load_other(source: str, hub: dict[str, Any], kwargs: dict[str, Any]) -> PreTrainedModel:
+def _load_other(source: str, raw: dict[str, Any], hub: dict[str, Any], kwargs: dict[str, Any]) -> PreTrainedModel:
     """A family that is transformers' own: headers are checked for contradictions, the model for what was not loaded."""
     if kwargs.get("use_safetensors") is not False and "gguf_file" not in kwargs:
         Checkpoint.locate(source, hub, kwargs.get("variant"))
         kwargs = {**kwargs, "use_safetensors": True}
-    return _load_through_transformers(AutoModelForCausalLM, source, {**hub, **kwargs})
+    own = raw["model_type"] not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or raw["model_type"] in CAUSAL
+    loader = AutoModelForCausalLM if own else AutoModelForImageTextToText
+    return _load_through_transformers(loader, source, {**hub, **kwargs})
 
 
 def _load_through_transformers(loader: Any, source: str, kwargs: dict[str, Any]) -> PreTrainedModel:

@@ -66,6 +66,7 @@ BASE: dict[str, Any] = {
     "embedding_multiplier": 2.5,
     "logits_scaling": 0.8,
     "logit_scale": 0.7,
+    "logits_mup_width_multiplier": 1.4,
     "norm_topk_prob": True,
 }
 MLA: dict[str, Any] = {"head_dim": None, "num_key_value_heads": 4}
@@ -98,6 +99,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": {**MLA, "head_dim": 8, "topk_method": "group_limited_greedy"},
     "deepseek_v3": MLA,
+    "deepseek_v4": {"mlp_layer_types": ["hash_moe", "hash_moe", "moe", "moe"]},
     "deepseek_v32": {**MLA, **INDEXED},
     "glm4_moe_lite": MLA,
     "glm_moe_dsa": {**MLA, **INDEXED},
@@ -137,7 +139,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "moe_shared_expert_intermediate_size": 32,
         "layers_block_type": ["mamba", "attention", "moe", "moe"],
     },
-    "phimoe": {"num_experts_per_tok": 2},
+    "phimoe": {"num_experts_per_tok": 2, "router_jitter_noise": 0.4},
     "qwen3_next": DELTA,
     "qwen3_5_moe_text": DELTA,
     "qwen4_exp_text": {
@@ -199,6 +201,8 @@ def build(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0, **
         for name, buffer in model.named_buffers():
             if "correction_bias" in name or "expert_bias" in name:
                 buffer.copy_(draw(buffer, 0.1))
+            elif name.endswith("tid2eid"):  # experts by token id
+                buffer.copy_(torch.rand(len(buffer), EXPERTS, generator=generator).argsort(-1)[:, : buffer.shape[1]])
     return model
 
 

@@ -1,0 +1,347 @@
+"""What must hold for every family, each law a function of one wrapped tiny model that raises AssertionError."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_lens import names
+from moe_lens.hooked_moe import HookedMoE
+from moe_lens.model.family import Family
+from tests.matrix.configs import TOP_K, build, tokens
+from tests.wrapped import GATED, deviation
+
+FP32 = 2e-5
+"""Relative to the largest value: what float32 sums in another order differ by, through four layers."""
+SCALE = 1.5
+
+
+@dataclass(eq=False)
+class Case:
+    """One model type: logits of plain transformers, taken before wrapping, and the wrapped model."""
+
+    model_type: str
+
+    def __post_init__(self) -> None:
+        self.tokens = tokens()
+        self.hf = build(self.model_type)
+        self.hf.set_experts_implementation("eager")
+        with torch.no_grad():
+            self.eager = self.hf(self.tokens).logits
+            self.hf.set_experts_implementation("grouped_mm")
+            self.logits = self.hf(self.tokens).logits
+        self.gradients = self.backward(self.hf)
+        self.hf.generation_config.eos_token_id = None
+        self.generated = self.hf.generate(self.tokens, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        self.model = HookedMoE.from_hf(self.hf, check=False)
+        self.layer = self.model.moe_layers[-2]
+
+    def backward(self, hf: Any) -> dict[str, Tensor]:
+        """Gradients of a loss, by parameter."""
+        hf.zero_grad()
+        logits = hf(self.tokens).logits
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), self.tokens[:, 1:].flatten()).backward()
+        found = {
+            name.replace("_original_component.", ""): parameter.grad.clone()
+            for name, parameter in hf.named_parameters()
+            if parameter.grad is not None
+        }
+        hf.zero_grad()
+        return found
+
+    @property
+    def family(self) -> Family:
+        return self.model.family
+
+    @cached_property
+    def every(self) -> list[str]:
+        """Every hook but TransformerLens's optional ones and the inside of attention that it reconstructs."""
+        names_ = [name for name in self.model.hook_dict if not name.endswith(GATED)]
+        own = self.family.layout is not None
+        return [name for name in names_ if own or ".attn." not in name]
+
+    def edited(self, name: str, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """Logits with one hook edited."""
+        return self.run([(name, lambda value, hook: change(value))])
+
+    def run(self, hooks: list[tuple[str, Any]]) -> Tensor:
+        with torch.no_grad():
+            return self.model.run_with_hooks(self.tokens, fwd_hooks=hooks)
+
+    @cached_property
+    def cache(self) -> Any:
+        with torch.no_grad():
+            logits, cache = self.model.run_with_cache(self.tokens, names_filter=self.every)
+        assert torch.equal(logits, self.logits), "observing changed the logits"
+        return cache
+
+    def at(self, name: str, layer: int | None = None) -> Tensor:
+        return self.cache[names.mlp(name, self.layer if layer is None else layer)]
+
+
+def close(ours: Tensor, theirs: Tensor, bound: float = FP32, what: str = "") -> None:
+    assert deviation(ours, theirs) <= bound * theirs.abs().max().item(), f"{what} {deviation(ours, theirs):.1e}"
+
+
+# --- the laws ---
+
+
+def parity(case: Case) -> None:
+    """Logits are those of transformers before wrapping, to the bit, and those of its eager experts."""
+    with torch.no_grad():
+        assert torch.equal(case.model(case.tokens), case.logits)
+    close(case.logits, case.eager)
+
+
+def observing(case: Case) -> None:
+    """Reading every hook at once changes no bit, and every hook fires."""
+    fired = set(case.cache.keys())
+    assert fired == set(case.every), sorted(set(case.every) - fired)[:5]
+
+
+def parts(case: Case) -> None:
+    """The parts make the whole."""
+    model, family = case.model, case.family
+    for layer in range(model.cfg.n_layers):
+        at = {
+            name: case.cache[full]
+            for name in (names.RESID_PRE, names.ATTN_OUT, names.RESID_MID, names.BLOCK_MLP_OUT, names.RESID_POST)
+            if (full := names.block(name, layer)) in case.cache
+        }
+        stream = family.layout.stream if family.layout else "sequential"
+        if stream == "sequential" and layer in model.moe_layers:
+            assert torch.equal(at[names.RESID_MID] + at[names.BLOCK_MLP_OUT], at[names.RESID_POST]) or close(
+                at[names.RESID_MID] + at[names.BLOCK_MLP_OUT], at[names.RESID_POST]
+            )
+            close(at[names.RESID_PRE] + at.get(names.ATTN_OUT, 0), at[names.RESID_MID])
+        if stream == "parallel":
+            close(at[names.RESID_PRE] + at[names.ATTN_OUT] + at[names.BLOCK_MLP_OUT], at[names.RESID_POST])
+        if stream == "other":
+            assert not {names.ATTN_OUT, names.RESID_MID, names.BLOCK_MLP_OUT} & at.keys()
+    for layer in model.moe_layers:
+        weights, out = case.at(names.ROUTING_WEIGHTS, layer), case.at(names.EXPERT_OUT, layer)
+        weighted, routed = case.at(names.EXPERT_WEIGHTED, layer), case.at(names.ROUTED_OUT, layer)
+        close(out * weights[..., None], weighted)
+        close(weighted.sum(2), routed)
+        whole = routed + case.at(names.SHARED_OUT, layer) if model.has_shared(layer) else routed
+        close(whole, case.at(names.MLP_OUT, layer))
+        chosen = case.at(names.EXPERT_INDICES, layer)
+        assert all(len(set(row.tolist())) == model.top_k for row in chosen.flatten(0, 1))
+        assert (weights[..., :-1] >= weights[..., 1:]).all()
+    if not (family.layout and family.layout.streams):
+        last = case.cache[names.block(names.RESID_POST, model.cfg.n_layers - 1)]
+        with torch.no_grad():
+            read = model.adapter.apply_output_logits_transform(model.unembed(model.ln_final(last)))
+        close(read, case.logits)
+
+
+def rule(case: Case) -> None:
+    """Weights are what the table says of affinities, for the model's own choice and for a forced one."""
+    family, layer = case.family, case.layer
+    name = names.mlp(names.EXPERT_INDICES, layer)
+    forced = (case.at(names.EXPERT_INDICES) + torch.arange(1, 2)) % case.model.n_experts
+
+    seen: dict[str, Tensor] = {}
+    scores: list[Tensor] = []
+
+    def force(value: Tensor, hook: Any) -> Tensor:
+        if family.select != "token":
+            scores.append(case.model.choice(layer).scores)
+        return forced
+
+    def note(value: Tensor, hook: Any) -> None:
+        seen["weights"] = value
+
+    case.run([(name, force), (names.mlp(names.ROUTING_WEIGHTS, layer), note)])
+    logits, own = case.at(names.ROUTER_LOGITS), case.at(names.EXPERT_INDICES)
+    close(case.at(names.ROUTING_WEIGHTS), weigh(case, logits, own), what="own choice")
+    close(seen["weights"], weigh(case, logits, forced), what="forced choice")
+    if family.select == "topk":
+        best = scores[0].topk(case.model.top_k, dim=-1).indices.sort(-1).values
+        assert torch.equal(best, own.sort(-1).values), "the largest scores are chosen"
+
+
+def weigh(case: Case, logits: Tensor, chosen: Tensor) -> Tensor:
+    """Weights of chosen experts by the table alone, in ranks."""
+    family = case.family
+    block: Any = case.model.blocks[case.layer]
+    moe: Any = case.model._moe(case.layer)
+    router = getattr(moe, family.router)
+    logits = logits.double()
+    if family.select == "sparsemixer":
+        weights = []
+        # Slots are in the order of choice, ranks in that of weights.
+        own = case.at(names.EXPERT_INDICES)
+        order = logits.gather(-1, own).argsort(-1, descending=True)
+        chosen = chosen.gather(-1, order)
+        left = logits.clone()
+        for slot in range(chosen.shape[-1]):
+            index = chosen[..., slot, None]
+            top = left.max(-1, keepdim=True).values
+            far = (top - logits) / torch.maximum(logits.abs(), top) > 2 * router.router_jitter_noise
+            far = far.scatter(-1, index, False)
+            given = left.scatter(-1, index, logits.gather(-1, index))
+            weights.append(given.masked_fill(far, -torch.inf).softmax(-1).gather(-1, index))
+            left = left.scatter(-1, index, -torch.inf)
+        return torch.cat(weights, -1).float().scatter(-1, order, torch.cat(weights, -1).float())
+    affinity = {
+        "softmax": lambda: logits.softmax(-1),
+        "sigmoid": lambda: logits.sigmoid(),
+        "sqrtsoftplus": lambda: torch.nn.functional.softplus(logits).sqrt(),
+    }[family.score]()
+    weights = affinity.gather(-1, chosen)
+    if family.normalised == "always" or (family.normalised == "config" and router_normalises(moe, router)):
+        total = weights.sum(-1, keepdim=True)
+        if family.shared_logits:  # the shared experts' columns are behind the hook's
+            x = case.at(names.MLP_IN).double()
+            total = total + (x @ router.weight.double().T)[..., case.model.n_experts :].sigmoid().sum(-1, keepdim=True)
+        weights = weights / total
+    if family.scaled is not None:
+        owner = moe if hasattr(moe, family.scaled) else router
+        weights = weights * float(getattr(owner, family.scaled))
+    if family.shared_logits:
+        weights = weights * router.global_scale.double()
+    if family.averaged and getattr(moe, family.averaged) == "average":
+        weights = weights / 2
+    if family.layout and family.layout.multiplier:
+        weights = weights * float(getattr(block.original_component, family.layout.multiplier))
+    return weights.float()
+
+
+def router_normalises(moe: Any, router: Any) -> bool:
+    return bool(router.norm_topk_prob if hasattr(router, "norm_topk_prob") else moe.config.norm_topk_prob)
+
+
+def own_values(case: Case) -> None:
+    """A part set to its own value changes no bit; forced indices that are its own, in another order, change nothing."""
+    for name in [names.mlp(hook.name, case.layer) for hook in names.MLP_HOOKS]:
+        if name not in case.every:
+            continue
+        assert torch.equal(case.edited(name, torch.clone), case.logits), name
+    together = case.run([(name, lambda value, hook: value.clone()) for name in case.every])
+    assert torch.equal(together, case.logits)
+    if case.family.select != "sparsemixer":  # there, the order of choice is part of the rule
+        name = names.mlp(names.EXPERT_INDICES, case.layer)
+        close(case.edited(name, lambda value: value.flip(-1)), case.logits)
+
+
+def edits(case: Case) -> None:
+    """An edit of any hook changes the logits; scaling one part is scaling the next."""
+    generator = torch.Generator().manual_seed(0)
+
+    def disturb(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return (disturb(value[0]), *value[1:])
+        if value.dtype == torch.bool:
+            return torch.zeros_like(value)
+        if not value.is_floating_point():
+            return (value + 1) % case.model.n_experts if value.dim() == 3 else value.flip(1)
+        noise = torch.randn(value.shape, generator=generator, dtype=value.dtype)
+        return value * 1.5 + 0.5 * noise * max(value.std().item(), 0.3)
+
+    some = {case.layer, *[at for at in range(case.model.cfg.n_layers) if at not in case.model.moe_layers][:2]}
+    kept = [name for name in case.every if not name.startswith("blocks.") or int(name.split(".")[1]) in some]
+    least = 1e-3 * case.logits.abs().max().item()
+    dead = [name for name in kept if not deviation(case.edited(name, disturb), case.logits) > least]
+    # Attention that norms its queries and values does not care for the scale of what it reads; the norm's output does.
+    scales = [name for name in dead if name.endswith("hook_scale")]
+    for name in scales:
+        out = name.replace("hook_scale", "hook_out")
+        with torch.no_grad(), case.model.hooks(fwd_hooks=[(name, lambda value, hook: value * 2)]):
+            _, cache = case.model.run_with_cache(case.tokens, names_filter=out)
+        close(cache[out] * 2, case.cache[out], 1e-4)
+    dead = sorted(set(dead) - set(scales))
+    assert dead == [], dead
+
+    same = [names.ROUTING_WEIGHTS, names.EXPERT_OUT, names.EXPERT_WEIGHTED, names.ROUTED_OUT]
+    if not case.model.has_shared(case.layer):
+        same.append(names.MLP_OUT)
+    scaled = [case.edited(names.mlp(name, case.layer), lambda value: value * SCALE) for name in same]
+    for name, logits in zip(same, scaled, strict=True):
+        close(logits, scaled[0], what=name)
+    without = case.edited(names.mlp(names.ROUTED_OUT, case.layer), torch.zeros_like)
+    close(case.edited(names.mlp(names.EXPERT_KEPT, case.layer), torch.zeros_like), without)
+    if case.model.has_shared(case.layer):
+        routed = case.at(names.MLP_OUT) - case.at(names.SHARED_OUT)
+        close(case.edited(names.mlp(names.MLP_OUT, case.layer), lambda value: value - routed), without)
+    stream = names.block(names.RESID_MID, case.layer)
+    if stream in case.cache:
+        moved = case.edited(stream, lambda value: value + 1)
+        close(case.edited(names.block(names.ATTN_OUT, case.layer), lambda value: value + 1), moved) if (
+            names.block(names.ATTN_OUT, case.layer) in case.cache
+        ) else close(case.edited(names.block(names.RESID_PRE, case.layer), lambda value: value + 1), moved)
+
+
+def gradients(case: Case) -> None:
+    """Gradients of all parameters are transformers' own, and they reach the hooks of the routing."""
+    ours = case.backward(case.hf)
+    assert ours.keys() == case.gradients.keys()
+    for name, gradient in ours.items():
+        assert deviation(gradient, case.gradients[name]) <= 1e-4 * max(case.gradients[name].abs().max().item(), 1e-3), (
+            name
+        )
+    reached: dict[str, float] = {}
+    wanted = [
+        names.mlp(name, case.layer)
+        for name in (names.ROUTER_LOGITS, names.ROUTING_WEIGHTS, names.EXPERT_POST, names.EXPERT_WEIGHTED)
+    ]
+
+    def note(gradient: Tensor, hook: Any) -> None:
+        reached[hook.name] = gradient.abs().max().item()
+
+    with case.model.hooks(bwd_hooks=[(name, note) for name in wanted]):
+        case.model(case.tokens, return_type="loss").backward()
+    case.hf.zero_grad()
+    assert set(reached) == set(wanted)
+    assert all(value > 0 for value in reached.values()), reached
+
+
+def generation(case: Case) -> None:
+    """Greedy generation with a key-value cache is transformers' own, and hooks see one new position a step."""
+    seen: list[tuple[int, ...]] = []
+    name = names.mlp(names.EXPERT_INDICES, case.layer)
+    with case.model.hooks(fwd_hooks=[(name, lambda value, hook: seen.append(tuple(value.shape)))]):
+        out = case.model.generate(
+            case.tokens, max_new_tokens=4, do_sample=False, stop_at_eos=False, verbose=False, return_type="tokens"
+        )
+    assert torch.equal(out, case.generated)
+    assert seen == [(2, 12, case.model.top_k)] + [(2, 1, case.model.top_k)] * 3
+
+
+def bfloat16(case: Case) -> None:
+    """In bfloat16, too, logits are transformers' own to the bit, and those of a run that is watched."""
+    hf = build(case.model_type, torch.bfloat16)
+    with torch.no_grad():
+        plain = hf(case.tokens).logits
+        model = HookedMoE.from_hf(hf)
+        assert torch.equal(model(case.tokens), plain)
+        logits, _ = model.run_with_cache(case.tokens, names_filter=case.every)
+    assert torch.equal(logits, plain)
+
+
+def saving(case: Case) -> None:
+    """What is saved loads again, wrapped or not, and computes the same bits."""
+    with tempfile.TemporaryDirectory() as folder:
+        case.model.save_pretrained(folder)
+        again = HookedMoE.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            assert torch.equal(again(case.tokens), case.logits)
+
+
+LAWS: dict[str, Callable[[Case], None]] = {
+    "logits": parity,
+    "observing": observing,
+    "parts": parts,
+    "rule": rule,
+    "own values": own_values,
+    "edits": edits,
+    "gradients": gradients,
+    "generation": generation,
+    "bfloat16": bfloat16,
+    "saving": saving,
+}
+assert TOP_K == 3
