@@ -9,13 +9,19 @@ import typer
 from typer.exceptions import TyperException
 
 import moe_lens
+from moe_lens.cli import prune as _prune
 from moe_lens.cli import report as _report
 from moe_lens.cli import studies as _studies
 from moe_lens.cli.app import app
 from moe_lens.cli.config import defaults
 from moe_lens.errors import MoELensError
 
-__all__ = ["_report", "_studies", "main"]  # the modules of commands are imported to add them to the application
+__all__ = [
+    "_prune",
+    "_report",
+    "_studies",
+    "main",
+]  # the modules of commands are imported to add them to the application
 
 INTERRUPTED = 130
 

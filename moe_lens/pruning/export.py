@@ -69,7 +69,7 @@ def export(
         raise InputError(f"{target} is not an empty folder; name one that is empty or does not exist")
     with _source(model, target, hub) as (source, hub_):
         path, raw = read_config(source, hub_)
-        _expressible(raw, plan)
+        expressible(raw, plan)
         checkpoint = Checkpoint.locate(source, hub_)
         _holds(checkpoint, plan)
         _room(checkpoint, plan, target)
@@ -110,8 +110,12 @@ def _source(model: Any, target: Path, hub: dict[str, Any]) -> Generator[tuple[st
         raise InputError(f"{target} cannot be written: {error}") from error
 
 
-def _expressible(raw: Mapping[str, Any], plan: Plan) -> None:
-    """Refuse what the family's config.json has no words for."""
+def expressible(raw: Mapping[str, Any], plan: Plan) -> None:
+    """Refuse a plan that the config of a family, here as plain values, has no words for.
+
+    Raises:
+        UnsupportedModelError: the family, layers that keep different numbers of experts, or groups that do.
+    """
     known = format_of(raw["model_type"])
     if not plan.even:
         counts = {layer: len(experts) for layer, experts in zip(plan.layers, plan.kept, strict=True)}

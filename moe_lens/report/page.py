@@ -25,40 +25,50 @@ def render(report: Report, tables: dict[str, pd.DataFrame], *, version: str) -> 
     """
     from plotly.offline import get_plotlyjs
 
-    environment = Environment(
+    domains = [_domain(report, number) for number in range(len(report.domains))]
+    return (
+        environment()
+        .get_template("page.html.jinja")
+        .render(
+            version=version,
+            report=report,
+            model=report.model,
+            settings=report.settings,
+            plotly=Markup(get_plotlyjs()),
+            domains=domains,
+            findings=_findings(report, tables),
+            few_sources=[domain["name"] for domain in domains if domain["sources"] < MIN_SOURCES],
+            min_sources=MIN_SOURCES,
+            baseline=report.model["top_k"] / report.model["experts"],
+            measures=MEASURES,
+            most_specialised=_by_domain(tables["most_specialised"]),
+            perplexity=_by_domain(tables["perplexity"]),
+            similarity=_similarity(report),
+            examples=_examples(report),
+            paper=_paper(report, tables),
+            figures={
+                "map": as_html(viz.specialisation_map(report.specialisation)),
+                "most": as_html(viz.most_specialised(report.specialisation)),
+                "half": as_html(viz.experts_for_half(report.specialisation)),
+                "with_residual": as_html(viz.similarity_by_layer(report.single_expert, residual=True)),
+                "without_residual": as_html(viz.similarity_by_layer(report.single_expert, residual=False)),
+                "perplexity": as_html(viz.perplexity_by_k(report.single_expert)),
+            },
+        )
+    )
+
+
+def environment() -> Environment:
+    """Templates of this package; everything that is put into them is escaped."""
+    made = Environment(
         loader=PackageLoader("moe_lens.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"percent": _percent, "number": _number, "span": _span}
-    domains = [_domain(report, number) for number in range(len(report.domains))]
-    return environment.get_template("page.html.jinja").render(
-        version=version,
-        report=report,
-        model=report.model,
-        settings=report.settings,
-        plotly=Markup(get_plotlyjs()),
-        domains=domains,
-        findings=_findings(report, tables),
-        few_sources=[domain["name"] for domain in domains if domain["sources"] < MIN_SOURCES],
-        min_sources=MIN_SOURCES,
-        baseline=report.model["top_k"] / report.model["experts"],
-        measures=MEASURES,
-        most_specialised=_by_domain(tables["most_specialised"]),
-        perplexity=_by_domain(tables["perplexity"]),
-        similarity=_similarity(report),
-        examples=_examples(report),
-        paper=_paper(report, tables),
-        figures={
-            "map": _html(viz.specialisation_map(report.specialisation)),
-            "most": _html(viz.most_specialised(report.specialisation)),
-            "half": _html(viz.experts_for_half(report.specialisation)),
-            "with_residual": _html(viz.similarity_by_layer(report.single_expert, residual=True)),
-            "without_residual": _html(viz.similarity_by_layer(report.single_expert, residual=False)),
-            "perplexity": _html(viz.perplexity_by_k(report.single_expert)),
-        },
-    )
+    made.filters |= {"percent": _percent, "number": _number, "span": _span}
+    return made
 
 
-def _html(figure: Any) -> Markup:
+def as_html(figure: Any) -> Markup:
+    """A figure as part of a page that has plotly.js."""
     return Markup(figure.to_html(full_html=False, include_plotlyjs=False, config=CONFIG))
 
 
@@ -122,7 +132,7 @@ def _examples(report: Report) -> list[dict[str, Any]]:
                 "prompt": [viz.readable(example.texts[token]) for token in example.prompt],
                 "target": viz.readable(example.texts[example.target]),
                 "predicted": viz.readable(example.texts[example.predicted]),
-                "figure": _html(viz.lens_table(example.result, position)),
+                "figure": as_html(viz.lens_table(example.result, position)),
             }
         )
     return shown

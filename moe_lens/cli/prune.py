@@ -1,0 +1,107 @@
+"""`moe-lens prune`: a smaller checkpoint, and what it costs."""
+
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from moe_lens import __version__
+from moe_lens.cli import options
+from moe_lens.cli.app import app
+from moe_lens.cli.loading import load_model, quiet
+from moe_lens.data import Domain
+from moe_lens.errors import InputError
+from moe_lens.pruning import METHODS
+from moe_lens.pruning.job import Settings
+from moe_lens.pruning.job import prune as run
+from moe_lens.report import OutputFolder
+from moe_lens.report.pruning import write_pruning
+
+Scoring = StrEnum("Scoring", {name: name for name in METHODS})
+REAP = Scoring("reap")
+
+
+class Budget(StrEnum):
+    """Over what experts are counted."""
+
+    layer = "layer"
+    whole = "global"
+
+
+@app.command()
+def prune(
+    model: options.Model = "tiny-deepseekmoe",
+    domain: options.Domains = None,
+    keep: Annotated[float, typer.Option(min=0.0, max=1.0, help="The share of experts that stays.")] = 0.5,
+    method: Annotated[Scoring, typer.Option(help="How the experts that stay are chosen.")] = REAP,
+    specialist: Annotated[
+        str | None, typer.Option(metavar="DOMAIN", help="Keep what this domain needs, instead of all of them alike.")
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Average the other experts into those that stay, instead of dropping them.")
+    ] = False,
+    budget: Annotated[
+        Budget, typer.Option(help="The same number in every layer, or the best of all layers together.")
+    ] = Budget.layer,
+    uniform: Annotated[
+        bool,
+        typer.Option("--uniform", help="With --budget global: then the same number in every layer, as configs need."),
+    ] = False,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Active experts per token, if fewer than before.")] = None,
+    against: Annotated[
+        list[Scoring] | None,
+        typer.Option(help="Further methods on the frontier; give it several times.  [frequency, random]"),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of text to read in each domain.")] = 8192,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the checkpoint and the report go.")] = Path(
+        "moe-lens-pruned"
+    ),
+    seed: options.Seed = 0,
+    dtype: options.DtypeOption = options.Dtype.float32,
+    device: options.Device = "cpu",
+    config: options.Config = None,
+) -> None:
+    """A smaller model that plain transformers loads, and what it costs.
+
+    FOLDER/model is a checkpoint in the family's own format; FOLDER/report.html shows perplexity per domain against the
+    number of experts kept for several methods, with intervals, memory and speed. Weights are written as
+    they are stored.
+
+    Methods: frequency, weight, ean, reap (routing and outputs); gradient, knockout (the loss; knockout runs the model
+    once for each expert); selected (0 for experts that no token chose); random, the control.
+
+    Example: moe-lens prune --domain french --domain code --keep 0.5 --specialist french --out french-half
+    """
+    started = time.monotonic()
+    quiet()
+    domains = [one for one in options.open_domains(domain, config) if isinstance(one, Domain)]
+    if not domains:
+        raise InputError("prune reads its texts several times over, and cannot do so with streams; give files")
+    if specialist is not None and specialist not in [one.name for one in domains]:
+        raise InputError(f"--specialist is {specialist!r}; the domains are {', '.join(one.name for one in domains)}")
+    if (out / "model").exists() and any((out / "model").iterdir()):
+        raise InputError(f"{out / 'model'} is not an empty folder; choose another --out, or remove it")
+    chosen = [one.value for one in against] if against else ["frequency", "random"]
+    settings = Settings(
+        model=model,
+        keep=keep,
+        method=method.value,
+        merged=merge,
+        budget=budget.value,
+        uniform=uniform,
+        domain=specialist,
+        top_k=top_k,
+        compare=tuple(chosen),
+        tokens=tokens,
+        seed=seed,
+    )
+    console = Console(stderr=True)
+    with OutputFolder(out) as folder, console.status(f"loading {model}") as status:
+        loaded = load_model(model, dtype.value, device)
+        made = run(loaded, domains, settings, out / "model", watch=status.update)
+        page = write_pruning(made, folder, version=__version__)
+    console.print(f"done in {time.monotonic() - started:.0f} s", highlight=False)
+    print(page.resolve())

@@ -1,0 +1,218 @@
+"""What smaller models cost: perplexity by method and number of experts kept, on texts that the plans have not seen."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moe_lens.data import Domain, Tokens, tokenize
+from moe_lens.errors import InputError
+from moe_lens.pruning.merging import merge
+from moe_lens.pruning.plans import Plan, plan
+from moe_lens.pruning.scores import Method, Scores
+from moe_lens.pruning.scoring import score
+from moe_lens.stats import LossResult, LossStats, Result, halves
+from moe_lens.studies.running import losses, nothing, predicted
+
+ALL = "all"
+"""Calibrated on all domains, each counting the same."""
+
+
+class Point(NamedTuple):
+    """A smaller model: how its experts were chosen, and how many of them there are."""
+
+    method: str
+    calibrated: str
+    """The domain whose texts the scores are from, or `ALL`."""
+    treatment: str
+    """Of the other experts: "dropped" or "merged"."""
+    kept: int
+    """Experts of a layer, mean over layers if they differ."""
+    top_k: int
+    """Experts active per token."""
+
+
+@dataclass(frozen=True, eq=False)
+class Frontier(Result):
+    """Losses of smaller models, by source; every source was judged by plans made from other sources."""
+
+    points: tuple[tuple[str, str, str, int, int], ...]
+    """As `Point`; the first is the whole model."""
+    n_experts: int
+    domains: tuple[str, ...]
+    sources: tuple[tuple[str, ...], ...]
+    """Of each domain; the tensors hold those of all domains one after another."""
+    nats: Float[Tensor, "point source"]
+    tokens: Int[Tensor, " source"]
+    row_losses: Float[Tensor, "point source"]
+    rows: Int[Tensor, " source"]
+
+    def of(self, point: Point | tuple[str, str, str, int, int], domain: str) -> LossResult:
+        """The loss of a smaller model in a domain.
+
+        Raises:
+            InputError: it was not measured.
+        """
+        if tuple(point) not in self.points or domain not in self.domains:
+            raise InputError(f"{tuple(point)} was not measured in {domain!r}; see points and domains")
+        number, at = self.points.index(tuple(point)), self.domains.index(domain)
+        start = sum(map(len, self.sources[:at]))
+        cut = slice(start, start + len(self.sources[at]))
+        return LossResult(
+            self.sources[at], self.nats[number, cut], self.tokens[cut], self.row_losses[number, cut], self.rows[cut]
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per smaller model and domain.
+
+        Columns: method, calibrated, treatment, kept (experts a layer), share (of the experts), top_k, domain, loss
+        (nats a token), perplexity and its 95 % interval over sources, ratio to the whole model and its paired
+        interval, tokens, sources. Intervals are missing where there are fewer than `MIN_SOURCES` sources.
+        """
+        rows = []
+        for point, domain in product(self.points, self.domains):
+            found, whole = self.of(point, domain), self.of(self.points[0], domain)
+            alone, paired = found.interval(), found.ratio_interval(whole)
+            rows.append(
+                {
+                    **Point(*point)._asdict(),
+                    "share": point[3] / self.n_experts,
+                    "domain": domain,
+                    "loss": found.loss,
+                    "perplexity": found.perplexity,
+                    "low": alone.low if alone else None,
+                    "high": alone.high if alone else None,
+                    "ratio": found.ratio(whole),
+                    "ratio_low": paired.low if paired else None,
+                    "ratio_high": paired.high if paired else None,
+                    "tokens": found.n_tokens,
+                    "sources": len(found.sources),
+                }
+            )
+        return pd.DataFrame(rows)
+
+
+def halved(
+    domains: Sequence[Domain], model: Any, *, n_tokens: int, context: int, seed: int = 0
+) -> tuple[tuple[Tokens, ...], tuple[Tokens, ...]]:
+    """Each domain's texts, dealt by source into two halves of about `n_tokens` / 2 each.
+
+    Raises:
+        InputError: a domain has a single source: nothing in it is independent of the rest.
+    """
+    parts: tuple[list[Tokens], list[Tokens]] = [], []
+    for domain in domains:
+        if domain.n_sources < 2:
+            raise InputError(
+                f"domain {domain.name!r} has a single source, so that there is no other to measure on; give passages "
+                'their "source"'
+            )
+        side = halves((passage.source for passage in domain.passages), seed)
+        for number, part in enumerate(parts):
+            own = replace(domain, passages=tuple(p for p in domain.passages if side[p.source] == number))
+            part.append(tokenize(own, model, n_tokens=max(2, n_tokens // 2), context=context, seed=seed))
+    return tuple(parts[0]), tuple(parts[1])
+
+
+class _Judge:
+    """Adds up losses of smaller models, by domain and source."""
+
+    def __init__(self, domains: Sequence[str]):
+        self.domains = tuple(domains)
+        self.sums: dict[Point, dict[str, LossStats]] = {}
+
+    @torch.no_grad()
+    def judge(self, point: Point, model: Any, made: Plan | None, texts: Sequence[Tokens], on_batch: Any) -> None:
+        """Measure a plan (None: the whole model) on one half of the texts."""
+        sums = self.sums.setdefault(point, {domain: LossStats() for domain in self.domains})
+        with nullcontext() if made is None else made.preview(model):
+            for domain in texts:
+                for batch in domain:
+                    sums[domain.domain].update(losses(model, batch, []), predicted(batch), batch.sources)
+                    on_batch()
+
+    def frontier(self, n_experts: int) -> Frontier:
+        """What was added up."""
+        found = {point: [by[domain].result() for domain in self.domains] for point, by in self.sums.items()}
+        first = next(iter(found.values()))
+        return Frontier(
+            points=tuple(tuple(point) for point in found),
+            n_experts=n_experts,
+            domains=self.domains,
+            sources=tuple(result.sources for result in first),
+            nats=torch.stack([torch.cat([result.nats for result in results]) for results in found.values()]),
+            tokens=torch.cat([result.tokens for result in first]),
+            row_losses=torch.stack([torch.cat([r.row_losses for r in results]) for results in found.values()]),
+            rows=torch.cat([result.rows for result in first]),
+        )
+
+
+def frontier(
+    model: Any,
+    texts: tuple[Sequence[Tokens], Sequence[Tokens]],
+    methods: Sequence[Method],
+    keep: Sequence[float | int],
+    *,
+    merged: Sequence[Method] = (),
+    specialists: Method | None = None,
+    top_k: Sequence[int] = (),
+    on_batch: Callable[[], None] = nothing,
+) -> Frontier:
+    """Perplexity of smaller models, cross-fitted: plans made from one half of the sources are judged on the other.
+
+    Args:
+        model: A `HookedMoE`; nothing is written and no parameter is changed for good.
+        texts: Two halves of every domain, as `halved` makes them.
+        methods: How experts are chosen to stay; see `METHODS`.
+        keep: How many: shares of the experts or numbers a layer.
+        merged: Methods whose plans are also measured with pruned experts merged instead of dropped.
+        specialists: The method by which, besides, models for a single domain are made.
+        top_k: Numbers of active experts that are measured with all experts kept.
+        on_batch: Called after every batch of every pass.
+    """
+    whole = Point("all experts", ALL, "dropped", model.n_experts, model.top_k)
+    judge = _Judge([tokens.domain for tokens in texts[0]])
+    for seen, unseen in (texts, texts[::-1]):
+        judge.judge(whole, model, None, unseen, on_batch)
+        scores = {method: score(model, seen, method, on_batch=on_batch) for method in _needed(methods, specialists)}
+        for point, made in _plans(model, scores, seen, methods, keep, merged, specialists, on_batch):
+            judge.judge(point, model, made, unseen, on_batch)
+        for k in top_k:
+            made = plan(next(iter(scores.values())), top_k=k)
+            judge.judge(Point("all experts", ALL, "dropped", model.n_experts, k), model, made, unseen, on_batch)
+    return judge.frontier(model.n_experts)
+
+
+def _needed(methods: Sequence[Method], specialists: Method | None) -> list[Method]:
+    return list(dict.fromkeys([*methods, *([specialists] if specialists else [])]))
+
+
+def _plans(
+    model: Any,
+    scores: Mapping[Method, Scores],
+    seen: Sequence[Tokens],
+    methods: Sequence[Method],
+    keep: Sequence[float | int],
+    merged: Sequence[Method],
+    specialists: Method | None,
+    on_batch: Callable[[], None],
+) -> list[tuple[Point, Plan]]:
+    """All plans of one half."""
+    made: list[tuple[Point, Plan]] = []
+    for method, count in product(methods, keep):
+        dropping = plan(scores[method], count)
+        point = Point(method, ALL, "dropped", len(dropping.kept[0]), model.top_k)
+        made.append((point, dropping))
+        if method in merged:
+            made.append((point._replace(treatment="merged"), merge(dropping, model, seen, on_batch=on_batch)))
+    for domain, count in product([tokens.domain for tokens in seen] if specialists else [], keep):
+        assert specialists is not None
+        special = plan(scores[specialists], count, domain=domain)
+        made.append((Point(specialists, domain, "dropped", len(special.kept[0]), model.top_k), special))
+    return made

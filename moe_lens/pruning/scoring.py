@@ -1,0 +1,126 @@
+"""Scoring the experts of a model on texts."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moe_lens import names
+from moe_lens.data import TokenBatch, Tokens
+from moe_lens.errors import InputError
+from moe_lens.interventions import Loss, expert_attribution
+from moe_lens.model.hook_cache import identity
+from moe_lens.pruning.scores import Method, Scores
+from moe_lens.studies.running import each_layer, input_device, losses, nothing, predicted
+
+_BY_LOSS: tuple[Method, ...] = ("gradient", "knockout")
+"""Methods that are about the loss; the others are about routing and outputs."""
+
+
+def score(
+    model: Any, domains: Sequence[Tokens], method: Method, *, seed: int = 0, on_batch: Callable[[], None] = nothing
+) -> Scores:
+    """Score every expert of every layer on each domain; `METHODS` says what each method measures.
+
+    Args:
+        model: A `HookedMoE`.
+        domains: Calibration texts.
+        method: What is measured.
+        seed: Of `"random"`.
+        on_batch: Called after every batch.
+
+    Raises:
+        InputError: an unknown method, no text, or fewer tokens in a domain than a layer has experts.
+    """
+    if method not in get_args(Method):
+        raise InputError(f"method is {method!r}; expected one of {', '.join(get_args(Method))}")
+    if not domains:
+        raise InputError("there are no texts to score experts on; give at least one domain")
+    for tokens in domains:
+        if tokens.n_tokens < model.n_experts:
+            raise InputError(
+                f"domain {tokens.domain!r} has {tokens.n_tokens} tokens, fewer than the {model.n_experts} experts of a "
+                "layer: scores would be mostly zeros. Give more text"
+            )
+    generator = torch.Generator().manual_seed(seed)
+    values = []
+    for tokens in domains:
+        if method == "random":
+            values.append(torch.rand(len(model.moe_layers), model.n_experts, generator=generator, dtype=torch.float64))
+        elif method in _BY_LOSS:
+            values.append(_added_loss(model, tokens, method, on_batch))
+        else:
+            values.append(_usage(model, tokens, method, on_batch))
+    return Scores(
+        method=method,
+        model=identity(model),
+        layers=model.moe_layers,
+        top_k=model.top_k,
+        domains=tuple(tokens.domain for tokens in domains),
+        tokens=tuple(tokens.n_tokens for tokens in domains),
+        texts=fingerprint(domains),
+        values=torch.stack(values),
+    )
+
+
+def fingerprint(domains: Sequence[Tokens]) -> str:
+    """SHA-256 of the names and tokens of domains, in order; padding left out."""
+    found = hashlib.sha256()
+    for tokens in domains:
+        found.update(tokens.domain.encode())
+        for batch in tokens:
+            for row, mask in zip(batch.tokens, batch.mask, strict=True):
+                found.update(row[mask].long().numpy().tobytes() + b"|")
+    return found.hexdigest()
+
+
+def _added_loss(
+    model: Any, tokens: Tokens, method: Method, on_batch: Callable[[], None]
+) -> Float[Tensor, "layer n_experts"]:
+    """Nats a token that taking an expert out adds to the loss, measured or by first order."""
+    total = torch.zeros(len(model.moe_layers), model.n_experts, dtype=torch.float64)
+    count = 0
+    for batch in tokens:
+        device = input_device(model)
+        ids, mask = batch.tokens.to(device), batch.mask.to(device)
+        found = expert_attribution(
+            model, ids, Loss(ids, mask), method="gradient" if method == "gradient" else "knockout",
+            per_position=False, attention_mask=mask.long(),
+        )  # fmt: skip
+        n = int(predicted(batch).sum())
+        total -= found.values.double().cpu() * n  # an attribution is loss with the expert minus loss without
+        count += n
+        on_batch()
+    return total / count
+
+
+def _usage(
+    model: Any, tokens: Tokens, method: Method, on_batch: Callable[[], None]
+) -> Float[Tensor, "layer n_experts"]:
+    """Scores from which experts were chosen, with what weights, and how large their outputs were."""
+    size = len(model.moe_layers), model.n_experts
+    count, total = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+    wanted = [names.EXPERT_INDICES, names.ROUTING_WEIGHTS]
+    wanted += [names.EXPERT_OUT] if method in ("ean", "reap") else []
+
+    def update(layer: int, of: dict[str, Tensor], batch: TokenBatch) -> None:
+        at = model.moe_layers.index(layer)
+        counted = batch.counted.to(of[names.EXPERT_INDICES].device)
+        indices = of[names.EXPERT_INDICES][counted].flatten().cpu()
+        each = torch.ones(len(indices), dtype=torch.float64)
+        if method in ("weight", "reap"):
+            each = of[names.ROUTING_WEIGHTS][counted].flatten().double().cpu()
+        if method in ("ean", "reap"):
+            each = each * of[names.EXPERT_OUT][counted].double().norm(dim=-1).flatten().cpu()
+        count[at].index_add_(0, indices, torch.ones_like(each))
+        total[at].index_add_(0, indices, each)
+
+    for batch in tokens:
+        losses(model, batch, each_layer(model, wanted, lambda layer, of, batch=batch: update(layer, of, batch)))
+        on_batch()
+    if method == "selected":
+        return (count > 0).double()
+    return total / count.clamp(min=1) if method == "reap" else total / tokens.n_tokens

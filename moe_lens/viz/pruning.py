@@ -1,0 +1,91 @@
+"""Figures of smaller models."""
+
+import html
+from typing import TYPE_CHECKING
+
+from moe_lens.pruning.frontier import ALL, Frontier
+from moe_lens.viz.style import MUTED, colour, error_bars, styled
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+
+def frontier(result: Frontier) -> "Figure":
+    """Perplexity ÷ that of the whole model against the share of experts kept: a panel per domain, a line per method.
+
+    Calibrated on all domains; log scale. Bars are 95 % intervals over sources, paired with the whole model.
+    """
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    frame = result.to_frame()
+    frame = frame[(frame["calibrated"] == ALL) & (frame["top_k"] == result.points[0][4])]
+    whole = frame[frame["method"] == result.points[0][0]]
+    figure = make_subplots(
+        rows=1,
+        cols=len(result.domains),
+        shared_yaxes=True,
+        subplot_titles=[html.escape(name, quote=False) for name in result.domains],
+        horizontal_spacing=0.015,
+    )
+    lines = frame[frame["method"] != result.points[0][0]].groupby(["method", "treatment"], sort=False)
+    for number, ((method, treatment), rows) in enumerate(lines):
+        label = str(method) if treatment == "dropped" else f"{method}, merged"
+        for column, domain in enumerate(result.domains, start=1):
+            own = rows[rows["domain"] == domain].sort_values("share")
+            end = whole[whole["domain"] == domain]
+            figure.add_trace(
+                go.Scatter(
+                    x=[*own["share"], *end["share"]],
+                    y=[*own["ratio"], *end["ratio"]],
+                    error_y=error_bars(own["ratio"], own["ratio_low"], own["ratio_high"]),
+                    mode="lines+markers",
+                    line={
+                        "color": MUTED if method == "random" else colour(number),
+                        "dash": "dot" if treatment == "merged" else "solid",
+                    },
+                    name=label,
+                    legendgroup=label,
+                    showlegend=column == 1,
+                    customdata=[*own["perplexity"], *end["perplexity"]],
+                    hovertemplate=f"%{{x:.0%}}: × %{{y:.3f}}, perplexity %{{customdata:.2f}}<extra>{label}</extra>",
+                ),
+                row=1,
+                col=column,
+            )
+        figure.update_xaxes(tickformat=".0%", showgrid=False)
+    figure.update_xaxes(title_text="experts kept")
+    styled(figure, height=380, legend={"orientation": "h", "y": -0.22, "x": 0})
+    figure.update_layout(margin={"b": 90})
+    figure.update_yaxes(type="log")
+    figure.update_yaxes(title_text="perplexity ÷ that of the whole model", row=1, col=1)
+    return figure
+
+
+def specialists(result: Frontier, kept: int) -> "Figure":
+    """What models for one domain cost in all of them: rows calibrated on, columns measured in, perplexity ÷ whole."""
+    import plotly.graph_objects as go
+
+    frame = result.to_frame()
+    method = next(point[0] for point in result.points if point[1] != ALL)
+    rows = frame[(frame["method"] == method) & (frame["kept"] == kept) & (frame["treatment"] == "dropped")]
+    order = [ALL, *result.domains]
+    table = rows.pivot(index="calibrated", columns="domain", values="ratio").reindex(
+        index=[name for name in order if name in set(rows["calibrated"])], columns=list(result.domains)
+    )
+    figure = go.Figure(
+        go.Heatmap(
+            z=table.map(lambda value: value).to_numpy(),
+            x=[html.escape(name, quote=False) for name in table.columns],
+            y=[html.escape(name, quote=False) for name in table.index],
+            text=[[f"× {value:.2f}" for value in row] for row in table.to_numpy()],
+            texttemplate="%{text}",
+            colorscale="RdBu_r",
+            zmid=1.0,
+            showscale=False,
+            hovertemplate="kept what %{y} needs, read %{x}: %{text}<extra></extra>",
+        )
+    )
+    figure.update_yaxes(autorange="reversed", title_text="calibrated on")
+    figure.update_xaxes(title_text="measured in", side="top")
+    return styled(figure, height=120 + 42 * len(table))
