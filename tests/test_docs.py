@@ -28,6 +28,17 @@ def test_get_started_runs_as_written(
     assert values["attribution"].max() == values["attribution"][values["best"]]
 
 
+@pytest.mark.slow
+def test_lenses_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.chdir(tmp_path)
+    values: dict[str, Any] = {}
+    exec(compile(code_of(DOCS / "lenses.md"), "lenses.md", "exec"), values)
+    assert "not selected" not in capsys.readouterr().out and values["read"].dense == (0,)
+    assert {"table.html", "lens.safetensors"} == {file.name for file in tmp_path.iterdir()}
+    means = values["difference"].loc[1:, ["mid", "mid + routed + shared"]].mean()
+    assert means["mid + routed + shared"] < means["mid"]  # the whole layer is nearer to the end than u alone
+
+
 def test_every_public_name_has_its_place_in_the_api_pages():
     pages = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
     shown = set(re.findall(r"^::: moe_lens\.(\w+)$", pages, re.MULTILINE))
