@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, UnsupportedModelError
 from moe_lens.interventions.ablation import Reference, check_mean, means_for
 from moe_lens.interventions.attribution_knockout import Knockouts
 from moe_lens.interventions.attribution_paths import (
@@ -16,9 +16,10 @@ from moe_lens.interventions.attribution_paths import (
     run_with_gradients,
 )
 from moe_lens.interventions.attribution_result import ExpertAttribution, Unit
+from moe_lens.interventions.clean_run import CleanRun
 from moe_lens.interventions.means import ExpertMeans
 from moe_lens.interventions.metrics import Metric, describe, evaluate
-from moe_lens.interventions.sweep import CleanRun, RoutingMode
+from moe_lens.interventions.sweep import RoutingMode
 from moe_lens.model.cache import MoECache
 from moe_lens.selection import Selection, Step
 
@@ -82,6 +83,7 @@ def expert_attribution(
     Raises:
         InputError: an unknown method or layer; a metric that is not a finite scalar, or has no gradient where one is
             needed; `baseline="mean"` without reference.
+        UnsupportedModelError: a direct method, and a family in which experts do not add to the stream as they are.
     """
     for name, value, known in (("method", method, Method), ("routing", routing, RoutingMode), ("unit", unit, Unit)):
         if value not in get_args(known):
@@ -100,6 +102,11 @@ def expert_attribution(
         run = CleanRun.of(model, input, keep=Slots.hooks(layers, means is not None), **kwargs)
         clean, slots = evaluate(metric, run.logits).item(), Slots.of(run.cache, layers, means)
         chosen = _chosen(selection, slots, run.cache, means)
+        if method in ("direct", "direct_knockout") and not run.direct.issuperset(layers):
+            raise UnsupportedModelError(
+                f"what the experts of layers {sorted(set(layers) - run.direct)} add is normed or scaled before it "
+                f"reaches the residual stream: there is no direct path that {method!r} could follow"
+            )
         if method in ("knockout", "direct_knockout"):
             knockouts = Knockouts(model, run, slots, chosen, unit)
             values, count = knockouts.measure(metric, routing, bool(per_position), direct=method == "direct_knockout")

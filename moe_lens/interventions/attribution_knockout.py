@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens.interventions.attribution_paths import Slots
 from moe_lens.interventions.attribution_result import Unit
-from moe_lens.interventions.metrics import Metric, evaluate
-from moe_lens.interventions.sweep import CleanRun, RoutingMode, Variant, sweep
+from moe_lens.interventions.clean_run import CleanRun, Variant
+from moe_lens.interventions.metrics import Metric, TokenMetric, evaluate
+from moe_lens.interventions.sweep import RoutingMode, sweep, token_sweep
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,17 +72,17 @@ class Knockouts:
 
         Args:
             knockout: what is taken out.
-            direct: take it out of the stream that leaves the last block, which no layer reads, instead of the one that
-                leaves its own.
+            direct: take it out of the stream that leaves the last block, which no layer reads, not of its own layer.
         """
-        enters = self.model.cfg.n_layers if direct else knockout.layer + 1
-        parts = self.slots.contributions[knockout.layer]
+        parts, changed = self.slots.contributions[knockout.layer], self.mask(knockout).any(-1)
 
-        def resid(items: Int[Tensor, " items"]) -> Float[Tensor, "items pos d_model"]:
-            removed = parts[items] * self.mask(knockout)[items][..., None]
-            return self.run.resid[enters][items] - removed.sum(2)
+        def delta(items: Int[Tensor, " items"]) -> Float[Tensor, "items pos d_model"]:
+            return -einsum(parts[items], self.mask(knockout)[items].to(parts), "b p k d, b p k -> b p d")
 
-        return Variant(enters, resid, changed=self.mask(knockout).any(-1))
+        if not direct:
+            return self.run.adding(knockout.layer, delta, changed)
+        last = self.model.cfg.n_layers
+        return Variant(last, lambda items: self.run.stream(last, items) + delta(items), changed=changed)
 
     def measure(
         self, metric: Metric, routing: RoutingMode, per_position: bool, *, direct: bool
@@ -104,3 +106,17 @@ class Knockouts:
             values[knockout.place] = clean - without
         _, count = self.slots.by_unit(torch.zeros(self.chosen.shape), self.chosen, self.unit, self.model.n_experts)
         return values, count if per_position else count.flatten(2).sum(-1)
+
+    def by_item(
+        self, metric: TokenMetric, routing: RoutingMode, *, direct: bool = False
+    ) -> Float[Tensor, "layer unit batch"]:
+        """Sum over what the metric reads of each item: its value in the run minus that without each expert or rank."""
+        found = list(self.all(per_position=False))
+        variants = [self.variant(knockout, direct=direct) for knockout in found]
+        without = token_sweep(self.model, self.run, variants, metric, routing=routing)
+        batch, pos = metric.reads(self.run.batch, self.run.pos).nonzero().to(self.run.logits.device).unbind(-1)
+        clean = metric.values(self.run.logits[batch, pos], batch, pos).double().cpu()
+        values = torch.zeros(len(self.chosen), self.n_units, self.run.batch, dtype=torch.float64)
+        for knockout, difference in zip(found, clean - without, strict=True):
+            values[knockout.place].index_add_(0, batch.cpu(), difference)
+        return values

@@ -18,9 +18,9 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.errors import InputError
 from moe_lens.interventions.attribution_result import Unit
+from moe_lens.interventions.clean_run import CleanRun
 from moe_lens.interventions.means import ExpertMeans
 from moe_lens.interventions.metrics import KLDivergence, Metric, TokenMetric, checked, differentiable, evaluate
-from moe_lens.interventions.sweep import CleanRun
 from moe_lens.model.cache import MoECache
 
 
@@ -133,8 +133,8 @@ def integrated_gradient(
 ) -> tuple[Float[Tensor, "batch pos d_model"], float]:
     """Mean of Γ on the straight way from the layer's baseline to the run; and the metric at the baseline.
 
-    The mean of Γ(stream − (1 − α) · removed) over α in [0, 1] by Gauss–Legendre quadrature, where the stream is what
-    leaves the layer (Sundararajan et al. 2017, arXiv 1703.01365).
+    The mean over α in [0, 1] of Γ where the layer's experts add (1 − α) · removed less, by Gauss–Legendre quadrature
+    (integrated gradients: Sundararajan et al. 2017, arXiv 1703.01365).
 
     Args:
         model: a `HookedMoE`.
@@ -155,15 +155,18 @@ def integrated_gradient(
         for at, chosen in kept.items()
     ]
     items = torch.arange(run.batch, device=run.logits.device)
-    clean = run.resid[layer + 1]
+    everywhere = torch.ones(run.batch, run.pos, dtype=torch.bool, device=run.logits.device)
 
     def at(alpha: float) -> tuple[Tensor, Tensor]:
-        point = resid = (clean - (1 - alpha) * removed).requires_grad_(torch.is_grad_enabled())
-        for block in range(layer + 1, model.cfg.n_layers):
-            resid = run.replay.block(block, resid, items)
-        return point, _read(run, resid, metric)
+        added = ((alpha - 1) * removed).requires_grad_(torch.is_grad_enabled())
+        start = run.adding(layer, lambda items: added, everywhere)  # noqa: ARG005
+        resid = run.resid[start.layer] if start.resid is None else start.resid(items)
+        with model.hooks(fwd_hooks=list(start.hooks)):
+            for block in range(start.layer, model.cfg.n_layers):
+                resid = run.replay.block(block, resid, items)
+            return added, _read(run, resid, metric)
 
-    mean = torch.zeros_like(clean, dtype=torch.promote_types(clean.dtype, torch.float32))
+    mean = torch.zeros_like(removed, dtype=torch.promote_types(removed.dtype, torch.float32))
     with model.hooks(fwd_hooks=freeze):
         for node, weight in zip(nodes.tolist(), weights.tolist(), strict=True):
             with torch.enable_grad():

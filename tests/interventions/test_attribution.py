@@ -283,17 +283,19 @@ def test_free_integrated_gradients_miss_what_re_routing_does() -> None:
     assert min(gaps) > 1e-3, "however many steps"
 
 
-def test_integrated_gradients_of_a_linear_read_are_gradients() -> None:
-    """Behind the last layer only norm and unembedding follow; with its scale frozen nothing is left to integrate."""
+def test_where_what_follows_is_linear_all_gradients_agree() -> None:
+    """Behind the last layer only norm and unembedding follow; with a constant scale they are linear."""
     case = wrapped("deepseek", torch.float64)
     only = Selection(layers=[2])
-    _, cache = case.model.run_with_cache(case.tokens, names_filter=[names.FINAL_SCALE])
-    with case.model.hooks(fwd_hooks=[(names.FINAL_SCALE, lambda scale, hook: cache[names.FINAL_SCALE])]):
-        values = [
-            expert_attribution(case.model, case.tokens, Logit(5), method=method, selection=only).values
-            for method in ("direct", "gradient", "integrated")
-        ]
-    assert near(values[1], values[0], F64) and near(values[2], values[0], F64)
+    with case.model.hooks(fwd_hooks=[(names.FINAL_SCALE, lambda scale, hook: torch.full_like(scale, 2.0))]):
+        direct, gradient, integrated, knockout = (
+            expert_attribution(case.model, case.tokens, Logit(5), method=method, selection=only).total()
+            for method in ("direct", "gradient", "integrated", "knockout")
+        )
+    for other in (gradient, integrated, knockout):
+        assert near(other, direct, F64)
+    with_norm = expert_attribution(case.model, case.tokens, Logit(5), method="knockout", selection=only).total()
+    assert not near(with_norm, direct, 0.01)
 
 
 # --- what all methods share ---
@@ -411,7 +413,7 @@ def test_results_are_tables_and_files(tmp_path: Path) -> None:
             "count",
         ]
         one = frame.iloc[7]
-        place = [found.layers.index(int(one["layer"])), *(int(one[name]) for name in frame.columns[1:-2])]
+        place = [found.layers.index(int(one["layer"])), *one[list(frame.columns[1:-2])].astype(int)]
         assert found.values[tuple(place)] == one["value"]
         assert found.count[tuple(place)] == one["count"]
         found.save(tmp_path / "found.safetensors")
