@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from moe_lens.errors import InputError
@@ -184,6 +184,18 @@ class Selection:
             ranks = range(indices.shape[-1]) if self.ranks is None else self.ranks
             chosen[..., list(ranks)] = True
         return chosen if positions is None else chosen & positions.to(chosen.device)[..., None]
+
+
+@dataclass(frozen=True, eq=False)
+class SelectedRows:
+    """Rows of an activation that a selection means, layer by layer."""
+
+    values: Shaped[Tensor, "rows *features"]
+    layer: Int[Tensor, " rows"]
+    batch: Int[Tensor, " rows"]
+    pos: Int[Tensor, " rows"]
+    rank: Int[Tensor, " rows"]
+    expert: Int[Tensor, " rows"]
 
 
 def whole_numbers(name: str, values: Iterable[int]) -> tuple[int, ...]:

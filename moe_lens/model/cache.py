@@ -15,6 +15,7 @@ from moe_lens.errors import InputError
 from moe_lens.model.hook_cache import Cut, as_slice
 from moe_lens.model.sum_cache import SumCache
 from moe_lens.routing import LayerRouting
+from moe_lens.selection import SelectedRows, Selection, Step
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +101,33 @@ class MoECache(SumCache):
         rank = chosen.int().argmax(-1)
         values = slots.take_along_dim(rank[..., None, None], dim=-2).squeeze(-2)
         return ExpertRows(values.masked_fill(~mask[..., None], 0), mask)
+
+    def select(self, name: str, selection: Selection) -> SelectedRows:
+        """The rows of an activation by slot that a selection means, and which layer, token, rank and expert each is of.
+
+        Positions count the cached ones, as if they were the whole text.
+
+        Args:
+            name: `"expert_out"`, `"expert_weighted"`, `"routing_weights"`, `"expert_post"`, …
+            selection: Experts or ranks, layers, positions.
+
+        Raises:
+            InputError: the model has no such layer, expert or rank.
+            HookError: the activation or the indices were not cached.
+        """
+        selection.check(self.model)
+        found = []
+        for layer in selection.layers_of(self.model):
+            indices, values = self["expert_indices", layer], self[name, layer]
+            if not self.has_batch_dim:
+                indices, values = indices[None], values[None]
+            mask = None if self.mask is None else self.mask.view(indices.shape[:2]).to(indices.device)
+            tokens = None if self.tokens is None else self.tokens.view(indices.shape[:2])
+            step = Step(*indices.shape[:2], tokens=tokens, seen=mask)
+            slots = selection.slots(layer, indices, selection.positions(step))
+            batch, pos, rank = slots.nonzero(as_tuple=True)
+            found.append((values[slots], torch.full_like(batch, layer), batch, pos, rank, indices[slots]))
+        return SelectedRows(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
     # The whole in parts
 

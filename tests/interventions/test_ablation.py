@@ -539,3 +539,28 @@ def test_wrong_bounds_would_be_seen() -> None:
     one, other = used(case, 2)
     plain = case.plain(case.tokens, zeroed(slots_of({2: [other]})))
     assert deviation(run(case, case.model.ablate({2: [one]})), plain) > 100 * bound(plain, FP32)
+
+
+def test_a_cache_gives_the_rows_that_a_selection_means() -> None:
+    case = wrapped("deepseek")
+    with torch.no_grad():
+        _, cache = case.model.run_with_cache(case.tokens, names_filter=lambda name: ".mlp.hook_" in name)
+    selection = Selection(experts={1: [0, 3], 2: [5]}, where=slice(2, None))
+    rows = cache.select("expert_out", selection)
+    expected = [
+        (layer, b, p, k, e)
+        for layer, experts in {1: (0, 3), 2: (5,)}.items()
+        for b, text in enumerate(cache["expert_indices", layer].tolist())
+        for p, token in enumerate(text)
+        for k, e in enumerate(token)
+        if p >= 2 and e in experts
+    ]
+    found = torch.stack([rows.layer, rows.batch, rows.pos, rows.rank, rows.expert], -1).tolist()
+    assert [tuple(row) for row in found] == expected
+    for value, (layer, b, p, k, _) in zip(rows.values, expected, strict=True):
+        assert torch.equal(value, cache["expert_out", layer][b, p, k])
+    weights = cache.select("routing_weights", Selection(ranks=[0])).values
+    assert torch.equal(weights, torch.cat([cache["routing_weights", at][..., 0].flatten() for at in (1, 2)]))
+    one = case.model.run_with_cache(case.tokens[:1], remove_batch_dim=True)[1]
+    alone = one.select("expert_out", Selection(layers=[2], where=3)).values
+    assert deviation(alone, one["expert_out", 2][3]) == 0
