@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=450)
     parser.add_argument("--lr", type=float, default=0.5)
     parser.add_argument(
         "--seed", type=int, default=1, help="another one than the model's, whose windows it would see again"

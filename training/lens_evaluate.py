@@ -131,7 +131,7 @@ def card(lens: TunedLens, shipped: dict[str, Any], others: dict[str, Any], note:
     everywhere = {**shipped, **others}
     inner = range(n_layers - 1)
     ratio, name, layer = worst(everywhere, "TunedLens", "layer output", inner)
-    ratio_mid, name_mid, layer_mid = worst(everywhere, "TunedLens of u", "u alone", range(1, n_layers))
+    ratio_mid, name_mid, layer_mid = worst(everywhere, "TunedLens of u", "u alone", range(n_layers))
     both = [("layer output", "LogitLens"), ("layer output", "TunedLens"), ("u alone", "LogitLens")]
     both += [("u alone", "TunedLens of u")]
     unseen = [(which, by) for which in list(SUMS)[1:] for by in COLOURS]
@@ -149,17 +149,16 @@ nothing was chosen on).
 {table(shipped, both, n_layers)}
 
 The stream that leaves layer {n_layers - 1} is what the model itself reads: both lenses are exact there, and no lens can
-be nearer. Everywhere else the TunedLens is nearer than the LogitLens, in each of {len(everywhere)} files by itself: in
-the worst case (layer {layer}, {name}) its KL is {ratio:.2f} of the other's; at u (layers 1 to {n_layers - 1}) in the
-worst case (layer {layer_mid}, {name_mid}) {ratio_mid:.2f}.
+be nearer. Everywhere else the TunedLens is nearer than the LogitLens, in each of {len(everywhere)} files by itself (the
+shipped ones and {", ".join(sorted(others))}): its KL is at most {ratio:.2f} of the other's at a layer's output (layer
+{layer}, {name}), and at most {ratio_mid:.2f} at u (layer {layer_mid}, {name_mid}).
 
 ## On partial sums, which it was not trained on
 
 {table(shipped, unseen, n_layers)}
 
-Layer 0 is dense and has no sums of experts. The translators of the layer's output are for sums that are near it; what
-they make of less is extrapolation, and u alone is better read by the translators of u, which in turn are worse the more
-is added.
+Layer 0 is dense: its MLP stands for all experts, and it has no sums of some. The translators of a layer's output are
+made for sums near it, those of u for u alone; where in between the one overtakes the other differs by layer.
 
 ## Training
 
@@ -169,7 +168,7 @@ python training/lens_evaluate.py --texts moe_lens/assets/domains --others TEXTS/
 ```
 
 {tuning.tokens:,} tokens of the model's own training mixture, windows of {tuning.context}; Adam, {tuning.steps} steps of
-{tuning.batch} windows, seed {tuning.seed}, one CPU thread, float32. {note}
+{tuning.batch} windows, lr {tuning.lr}, seed {tuning.seed}, one CPU thread, float32. {note}
 
 The lens has the model's limits: it says what a TunedLens does, not how large models behave. Licence: MIT.
 """

@@ -1,0 +1,98 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+# ---
+
+# %% [markdown]
+# # Training a TunedLens
+#
+# A TunedLens puts an affine translator before the final norm, one a layer, trained so that what is read there is near
+# what the model predicts in the end (Belrose et al. 2023). Here: a few steps on the texts that come with the package.
+
+# %%
+import tempfile
+from pathlib import Path
+
+import torch
+
+from moe_lens import HookedMoE, PartialSum
+from moe_lens.data import embedded_domains
+from moe_lens.lenses import LogitLens, TunedLens
+
+torch.set_num_threads(1)
+model = HookedMoE.from_pretrained("tiny-deepseekmoe", dtype=torch.float32)
+
+# %% [markdown]
+# A corpus is any iterable of texts; a few passages of every domain are held out. Training streams the rest, again from
+# the start when it ends.
+
+# %%
+passages = [[passage.text for passage in domain.passages] for domain in embedded_domains()]
+held_out = [text for texts in passages for text in texts[:4]]
+corpus = [text for texts in passages for text in texts[4:84]]
+print(len(corpus), "passages to train on,", len(held_out), "held out")
+
+# %% [markdown]
+# `checkpoint=` makes the training resumable: interrupted, the same call goes on where it was and ends with the same
+# translators.
+
+# %%
+folder = Path(tempfile.mkdtemp())
+lens = TunedLens.fit(
+    model,
+    corpus,
+    held_out=held_out,
+    steps=24,
+    batch=4,
+    context=128,
+    lr=1.0,
+    seed=0,
+    checkpoint=folder / "training.safetensors",
+    progress=False,
+)
+assert lens.tuning is not None
+lens.tuning.to_frame().round(3)
+
+# %% [markdown]
+# KL(final ‖ lens) in nats a token, before (the LogitLens) and after. The stream that leaves the last layer is what the
+# model itself reads, so there is nothing to learn.
+#
+# ## Saving
+#
+# A saved lens holds the model's name and a fingerprint of its final norm and unembedding, which are checked at load.
+
+# %%
+lens.save_pretrained(folder / "lens")
+again = TunedLens.from_pretrained(folder / "lens", model)
+sorted((path.name, path.stat().st_size) for path in (folder / "lens").iterdir())
+
+# %% [markdown]
+# ## Reading with it
+#
+# The lens that comes with the package was trained for longer, on the model's own training mixture, and has a second lens,
+# `mid`, for the stream before the experts. What the translators of a layer's output make of a partial sum is
+# extrapolation: compare sums within one lens.
+
+# %%
+shipped = TunedLens.from_pretrained("tiny-deepseekmoe", model)
+assert shipped.mid is not None
+text = "Das Kind sah den Hund und"
+sums = [PartialSum(shared=True), PartialSum(ranks=[0]), PartialSum(ranks=[])]
+_, cache = model.run_with_cache(text, names_filter=shipped.hooks(sums=sums))
+for name, each in (
+    ("LogitLens", LogitLens(model)),
+    ("24 steps", again),
+    ("shipped", shipped),
+    ("shipped, u", shipped.mid),
+):
+    read = each.decode(cache, sums, top=1)
+    for column, which in enumerate(sums):
+        nats = read.kl_final[:, column].nanmean((-1, -2))
+        best = [model.to_str_tokens(row[0, -1])[0] if row[0, -1] >= 0 else "-" for row in read.top_tokens[:, column]]
+        print(
+            f"{name:11s} {which.label:24s}",
+            "  ".join(f"{x:5.2f} {token!r:9s}" for x, token in zip(nats, best, strict=True)),
+        )
