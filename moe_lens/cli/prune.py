@@ -3,7 +3,7 @@
 import time
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,14 +14,23 @@ from moe_lens.cli.app import app
 from moe_lens.cli.loading import load_model, quiet
 from moe_lens.data import Domain
 from moe_lens.errors import InputError
-from moe_lens.pruning import METHODS
 from moe_lens.pruning.job import Settings
 from moe_lens.pruning.job import prune as run
 from moe_lens.report import OutputFolder
 from moe_lens.report.pruning import write_pruning
 
-Scoring = StrEnum("Scoring", {name: name for name in METHODS})
-REAP = Scoring("reap")
+
+class Scoring(StrEnum):
+    """How experts are scored; see `moe_lens.pruning.METHODS`."""
+
+    frequency = "frequency"
+    weight = "weight"
+    ean = "ean"
+    reap = "reap"
+    gradient = "gradient"
+    knockout = "knockout"
+    random = "random"
+    selected = "selected"
 
 
 class Budget(StrEnum):
@@ -36,7 +45,7 @@ def prune(
     model: options.Model = "tiny-deepseekmoe",
     domain: options.Domains = None,
     keep: Annotated[float, typer.Option(min=0.0, max=1.0, help="The share of experts that stays.")] = 0.5,
-    method: Annotated[Scoring, typer.Option(help="How the experts that stay are chosen.")] = REAP,
+    method: Annotated[Scoring, typer.Option(help="How the experts that stay are chosen.")] = Scoring.reap,
     specialist: Annotated[
         str | None, typer.Option(metavar="DOMAIN", help="Keep what this domain needs, instead of all of them alike.")
     ] = None,
@@ -84,7 +93,7 @@ def prune(
         raise InputError(f"--specialist is {specialist!r}; the domains are {', '.join(one.name for one in domains)}")
     if (out / "model").exists() and any((out / "model").iterdir()):
         raise InputError(f"{out / 'model'} is not an empty folder; choose another --out, or remove it")
-    chosen = [one.value for one in against] if against else ["frequency", "random"]
+    chosen: Any = [one.value for one in against] if against else ["frequency", "random"]
     settings = Settings(
         model=model,
         keep=keep,

@@ -59,7 +59,8 @@ def _loading(model_type: str) -> list[str]:
 
 def _table(frame: pd.DataFrame) -> str:
     def cell(value: Any) -> str:
-        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        missing = value is None or value != value
+        text = "–" if missing else f"{value:.4g}" if isinstance(value, float) else str(value)
         return text.replace("|", "\\|").replace("\n", " ")
 
     rows = [list(map(str, frame.columns)), ["---"] * len(frame.columns)]

@@ -142,7 +142,7 @@ class _Judge:
         found = {point: [by[domain].result() for domain in self.domains] for point, by in self.sums.items()}
         first = next(iter(found.values()))
         return Frontier(
-            points=tuple(tuple(point) for point in found),
+            points=tuple(found),
             n_experts=n_experts,
             domains=self.domains,
             sources=tuple(result.sources for result in first),
@@ -180,7 +180,9 @@ def frontier(
     judge = _Judge([tokens.domain for tokens in texts[0]])
     for seen, unseen in (texts, texts[::-1]):
         judge.judge(whole, model, None, unseen, on_batch)
-        scores = {method: score(model, seen, method, on_batch=on_batch) for method in _needed(methods, specialists)}
+        scores: dict[Method, Scores] = {
+            method: score(model, seen, method, on_batch=on_batch) for method in _needed(methods, specialists)
+        }
         for point, made in _plans(model, scores, seen, methods, keep, merged, specialists, on_batch):
             judge.judge(point, model, made, unseen, on_batch)
         for k in top_k:

@@ -10,7 +10,7 @@ import pandas as pd
 from moe_lens.data import Domain, tokenize
 from moe_lens.model.loading import load_pretrained, resolve_name
 from moe_lens.pruning.export import export, expressible, folder_size
-from moe_lens.pruning.frontier import Frontier, frontier, halved
+from moe_lens.pruning.frontier import ALL, Frontier, frontier, halved
 from moe_lens.pruning.merging import merge
 from moe_lens.pruning.plans import Budget, Plan, plan
 from moe_lens.pruning.scores import Method, Scores
@@ -105,7 +105,7 @@ def prune(
         top_k=[settings.top_k] if settings.top_k and settings.top_k < model.top_k else [],
     )
     watch("writing the smaller model")
-    export(settings.model, made, folder, measurements={"Perplexity": _card_table(found, settings)})
+    export(settings.model, made, folder, measurements={"Perplexity": _card_table(found, settings, len(made.kept[0]))})
     watch("timing both models")
     size, times = compare(settings.model, folder)
     return Pruned(settings, scores, made, found, size, times)
@@ -127,8 +127,11 @@ def compare(original: str, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.DataFrame(rows), speed(models)
 
 
-def _card_table(found: Frontier, settings: Settings) -> pd.DataFrame:
-    frame = found.to_frame()
-    chosen = frame[frame["method"].isin([settings.method, "all experts"])]
-    columns = ["method", "treatment", "share", "domain", "perplexity", "low", "high", "ratio", "sources", "tokens"]
-    return chosen[columns]
+def _card_table(found: Frontier, settings: Settings, kept: int) -> pd.DataFrame:
+    """The whole model, and smaller ones made as the one that is written was."""
+    frame: Any = found.to_frame()
+    treatment = "merged" if settings.merged else "dropped"
+    alike = (frame["method"] == settings.method) & (frame["calibrated"] == (settings.domain or ALL))
+    alike &= (frame["treatment"] == treatment) & (frame["kept"] == kept)
+    columns = ["method", "kept", "top_k", "domain", "perplexity", "low", "high", "ratio", "tokens", "sources"]
+    return frame[(frame["method"] == found.points[0][0]) | alike][columns]

@@ -1,7 +1,7 @@
 """Figures of smaller models."""
 
 import html
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe_lens.pruning.frontier import ALL, Frontier
 from moe_lens.viz.style import MUTED, colour, error_bars, styled
@@ -18,7 +18,7 @@ def frontier(result: Frontier) -> "Figure":
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    frame = result.to_frame()
+    frame: Any = result.to_frame()
     frame = frame[(frame["calibrated"] == ALL) & (frame["top_k"] == result.points[0][4])]
     whole = frame[frame["method"] == result.points[0][0]]
     figure = make_subplots(
@@ -66,7 +66,7 @@ def specialists(result: Frontier, kept: int) -> "Figure":
     """What models for one domain cost in all of them: rows calibrated on, columns measured in, perplexity ÷ whole."""
     import plotly.graph_objects as go
 
-    frame = result.to_frame()
+    frame: Any = result.to_frame()
     method = next(point[0] for point in result.points if point[1] != ALL)
     rows = frame[(frame["method"] == method) & (frame["kept"] == kept) & (frame["treatment"] == "dropped")]
     order = [ALL, *result.domains]
@@ -75,7 +75,7 @@ def specialists(result: Frontier, kept: int) -> "Figure":
     )
     figure = go.Figure(
         go.Heatmap(
-            z=table.map(lambda value: value).to_numpy(),
+            z=table.to_numpy(),
             x=[html.escape(name, quote=False) for name in table.columns],
             y=[html.escape(name, quote=False) for name in table.index],
             text=[[f"× {value:.2f}" for value in row] for row in table.to_numpy()],
