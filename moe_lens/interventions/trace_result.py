@@ -1,0 +1,124 @@
+"""`TraceResult`: what causal tracing found."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moe_lens.storage import load_tensors, save_tensors
+
+
+@dataclass(frozen=True, eq=False)
+class SiteEffects:
+    """Effects of restoring one kind of activation, draw by draw."""
+
+    values: Float[Tensor, "draw *axes"]
+    """Score of the restored run minus that of the corrupted one, in float64; 0 where nothing was restored."""
+    axes: Mapping[str, tuple[int, ...]]
+    """Coordinates by name of the axis; "size" is the number of experts of a coalition."""
+    level: float = 0.95
+    """Of the interval."""
+
+    @property
+    def mean(self) -> Float[Tensor, "*axes"]:
+        """Over draws."""
+        return self.values.mean(0)
+
+    @cached_property
+    def interval(self) -> tuple[Float[Tensor, "*axes"], Float[Tensor, "*axes"]]:
+        """Percentile bootstrap of the mean over draws: low and high; not a number with a single draw.
+
+        It is about the noise alone, for this one prompt, and with fewer than some ten draws too narrow.
+        """
+        from transformer_lens.utilities.statistics import bootstrap_ci
+
+        if len(self.values) < 2:
+            unknown = torch.full_like(self.mean, torch.nan)
+            return unknown, unknown
+        low, high = bootstrap_ci(self.values, dim=0, confidence=self.level, n_resamples=2000)
+        return low, high
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per cell: a column for each axis, `effect`, `low`, `high`."""
+        index = pd.MultiIndex.from_product(self.axes.values(), names=list(self.axes))
+        low, high = self.interval
+        columns = {"effect": self.mean, "low": low, "high": high}
+        return index.to_frame(index=False).assign(**{name: v.flatten().numpy() for name, v in columns.items()})
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TraceResult:
+    """Effects of every site on one prompt."""
+
+    sites: Mapping[str, SiteEffects]
+    """"resid", "attn" and "mlp" over layer and pos, "expert" over layer and expert, "coalition" over layer and size."""
+    clean: float
+    """Score of the clean run."""
+    corrupted: Float[Tensor, " draw"]
+    """Scores of the corrupted runs."""
+    score: str
+    """"probability" of the answer, or "logit difference" between answer and foil."""
+    tokens: tuple[str, ...]
+    """Of the prompt."""
+    subject: tuple[int, ...]
+    """Positions whose embeddings were corrupted."""
+    at: tuple[int, ...]
+    """Positions at which experts and coalitions were restored."""
+    noise_std: float
+    """Standard deviation of the noise, in units of the embeddings."""
+    seed: int
+    """Of the noise."""
+    routing: str
+    """"free" or "frozen"."""
+    level: float
+    """Of the intervals."""
+
+    @property
+    def n(self) -> int:
+        """Draws of noise."""
+        return len(self.corrupted)
+
+    def __repr__(self) -> str:
+        return (
+            f"TraceResult({self.score} {self.clean:.3f}, corrupted {self.corrupted.mean().item():.3f}; "
+            f"{self.n} draws; {', '.join(self.sites)})"
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per site and cell: site, layer, pos, expert, size (where they apply), effect, low, high, n."""
+        frames = [effects.to_frame().assign(site=site) for site, effects in self.sites.items()]
+        whole = pd.concat(frames, ignore_index=True).assign(n=self.n)
+        columns = ["site", "layer", "pos", "expert", "size", "effect", "low", "high", "n"]
+        return whole[columns].astype({name: "Int64" for name in ("pos", "expert", "size")})
+
+    def save(self, path: str | Path) -> None:
+        """Write to one safetensors file."""
+        tensors = {f"site.{name}": effects.values for name, effects in self.sites.items()}
+        axes = {name: list(effects.axes.items()) for name, effects in self.sites.items()}
+        header = {name: getattr(self, name) for name in _HEADER}
+        save_tensors(path, "TraceResult", {**tensors, "corrupted": self.corrupted}, {**header, "axes": axes})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "TraceResult":
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: the file is missing, broken or holds something else.
+        """
+        tensors, header = load_tensors(path, "TraceResult")
+        level = header["level"]
+        sites = {
+            name: SiteEffects(tensors[f"site.{name}"], {axis: tuple(at) for axis, at in axes}, level)
+            for name, axes in header["axes"].items()
+        }
+        fields = {name: header[name] for name in _HEADER}
+        fields |= {name: tuple(fields[name]) for name in ("tokens", "subject", "at")}
+        return cls(sites=sites, corrupted=tensors["corrupted"], **fields)
+
+
+_HEADER = ("clean", "score", "tokens", "subject", "at", "noise_std", "seed", "routing", "level")

@@ -1,0 +1,185 @@
+"""Causal tracing against full forward passes, its identities, and prompts that it refuses."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_lens import HookedMoE, names
+from moe_lens.errors import InputError
+from moe_lens.interventions.trace_result import SiteEffects, TraceResult
+from moe_lens.interventions.tracing import trace
+from tests.wrapped import untouched
+
+PROMPT = "def add(a, b):\n    return a +"
+CLOSE = 1e-12  # of probabilities, in float64
+
+
+@pytest.fixture(scope="module")
+def model() -> HookedMoE:
+    return HookedMoE.from_pretrained("tiny-deepseekmoe", dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def result(model: HookedMoE) -> TraceResult:
+    with untouched(model):
+        return trace(model, PROMPT, ", b", " b", draws=3, seed=1)
+
+
+class Naive:
+    """The same noise, and full forward passes with plain hooks."""
+
+    # Listening inside of attention would select the eager one, which rounds to float32.
+    wanted = (names.RESID_POST, names.ATTN_OUT, "mlp.hook_out", names.BLOCK_MLP_OUT, names.EXPERT_INDICES)
+    wanted += (names.EXPERT_WEIGHTED, "attn.hook_out")
+
+    def __init__(self, model: HookedMoE, result: TraceResult):
+        self.model, self.tokens = model, model.to_tokens(PROMPT)
+        self.answer = model.to_single_token(" b")
+        noise = torch.randn(3, len(result.subject), model.cfg.d_model, generator=torch.Generator().manual_seed(1))
+        self.noise = noise * result.noise_std
+        self.subject = list(result.subject)
+        with torch.no_grad():
+            logits, self.clean = model.run_with_cache(self.tokens, names_filter=self.kept)
+        self.score = self.probability(logits)
+
+    def kept(self, name: str) -> bool:
+        return name.endswith(self.wanted)
+
+    def probability(self, logits: Tensor) -> float:
+        return logits[0, -1].softmax(-1)[self.answer].item()
+
+    def restored(self, draw: int, hooks: list[Any], cache: bool = False) -> Any:
+        def corrupt(embeddings: Tensor, hook: Any) -> Tensor:
+            embeddings = embeddings.clone()
+            embeddings[0, self.subject] += self.noise[draw]
+            return embeddings
+
+        with torch.no_grad(), self.model.hooks(fwd_hooks=[("hook_embed", corrupt), *hooks]):
+            if cache:
+                return self.model.run_with_cache(self.tokens, names_filter=self.kept)[1]
+            return self.probability(self.model(self.tokens))
+
+
+def test_effects_are_those_of_full_passes_with_plain_hooks(model: HookedMoE, result: TraceResult):
+    naive = Naive(model, result)
+    assert abs(result.clean - naive.score) <= CLOSE
+    assert result.clean > 0.5, "the model knows the answer"
+    assert result.n == 3
+    for draw in range(3):
+        floor = naive.restored(draw, [])
+        assert abs(result.corrupted[draw].item() - floor) <= CLOSE
+        assert floor < result.clean - 0.1, "the noise hurts"
+        for site, hook in (("resid", names.RESID_POST), ("attn", names.ATTN_OUT), ("mlp", names.BLOCK_MLP_OUT)):
+            for layer, pos in ((0, result.subject[-1]), (3, len(result.tokens) - 1), (4, result.subject[0])):
+                name = names.block(hook, layer)
+
+                def put(value: Tensor, hook: Any, pos: int = pos) -> Tensor:
+                    value = value.clone()
+                    value[0, pos] = naive.clean[hook.name][0, pos]
+                    return value
+
+                effect = naive.restored(draw, [(name, put)]) - floor
+                assert abs(result.sites[site].values[draw, layer, pos].item() - effect) <= CLOSE
+
+
+def test_experts_and_coalitions_are_restored_by_id(model: HookedMoE, result: TraceResult):
+    naive, draw, place = Naive(model, result), 1, result.at[0]
+    floor, cache = naive.restored(draw, []), naive.restored(draw, [], cache=True)
+    seen = 0
+    for row, layer in enumerate(model.moe_layers):
+
+        def by_id(run: Any, layer: int = layer) -> Tensor:
+            dense = torch.zeros(model.n_experts, model.cfg.d_model, dtype=torch.float64)
+            dense[run["expert_indices", layer][0, place]] = run["expert_weighted", layer][0, place]
+            return dense
+
+        clean, here = by_id(naive.clean), by_id(cache)
+        order = naive.clean["expert_indices", layer][0, place].tolist()
+        groups = [("coalition", size, order[:size]) for size in (1, 3, 6)]
+        groups += [
+            ("expert", expert, [expert]) for expert in (order[0], int(cache["expert_indices", layer][0, place, 0]))
+        ]
+        for site, where, experts in groups:
+
+            def add(value: Tensor, hook: Any, experts: list[int] = experts, delta: Tensor = clean - here) -> Tensor:
+                value = value.clone()
+                value[0, place] += delta[experts].sum(0)
+                return value
+
+            effect = naive.restored(draw, [(names.mlp(names.ROUTED_OUT, layer), add)]) - floor
+            column = where - 1 if site == "coalition" else where
+            assert abs(result.sites[site].values[draw, row, column].item() - effect) <= CLOSE
+            seen += abs(effect) > 1e-6
+    assert seen > 10
+
+
+def test_identities(result: TraceResult):
+    resid = result.sites["resid"]
+    assert (resid.values[:, -1, -1] + result.corrupted - result.clean).abs().max() <= CLOSE, "the end restores all"
+    assert not resid.values[:, -1, :-1].any(), "and nothing else of the last block is read"
+    before = resid.values[:, :, : result.subject[0]]
+    assert (before.abs() <= CLOSE).all(), "nothing is corrupted before the subject"
+    unused = result.sites["expert"].values.abs().sum((0, 1)) == 0
+    assert unused.any()
+    assert not unused.all()
+
+
+def test_intervals_contain_the_mean_and_need_two_draws(model: HookedMoE, result: TraceResult):
+    frame = result.to_frame()
+    moved = frame[frame["effect"] != 0]
+    assert (moved["low"] <= moved["effect"]).all()
+    assert (moved["effect"] <= moved["high"]).all()
+    assert (moved["low"] < moved["high"]).any()
+    assert set(frame["site"]) == {"resid", "attn", "mlp", "expert", "coalition"}
+    assert (frame["n"] == 3).all()
+    one = SiteEffects(result.sites["resid"].values[:1], result.sites["resid"].axes)
+    assert one.interval[0].isnan().all()
+
+
+def test_seeds_foils_positions_and_frozen_routing(model: HookedMoE, result: TraceResult):
+    again = trace(model, PROMPT, list(result.subject), " b", draws=3, seed=1, batch_size=5)
+    assert all((again.sites[s].values - result.sites[s].values).abs().max() <= CLOSE for s in result.sites)
+    other = trace(model, PROMPT, ", b", " b", draws=3, seed=2)
+    assert not torch.equal(other.corrupted, result.corrupted)
+    foiled = trace(model, PROMPT, ", b", " b", foil=" c", draws=2, at=[3, 4], routing="frozen")
+    assert foiled.score == "logit difference"
+    with torch.no_grad():
+        logits = model(PROMPT)[0, -1]
+    expected = logits[model.to_single_token(" b")] - logits[model.to_single_token(" c")]
+    assert foiled.clean == pytest.approx(expected.item(), abs=1e-10)
+    assert foiled.at == (3, 4)
+
+
+def test_results_go_to_files(tmp_path: Path, result: TraceResult):
+    result.save(tmp_path / "trace.safetensors")
+    loaded = TraceResult.load(tmp_path / "trace.safetensors")
+    assert loaded.to_frame().equals(result.to_frame())
+    assert loaded.tokens == result.tokens
+    assert repr(loaded) == repr(result)
+    assert repr(loaded).endswith("3 draws; resid, attn, mlp, expert, coalition)")
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"subject": "France"}, "the subject 'France' is not in the prompt"),
+        ({"subject": [40]}, r"positions are \[40\]; expected some from 0 to"),
+        ({"subject": []}, r"positions are \[\]"),
+        ({"answer": " banana split"}, r"the answer ' banana split' is \d+ tokens, .*expected one"),
+        ({"answer": 5000}, "the answer is token 5000; expected an id from 0 to 4095"),
+        ({"foil": ""}, "the foil '' is 0 tokens"),
+        ({"draws": 0}, "got draws=0"),
+        ({"noise": 0}, "noise=0"),
+        ({"level": 1.0}, r"level=1\.0"),
+        ({"at": [99]}, "positions are"),
+        ({"routing": "loose"}, "routing is 'loose'"),
+    ],
+)
+def test_bad_input_is_named(model: HookedMoE, changes: dict[str, Any], message: str):
+    call: dict[str, Any] = {"subject": ", b", "answer": " b", "draws": 1, **changes}
+    with untouched(model), pytest.raises(InputError, match=message):
+        trace(model, PROMPT, **call)
