@@ -2,6 +2,8 @@
 
 from moe_lens.interventions.attribution import expert_attribution as expert_attribution
 from moe_lens.interventions.attribution_result import ExpertAttribution as ExpertAttribution
+from moe_lens.interventions.intervention import Intervention as Intervention
+from moe_lens.interventions.means import ExpertMeans as ExpertMeans
 from moe_lens.interventions.metrics import KLDivergence as KLDivergence
 from moe_lens.interventions.metrics import Logit as Logit
 from moe_lens.interventions.metrics import LogitDifference as LogitDifference
