@@ -9,6 +9,7 @@ import typer
 from typer.exceptions import TyperException
 
 import moe_lens
+from moe_lens.cli import models as _models
 from moe_lens.cli import prune as _prune
 from moe_lens.cli import report as _report
 from moe_lens.cli import studies as _studies
@@ -17,6 +18,7 @@ from moe_lens.cli.config import defaults
 from moe_lens.errors import MoELensError
 
 __all__ = [
+    "_models",
     "_prune",
     "_report",
     "_studies",

@@ -88,3 +88,27 @@ class Family:
     """Path of the text model's config inside a multimodal one."""
     note: str = ""
     """What a user should know beyond the fields: which hooks are lacking, and why."""
+
+    @property
+    def adds_as_computed(self) -> bool:
+        """Whether routed and shared outputs are added to the residual stream as they are, not through a norm."""
+        return self.layout is None or (self.layout.stream != "other" and self.layout.ln2_post is None)
+
+    def rule(self, top_k: int | None = None, normalises: bool | None = None) -> str:
+        """How experts are chosen and weighted, in words.
+
+        Args:
+            top_k: experts of a token.
+            normalises: what the config says about normalisation, where it is the config that says.
+        """
+        many = "k" if top_k is None else str(top_k)
+        score = {"softmax": "softmax", "sigmoid": "sigmoid", "sqrtsoftplus": "√softplus"}[self.score]
+        if self.select == "sparsemixer":
+            return f"sparse mixer: the largest logit, {many} times; each a softmax over the logits near it"
+        chosen = f"{many} largest" + (" of the best groups" if self.groups else "") + (" + bias" if self.bias else "")
+        if self.select == "token":
+            chosen += ", or by token id"
+        says = {None: "normalised if norm_topk_prob", True: "normalised", False: ""}[normalises]
+        divided = {"always": "normalised", "config": says, "never": ""}[self.normalised]
+        parts = [score, chosen, divided, f"× {self.scaled}" if self.scaled else ""]
+        return ", ".join(part for part in parts if part)

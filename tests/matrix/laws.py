@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.model.family import Family
-from tests.matrix.configs import TOP_K, build, tokens
+from tests.matrix.configs import build, tokens
 from tests.wrapped import GATED, deviation
 
 FP32 = 2e-5
@@ -344,4 +344,5 @@ LAWS: dict[str, Callable[[Case], None]] = {
     "bfloat16": bfloat16,
     "saving": saving,
 }
-assert TOP_K == 3
+WORDS = {name: " ".join((law.__doc__ or "").split()) for name, law in LAWS.items()}
+"""What each law says."""

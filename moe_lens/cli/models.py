@@ -1,0 +1,73 @@
+"""`moe-lens models` and `moe-lens info`: which families there are, and what a model is."""
+
+from typing import Annotated
+
+import typer
+
+from moe_lens.cli.app import app
+from moe_lens.model.families import FAMILIES
+from moe_lens.model.info import DTYPES, ModelInfo, model_info
+from moe_lens.model.refusals import REFUSED
+
+
+@app.command()
+def models() -> None:
+    """Which model types are supported, how their routers choose experts, and which are refused, and why."""
+    print(families_text())
+
+
+@app.command()
+def info(
+    model: Annotated[
+        str, typer.Argument(metavar="NAME_OR_PATH", help="A model on the hub, a folder, or the embedded model.")
+    ],
+) -> None:
+    """What a model is: layers, experts, router, parameters and memory. Reads its config alone, no weights."""
+    print(info_text(model))
+
+
+def families_text() -> str:
+    """The supported families, one a line, and those that are refused."""
+    wide = max(map(len, FAMILIES))
+    lines = [f"{len(FAMILIES)} supported model types, and how their routers choose and weigh experts:"]
+    lines += [f"  {name:<{wide}}  {family.rule()}" for name, family in sorted(FAMILIES.items())]
+    lines += ["", f"{len(REFUSED)} refused:"]
+    lines += [f"  {name:<{wide}}  {why}" for name, why in sorted(REFUSED.items())]
+    return "\n".join(lines)
+
+
+def info_text(name_or_path: str) -> str:
+    """What a model is, from its config alone."""
+    return "\n".join(f"{label:<12}{value}" for label, value in rows(model_info(name_or_path)))
+
+
+def rows(info: ModelInfo) -> list[tuple[str, str]]:
+    """Labels and values to show."""
+    memory = (f"{size(info.memory(dtype))} in {str(dtype).removeprefix('torch.')}" for dtype in DTYPES)
+    shared = ", and shared experts" if info.has_shared else ""
+    found = [
+        ("model type", info.model_type),
+        ("layers", f"{info.n_layers}, of which {len(info.moe_layers)} have experts: {spans(info.moe_layers)}"),
+        ("experts", f"{info.n_experts} of width {info.d_expert}, {info.top_k} for each token{shared}"),
+        ("width", f"{info.d_model}"),
+        ("router", info.rule),
+        ("parameters", f"{info.parameters:,} ({info.active:,} active for each token)"),
+        ("memory", ", ".join(memory) + ", for the parameters alone"),
+    ]
+    return [*found, ("note", info.note)] if info.note else found
+
+
+def size(count: int) -> str:
+    """Bytes in GiB, or in MiB where they are fewer."""
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
+def spans(layers: tuple[int, ...]) -> str:
+    """`(1, 2, 3, 7)` → `1–3, 7`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)

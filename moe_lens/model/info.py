@@ -1,0 +1,116 @@
+"""What a model is, from its config alone: no weights are read or made."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import moe_lens.model.deepseek as _registers  # noqa: F401  # pyright: ignore[reportUnusedImport]
+from moe_lens.errors import CheckpointError, UnsupportedModelError
+from moe_lens.model.checkpoint import read_config
+from moe_lens.model.families import family_of
+from moe_lens.model.loading import resolve_name
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The sizes of a Mixture-of-Experts model."""
+
+    model_type: str
+    n_layers: int
+    moe_layers: tuple[int, ...]
+    """Layers that have experts."""
+    d_model: int
+    n_experts: int
+    """Routed experts of a layer."""
+    top_k: int
+    """Routed experts active for a token."""
+    has_shared: bool
+    """Whether shared experts run for every token."""
+    d_expert: int
+    """Hidden width of one routed expert."""
+    rule: str
+    """How experts are chosen and weighted."""
+    parameters: int
+    """All of them; tied ones are counted once, buffers are not."""
+    active: int
+    """All but those of the routed experts that a token does not use; embeddings count whole."""
+    note: str
+    """What is particular to the family's hooks."""
+
+    def memory(self, dtype: torch.dtype) -> int:
+        """Bytes that the parameters take; activations and caches come on top."""
+        return self.parameters * dtype.itemsize
+
+
+def model_info(name_or_path: str | Path, **hub: Any) -> ModelInfo:
+    """Sizes of a model by hub name, folder, or `"tiny-deepseekmoe"`; only config.json is read.
+
+    Raises:
+        CheckpointError: there is no config.json, or it cannot be understood.
+        UnsupportedModelError: the family is not supported, or the model has no experts.
+    """
+    source = resolve_name(str(name_or_path))
+    path, raw = read_config(source, hub)
+    try:
+        config = AutoConfig.from_pretrained(source, **hub)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{path} is no config that transformers understands: {error}") from error
+    return config_info(config)
+
+
+def config_info(config: PreTrainedConfig) -> ModelInfo:
+    """Sizes of the model that a transformers config describes.
+
+    Raises:
+        UnsupportedModelError: the family is not supported, or the model has no experts.
+    """
+    family = family_of(config)
+    # Building a model writes to its config, and quantised parameters are counted as what they stand for.
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.model_type == "deepseek"
+    with torch.device("meta"):
+        model = (AutoModelForCausalLM if causal else AutoModelForImageTextToText).from_config(config)
+    layers: Any = model.get_submodule(f"{family.layout.decoder if family.layout else 'model'}.layers")
+    found = {}
+    for layer, block in enumerate(layers):
+        for name, module in block.named_modules():
+            if name.rpartition(".")[2] == "experts" and hasattr(module, "num_experts"):
+                found[layer] = (block.get_submodule(name.rpartition(".")[0]) if "." in name else block, module)
+    if not found:
+        raise UnsupportedModelError(f"this {config.model_type} has no layer with experts")
+    text = config.get_text_config()
+    moe, experts = next(iter(found.values()))
+    router = getattr(moe, family.router)
+    top_k = int(router.top_k if hasattr(router, "top_k") else text.num_experts_per_tok)
+    n_experts = int(experts.num_experts)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    idle = sum(
+        parameter.numel() // n_experts * (n_experts - top_k)
+        for _, module in found.values()
+        for parameter in module.parameters()
+        if parameter.dim() and parameter.shape[0] == n_experts
+    )
+    down = experts.down_proj
+    return ModelInfo(
+        model_type=config.model_type,
+        n_layers=len(layers),
+        moe_layers=tuple(found),
+        d_model=int(text.hidden_size),
+        n_experts=n_experts,
+        top_k=top_k,
+        has_shared=bool(family.shared) and any(family.shared in name for name, _ in model.named_modules()),
+        d_expert=int(down.shape[1] if experts.is_transposed else down.shape[2]),
+        rule=family.rule(top_k, bool(getattr(text, "norm_topk_prob", True))),
+        parameters=parameters,
+        active=parameters - idle,
+        note=family.note,
+    )
