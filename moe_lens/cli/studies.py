@@ -1,32 +1,27 @@
-"""The commands that run a study: arguments → study → a saved folder."""
+"""The commands that run a study: arguments → study → a saved folder; and the one that compares two."""
 
-import inspect
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, fields
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
+import torch
 import typer
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from moe_lens import distributed
 from moe_lens.cli import options
 from moe_lens.cli.app import app
-from moe_lens.cli.loading import join_processes, leave_processes, load_model, quiet
-from moe_lens.data import Reading
-from moe_lens.studies import TREATMENTS, RoutingStudy, SingleExpertStudy, Study, run
-
-Out = Annotated[
-    Path,
-    typer.Option(
-        metavar="FOLDER",
-        help="Where the result goes. It appears when it is complete; until then FOLDER.unfinished keeps what was done, "
-        "and the same command goes on from there.",
-    ),
-]
+from moe_lens.cli.loading import quiet
+from moe_lens.cli.working import Work, command
+from moe_lens.studies import (
+    TREATMENTS,
+    LensStudy,
+    RoutingStudy,
+    SingleExpertStudy,
+    Study,
+    StudyResult,
+    collect,
+    compare,
+)
 
 
 class Together(StrEnum):
@@ -46,98 +41,11 @@ class Treated(StrEnum):
     replaced = "replaced"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """The options that all studies have."""
+class Kind(StrEnum):
+    """Kinds of shards."""
 
-    model: options.Model = "tiny-deepseekmoe"
-    domain: options.Domains = None
-    text_column: options.TextColumn = "text"
-    source_column: options.SourceColumn = None
-    split: options.Split = "train"
-    streaming: options.Streaming = False
-    tokens: options.Tokens = 4096
-    window: options.Window = 256
-    packed: options.Packed = False
-    seed: options.Seed = 0
-    batch_tokens: options.BatchTokens = 2048
-    shard_tokens: options.ShardTokens = 2**15
-    dtype: options.DtypeOption = options.Dtype.float32
-    device: options.Device = "cpu"
-    config: options.Config = None
-
-    def domains(self) -> options.Opened:
-        """The texts."""
-        names = {"text": self.text_column, "source": self.source_column}
-        return options.open_domains(self.domain, self.config, **names, split=self.split, streaming=self.streaming)
-
-    def reading(self) -> Reading:
-        """How they are read."""
-        return Reading(
-            tokens=self.tokens or None,
-            context=self.window,
-            packed=self.packed,
-            seed=self.seed,
-            shard_tokens=self.shard_tokens,
-        )
-
-
-def command(name: str, folder: str) -> Callable[[Callable[..., Study]], Callable[..., Study]]:
-    """Make a command of a function from its own options to a study.
-
-    Args:
-        name: Of the command.
-        folder: Where its result goes if --out is not given.
-    """
-
-    def decorate(make: Callable[..., Study]) -> Callable[..., Study]:
-        own = inspect.signature(make).parameters
-
-        def called(**given: Any) -> None:
-            study = make(**{key: given.pop(key) for key in own})
-            _run(study, given.pop("out"), Arguments(**given))
-
-        keyword = inspect.Parameter.KEYWORD_ONLY
-        shared = [
-            inspect.Parameter(field.name, keyword, default=field.default, annotation=field.type)
-            for field in fields(Arguments)
-        ]
-        out = inspect.Parameter("out", keyword, default=Path(folder), annotation=Out)
-        every = [*shared, out, *(parameter.replace(kind=keyword) for parameter in own.values())]
-        called.__doc__ = make.__doc__
-        called.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
-        called.__signature__ = inspect.Signature(every)
-        app.command(name)(called)
-        return make
-
-    return decorate
-
-
-def _run(study: Study, out: Path, given: Arguments) -> None:
-    quiet()
-    started = time.monotonic()
-    domains, reading = given.domains(), given.reading()
-    join_processes(given.device)
-    try:
-        console = Console(stderr=True, quiet=distributed.rank() > 0)
-        with console.status(f"loading {given.model}"):
-            model = load_model(given.model, given.dtype.value, given.device)
-        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-        with Progress(*columns, console=console) as progress:
-            task, read = progress.add_task("reading"), 0
-
-            def watch(what: str, tokens: int) -> None:
-                nonlocal read
-                read += tokens
-                progress.update(task, description=f"{what} · {read:,} tokens read")
-
-            how = {"reading": reading, "name": given.model, "batch_tokens": given.batch_tokens}
-            run(study, model, domains, out=out, watch=watch, **how)
-        console.print(f"done in {time.monotonic() - started:.0f} s", highlight=False)
-        if distributed.rank() == 0:
-            print(out.resolve())
-    finally:
-        leave_processes()
+    safetensors = "safetensors"
+    parquet = "parquet"
 
 
 @command("routing", "moe-lens-routing")
@@ -192,3 +100,69 @@ def single_expert(
     """
     chosen = tuple(each.value for each in treatment) if treatment else tuple(TREATMENTS)
     return SingleExpertStudy(treatments=chosen, layers=layers.value, k=tuple(k) if k else None)
+
+
+@command("lens", "moe-lens-lens")
+def lens(
+    lens: Annotated[
+        str, typer.Option(help="logit, or the folder of a tuned lens (or tiny-deepseekmoe, the embedded one).")
+    ] = "logit",
+) -> Study:
+    """What each layer would say next if it ended after one expert, all of them, or none: Figure 2, in numbers.
+
+    Table: lens (by domain, layer and partial sum: cross-entropy, entropy, KL to the model's own prediction and to all
+    experts together, agreement), with controls: the residual alone, a random active expert, one that was not selected.
+
+    Example: moe-lens lens --domain code=code.jsonl --tokens 20000 --out runs/lens
+    """
+    return LensStudy(lens=lens)
+
+
+@command("collect", "moe-lens-collected")
+def collect_activations(
+    hook: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A hook point, or a pattern: 'blocks.*.hook_resid_mid'; may be repeated."),
+    ] = None,
+    store: Annotated[options.Dtype, typer.Option(help="Activations and weights on disk.")] = options.Dtype.float32,
+    kind: Annotated[Kind, typer.Option("--format", help="What the shards are.")] = Kind.safetensors,
+) -> Work:
+    """Activations and routing of every token, in shards: what probes, SAEs and transcoders are trained on.
+
+    Every shard has, of each token: token, document, position, counted, the active experts (indices) and their weights
+    in every MoE layer, and whatever --hook names. documents.parquet says which source a document is from. In Python:
+    moe_lens.studies.Collected.load(FOLDER).shards(), or .dataset() for `datasets`.
+
+    Example: moe-lens collect --hook 'blocks.*.hook_resid_mid' --store float16 --tokens 1000000 --out runs/activations
+    """
+    return partial(collect, hooks=hook or (), dtype=getattr(torch, store.value), kind=kind.value)
+
+
+@app.command("compare")
+def compare_studies(
+    first: Annotated[Path, typer.Argument(metavar="FOLDER", help="What a study saved.")],
+    second: Annotated[Path, typer.Argument(metavar="FOLDER", help="What a study of the same kind saved.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The table, as parquet.")] = Path(
+        "moe-lens-compare.parquet"
+    ),
+    show: Annotated[int, typer.Option(min=0, help="How many of the largest differences to print.")] = 10,
+) -> None:
+    """Set two saved studies side by side: second less first, with 95 % intervals of the difference over sources.
+
+    Two models on the same texts (base and chat, before and after pruning) are paired by source. Experts are compared by
+    number, which means something only where one model was made from the other.
+
+    Example: moe-lens compare runs/base runs/chat --out difference.parquet
+    """
+    quiet()
+    found = compare(StudyResult.load(first), StudyResult.load(second))
+    found.save(out)
+    table = found.table
+    clear = table[(table["low"] > 0) | (table["high"] < 0)]
+    print(f"{len(table):,} differences, {len(clear):,} with an interval that leaves out 0")
+    for quantity, rows in table.groupby("quantity", sort=False):
+        order = (-abs(rows["difference"].to_numpy())).argsort()
+        largest = rows.iloc[order[:show]]
+        print(f"\n{quantity}, the largest differences:")
+        print(largest.drop(columns=["quantity", "paired"]).to_string(index=False))
+    print(f"\n{out.resolve()}")

@@ -85,6 +85,14 @@ class StudyFolder:
         path = self.unfinished / f"{name}.safetensors"
         return load_tensors(path, "progress") if path.exists() else None
 
+    def note(self, name: str, values: Mapping[str, Any]) -> None:
+        """Keep plain values."""
+        _write(self.unfinished / f"{name}.json", json.dumps(values, ensure_ascii=False))
+
+    def noted(self, name: str) -> dict[str, Any]:
+        """What was kept by `note`."""
+        return json.loads((self.unfinished / f"{name}.json").read_text(encoding="utf-8"))
+
     def finish(self, scratch: Path, manifest: Mapping[str, Any]) -> None:
         """Let the files of a folder inside `unfinished` appear, with their manifest, and drop the progress.
 

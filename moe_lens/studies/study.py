@@ -119,10 +119,7 @@ def run(
         InputError: The texts, the settings or the folder cannot be worked with.
     """
     reading = Reading() if reading is None else reading
-    names = [domain.name for domain in domains]
-    if not names or len(set(names)) < len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise InputError(f"domains need names of their own, at least one of them; twice: {twice}")
+    one_by_one(domains)
     study.check(model)
     plan = {
         "study": study.name,
@@ -134,9 +131,9 @@ def run(
     }
     folder = None if out is None else StudyFolder(out, plan)
     if folder is not None and out is not None:
-        if _agreed(folder.finished):
+        if agreed(folder.finished):
             return StudyResult.load(out)
-        _agreed(folder.begin)
+        agreed(folder.begin)
     earlier: dict[str, dict[str, Gathered]] = {domain.name: {} for domain in domains}
     for place, each in enumerate(study.chosen_passes()):
         for number, domain in enumerate(domains):
@@ -161,9 +158,19 @@ def run(
     }
     result = StudyResult(manifest, study.tables(plan["model"], results), results)
     if folder is not None and out is not None:
-        _agreed(lambda: _finish(folder, result))
+        agreed(lambda: _finish(folder, result))
         return StudyResult.load(out)
     return result
+
+
+def one_by_one(domains: Sequence[Domain | Corpus]) -> None:
+    """Refuse no domains, and two of one name."""
+    given = [domain.name for domain in domains]
+    if not given:
+        raise InputError("there is no domain; give at least one")
+    for domain in given:
+        if given.count(domain) > 1:
+            raise InputError(f"two domains are called {domain!r}; give each a name of its own")
 
 
 class _Pass:
@@ -259,7 +266,7 @@ def _finish(folder: StudyFolder, result: StudyResult) -> None:
     folder.finish(scratch, manifest)
 
 
-def _agreed(action: Callable[[], Any]) -> Any:
+def agreed(action: Callable[[], Any]) -> Any:
     """What the first process finds, in all of them; an error that it meets is raised in all of them."""
     found: tuple[Any, str | None] = (None, None)
     if distributed.rank() == 0:
