@@ -1,10 +1,12 @@
 """Memory and time of a lens over many layers, sums and tokens of a large vocabulary.
 
-python benchmarks/lens.py [--tokens 512] [--layers 28] [--threads 2] [--rounds 7] [--device cpu] [--dtype float32]
+python benchmarks/lens.py [--tokens 512] [--layers 28] [--read 28] [--threads 2] [--rounds 7] [--device cpu]
+                          [--dtype float32]
 
 The sizes of DeepSeekMoE 16B (d_model 2048, vocabulary 102400, 6 active experts), without its weights: a lens needs the
 final norm and the unembedding alone, which are random here, and so is the cache. It reads the paper's Figure 2 (8 sums)
-and the residual alone. Memory is measured once, over everything; time on `--time-tokens` of the tokens and
+and the residual alone. Memory is measured once, over everything (or a cache of everything, of which the last `--read`
+layers are read: no layer needs more than another); time on `--time-tokens` of the tokens and
 `--time-layers` of the layers, in rounds that take turns with the bare matrix products that the same reading needs:
 final prediction, ensemble, layer output and sums, over the same rows at a time. Set OMP_WAIT_POLICY=passive.
 """
@@ -111,6 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--read", type=int, default=None)
     parser.add_argument("--time-tokens", type=int, default=163)
     parser.add_argument("--time-layers", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=7)
@@ -140,11 +143,12 @@ def memory(args: argparse.Namespace, dtype: torch.dtype, sums: tuple[PartialSum,
     held = (torch.cuda.memory_allocated() if on_gpu else resident()) - before
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
+    layers = range(args.layers - (args.read or args.layers), args.layers)
     with Peak() as peak:
-        took = seconds(lambda: lens.decode(cache, sums), args.device)
+        took = seconds(lambda: lens.decode(cache, sums, layers=layers), args.device)
     most = (torch.cuda.max_memory_allocated() if on_gpu else peak.most) - before
     print(f"model {model.W_U.nbytes / 1e9:.2f} GB; above it: cache {held / 1e9:.2f} GB, peak {most / 1e9:.2f} GB")
-    print(f"of which decoding {(most - held) / 1e9:.2f} GB; {took:.1f} s")
+    print(f"of which decoding {(most - held) / 1e9:.2f} GB; {len(layers)} layers in {took:.1f} s")
 
 
 def timing(args: argparse.Namespace, dtype: torch.dtype, sums: tuple[PartialSum, ...]) -> None:

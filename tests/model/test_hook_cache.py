@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from moe_lens import names
 from moe_lens.errors import HookError, InputError
 from moe_lens.model.cache import MoECache
+from moe_lens.protocols import HookedModel
 from moe_lens.routing import Routing
 from tests.model.caches import fresh, full
 from tests.wrapped import wrapped
@@ -120,23 +122,15 @@ def test_another_models_cache_is_refused(tmp_path: Path):
     with pytest.raises(InputError, match="was made by a model with name '.*deepseek.*'; this one has '.*mixtral.*'"):
         MoECache.from_disk(tmp_path / "cache", wrapped("mixtral", torch.float64).model)
 
-    class Like:
+    def like(**changes: Any) -> Any:
         """The same model, but for some attributes."""
-
-        family: Any
-        moe_layers: Any
-        n_experts: Any
-        n_shared_experts: Any
-        top_k: Any
-        W_U: Any
-        to_single_token: Any
-
-        def __init__(self, **changes: Any):
-            self.cfg = copy.copy(case.model.cfg)
-            for name in ("family", "moe_layers", "n_experts", "n_shared_experts", "top_k", "W_U", "to_single_token"):
-                setattr(self, name, changes.pop(name, getattr(case.model, name)))
-            for name, value in changes.items():
-                setattr(self.cfg, name, value)
+        names = [name for name in dir(HookedModel) if not name.startswith("_") and name != "cfg"]
+        found = SimpleNamespace(cfg=copy.copy(case.model.cfg))
+        for name in names:
+            setattr(found, name, changes.pop(name, getattr(case.model, name)))
+        for name, value in changes.items():
+            setattr(found.cfg, name, value)
+        return found
 
     for changes in (
         {"d_model": 16},
@@ -148,9 +142,9 @@ def test_another_models_cache_is_refused(tmp_path: Path):
     ):
         what = next(iter(changes))
         with pytest.raises(InputError, match=f"was made by a model with {what} "):
-            MoECache.from_disk(tmp_path / "cache", Like(**changes))
-    assert len(MoECache.from_disk(tmp_path / "cache", Like())) == 1
-    elsewhere = Like(model_name=f"some/other/place/{case.model.cfg.model_name}")
+            MoECache.from_disk(tmp_path / "cache", like(**changes))
+    assert len(MoECache.from_disk(tmp_path / "cache", like())) == 1
+    elsewhere = like(model_name=f"some/other/place/{case.model.cfg.model_name}")
     assert len(MoECache.from_disk(tmp_path / "cache", elsewhere)) == 1
 
 
@@ -162,3 +156,25 @@ def test_a_file_that_is_no_cache_is_refused(tmp_path: Path):
     assert Routing.load(tmp_path / "routing").layers == (1, 2)
     with pytest.raises(InputError, match="there is no file"):
         MoECache.from_disk(tmp_path / "absent", case.model)
+
+
+def test_what_follows_is_known_whatever_is_kept_of_a_cache():
+    case = wrapped("deepseek", torch.float64)
+    tokens, mask = case.tokens.clone(), torch.ones(2, 12, dtype=torch.bool)
+    mask[0, :3] = mask[1, 10:] = False  # padding on either side
+    name = names.block(names.RESID_MID, 1)
+    kept = fresh("deepseek", tokens, names_filter=[name], attention_mask=mask.long())
+    expected = torch.full((2, 12), -1)
+    expected[0, 3:11], expected[1, :9] = tokens[0, 4:], tokens[1, 1:10]
+    assert kept.following is not None and torch.equal(kept.following, expected)
+    some = fresh("deepseek", tokens, names_filter=[name], attention_mask=mask.long(), pos_slice=[1, 4, 9])
+    assert some.following is not None and torch.equal(some.following, expected[:, [1, 4, 9]])
+    row = kept.apply_slice_to_batch_dim([1])
+    assert row.following is not None and torch.equal(row.following, expected[[1]])
+    assert row.remove_batch_dim().following is not None and torch.equal(row.following, expected[1])
+    assert kept.to("cpu", torch.bfloat16).following is not None and torch.equal(kept.following, expected)
+    with torch.no_grad():
+        embedded = case.model.original_model.get_input_embeddings()(tokens)
+        assert (
+            case.model.run_with_cache(embedded, names_filter=[name])[1].following is None
+        )  # no tokens, so none follow
