@@ -5,6 +5,12 @@ from moe_lens.stats.accumulator import Result as Result
 from moe_lens.stats.batch import RoutedBatch as RoutedBatch
 from moe_lens.stats.domains import DomainComparison as DomainComparison
 from moe_lens.stats.domains import compare_domains as compare_domains
+from moe_lens.stats.expert_similarity import OutputSimilarityResult as OutputSimilarityResult
+from moe_lens.stats.expert_similarity import OutputSimilarityStats as OutputSimilarityStats
+from moe_lens.stats.expert_similarity import weight_similarity as weight_similarity
+from moe_lens.stats.importance import SCORES as SCORES
+from moe_lens.stats.importance import ImportanceResult as ImportanceResult
+from moe_lens.stats.importance import ImportanceStats as ImportanceStats
 from moe_lens.stats.information import ConditionalInformation as ConditionalInformation
 from moe_lens.stats.information import conditional_information as conditional_information
 from moe_lens.stats.live import observe as observe
@@ -17,6 +23,10 @@ from moe_lens.stats.nulls import token_unigram_routing as token_unigram_routing
 from moe_lens.stats.nulls import uniform_routing as uniform_routing
 from moe_lens.stats.pairs import PairResult as PairResult
 from moe_lens.stats.pairs import PairStats as PairStats
+from moe_lens.stats.prediction import DomainPrediction as DomainPrediction
+from moe_lens.stats.prediction import PassageResult as PassageResult
+from moe_lens.stats.prediction import PassageSample as PassageSample
+from moe_lens.stats.prediction import predict_domain as predict_domain
 from moe_lens.stats.resampling import MIN_SOURCES as MIN_SOURCES
 from moe_lens.stats.resampling import Interval as Interval
 from moe_lens.stats.resampling import bootstrap as bootstrap
@@ -28,5 +38,7 @@ from moe_lens.stats.routing import RoutingStats as RoutingStats
 from moe_lens.stats.similarity import MEASURES as MEASURES
 from moe_lens.stats.similarity import SimilarityResult as SimilarityResult
 from moe_lens.stats.similarity import SimilarityStats as SimilarityStats
+from moe_lens.stats.top_examples import TopExamples as TopExamples
+from moe_lens.stats.top_examples import TopExamplesResult as TopExamplesResult
 from moe_lens.stats.vocabulary import VocabularyResult as VocabularyResult
 from moe_lens.stats.vocabulary import VocabularyStats as VocabularyStats

@@ -13,7 +13,7 @@ from moe_lens.protocols import HookedModel
 from moe_lens.routing import LayerRouting, Routing
 from moe_lens.stats.batch import RoutedBatch
 
-Hooks = list[tuple[str, Callable[..., Tensor | None]]]
+Hooks = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
 
 
 @runtime_checkable

@@ -1,11 +1,11 @@
 """Uncertainty by resampling sources, because tokens and passages of one source are not independent."""
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 MIN_SOURCES = 10
@@ -78,3 +78,24 @@ def halves(sources: Iterable[str], seed: int = 0) -> dict[str, int]:
     order = sorted(set(sources))
     random.Random(seed).shuffle(order)
     return {source: i % 2 for i, source in enumerate(order)}
+
+
+def folds(sources: Sequence[str], domains: Sequence[str], n_folds: int, seed: int = 0) -> Int[Tensor, " row"]:
+    """Deal rows into folds, each source whole into one, and each domain's sources evenly into all.
+
+    Args:
+        sources: Of each row; sources of different domains have different names.
+        domains: Of each row.
+        n_folds: How many folds; fewer where a domain has fewer sources.
+        seed: Of the deal.
+    """
+    of_domain: dict[str, list[str]] = {}
+    for domain, source in sorted(set(zip(domains, sources, strict=True))):
+        of_domain.setdefault(domain, []).append(source)
+    n_folds = min(n_folds, *(len(names) for names in of_domain.values()))
+    shuffled = random.Random(seed)
+    fold: dict[str, int] = {}
+    for names in of_domain.values():
+        shuffled.shuffle(names)
+        fold.update({name: i % n_folds for i, name in enumerate(names)})
+    return torch.tensor([fold[source] for source in sources])

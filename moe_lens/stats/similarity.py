@@ -38,8 +38,13 @@ MEASURES = {
     "centred_none": "cos(u − mean, u + S − mean)",
     "centred_sum_top": "cos(a₀ − mean, S − mean)",
     "size": "‖S‖ / ‖u‖: how large the experts' sum is beside the residual",
+    "error_top": "‖S − a₀‖ / ‖u + S‖: relative error of u + a₀ as u + S",
+    "error_none": "‖S‖ / ‖u + S‖: of u, no expert at all",
+    "error_random": "‖S − a_r‖ / ‖u + S‖, mean over the active ranks r",
+    "error_last": "‖S − a_last‖ / ‖u + S‖",
+    "error_independent": "√(Σ_{r>0}‖a_r‖² / (‖u‖² + Σ‖a_r‖²)): 'error_top' if all directions were independent",
 }
-"""Measures of one token and layer, and what each is. Cosines lie in [−1, 1]; means are taken over tokens."""
+"""Measures of one token and layer, and what each is. Cosines lie in [−1, 1], errors from 0; means are over tokens."""
 
 
 def measure(
@@ -62,6 +67,8 @@ def measure(
     alone = cosine_similarity(parts, total[:, None], dim=-1)
     rest = cosine_similarity(parts, total[:, None] - parts, dim=-1)
     sizes, size = parts.square().sum(-1), resid.square().sum(-1)
+    whole = full.square().sum((1, 2))
+    errors = _root_ratio((total[:, None] - parts).square().sum(-1), whole[:, None].expand(sizes.shape))
     u, a = resid - mean_resid, parts - mean_parts
     s = a.sum(-2)
     columns = {
@@ -81,12 +88,17 @@ def measure(
         "centred_none": cosine_similarity(u, u + s, dim=-1),
         "centred_sum_top": cosine_similarity(a[:, 0], s, dim=-1),
         "size": _root_ratio(total.square().sum(-1), size),
+        "error_top": errors[:, 0],
+        "error_none": _root_ratio(total.square().sum(-1), whole),
+        "error_random": errors.mean(-1),
+        "error_last": errors[:, -1],
+        "error_independent": _root_ratio(sizes[:, 1:].sum(-1), size + sizes.sum(-1)),
     }
     assert columns.keys() == MEASURES.keys()
     return torch.stack([columns[name] for name in MEASURES], -1)
 
 
-def _root_ratio(above: Float[Tensor, " tokens"], below: Float[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
+def _root_ratio(above: Float[Tensor, "*tokens"], below: Float[Tensor, "*tokens"]) -> Float[Tensor, "*tokens"]:
     return (above / below.clamp(min=torch.finfo(below.dtype).tiny)).sqrt()
 
 

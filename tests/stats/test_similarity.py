@@ -40,6 +40,11 @@ def plain(u, a, mean_u, mean_a) -> dict[str, Any]:
         "centred_none": cosine(u - mean_u, u + s - centre),
         "centred_sum_top": cosine(a[0] - mean_a[0], s - sum(mean_a)),
         "size": np.linalg.norm(s) / np.linalg.norm(u),
+        "error_top": np.linalg.norm(u + a[0] - u - s) / np.linalg.norm(u + s),
+        "error_none": np.linalg.norm(u - u - s) / np.linalg.norm(u + s),
+        "error_random": np.mean([np.linalg.norm(part - s) for part in a]) / np.linalg.norm(u + s),
+        "error_last": np.linalg.norm(a[-1] - s) / np.linalg.norm(u + s),
+        "error_independent": np.sqrt(sum(p @ p for p in a[1:]) / (u @ u + sum(p @ p for p in a))),
     }
 
 
@@ -73,6 +78,8 @@ def test_a_dominant_residual_makes_any_expert_look_like_the_ensemble():
     assert abs(by_name["rest_top"]) < 0.02
     assert by_name["sum_top"] > 0.5  # part against whole, though all are independent ...
     assert by_name["sum_top"] == pytest.approx(by_name["sum_independent"], abs=0.01)  # ... as its null says
+    assert by_name["error_top"] == pytest.approx(by_name["error_independent"], rel=0.02)
+    assert by_name["error_top"] == pytest.approx(by_name["error_last"], rel=0.02)  # the top expert is no better
 
 
 def test_null_of_independent_directions_is_what_random_directions_give():

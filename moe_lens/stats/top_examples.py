@@ -1,0 +1,151 @@
+"""The contexts in which an expert or a neuron is strongest, from a stream of any length."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from moe_lens.errors import InputError
+from moe_lens.stats.accumulator import Accumulator, Result
+from moe_lens.stats.batch import RoutedBatch
+from moe_lens.stats.best import Best
+
+
+@dataclass(frozen=True, eq=False)
+class TopExamplesResult(Result):
+    """For each target its strongest contexts, strongest first."""
+
+    before: int
+    """How many tokens of context before the token; shorter at the start of a text."""
+    target: Int[Tensor, " example"]
+    score: Float[Tensor, " example"]
+    tokens: Int[Tensor, "example context"]
+    """The context: `before` tokens, the token itself, those after it; −1 where the text does not reach."""
+    position: Int[Tensor, " example"]
+    """Of the token in its row."""
+    source: tuple[str, ...]
+
+    def of(self, target: int) -> "TopExamplesResult":
+        """The examples of one target."""
+        at = self.target == target
+        rows = at.nonzero()[:, 0].tolist()
+        source = tuple(self.source[row] for row in rows)
+        return TopExamplesResult(
+            self.before, self.target[at], self.score[at], self.tokens[at], self.position[at], source
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row per example: target, rank (from 0), score, token, before and after (lists of ids), position, source."""
+        rank = torch.arange(len(self.target)) - torch.searchsorted(self.target, self.target)
+        contexts = [[token for token in row if token >= 0] for row in self.tokens[:, : self.before].tolist()]
+        following = [[token for token in row if token >= 0] for row in self.tokens[:, self.before + 1 :].tolist()]
+        return pd.DataFrame(
+            {
+                "target": self.target.numpy(),
+                "rank": rank.numpy(),
+                "score": self.score.numpy(),
+                "token": self.tokens[:, self.before].numpy(),
+                "before": contexts,
+                "after": following,
+                "position": self.position.numpy(),
+                "source": list(self.source),
+            }
+        )
+
+
+class TopExamples(Accumulator[TopExamplesResult]):
+    """Keeps the `n` strongest contexts of each target: an expert's routing weight, a neuron's activation, anything.
+
+    Memory does not grow with the corpus. Of equal scores the same are kept in whatever order they come.
+
+    Args:
+        n_targets: How many experts, or neurons.
+        n: How many contexts to keep for each.
+        before: Tokens of context to keep before the token.
+        after: Tokens to keep after it.
+    """
+
+    def __init__(self, n_targets: int, n: int = 10, *, before: int = 15, after: int = 5):
+        if min(n_targets, n) < 1 or min(before, after) < 0:
+            raise InputError(f"got {n_targets} targets, n = {n}, before = {before}, after = {after}")
+        self.n_targets, self.n, self.before, self.after = n_targets, n, before, after
+        self._best = Best(n, before + after + 2)
+        about = {"n_targets": n_targets, "n": n, "before": before, "after": after}
+        super().__init__(about, {"best": self._best})
+
+    def update(
+        self,
+        scores: Float[Tensor, "batch pos target"],
+        tokens: Int[Tensor, "batch pos"],
+        counted: Bool[Tensor, "batch pos"],
+        sources: Sequence[str],
+        *,
+        mask: Bool[Tensor, "batch pos"] | None = None,
+    ) -> Self:
+        """Look at a batch.
+
+        Args:
+            scores: Of every target at every token; −∞ or NaN where a target was not active.
+            tokens: Ids.
+            counted: The tokens that may be kept as examples.
+            sources: Of each row.
+            mask: The tokens that may stand in a context: all but padding. If not given, the counted ones.
+
+        Raises:
+            InputError: another number of targets than announced.
+        """
+        if scores.shape[-1] != self.n_targets:
+            raise InputError(f"scores of {scores.shape[-1]} targets; expected {self.n_targets}")
+        real = (counted if mask is None else mask).cpu()
+        known = (
+            scores.double()
+            .masked_fill(~counted.to(scores.device)[..., None], -torch.inf)
+            .nan_to_num(nan=-torch.inf, neginf=-torch.inf, posinf=torch.inf)
+        )
+        flat = known.flatten(0, 1)
+        if not len(flat):
+            return self
+        # No more than n of this batch can be kept, and none below those kept already; equal ones go on.
+        least = flat.topk(min(self.n, len(flat)), dim=0).values[-1].cpu()
+        least = torch.maximum(least, self._best.threshold(self.n_targets)).to(flat.device)
+        place, target = ((flat >= least) & (flat > -torch.inf)).nonzero().T
+        score = flat[place, target]
+        row, position = (place // tokens.shape[1]).cpu(), (place % tokens.shape[1]).cpu()
+        around = position[:, None] + torch.arange(-self.before, self.after + 1)
+        inside = (around >= 0) & (around < tokens.shape[1])
+        around = around.clamp(0, tokens.shape[1] - 1)
+        inside &= real[row[:, None], around]
+        inside[:, self.before] = True
+        context = tokens.cpu()[row[:, None], around].long().masked_fill(~inside, -1)
+        content = torch.cat([context, position[:, None]], 1)
+        self._best.add(target, score, content, [str(sources[i]) for i in row.tolist()])
+        return self
+
+    def update_routing(self, batch: RoutedBatch, layer: int) -> Self:
+        """Look at a layer's routing: targets are its experts, and scores their routing weights.
+
+        Raises:
+            InputError: the batch does not know its tokens or the layer, or has another number of experts.
+        """
+        routing = batch.routing.layer(layer)
+        scores = torch.full((*batch.mask.shape, routing.n_experts), -torch.inf, device=routing.weights.device)
+        scores.scatter_(-1, routing.indices, routing.weights.float())
+        return self.update(scores, batch.require_tokens(), batch.mask, batch.sources, mask=batch.routing.mask)
+
+    def result(self) -> TopExamplesResult:
+        """The contexts so far."""
+        if not len(self._best.target):
+            raise InputError("no tokens were counted; update with a batch that holds text first")
+        best = self._best
+        return TopExamplesResult(
+            before=self.before,
+            target=best.target,
+            score=best.score,
+            tokens=best.content[:, :-1],
+            position=best.content[:, -1],
+            source=best.names(),
+        )
