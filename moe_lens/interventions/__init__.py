@@ -2,6 +2,8 @@
 
 from moe_lens.interventions.attribution import expert_attribution as expert_attribution
 from moe_lens.interventions.attribution_result import ExpertAttribution as ExpertAttribution
+from moe_lens.interventions.clean_run import CleanRun as CleanRun
+from moe_lens.interventions.clean_run import Variant as Variant
 from moe_lens.interventions.intervention import Intervention as Intervention
 from moe_lens.interventions.means import ExpertMeans as ExpertMeans
 from moe_lens.interventions.metrics import KLDivergence as KLDivergence
@@ -11,3 +13,9 @@ from moe_lens.interventions.metrics import LogProb as LogProb
 from moe_lens.interventions.metrics import Loss as Loss
 from moe_lens.interventions.metrics import Metric as Metric
 from moe_lens.interventions.metrics import TokenMetric as TokenMetric
+from moe_lens.interventions.patch_result import PatchResult as PatchResult
+from moe_lens.interventions.patching import patch as patch
+from moe_lens.interventions.sweep import sweep as sweep
+from moe_lens.interventions.trace_result import SiteEffects as SiteEffects
+from moe_lens.interventions.trace_result import TraceResult as TraceResult
+from moe_lens.interventions.tracing import trace as trace

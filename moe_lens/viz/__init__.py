@@ -3,6 +3,10 @@
 from moe_lens.viz.lens import lens_table as lens_table
 from moe_lens.viz.lens import lens_text as lens_text
 from moe_lens.viz.lens_trajectory import lens_trajectory as lens_trajectory
+from moe_lens.viz.patching import patch_map as patch_map
+from moe_lens.viz.patching import trace_map as trace_map
+from moe_lens.viz.pruning import frontier as frontier
+from moe_lens.viz.pruning import specialists as specialists
 from moe_lens.viz.similarity import perplexity_by_k as perplexity_by_k
 from moe_lens.viz.similarity import similarity_by_layer as similarity_by_layer
 from moe_lens.viz.specialisation import experts_for_half as experts_for_half

@@ -76,9 +76,9 @@ def test_effects_are_those_of_full_passes_with_plain_hooks(model: HookedMoE, res
             for layer, pos in ((0, result.subject[-1]), (3, len(result.tokens) - 1), (4, result.subject[0])):
                 name = names.block(hook, layer)
 
-                def put(value: Tensor, hook: Any, pos: int = pos) -> Tensor:
+                def put(value: Tensor, hook: Any, name: str = name, pos: int = pos) -> Tensor:
                     value = value.clone()
-                    value[0, pos] = naive.clean[hook.name][0, pos]
+                    value[0, pos] = naive.clean[name][0, pos]
                     return value
 
                 effect = naive.restored(draw, [(name, put)]) - floor

@@ -1,0 +1,101 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+# ---
+
+# %% [markdown]
+# # Which experts carry an answer? Patch and trace
+#
+# The embedded model completes `return a + …` with the parameter that it read some tokens before. Two runs that differ in
+# that parameter alone show where the name travels: activations of one are patched into the other, one place at a time.
+
+# %%
+import tempfile
+from pathlib import Path
+
+import torch
+
+from moe_lens import HookedMoE
+from moe_lens.interventions import LogitDifference, patch, trace
+from moe_lens.selection import Selection
+from moe_lens.viz import patch_map, trace_map
+
+model = HookedMoE.from_pretrained("tiny-deepseekmoe", dtype=torch.float32)
+clean = "def add(a, b):\n    return a +"
+corrupted = "def add(a, c):\n    return a +"
+metric = LogitDifference(model.to_single_token(" b"), model.to_single_token(" c"))
+for text in (clean, corrupted):
+    with torch.no_grad():
+        probabilities = model(text)[0, -1].softmax(-1)
+    print(repr(text), {token: round(probabilities[model.to_single_token(token)].item(), 3) for token in (" b", " c")})
+
+# %% [markdown]
+# ## From the parameter to the end
+#
+# The corrupted run, with the residual stream of the clean one at one layer and position: 1 restores the whole difference
+# of the two logits. The name is read at the parameter, and moves to the last position in the layers between.
+
+# %%
+resid = patch(model, clean, corrupted, "resid_post", metric)
+print(resid, f"clean {resid.clean:.2f}, corrupted {resid.corrupted:.2f}")
+figure = patch_map(resid)
+figure
+
+# %% [markdown]
+# ## Experts
+#
+# An expert's contribution is g E, its routing weight times its output. The same expert is the one with the same id: where
+# one of the runs did not choose it, its contribution is zero there.
+
+# %%
+experts = patch(model, clean, corrupted, "expert_weighted", metric, over=("layer", "expert"))
+table = experts.to_frame().sort_values("effect", key=abs, ascending=False)
+print(table.head(8).to_string(index=False, float_format="{:.3f}".format))
+
+# %% [markdown]
+# The routers choose other experts when what they read changes. With `routing="frozen"` the layers behind keep the experts
+# of the corrupted run; the difference is what the patch does by re-routing.
+
+# %%
+frozen = patch(model, clean, corrupted, "expert_weighted", metric, over=("layer", "expert"), routing="frozen")
+rerouting = (experts.values - frozen.values).abs()
+print(f"re-routing changes an effect by up to {rerouting.max().item():.3f} of {experts.clean - experts.corrupted:.3f}")
+both = patch(model, clean, corrupted, "routed_out", metric, over=("layer",))
+only = patch(model, clean, corrupted, "routing", metric, over=("layer",))
+for row, layer in enumerate(both.axes["layer"]):
+    print(f"layer {layer}: all experts {both.effect[row]:.3f}, their choice and weights alone {only.effect[row]:.3f}")
+
+# %% [markdown]
+# The strongest expert of them all, position by position, in both directions: put into the corrupted run, and taken from
+# the clean one.
+
+# %%
+layer, expert = (int(number) for number in table.iloc[0][["layer", "expert"]])
+chosen = Selection(experts={layer: [expert]})
+for direction in ("denoising", "noising"):
+    result = patch(
+        model, clean, corrupted, "expert_weighted", metric, over=("layer", "pos"), selection=chosen, direction=direction
+    )
+    best = int(result.effect[0].abs().argmax())
+    print(f"{layer}.{expert}, {direction}: {result.effect[0, best]:.3f} at {result.tokens[best]!r}")
+
+# %% [markdown]
+# ## Causal tracing
+#
+# Without a second prompt: the embeddings of the parameter get noise (three standard deviations of the embedding matrix),
+# and one site at a time gets its clean value back. Effects are means over draws of the noise, with intervals.
+
+# %%
+traced = trace(model, clean, subject=", b", answer=" b", draws=10, seed=0)
+print(traced)
+effects = traced.to_frame()
+for site, rows in effects.groupby("site", sort=False):
+    top = rows.loc[rows["effect"].idxmax()].dropna()
+    where = ", ".join(f"{name} {int(top[name])}" for name in ("layer", "pos", "expert", "size") if name in top)
+    print(f"{site:9s} {top['effect']:.3f} [{top['low']:.3f}, {top['high']:.3f}]  {where}")
+target = Path(tempfile.mkdtemp()) / "trace.html"
+trace_map(traced).write_html(target)
+print("saved", target.name)
