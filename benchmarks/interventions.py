@@ -1,6 +1,6 @@
 """What interventions cost, as ratios to a plain forward pass.
 
-python -m benchmarks.interventions [--rounds 9] [--threads 2] [--device cpu]
+python -m benchmarks.interventions [--rounds 9] [--sweeps 3] [--threads 2] [--device cpu]
 
 4 × 128 tokens through the embedded model and through a random DeepSeekMoE of 70 M parameters (that of forward.py). All
 variants run in turn in one process, round after round; a ratio is the median of the rounds' ratios to the plain pass of
@@ -16,10 +16,13 @@ from typing import Any
 import torch
 
 from benchmarks.forward import SHAPE
-from moe_lens import HookedMoE
+from moe_lens import HookedMoE, names
+from moe_lens.interventions import Loss, expert_attribution
 from moe_lens.model.deepseek import DeepseekConfig, DeepseekForCausalLM
 
 PLAIN = "HookedMoE, no hooks"
+PAIRS = 16
+"""Of the naive knock-outs, how many are timed at a time."""
 
 
 def variants(model: HookedMoE, tokens: torch.Tensor) -> dict[str, Callable[[], Any]]:
@@ -49,7 +52,32 @@ def variants(model: HookedMoE, tokens: torch.Tensor) -> dict[str, Callable[[], A
         "ablate one expert, reroute": inside(model.ablate({layer: [busiest]}, how="reroute")),
         **{f"keep_top({k})": inside(model.keep_top(k)) for k in (0, 1, 2, model.top_k - 1)},
         "force_routing, all layers": inside(model.force_routing(model.routing(tokens))),
+        "attribution of all pairs, gradient": lambda: expert_attribution(model, tokens, Loss(tokens)),
+        "attribution of all pairs, direct": lambda: expert_attribution(model, tokens, Loss(tokens), method="direct"),
     }
+
+
+def knockouts(model: HookedMoE, tokens: torch.Tensor, rounds: int, device: str) -> tuple[int, float, float, float]:
+    """Exact knock-out of all pairs of layer and expert: how many, seconds, seconds one by one, and their ratio.
+
+    One by one is a full forward pass with a hook, and the loss, for each pair; `PAIRS` of them are timed in each round.
+    """
+    pairs = [(layer, expert) for layer in model.moe_layers for expert in range(model.n_experts)]
+    indices, loss = model.routing(tokens), Loss(tokens)
+
+    def one(layer: int, expert: int) -> torch.Tensor:
+        others = (indices.layer(layer).indices != expert)[..., None]
+        hook: Any = (names.mlp(names.EXPERT_WEIGHTED, layer), lambda weighted, hook: weighted * others)  # noqa: ARG005
+        return loss(model.run_with_hooks(tokens, fwd_hooks=[hook], use_cache=False))
+
+    def some() -> None:
+        for layer, expert in pairs[:: len(pairs) // PAIRS][:PAIRS]:
+            one(layer, expert)
+
+    runs = {"naive": some, "sweep": lambda: expert_attribution(model, tokens, loss, method="knockout")}
+    times = measure(runs, rounds, device)
+    naive, ratio = times["naive"][0] * len(pairs) / PAIRS, len(pairs) / PAIRS / times["sweep"][1]
+    return len(pairs), times["sweep"][0], naive, ratio
 
 
 def measure(runs: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, tuple[float, float]]:
@@ -85,6 +113,7 @@ def main() -> None:
     """Print a table for each model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--sweeps", type=int, default=3, help="rounds of exact knock-outs of all experts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
@@ -96,6 +125,9 @@ def main() -> None:
         with torch.no_grad():
             for variant, (median, ratio) in measure(variants(model, tokens), args.rounds, args.device).items():
                 print(f"  {variant:40s} {1000 * median:8.1f} ms  {ratio:5.3f} ×")
+            count, sweep, naive, ratio = knockouts(model, tokens, args.sweeps, args.device)
+        told = f"{sweep:.1f} s; a forward pass for each: {naive:.1f} s, {ratio:.1f} × as long"
+        print(f"  exact knock-out of all {count} pairs: {told} ({args.sweeps} rounds)")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -74,11 +73,15 @@ class Knockouts:
             knockout: what is taken out.
             direct: take it out of the stream that leaves the last block, which no layer reads, not of its own layer.
         """
-        parts, changed = self.slots.contributions[knockout.layer], self.mask(knockout).any(-1)
+        parts, taken = self.slots.contributions[knockout.layer], self.mask(knockout)
+        batch, pos, slot = taken.nonzero().unbind(-1)  # one slot of a token at most
 
         def delta(items: Int[Tensor, " items"]) -> Float[Tensor, "items pos d_model"]:
-            return -einsum(parts[items], self.mask(knockout)[items].to(parts), "b p k d, b p k -> b p d")
+            whole = parts.new_zeros(self.run.batch, self.run.pos, parts.shape[-1])
+            whole[batch, pos] = -parts[batch, pos, slot]
+            return whole[items]
 
+        changed = taken.any(-1)
         if not direct:
             return self.run.adding(knockout.layer, delta, changed)
         last = self.model.cfg.n_layers
