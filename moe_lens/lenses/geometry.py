@@ -66,7 +66,7 @@ def router_geometry(
 
     Raises:
         HookError: A dense layer.
-        InputError: The corpus holds no token, or something else than text.
+        InputError: The corpus holds no token, or something else than text; or no norm stands before the experts.
     """
     if layer not in model.moe_layers:
         raise HookError(f"layer {layer} has no router; the layers with experts are {list(model.moe_layers)}")
@@ -85,7 +85,11 @@ def router_geometry(
 def _attraction(model: Any, layer: int, centred: Tensor, top: int) -> tuple[Tensor, Tensor]:
     """Tokens whose embedding, alone and normed as the layer norms its stream, gives an expert the largest logits."""
     embedding = model.original_model.get_input_embeddings().weight.detach()
-    norm, place = model.blocks[layer].ln2, centred.device
+    norm, place = getattr(model.blocks[layer], "ln2", None), centred.device
+    if norm is None:
+        raise InputError(
+            f"layer {layer} has no norm of its own before its experts: embeddings cannot be read through it"
+        )
     best, which = torch.full((2, len(centred), 0), 0.0, device=place)
     which = which.long()
     for start in range(0, len(embedding), _CHUNK):

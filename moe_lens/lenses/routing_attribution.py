@@ -58,7 +58,13 @@ class RouterAttrs:
 
 
 def router_attrs_hooks(model: Any, layer: int, *, heads: bool = True) -> list[str]:
-    """The names that a cache must hold for `router_attrs` at a layer: everything that writes before its experts."""
+    """The names that a cache must hold for `router_attrs` at a layer: everything that writes before its experts.
+
+    Raises:
+        HookError: The layer is dense, or the family has no such hooks.
+    """
+    if layer not in model.moe_layers:
+        raise HookError(f"layer {layer} has no router; the layers with experts are {list(model.moe_layers)}")
     wanted = [names.block(names.RESID_PRE, 0)]
     for before in range(layer + 1):
         wanted.append(names.block(names.ATTN_OUT, before))
@@ -71,7 +77,13 @@ def router_attrs_hooks(model: Any, layer: int, *, heads: bool = True) -> list[st
         wanted += [names.mlp(name, before) for name in (names.EXPERT_WEIGHTED, names.EXPERT_INDICES)]
         wanted.append(names.mlp(names.ROUTING_WEIGHTS, before))
         wanted += [names.mlp(names.SHARED_OUT, before)] if model.has_shared(before) else []
-    return [*wanted, _scale(layer), names.mlp(names.ROUTER_LOGITS, layer)]
+    wanted += [_scale(layer), names.mlp(names.ROUTER_LOGITS, layer)]
+    absent = [name for name in wanted if model.get_hook_point(name) is None]
+    if absent and all(name.endswith("attn.hook_z") for name in absent):
+        raise HookError("the attention of this family has no hooks for its heads; pass heads=False to keep it whole")
+    if absent:
+        raise HookError(f"what this family's routers read cannot be taken apart: it has no hooks {absent}")
+    return wanted
 
 
 @torch.no_grad()
@@ -90,18 +102,18 @@ def router_attrs(cache: Any, layer: int, *, by: Literal["rank", "expert"] = "ran
             one component a layer, as it has to be where a family's attention does not end in one output matrix.
 
     Raises:
-        HookError: The cache lacks something (the message names it), or the layer is dense.
+        HookError: The cache lacks something (the message names it), the layer is dense, or the family lacks the hooks.
         InputError: The family's attention cannot be taken apart, or its router is not linear in the normed stream.
     """
     if by not in ("rank", "expert"):
         raise InputError(f"by is {by!r}; expected 'rank' or 'expert'")
     model = cache.model
-    if layer not in model.moe_layers:
-        raise HookError(f"layer {layer} has no router; the layers with experts are {list(model.moe_layers)}")
     missing = [name for name in router_attrs_hooks(model, layer, heads=heads) if name not in cache]
     if missing:
         raise HookError(f"the cache lacks {missing}; router_attrs_hooks(model, {layer}) lists what to cache")
     logits = cache[names.mlp(names.ROUTER_LOGITS, layer)]
+    if len(model.W_router[layer]) != logits.shape[-1]:
+        raise InputError(f"{len(model.W_router[layer])} router rows make {logits.shape[-1]} logits: not one for each")
     labels: list[str] = []
     values: list[Tensor] = []
     for part, stack in _components(cache, layer, heads):

@@ -182,7 +182,10 @@ def writes(model: Any, directions: Float[Tensor, "direction d_model"], top: int)
     """What each direction promotes and suppresses."""
     lens, device = LogitLens(model), model.W_U.device
     zero = torch.zeros_like(directions[:1]).to(device, model.W_U.dtype)
-    nothing = lens.unembed(zero).float()  # the biases of norm and unembedding, where a family has them
+    try:
+        nothing = lens.unembed(zero).float()  # the biases of norm and unembedding, where a family has them
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"this family's final norm does not read one stream of width d_model: {error}") from error
     for part in directions.split(max(1, _CHUNK // model.cfg.d_vocab)):
         # Of root mean square 1, so that the norm's epsilon does not count for more where a direction is short.
         unit = part / part.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)

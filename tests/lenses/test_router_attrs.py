@@ -127,6 +127,19 @@ def test_bad_input_is_named(model):
         router_attrs(cache, 2, by="head", heads=False)  # pyright: ignore[reportArgumentType]
 
 
+def test_families_without_the_hooks_are_told_what_is_left():
+    from tests.matrix.configs import build as build_any
+
+    glm = HookedMoE.from_hf(build_any("glm4_moe"), check=False)
+    with pytest.raises(HookError, match="no hooks for its heads; pass heads=False"):
+        router_attrs_hooks(glm, glm.moe_layers[-1])
+    whole = router_attrs(cached(glm, glm.moe_layers[-1], heads=False), glm.moe_layers[-1], heads=False)
+    assert torch.allclose(whole.values.sum(0), whole.logits, atol=2e-5, rtol=0)
+    several_streams = HookedMoE.from_hf(build_any("deepseek_v4"), check=False)
+    with pytest.raises(HookError, match="cannot be taken apart: it has no hooks"):
+        router_attrs_hooks(several_streams, several_streams.moe_layers[-1], heads=False)
+
+
 def test_an_edited_run_is_noticed(model):
     double = [(names.block(names.RESID_PRE, 1), lambda value, hook: value * 2)]
     with torch.no_grad(), model.hooks(fwd_hooks=double):
