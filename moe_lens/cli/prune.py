@@ -24,9 +24,11 @@ class Scoring(StrEnum):
     """How experts are scored; see `moe_lens.pruning.METHODS`."""
 
     frequency = "frequency"
-    weight = "weight"
+    summed_weight = "summed_weight"
     ean = "ean"
+    weighted_ean = "weighted_ean"
     reap = "reap"
+    naee = "naee"
     gradient = "gradient"
     knockout = "knockout"
     random = "random"
@@ -79,8 +81,9 @@ def prune(
     number of experts kept for several methods, with intervals, memory and speed. Weights are written as
     they are stored.
 
-    Methods: frequency, weight, ean, reap (routing and outputs); gradient, knockout (the loss; knockout runs the model
-    once for each expert); selected (0 for experts that no token chose); random, the control.
+    Methods: frequency, summed_weight, ean, weighted_ean, reap (routing and outputs); naee (the layer's output);
+    gradient, knockout (the loss); selected (0 for experts that no token chose); random, the control. knockout and naee
+    run the model, or its layers, once for each expert.
 
     Example: moe-lens prune --domain french --domain code --keep 0.5 --specialist french --out french-half
     """

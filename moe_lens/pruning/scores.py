@@ -12,13 +12,17 @@ from torch import Tensor
 from moe_lens.errors import InputError
 from moe_lens.storage import load_tensors, save_tensors
 
-Method = Literal["frequency", "weight", "ean", "reap", "gradient", "knockout", "random", "selected"]
+Method = Literal[
+    "frequency", "summed_weight", "ean", "weighted_ean", "reap", "naee", "gradient", "knockout", "random", "selected"
+]
 
 METHODS: dict[str, str] = {
     "frequency": "share of tokens whose selected set contains the expert",
-    "weight": "sum of its routing weights, by token",
-    "ean": "sum over its tokens of ‖E(x)‖, by token: expert activation norm",
+    "summed_weight": "sum of its routing weights over tokens, divided by their number",
+    "ean": "sum over its tokens of ‖E(x)‖, divided by the number of all: expert activation norm",
+    "weighted_ean": "sum over its tokens of g ‖E(x)‖, divided by the number of all",
     "reap": "mean over its tokens of g ‖E(x)‖ (REAP, arXiv 2510.13999)",
+    "naee": "mean over tokens of ‖F(x) − F₋ₑ(x)‖², F the layer, F₋ₑ without the expert (NAEE, arXiv 2402.14800)",
     "gradient": "loss that removing its contribution would add, by first order: −Σ ∂L/∂(gE) · gE, nats a token",
     "knockout": "loss that removing its contribution adds, measured: one run for each expert, nats a token",
     "random": "uniform in [0, 1), the control",

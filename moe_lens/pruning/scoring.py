@@ -8,16 +8,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moe_lens import names
-from moe_lens.data import TokenBatch, Tokens
+from moe_lens.data import Tokens
 from moe_lens.errors import InputError
 from moe_lens.interventions import Loss, expert_attribution
 from moe_lens.model.hook_cache import identity
+from moe_lens.pruning.reconstruction import reconstruction_error
 from moe_lens.pruning.scores import Method, Scores
-from moe_lens.studies.running import each_layer, input_device, losses, nothing, predicted
+from moe_lens.stats import ImportanceResult, ImportanceStats
+from moe_lens.studies.running import input_device, losses, nothing, predicted
 
 _BY_LOSS: tuple[Method, ...] = ("gradient", "knockout")
 """Methods that are about the loss; the others are about routing and outputs."""
+_SUMS: tuple[Method, ...] = ("summed_weight", "ean", "weighted_ean")
+"""Scores that are sums over tokens: divided by their number, so that domains of any size count the same."""
 
 
 def score(
@@ -50,6 +53,8 @@ def score(
     for tokens in domains:
         if method == "random":
             values.append(torch.rand(len(model.moe_layers), model.n_experts, generator=generator, dtype=torch.float64))
+        elif method == "naee":
+            values.append(reconstruction_error(model, tokens, on_batch))
         elif method in _BY_LOSS:
             values.append(_added_loss(model, tokens, method, on_batch))
         else:
@@ -97,30 +102,33 @@ def _added_loss(
     return total / count
 
 
+def importance(model: Any, tokens: Tokens, on_batch: Callable[[], None] = nothing) -> ImportanceResult:
+    """What scores from routing and outputs are made of, on one domain."""
+    stats = ImportanceStats(model.moe_layers, model.n_experts)
+    for batch in tokens:
+        losses(model, batch, stats.hooks(model, batch.counted))
+        on_batch()
+    return stats.result()
+
+
 def _usage(
     model: Any, tokens: Tokens, method: Method, on_batch: Callable[[], None]
 ) -> Float[Tensor, "layer n_experts"]:
     """Scores from which experts were chosen, with what weights, and how large their outputs were."""
-    size = len(model.moe_layers), model.n_experts
-    count, total = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
-    wanted = [names.EXPERT_INDICES, names.ROUTING_WEIGHTS]
-    wanted += [names.EXPERT_OUT] if method in ("ean", "reap") else []
-
-    def update(layer: int, of: dict[str, Tensor], batch: TokenBatch) -> None:
-        at = model.moe_layers.index(layer)
-        counted = batch.counted.to(of[names.EXPERT_INDICES].device)
-        indices = of[names.EXPERT_INDICES][counted].flatten().cpu()
-        each = torch.ones(len(indices), dtype=torch.float64)
-        if method in ("weight", "reap"):
-            each = of[names.ROUTING_WEIGHTS][counted].flatten().double().cpu()
-        if method in ("ean", "reap"):
-            each = each * of[names.EXPERT_OUT][counted].double().norm(dim=-1).flatten().cpu()
-        count[at].index_add_(0, indices, torch.ones_like(each))
-        total[at].index_add_(0, indices, each)
-
-    for batch in tokens:
-        losses(model, batch, each_layer(model, wanted, lambda layer, of, batch=batch: update(layer, of, batch)))
-        on_batch()
+    found = importance(model, tokens, on_batch)
     if method == "selected":
-        return (count > 0).double()
-    return total / count.clamp(min=1) if method == "reap" else total / tokens.n_tokens
+        return (found.routed > 0).double()
+    return found.score(method).double() / (found.n_tokens if method in _SUMS else 1)
+
+
+def super_experts(model: Any, domains: Sequence[Tokens]) -> list[tuple[int, int]]:
+    """(layer, expert) of experts with extreme activations, in any of the domains, for `plan(…, protect=…)`.
+
+    The rule is that of arXiv 2507.23279, without its restriction to the layers that form massive activations; see
+    `moe_lens.stats.ImportanceResult.super_experts`.
+    """
+    found: set[tuple[int, int]] = set()
+    for tokens in domains:
+        places = importance(model, tokens).super_experts().nonzero().tolist()
+        found |= {(model.moe_layers[row], expert) for row, expert in places}
+    return sorted(found)

@@ -1,0 +1,192 @@
+from typing import Any
+
+import pytest
+import torch
+
+from moe_lens import HookedMoE, names
+from moe_lens.data import TokenBatch, Tokens
+from moe_lens.errors import InputError
+from moe_lens.pruning import METHODS, score
+from moe_lens.pruning.scoring import fingerprint
+from tests.families import build, tokens
+
+
+def texts(seed=1, batch=3, pos=12, padded=4, name="a"):
+    """Two batches; the last row of each ends in padding, and the first token of a row is not counted."""
+    batches = []
+    for i in range(2):
+        ids = tokens(batch, pos, seed=seed + i)
+        mask = torch.ones(batch, pos, dtype=torch.bool)
+        mask[-1, pos - padded :] = False
+        counted = mask.clone()
+        counted[:, 0] = False
+        batches.append(TokenBatch(ids, mask, counted, tuple(f"{name}{i}{row}" for row in range(batch)), ()))
+    return Tokens(name, tuple(batches))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return HookedMoE.from_hf(build("qwen2_moe"), check=False)
+
+
+def by_loops(model, of):
+    """REAP (arXiv 2510.13999, eq. 9), EAN, frequency and summed weight, token by token from their definitions."""
+    kept = (names.EXPERT_INDICES, names.ROUTING_WEIGHTS, names.EXPERT_OUT)
+    size = len(model.moe_layers), model.n_experts
+    g_norm, norm, weight, count = (torch.zeros(size, dtype=torch.float64) for _ in range(4))
+    n = 0
+    for batch in of:
+        _, cache = model.run_with_cache(
+            batch.tokens, names_filter=lambda name: name.endswith(kept), attention_mask=batch.mask.long()
+        )
+        for i, j in batch.counted.nonzero().tolist():
+            n += 1
+            for row, layer in enumerate(model.moe_layers):
+                for rank in range(model.top_k):
+                    expert = int(cache["expert_indices", layer][i, j, rank])
+                    g = float(cache["routing_weights", layer][i, j, rank])
+                    length = float(cache["expert_out", layer][i, j, rank].double().norm())
+                    g_norm[row, expert] += g * length
+                    norm[row, expert] += length
+                    weight[row, expert] += g
+                    count[row, expert] += 1
+    return {
+        "frequency": count / n,
+        "summed_weight": weight / n,
+        "ean": norm / n,
+        "weighted_ean": g_norm / n,
+        "reap": g_norm / count.clamp(min=1),
+        "selected": (count > 0).double(),
+    }
+
+
+def test_scores_of_routing_and_outputs_are_their_definitions(model):
+    of = texts()
+    expected = by_loops(model, of)
+    for method, values in expected.items():
+        found = score(model, [of], method)
+        assert torch.allclose(found.values[0], values, rtol=1e-5, atol=1e-7), method
+    assert not torch.allclose(
+        expected["reap"] / expected["reap"].sum(), expected["ean"] / expected["ean"].sum(), rtol=0.05
+    )
+
+
+def without(moe, x, gone):
+    """Qwen2-MoE's routed experts from their parameters: softmax over all but one, the k largest, not normalised."""
+    logits = x @ moe.gate.weight.T
+    logits[:, gone] = -torch.inf
+    weights, chosen = logits.softmax(-1).topk(3)
+    out = torch.zeros_like(x)
+    for token in range(len(x)):
+        for weight, expert in zip(weights[token], chosen[token], strict=True):
+            activated, linear = (moe.experts.gate_up_proj[expert] @ x[token]).chunk(2)
+            out[token] += weight * (moe.experts.down_proj[expert] @ (torch.nn.functional.silu(activated) * linear))
+    return out
+
+
+@torch.no_grad()
+def test_naee_is_how_far_a_layer_moves_without_an_expert(model):
+    """‖F(x) − F₋ₑ(x)‖² from the parameters; the shared expert is in both, and cancels."""
+    of = texts()
+    found = score(model, [of], "naee").values[0]
+    layer, moe = model.moe_layers[1], model._moe(model.moe_layers[1])
+    for expert in (0, 5):
+        total, n = 0.0, 0
+        for batch in of:
+            _, cache = model.run_with_cache(
+                batch.tokens, names_filter=lambda name: name.endswith("mlp.hook_in"), attention_mask=batch.mask.long()
+            )
+            x = cache[names.mlp(names.MLP_IN, layer)][batch.counted]
+            total += float((without(moe, x, []) - without(moe, x, [expert])).double().square().sum())
+            n += len(x)
+        assert found[1, expert].item() == pytest.approx(total / n, rel=1e-4)
+    assert found[1, 0] != found[1, 5]
+
+
+@torch.no_grad()
+def nats(model, of, hooks):
+    total, n = 0.0, 0
+    for batch in of:
+        logits = model.run_with_hooks(batch.tokens, fwd_hooks=hooks, attention_mask=batch.mask.long()).double()
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="none"
+        )
+        read = batch.mask[:, 1:].flatten()
+        total, n = total + float(loss[read].sum()), n + int(read.sum())
+    return total / n
+
+
+def test_knock_out_is_the_loss_without_the_expert(model):
+    of = texts()
+    found = score(model, [of], "knockout").values[0]
+    whole = nats(model, of, [])
+    for row, expert in ((0, 1), (0, 6), (1, 3)):
+        layer = model.moe_layers[row]
+        without = nats(model, of, model.ablate({layer: [expert]}).fwd_hooks)
+        assert found[row, expert].item() == pytest.approx(without - whole, abs=2e-6)
+    assert found.abs().max() > 1e-3
+
+
+def test_gradient_is_its_first_order():
+    """One expert's contribution scaled by 1 ∓ ε: the change of the loss over 2 ε; DeepSeek keeps float64."""
+    of = texts()
+    double = HookedMoE.from_hf(build("deepseek", torch.float64), check=False)
+    found = score(double, [of], "gradient").values[0]
+    layer, expert, eps = double.moe_layers[0], 2, 1e-5
+
+    def scaled(factor):
+        def hook(weighted, hook):
+            chosen = double.experts_in_slots(layer) == expert
+            return torch.where(chosen[..., None], weighted * factor, weighted)
+
+        return nats(double, of, [(names.mlp(names.EXPERT_WEIGHTED, layer), hook)])
+
+    slope = (scaled(1 - eps) - scaled(1 + eps)) / (2 * eps)
+    assert found[0, expert].item() == pytest.approx(slope, rel=1e-6)
+    assert abs(slope) > 1e-4
+
+
+def test_random_scores_follow_the_seed_and_domains_differ(model):
+    a, b = (score(model, [texts(), texts(9, name="b")], "random", seed=seed) for seed in (0, 1))
+    again = score(model, [texts(), texts(9, name="b")], "random", seed=0)
+    assert torch.equal(a.values, again.values) and not torch.equal(a.values, b.values)
+    assert not torch.equal(a.values[0], a.values[1])
+    assert a.domains == ("a", "b") and a.tokens == (58, 58)
+
+
+def test_calibration_data_has_a_fingerprint():
+    assert fingerprint([texts()]) == fingerprint([texts()])
+    assert fingerprint([texts()]) != fingerprint([texts(2)])
+    assert fingerprint([texts()]) != fingerprint([texts(name="b")])
+    longer = texts(padded=3)
+    assert fingerprint([texts()]) != fingerprint([longer])
+
+
+def test_too_little_text_and_unknown_methods_are_refused(model):
+    with pytest.raises(InputError, match="domain 'a' has 6 tokens, fewer than the 8 experts"):
+        score(model, [texts(batch=1, pos=5, padded=1)], "reap")
+    with pytest.raises(InputError, match="no texts to score experts on"):
+        score(model, [], "reap")
+
+
+@pytest.mark.untyped
+def test_unknown_methods_are_refused(model):
+    method: Any = "magic"
+    with pytest.raises(InputError, match="method is 'magic'; expected one of frequency, summed_weight, "):
+        score(model, [texts()], method)
+    assert len(METHODS) == 10
+
+
+def test_super_experts_can_be_protected(model):
+    from moe_lens.pruning import plan, super_experts
+
+    experts = model._moe(1).experts
+    before = experts.down_proj.data[5].clone()
+    experts.down_proj.data[5] *= 50
+    try:
+        assert super_experts(model, [texts()]) == [(1, 5)]
+    finally:
+        experts.down_proj.data[5] = before
+    worst = int(score(model, [texts()], "random").values.mean(0).argsort(dim=-1)[0, 0])
+    made = plan(score(model, [texts()], "random"), 0.5, protect=[(1, worst)])
+    assert worst in made.of(1) and worst not in plan(score(model, [texts()], "random"), 0.5).of(1)
