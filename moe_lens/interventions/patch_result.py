@@ -37,8 +37,8 @@ class PatchResult:
     """Of the base, as text, if there is one pair and a tokenizer."""
 
     def __repr__(self) -> str:
-        sizes = ", ".join(f"{len(at)} {name}s" for name, at in self.axes.items())
-        return f"PatchResult({self.site}, {self.direction}, {self.metric}: {sizes}; {self.n} pairs)"
+        sizes = " × ".join(f"{len(at)} {name}" for name, at in self.axes.items())
+        return f"PatchResult({self.site}, {self.direction}, {self.metric}: {sizes}, n = {self.n})"
 
     @property
     def effect(self) -> Float[Tensor, "..."]:

@@ -303,7 +303,7 @@ def test_results_go_to_frames_and_files(tmp_path: Path):
     loaded = PatchResult.load(tmp_path / "patch.safetensors")
     assert torch.equal(loaded.values, result.values)
     assert {**vars(loaded), "values": 0} == {**vars(result), "values": 0}
-    assert repr(loaded) == "PatchResult(expert_weighted, denoising, LogitDifference: 2 layers, 8 experts; 2 pairs)"
+    assert repr(loaded) == "PatchResult(expert_weighted, denoising, LogitDifference: 2 layer × 8 expert, n = 2)"
     (tmp_path / "other").write_bytes(b"nothing")
     with pytest.raises(InputError, match="cannot be read"):
         PatchResult.load(tmp_path / "other")
