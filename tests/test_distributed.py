@@ -49,10 +49,11 @@ def process(rank: int, world: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.slow
+# Forked, because importing everything anew in each process takes longer than the test.
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_together_count_what_one_counts(world, tmp_path):
-    mp.start_processes(process, (world, str(tmp_path)), nprocs=world, start_method="spawn")
+    mp.start_processes(process, (world, str(tmp_path)), nprocs=world, start_method="fork")
     alone = {name: counted(name, 0, 1).result() for name in KINDS}
     for rank in range(world):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
