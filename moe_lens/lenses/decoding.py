@@ -96,33 +96,46 @@ class Decoding:
         last = names.block(names.RESID_POST, self.model.cfg.n_layers - 1)
         final = Distribution.of(self._wide(self.lens.unembed(self._placed(self.cache[last][at]))))
         for i, layer in enumerate(self.layers):
-            whole = {ENSEMBLE: self._logits(layer, ENSEMBLE, at)}
-            alone = layer in self.dense or not self.model.has_shared(layer)
-            whole[LAYER] = whole[ENSEMBLE] if alone else self._logits(layer, LAYER, at)
-            ensemble, layer_best = Distribution.of(whole[ENSEMBLE]), whole[LAYER].argmax(-1)
-            for j, which in enumerate(self.sums):
-                if not self._has(layer, which):
-                    continue
-                rows = torch.arange(len(chunk))
-                if layer not in self.dense:
-                    picked = self.cache.picked(layer, which, at=at)
-                    rows = picked.present.cpu().nonzero().squeeze(-1)
-                    flat["expert"][i, j, chunk] = picked.expert.cpu()
-                    flat["weight"][i, j, chunk] = picked.weight.cpu().to(flat["weight"])
-                if not len(rows):
-                    continue
-                logits = whole[which] if which in whole else self._logits(layer, which, tuple(x[rows] for x in at))
-                there = rows.to(logits.device)
-                found = read(
-                    logits,
-                    final=final.of_rows(there),
-                    ensemble=ensemble.of_rows(there),
-                    layer_best=layer_best[there],
-                    targets=targets[rows].to(there.device),
-                    top=top,
-                )
-                for name, value in found.items():
-                    flat[name][i, j, chunk[rows]] = value.to(flat[name])
+            cells = {name: value[i] for name, value in flat.items()}
+            self._read_layer(layer, chunk, at, final, cells, targets, top)
+
+    def _read_layer(
+        self,
+        layer: int,
+        chunk: Tensor,
+        at: tuple[Tensor, ...],
+        final: Distribution,
+        cells: dict[str, Tensor],
+        targets: Tensor,
+        top: int,
+    ) -> None:
+        """Read the sums of one layer. On return its logits are gone, before those of the next are made."""
+        whole = {ENSEMBLE: self._logits(layer, ENSEMBLE, at)}
+        alone = layer in self.dense or not self.model.has_shared(layer)
+        whole[LAYER] = whole[ENSEMBLE] if alone else self._logits(layer, LAYER, at)
+        ensemble, layer_best = Distribution.of(whole[ENSEMBLE]), whole[LAYER].argmax(-1)
+        for j, which in enumerate(self.sums):
+            if not self._has(layer, which):
+                continue
+            rows = torch.arange(len(chunk))
+            if layer not in self.dense:
+                picked = self.cache.picked(layer, which, at=at)
+                rows = picked.present.cpu().nonzero().squeeze(-1)
+                cells["expert"][j, chunk] = picked.expert.cpu()
+                cells["weight"][j, chunk] = picked.weight.cpu().to(cells["weight"])
+            if not len(rows):
+                continue
+            there = rows.to(layer_best.device)
+            found = read(
+                whole[which] if which in whole else self._logits(layer, which, tuple(axis[rows] for axis in at)),
+                final=final.of_rows(there),
+                ensemble=ensemble.of_rows(there),
+                layer_best=layer_best[there],
+                targets=targets[rows].to(there.device),
+                top=top,
+            )
+            for name, value in found.items():
+                cells[name][j, chunk[rows]] = value.to(cells[name])
 
     def _logits(self, layer: int, which: PartialSum, at: tuple[Tensor, ...]) -> Tensor:
         resid = self.cache.partial_sum(layer, which, at=at).values

@@ -174,7 +174,8 @@ def test_what_follows_is_known_whatever_is_kept_of_a_cache():
     assert row.remove_batch_dim().following is not None and torch.equal(row.following, expected[1])
     assert kept.to("cpu", torch.bfloat16).following is not None and torch.equal(kept.following, expected)
     with torch.no_grad():
-        embedded = case.model.original_model.get_input_embeddings()(tokens)
+        hf: Any = case.model.original_model
+        embedded = hf.get_input_embeddings()(tokens)
         assert (
             case.model.run_with_cache(embedded, names_filter=[name])[1].following is None
         )  # no tokens, so none follow
