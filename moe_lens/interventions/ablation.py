@@ -1,6 +1,6 @@
 """Ablation: an expert's contribution removed, replaced, or re-routed; and only the top experts kept."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,7 +20,7 @@ from moe_lens.selection import Experts, Selection, Where
 How = Literal["zero", "mean", "resample", "reroute"]
 By = Literal["weight", "random", "last"]
 Fallback = Literal["error", "mean"]
-Reference = ExpertMeans | MoECache | Path | str | list[str] | Tensor
+Reference = ExpertMeans | MoECache | Path | str | Sequence[str | Tensor] | Tensor
 """Means, a cache, the file of saved means, a text, texts, or tokens."""
 Chooser = Callable[[], Bool[Tensor, "batch pos top_k"]]
 

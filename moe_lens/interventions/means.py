@@ -99,13 +99,13 @@ class ExpertMeans:
     @classmethod
     @torch.no_grad()
     def measure(
-        cls, model: HookedModel, input: str | list[str] | Tensor, *, layers: Iterable[int] | None = None
+        cls, model: HookedModel, input: str | Sequence[str | Tensor] | Tensor, *, layers: Iterable[int] | None = None
     ) -> "ExpertMeans":
         """Run a model over reference texts or tokens, text by text, and keep the means alone.
 
         Args:
             model: A `HookedMoE`.
-            input: A text, texts, or tokens [batch, pos] without padding.
+            input: A text, texts, tokens [batch, pos] without padding, or tokens of one text after another.
             layers: Which; all that have experts if not given.
         """
         wanted = model.moe_layers if layers is None else tuple(layers)
