@@ -20,8 +20,8 @@ import plotly.express as px
 import torch
 
 from moe_lens import HookedMoE
-from moe_lens.data import embedded_domains, tokenize
-from moe_lens.interventions import ExpertMeans
+from moe_lens.data import TokenBatch, embedded_domains, tokenize
+from moe_lens.interventions import ExpertMeans, Intervention
 
 torch.manual_seed(0)
 model = HookedMoE.from_pretrained("tiny-deepseekmoe", dtype=torch.float32)
@@ -38,7 +38,7 @@ measured_on = {name: [batch for batch in batches][1::2] for name, batches in tex
 
 
 @torch.no_grad()
-def loss(batches, *interventions) -> float:
+def loss(batches: list[TokenBatch], *interventions: Intervention) -> float:
     """Mean nats a token of text, with the interventions in force."""
     nats, count = 0.0, 0
     for batch in batches:
@@ -61,7 +61,7 @@ print({name: round(value, 3) for name, value in plain.items()})
 
 
 # %%
-def shares(batches) -> torch.Tensor:
+def shares(batches: list[TokenBatch]) -> torch.Tensor:
     """Share of the counted tokens that choose each expert [layer, expert]."""
     counts, tokens = torch.zeros(len(model.moe_layers), model.n_experts), 0
     for batch in batches:
@@ -79,8 +79,8 @@ french = {layer: experts.tolist() for layer, experts in zip(model.moe_layers, to
 print(french)
 
 # %% [markdown]
-# As a control, in each layer three other experts, nearest to those in how often French text chooses them. They carry as many
-# tokens, but not French ones more than others.
+# As a control, in each layer three other experts, nearest to those in how often French text chooses them: of general use,
+# where the French ones are not.
 
 # %%
 control = {}
@@ -126,9 +126,9 @@ for row in rows:
 figure = px.bar(rows, x="domain", y="nats", color="who", facet_col="how", barmode="group", height=340)
 figure.update_layout(template="plotly_white", yaxis_title="loss added, nats a token")
 target = Path(tempfile.mkdtemp()) / "ablation.html"
-figure.write_html(target)
-print(target.name, target.stat().st_size > 10_000)
-figure.show(renderer="plotly_mimetype")
+figure.write_html(target, include_plotlyjs="cdn")
+print("saved", target.name)
+figure
 
 # %% [markdown]
 # ## How many experts does a token need?
