@@ -63,6 +63,7 @@ def by_loops(model, of):
 def test_scores_of_routing_and_outputs_are_their_definitions(model):
     of = texts()
     expected = by_loops(model, of)
+    method: Any
     for method, values in expected.items():
         found = score(model, [of], method)
         assert torch.allclose(found.values[0], values, rtol=1e-5, atol=1e-7), method

@@ -1,0 +1,71 @@
+import json
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from moe_lens.cli import main
+from moe_lens.pruning import Plan, Scores, speed
+
+
+def domain(path, sources, text):
+    lines = [json.dumps({"text": f"{text} {i} {text}", "source": f"s{i}"}) for i in range(sources)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def texts(tmp_path):
+    prose = domain(tmp_path / "prose.jsonl", 12, "The house stood on a hill above the river, and nobody lived there.")
+    code = domain(tmp_path / "code.jsonl", 12, "def add(first, second):\n    return first + second\n")
+    return ["--domain", f"prose={prose}", "--domain", f"code={code}", "--tokens", "900"]
+
+
+@pytest.mark.slow
+def test_a_smaller_model_its_report_and_its_numbers_are_written(texts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(speed, "ROUNDS", 1)
+    out = tmp_path / "out"
+    arguments = ["prune", *texts, "--keep", "0.5", "--method", "frequency", "--against", "random"]
+    assert main([*arguments, "--specialist", "code", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.strip() == str((out / "report.html").resolve())
+    assert {path.name for path in out.iterdir()} == {
+        "model", "report.html", "frontier.parquet", "frontier.safetensors", "size.parquet", "speed.parquet",
+        "scores.safetensors", "plan.safetensors",
+    }  # fmt: skip
+    assert json.loads((out / "model" / "config.json").read_text())["n_routed_experts"] == 32
+    assert Plan.load(out / "plan.safetensors").method == "frequency on code"
+    assert Scores.load(out / "scores.safetensors").domains == ("prose", "code")
+    frame = pd.read_parquet(out / "frontier.parquet")
+    assert set(frame["method"]) == {"all experts", "frequency", "random"} and frame["ratio_low"].notna().all()
+    size = pd.read_parquet(out / "size.parquet").set_index("model")
+    assert size.loc["pruned", "disk_bytes"] < 0.65 * size.loc["original", "disk_bytes"]
+    page = (out / "report.html").read_text()
+    assert "32 of 64 experts" in page and 'src="http' not in page
+    # in a process of its own, and for DeepSeek v1 after `import moe_lens` as the card says
+    code = (
+        "import moe_lens, torch; from transformers import AutoModelForCausalLM as A, AutoTokenizer as T;"
+        f"m = A.from_pretrained({str(out / 'model')!r}); t = T.from_pretrained({str(out / 'model')!r});"
+        "print(m.config.n_routed_experts, m(**t('A house', return_tensors='pt')).logits.isfinite().all().item())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["32", "True"]
+    assert main([*arguments, "--out", str(out)]) == 2
+    assert "is not an empty folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--keep", "0.05"], "leaves 3 experts a layer, and every token needs 6"),
+        (["--specialist", "latin"], "--specialist is 'latin'; the domains are prose, code"),
+        (["--budget", "global", "--method", "frequency"], "plan.uniform() is the plan of the same size that fits"),
+        (["--top-k", "7", "--method", "random"], "top_k is 7; expected 1 to 6"),
+        (["--method", "magic"], "'magic' is not one of"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_leaves_nothing(texts, options, message, tmp_path, capsys):
+    assert main(["prune", *texts, *options, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err.strip()
+    assert message in said and said.splitlines()[-1].startswith("moe-lens: error: ")
+    assert not (tmp_path / "out").exists()

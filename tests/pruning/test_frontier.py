@@ -1,0 +1,97 @@
+import pytest
+import torch
+
+from moe_lens import HookedMoE
+from moe_lens.data import Domain, Passage
+from moe_lens.errors import InputError
+from moe_lens.pruning import Frontier, Point, frontier, halved, plan, score
+from moe_lens.pruning.frontier import ALL
+from tests.families import build
+from tests.pruning.test_scores import nats, texts
+
+
+@pytest.fixture(scope="module")
+def model():
+    return HookedMoE.from_hf(build("olmoe"), check=False)
+
+
+@pytest.fixture(scope="module")
+def found(model):
+    halves = tuple((texts(seed, name="a"), texts(seed + 1, name="b")) for seed in (1, 11))
+    made = frontier(
+        model, halves, ["frequency", "random"], [0.5], merged=["frequency"], specialists="frequency", top_k=[1]
+    )
+    return halves, made
+
+
+def test_every_smaller_model_is_judged_where_it_was_not_calibrated(model, found):
+    (first, second), made = found
+    assert [Point(*point) for point in made.points] == [
+        Point("all experts", ALL, "dropped", 8, 3),
+        Point("frequency", ALL, "dropped", 4, 3),
+        Point("frequency", ALL, "merged", 4, 3),
+        Point("random", ALL, "dropped", 4, 3),
+        Point("frequency", "a", "dropped", 4, 3),
+        Point("frequency", "b", "dropped", 4, 3),
+        Point("all experts", ALL, "dropped", 8, 1),
+    ]
+    expected, apart = [], []
+    for seen, unseen in ((first, second), (second, first)):
+        with plan(score(model, seen, "frequency"), 0.5, domain="b").preview(model):
+            expected.append(nats(model, unseen[0], []))
+            apart.append(nats(model, seen[0], []))
+    result = made.of(Point("frequency", "b", "dropped", 4, 3), "a")
+    # rows end in padding alike, so that both halves hold as many tokens
+    assert result.loss == pytest.approx(sum(expected) / 2, abs=1e-5)
+    assert abs(sum(expected) - sum(apart)) > 1e-3
+    whole = made.of(made.points[0], "a")
+    assert whole.loss == pytest.approx((nats(model, first[0], []) + nats(model, second[0], [])) / 2, abs=1e-5)
+    assert set(result.sources) == {source for half in (first, second) for source in half[0].sources}
+
+
+def test_tables_pair_each_model_with_the_whole_one(found, tmp_path):
+    _, made = found
+    frame = made.to_frame()
+    assert len(frame) == 7 * 2
+    assert (frame[frame["share"] == 1].query("top_k == 3")["ratio"] == 1).all()
+    row = frame[(frame["method"] == "random") & (frame["domain"] == "b")].iloc[0]
+    whole = frame[(frame["share"] == 1) & (frame["top_k"] == 3) & (frame["domain"] == "b")].iloc[0]
+    assert row["ratio"] == pytest.approx(row["perplexity"] / whole["perplexity"])
+    assert frame["ratio_low"].isna().all() and (frame["sources"] == 6).all()  # six sources: too few for an interval
+    made.save(tmp_path / "frontier")
+    again = Frontier.load(tmp_path / "frontier")
+    assert again.to_frame().equals(frame)
+    with pytest.raises(InputError, match="was not measured in 'c'"):
+        again.of(made.points[0], "c")
+
+
+def test_a_domain_of_one_source_has_nothing_to_measure_on(model):
+    domain = Domain("one", (Passage("text", "book", "x:1"), Passage("more", "book", "x:2")))
+    with pytest.raises(InputError, match="domain 'one' has a single source"):
+        halved([domain], model, n_tokens=10, context=8)
+
+
+def test_the_figures_hold_the_numbers_of_the_table(found):
+    from moe_lens import viz
+
+    _, made = found
+    frame = made.to_frame()
+    figure = viz.frontier(made)
+    names = [trace.name for trace in figure.data]
+    assert names == [name for name in ("frequency", "frequency, merged", "random") for _ in range(2)]
+    shown = figure.data[4].y
+    expected = frame[(frame["method"] == "random") & (frame["domain"] == "a")]["ratio"].iloc[0]
+    assert list(shown) == [expected, 1.0]
+    heat = viz.specialists(made, 4).data[0]
+    assert list(heat.y) == [ALL, "a", "b"] and list(heat.x) == ["a", "b"]
+    special = frame[(frame["calibrated"] == "a") & (frame["domain"] == "b")]["ratio"].iloc[0]
+    assert heat.z[1][1] == special
+
+
+def test_the_whole_model_is_unchanged_afterwards(model, found):
+    state = build("olmoe").state_dict()
+    assert all(
+        torch.equal(value, state[name.replace("_original_component.", "")])
+        for name, value in model.original_model.state_dict().items()
+        if name.replace("_original_component.", "") in state
+    )
