@@ -305,7 +305,7 @@ def test_the_embedded_lens_beats_the_logit_lens_wherever_they_can_differ(embedde
     (texts,) = (found for found in embedded_domains() if found.name.lower().startswith(domain))
     held_out = [
         padded([row[m].tolist() for row, m in zip(b.tokens, b.mask, strict=True)])
-        for b in tokenize(texts, embedded, n_tokens=1500, context=256)
+        for b in tokenize(texts, embedded, n_tokens=600, context=128)
     ]
     tuned = divergences(lens, held_out)[0]
     plain = divergences(TunedLens(embedded, mid=TunedLens(embedded)), held_out)[0]
