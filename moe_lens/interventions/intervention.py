@@ -35,7 +35,7 @@ class Intervention:
     _open: list[AbstractContextManager[Any]] = field(default_factory=list, init=False)
 
     @property
-    def fwd_hooks(self) -> list[Hook]:
+    def fwd_hooks(self) -> list[tuple[str | Callable[..., Any], Callable[..., Any]]]:
         """For `run_with_hooks` and `hooks`."""
         return list(self.hooks)
 
