@@ -1,5 +1,7 @@
 """Figures from results: plotly for numbers, rich for the terminal, circuitsvis for tokens."""
 
+from moe_lens.viz.attribution import attribution_agreement as attribution_agreement
+from moe_lens.viz.attribution import attribution_map as attribution_map
 from moe_lens.viz.lens import lens_table as lens_table
 from moe_lens.viz.lens import lens_text as lens_text
 from moe_lens.viz.lens_trajectory import lens_trajectory as lens_trajectory

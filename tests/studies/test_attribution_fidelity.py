@@ -125,7 +125,7 @@ def test_sums_are_kept_by_source(model: HookedMoE) -> None:
     assert torch.equal(result.counts[1], found[1][1])
     other = EffectStats(model.moe_layers, model.n_experts).load_state_dict(stats.state_dict()).merge(stats).result()
     assert torch.equal(other.effects, 2 * result.effects)
-    frame = result.to_frame()
+    frame: Any = result.to_frame()
     assert len(frame) == int(result.active.sum())
     first = frame.iloc[0]
     expected = float(result.total("knockout")[0, int(first["expert"])]) / 25
@@ -148,7 +148,7 @@ def made(n_sources: int = 12, seed: int = 0) -> EffectResult:
 
 def test_agreement_is_what_pandas_and_sets_say() -> None:
     result = made()
-    frame = result.fidelity(resamples=50)
+    frame: Any = result.fidelity(resamples=50)
     assert len(frame) == 3 * (2 * len(METHODS) + 1)
     for layer, at in ((None, slice(None)), (1, slice(0, 1)), (4, slice(1, 2))):
         active = result.active[at].flatten()
@@ -173,7 +173,7 @@ def test_intervals_resample_sources_and_need_ten_of_them() -> None:
     column = ["spearman_low", "spearman_high"]
 
     def width(result: EffectResult) -> float:
-        frame = result.fidelity(resamples=200).set_index(["layer", "method", "reference"])
+        frame: Any = result.fidelity(resamples=200).set_index(["layer", "method", "reference"])
         low, high = frame.loc[(pd.NA, "gradient", "knockout"), column].astype(float)
         return high - low
 
@@ -195,7 +195,7 @@ def test_ranks_share_ties_and_leave_out_what_is_not_active() -> None:
 
 def test_re_routing_is_free_minus_frozen() -> None:
     result = made()
-    frame = result.rerouting()
+    frame: Any = result.rerouting()
     free, frozen = result.total("knockout")[0], result.total("knockout_frozen")[0]
     of = result.active[0]
     assert frame["difference"][0] == pytest.approx(float((free - frozen)[of].abs().mean()) / 600)
