@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -36,7 +37,7 @@ def test_a_smaller_model_its_report_and_its_numbers_are_written(texts, tmp_path,
     assert json.loads((out / "model" / "config.json").read_text())["n_routed_experts"] == 32
     assert Plan.load(out / "plan.safetensors").method == "frequency on code"
     assert Scores.load(out / "scores.safetensors").domains == ("prose", "code")
-    frame = pd.read_parquet(out / "frontier.parquet")
+    frame: Any = pd.read_parquet(out / "frontier.parquet")
     assert set(frame["method"]) == {"all experts", "frequency", "random"} and frame["ratio_low"].notna().all()
     size = pd.read_parquet(out / "size.parquet").set_index("model")
     assert size.loc["pruned", "disk_bytes"] < 0.65 * size.loc["original", "disk_bytes"]

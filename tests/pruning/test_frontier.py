@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def found(model):
-    halves = tuple((texts(seed, name="a"), texts(seed + 1, name="b")) for seed in (1, 11))
+    halves = ((texts(1, name="a"), texts(2, name="b")), (texts(11, name="a"), texts(12, name="b")))
     made = frontier(
         model, halves, ["frequency", "random"], [0.5], merged=["frequency"], specialists="frequency", top_k=[1]
     )
@@ -76,13 +78,14 @@ def test_the_figures_hold_the_numbers_of_the_table(found):
 
     _, made = found
     frame = made.to_frame()
-    figure = viz.frontier(made)
+    figure: Any = viz.frontier(made)
     names = [trace.name for trace in figure.data]
     assert names == [name for name in ("frequency", "frequency, merged", "random") for _ in range(2)]
     shown = figure.data[4].y
     expected = frame[(frame["method"] == "random") & (frame["domain"] == "a")]["ratio"].iloc[0]
     assert list(shown) == [expected, 1.0]
-    heat = viz.specialists(made, 4).data[0]
+    special_figure: Any = viz.specialists(made, 4)
+    heat = special_figure.data[0]
     assert list(heat.y) == [ALL, "a", "b"] and list(heat.x) == ["a", "b"]
     special = frame[(frame["calibrated"] == "a") & (frame["domain"] == "b")]["ratio"].iloc[0]
     assert heat.z[1][1] == special
