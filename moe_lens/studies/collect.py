@@ -20,6 +20,7 @@ from moe_lens.routing import LayerRouting
 from moe_lens.stats.live import Hooks, routing_hooks
 from moe_lens.storage import load_tensors, save_tensors
 from moe_lens.studies.folder import SPACE, StudyFolder, read_manifest
+from moe_lens.studies.memory import Halving
 from moe_lens.studies.model import model_facts
 from moe_lens.studies.running import forward
 from moe_lens.studies.study import agreed, one_by_one, versions
@@ -158,24 +159,12 @@ class _Collector:
     """Runs the model over a shard, and keeps what was asked for."""
 
     def __init__(self, model: Any, points: Sequence[str], dtype: torch.dtype, reading: Reading, batch_tokens: int):
-        from accelerate.utils import find_executable_batch_size
-
         self.model, self.points, self.dtype, self.reading = model, points, dtype, reading
-        self.batch_tokens, self.longest = batch_tokens, 0
-        self._run = find_executable_batch_size(
-            self._batches, starting_batch_size=batch_tokens, reduce_batch_size_fn=self._halve
-        )
-
-    def _halve(self) -> int:
-        if self.batch_tokens <= self.longest:
-            raise InputError(f"out of memory with a single window of {self.longest} tokens; ask for shorter windows")
-        self.batch_tokens //= 2
-        return self.batch_tokens
+        self.halving = Halving(batch_tokens)
 
     def shard(self, shard: Shard) -> dict[str, Tensor]:
         """Every token of a shard, in the order of its windows."""
-        self.longest = max(len(window.ids) for window in shard.windows)
-        parts = self._run(shard)
+        parts = self.halving.run(self._batches, shard)
         number = {(window.document, window.start): place for place, window in enumerate(shard.windows)}
         windows = [window for batch, _ in parts for window in batch.windows]
         place = torch.cat([torch.full((len(window.ids),), number[window.document, window.start]) for window in windows])

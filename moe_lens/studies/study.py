@@ -22,6 +22,7 @@ from moe_lens.data import Corpus, Domain, Reading, Shard, TokenBatch, batched, s
 from moe_lens.errors import InputError
 from moe_lens.stats import Accumulator, Result
 from moe_lens.studies.folder import StudyFolder
+from moe_lens.studies.memory import Halving
 from moe_lens.studies.model import model_facts
 from moe_lens.studies.result import StudyResult
 from moe_lens.studies.texts import TextStats
@@ -146,6 +147,8 @@ def run(
             )
             for accumulator in into.values():
                 accumulator.all_reduce()
+            if place == 0 and not into[_TEXTS].result().sources:
+                raise InputError(f"domain {domain.name!r} holds no text of two tokens or more")
             earlier[domain.name][each] = into
     results = {domain.name: study.results(earlier[domain.name]) for domain in domains}
     texts = {domain.name: earlier[domain.name][study.passes[0]][_TEXTS].result() for domain in domains}
@@ -190,31 +193,16 @@ class _Pass:
         key: str,
     ):
         self.study, self.model, self.domain, self.reading, self.name = study, model, domain, reading, name
-        self.into, self.prepared, self.batch_tokens, self.folder, self.key = into, prepared, batch_tokens, folder, key
+        self.into, self.prepared, self.folder, self.key = into, prepared, folder, key
+        self.halving = Halving(batch_tokens)
         self._before = self._state()
 
     def go(self, watch: Callable[[int], None]) -> None:
         """Read all shards that were not read before."""
-        from accelerate.utils import find_executable_batch_size
-
         done = self._resume()
-        longest = 0
-
-        def halve() -> int:
-            if self.batch_tokens <= longest:  # a window stands alone already
-                raise InputError(
-                    f"out of memory with a single window of {longest} tokens; ask for shorter windows, or another dtype"
-                )
-            self.batch_tokens //= 2
-            return self.batch_tokens
-
-        read = find_executable_batch_size(
-            self._shard, starting_batch_size=self.batch_tokens, reduce_batch_size_fn=halve
-        )
         places = {"rank": distributed.rank(), "world_size": distributed.world_size()}
         for shard in shards(self.domain, self.model, self.reading, start=done, **places):
-            longest = max(len(window.ids) for window in shard.windows)
-            read(shard)
+            self.halving.run(self._shard, shard)
             self._keep(shard.number + 1)
             watch(sum(window.counted for window in shard.windows))
 
@@ -240,7 +228,7 @@ class _Pass:
         self._before = self._state()
         if self.folder is not None:
             flat = {f"{name}/{key}": value for name, part in self._before.items() for key, value in part.items()}
-            self.folder.save(self.key, flat, {"shards": done, "batch_tokens": self.batch_tokens})
+            self.folder.save(self.key, flat, {"shards": done, "batch_tokens": self.halving.batch_tokens})
 
     def _resume(self) -> int:
         found = self.folder.load(self.key) if self.folder is not None else None
@@ -252,7 +240,7 @@ class _Pass:
             state[accumulator][key] = value
         self._restore(state)
         self._before = state
-        self.batch_tokens = int(found[1]["batch_tokens"])
+        self.halving.batch_tokens = int(found[1]["batch_tokens"])
         return int(found[1]["shards"])
 
 

@@ -59,5 +59,8 @@ class TextStats(Accumulator[Texts]):
 
     def result(self) -> Texts:
         """The counts so far."""
+        if not self._read.sources:
+            none = torch.zeros(0, dtype=torch.long)
+            return Texts((), none, none, int(self._left_out.value))
         read = self._read.stacked()
         return Texts(self._read.sources, read[:, 0], read[:, 1], int(self._left_out.value))
