@@ -53,7 +53,7 @@ class PatchResult:
 
     def to_frame(self) -> pd.DataFrame:
         """One row per cell: a column for each axis, `value` (the metric) and `effect`."""
-        index = pd.MultiIndex.from_product(self.axes.values(), names=list(self.axes))
+        index = pd.MultiIndex.from_product(list(self.axes.values()), names=list(self.axes))
         frame = index.to_frame(index=False)
         return frame.assign(value=self.values.flatten().numpy(), effect=self.effect.flatten().numpy())
 

@@ -1,6 +1,6 @@
 """Variants side by side along the batch: whose rows are whose, and hooks that each see their own."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -46,7 +46,7 @@ class Stack:
         return torch.cat(streams)
 
     @contextmanager
-    def hooks(self, model: Any, routing: RoutingMode) -> Iterator[None]:
+    def hooks(self, model: Any, routing: RoutingMode) -> Generator[None]:
         """The variants' hooks in place, behind those that freeze the routing."""
         added: list[tuple[str, Any]] = []
         if routing == "frozen":
@@ -96,7 +96,7 @@ def _rows(part: slice, hook: HookPoint) -> Bool[Tensor, " rows"]:
 
 
 @contextmanager
-def _counted(part: slice, hook: HookPoint) -> Iterator[None]:
+def _counted(part: slice, hook: HookPoint) -> Generator[None]:
     """Let `hook.ctx` describe the rows of a part of the batch alone, counting from its first item."""
     whole, mine = dict(hook.ctx), _rows(part, hook)
     hook.ctx.update(batch=whole["batch"][mine] - part.start, pos=whole["pos"][mine], rank=whole["rank"][mine])

@@ -127,7 +127,8 @@ class _Sweep:
     ) -> None:
         if routing not in ("free", "frozen"):
             raise InputError(f'routing is {routing!r}; expected "free" or "frozen"')
-        self.model, self.clean, self.variants, self.routing, self.at_once = model, run, variants, routing, at_once
+        self.model, self.clean, self.variants, self.at_once = model, run, variants, at_once
+        self.routing: RoutingMode = routing
         self.n_layers = model.cfg.n_layers
         self.reads = reads.to(run.logits.device)
         listened = [name for name, point in model.hook_dict.items() if point.has_hooks()]
@@ -172,7 +173,6 @@ class _Sweep:
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             bar = progress.add_task("sweep", total=len(self.queue))
 
-            @find_executable_batch_size(starting_batch_size=batch_size or max(1, tokens // self.clean.pos))
             def rest(batch_size: int) -> None:
                 while self.done < len(self.queue):
                     numbers = self._next(batch_size)
@@ -180,7 +180,9 @@ class _Sweep:
                     self.done += len(numbers)
                     progress.update(bar, completed=self.done)
 
-            rest()
+            start = batch_size or max(1, tokens // self.clean.pos)
+            retried: Any = find_executable_batch_size(rest, starting_batch_size=start)
+            retried()
 
     def _next(self, batch_size: int) -> list[int]:
         """The next variants: of one layer, and no more than `batch_size` items but for a single one that has more."""

@@ -45,7 +45,7 @@ class SiteEffects:
 
     def to_frame(self) -> pd.DataFrame:
         """One row per cell: a column for each axis, `effect`, `low`, `high`."""
-        index = pd.MultiIndex.from_product(self.axes.values(), names=list(self.axes))
+        index = pd.MultiIndex.from_product(list(self.axes.values()), names=list(self.axes))
         low, high = self.interval
         columns = {"effect": self.mean, "low": low, "high": high}
         return index.to_frame(index=False).assign(**{name: v.flatten().numpy() for name, v in columns.items()})
@@ -94,7 +94,7 @@ class TraceResult:
         frames = [effects.to_frame().assign(site=site) for site, effects in self.sites.items()]
         whole = pd.concat(frames, ignore_index=True).assign(n=self.n)
         columns = ["site", "layer", "pos", "expert", "size", "effect", "low", "high", "n"]
-        return whole[columns].astype({name: "Int64" for name in ("pos", "expert", "size")})
+        return whole.reindex(columns=columns).astype({name: "Int64" for name in ("pos", "expert", "size")})
 
     def save(self, path: str | Path) -> None:
         """Write to one safetensors file."""

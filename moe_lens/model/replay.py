@@ -5,7 +5,7 @@ window; nothing is rebuilt. Blocks before the first one of interest are not run 
 `start_at_layer` runs them and throws the result away).
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +66,7 @@ class Replay:
 
 
 @contextmanager
-def recording(model: Any) -> Iterator[list[Replay]]:
+def recording(model: Any) -> Generator[list[Replay]]:
     """Record the forward pass made inside: the list holds its `Replay` afterwards."""
     seen: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     shape: list[int] = []
@@ -88,11 +88,11 @@ def recording(model: Any) -> Iterator[list[Replay]]:
     finally:
         for handle in handles:
             handle.remove()
-    recorded.append(Replay(model, *shape, tuple(seen[layer] for layer in range(len(model.blocks)))))
+    recorded.append(Replay(model, shape[0], shape[1], tuple(seen[layer] for layer in range(len(model.blocks)))))
 
 
 @contextmanager
-def _only(mlp: nn.Module, tokens: Bool[Tensor, "rows pos"]) -> Iterator[None]:
+def _only(mlp: nn.Module, tokens: Bool[Tensor, "rows pos"]) -> Generator[None]:
     """Let an MLP or MoE layer compute some tokens alone, as one row; it adds nothing to the others."""
 
     def part(hidden: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A sweep's values are those of one full forward pass per variant, whatever the family, the padding and the stacking."""
+"""A sweep's values are those of one full forward pass per variant, whatever the family, padding and stacking."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,13 +9,12 @@ from torch import Tensor
 
 from moe_lens import names
 from moe_lens.errors import InputError
-from moe_lens.interventions.metrics import Loss, Logit, LogitDifference, LogProb
+from moe_lens.interventions.metrics import KLDivergence, LogitDifference, Loss
 from moe_lens.interventions.sweep import CleanRun, Variant, sweep, token_sweep
-from tests.families import CONFIGS, tokens
-from tests.wrapped import deviation, untouched, wrapped
+from tests.families import CONFIGS
+from tests.wrapped import deviation, listening, untouched, wrapped
 
 families = pytest.mark.parametrize("family", CONFIGS)
-routings = pytest.mark.parametrize("routing", ["free", "frozen"])
 
 F64 = 1e-14  # relative to the largest logit: the same products in other batches
 
@@ -85,3 +84,187 @@ def test_a_variant_is_a_full_forward_pass_with_its_hooks(family: str, padding: s
     assert all(abs(value - clean) > 1e-6 for value in expected), "every edit counts"
     if mask is None:
         assert deviation(run.logits, case.logits) <= F64 * scale
+
+
+def removals(run: CleanRun, layer: int, n_experts: int) -> list[Variant]:
+    """Each expert's contribution taken out of what its layer gives."""
+    parts, indices = run.cache["expert_weighted", layer], run.indices(layer)
+    made = []
+    for expert in range(n_experts):
+        mask = indices == expert
+
+        def delta(items: Tensor, mask: Tensor = mask) -> Tensor:
+            return -(parts[items] * mask[items][..., None]).sum(2)
+
+        made.append(run.adding(layer, delta, mask.any(-1)))
+    return made
+
+
+@pytest.mark.parametrize("family", ["deepseek", "gpt_oss", "qwen2_moe"])
+@pytest.mark.parametrize("kind", ["loss", "kl", "own"])
+def test_metrics_of_every_kind_and_stackings_of_every_size(family: str, kind: str):
+    """Contributions taken out behind their block are hooks on single experts in a full pass; so for every metric."""
+    case = wrapped(family, torch.float64)
+    layer = case.model.moe_layers[0]
+    run = CleanRun.of(case.model, case.tokens, keep=[names.mlp(names.EXPERT_WEIGHTED, layer)])
+    metric: Any = {
+        "loss": Loss(case.tokens),
+        "kl": KLDivergence(run.logits),
+        "own": lambda logits: logits[0, 3:].square().mean() + logits[1, -1, 7],
+    }[kind]
+    expected = []
+    for expert in range(8):
+        hook = names.expert("hook_out", layer, expert), lambda value, hook: torch.zeros_like(value)
+        expected.append(naive(case.model, run, [hook], metric, "free", layer))
+    for batch_size in (None, 1, 3, 100):
+        found = sweep(case.model, run, removals(run, layer, 8), metric, batch_size=batch_size)
+        # gpt-oss and Qwen round to float32 in their norms
+        bound = (1e-13 if family == "deepseek" else 1e-6) * run.logits.square().max()
+        assert (found - torch.tensor(expected, dtype=torch.float64)).abs().max() <= bound
+    assert len(set(expected)) > 4
+
+
+def test_single_experts_hooks_see_their_own_variant():
+    case = wrapped("deepseek", torch.float64)
+    run = CleanRun.of(case.model, case.tokens)
+    metric = LogitDifference(5, 6)
+
+    def muted(pos: int) -> Callable[..., Tensor]:
+        def mute(rows: Tensor, hook: Any) -> Tensor:
+            assert set(hook.ctx["batch"].tolist()) <= {0, 1}
+            return torch.where((hook.ctx["pos"] == pos)[:, None] & (hook.ctx["batch"] == 1)[:, None], 0.0, rows)
+
+        return mute
+
+    cells = [(expert, pos) for expert in (0, 3, 5) for pos in range(12)]
+    hooks = [[(names.expert("hook_out", 1, expert), muted(pos))] for expert, pos in cells]
+    found = sweep(case.model, run, [Variant(1, hooks=own) for own in hooks], metric)
+    expected = [naive(case.model, run, own, metric, "free", 1) for own in hooks]
+    assert (found - torch.tensor(expected, dtype=torch.float64)).abs().max() <= F64 * run.logits.abs().max()
+    assert len(set(expected)) > 4
+
+
+def test_only_what_can_change_is_run():
+    """Blocks before the first, items without a change and positions before it are not run."""
+    case = wrapped("deepseek", torch.float64)
+    run = CleanRun.of(case.model, case.tokens)
+    changed = torch.zeros(2, 12, dtype=torch.bool)
+    changed[1, 8] = True
+    seen: dict[str, list[tuple[int, ...]]] = {}
+    handles = []
+    watched: dict[str, Any] = {"unembed": case.model.unembed}
+    for layer, block in enumerate(case.model.blocks):
+        watched |= {f"block {layer}": block, f"mlp {layer}": block.mlp.original_component}
+    for name, module in watched.items():
+
+        def note(module: Any, args: Any, name: str = name) -> None:
+            seen.setdefault(name, []).append(tuple(args[0].shape))
+
+        handles.append(module.register_forward_pre_hook(note))
+    try:
+        resid = Variant(1, resid=lambda items: run.stream(1, items) + 1, changed=changed)
+        last = Variant(3, resid=lambda items: run.stream(3, items) + 1, changed=changed)
+        values = sweep(case.model, run, [resid, last], LogitDifference(5, 6, torch.tensor([11, 11])))
+    finally:
+        for handle in handles:
+            handle.remove()
+    one_of_two = [(1, 12, 32)]
+    assert seen == {
+        "block 1": one_of_two, "mlp 1": [(1, 4, 32)], "block 2": one_of_two, "mlp 2": [(1, 1, 32)], "unembed": [(1, 1, 32)]
+    }  # fmt: skip
+    assert values[1] == LogitDifference(5, 6)(run.logits), "position 8 of the last stream is not read"
+
+
+def test_a_short_memory_makes_smaller_batches():
+    case = wrapped("deepseek", torch.float64)
+    run = CleanRun.of(case.model, case.tokens, keep=[names.mlp(names.EXPERT_WEIGHTED, 1)])
+    variants, metric = removals(run, 1, 8), LogitDifference(5, 6)
+    expected = sweep(case.model, run, variants, metric)
+    sizes = []
+
+    def scarce(module: Any, args: Any) -> None:
+        sizes.append(len(args[0]))
+        if len(args[0]) > 4:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate too much")
+
+    handle = case.model.blocks[2].register_forward_pre_hook(scarce)
+    try:
+        with untouched(case.model):
+            found = sweep(case.model, run, variants, metric, batch_size=12)
+    finally:
+        handle.remove()
+    assert max(sizes) > 4 >= min(sizes)
+    assert (found - expected).abs().max() <= F64 * run.logits.abs().max()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_an_interrupt_leaves_nothing_behind(error: type[BaseException]):
+    case = wrapped("deepseek", torch.float64)
+
+    def stop(value: Tensor, hook: Any) -> Tensor:
+        raise error
+
+    run = CleanRun.of(case.model, case.tokens)
+    variants = [Variant(1, hooks=[(names.mlp(names.EXPERT_OUT, layer), stop)]) for layer in (1, 2)]
+    with pytest.raises(error):
+        sweep(case.model, run, variants, LogitDifference(5, 6), routing="frozen")
+    with pytest.raises(error):
+        CleanRun.of(case.model, case.tokens, fwd_hooks=[("hook_embed", stop)])
+    assert listening(case.model) == []
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in case.model.blocks)
+    with torch.no_grad():
+        assert deviation(case.model(case.tokens), case.logits) <= F64 * case.logits.abs().max()
+
+
+def test_interventions_around_a_sweep_are_in_force_inside():
+    case = wrapped("deepseek", torch.float64)
+    metric = LogitDifference(5, 6)
+    half = [(names.mlp(names.ROUTED_OUT, 2), lambda value, hook: value / 2)]
+    with case.model.hooks(fwd_hooks=half):
+        run = CleanRun.of(case.model, case.tokens)
+        variants = [Variant(layer, hooks=[(names.block(names.ATTN_OUT, layer), bent(run.mask))]) for layer in (0, 1)]
+        found = sweep(case.model, run, variants, metric)
+    for layer, value in enumerate(found):
+        own = [(names.block(names.ATTN_OUT, layer), bent(run.mask))]
+        expected = naive(case.model, run, half + own, metric, "free", layer)
+        assert abs(value.item() - expected) <= F64 * run.logits.abs().max()
+
+
+def test_values_position_by_position():
+    case = wrapped("deepseek", torch.float64)
+    run = CleanRun.of(case.model, case.tokens)
+    changed = torch.zeros(2, 12, dtype=torch.bool)
+    changed[1, 8] = True
+    variant = Variant(3, resid=lambda items: run.stream(3, items) * 0 + 1, changed=changed)
+    metric = Loss(case.tokens)
+    found, whole = token_sweep(case.model, run, [variant], metric)[0], sweep(case.model, run, [variant], metric)[0]
+    assert found.shape == (22,)
+    assert found.mean() == whole
+    batch, pos = metric.reads(2, 12).nonzero().unbind(-1)
+    clean = metric.values(run.logits[batch, pos], batch, pos)
+    assert ((found != clean).nonzero()[:, 0]).tolist() == [11 + 8]
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize(
+    ("variant", "metric", "message"),
+    [
+        ({"layer": 4}, None, "variant 0 starts at layer 4; expected 0 to 3"),
+        ({"layer": -1}, None, "variant 0 starts at layer -1"),
+        ({"layer": 1, "hooks": [("blocks.0.hook_mlp_out", None)]}, None, "has a hook on blocks.0.hook_mlp_out, which"),
+        ({"layer": 1, "hooks": [("ln_final.hook_normalized", None)]}, None, "expected hooks of blocks.1 to blocks.2"),
+        (
+            {"layer": 1, "changed": torch.ones(2, 3, dtype=torch.bool)},
+            None,
+            r"changes of shape \(2, 3\); expected \(2, 12\)",
+        ),
+        ({"layer": 1}, lambda logits: logits.sum(0), "gave torch.float64 of shape"),
+        ({"layer": 1}, lambda logits: 3.0, "gave float; expected a floating-point scalar tensor"),
+        ({"layer": 3, "resid": lambda items: torch.full((2, 12, 32), torch.nan)}, None, "is nan in variant 0 at"),
+    ],
+)
+def test_bad_input_is_named(variant: dict[str, Any], metric: Any, message: str):
+    case = wrapped("deepseek", torch.float64)
+    run = CleanRun.of(case.model, case.tokens)
+    with untouched(case.model), pytest.raises(InputError, match=message):
+        sweep(case.model, run, [Variant(**variant)], metric or LogitDifference(5, 6))

@@ -128,7 +128,7 @@ def test_identities(result: TraceResult):
 
 
 def test_intervals_contain_the_mean_and_need_two_draws(model: HookedMoE, result: TraceResult):
-    frame = result.to_frame()
+    frame: Any = result.to_frame()
     moved = frame[frame["effect"] != 0]
     assert (moved["low"] <= moved["effect"]).all()
     assert (moved["effect"] <= moved["high"]).all()

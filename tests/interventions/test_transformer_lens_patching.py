@@ -1,12 +1,14 @@
 """TransformerLens's own patching functions work on a HookedMoE, and agree with ours."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import pandas as pd
 import pytest
 import torch
 import transformer_lens.patching as tl
 from torch import Tensor
 
-from moe_lens import names
 from moe_lens.interventions.metrics import LogitDifference
 from moe_lens.interventions.patching import patch
 from tests.wrapped import untouched, wrapped
@@ -48,8 +50,8 @@ def test_block_every_and_attention_heads_run(family: str):
     corrupted = corrupt(case.tokens)
     with torch.no_grad(), untouched(case.model):
         _, cache = case.model.run_with_cache(case.tokens)
-        every = tl.get_act_patch_block_every(case.model, corrupted, cache, METRIC)
-        heads = tl.get_act_patch_attn_head_out_all_pos(case.model, corrupted, cache, METRIC)
+        every: Any = tl.get_act_patch_block_every(case.model, corrupted, cache, METRIC)
+        heads: Any = tl.get_act_patch_attn_head_out_all_pos(case.model, corrupted, cache, METRIC)
     sites = [patch(case.model, case.tokens, corrupted, site, METRIC).values for site in HELPERS if site != "resid_mid"]
     assert (every - torch.stack(sites)).abs().max() <= FP32 * case.logits.abs().max()
     assert heads.shape == (3, 4)
@@ -60,9 +62,8 @@ def test_the_generic_function_patches_ranks():
     case = wrapped("deepseek", torch.float64)
     corrupted = corrupt(case.tokens)
 
-    def slot(activation: Tensor, index: list[int], clean: Tensor) -> Tensor:
-        layer, rank = index
-        activation[:, :, rank] = clean[names.mlp(names.EXPERT_WEIGHTED, layer)][:, :, rank]
+    def slot(activation: Tensor, index: Sequence[int], clean: Any) -> Tensor:
+        activation[:, :, index[1]] = clean[:, :, index[1]]
         return activation
 
     index = pd.DataFrame(
@@ -70,7 +71,7 @@ def test_the_generic_function_patches_ranks():
     )
     with torch.no_grad(), untouched(case.model):
         _, cache = case.model.run_with_cache(case.tokens, names_filter=lambda name: "expert_weighted" in name)
-        theirs = tl.generic_activation_patch(
+        theirs: Any = tl.generic_activation_patch(
             case.model, corrupted, cache, METRIC, slot, "expert_weighted", index_df=index
         )
     ours = patch(case.model, case.tokens, corrupted, "expert_weighted", METRIC, over=("layer", "rank")).values

@@ -1,5 +1,7 @@
 """Figures of patching and tracing show the results' numbers, under the right layers, experts and tokens."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -25,7 +27,7 @@ def patched(**axes: tuple[int, ...]) -> PatchResult:
 )
 def test_cells_are_effects(axes: dict[str, tuple[int, ...]]):
     result = patched(**axes)
-    figure = patch_map(result)
+    figure: Any = patch_map(result)
     (cells,) = figure.data
     assert np.array_equal(np.asarray(cells.z), result.effect.numpy().reshape(2, -1))
     assert list(cells.y) == ["1", "2"]
@@ -37,7 +39,8 @@ def test_cells_are_effects(axes: dict[str, tuple[int, ...]]):
 
 def test_the_strongest_experts_are_shown_over_positions():
     result = patched(layer=(1, 2), expert=tuple(range(40)), pos=(0, 1, 2))
-    (cells,) = patch_map(result).data
+    figure: Any = patch_map(result)
+    (cells,) = figure.data
     strength = {
         f"{layer}.{expert}": result.effect[i, expert].abs().max().item()
         for i, layer in enumerate((1, 2))
@@ -59,7 +62,7 @@ def test_a_trace_has_a_panel_for_each_site():
         sites=sites, clean=0.9, corrupted=torch.rand(4, dtype=torch.float64), score="probability",
         tokens=("a", NASTY, "c"), subject=(1,), at=(1,), noise_std=1.0, seed=0, routing="free", level=0.95,
     )  # fmt: skip
-    figure = trace_map(result)
+    figure: Any = trace_map(result)
     assert [annotation.text for annotation in figure.layout.annotations] == ["residual stream", "single experts"]
     for cells, effects in zip(figure.data, sites.values(), strict=True):
         assert np.array_equal(np.asarray(cells.z), effects.mean.numpy())
