@@ -95,24 +95,31 @@ def test_controls_are_what_they_say(residual: Any, weighted: bool):
 
 def test_draws_are_even_seeded_and_each_tokens_own():
     many = fresh("deepseek", torch.randint(3, 101, (40, 50)))
-    everyone = many.picked(1, PartialSum(drawn="unselected")).expert
-    indices = many["expert_indices", 1]
+    ids = torch.arange(8)
+
+    def drawn(which: PartialSum, layer: int) -> tuple[Tensor, Tensor]:
+        """The experts, and their places among those that could be drawn."""
+        expert, indices = many.picked(layer, which).expert, many["expert_indices", layer]
+        active = (indices[..., None] == ids).any(-2)
+        could = active if which.drawn == "active" else ~active
+        assert bool(could.gather(-1, expert[..., None]).all())
+        if which.drawn == "active":
+            return expert, (indices == expert[..., None]).int().argmax(-1)
+        return expert, (could & (ids < expert[..., None])).sum(-1)
+
     kinds: list[tuple[Any, int]] = [("active", 3), ("unselected", 5)]
     for kind, among in kinds:
         which = PartialSum(drawn=kind)
-        expert = many.picked(1, which).expert
-        ids = torch.arange(8)
-        free = (indices[..., None] == ids).any(-2) if kind == "active" else ~(indices[..., None] == ids).any(-2)
-        place = (free & (ids < expert[..., None])).sum(-1)  # which of those that could be drawn
+        expert, place = drawn(which, 1)
         counts = place.flatten().bincount(minlength=among).double()
         expected = 2000 / among
         assert float(((counts - expected) ** 2 / expected).sum()) < 20  # χ² with 4 degrees exceeds 20 in 0.05 %
         assert torch.equal(expert, many.picked(1, PartialSum(drawn=kind)).expert)
-        assert not torch.equal(expert, many.picked(1, PartialSum(drawn=kind, seed=1)).expert)
+        for other in (drawn(PartialSum(drawn=kind, seed=1), 1), drawn(which, 2)):  # another seed, another layer
+            assert abs(float((other[1] == place).double().mean()) - 1 / among) < 0.06  # five standard deviations
         some = torch.tensor([3, 17]), torch.tensor([49, 0])
         assert torch.equal(many.picked(1, which, at=some).expert, expert[some])
         assert close(many.partial_sum(1, which, at=some).values, many.partial_sum(1, which).values[some])
-    assert not torch.equal(everyone, many.picked(2, PartialSum(drawn="unselected")).expert)
 
 
 def test_where_all_experts_are_active_none_is_left():
