@@ -170,7 +170,8 @@ def test_only_what_can_change_is_run():
             handle.remove()
     one_of_two = [(1, 12, 32)]
     assert seen == {
-        "block 1": one_of_two, "mlp 1": [(1, 4, 32)], "block 2": one_of_two, "mlp 2": [(1, 1, 32)], "unembed": [(1, 1, 32)]
+        "block 1": one_of_two, "mlp 1": [(1, 4, 32)], "block 2": one_of_two, "mlp 2": [(1, 1, 32)],
+        "unembed": [(1, 1, 32)],
     }  # fmt: skip
     assert values[1] == LogitDifference(5, 6)(run.logits), "position 8 of the last stream is not read"
 
