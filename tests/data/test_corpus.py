@@ -1,0 +1,158 @@
+"""Streams: read as they come, numbered alike whoever reads, shared out among processes without loss or doubling."""
+
+import itertools
+import json
+import re
+
+import datasets
+import pytest
+
+from moe_lens.data import PRESETS, Domain, DomainSpec, Passage, Reading, domains_from_table, from_file, from_generator
+from moe_lens.data import parse_domains, shards
+from moe_lens.errors import InputError
+from tests.data.test_batches import Letters
+
+
+class Encoder(Letters):
+    def __init__(self):
+        super().__init__()
+        self.cfg.n_ctx = 64
+
+
+def rows(n: int) -> list[dict[str, str]]:
+    return [{"text": "abcdefgh"[: 3 + i % 5] * (1 + i % 7), "source": f"s{i % 4}"} for i in range(n)]
+
+
+def seen(found) -> list[tuple[int, int, str, tuple[int, ...]]]:
+    return sorted((w.document, w.start, w.source, w.ids) for shard in found for w in shard.windows)
+
+
+@pytest.mark.parametrize("tokens", [None, 300])
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("world_size", [2, 4, 7])
+def test_processes_read_together_what_one_reads(tokens, streamed, world_size):
+    passages = tuple(Passage(row["text"], row["source"], f"f:{i}") for i, row in enumerate(rows(60)))
+    texts = from_generator("d", lambda: rows(60)) if streamed else Domain("d", passages)
+    reading = Reading(tokens=tokens, context=16, shard_tokens=40)
+    alone = list(shards(texts, Encoder(), reading))
+    parts = [list(shards(texts, Encoder(), reading, rank=r, world_size=world_size)) for r in range(world_size)]
+    assert seen(itertools.chain(*parts)) == seen(alone)
+    assert sum(shard.short for part in parts for shard in part) == sum(shard.short for shard in alone)
+    assert sum(len(part) > 0 for part in parts) > 1
+    if tokens is not None:
+        assert tokens <= sum(w.counted for shard in alone for w in shard.windows) < tokens + 16
+    resumed = list(shards(texts, Encoder(), reading, start=2))
+    assert [shard.number for shard in resumed] == [shard.number for shard in alone[2:]]
+    assert seen(resumed) == seen(alone[2:])
+
+
+def test_a_generator_without_end_is_read_no_further_than_needed():
+    made = 0
+
+    def endless():
+        nonlocal made
+        for i in itertools.count():
+            made += 1
+            yield {"text": "abcdefgh", "source": f"s{i}"}
+
+    found = list(shards(from_generator("d", endless), Encoder(), Reading(tokens=2000, context=16)))
+    assert sum(len(shard.windows) for shard in found) == 250
+    assert made < 10_000 + 2_000  # the buffer that it is shuffled in, and what was read
+    # Without a budget nothing is buffered.
+    made = 0
+    first = next(shards(from_generator("d", endless), Encoder(), Reading(tokens=None, context=16, shard_tokens=90)))
+    assert len(first.windows) == 10 and made < 100
+
+
+def test_a_seed_decides_the_order_of_a_stream():
+    texts = from_generator("d", lambda: rows(60))
+    read = [seen(shards(texts, Encoder(), Reading(tokens=100, seed=seed))) for seed in (0, 0, 1)]
+    assert read[0] == read[1] != read[2]
+
+
+def test_files_are_streamed_with_the_passages_that_they_have_in_memory(tmp_path):
+    lines = "".join(json.dumps({"body": row["text"], "where": row["source"]}) + "\n" for row in rows(9))
+    (tmp_path / "d.jsonl").write_text(lines)
+    datasets.Dataset.from_list([{"body": r["text"], "where": r["source"]} for r in rows(9)]).to_parquet(
+        tmp_path / "d.parquet"
+    )
+    for file in ("d.jsonl", "d.parquet"):
+        spec = DomainSpec(name="d", path=str(tmp_path / file), text="body", source="where")
+        memory = spec.open()
+        assert isinstance(memory, Domain)
+        stream = DomainSpec(**{**vars(spec), "streaming": True}).open()
+        assert [passage for _, passage in stream.passages()] == list(memory.passages)
+        assert {passage.source for passage in memory.passages} == {"s0", "s1", "s2", "s3"}
+
+
+def test_two_columns_are_one_text(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"question": "why", "answer": "so"}\n')
+    (passage,) = DomainSpec(name="d", path=str(tmp_path / "d.jsonl"), text="question+answer").open().passages
+    assert passage.text == "why\nso"
+
+
+def test_bytes_that_are_not_utf8_are_named_with_file_and_line_when_they_come_up(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"text": "good text"}\n{"text": "caf\xe9 au lait"}\n')
+    with pytest.raises(InputError, match=re.escape(f"{path}:2: not UTF-8 (byte 0xe9)")):
+        list(shards(from_file("bad", path), Encoder(), Reading(tokens=None)))
+
+
+def test_offline_the_hub_says_so_in_one_line(monkeypatch):
+    for spec in (
+        DomainSpec(name="d", hub="openai/gsm8k", config="main", text="question"),
+        DomainSpec(name="paper/gsm8k"),
+    ):
+        with pytest.raises(InputError) as error:
+            list(shards(spec.open(), Encoder(), Reading()))
+        said = str(error.value)
+        assert "openai/gsm8k (main)" in said and "cannot be had from the hub" in said
+        assert "give a .jsonl, .txt or .parquet file" in said and "\n" not in said
+    assert "licence: MIT" in said
+
+
+def test_presets_are_the_papers_seven_domains():
+    assert set(PRESETS) == {
+        f"paper/{name}" for name in ("github", "english", "french", "aime", "chinese", "arxiv", "gsm8k")
+    }
+    for preset in PRESETS.values():
+        assert preset.licence and preset.note
+        assert preset.revision is None or re.fullmatch("[0-9a-f]{40}", preset.revision)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"a": "a.jsonl"}, r"\[domains.a\] must be a table"),
+        ({"a": {"file": "a.jsonl"}}, r"\[domains.a\] has no key 'file'; known: path, hub, config"),
+        ({"a": {"path": 3}}, "path is 3; expected a text"),
+        ({"a": {"path": "a.jsonl", "streaming": "yes"}}, "streaming is 'yes'; expected true or false"),
+    ],
+)
+def test_tables_that_are_wrong(table, message):
+    with pytest.raises(InputError, match=message):
+        domains_from_table(table)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("few.txt", "expected NAME=FILE"),
+        ("=few.txt", "expected NAME=FILE"),
+        ("a=b.docx", "must be a .jsonl, .txt or .parquet file"),
+        ("paper/none", "one of english, french, german, math, code, paper/github"),
+    ],
+)
+def test_arguments_that_are_wrong(argument, message):
+    with pytest.raises(InputError, match=message):
+        parse_domains([argument])[0].open()
+
+
+def test_a_generator_that_breaks_is_told_with_its_place():
+    def breaks():
+        yield "abc"
+        yield "abc"
+        raise ValueError("no more")
+
+    with pytest.raises(InputError, match=r"domain 'd' cannot be read after passage 2: no more"):
+        list(shards(from_generator("d", breaks), Encoder(), Reading(tokens=None)))
