@@ -12,6 +12,8 @@ PUBLIC = [
     "MoELensError",
     "PartialSum",
     "Routing",
+    "Selection",
+    "TunedLens",
     "__version__",
 ]
 
