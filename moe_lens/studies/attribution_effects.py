@@ -189,7 +189,7 @@ def overlap(
     k = min(TOP, one.shape[1])
     best = [v.masked_fill(~active, -torch.inf).topk(k, 1).indices for v in (one, other)]
     inside = [torch.zeros_like(active).scatter(1, b, True) & active for b in best]
-    return (inside[0] & inside[1]).sum(1) / inside[1].sum(1)
+    return (inside[0] & inside[1]).sum(1).double() / inside[1].sum(1)
 
 
 def _agreement(
