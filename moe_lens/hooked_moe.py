@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_lens import names
 from moe_lens.errors import HookError, InputError
-from moe_lens.interventions.ablation import By, Fallback, How, Reference, ablate, keep_top
+from moe_lens.interventions.ablation import By, Fallback, How, ablate, keep_top
 from moe_lens.interventions.intervention import Intervention, check_interventions
+from moe_lens.interventions.means import Reference
 from moe_lens.interventions.selecting import Replayed, Steer, SteerRule, force_routing, steer_experts
 from moe_lens.model.adapter import build_adapter
 from moe_lens.model.bridge import ExpertBridge

@@ -7,7 +7,6 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from moe_lens.errors import InputError, UnsupportedModelError
-from moe_lens.interventions.ablation import Reference, check_mean, means_for
 from moe_lens.interventions.attribution_knockout import Knockouts
 from moe_lens.interventions.attribution_paths import (
     Slots,
@@ -17,7 +16,7 @@ from moe_lens.interventions.attribution_paths import (
 )
 from moe_lens.interventions.attribution_result import ExpertAttribution, Unit
 from moe_lens.interventions.clean_run import CleanRun
-from moe_lens.interventions.means import ExpertMeans
+from moe_lens.interventions.means import ExpertMeans, Reference, means_for
 from moe_lens.interventions.metrics import Metric, describe, evaluate
 from moe_lens.interventions.sweep import RoutingMode
 from moe_lens.model.cache import MoECache
@@ -147,5 +146,5 @@ def _chosen(
     if means is not None:
         for layer, which in chosen.items():
             for expert in slots.indices[layer][which].unique().tolist():
-                check_mean(means, layer, expert)
+                means.require(layer, expert)
     return torch.stack(list(chosen.values()))

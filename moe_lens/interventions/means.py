@@ -13,6 +13,7 @@ from moe_lens import names
 from moe_lens.errors import InputError
 from moe_lens.model.cache import MoECache
 from moe_lens.protocols import HookedModel
+from moe_lens.selection import Selection
 from moe_lens.storage import load_tensors, save_tensors
 
 
@@ -50,6 +51,18 @@ class ExpertMeans:
         if self.shared is None:
             raise InputError("the reference holds no outputs of shared experts")
         return self.shared[self._row(layer)]
+
+    def require(self, layer: int, expert: int) -> None:
+        """Nothing, if an expert has a mean.
+
+        Raises:
+            InputError: no token of the reference was routed to it.
+        """
+        if bool(self.of(layer)[expert].isnan().any()):
+            raise InputError(
+                f"expert {expert} of layer {layer} has no mean: no token of the reference was routed to it. Take a "
+                "larger reference, or reference.filled(), where such experts have their layer's mean"
+            )
 
     def _row(self, layer: int) -> int:
         if layer not in self.layers:
@@ -196,3 +209,30 @@ class ExpertSums:
         tokens = self._tokens[rows]
         shared = (self._shared[rows] / tokens[:, None]).float() if len(rows) and bool(tokens.all()) else None
         return ExpertMeans.of_sums(self.seen, self._sums[rows], self._counts[rows], shared)
+
+
+Reference = ExpertMeans | MoECache | Path | str | Sequence[str | Tensor] | Tensor
+"""Means, a cache, the file of saved means, a text, texts, or tokens."""
+
+
+def means_for(model: HookedModel, reference: Reference, selection: Selection) -> ExpertMeans:
+    """The reference's means, checked for every expert that is named; raises `InputError` where one is missing."""
+    if isinstance(reference, Path):
+        means = ExpertMeans.load(reference)
+    elif isinstance(reference, MoECache):
+        means = ExpertMeans.of_cache(reference)
+    elif isinstance(reference, ExpertMeans):
+        means = reference
+    else:
+        means = ExpertMeans.measure(model, reference, layers=selection.layers_of(model))
+    sizes = model.n_experts, model.cfg.d_model
+    if tuple(means.experts.shape[1:]) != sizes:
+        came = tuple(means.experts.shape[1:])
+        raise InputError(f"the reference has means of {came} (n_experts, d_model); the model has {sizes}")
+    for layer in selection.layers_of(model):
+        if selection.shared and model.has_shared(layer):
+            means.shared_of(layer)
+        for expert in (selection.by_layer or {}).get(layer, ()):
+            means.require(layer, expert)
+        means.of(layer)
+    return means
