@@ -11,6 +11,7 @@ from moe_lens import HookedMoE, names
 from moe_lens.errors import InputError
 from moe_lens.interventions.trace_result import SiteEffects, TraceResult
 from moe_lens.interventions.tracing import trace
+from tests.test_docs import DOCS, code_of
 from tests.wrapped import untouched
 
 PROMPT = "def add(a, b):\n    return a +"
@@ -160,6 +161,16 @@ def test_results_go_to_files(tmp_path: Path, result: TraceResult):
     assert loaded.tokens == result.tokens
     assert repr(loaded) == repr(result)
     assert repr(loaded).endswith("3 draws; resid, attn, mlp, expert, coalition)")
+
+
+@pytest.mark.slow
+def test_the_guide_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.chdir(tmp_path)
+    values: dict[str, Any] = {}
+    exec(compile(code_of(DOCS / "patching.md"), "patching.md", "exec"), values)
+    assert capsys.readouterr().out
+    assert values["resid"].effect.max() == pytest.approx(1, abs=1e-3)
+    assert (tmp_path / "trace.html").is_file()
 
 
 @pytest.mark.untyped
