@@ -102,9 +102,10 @@ class HookedMoE(ExpertBridge):
     @property
     def W_router(self) -> LayerParameters:
         """Router rows, `W_router[layer]` [n_experts, d_model]."""
-        router = self.family.router
+        path = f"{self.family.router}.{self.family.router_weight}"
+        rows = self.n_experts  # behind them are those of shared experts, in families that weigh them too
         return LayerParameters(
-            "W_router", {at: lambda at=at: getattr(self._moe(at), router).weight for at in self.moe_layers}
+            "W_router", {at: lambda at=at: self._moe(at).get_parameter(path)[:rows] for at in self.moe_layers}
         )
 
     @property

@@ -15,6 +15,26 @@ from moe_lens.errors import InputError
 from moe_lens.storage import load_tensors, save_tensors
 
 
+def affinity(logits: Float[Tensor, "*axes n_experts"], score: str) -> Float[Tensor, "*axes n_experts"]:
+    """Affinity of all experts, in float32 at least.
+
+    Args:
+        logits: router logits.
+        score: "softmax" over all experts, "sigmoid" of each, or "sqrtsoftplus", √ log(1 + e^logit) of each.
+
+    Raises:
+        InputError: another score function.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if score == "softmax":
+        return wide.softmax(-1)
+    if score == "sigmoid":
+        return wide.sigmoid()
+    if score == "sqrtsoftplus":
+        return torch.nn.functional.softplus(wide).sqrt()
+    raise InputError(f"the score function is {score!r}; expected softmax, sigmoid or sqrtsoftplus")
+
+
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class _Chosen:
     """What routing is, whatever axes stand before the last one."""

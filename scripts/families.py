@@ -38,8 +38,8 @@ config alone.
 
 **Adapter**: *TransformerLens* gives all hooks of its own inside attention too; *ours* hooks the boundaries of a layer's
 parts: embedding, residual stream, norms, attention (or the state-space or convolution layer in its place), MLP, and
-everything inside the experts. **Factors**: where a family multiplies after the experts, or multiplies what a layer adds,
-hooks show the product, which is what the residual stream gets.
+everything inside the experts. **Factors**: where a family multiplies after the experts, or multiplies what a layer
+adds, hooks show the product, which is what the residual stream gets.
 
 | model type | experts are chosen and weighed | shared experts | adapter | particular |
 |---|---|---|---|---|
@@ -52,7 +52,7 @@ A multimodal model is wrapped with its text part: hooks are those of the decoder
 Experts in MXFP4, FP8 or bitsandbytes formats are other modules, on which hooks would not fire: such a model is refused.
 Dequantise it while loading, where transformers can:
 
-```python notest
+```python
 from transformers import FineGrainedFP8Config, Mxfp4Config
 
 model = HookedMoE.from_pretrained("openai/gpt-oss-20b", quantization_config=Mxfp4Config(dequantize=True))

@@ -14,7 +14,7 @@ from moe_lens import names
 from moe_lens.errors import InputError
 from moe_lens.model.hook_cache import Cut, as_slice
 from moe_lens.model.sum_cache import SumCache
-from moe_lens.routing import LayerRouting
+from moe_lens.routing import LayerRouting, affinity
 from moe_lens.selection import SelectedRows, Selection, Step
 
 
@@ -74,7 +74,7 @@ class MoECache(SumCache):
             indices=self[indices],
             weights=self[weights],
             logits=known,
-            probs=None if known is None else _affinity(known, self.model.family.score),
+            probs=None if known is None else affinity(known, self.model.family.score),
             mask=None if self.mask is None else self.mask.to(self[indices].device),
         )
 
@@ -211,8 +211,3 @@ class MoECache(SumCache):
                 where.apply(self[names.mlp(names.EXPERT_INDICES, layer)], dim=-2), "... rank -> rank ..."
             )
             rows.scatter_(0, chosen[..., None].expand_as(slots).to(rows.device), slots.to(rows))
-
-
-def _affinity(logits: Float[Tensor, "*tokens n_experts"], score: str) -> Float[Tensor, "*tokens n_experts"]:
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return wide.sigmoid() if score == "sigmoid" else wide.softmax(dim=-1)

@@ -232,8 +232,8 @@ def check_experts(experts: Any) -> None:
         UnsupportedModelError: it is not, or its parameters are quantised.
     """
     down = getattr(experts, "down_proj", None)
-    packed = isinstance(down, Tensor) and hasattr(experts, "has_gate")
-    if not packed or not down.is_floating_point() or down.element_size() < 2 or "FP8" in type(experts).__name__:
+    full = isinstance(down, Tensor) and down.is_floating_point() and down.element_size() >= 2
+    if not full or not hasattr(experts, "has_gate") or "FP8" in type(experts).__name__:
         raise UnsupportedModelError(
             f"{type(experts).__name__} is not under transformers' experts contract (packed gate_up_proj and down_proj, "
             "of 16 bits at least); quantised experts replace it. Dequantise while loading, with quantization_config="

@@ -45,6 +45,7 @@ FAMILIES = {
         Family(
             "afmoe",
             router="router",
+            router_weight="gate.weight",
             shared="shared_experts",
             score="sigmoid",
             bias=True,
@@ -129,7 +130,7 @@ FAMILIES = {
         Family("granitemoe_swa", router="router", shared="shared_mlp", normalised="always", layout=GRANITE),
         Family("granitemoehybrid", router="router", shared="shared_mlp", normalised="always", layout=GRANITE),
         Family("granitemoeshared", router="router", shared="shared_mlp", normalised="always", layout=GRANITE),
-        Family("hunyuan_v1_moe", shared="shared_mlp", normalised="always", layout=LLAMA),
+        Family("hunyuan_v1_moe", router_weight="wg.weight", shared="shared_mlp", normalised="always", layout=LLAMA),
         Family(
             "hy_v3",
             shared="shared_experts",
@@ -148,11 +149,24 @@ FAMILIES = {
             normalised="always",
             scaled="route_scale",
             shared_logits=True,
-            layout=Layout(
-                ln1_post="attn_sconv", ln2_post="mlp_sconv", logits_divisor="logits_mup_width_multiplier"
-            ),
+            layout=Layout(ln1_post="attn_sconv", ln2_post="mlp_sconv", logits_divisor="logits_mup_width_multiplier"),
             note="weights are normalised together with those of the shared experts; a short convolution follows the "
             "MoE block: mlp.hook_out is what it reads, hook_mlp_out what it returns",
+        ),
+        Family(
+            "inkling2_text",
+            score="sqrtsoftplus",
+            score_field="scoring_func",
+            bias=True,
+            normalised="always",
+            scaled="routed_scaling_factor",
+            layout=Layout(
+                ln1_post="post_attention_convolution",
+                ln2_post="post_mlp_convolution",
+                stream="other",
+                streams=True,
+            ),
+            note="every part reads a mixture of earlier streams: no hook_resid_*, hook_attn_out or hook_mlp_out",
         ),
         Family(
             "jamba",
@@ -245,6 +259,28 @@ FAMILIES = {
             note=MANY_STREAMS,
         ),
         Family("solar_open", **V3_SHARED),
+    )
+}
+
+
+def _multimodal(model_type: str, text: str, **changes: Any) -> Family:
+    """A model type whose text part is that of another family."""
+    family = FAMILIES[text]
+    layout = replace(family.layout or LLAMA, decoder="model.language_model")
+    note = "; ".join(part for part in ("multimodal: the text part is hooked", family.note) if part)
+    return replace(family, model_type=model_type, layout=layout, dead=(), note=note, **changes)
+
+
+FAMILIES |= {
+    family.model_type: family
+    for family in (
+        _multimodal("aria", "aria_text"),
+        _multimodal("glm4v_moe", "glm4_moe"),
+        _multimodal("minimax_m3_vl", "minimax_m3_vl_text"),
+        _multimodal("mistral_large4", "mistral4", normalised="always"),
+        _multimodal("qwen3_5_moe", "qwen3_5_moe_text"),
+        _multimodal("qwen3_vl_moe", "qwen3_moe", normalised="always"),
+        _multimodal("qwen4_exp", "qwen4_exp_text"),
     )
 }
 

@@ -52,6 +52,8 @@ class Family:
     """`config.model_type` of transformers."""
     router: str = "gate"
     """Name of the router module in the MoE block."""
+    router_weight: str = "weight"
+    """Path of the matrix in the router that makes the logits."""
     shared: str | None = None
     """Name of the shared experts' MLP in the MoE block, or beside it in the layer."""
     shared_gate: str | None = None
@@ -84,8 +86,6 @@ class Family:
     """Attribute of the router: its product is multiplied by it, or bounded with it, before anything else; 0 is off."""
     select: Literal["topk", "sparsemixer", "token"] = "topk"
     """How experts are chosen: the largest scores, one after the other (PhiMoE), or by the token's id in some layers."""
-    text: str | None = None
-    """Path of the text model's config inside a multimodal one."""
     note: str = ""
     """What a user should know beyond the fields: which hooks are lacking, and why."""
 

@@ -57,7 +57,7 @@ def model_info(name_or_path: str | Path, **hub: Any) -> ModelInfo:
         UnsupportedModelError: the family is not supported, or the model has no experts.
     """
     source = resolve_name(str(name_or_path))
-    path, raw = read_config(source, hub)
+    path, _ = read_config(source, hub)
     try:
         config = AutoConfig.from_pretrained(source, **hub)
     except (ValueError, KeyError, TypeError, OSError) as error:
@@ -74,12 +74,13 @@ def config_info(config: PreTrainedConfig) -> ModelInfo:
     family = family_of(config)
     # Building a model writes to its config, and quantised parameters are counted as what they stand for.
     config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.model_type == "deepseek"
+    vars(config).pop("quantization_config", None)
+    decoder = family.layout.decoder if family.layout else "model"
+    listed = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.model_type == "deepseek"
+    causal = listed and "language_model" not in decoder
     with torch.device("meta"):
         model = (AutoModelForCausalLM if causal else AutoModelForImageTextToText).from_config(config)
-    layers: Any = model.get_submodule(f"{family.layout.decoder if family.layout else 'model'}.layers")
+    layers: Any = model.get_submodule(f"{decoder}.layers")
     found = {}
     for layer, block in enumerate(layers):
         for name, module in block.named_modules():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_lens import names
 from moe_lens.protocols import HookedModel
-from moe_lens.routing import LayerRouting, Routing
+from moe_lens.routing import LayerRouting, Routing, affinity
 from moe_lens.stats.batch import RoutedBatch
 
 Hooks = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
@@ -87,12 +87,6 @@ def routing_hooks(model: HookedModel, layers: dict[int, LayerRouting]) -> Hooks:
         )
 
     return each_layer(model, wanted, keep)
-
-
-def affinity(logits: Tensor, score: str) -> Tensor:
-    """Affinity of all experts in float32 at least: the softmax of the logits, or their sigmoid."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return wide.sigmoid() if score == "sigmoid" else wide.softmax(-1)
 
 
 @torch.no_grad()

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from moe_lens import names
 from moe_lens.errors import InputError
-from moe_lens.routing import LayerRouting, Routing
+from moe_lens.routing import LayerRouting, Routing, affinity
 from moe_lens.stats.batch import RoutedBatch
-from moe_lens.stats.live import TextBatch, affinity, each_layer
+from moe_lens.stats.live import TextBatch, each_layer
 from moe_lens.stats.vocabulary import VocabularyResult
 
 

@@ -103,7 +103,19 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v32": {**MLA, **INDEXED},
     "glm4_moe_lite": MLA,
     "glm_moe_dsa": {**MLA, **INDEXED},
-    "dots3_note_text": {**MLA, **INDEXED, "head_dim": 20, "shared_experts_intermediate_size": 32},
+    "dots3_note_text": {
+        **MLA,
+        **INDEXED,
+        "head_dim": 20,
+        "shared_experts_intermediate_size": 32,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 12,
+        "swa_kv_lora_rank": 20,
+        "swa_head_dim": 20,
+        "swa_qk_nope_head_dim": 12,
+        "swa_v_head_dim": 16,
+    },
     "gemma4_text": {
         "enable_moe_block": True,
         "hidden_size_per_layer_input": 0,
@@ -128,6 +140,16 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "expert_layer_offset": 1,
         "use_mamba_kernels": False,
     },
+    "glm4v_moe_text": {
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [2, 1, 1],
+            "partial_rotary_factor": 0.5,
+        },
+    },
+    "mistral_large4_text": MLA,
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "mistral4": MLA,
     "nemotron_h": {
@@ -156,9 +178,43 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 
+# Multimodal model types: the one whose config describes the text part.
+TEXT = {
+    "aria": "aria_text",
+    "glm4v_moe": "glm4v_moe_text",
+    "minimax_m3_vl": "minimax_m3_vl_text",
+    "mistral_large4": "mistral_large4_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+    "qwen3_vl_moe": "qwen3_vl_moe_text",
+    "qwen4_exp": "qwen4_exp_text",
+}
+# Of the parts that read images and sound, which no test runs.
+TOWER: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "depth": 1,
+    "num_attention_heads": 4,
+    "num_heads": 4,
+    "out_hidden_size": 40,
+    "image_size": 28,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+}
+
+
 def config(model_type: str, **changes: Any) -> PreTrainedConfig:
     """A tiny config of a model type; fields that it does not have are left out."""
-    cls = CONFIG_MAPPING[model_type]
+    classes: Any = CONFIG_MAPPING
+    cls: Any = classes[model_type]
+    if model_type in TEXT:
+        towers = {}
+        for key in ("vision_config", "audio_config"):
+            tower = getattr(cls(), key, None)
+            if tower is not None:
+                fields = {name: value for name, value in TOWER.items() if name in tower.to_dict()}
+                towers[key] = {**fields, "model_type": tower.model_type}
+        return cls(text_config=config(TEXT[model_type], **changes).to_dict(), **towers, tie_word_embeddings=False)
     probe = cls()
     known = {*probe.to_dict(), *getattr(probe, "attribute_map", {})}
     fields = {key: value for key, value in BASE.items() if key in known}
@@ -170,11 +226,10 @@ def class_of(model_type: str) -> Any:
     """The transformers class that computes next-token logits for a model type."""
     if model_type == "deepseek":
         return _deepseek.DeepseekForCausalLM
-    for mapping in (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
-    ):
+    of_text = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,)
+    multimodal = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
+    mappings: Any = (*multimodal, *of_text) if model_type in TEXT else (*of_text, *multimodal)
+    for mapping in mappings:
         if model_type in mapping:
             return getattr(transformers, mapping[model_type])
     raise KeyError(model_type)
@@ -186,6 +241,11 @@ def build(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0, **
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     model = class_of(model_type)._from_config(made, dtype=dtype).eval()
+
+    strict = model._keep_in_fp32_modules_strict or ()  # as from_pretrained does
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in strict):
+            parameter.data = parameter.data.float()
 
     def draw(value: Tensor, std: float) -> Tensor:
         return torch.randn(value.shape, generator=generator) * std

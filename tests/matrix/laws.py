@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.model.family import Family
+from moe_lens.routing import affinity
 from tests.matrix.configs import build, tokens
 from tests.wrapped import GATED, deviation
 
@@ -27,9 +28,10 @@ class Case:
     model_type: str
 
     def __post_init__(self) -> None:
-        self.tokens = tokens()
-        self.hf = build(self.model_type)
+        self.tokens: Tensor = tokens()
+        self.hf: Any = build(self.model_type)
         self.hf.set_experts_implementation("eager")
+        self.hf.requires_grad_(True)
         with torch.no_grad():
             self.eager = self.hf(self.tokens).logits
             self.hf.set_experts_implementation("grouped_mm")
@@ -68,7 +70,7 @@ class Case:
         """Logits with one hook edited."""
         return self.run([(name, lambda value, hook: change(value))])
 
-    def run(self, hooks: list[tuple[str, Any]]) -> Tensor:
+    def run(self, hooks: Any) -> Tensor:
         with torch.no_grad():
             return self.model.run_with_hooks(self.tokens, fwd_hooks=hooks)
 
@@ -132,6 +134,15 @@ def parts(case: Case) -> None:
         chosen = case.at(names.EXPERT_INDICES, layer)
         assert all(len(set(row.tolist())) == model.top_k for row in chosen.flatten(0, 1))
         assert (weights[..., :-1] >= weights[..., 1:]).all()
+        x, expert = case.at(names.MLP_IN, layer), chosen[..., 0]
+        rows = torch.einsum("bpd,ed->bpe", x, model.W_router[layer].float())
+        if family.logits_factor is None and family.model_type != "gpt_oss":  # which has a bias
+            close(rows, case.at(names.ROUTER_LOGITS, layer))
+        if family.model_type != "gpt_oss":
+            first = model.W_gate[layer] if model._moe(layer).experts.has_gate else model.W_in[layer]
+            close(torch.einsum("bpd,bpdm->bpm", x, first[expert]), case.at(names.EXPERT_PRE, layer)[:, :, 0])
+            post = case.at(names.EXPERT_POST, layer)[:, :, 0]
+            close(torch.einsum("bpm,bpmd->bpd", post, model.W_out[layer][expert]), out[:, :, 0])
     if not (family.layout and family.layout.streams):
         last = case.cache[names.block(names.RESID_POST, model.cfg.n_layers - 1)]
         with torch.no_grad():
@@ -158,6 +169,9 @@ def rule(case: Case) -> None:
 
     case.run([(name, force), (names.mlp(names.ROUTING_WEIGHTS, layer), note)])
     logits, own = case.at(names.ROUTER_LOGITS), case.at(names.EXPERT_INDICES)
+    probs = case.model.routing(case.tokens).probs
+    assert probs is not None
+    close(probs[case.model.moe_layers.index(layer)], affinity(logits, family.score))
     close(case.at(names.ROUTING_WEIGHTS), weigh(case, logits, own), what="own choice")
     close(seen["weights"], weigh(case, logits, forced), what="forced choice")
     if family.select == "topk":
@@ -188,12 +202,7 @@ def weigh(case: Case, logits: Tensor, chosen: Tensor) -> Tensor:
             weights.append(given.masked_fill(far, -torch.inf).softmax(-1).gather(-1, index))
             left = left.scatter(-1, index, -torch.inf)
         return torch.cat(weights, -1).float().scatter(-1, order, torch.cat(weights, -1).float())
-    affinity = {
-        "softmax": lambda: logits.softmax(-1),
-        "sigmoid": lambda: logits.sigmoid(),
-        "sqrtsoftplus": lambda: torch.nn.functional.softplus(logits).sqrt(),
-    }[family.score]()
-    weights = affinity.gather(-1, chosen)
+    weights = affinity(logits, family.score).gather(-1, chosen)
     if family.normalised == "always" or (family.normalised == "config" and router_normalises(moe, router)):
         total = weights.sum(-1, keepdim=True)
         if family.shared_logits:  # the shared experts' columns are behind the hook's
