@@ -1,0 +1,78 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+# ---
+
+# %% [markdown]
+# # A smaller model: which experts can go?
+#
+# Half of the embedded model's experts are dropped, chosen by three methods. A plan is measured before anything is written, on
+# texts that it was not made from; then the best one becomes a checkpoint for transformers.
+
+# %%
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from moe_lens import HookedMoE, viz
+from moe_lens import pruning as prune
+from moe_lens.data import embedded_domains
+
+model = HookedMoE.from_pretrained("tiny-deepseekmoe", dtype=torch.float32)
+
+# %% [markdown]
+# Each domain's sources are dealt into two halves: plans are made from one and judged on the other, and the other way round.
+
+# %%
+domains = [domain for domain in embedded_domains() if domain.name in ("french", "code")]
+halves = prune.halved(domains, model, n_tokens=1200, context=128)
+found = prune.frontier(model, halves, ["reap", "frequency", "random"], keep=[0.5, 0.75], specialists="reap")
+table = found.to_frame()
+table[table["calibrated"] == "all"].pivot_table(index=["method", "kept"], columns="domain", values="ratio").round(2)
+
+# %% [markdown]
+# Perplexity divided by that of the whole model. A method that does not beat `random` has found nothing.
+
+# %%
+folder = Path(tempfile.mkdtemp())
+figure = viz.frontier(found)
+figure.write_html(folder / "frontier.html")
+print(f"the figure is in {folder / 'frontier.html'}")
+figure
+
+# %% [markdown]
+# Specialists: models that keep what one domain needs, read in both.
+
+# %%
+viz.specialists(found, kept=32)
+
+# %% [markdown]
+# ## From a plan to a checkpoint
+#
+# Scores can be saved; a plan is made from them; its preview is the smaller model, without a copy of the weights.
+
+# %%
+scores = prune.score(model, halves[0], "reap")
+plan = prune.plan(scores, keep=0.5, domain="french")
+print(plan)
+
+prompt = model.to_tokens("Le système de fichiers est")
+with torch.no_grad(), plan.preview(model):
+    previewed = model(prompt)
+
+# %% [markdown]
+# The checkpoint has the family's own format. (For DeepSeekMoE, which transformers does not know, `import moe_lens` comes
+# first; Mixtral, OLMoE, Qwen-MoE and DeepSeek-V2 load without it.)
+
+# %%
+smaller = prune.export("tiny-deepseekmoe", plan, folder / "french-half")
+loaded = AutoModelForCausalLM.from_pretrained(smaller, dtype=torch.float32)
+with torch.no_grad():
+    exported = loaded(prompt).logits
+print(f"{loaded.config.n_routed_experts} experts a layer; largest difference {(exported - previewed).abs().max():.1e}")
+assert (exported - previewed).abs().max() < 1e-5 * previewed.abs().max()
