@@ -39,6 +39,19 @@ def test_lenses_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert means["mid + routed + shared"] < means["mid"]  # the whole layer is nearer to the end than u alone
 
 
+@pytest.mark.slow
+def test_interventions_run_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    values: dict[str, Any] = {}
+    exec(compile(code_of(DOCS / "interventions.md"), "interventions.md", "exec"), values)
+    assert capsys.readouterr().out
+    assert abs(values["loss"] - values["same"]) == 0  # a context and its list of hooks
+    assert len(set(values["losses"].values())) == 4  # four ways, four models
+    assert values["swapped"] != values["loss"] != values["single"]
+
+
 def test_every_public_name_has_its_place_in_the_api_pages():
     pages = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
     shown = set(re.findall(r"^::: moe_lens\.(\w+)$", pages, re.MULTILINE))
