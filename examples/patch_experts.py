@@ -41,8 +41,7 @@ for text in (clean, corrupted):
 # %%
 resid = patch(model, clean, corrupted, "resid_post", metric)
 print(resid, f"clean {resid.clean:.2f}, corrupted {resid.corrupted:.2f}")
-figure = patch_map(resid)
-figure
+patch_map(resid)
 
 # %% [markdown]
 # ## Experts
