@@ -97,7 +97,10 @@ def test_effects_are_those_of_full_forward_passes_by_text(model: HookedMoE) -> N
     chosen = (routing.layer(layer).indices == 3) & of.mask[..., None]
 
     def along(scale: float) -> Tensor:
-        hook: Any = (names.mlp(names.EXPERT_WEIGHTED, layer), lambda w, hook: w * (1 + scale * chosen[..., None]))
+        hook: Any = (
+            names.mlp(names.EXPERT_WEIGHTED, layer),
+            lambda w, hook: w * (1 + scale * chosen.double()[..., None]),
+        )
         return nats(model, [hook])
 
     slope = -(along(step) - along(-step)) / (2 * step)
