@@ -90,6 +90,7 @@ class AttributionCache(HookCache):
         scale = (items.apply(scale) if self.has_batch_dim else scale).squeeze(-1).to(direction)
         # (c ⊙ gain / scale) · w = c · (gain ⊙ w) / scale: nothing of the stack's size is made.
         direction = direction * _gain(self.model.ln_final).to(direction)
+        direction = direction * getattr(self.model.adapter, "logits_factor", 1.0)
         if self._uses_ln_centering(None):
             direction = direction - direction.mean(-1, keepdim=True)
         return torch.stack([(part.to(wide) * direction).sum(-1) / scale for part in stack])

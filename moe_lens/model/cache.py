@@ -161,6 +161,7 @@ class MoECache(SumCache):
         """
         if by not in ("rank", "expert"):
             raise InputError(f"by is {by!r}; expected 'rank' or 'expert'")
+        self._terms_of_a_sum()
         where = as_slice(pos_slice)
         n_layers = self.model.cfg.n_layers
         end = n_layers if layer in (None, -1, n_layers) else self._layer(layer)
@@ -185,9 +186,12 @@ class MoECache(SumCache):
         """What stands before block `end`, in order."""
         yield _Part(["embed"], [names.block(names.RESID_PRE, 0)])
         for layer in range(end):
-            yield _Part([f"{layer}_attn_out"], [names.block(names.ATTN_OUT, layer)])
+            hooks = self.model.hook_dict  # in hybrid families, a layer may lack attention or an MLP
+            if names.block(names.ATTN_OUT, layer) in hooks:
+                yield _Part([f"{layer}_attn_out"], [names.block(names.ATTN_OUT, layer)])
             if layer not in self.model.moe_layers:
-                yield _Part([f"{layer}_mlp_out"], [names.block(names.BLOCK_MLP_OUT, layer)])
+                if names.block(names.BLOCK_MLP_OUT, layer) in hooks:
+                    yield _Part([f"{layer}_mlp_out"], [names.block(names.BLOCK_MLP_OUT, layer)])
                 continue
             if self.model.n_shared_experts:
                 yield _Part([f"{layer}_shared_out"], [names.mlp(names.SHARED_OUT, layer)])

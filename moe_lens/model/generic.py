@@ -25,10 +25,15 @@ MIXERS = {"self_attn": "attn", "linear_attn": "linear_attn", "mamba": "mamba", "
 """Modules of a layer that mix positions, and the names of their components; a layer has one of them."""
 
 
+def centres(module: nn.Module) -> bool:
+    """Whether a norm subtracts the mean."""
+    return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("LayerNorm")
+
+
 def norm_of(name: str, module: nn.Module, layout: Layout, cfg: Any) -> GeneralizedComponent:
     """The component of a norm: with `hook_scale` and `hook_normalized` where it is an ordinary one."""
     kind = type(module).__name__
-    if isinstance(module, nn.LayerNorm) or kind.endswith("LayerNorm"):
+    if centres(module):
         return adapt(NormalizationBridge(name, cfg, uses_rms_norm=False, uses_weight_offset=False), Norm)
     if kind.endswith("RMSNorm") and "Gated" not in kind:
         return adapt(NormalizationBridge(name, cfg, uses_rms_norm=True, uses_weight_offset=layout.offset), Norm)
@@ -122,6 +127,8 @@ class GenericAdapter(ArchitectureAdapter):
         self.text = text = config.get_text_config()
         factor = getattr(text, layout.embed_multiplier) if layout.embed_multiplier else 1.0
         norm = f"{layout.decoder}.{layout.final_norm}"
+        if centres(_find(model, norm)):
+            self.cfg.normalization_type, self.cfg.uses_rms_norm, self.cfg.final_rms = "LN", False, False
         self.component_mapping = {
             "embed": EmbeddingBridge(f"{layout.decoder}.{layout.embed}", output_contribution_scale=float(factor)),
             "blocks": Layer(f"{layout.decoder}.layers", family, self.cfg),
@@ -129,11 +136,13 @@ class GenericAdapter(ArchitectureAdapter):
             "unembed": adapt(UnembeddingBridge(layout.head), Unembedding),
         }
 
+    @property
+    def logits_factor(self) -> float:
+        """What the family multiplies the unembedding's output by."""
+        layout, text = _layout(self.family), self.text
+        factor = float(getattr(text, layout.logits_multiplier)) if layout.logits_multiplier else 1.0
+        return factor / float(getattr(text, layout.logits_divisor)) if layout.logits_divisor else factor
+
     def apply_output_logits_transform(self, logits: torch.Tensor) -> Tensor:
         """What the family does to the unembedding's output: scales it, bounds it."""
-        layout, text = _layout(self.family), self.text
-        if layout.logits_multiplier is not None:
-            logits = logits * getattr(text, layout.logits_multiplier)
-        if layout.logits_divisor is not None:
-            logits = logits / getattr(text, layout.logits_divisor)
-        return super().apply_output_logits_transform(logits)
+        return super().apply_output_logits_transform(logits * self.logits_factor)

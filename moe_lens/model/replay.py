@@ -50,7 +50,8 @@ class Replay:
 
     def logits(self, resid: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_vocab"]:
         """Logits of rows of the residual stream that leaves the last block."""
-        return self.model.unembed(self.model.ln_final(resid[None]))[0]
+        logits = self.model.unembed(self.model.ln_final(resid[None]))[0]
+        return self.model.adapter.apply_output_logits_transform(logits)
 
     def _of(self, items: Tensor, value: Any) -> Any:
         """What belongs to some items; what has no batch axis, or one of length 1, goes with all of them."""

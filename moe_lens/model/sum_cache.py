@@ -196,7 +196,22 @@ class SumCache(AttributionCache):
             return out
         return out * self._taken(names.mlp(names.ROUTING_WEIGHTS, layer), at)[..., :1].to(out)
 
+    def _terms_of_a_sum(self) -> None:
+        """What experts give must be added to the residual stream as it is.
+
+        Raises:
+            HookError: the family puts a norm between, or rescales the stream.
+        """
+        family = self.model.family
+        if not getattr(family, "adds_as_computed", True):
+            raise HookError(
+                f"in {family.model_type}, what experts give is not added to the residual stream as it is "
+                f"({family.note or 'a norm follows the MoE block'}): it is no term of a sum. "
+                "hook_expert_weighted and hook_routed_out can be read and edited all the same"
+            )
+
     def _check(self, which: PartialSum) -> None:
+        self._terms_of_a_sum()
         self._check_ids("rank", which.ranks or (), self.model.top_k)
         self._check_ids("expert", which.experts or (), self.model.n_experts)
 

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from moe_lens import names
+from moe_lens.errors import HookError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.model.family import Family
 from moe_lens.routing import affinity
@@ -143,11 +145,30 @@ def parts(case: Case) -> None:
             close(torch.einsum("bpd,bpdm->bpm", x, first[expert]), case.at(names.EXPERT_PRE, layer)[:, :, 0])
             post = case.at(names.EXPERT_POST, layer)[:, :, 0]
             close(torch.einsum("bpm,bpmd->bpd", post, model.W_out[layer][expert]), out[:, :, 0])
+    if not family.adds_as_computed:
+        for whole in (lambda: case.cache.partial_sum(case.layer, ranks=[0]), case.cache.decompose_experts):
+            with pytest.raises(HookError, match="no term of a sum"):
+                whole()
+    else:
+        last = case.cache[names.block(names.RESID_POST, model.cfg.n_layers - 1)]
+        stack, _ = case.cache.decompose_experts()
+        close(stack.sum(0), last)
+        if not has_bias(model):
+            with torch.no_grad():  # before a family bounds them
+                logits = model.unembed(model.ln_final(last)) * getattr(model.adapter, "logits_factor", 1.0)
+            token = int(case.tokens[0, 0])
+            close(case.cache.logit_attrs(stack, token).sum(0), logits[..., token], 1e-4)
     if not (family.layout and family.layout.streams):
         last = case.cache[names.block(names.RESID_POST, model.cfg.n_layers - 1)]
         with torch.no_grad():
             read = model.adapter.apply_output_logits_transform(model.unembed(model.ln_final(last)))
         close(read, case.logits)
+
+
+def has_bias(model: HookedMoE) -> bool:
+    """Whether the final norm or the unembedding adds a constant, which is no component's."""
+    parts: Any = model.ln_final.original_component, model.unembed.original_component
+    return any(getattr(part, "bias", None) is not None for part in parts)
 
 
 def rule(case: Case) -> None:
