@@ -6,7 +6,7 @@ Speed: the model that `benchmarks/forward.py` describes (random, 70 M parameters
 4 × 256 tokens: plain transformers at its fastest, HookedMoE without hooks, and with `RoutingStats` and `PairStats`
 updated, in turn in one process, round after round. The ratio of tokens per second is that of each round's pair; the
 median is given, and that of processor time, which other work on the machine disturbs less. Memory: the process's peak,
-and the size of the state, as synthetic routing of 27 layers, 64 experts and top-6 is counted from 10⁵ to 10⁷ tokens.
+and the size of the state, as synthetic routing of 2 layers, 16 experts and top-4 is counted from 10⁵ to 10⁷ tokens.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from benchmarks.forward import SHAPE
 from moe_lens import HookedMoE
 from moe_lens.model.deepseek import DeepseekConfig, DeepseekForCausalLM
 from moe_lens.routing import Routing
-from moe_lens.stats import Accumulator, PairStats, RoutedBatch, RoutingStats, observe
+from moe_lens.stats import Accumulator, PairStats, RoutedBatch, RoutingStats, VocabularyStats, observe
 
 
 def speed(model: HookedMoE, plain: Any, tokens: torch.Tensor, rounds: int) -> None:
@@ -69,36 +69,37 @@ def speed(model: HookedMoE, plain: Any, tokens: torch.Tensor, rounds: int) -> No
         print(f"{name:34s} {spent:8.1f} ms  {wall:5.3f} × tokens/s of plain ({cpu:5.3f} by processor time)")
 
 
-def memory(totals: tuple[int, ...] = (10**5, 10**6, 10**7), layers: int = 27) -> None:
+def memory(totals: tuple[int, ...] = (10**5, 10**6, 10**7), layers: int = 2) -> None:
     """Print peak memory and the size of the state at each total number of tokens."""
     generator = torch.Generator().manual_seed(0)
-    size = range(layers), 64, 6
-    stats: list[Accumulator[Any]] = [RoutingStats(*size), PairStats(*size)]
-    made = []
+    size = range(layers), 16, 4
+    stats: list[Accumulator[Any]] = [RoutingStats(*size), PairStats(*size), VocabularyStats(*size, 1000)]
+    batches: list[Any] = []
     for i in range(4):
-        logits = torch.randn(layers, 8, 1250, 64, generator=generator)
-        weights, indices = logits.softmax(-1).topk(6)
+        logits = torch.randn(layers, 8, 1250, 16, generator=generator)
+        weights, indices = logits.softmax(-1).topk(4)
         routing = Routing(
             layers=tuple(range(layers)),
-            n_experts=64,
+            n_experts=16,
             indices=indices,
             weights=weights,
             logits=logits,
             probs=logits.softmax(-1),
         )
-        made.append((routing, [f"s{8 * i + j}" for j in range(8)]))
+        tokens = torch.randint(1000, (8, 1250), generator=generator)
+        batches.append((routing, tokens, [f"s{8 * i + j}" for j in range(8)]))
     done, start = 0, time.perf_counter()
     for total in totals:
         while done < total:
-            routing, sources = made[done // 10_000 % len(made)]
-            batch: Any = RoutedBatch(routing=routing, sources=sources)
+            routing, tokens, sources = batches[done // 10_000 % len(batches)]
+            batch: Any = RoutedBatch(routing=routing, tokens=tokens, sources=sources)
             for one in stats:
                 one.update(batch)
             done += 10_000
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 2**20)
         state = sum(value.nbytes for one in stats for value in one.state_dict().values()) / 2**20
         rate = done / (time.perf_counter() - start)
-        print(f"{done:10d} tokens: peak {peak:7.0f} MiB, state {state:5.1f} MiB, {rate:8.0f} tokens/s")
+        print(f"{done:10d} tokens: peak {peak:7.0f} MiB, state {state:6.2f} MiB, {rate:8.0f} tokens/s")
 
 
 def main() -> None:
@@ -107,10 +108,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--model", help="a name that HookedMoE.from_pretrained takes; random if not given")
-    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--only", choices=["speed", "memory"])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    if args.only != "speed":
+        memory()
+    if args.only == "memory":
+        return
     if args.model:
         from moe_lens.model.loading import load_pretrained
 
@@ -122,8 +127,6 @@ def main() -> None:
     tokens = torch.randint(3, plain.config.vocab_size, (4, min(256, plain.config.max_position_embeddings)))
     print(f"{tokens.numel()} tokens a batch, float32, {args.threads} threads, {args.rounds} rounds")
     speed(model, plain, tokens, args.rounds)
-    if not args.no_memory:
-        memory()
 
 
 if __name__ == "__main__":

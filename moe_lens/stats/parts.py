@@ -156,7 +156,7 @@ class BySource(Part):
 class Counts(Part):
     """How often each key was seen: memory grows with the number of different keys, not with how many are counted."""
 
-    COMPACT_AT = 2**20
+    COMPACT_AT = 2**18
     """Waiting keys are merged into the sorted ones when there are so many, or as many as there are sorted ones."""
 
     def __init__(self) -> None:
