@@ -164,3 +164,9 @@ def test_a_predicate_needs_tokens_and_a_mask_its_batch() -> None:
         Selection(where=lambda tokens: tokens > 0).positions(Step(1, 2))
     with pytest.raises(InputError, match="a mask for a batch of 1; this one has 2"):
         Selection(where=torch.ones(1, 3, dtype=torch.bool)).positions(Step(2, 1, offset=3))
+
+
+def test_without_padding_positions_go_on_from_the_cache() -> None:
+    assert Selection(where=[5]).positions(Step(1, 2, offset=4)).tolist() == [[False, True]]
+    assert Selection(where=slice(5, None)).positions(Step(1, 2, offset=4)).tolist() == [[False, True]]
+    assert Step(1, 2, offset=4).places().tolist() == [[4, 5]]

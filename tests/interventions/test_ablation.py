@@ -191,6 +191,17 @@ def test_in_generation_positions_count_the_tokens_before() -> None:
         )
 
 
+def test_a_key_value_cache_of_one_s_own_is_counted_too() -> None:
+    case = wrapped("deepseek")
+    made = case.model.ablate(ranks=[0], where=[7])
+    with untouched(case.model), torch.no_grad(), made:
+        whole = case.model(case.tokens)
+        _, past = case.model(case.tokens[:, :6], return_type="logits_and_cache", use_cache=True)
+        rest = case.model(case.tokens[:, 6:], past_key_values=past)
+    assert deviation(rest, whole[:, 6:]) <= bound(whole, LAYERS)
+    assert deviation(whole, case.logits) > 1e-3
+
+
 # --- mean ---
 
 
