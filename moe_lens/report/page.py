@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from moe_lens import viz
 from moe_lens.report.collect import Report
-from moe_lens.report.paper import PUBLISHED
+from moe_lens.report.paper import published as published_of
 from moe_lens.stats import MEASURES, MIN_SOURCES
 from moe_lens.viz.style import colour
 
@@ -173,7 +173,7 @@ def _paper(report: Report, tables: dict[str, pd.DataFrame]) -> list[dict[str, An
     most, half, similarity = tables["most_specialised"], tables["experts_for_half"], _similarity(report)
     rows = []
     for tokens in report.domains:
-        published = PUBLISHED.get(tokens.domain)
+        published = published_of(tokens.domain)
         if published is None:
             continue
         by_k = report.single_expert.dropped[tokens.domain]

@@ -7,8 +7,18 @@ import re
 import datasets
 import pytest
 
-from moe_lens.data import PRESETS, Domain, DomainSpec, Passage, Reading, domains_from_table, from_file, from_generator
-from moe_lens.data import parse_domains, shards
+from moe_lens.data import (
+    PRESETS,
+    Domain,
+    DomainSpec,
+    Passage,
+    Reading,
+    domains_from_table,
+    from_file,
+    from_generator,
+    parse_domains,
+    shards,
+)
 from moe_lens.errors import InputError
 from tests.data.test_batches import Letters
 

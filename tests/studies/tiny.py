@@ -14,7 +14,8 @@ from moe_lens.model.tokenizer import load_tokenizer
 from tests.families import build
 
 TOKENIZER = Path(moe_lens.__file__).parent / "assets" / "tiny-deepseekmoe"
-WORDS = "the old man looked at sea and said that one must not go there again before winter comes".split()
+TEXT = "the old man looked at sea and said that one must not go there again before winter comes"
+WORDS = TEXT.split()
 
 
 def tiny_hf(**changes: Any) -> Any:

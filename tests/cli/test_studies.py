@@ -1,0 +1,185 @@
+"""`moe-lens routing|single-expert|lens|collect|compare` and the report of what they save."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+
+from moe_lens import HookedMoE
+from moe_lens.cli import main
+from moe_lens.report.paper import MODEL, PUBLISHED, published, published_table, same_model
+from moe_lens.studies import Collected, StudyResult
+from tests.studies.tiny import save_checkpoint, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    save_checkpoint(folder / "model")
+    write_jsonl(folder / "a.jsonl", n=12)
+    write_jsonl(folder / "b.jsonl", n=12, seed=1)
+    path = folder / "study.toml"
+    path.write_text(
+        f'model = "{folder}/model"\ntokens = 0\nwindow = 24\nbatch-tokens = 4000\n'
+        f'[domains.a]\npath = "{folder}/a.jsonl"\n'
+        f'[domains."paper/gsm8k"]\npath = "{folder}/b.jsonl"\nstreaming = true\n'
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def saved(folder, config):
+    for command, more in (
+        ("routing", []),
+        ("single-expert", ["--k", "0", "--k", "1", "--k", "2", "--treatment", "dropped", "--treatment", "replaced"]),
+        ("lens", []),
+    ):
+        assert main([command, "--config", str(config), "--out", str(folder / command), *more]) == 0
+    return folder
+
+
+def refused(capsys, *arguments: str) -> str:
+    assert main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    (line,) = [line for line in captured.err.splitlines() if line.strip()]
+    assert line.startswith("moe-lens: error: "), captured.err
+    return line
+
+
+def test_a_config_says_what_the_command_line_does_not(saved):
+    result = StudyResult.load(saved / "routing")
+    plan = result.manifest["plan"]
+    assert plan["reading"] == {
+        "tokens": None, "context": 24, "packed": False, "seed": 0, "shard_tokens": 2**15,
+    }  # fmt: skip
+    assert [domain["name"] for domain in plan["domains"]] == ["a", "paper/gsm8k"]
+    assert [read["sources"] for read in result.manifest["read"]] == [12, 12]
+    assert set(result.manifest["versions"]) >= {"moe_lens", "torch", "transformers", "python"}
+    for name, table in result.tables.items():
+        pd.testing.assert_frame_equal(table, pd.read_parquet(saved / "routing" / f"{name}.parquet"))
+    manifest = json.loads((saved / "routing" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["plan"]["study"] == "routing" and manifest["command"]
+
+
+def test_the_report_collects_saved_studies(saved, tmp_path, capsys):
+    folders = [str(saved / name) for name in ("routing", "single-expert", "lens")]
+    assert main(["report", *folders, "--out", str(tmp_path / "page")]) == 0
+    page = tmp_path / "page" / "report.html"
+    assert capsys.readouterr().out.strip() == str(page.resolve())
+    content = page.read_text(encoding="utf-8")
+    assert content.count("plotly.js v") == 1
+    for shown in ("routing", "single_expert", "lens", "perplexity", "most_specialised"):
+        assert shown in content
+    assert "Beside the authors" not in content  # the model has three active experts: nothing to set beside six
+    assert (tmp_path / "page" / "2-single_expert-perplexity.parquet").exists()
+
+
+def test_the_authors_numbers():
+    table = published_table()
+    assert len(table) == 7 and list(table["domain"]) == list(PUBLISHED)
+    assert published("paper/gsm8k") is published("math") is PUBLISHED["gsm8k"]
+    assert published("german") is None
+    # The data behind the abstract's "+5 %": what k = 3 costs, not k = 1.
+    assert [round(100 * (of.ratio(1) - 1)) for of in PUBLISHED.values()] == [38, 116, 40, 32, 69, 62, 64]
+    assert all(1.03 < of.ratio(3) < 1.06 for of in PUBLISHED.values())
+    assert same_model(MODEL) and not same_model({**MODEL, "layers": 6})
+
+
+def test_compare_finds_what_was_changed_and_nothing_else(saved, tmp_path, capsys):
+    single = str(saved / "single-expert")
+    out = tmp_path / "same.parquet"
+    assert main(["compare", single, single, "--out", str(out)]) == 0
+    assert " 0 with an interval that leaves out 0" in capsys.readouterr().out
+    same = pd.read_parquet(out)
+    assert (same["difference"] == 0).all() and same["paired"].all()
+    # Louder experts: a model made from the first. Its perplexity is what the model itself gives.
+    model = HookedMoE.from_pretrained(str(saved / "model"))
+    with torch.no_grad():
+        for layer in model.moe_layers:
+            model.W_out[layer].mul_(1.5)
+    model.save_pretrained(saved / "louder")
+    arguments = ["--config", str(saved / "study.toml"), "--model", str(saved / "louder"), "--k", "1"]
+    assert main(["single-expert", *arguments, "--treatment", "dropped", "--out", str(tmp_path / "louder")]) == 0
+    assert main(["compare", single, str(tmp_path / "louder"), "--out", str(out)]) == 0
+    table = pd.read_parquet(out).query("quantity == 'perplexity' and of == 'whole, k = 3' and domain == 'a'")
+    (row,) = table.to_dict("records")
+    first, second = (
+        StudyResult.load(f).tables["perplexity"].query("domain == 'a' and treatment == 'whole'")["perplexity"].item()
+        for f in (single, tmp_path / "louder")
+    )
+    assert (row["first"], row["second"]) == (pytest.approx(first), pytest.approx(second))
+    assert row["low"] < row["difference"] < row["high"] and row["difference"] == pytest.approx(second - first)
+    assert first != pytest.approx(second, rel=1e-3)
+
+
+def test_compare_refuses_what_has_nothing_in_common(saved, tmp_path, capsys):
+    said = refused(capsys, "compare", str(saved / "routing"), str(saved / "lens"))
+    assert "'routing' and a study 'lens' cannot be compared" in said
+    assert "holds no result of a study" in refused(capsys, "compare", str(saved / "routing"), str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "parquet"])
+def test_collect_saves_what_the_model_does(saved, kind, tmp_path):
+    hooks = ["--hook", "blocks.*.hook_resid_mid", "--hook", "blocks.1.mlp.hook_expert_out", "--shard-tokens", "100"]
+    out = tmp_path / "collected"
+    assert main(["collect", "--config", str(saved / "study.toml"), *hooks, "--format", kind, "--out", str(out)]) == 0
+    collected = Collected.load(out)
+    assert len(collected.manifest["shards"]) > 2
+    model = HookedMoE.from_pretrained(str(saved / "model"))
+    documents = collected.documents().query("domain == 'a'")
+    assert documents["tokens"].sum() == sum(int(shard["counted"].sum()) for shard in collected.shards("a"))
+    texts = [json.loads(line) for line in (saved / "a.jsonl").read_text().splitlines()]
+    wanted = [*(f"blocks.{layer}.hook_resid_mid" for layer in range(3)), "blocks.1.mlp.hook_expert_out"]
+    seen = set()
+    for shard in collected.shards("a"):
+        starts = [*(shard["token"] == 0).nonzero()[:, 0].tolist(), len(shard["token"])]
+        for start, end in zip(starts, starts[1:], strict=False):
+            number = int(shard["document"][start])
+            body = model.to_tokens(texts[number]["text"])[0, 1:]
+            place = shard["position"][start + 1 : end].long()
+            assert torch.equal(shard["token"][start + 1 : end].long(), body[place])
+            seen |= {(number, int(at)) for at in place}
+            ids = shard["token"][None, start:end].long()
+            _, cache = model.run_with_cache(ids, names_filter=wanted)
+            for name in wanted:
+                assert torch.allclose(shard[name][start:end], cache[name][0], atol=2e-5)
+            routing = model.routing(ids)
+            assert torch.equal(shard["indices"][start:end].long(), routing.indices[:, 0].transpose(0, 1))
+            assert torch.allclose(shard["weights"][start:end], routing.weights[:, 0].transpose(0, 1), atol=1e-6)
+    assert len(seen) == documents["tokens"].sum()  # every token once
+    row = next(iter(collected.dataset("paper/gsm8k")))
+    assert row["domain"] == "paper/gsm8k" and len(row["blocks.0.hook_resid_mid"]) == 32
+
+
+def test_arguments_that_are_wrong(saved, tmp_path, capsys):
+    config = tmp_path / "bad.toml"
+    start = ["routing", "--config", str(config)]
+    config.write_text("tokenz = 3\n")
+    assert "unknown key 'tokenz'; known: batch_tokens, " in refused(capsys, *start)
+    config.write_text("tokens = [\n")
+    assert "not TOML" in refused(capsys, *start)
+    config.write_text('tokens = "many"\n')
+    assert "--tokens" in refused(capsys, *start)
+    config.write_text("domains = 3\n")
+    assert "must be tables" in refused(capsys, *start)
+    assert "none.toml: cannot be read" in refused(capsys, "routing", "--config", "none.toml")
+    model = ["--model", str(saved / "model"), "--out", str(tmp_path / "out")]
+    assert "no such hook point" in refused(capsys, "collect", *model, "--hook", "blocks.9.hook_nothing")
+    assert "holds the result of another study (routing)" in refused(
+        capsys, "single-expert", *model[:2], "--out", str(saved / "routing")
+    )
+    assert "expected NAME=FILE" in refused(capsys, "routing", *model, "--domain", "few.txt")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["routing", "single-expert", "lens", "collect", "compare", "report"])
+def test_help_teaches(command, capsys):
+    assert main([command, "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "Example: moe-lens" in said or command in ("report", "compare") and "moe-lens" in said
+    assert "--out" in said
