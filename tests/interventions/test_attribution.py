@@ -15,6 +15,7 @@ from moe_lens.interventions.means import ExpertMeans
 from moe_lens.selection import Selection
 from tests.families import CONFIGS, build
 from tests.families import tokens as some_tokens
+from tests.test_docs import DOCS, code_of
 from tests.wrapped import Case, untouched, wrapped
 
 families = pytest.mark.parametrize("family", CONFIGS)
@@ -473,3 +474,11 @@ def test_re_routing_needs_a_pair() -> None:
     direct = expert_attribution(case.model, case.tokens, Loss(case.tokens), method="direct", routing="frozen")
     with pytest.raises(InputError, match="method is 'gradient' here and 'direct' there"):
         free.rerouting(direct)
+
+
+@pytest.mark.slow
+def test_the_guide_runs_as_written(capsys: pytest.CaptureFixture[str]) -> None:
+    values: dict[str, Any] = {}
+    exec(compile(code_of(DOCS / "attribution.md"), "attribution.md", "exec"), values)
+    assert "torch.Size([5, 64, 1, 10])" in capsys.readouterr().out
+    assert values["exact"].clean == pytest.approx(values["found"].clean)
