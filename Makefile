@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help report install test check docs docs-serve examples notebooks picture clean
+.PHONY: help report install test test-latest .latest check docs docs-serve examples notebooks picture clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 | \2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
@@ -23,6 +23,15 @@ install: $(VENV)/.installed  ## create .venv and install the package there, edit
 
 test: check  ## lint, formatting, types, import layers, tests; PYTEST_ARGS="-m 'not slow'" goes to pytest
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+# Into an environment of its own, past the bounds of pyproject.toml; torch stays as it is. Ends with what broke.
+test-latest:  ## every family against the newest transformers and transformer-lens that the registry has
+	@$(MAKE) --no-print-directory VENV=.venv-latest .latest
+
+.latest: $(VENV)/.installed-dev
+	@grep '^torch==' constraints.txt > $(VENV)/torch.txt
+	@$(PIP) install --quiet --upgrade --constraint $(VENV)/torch.txt transformers transformer-lens
+	@$(BIN)/python scripts/families.py --check
 
 # The cache of lint-imports does not notice that a module which others import has been added.
 check: $(VENV)/.installed-dev  ## all of `make test` but the tests
@@ -47,7 +56,7 @@ picture: $(VENV)/.installed  ## draw the README's picture again, from the embedd
 	$(BIN)/python scripts/picture.py
 
 clean:  ## remove .venv and everything that was built
-	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis .coverage htmlcov
+	rm -rf $(VENV) .venv-latest site build dist .pytest_cache .ruff_cache .hypothesis .coverage htmlcov
 
 # Debian's python3 comes without ensurepip unless python3-venv is installed; pip can then fill the environment from outside.
 $(BIN)/python:

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -17,6 +18,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from moe_lens.model.families import FAMILIES  # noqa: E402
 from moe_lens.model.refusals import REFUSED  # noqa: E402
+
+DENSE = {"bamba", "gemma4_unified", "gemma4_unified_text", "qwen3_5", "qwen3_5_text", "youtu"}
+"""Model types whose source speaks of experts, and which have none."""
 
 Outcome = Mapping[str, Mapping[str, str]]
 """By model type and law: empty where the law holds, else what failed."""
@@ -67,6 +71,23 @@ true there:
 |---|---|
 {refused}
 """
+
+
+def unlisted() -> list[str]:
+    """Model types of transformers that have experts, by their source, and are in neither table."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.configuration_auto import model_type_to_module_name
+
+    listed = {*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    listed |= {*modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+    found = []
+    for model_type in listed - {*FAMILIES, *REFUSED, *DENSE}:
+        folder = Path(transformers.__file__).parent / "models" / model_type_to_module_name(model_type)
+        sources = "".join(file.read_text(encoding="utf-8") for file in folder.glob("*.py"))
+        if "use_experts_implementation" in sources or "num_experts" in sources:
+            found.append(model_type)
+    return sorted(found)
 
 
 def cell(text: str) -> str:
@@ -135,7 +156,11 @@ def main() -> int:
     outcome = run()
     text = page(outcome, WORDS)
     failures = sum(bool(error) for laws in outcome.values() for error in laws.values())
-    print(f"{failures} failures")
+    installed = ", ".join(f"{name} {version(name)}" for name in ("transformers", "transformer-lens"))
+    print(f"{installed}: {failures} failures")
+    if new := unlisted():
+        print(f"model types that have experts and are neither supported nor refused: {', '.join(new)}")
+        failures += len(new)
     if not check:
         PAGE.write_text(text, encoding="utf-8")
     elif text != PAGE.read_text(encoding="utf-8"):

@@ -1,18 +1,15 @@
 """Every supported family obeys every law, and every model type with experts is supported or refused with a reason."""
 
 import importlib.util
+import re
+import tomllib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
-from transformers.models.auto.configuration_auto import model_type_to_module_name
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MULTIMODAL
 
 from moe_lens.model.families import FAMILIES
-from moe_lens.model.refusals import REFUSED
 from tests.matrix.laws import LAWS, WORDS, Case
 
 ROOT = Path(__file__).parents[2]
@@ -44,13 +41,15 @@ def test_the_page_is_what_a_run_without_failures_writes() -> None:
 
 
 def test_every_model_type_of_transformers_with_experts_is_supported_or_refused() -> None:
-    """Found by its source: the experts interface, or a config field that counts experts."""
-    package = Path(transformers.__file__).parent / "models"
-    known = {*FAMILIES, *REFUSED}
-    missing = []
-    for model_type in {*CAUSAL, *MULTIMODAL}:
-        folder = package / model_type_to_module_name(model_type)
-        sources = "".join(file.read_text(encoding="utf-8") for file in folder.glob("*.py"))
-        if ("use_experts_implementation" in sources or "num_experts" in sources) and model_type not in known:
-            missing.append(model_type)
-    assert not missing
+    assert load_script("families").unlisted() == []
+
+
+@pytest.mark.parametrize("package", ["transformers", "transformer-lens"])
+def test_what_is_tested_is_the_oldest_version_that_pyproject_allows(package: str) -> None:
+    """`make test-latest` is for the newest; everything else runs on what constraints.txt pins."""
+    allowed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    (bounds,) = [found[1] for text in allowed if (found := re.match(rf"{package}\s*(\S+)", text))]
+    oldest = re.search(r">=([\d.]+)", bounds)
+    pinned = re.search(rf"^{package}==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert oldest and pinned
+    assert pinned[1].startswith(oldest[1] + "."), "the pinned version is of the oldest minor version that is allowed"
