@@ -25,6 +25,7 @@ from moe_lens.model.loading import load_pretrained
 from moe_lens.model.parameters import LayerParameters, first_product, second_product
 from moe_lens.model.saving import save_pretrained
 from moe_lens.model.selfcheck import self_check
+from moe_lens.model.sharding import refuse_plan, refuse_shards
 from moe_lens.routing import Routing
 from moe_lens.selection import Experts, Selection, Where
 
@@ -55,6 +56,7 @@ class HookedMoE(ExpertBridge):
             UnsupportedModelError: the family is not supported.
             SelfCheckError: the parts do not make up the whole.
         """
+        refuse_plan(kwargs)
         model, tokenizer = load_pretrained(str(name_or_path), trust_remote_code=trust_remote_code, **kwargs)
         return cls.from_hf(model, tokenizer, name=str(name_or_path), check=check)
 
@@ -79,6 +81,7 @@ class HookedMoE(ExpertBridge):
                 "this tokenizer was not loaded from anywhere, and TransformerLens loads tokenizers again to add the "
                 "BOS token: save it with its save_pretrained, and pass what AutoTokenizer loads from there"
             )
+        refuse_shards(model)
         adapter, family = build_adapter(model, name or getattr(model.config, "_name_or_path", "") or family_name(model))
         if tokenizer is not None:
             tokenizer = configure_tokenizer(tokenizer, adapter.cfg)
