@@ -102,7 +102,11 @@ def observe(model: Any, batch: TextBatch, *, predicted: bool = False) -> RoutedB
     device = model.original_model.get_input_embeddings().weight.device
     tokens, mask = batch.tokens.to(device), batch.mask.to(device)
     logits = model.run_with_hooks(
-        tokens, fwd_hooks=routing_hooks(model, layers), return_type="logits", attention_mask=mask.long()
+        tokens,
+        fwd_hooks=routing_hooks(model, layers),
+        return_type="logits",
+        attention_mask=mask.long(),
+        use_cache=False,
     )
     return RoutedBatch(
         routing=replace(Routing.stack([layers[layer] for layer in model.moe_layers]), mask=batch.mask),

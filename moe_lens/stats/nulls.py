@@ -117,9 +117,8 @@ def random_router(model: Any, batch: TextBatch, seed: int = 0) -> RoutedBatch:
 
     device = model.original_model.get_input_embeddings().weight.device
     hooks = each_layer(model, [names.MLP_IN], keep)
-    model.run_with_hooks(
-        batch.tokens.to(device), fwd_hooks=hooks, return_type=None, attention_mask=batch.mask.long().to(device)
-    )
+    tokens, mask = batch.tokens.to(device), batch.mask.long().to(device)
+    model.run_with_hooks(tokens, fwd_hooks=hooks, return_type=None, attention_mask=mask, use_cache=False)
     return RoutedBatch(
         routing=replace(Routing.stack([layers[layer] for layer in model.moe_layers]), mask=batch.mask),
         tokens=batch.tokens,
