@@ -67,13 +67,21 @@ def build_adapter(model: PreTrainedModel, name: str) -> tuple[ArchitectureAdapte
     """TransformerLens's adapter for a model, mended, and the model's family.
 
     Raises:
-        UnsupportedModelError: the family is unknown, or the model has been wrapped before.
+        UnsupportedModelError: the family is unknown, its layers differ in their number of experts, or the model has
+            been wrapped before.
     """
     family = family_of(model.config)
     if any(isinstance(module, GeneralizedComponent) for module in model.modules()):
         raise UnsupportedModelError(
             "this model is already wrapped: wrapping changes a transformers model in place, and once. "
             "Use the HookedMoE that wraps it, or load the model anew"
+        )
+    modules = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "experts"]
+    counts = {module.num_experts for module in modules if isinstance(getattr(module, "num_experts", None), int)}
+    if len(counts) > 1:
+        raise UnsupportedModelError(
+            f"layers of this {family.model_type} have different numbers of experts, {sorted(counts)}; "
+            "expected the same number in every layer that has experts"
         )
     parameter = next(model.parameters())
     cfg = build_bridge_config_from_hf(model.config, type(model).__name__, name, parameter.dtype)

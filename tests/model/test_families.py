@@ -55,6 +55,15 @@ def test_an_unknown_family_and_an_unknown_score_are_refused() -> None:
     assert family_of(odd).score == "sigmoid"
 
 
+def test_layers_with_different_numbers_of_experts_are_refused() -> None:
+    hf = build("olmoe")
+    hf.model.layers[1].mlp.experts.num_experts = 4
+    with pytest.raises(
+        UnsupportedModelError, match=r"layers of this olmoe have different numbers of experts, \[4, 8\]"
+    ):
+        HookedMoE.from_hf(hf)
+
+
 # --- quantised experts ---
 
 
