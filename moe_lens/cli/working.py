@@ -111,7 +111,7 @@ def _run(work: Work, out: Path, given: Arguments) -> None:
         with console.status(f"loading {given.model}"):
             model = load_model(given.model, given.dtype.value, given.device)
         columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-        with Progress(*columns, console=console) as progress:
+        with Progress(*columns, console=console, transient=True) as progress:
             task, read = progress.add_task("reading"), 0
 
             def watch(what: str, tokens: int) -> None:

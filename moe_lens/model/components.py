@@ -10,6 +10,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
@@ -20,6 +21,11 @@ from moe_lens.model.experts import LayerHooks, call_hook, experts_forward
 from moe_lens.model.families import Family
 from moe_lens.model.router import route, rule_of
 from moe_lens.model.scaling import ExactForward, unscaled
+
+
+def _on_device(experts: Any, *arguments: Any) -> Tensor:
+    with align_module_device(experts):  # accelerate keeps the parameters of offloaded layers elsewhere
+        return experts_forward(experts, *arguments)
 
 
 @cache
@@ -109,17 +115,19 @@ class Norm(GeneralizedComponent):
         eps = component.variance_epsilon if hasattr(component, "variance_epsilon") else component.eps
         scale, scaled = call_hook(scale_point, (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt(), "hook_scale")
         normalized, edited = call_hook(normalized_point, centred / scale, "hook_normalized")
-        rebuilt = self._apply_weight_and_bias(normalized, x.dtype)
+        rebuilt = self._rebuilt(normalized, x.dtype)
         if not (scaled or edited):
             return self.hook_out(native)
         if not scale_point.fwd_hooks and not normalized_point.fwd_hooks:
             return self.hook_out(ExactForward.apply(rebuilt, native))
         # Forward and backward hooks together cannot be told from an edit but by the value.
-        unedited = self._apply_weight_and_bias(
-            (centred / (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt()).detach(), x.dtype
-        )
+        unedited = self._rebuilt((centred / (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt()).detach(), x.dtype)
         same = torch.equal(rebuilt.detach(), unedited)
         return self.hook_out(ExactForward.apply(rebuilt, native) if same else rebuilt)
+
+    def _rebuilt(self, normalized: Tensor, dtype: torch.dtype) -> Tensor:
+        with align_module_device(self.original_component):  # accelerate keeps the weights of offloaded layers elsewhere
+            return self._apply_weight_and_bias(normalized, dtype)
 
 
 class Attention(GeneralizedComponent):
@@ -189,7 +197,7 @@ class MoEBlock(GeneralizedComponent):
             setattr(self, name, point)
         # partials, not closures: a deep copy of the model then has hooks of its own
         router.forward = partial(route, router.forward, hooks, rule_of(family, router, experts.num_experts))
-        experts.forward = partial(experts_forward, experts, hooks, family.interleaved)
+        experts.forward = partial(_on_device, experts, hooks, family.interleaved)
         if shared is not None:
             self._open_shared(moe, shared, hooks)
         elif beside is not None:

@@ -1,0 +1,88 @@
+"""A model whose layers are on several devices has every hook; one that is split within its layers is refused."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_lens import HookedMoE
+from moe_lens.errors import UnsupportedModelError
+from tests.families import build, tokens
+
+ROOT = Path(__file__).parents[2]
+SPLIT = {
+    "model.embed_tokens": "cpu",
+    "model.rotary_emb": "cpu",
+    "model.layers.0": "disk",
+    "model.layers.1": "disk",
+    "model.layers.2": "cpu",
+    "model.norm": "disk",
+    "lm_head": "disk",
+}
+
+
+@pytest.mark.parametrize("family", ["deepseek", "mixtral"])
+def test_every_hook_works_where_layers_are_split_over_devices(family, tmp_path, capfd):
+    build(family).save_pretrained(tmp_path / "model")
+    whole = HookedMoE.from_pretrained(tmp_path / "model").requires_grad_(False)
+    split = HookedMoE.from_pretrained(tmp_path / "model", device_map=SPLIT, offload_folder=str(tmp_path / "off"))
+    elsewhere = {
+        name.split(".")[2] for name, p in split.original_model.named_parameters() if p.is_meta and "layers" in name
+    }
+    assert elsewhere == {"0", "1"}  # the test is of a split that happened
+    ids = tokens(2, 9)
+    with torch.no_grad():
+        plain, expected = whole.run_with_cache(ids)
+        logits, cache = split.run_with_cache(ids)
+        assert torch.equal(logits, plain)
+        assert set(cache.keys()) == set(expected.keys())
+        assert all(torch.equal(cache[name], expected[name]) for name in cache.keys())  # noqa: SIM118
+        mute = lambda value, hook: value * 0  # noqa: E731
+        for name in ("mlp.hook_expert_out", "mlp.hook_router_logits", "mlp.experts.3.hook_out", "hook_resid_mid"):
+            hooks = [(f"blocks.1.{name}", mute)]
+            edited = split.run_with_hooks(ids, fwd_hooks=hooks)
+            assert torch.equal(edited, whole.run_with_hooks(ids, fwd_hooks=hooks))
+            assert not torch.allclose(edited, plain, atol=1e-2)
+    capfd.readouterr()
+
+
+@pytest.mark.parametrize("argument", [{"tp_plan": "auto"}, {"tp_size": 2}])
+def test_a_plan_to_split_layers_is_refused_before_loading(argument):
+    with pytest.raises(UnsupportedModelError, match=r"would see one process's shard of them.*device_map=\"auto\""):
+        HookedMoE.from_pretrained("tiny-deepseekmoe", **argument)
+
+
+SCRIPT = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import torch.distributed as dist
+dist.init_process_group("gloo")
+from transformers import AutoModelForCausalLM
+from moe_lens import HookedMoE
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], tp_plan="auto")
+assert type(model.model.layers[1].mlp.experts.down_proj).__name__ == "DTensor"
+try:
+    HookedMoE.from_hf(model)
+except Exception as error:
+    print(f"{type(error).__name__}: {error}", flush=True)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_with_half_of_every_layer_each_are_refused(tmp_path):
+    build("mixtral").save_pretrained(tmp_path / "model")
+    (tmp_path / "split.py").write_text(SCRIPT)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "split.py")]
+    done = subprocess.run(
+        [sys.executable, *command, str(tmp_path / "model")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("UnsupportedModelError: this model was loaded with tensor or expert parallelism") == 2
