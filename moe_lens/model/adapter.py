@@ -76,8 +76,8 @@ def build_adapter(model: PreTrainedModel, name: str) -> tuple[ArchitectureAdapte
             "this model is already wrapped: wrapping changes a transformers model in place, and once. "
             "Use the HookedMoE that wraps it, or load the model anew"
         )
-    modules = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "experts"]
-    counts = {module.num_experts for module in modules if isinstance(getattr(module, "num_experts", None), int)}
+    experts: list[Any] = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "experts"]
+    counts = {int(module.num_experts) for module in experts if isinstance(getattr(module, "num_experts", None), int)}
     if len(counts) > 1:
         raise UnsupportedModelError(
             f"layers of this {family.model_type} have different numbers of experts, {sorted(counts)}; "
