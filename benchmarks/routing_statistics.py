@@ -4,9 +4,11 @@ python -m benchmarks.routing_statistics [--rounds 9] [--threads 2] [--model tiny
 
 Speed: the model that `benchmarks/forward.py` describes (random, 70 M parameters), or a named one, reads batches of
 4 × 256 tokens: plain transformers at its fastest, HookedMoE without hooks, and with `RoutingStats` and `PairStats`
-updated: in each round plain, variant, variant, plain. The median over rounds of the ratio of tokens per second is given,
-and that of processor time, which other work on the machine disturbs less; plain beside itself shows the noise. Memory: the process's peak,
-and the size of the state, as synthetic routing of 2 layers, 16 experts and top-4 is counted from 10⁵ to 10⁷ tokens.
+updated. A round is plain, variant, variant, plain. The median over rounds of the ratio of tokens per second is given,
+and that of processor time, which other work on the machine disturbs less; plain beside itself shows the noise.
+
+Memory: the process's peak, and the size of the state, as synthetic routing of 2 layers, 16 experts and top-4 is counted
+from 10⁵ to 10⁷ tokens.
 """
 
 import argparse
