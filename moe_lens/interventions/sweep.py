@@ -162,7 +162,7 @@ class _Sweep:
 
     def run(self, read: Read, batch_size: int | None) -> None:
         """Run everything, handing on the logits that are read."""
-        from accelerate.utils import find_executable_batch_size
+        from accelerate.utils.memory import find_executable_batch_size, should_reduce_batch_size
         from rich.console import Console
         from rich.progress import Progress
 
@@ -181,8 +181,15 @@ class _Sweep:
                     progress.update(bar, completed=self.done)
 
             start = batch_size or max(1, tokens // self.clean.pos)
-            retried: Any = find_executable_batch_size(rest, starting_batch_size=start)
-            retried()
+            try:
+                rest(start)
+                return
+            except Exception as error:
+                if start == 1 or not should_reduce_batch_size(error):
+                    raise
+            # Only now: it collects garbage before it begins, which takes longer than a small sweep.
+            smaller: Any = find_executable_batch_size(rest, starting_batch_size=start // 2)
+            smaller()
 
     def _next(self, batch_size: int) -> list[int]:
         """The next variants: of one layer, and no more than `batch_size` items but for a single one that has more."""
