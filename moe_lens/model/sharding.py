@@ -38,6 +38,6 @@ def refuse_shards(model: Any) -> None:
     if split or size > 1:
         what = f"{split[0]} is a shard" if split else f"it is split over {size} processes"
         raise UnsupportedModelError(
-            f"this model was loaded with tensor or expert parallelism ({what}), and a hook would see one process's part "
-            f"of what it names. {_INSTEAD}"
+            f"this model was loaded with tensor or expert parallelism ({what}), and a hook would see one "
+            f"process's part of what it names. {_INSTEAD}"
         )

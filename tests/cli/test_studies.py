@@ -96,7 +96,7 @@ def test_compare_finds_what_was_changed_and_nothing_else(saved, tmp_path, capsys
     assert main(["compare", single, single, "--out", str(out)]) == 0
     assert " 0 with an interval that leaves out 0" in capsys.readouterr().out
     same = pd.read_parquet(out)
-    assert (same["difference"] == 0).all() and same["paired"].all()
+    assert set(same["difference"]) == {0} and set(same["paired"]) == {True}
     # Louder experts: a model made from the first. Its perplexity is what the model itself gives.
     model = HookedMoE.from_pretrained(str(saved / "model"))
     with torch.no_grad():
@@ -132,7 +132,7 @@ def test_collect_saves_what_the_model_does(saved, kind, tmp_path):
     assert len(collected.manifest["shards"]) > 2
     model = HookedMoE.from_pretrained(str(saved / "model"))
     documents = collected.documents().query("domain == 'a'")
-    assert documents["tokens"].sum() == sum(int(shard["counted"].sum()) for shard in collected.shards("a"))
+    assert sum(documents["tokens"]) == sum(int(shard["counted"].sum()) for shard in collected.shards("a"))
     texts = [json.loads(line) for line in (saved / "a.jsonl").read_text().splitlines()]
     wanted = [*(f"blocks.{layer}.hook_resid_mid" for layer in range(3)), "blocks.1.mlp.hook_expert_out"]
     seen = set()
@@ -151,7 +151,7 @@ def test_collect_saves_what_the_model_does(saved, kind, tmp_path):
             routing = model.routing(ids)
             assert torch.equal(shard["indices"][start:end].long(), routing.indices[:, 0].transpose(0, 1))
             assert torch.allclose(shard["weights"][start:end], routing.weights[:, 0].transpose(0, 1), atol=1e-6)
-    assert len(seen) == documents["tokens"].sum()  # every token once
+    assert len(seen) == sum(documents["tokens"])  # every token once
     row = next(iter(collected.dataset("paper/gsm8k")))
     assert row["domain"] == "paper/gsm8k" and len(row["blocks.0.hook_resid_mid"]) == 32
 

@@ -9,6 +9,7 @@ import pytest
 
 from moe_lens.data import (
     PRESETS,
+    Corpus,
     Domain,
     DomainSpec,
     Passage,
@@ -16,6 +17,7 @@ from moe_lens.data import (
     domains_from_table,
     from_file,
     from_generator,
+    load_domain,
     parse_domains,
     shards,
 )
@@ -91,13 +93,14 @@ def test_files_are_streamed_with_the_passages_that_they_have_in_memory(tmp_path)
         memory = spec.open()
         assert isinstance(memory, Domain)
         stream = DomainSpec(**{**vars(spec), "streaming": True}).open()
+        assert isinstance(stream, Corpus)
         assert [passage for _, passage in stream.passages()] == list(memory.passages)
         assert {passage.source for passage in memory.passages} == {"s0", "s1", "s2", "s3"}
 
 
 def test_two_columns_are_one_text(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"question": "why", "answer": "so"}\n')
-    (passage,) = DomainSpec(name="d", path=str(tmp_path / "d.jsonl"), text="question+answer").open().passages
+    (passage,) = load_domain("d", tmp_path / "d.jsonl", text="question+answer").passages
     assert passage.text == "why\nso"
 
 

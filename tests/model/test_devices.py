@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_every_hook_works_where_layers_are_split_over_devices(family, tmp_path, 
         assert all(torch.equal(cache[name], expected[name]) for name in cache.keys())  # noqa: SIM118
         mute = lambda value, hook: value * 0  # noqa: E731
         for name in ("mlp.hook_expert_out", "mlp.hook_router_logits", "mlp.experts.3.hook_out", "hook_resid_mid"):
-            hooks = [(f"blocks.1.{name}", mute)]
+            hooks: Any = [(f"blocks.1.{name}", mute)]
             edited = split.run_with_hooks(ids, fwd_hooks=hooks)
             assert torch.equal(edited, whole.run_with_hooks(ids, fwd_hooks=hooks))
             assert not torch.allclose(edited, plain, atol=1e-2)

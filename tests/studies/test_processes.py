@@ -78,7 +78,7 @@ def test_killed_it_goes_on_and_ends_with_the_same(arguments, whole, how, shards,
 def test_processes_count_what_one_counts(arguments, whole, processes, streaming, tmp_path):
     out = tmp_path / "out"
     more = ["--streaming"] if streaming else []
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     said = done(start(*launcher, "-m", "moe_lens", "routing", *arguments, *more, "--out", str(out)))
     assert said.strip().splitlines()[-1] == str(out.resolve())
     assert said.count(str(out.resolve())) == 1

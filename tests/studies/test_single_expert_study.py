@@ -133,9 +133,10 @@ def test_ratios_are_paired_and_have_intervals_from_ten_sources_on(model, result)
     frame = result.to_frame()
     whole = frame.iloc[0]
     assert (whole["treatment"], whole["ratio"], whole["ratio_low"], whole["ratio_high"]) == ("whole", 1, 1, 1)
-    assert ((frame["ratio_low"] <= frame["ratio"]) & (frame["ratio"] <= frame["ratio_high"])).all()
+    for row in frame.to_dict("records"):
+        assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
     few = run(SingleExpertStudy(k=(1,), treatments=("dropped",)), model, [domain("d", n=9, sources=9)], reading=READING)
-    assert few.tables["perplexity"]["ratio_low"].isna().all()
+    assert all(value != value for value in few.tables["perplexity"]["ratio_low"])
 
 
 def test_settings_that_cannot_be_are_refused(model):
