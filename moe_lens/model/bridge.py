@@ -20,6 +20,7 @@ from moe_lens.model.caching import Keep
 from moe_lens.model.components import MoEBlock
 from moe_lens.model.experts import Choice, LayerHooks
 from moe_lens.model.families import Family
+from moe_lens.model.hook_cache import following_tokens
 from moe_lens.selection import Step
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
@@ -275,7 +276,9 @@ class ExpertBridge(TransformerBridge):
             if incl_bwd:
                 self._backward(output)
         tokens, mask = self._tokens_and_mask(input, pos_slice, **kwargs)
-        cache = MoECache(kept, self, has_batch_dim=True, tokens=tokens, mask=mask)
+        following = following_tokens(*self._tokens_and_mask(input, **kwargs))
+        following = None if following is None else Slice.unwrap(pos_slice).apply(following, dim=1)
+        cache = MoECache(kept, self, has_batch_dim=True, tokens=tokens, mask=mask, following=following)
         if remove_batch_dim:
             cache.remove_batch_dim()
         return output, cache if return_cache_object else cache.cache_dict

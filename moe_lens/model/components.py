@@ -126,7 +126,8 @@ class Norm(GeneralizedComponent):
         return self.hook_out(ExactForward.apply(rebuilt, native) if same else rebuilt)
 
     def _rebuilt(self, normalized: Tensor, dtype: torch.dtype) -> Tensor:
-        with align_module_device(self.original_component):  # accelerate keeps the weights of offloaded layers elsewhere
+        component: Any = self.original_component
+        with align_module_device(component):  # accelerate keeps the weights of offloaded layers elsewhere
             return self._apply_weight_and_bias(normalized, dtype)
 
 

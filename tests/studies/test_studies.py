@@ -1,6 +1,7 @@
 """The studies on a tiny random model: every number against what the model gives when asked directly."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def test_replacing_puts_the_other_half_s_means_in_the_place_of_each_expert(model
                     outputs[row, position, rank] = means[row].experts[means[row].layers.index(layer), expert]
         return outputs
 
-    plainly = [(names.mlp(names.EXPERT_INDICES, layer), note) for layer in model.moe_layers]
+    plainly: Any = [(names.mlp(names.EXPERT_INDICES, layer), note) for layer in model.moe_layers]
     plainly += [(names.mlp(names.EXPERT_OUT, layer), by_hand) for layer in model.moe_layers]
     ours, theirs = losses(model, batch, crossfit.replaced(model, batch, k)), losses(model, batch, plainly)
     real = predicted(batch)
