@@ -42,7 +42,6 @@ table[table["calibrated"] == "all"].pivot_table(index=["method", "kept"], column
 folder = Path(tempfile.mkdtemp())
 figure = viz.frontier(found)
 figure.write_html(folder / "frontier.html")
-print(f"the figure is in {folder / 'frontier.html'}")
 figure
 
 # %% [markdown]

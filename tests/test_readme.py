@@ -19,7 +19,7 @@ def test_the_notebook_example_runs_as_written(
     values: dict[str, Any] = {}
     exec(compile(example, "README.md", "exec"), values)
     assert values["cache"]["expert_out", 3].shape[:3] == (1, values["logits"].shape[1], 6)
-    assert (values["changed"] != values["logits"]).any()  # the edit took effect
+    assert (values["without"] != values["logits"]).any()  # the edit took effect
     assert len(capsys.readouterr().out.splitlines()) == example.count("print(")
 
 
