@@ -123,6 +123,12 @@ def expressible(raw: Mapping[str, Any], plan: Plan) -> None:
             f"the plan keeps different numbers of experts in its layers ({counts}), and the config of "
             f"{raw['model_type']!r} has one number for all; plan.uniform() is the plan of the same size that fits"
         )
+    if plan.fewer:
+        counts = {layer: plan.active(layer) for layer in plan.layers}
+        raise UnsupportedModelError(
+            f"the plan has different numbers of active experts in its layers ({counts}), and the config of "
+            f"{raw['model_type']!r} has one number for all; give plan(…, top_k=) one number"
+        )
     groups = (raw.get("n_group") or 1) if known.group else 1
     if groups == 1:
         return

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +30,7 @@ class Plan:
     kept: tuple[tuple[int, ...], ...]
     """By layer: the experts that stay, ascending. Place in this tuple = their number in the smaller model."""
     top_k: int
-    """Experts active per token."""
+    """Experts active per token; the greatest number where layers differ."""
     values: Float[Tensor, "layer n_experts"]
     """The scores that the plan was made from; `uniform` ranks by them."""
     method: str
@@ -39,13 +39,15 @@ class Plan:
     """(layer, pruned expert) → the kept expert that it is averaged into; None: pruned experts are dropped."""
     shares: Float[Tensor, "layer n_experts"] | None = None
     """Weights of the average, for a plan that merges: how often each expert was chosen."""
+    fewer: Mapping[int, int] = field(default_factory=dict)
+    """Layers in which fewer than `top_k` experts are active, and how many."""
 
     def __post_init__(self) -> None:
         for layer, experts in zip(self.layers, self.kept, strict=True):
-            if len(experts) < self.top_k:
+            if len(experts) < (needed := self.active(layer)):
                 raise InputError(
-                    f"layer {layer} would keep {len(experts)} experts, and every token needs {self.top_k}; "
-                    f"keep at least {self.top_k}, or reduce top_k"
+                    f"layer {layer} would keep {len(experts)} experts, and every token needs {needed}; "
+                    f"keep at least {needed}, or reduce top_k"
                 )
 
     def __repr__(self) -> str:
@@ -53,7 +55,8 @@ class Plan:
         size = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         treatment = "merged" if self.merged else "dropped"
         kept = f"keeps {size} of {self.n_experts} experts a layer by {self.method}"
-        return f"Plan({kept}, others {treatment}, top {self.top_k})"
+        active = f"top {self.top_k}" if not self.fewer else f"top {min(self.fewer.values())} to {self.top_k}"
+        return f"Plan({kept}, others {treatment}, {active})"
 
     @property
     def n_experts(self) -> int:
@@ -69,6 +72,10 @@ class Plan:
     def even(self) -> bool:
         """Whether every layer keeps the same number."""
         return len({len(experts) for experts in self.kept}) == 1
+
+    def active(self, layer: int) -> int:
+        """Experts of a layer that a token uses."""
+        return self.fewer.get(layer, self.top_k)
 
     def of(self, layer: int) -> tuple[int, ...]:
         """The experts that stay in a layer.
@@ -121,6 +128,7 @@ class Plan:
         for row, experts in zip(stay, self.kept, strict=True):
             row[list(experts)] = True
         header = {"model": dict(self.model), "layers": self.layers, "top_k": self.top_k, "method": self.method}
+        header["fewer"] = list(self.fewer.items())  # JSON's keys are strings
         tensors = {"kept": stay, "values": self.values}
         if self.merged is not None and self.shares is not None:
             into = torch.full(self.values.shape, -1)
@@ -146,6 +154,7 @@ class Plan:
             layers=layers,
             kept=tuple(tuple(row.nonzero()[:, 0].tolist()) for row in tensors["kept"]),
             top_k=header["top_k"],
+            fewer=dict(header["fewer"]),
             values=tensors["values"],
             method=header["method"],
             merged=merged,
@@ -160,7 +169,7 @@ def plan(
     budget: Budget = "layer",
     domain: str | None = None,
     protect: Collection[tuple[int, int]] = (),
-    top_k: int | None = None,
+    top_k: int | Mapping[int, int] | None = None,
 ) -> Plan:
     """Choose the experts that stay: those of greatest score.
 
@@ -174,16 +183,16 @@ def plan(
             divided by their layer's sum, and at least `top_k` in each.
         domain: Keep what this domain needs (a specialist); all domains, each counting the same, if not given.
         protect: (layer, expert) that stay whatever their score, such as super experts.
-        top_k: Experts active per token in the smaller model; as before if not given.
+        top_k: Experts active per token in the smaller model, or in some of its layers `{layer: number}`; as before if
+            not given. Layers that differ can be previewed; no family's config has words for them.
 
     Raises:
         InputError: too few experts for every token, more than there are, or a domain or expert that does not exist.
     """
     values = scores.of(domain)
     n_layers, n_experts = values.shape
-    active = scores.top_k if top_k is None else top_k
-    if not 1 <= active <= scores.top_k:
-        raise InputError(f"top_k is {top_k}; expected 1 to {scores.top_k}, the model's own")
+    by_layer = _by_layer(scores, top_k)
+    active = max(by_layer.values())
     ranked = values.clone()
     for layer, expert in protect:
         if layer not in scores.layers or not 0 <= expert < n_experts:
@@ -217,7 +226,21 @@ def plan(
         top_k=active,
         values=values,
         method=method,
+        fewer={layer: number for layer, number in by_layer.items() if number < active},
     )
+
+
+def _by_layer(scores: Scores, top_k: int | Mapping[int, int] | None) -> dict[int, int]:
+    """Experts active in each layer."""
+    given = (
+        top_k if isinstance(top_k, Mapping) else dict.fromkeys(scores.layers, scores.top_k if top_k is None else top_k)
+    )
+    for layer, number in given.items():
+        if layer not in scores.layers:
+            raise InputError(f"top_k names layer {layer}; the layers with experts are {list(scores.layers)}")
+        if not 1 <= number <= scores.top_k:
+            raise InputError(f"top_k is {number}; expected 1 to {scores.top_k}, the model's own")
+    return {layer: given.get(layer, scores.top_k) for layer in scores.layers}
 
 
 def _count(keep: float | int | str | None, n_experts: int) -> int:

@@ -40,8 +40,8 @@ def preview(plan: Plan, model: Any) -> Generator[Intervention]:
         gone = torch.tensor(plan.pruned(layer), dtype=torch.long)
         if len(gone):
             hooks.append((names.mlp(names.ROUTER_LOGITS, layer), _without(gone)))
-        if plan.top_k < model.top_k:
-            hooks += _fewer(model, layer, plan.top_k)
+        if plan.active(layer) < model.top_k:
+            hooks += _fewer(model, layer, plan.active(layer))
     with _biases(plan, model), _merged(plan, model), Intervention(model, f"preview of {plan}", tuple(hooks)) as found:
         yield found
 

@@ -1,5 +1,9 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -108,6 +112,38 @@ def test_uneven_plans_are_refused_and_their_uniform_fallback_works(hooked, tmp_p
         export(hooked, uneven, tmp_path / "out")
     export(hooked, uneven.uniform(), tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_experts"] == 4
+
+
+def test_layers_with_different_numbers_of_active_experts_are_refused(hooked, tmp_path):
+    plan = replace(make_plan(hooked, kept_of(hooked), 2), fewer={1: 1})
+    with pytest.raises(UnsupportedModelError, match=r"\{0: 2, 1: 1, 2: 2\}.*has one number for all"):
+        export(hooked, plan, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_checkpoints_load_where_moe_lens_was_never_imported(tmp_path):
+    expected = {}
+    for name in ("olmoe", "qwen2_moe", "mixtral", "deepseek_v2"):
+        hooked = HookedMoE.from_hf(whole(name), check=False)
+        plan = make_plan(hooked, kept_of(hooked), 2)
+        with torch.no_grad(), plan.preview(hooked):
+            expected[name] = hooked(tokens())
+        export(hooked, plan, tmp_path / name)
+    save_file({"tokens": tokens()}, tmp_path / "tokens")
+    code = f"""
+import sys, torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+tokens = load_file({str(tmp_path / "tokens")!r})["tokens"]
+with torch.no_grad():
+    load = AutoModelForCausalLM.from_pretrained
+    found = {{name: load({str(tmp_path)!r} + "/" + name)(tokens).logits for name in {list(expected)!r}}}
+assert not any(name.startswith("moe_lens") for name in sys.modules)
+save_file({{n: logits.contiguous() for n, logits in found.items()}}, {str(tmp_path / "logits")!r})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""})
+    for name, logits in load_file(tmp_path / "logits").items():
+        assert (logits - expected[name]).abs().max() <= 1e-5, name
 
 
 def test_groups_must_stay_equally_large(tmp_path):

@@ -70,6 +70,14 @@ def test_only_selected_experts_stay_however_many():
         plan(scores(torch.tensor([[[1.0, 1, 0, 1], [0, 1, 0, 0]]])), "selected")
 
 
+def test_layers_can_have_their_own_number_of_active_experts(tmp_path):
+    made = plan(scores(), 0.5, top_k={2: 1})
+    assert (made.active(1), made.active(2), made.top_k, made.fewer) == (2, 1, 2, {2: 1})
+    made.save(tmp_path / "plan")
+    assert Plan.load(tmp_path / "plan").fewer == {2: 1}
+    assert plan(scores(), 0.5, top_k={1: 1, 2: 1}).fewer == {}
+
+
 def test_fewer_active_experts_allow_fewer_kept_ones():
     assert plan(scores(), top_k=1).top_k == 1 and plan(scores(), top_k=1).share_kept == 1
     assert plan(scores(), 1, top_k=1).kept == ((1,), (3,))
@@ -85,6 +93,8 @@ def test_fewer_active_experts_allow_fewer_kept_ones():
         (0, {}, "keep is 0; expected 1 to 4"),
         (None, {"top_k": 3}, "top_k is 3; expected 1 to 2, the model's own"),
         (None, {"top_k": 0}, "top_k is 0; expected 1 to 2"),
+        (None, {"top_k": {1: 3}}, "top_k is 3; expected 1 to 2"),
+        (None, {"top_k": {5: 1}}, r"top_k names layer 5; the layers with experts are \[1, 2\]"),
     ],
 )
 def test_impossible_sizes_are_refused(keep, options, message):

@@ -3,9 +3,11 @@ import torch
 
 from moe_lens import HookedMoE, names
 from moe_lens.errors import InputError
+from moe_lens.pruning import plan, score
 from moe_lens.pruning.merging import averaged, grouped, matching, members, views
 from tests.families import CONFIGS, build, tokens
 from tests.pruning.smaller import by_hand, make_plan, whole
+from tests.pruning.test_scores import texts
 
 STAY = {0: (0, 1, 2, 5, 6, 7), 1: (0, 2, 3, 4, 5, 7), 2: (1, 2, 3, 4, 6, 7)}
 
@@ -31,6 +33,18 @@ def test_the_preview_is_the_smaller_model(name, top_k):
     assert (found - expected).abs().max() <= 1e-5
     assert (before - expected).abs().max() > 0.01
     assert torch.equal(before, after)
+
+
+def test_layers_with_fewer_active_experts_keep_the_first():
+    hooked, _ = hooked_and_plan("olmoe")
+    layer = 1
+    scores = score(hooked, [texts()], "frequency")
+    with torch.no_grad(), plan(scores, top_k={layer: 1}).preview(hooked):
+        found = hooked(tokens())
+    with torch.no_grad():
+        expected = hooked.run_with_hooks(tokens(), fwd_hooks=hooked.keep_top(1, layers=[layer]).fwd_hooks)
+        whole = hooked(tokens())
+    assert torch.equal(found, expected) and not torch.equal(found, whole)
 
 
 def test_a_selection_bias_cannot_bring_a_pruned_expert_back():
