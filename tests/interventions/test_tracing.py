@@ -169,6 +169,7 @@ def test_the_guide_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     values: dict[str, Any] = {}
     exec(compile(code_of(DOCS / "patching.md"), "patching.md", "exec"), values)
     assert capsys.readouterr().out
+    # restoring the whole residual stream restores the answer, but for float32 rounding over a small total effect
     assert values["resid"].effect.max() == pytest.approx(1, abs=1e-3)
     assert (tmp_path / "trace.html").is_file()
 
