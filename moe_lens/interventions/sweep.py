@@ -21,7 +21,7 @@ from moe_lens.interventions.stacked import RoutingMode, Stack, inside
 
 __all__ = ["CleanRun", "RoutingMode", "Variant", "sweep", "token_sweep"]
 
-TOKENS = {"cpu": 2**12, "cuda": 2**16}
+TOKENS = {"cpu": 2**13, "cuda": 2**16}
 """Tokens of a batch of variants at most, by kind of device; fewer if memory does not suffice."""
 LOGITS = 2**25
 """Logits that exist at a time at most."""
