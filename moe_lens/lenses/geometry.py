@@ -66,10 +66,15 @@ def router_geometry(
 
     Raises:
         HookError: A dense layer.
-        InputError: The corpus holds no token, or something else than text; or no norm stands before the experts.
+        InputError: The corpus holds no token, or something else than text; no norm stands before the experts; or router
+            and experts read different inputs.
     """
     if layer not in model.moe_layers:
         raise HookError(f"layer {layer} has no router; the layers with experts are {list(model.moe_layers)}")
+    if model.family.reads_own:
+        raise InputError(
+            f"routers of {model.family.model_type} do not read what its experts read: the two cannot be compared"
+        )
     wide = torch.promote_types(model.W_router[layer].dtype, torch.float32)
     whole = model.W_router[layer].detach().to(wide)
     centred = whole - whole.mean(0)

@@ -78,9 +78,9 @@ class ExpertBridge(TransformerBridge):
         return tuple(layer for layer, _ in self._layer_hooks())
 
     def _moe(self, layer: int) -> Any:
-        """Transformers' own MoE block."""
+        """The module of transformers that holds a layer's router and experts."""
         blocks: Any = self.blocks
-        return blocks[layer].mlp.original_component
+        return blocks[layer].mlp.moe
 
     @property
     def _hf_config(self) -> Any:
@@ -100,14 +100,15 @@ class ExpertBridge(TransformerBridge):
         """Routed experts active for a token."""
         moe = self._moe(self.moe_layers[0])
         router = getattr(moe, self.family.router)
-        return int(router.top_k if hasattr(router, "top_k") else self._hf_config.num_experts_per_tok)
+        text = self._hf_config.get_text_config()
+        return int(router.top_k if hasattr(router, "top_k") else getattr(text, self.family.top_k))
 
     @property
     def n_shared_experts(self) -> int:
         """Shared experts of a MoE layer; they are fused into one MLP."""
         if not self.has_shared(self.moe_layers[0]):
             return 0
-        return int(getattr(self._hf_config, "n_shared_experts", None) or 1)
+        return int(getattr(self._hf_config.get_text_config(), "n_shared_experts", None) or 1)
 
     # --- text ---
 

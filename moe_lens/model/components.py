@@ -5,7 +5,8 @@ transformers' own forward unless somebody listens inside them; `hook_resid_mid` 
 block gets the hook points of `names.MLP_HOOKS`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
@@ -170,17 +171,23 @@ class MoEBlock(GeneralizedComponent):
     hooks: LayerHooks | None = None
     layer: Any = None
     """The decoder layer around it, where shared experts may be."""
+    moe: Any = None
+    """The module of transformers that holds router and experts."""
     beside: Callable[..., Tensor] | None = None
     """What computes shared experts that are not in the block but beside it."""
 
     def set_original_component(self, original_component: nn.Module) -> None:
         """Wrap the block and, when it has experts, take the router and the experts apart."""
         super().set_original_component(original_component)
-        router = getattr(original_component, self.family.router, None)
-        experts = getattr(original_component, "experts", None)
+        moe = self._holder(original_component)
+        router, experts = getattr(moe, self.family.router, None), getattr(moe, "experts", None)
         if router is None or experts is None:
             return
-        self._open(original_component, router, experts)
+        self.__dict__["moe"] = moe
+        self._open(moe, router, experts)
+
+    def _holder(self, original_component: nn.Module) -> Any:
+        return original_component
 
     def _open(self, moe: Any, router: Any, experts: Any) -> None:
         family = self.family
@@ -224,14 +231,43 @@ class MoEBlock(GeneralizedComponent):
         if self.hooks is None:
             return super().forward(*args, **kwargs)
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        self.hooks.start(*hidden_states.shape[:2])
-        try:
+        with self.passing(*hidden_states.shape[:2]):
             return super().forward(*args, **kwargs)
+
+    @contextmanager
+    def passing(self, batch: int, pos: int) -> Generator[None]:
+        """While tokens pass, the hooks know how they are laid out."""
+        assert self.hooks is not None
+        self.hooks.start(batch, pos)
+        try:
+            yield
         finally:
             self.hooks.finish()
 
     def _finish(self, out: Any, x: Tensor) -> Any:
         return out if self.beside is None else out + self.beside(x)
+
+
+class BareExperts(MoEBlock):
+    """The experts of a layer whose router stands beside them: there is no block around the two.
+
+    The layer gives them flat tokens; `hook_in` and `hook_out` show them by batch and position, as everything does.
+    """
+
+    def _holder(self, original_component: nn.Module) -> Any:  # noqa: ARG002
+        return self.layer
+
+    def _open(self, moe: Any, router: Any, experts: Any) -> None:
+        super()._open(moe, router, experts)
+        assert self.hooks is not None
+        self.hooks.points |= {names.MLP_IN: self.hook_in, names.MLP_OUT: self.hook_out}
+
+    def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """The routed sum."""
+        component, hooks = self.original_component, self.hooks
+        assert component is not None and hooks is not None
+        out = component(hooks.over_tokens(names.MLP_IN, x), indices, weights)
+        return hooks.over_tokens(names.MLP_OUT, out)
 
 
 def check_experts(experts: Any) -> None:

@@ -121,6 +121,31 @@ FAMILIES = {
             ),
         ),
         Family("flint", shared="shared_expert", score="sigmoid", normalised="config", layout=LLAMA),
+        Family(
+            "gemma4_text",
+            router="router",
+            router_weight="proj.weight",
+            normalised="always",
+            scaled="per_expert_scale",
+            top_k="top_k_experts",
+            reads_own=True,
+            layout=Layout(
+                mlp="experts",
+                bare=True,
+                ln1_post="post_attention_layernorm",
+                ln2="pre_feedforward_layernorm",
+                ln2_post="post_feedforward_layernorm",
+                others=(
+                    ("dense_mlp", "mlp"),
+                    ("ln_dense", "post_feedforward_layernorm_1"),
+                    ("ln_experts", "post_feedforward_layernorm_2"),
+                ),
+                stream="rescaled",
+            ),
+            note="experts run beside a dense MLP (dense_mlp), both are normed (ln_experts, ln_dense), added and normed "
+            "again (ln2_post), and the layer rescales its output: no hook_mlp_out or hook_shared_out; mlp.hook_in is "
+            "what the experts read, the router reads the residual stream through a norm of its own",
+        ),
         Family("glm4_moe", **V3_SHARED),
         Family("glm4_moe_lite", **V3_SHARED),
         Family("glm_moe_dsa", **V3_SHARED),
@@ -275,12 +300,18 @@ FAMILIES |= {
     family.model_type: family
     for family in (
         _multimodal("aria", "aria_text"),
+        _multimodal("deepseek_ocr2", "deepseek_v2"),
+        _multimodal("gemma4", "gemma4_text"),
         _multimodal("glm4v_moe", "glm4_moe"),
+        _multimodal("glm5_next", "hy_v4"),
+        _multimodal("inkling2", "inkling2_text"),
+        _multimodal("inkling_mm_model", "inkling_text"),
         _multimodal("minimax_m3_vl", "minimax_m3_vl_text"),
         _multimodal("mistral_large4", "mistral4", normalised="always"),
         _multimodal("qwen3_5_moe", "qwen3_5_moe_text"),
         _multimodal("qwen3_vl_moe", "qwen3_moe", normalised="always"),
         _multimodal("qwen4_exp", "qwen4_exp_text"),
+        _multimodal("unlimited_ocr", "deepseek_v2"),
     )
 }
 
@@ -303,7 +334,7 @@ def family_of(config: PretrainedConfig) -> Family:
     family = FAMILIES[model_type]
     if family.score_field is None:
         return family
-    score = getattr(config, family.score_field)
+    score = getattr(config.get_text_config(), family.score_field)
     if score not in ("softmax", "sigmoid", "sqrtsoftplus"):
         raise UnsupportedModelError(
             f"{family.score_field} of this {model_type} is {score!r}; expected softmax, sigmoid or sqrtsoftplus"

@@ -26,12 +26,18 @@ class Layout:
     ln2_post: str | None = None
     """Norm of what the MLP adds."""
     mlp: str = "mlp"
+    bare: bool = False
+    """Whether `mlp` names the experts themselves, with the router beside them in the layer: then hook_in is what the
+    experts read, and hook_out their sum."""
+    others: tuple[tuple[str, str], ...] = ()
+    """Further parts of a layer: name of the component, and of the module."""
     offset: bool = False
     """Whether the norms multiply by 1 + weight."""
-    stream: Literal["sequential", "parallel", "other"] = "sequential"
+    stream: Literal["sequential", "parallel", "rescaled", "other"] = "sequential"
     """`sequential`: resid_pre + attn_out = resid_mid, resid_mid + mlp_out = resid_post. `parallel`: attention and MLP
-    read the same norm, and there is no resid_mid. `other`: the stream is rescaled, gated, or many streams, so what a
-    part adds is no term of a sum: no hook_resid_mid, hook_attn_out or hook_mlp_out."""
+    read the same norm, and there is no resid_mid. `rescaled`: resid_pre + attn_out = resid_mid, but what the MLP adds
+    is rescaled together with the stream: no hook_mlp_out. `other`: the stream is rescaled, gated, or many streams, so
+    what a part adds is no term of a sum: no hook_resid_mid, hook_attn_out or hook_mlp_out."""
     streams: bool = False
     """Whether what passes between layers is no one stream: then there is no hook_resid_pre or hook_resid_post."""
     multiplier: str | None = None
@@ -62,6 +68,8 @@ class Family:
     """Affinity of all experts as a function of the router logits."""
     score_field: str | None = None
     """Field of the config that says which score function a checkpoint uses."""
+    top_k: str = "num_experts_per_tok"
+    """Field of the config that says how many experts a token has, where the router has no attribute `top_k`."""
     interleaved: bool = False
     """Whether `gate_up_proj` alternates the two branches instead of concatenating them."""
     dead: tuple[str, ...] = ()
@@ -75,7 +83,7 @@ class Family:
     groups: bool = False
     """Whether experts are chosen within the best groups of experts."""
     scaled: str | None = None
-    """Attribute of the router or the MoE block that weights are multiplied by."""
+    """Attribute of the router or the MoE block that weights are multiplied by: a number, or one for each expert."""
     scaled_after: bool = False
     """Whether that is done by the block, after the experts."""
     averaged: str | None = None
@@ -84,6 +92,8 @@ class Family:
     """Whether the router's product has columns for the shared experts behind those of the routed ones."""
     logits_factor: str | None = None
     """Attribute of the router: its product is multiplied by it, or bounded with it, before anything else; 0 is off."""
+    reads_own: bool = False
+    """Whether the router reads another input than the experts: logits are not those of `mlp.hook_in`."""
     select: Literal["topk", "sparsemixer", "token"] = "topk"
     """How experts are chosen: the largest scores, one after the other (PhiMoE), or by the token's id in some layers."""
     note: str = ""
@@ -92,7 +102,8 @@ class Family:
     @property
     def adds_as_computed(self) -> bool:
         """Whether routed and shared outputs are added to the residual stream as they are, not through a norm."""
-        return self.layout is None or (self.layout.stream != "other" and self.layout.ln2_post is None)
+        layout = self.layout
+        return layout is None or (layout.stream in ("sequential", "parallel") and layout.ln2_post is None)
 
     def rule(self, top_k: int | None = None, normalises: bool | None = None) -> str:
         """How experts are chosen and weighted, in words.

@@ -4,6 +4,7 @@ It hooks the boundaries of a layer's parts and leaves every computation to trans
 norms, attention (or the state-space or convolution layer in its place), MLP, and the experts inside.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformer_lens.model_bridge.generalized_components import (
 )
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from moe_lens.model.components import MoEBlock, Norm, Part, Unembedding, adapt
+from moe_lens.model.components import BareExperts, MoEBlock, Norm, Part, Unembedding, adapt
 from moe_lens.model.family import Family, Layout
 
 MIXERS = {"self_attn": "attn", "linear_attn": "linear_attn", "mamba": "mamba", "conv": "conv"}
@@ -77,9 +78,11 @@ class Layer(BlockBridge):
         if mixer is not None:
             parts[MIXERS.get(mixer, "attn")] = Part(mixer)
         if mlp is not None:
-            block = adapt(Part(layout.mlp), MoEBlock)
+            block = adapt(Part(layout.mlp), BareExperts if layout.bare else MoEBlock)
             block.__dict__.update(family=self.family, layer=layer)
             parts["mlp"] = block
+        for key, name in layout.others:
+            parts[key] = norm_of(name, _find(layer, name), layout, self.__dict__["cfg"])
         # Parts inside others come last: they are looked up through the wrapped ones.
         self.submodules = dict(sorted(parts.items(), key=lambda part: (part[1].name or "").count(".")))
         if layout.multiplier is not None:
@@ -94,11 +97,18 @@ class Layer(BlockBridge):
             mixed = next((key for key in MIXERS.values() if key in parts), None)
             if mixed is not None:
                 aliases["hook_attn_out"] = "ln1_post.hook_out" if "ln1_post" in parts else f"{mixed}.hook_out"
-            if "mlp" in parts:
+            if "mlp" in parts and layout.stream != "rescaled":
                 aliases["hook_mlp_out"] = "ln2_post.hook_out" if "ln2_post" in parts else "mlp.hook_out"
         self.hook_aliases = aliases
-        if layout.stream == "sequential" and "mlp" in parts:
+        if layout.stream in ("sequential", "rescaled") and "mlp" in parts:
             self.hook_resid_mid = HookPoint()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer; experts that stand in it without a block of their own learn from it how many tokens come."""
+        mlp = self._modules.get("mlp")
+        stream = args[0] if args else kwargs["hidden_states"]
+        with mlp.passing(*stream.shape[:2]) if isinstance(mlp, BareExperts) else nullcontext():
+            return super().forward(*args, **kwargs)
 
 
 def _layout(family: Family) -> Layout:

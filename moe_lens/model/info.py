@@ -91,7 +91,7 @@ def config_info(config: PreTrainedConfig) -> ModelInfo:
     text = config.get_text_config()
     moe, experts = next(iter(found.values()))
     router = getattr(moe, family.router)
-    top_k = int(router.top_k if hasattr(router, "top_k") else text.num_experts_per_tok)
+    top_k = int(router.top_k if hasattr(router, "top_k") else getattr(text, family.top_k))
     n_experts = int(experts.num_experts)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     idle = sum(

@@ -1,11 +1,6 @@
 """Model types with experts that are refused, and why: what a hook would show there would not be true."""
 
 BYPASS = "its experts bypass transformers' experts interface"
-NO_TABLE = "its multimodal wrapper is not in the table: wrap its text model"
-GEMMA = (
-    "its experts run beside a dense MLP, each between norms of its own, and its router reads another input than the "
-    "experts do: their outputs are no terms of a sum"
-)
 LLAMA = (
     "it weighs what an expert reads, not what it gives: hook_expert_out and hook_routing_weights would not be factors "
     "of hook_expert_weighted"
@@ -13,16 +8,10 @@ LLAMA = (
 
 REFUSED = {
     "dbrx": f"{BYPASS}: parameters are packed in two dimensions, and the block selects outside its router",
-    "deepseek_ocr2": "its multimodal wrapper is not in the table",
     "diffusion_gemma": "it denoises blocks of text instead of predicting the next token",
     "doge": "its experts are rows of embeddings, retrieved by product keys: they have no matrices",
     "dots3_note": "its image encoder has experts of its own; load its text model, dots3_note_text",
     "ernie4_5_vl_moe": "text and image tokens have experts of their own, in one layer",
-    "gemma4": GEMMA,
-    "gemma4_text": GEMMA,
-    "glm5_next": "its multimodal wrapper is not in the table",
-    "inkling2": f"{NO_TABLE}, inkling2_text",
-    "inkling_mm_model": f"{NO_TABLE}, inkling_text",
     "jetmoe": f"{BYPASS}, and its attention heads are experts too",
     "llama4": LLAMA,
     "llama4_text": LLAMA,
@@ -30,9 +19,9 @@ REFUSED = {
     "muse_spark": "its experts compute in a narrower space, and learned gates mix what they give into the stream",
     "openai_privacy_filter": "it labels tokens instead of predicting the next one",
     "qwen3_omni_moe": "it is several models, one for text and one for speech, each with experts",
-    "qwen3_omni_moe_thinker": "its multimodal wrapper is not in the table",
+    "qwen3_omni_moe_thinker": "with a key-value cache it makes positions of the whole text for the one new token, "
+    "unless they are passed: generation would fail",
     "step3p7": BYPASS,
-    "unlimited_ocr": "its multimodal wrapper is not in the table",
     "zaya": "its router has a class that skips the experts and hands a state from layer to layer, for which the hook "
     "table has no place",
 }

@@ -40,9 +40,10 @@ def self_check(model: Any) -> dict[str, float]:
         laws = []
         at = {name: cache[full] for name in of_block if (full := names.block(name, layer)) in cache}
         mid, post = at.get(names.RESID_MID), at.get(names.RESID_POST)
-        if mid is not None and post is not None:
+        added = [at[n] for n in (names.ATTN_OUT, names.BLOCK_MLP_OUT) if n in at]
+        if mid is not None and post is not None and names.BLOCK_MLP_OUT in at:
             laws.append(("resid_post", mid + at[names.BLOCK_MLP_OUT], post, "resid_mid + mlp_out = resid_post"))
-        elif post is not None and (added := [at[n] for n in (names.ATTN_OUT, names.BLOCK_MLP_OUT) if n in at]):
+        elif mid is None and post is not None and added:
             laws.append(("resid_post", sum(added, at[names.RESID_PRE]), post, "resid_pre + parts = resid_post"))
         if mid is not None and names.ATTN_OUT in at:
             laws.append(

@@ -98,7 +98,14 @@ def random_router(model: Any, batch: TextBatch, seed: int = 0) -> RoutedBatch:
         model: A `HookedMoE`.
         batch: Tokens, which of them are real, which to count, and the source of each row.
         seed: Decides the directions.
+
+    Raises:
+        InputError: Router and experts read different inputs.
     """
+    if model.family.reads_own:
+        raise InputError(
+            f"routers of {model.family.model_type} do not read what its experts read: another one cannot stand in"
+        )
     generator = torch.Generator().manual_seed(seed)
     rows = {}
     for layer in model.moe_layers:

@@ -98,10 +98,24 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "expert_selection_fn": "sigmoid",
     },
     "deepseek_v2": {**MLA, "head_dim": 8, "topk_method": "group_limited_greedy"},
+    "deepseek_ocr2_text": {
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        "topk_method": "group_limited_greedy",
+    },
     "deepseek_v3": MLA,
     "deepseek_v4": {"mlp_layer_types": ["hash_moe", "hash_moe", "moe", "moe"]},
     "deepseek_v32": {**MLA, **INDEXED},
     "glm4_moe_lite": MLA,
+    "glm5_next_text": {
+        **MLA,
+        **INDEXED,
+        "qk_rope_head_dim": 0,
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
+        "index_kpool": 4,
+        "layer_types": ["linear_attention", "indexed_attention"] * 2,
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+    },
     "glm_moe_dsa": {**MLA, **INDEXED},
     "dots3_note_text": {
         **MLA,
@@ -121,6 +135,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 0,
         "num_kv_shared_layers": 0,
         "global_head_dim": 8,
+        "final_logit_softcapping": 5.0,
         "vocab_size_per_layer_input": VOCABULARY,
     },
     "granitemoehybrid": {
@@ -173,6 +188,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 4,
         "hc_lowrank": 12,
     },
+    "unlimited_ocr_text": {"topk_method": "group_limited_greedy"},
     "laguna": {"moe_router_logit_softcapping": 2.0},
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -181,26 +197,53 @@ SPECIAL: dict[str, dict[str, Any]] = {
 # Multimodal model types: the one whose config describes the text part.
 TEXT = {
     "aria": "aria_text",
+    "deepseek_ocr2": "deepseek_ocr2_text",
+    "gemma4": "gemma4_text",
     "glm4v_moe": "glm4v_moe_text",
+    "glm5_next": "glm5_next_text",
+    "inkling2": "inkling2_text",
+    "inkling_mm_model": "inkling_text",
     "minimax_m3_vl": "minimax_m3_vl_text",
     "mistral_large4": "mistral_large4_text",
     "qwen3_5_moe": "qwen3_5_moe_text",
     "qwen3_vl_moe": "qwen3_vl_moe_text",
     "qwen4_exp": "qwen4_exp_text",
+    "unlimited_ocr": "unlimited_ocr_text",
 }
 # Of the parts that read images and sound, which no test runs.
 TOWER: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
+    "mlp_dim": 48,
     "num_hidden_layers": 1,
     "depth": 1,
     "num_attention_heads": 4,
+    "num_key_value_heads": 4,
     "num_heads": 4,
     "out_hidden_size": 40,
+    "projection_intermediate_size": 48,
+    "projection_hidden_dim": 48,
+    "posemb_grid_size": 4,
+    "mel_vocab_size": 64,
+    "text_hidden_size": 40,
     "image_size": 28,
+    "patch_size": 14,
     "num_position_embeddings": 16,
     "deepstack_visual_indexes": [0],
+    "layer_types": None,
+    "output_channels": 16,
+    "downsample_channels": [16, 32],
+    "global_attn_indexes": [0],
 }
+# Of one model type: its tower has as many layers as the size of a patch has factors.
+TOWERS: dict[str, dict[str, Any]] = {"inkling_mm_model": {"patch_size": 4, "n_layers": 4, "n_mel_bins": 4}}
+
+
+def tower(default: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The config of a part that reads images or sound, made tiny, and the configs inside it."""
+    fields = {name: value for name, value in {**TOWER, **changes}.items() if name in default}
+    within = {name: tower(value, changes) for name, value in default.items() if name.endswith("_config") and value}
+    return {**fields, **within, "model_type": default["model_type"]}
 
 
 def config(model_type: str, **changes: Any) -> PreTrainedConfig:
@@ -208,12 +251,12 @@ def config(model_type: str, **changes: Any) -> PreTrainedConfig:
     classes: Any = CONFIG_MAPPING
     cls: Any = classes[model_type]
     if model_type in TEXT:
-        towers = {}
-        for key in ("vision_config", "audio_config"):
-            tower = getattr(cls(), key, None)
-            if tower is not None:
-                fields = {name: value for name, value in TOWER.items() if name in tower.to_dict()}
-                towers[key] = {**fields, "model_type": tower.model_type}
+        default = cls().to_dict()
+        towers = {
+            key: tower(default[key], TOWERS.get(model_type, {}))
+            for key in ("vision_config", "audio_config")
+            if default.get(key)
+        }
         return cls(text_config=config(TEXT[model_type], **changes).to_dict(), **towers, tie_word_embeddings=False)
     probe = cls()
     known = {*probe.to_dict(), *getattr(probe, "attribute_map", {})}
@@ -256,11 +299,13 @@ def build(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0, **
                 parameter.copy_(draw(parameter, 0.25))
             elif "bias" in name or "sinks" in name:
                 parameter.copy_(draw(parameter, 0.1))
-            elif "norm" in name:
+            elif "norm" in name or name.endswith(("router.scale", "per_expert_scale")):
                 parameter.add_(draw(parameter, 0.3))
         for name, buffer in model.named_buffers():
             if "correction_bias" in name or "expert_bias" in name:
                 buffer.copy_(draw(buffer, 0.1))
+            elif name.endswith("layer_scalar"):
+                buffer.fill_(0.8)
             elif name.endswith("tid2eid"):  # experts by token id
                 buffer.copy_(torch.rand(len(buffer), EXPERTS, generator=generator).argsort(-1)[:, : buffer.shape[1]])
     return model

@@ -122,6 +122,9 @@ def parts(case: Case) -> None:
                 at[names.RESID_MID] + at[names.BLOCK_MLP_OUT], at[names.RESID_POST]
             )
             close(at[names.RESID_PRE] + at.get(names.ATTN_OUT, 0), at[names.RESID_MID])
+        if stream == "rescaled":
+            close(at[names.RESID_PRE] + at[names.ATTN_OUT], at[names.RESID_MID])
+            assert names.BLOCK_MLP_OUT not in at
         if stream == "parallel":
             close(at[names.RESID_PRE] + at[names.ATTN_OUT] + at[names.BLOCK_MLP_OUT], at[names.RESID_POST])
         if stream == "other":
@@ -137,8 +140,8 @@ def parts(case: Case) -> None:
         assert all(len(set(row.tolist())) == model.top_k for row in chosen.flatten(0, 1))
         assert (weights[..., :-1] >= weights[..., 1:]).all()
         x, expert = case.at(names.MLP_IN, layer), chosen[..., 0]
-        rows = torch.einsum("bpd,ed->bpe", x, model.W_router[layer].float())
-        if family.logits_factor is None and family.model_type != "gpt_oss":  # which has a bias
+        if family.logits_factor is None and not family.reads_own and family.model_type != "gpt_oss":  # which has a bias
+            rows = torch.einsum("bpd,ed->bpe", x, model.W_router[layer].float())
             close(rows, case.at(names.ROUTER_LOGITS, layer))
         if family.model_type != "gpt_oss":
             first = model.W_gate[layer] if model._moe(layer).experts.has_gate else model.W_in[layer]
@@ -232,7 +235,8 @@ def weigh(case: Case, logits: Tensor, chosen: Tensor) -> Tensor:
         weights = weights / total
     if family.scaled is not None:
         owner = moe if hasattr(moe, family.scaled) else router
-        weights = weights * float(getattr(owner, family.scaled))
+        scale = getattr(owner, family.scaled)
+        weights = weights * (scale.double()[chosen] if isinstance(scale, Tensor) else float(scale))
     if family.shared_logits:
         weights = weights * router.global_scale.double()
     if family.averaged and getattr(moe, family.averaged) == "average":

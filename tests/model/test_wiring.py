@@ -1,0 +1,66 @@
+"""Families whose layers wire experts in ways of their own: what hooks show is what the layer goes on with."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_lens import names
+from moe_lens.errors import HookError, InputError
+from moe_lens.hooked_moe import HookedMoE
+from moe_lens.lenses.geometry import router_geometry
+from moe_lens.stats.nulls import random_router
+from tests.matrix.configs import build, tokens
+from tests.stats.test_live import text
+
+LAYER = 2
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max()
+
+
+@pytest.fixture(scope="module")
+def gemma() -> HookedMoE:
+    return HookedMoE.from_hf(build("gemma4_text"))
+
+
+def test_gemma4_adds_the_normed_experts_to_the_normed_dense_mlp_and_rescales(gemma: HookedMoE) -> None:
+    def norm(x: Tensor, name: str) -> Tensor:
+        gain = layer.get_submodule(name)._original_component.weight
+        return gain * x / (x.square().mean(-1, keepdim=True) + gemma.original_model.config.rms_norm_eps).sqrt()
+
+    layer = gemma.original_model.model.layers[LAYER]._original_component
+    with torch.no_grad():
+        _, cache = gemma.run_with_cache(tokens())
+        mid, post = (cache[names.block(name, LAYER)] for name in (names.RESID_MID, names.RESID_POST))
+        routed = norm(cache["routed_out", LAYER], "post_feedforward_layernorm_2")
+        dense = norm(cache[f"blocks.{LAYER}.dense_mlp.hook_out"], "post_feedforward_layernorm_1")
+        close(routed, cache[f"blocks.{LAYER}.ln_experts.hook_out"])
+        close(dense, cache[f"blocks.{LAYER}.ln_dense.hook_out"])
+        whole = norm(routed + dense, "post_feedforward_layernorm")
+        close((mid + whole) * layer.layer_scalar, post)
+        assert layer.layer_scalar.item() == pytest.approx(0.8), "or the factor would not be seen"
+        read = cache[names.mlp(names.MLP_IN, LAYER)]
+        gain = layer.pre_feedforward_layernorm_2.weight
+        close(gain * mid / (mid.square().mean(-1, keepdim=True) + 1e-6).sqrt(), read)
+        out = gemma.expert_outputs(LAYER, read, cache["expert_indices", LAYER])
+    close(out, cache["expert_out", LAYER])
+
+
+def test_gemma4_lacks_the_hooks_that_could_not_be_true(gemma: HookedMoE) -> None:
+    for name in (names.block(names.BLOCK_MLP_OUT, LAYER), names.mlp(names.SHARED_OUT, LAYER)):
+        assert name not in gemma.hook_dict
+        with pytest.raises(HookError, match="does not exist"):
+            gemma.run_with_cache(tokens(), names_filter=name)
+    with pytest.raises(HookError, match="no hook_mlp_out.*no term of a sum"):
+        gemma.run_with_cache(tokens())[1].partial_sum(LAYER, ranks=[0])
+
+
+def test_what_sets_router_rows_beside_the_experts_input_is_refused_where_routers_read_another(
+    gemma: HookedMoE,
+) -> None:
+    with pytest.raises(InputError, match="routers of gemma4_text do not read what its experts read"):
+        router_geometry(gemma, LAYER)
+    with pytest.raises(InputError, match="routers of gemma4_text do not read what its experts read"):
+        random_router(gemma, text(tokens()))
