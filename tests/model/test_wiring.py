@@ -1,5 +1,7 @@
 """Families whose layers wire experts in ways of their own: what hooks show is what the layer goes on with."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -28,9 +30,10 @@ def gemma() -> HookedMoE:
 def test_gemma4_adds_the_normed_experts_to_the_normed_dense_mlp_and_rescales(gemma: HookedMoE) -> None:
     def norm(x: Tensor, name: str) -> Tensor:
         gain = layer.get_submodule(name)._original_component.weight
-        return gain * x / (x.square().mean(-1, keepdim=True) + gemma.original_model.config.rms_norm_eps).sqrt()
+        return gain * x / (x.square().mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt()
 
-    layer = gemma.original_model.model.layers[LAYER]._original_component
+    model: Any = gemma.original_model
+    layer = model.model.layers[LAYER]._original_component
     with torch.no_grad():
         _, cache = gemma.run_with_cache(tokens())
         mid, post = (cache[names.block(name, LAYER)] for name in (names.RESID_MID, names.RESID_POST))
