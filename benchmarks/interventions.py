@@ -2,9 +2,10 @@
 
 python -m benchmarks.interventions [--rounds 9] [--sweeps 3] [--threads 2] [--device cpu]
 
-4 × 128 tokens through the embedded model and through a random DeepSeekMoE of 70 M parameters (that of forward.py). All
-variants run in turn in one process, round after round; a ratio is the median of the rounds' ratios to the plain pass of
-the same round, so that a slow moment of the machine falls on both. Set OMP_WAIT_POLICY=passive.
+4 × 128 tokens through the embedded model (its own held-out texts, one domain an item) and through a random DeepSeekMoE
+of 70 M parameters, that of forward.py (random tokens). All variants run in turn in one process, round after round; a
+ratio is the median of the rounds' ratios to the plain pass of the same round, so that a slow moment of the machine
+falls on both. Set OMP_WAIT_POLICY=passive.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import torch
 
 from benchmarks.forward import SHAPE
 from moe_lens import HookedMoE, names
+from moe_lens.data import embedded_domains
 from moe_lens.interventions import Loss, expert_attribution
 from moe_lens.model.deepseek import DeepseekConfig, DeepseekForCausalLM
 
@@ -99,13 +101,16 @@ def measure(runs: dict[str, Callable[[], Any]], rounds: int, device: str) -> dic
     }
 
 
-def models(device: str) -> dict[str, HookedMoE]:
-    """The embedded model and a larger one with random weights."""
+def models(device: str) -> dict[str, tuple[HookedMoE, torch.Tensor]]:
+    """The embedded model and a larger one with random weights; for each, 4 × 128 tokens."""
     torch.manual_seed(0)
     random: Any = DeepseekForCausalLM(DeepseekConfig(**SHAPE, moe_layer_freq=1)).eval()
+    larger = HookedMoE.from_hf(random.to(device))
+    model = HookedMoE.from_pretrained("tiny-deepseekmoe", dtype=torch.float32, device_map=device)
+    texts = [" ".join(passage.text for passage in domain.passages) for domain in embedded_domains()[:4]]
     return {
-        "embedded": HookedMoE.from_pretrained("tiny-deepseekmoe", dtype=torch.float32, device_map=device),
-        "random": HookedMoE.from_hf(random.to(device)),
+        "embedded": (model, torch.cat([model.to_tokens(text)[:, :128] for text in texts])),
+        "random": (larger, torch.randint(larger.cfg.d_vocab, (4, 128), device=device)),
     }
 
 
@@ -118,8 +123,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    for name, model in models(args.device).items():
-        tokens = torch.randint(model.cfg.d_vocab, (4, 128), device=args.device)
+    for name, (model, tokens) in models(args.device).items():
         million = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"{name} model, {million:.1f} M parameters, 4 × 128 tokens, {args.threads} threads, {args.rounds} rounds")
         with torch.no_grad():

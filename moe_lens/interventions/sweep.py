@@ -21,8 +21,12 @@ from moe_lens.interventions.stacked import RoutingMode, Stack, inside
 
 __all__ = ["CleanRun", "RoutingMode", "Variant", "sweep", "token_sweep"]
 
-TOKENS = {"cpu": 2**13, "cuda": 2**16}
-"""Tokens of a batch of variants at most, by kind of device; fewer if memory does not suffice."""
+TOKENS = {"cpu": 2**11, "cuda": 2**16}
+"""Tokens of a batch of variants at most, by kind of device; fewer if memory does not suffice.
+
+On a CPU more would be slower: the C library hands large temporary tensors back to the system, which clears every page
+of them again for the next product.
+"""
 LOGITS = 2**25
 """Logits that exist at a time at most."""
 
