@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int, Shaped
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_lens.errors import InputError
@@ -14,7 +16,7 @@ from moe_lens.protocols import HookedModel
 
 Experts = Mapping[int, Iterable[int]] | Iterable[tuple[int, int]]
 """`{layer: [expert, …]}` or `[(layer, expert), …]`."""
-Where = int | Iterable[int] | slice | Tensor | Callable[[Tensor], Tensor]
+Where = int | Iterable[int] | slice | Tensor | NDArray[Any] | Callable[[Tensor], Tensor]
 """Absolute positions, a mask [batch, pos], or a predicate: token ids [batch, pos] → booleans of that shape."""
 
 
@@ -80,6 +82,17 @@ class Selection:
         if self.experts is not None:
             object.__setattr__(self, "experts", _by_layer(self.experts))
         object.__setattr__(self, "where", _where(self.where))
+
+    def __str__(self) -> str:
+        """In words, as an intervention's repr shows it."""
+        what = []
+        if self.by_layer is not None:
+            what.append(f"experts { {at: list(of_layer) for at, of_layer in self.by_layer.items()} }")
+        elif self.routed:
+            what.append("all ranks" if self.ranks is None else f"ranks {list(self.ranks)}")
+        text = " + ".join(what + ["shared"] * self.shared)
+        text += "" if self.layers is None else f" of layers {list(self.layers)}"
+        return text if self.where is None else f"{text} {where_text(self.where)}"
 
     @property
     def by_layer(self) -> dict[int, tuple[int, ...]] | None:
@@ -204,13 +217,16 @@ def whole_numbers(name: str, values: Iterable[int]) -> tuple[int, ...]:
     Raises:
         InputError: not whole numbers from 0, or nothing at all.
     """
+    given: Any = values
+    if isinstance(given, Iterable) and not isinstance(given, str):
+        given = list(given)
     try:
-        numbers = sorted({operator.index(value) for value in values if not isinstance(value, bool)})
+        numbers = sorted({operator.index(value) for value in given if not isinstance(value, bool)})
     except TypeError:
         numbers = []
     if not numbers or numbers[0] < 0:
-        came = numbers[0] if numbers else repr(values)
-        raise InputError(f"{name}: got {came}; expected whole numbers from 0, at least one of them")
+        came = numbers[0] if numbers else repr(given)
+        raise InputError(f"{name}: got {came}; expected whole numbers from 0, in a list that is not empty")
     return tuple(numbers)
 
 
@@ -221,7 +237,7 @@ def _by_layer(experts: Any) -> dict[int, tuple[int, ...]]:
             if isinstance(experts, Mapping)
             else [(layer, expert) for layer, expert in experts]
         )
-    except TypeError:
+    except (TypeError, ValueError):
         pairs = []
     if not pairs:
         raise InputError(f"experts is {experts!r}; expected {{layer: [expert, …]}} or [(layer, expert), …]")
@@ -235,14 +251,24 @@ def _where(where: Any) -> Any:
         return where
     if isinstance(where, slice):
         parts = (where.start or 0, where.stop or 0, 1 if where.step is None else where.step)
-        if any(not isinstance(part, int) or part < 0 for part in parts) or parts[2] == 0:
+        if any(not isinstance(part, int | np.integer) or part < 0 for part in parts) or parts[2] == 0:
             raise InputError(f"where is {where}; positions count from 0, and steps are at least 1")
         return where
-    if not isinstance(where, int | range | tuple | list | set):
+    if isinstance(where, Tensor | np.ndarray):
         where = torch.as_tensor(where)
-        if where.dtype == torch.bool:
-            if where.ndim != 2:
-                raise InputError(f"where is a mask of shape {tuple(where.shape)}; expected [batch, pos]")
+        if where.ndim > 1 or where.dtype == torch.bool:
+            if where.ndim != 2 or where.dtype != torch.bool:
+                came = f"{where.dtype} of shape {tuple(where.shape)}"
+                raise InputError(f"where is {came}; expected a mask of booleans [batch, pos], or a list of positions")
             return where
         where = where.flatten().tolist()
-    return whole_numbers("where", [where] if isinstance(where, int) else where)
+    return whole_numbers("where", where if isinstance(where, Iterable) else [where])
+
+
+def where_text(where: Any) -> str:
+    """What `Selection.where` says, in words."""
+    if isinstance(where, Tensor):
+        return f"where a mask {list(where.shape)} is true"
+    if callable(where):
+        return f"where {getattr(where, '__name__', type(where).__name__)}"
+    return f"at {list(where) if isinstance(where, tuple) else where}"

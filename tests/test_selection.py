@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -77,10 +78,27 @@ def test_positions_count_real_tokens_and_the_cache(
         (slice(None, None, 2), [True, False, True, False]),
         (range(0, 4, 3), [True, False, False, True]),
         (torch.tensor([0, 1]), [True, True, False, False]),
+        (np.arange(2), [True, True, False, False]),
+        (frozenset({0, 1}), [True, True, False, False]),
+        ({0: "a", 1: "b"}.keys(), [True, True, False, False]),
+        (np.array([[True, False, False, True]]), [True, False, False, True]),
         (torch.tensor([[True, False, False, True]]), [True, False, False, True]),
         (lambda tokens: tokens > 5, [False, True, False, True]),
     ],
-    ids=["all", "one", "slice", "every other", "range", "tensor", "mask", "predicate"],
+    ids=[
+        "all",
+        "one",
+        "slice",
+        "every other",
+        "range",
+        "tensor",
+        "array",
+        "set",
+        "keys",
+        "array mask",
+        "mask",
+        "predicate",
+    ],
 )
 def test_where(where: Any, expected: list[bool]) -> None:
     step = Step(1, 4, tokens=torch.tensor([[5, 6, 5, 9]]))
@@ -114,7 +132,14 @@ def test_padding_is_never_meant() -> None:
         ({"where": -1}, "where: got -1; expected whole numbers from 0"),
         ({"where": slice(-3, None)}, "positions count from 0"),
         ({"where": slice(0, 4, 0)}, "steps are at least 1"),
-        ({"where": torch.ones(3, dtype=torch.bool)}, "where is a mask of shape (3,); expected [batch, pos]"),
+        ({"ranks": 0}, "ranks: got 0; expected whole numbers from 0, in a list that is not empty"),
+        ({"experts": [(1, 2, 3)]}, "expected {layer: [expert, …]} or [(layer, expert), …]"),
+        ({"experts": "abc"}, "expected {layer: [expert, …]} or [(layer, expert), …]"),
+        ({"where": torch.ones(3, dtype=torch.bool)}, "where is torch.bool of shape (3,); expected a mask of booleans"),
+        ({"where": torch.ones(1, 3).long()}, "where is torch.int64 of shape (1, 3); expected a mask of booleans"),
+        ({"where": torch.ones(1, 3)}, "where is torch.float32 of shape (1, 3); expected a mask of booleans"),
+        ({"where": 1.5}, "where: got [1.5]; expected whole numbers from 0"),
+        ({"where": "abc"}, "where: got 'abc'; expected whole numbers from 0"),
     ],
 )
 @pytest.mark.untyped
