@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from moe_lens import names
 from moe_lens.errors import InputError
-from moe_lens.interventions.intervention import Hook, Intervention, computed, first_token
+from moe_lens.interventions.intervention import Hook, Intervention, computed, first_token, real_tokens, this_pass
 from moe_lens.interventions.means import Reference, means_for
-from moe_lens.interventions.replacing import Replacement, real_tokens
+from moe_lens.interventions.replacing import Replacement
 from moe_lens.interventions.selecting import forbid
 from moe_lens.protocols import HookedModel
 from moe_lens.selection import Experts, Selection, Where
@@ -71,18 +72,8 @@ def ablate(
             hooks.append(_reroute(model, selection, layer) if how == "reroute" else replacement.routed(layer))
         if selection.shared and model.has_shared(layer):
             hooks.append(replacement.shared(layer))
-    return Intervention(model, f"ablate {_describe(selection)}, {how}", tuple(hooks))
-
-
-def _describe(selection: Selection) -> str:
-    parts = []
-    if selection.by_layer is not None:
-        parts.append(f"experts { {at: list(of_layer) for at, of_layer in selection.by_layer.items()} }")
-    elif selection.routed:
-        parts.append("all ranks" if selection.ranks is None else f"ranks {list(selection.ranks)}")
-    parts += ["shared"] if selection.shared else []
-    parts += [] if selection.layers is None else [f"of layers {list(selection.layers)}"]
-    return " + ".join(parts)
+    options = [how] + ["renormalised"] * renormalize + [f"seed {seed}"] * (how == "resample")
+    return Intervention(model, f"ablate {selection}, {', '.join(options)}", tuple(hooks))
 
 
 def _meant(model: HookedModel, selection: Selection, layer: int) -> Bool[Tensor, "batch pos top_k"]:
@@ -133,7 +124,7 @@ def keep_top(
     """Leave every token k of its experts; see `HookedMoE.keep_top`."""
     if by not in get_args(By):
         raise InputError(f"by is {by!r}; expected one of {get_args(By)}")
-    if not isinstance(k, int) or isinstance(k, bool) or not 0 <= k <= model.top_k:
+    if not isinstance(k, Integral) or isinstance(k, bool) or not 0 <= k <= model.top_k:
         raise InputError(f"k is {k!r}; the model has {model.top_k} active experts: expected 0 to {model.top_k}")
     if k == 0 and renormalize:
         raise InputError("renormalize=True with k=0: there is no weight left to rescale")
@@ -141,7 +132,9 @@ def keep_top(
     hooks: list[Hook] = []
     for layer in selection.layers_of(model) if k < model.top_k else ():
         hooks += _leave_out(model, layer, _others(model, layer, k, by, seed), renormalize)
-    return Intervention(model, f"keep_top {k} by {by}", tuple(hooks))
+    options = [f"by {by}"] + ["renormalised"] * renormalize + [f"seed {seed}"] * (by == "random")
+    where = "" if layers is None else f" of {selection}"
+    return Intervention(model, f"keep_top {k}{where}, {', '.join(options)}", tuple(hooks))
 
 
 def _others(model: HookedModel, layer: int, k: int, by: By, seed: int) -> Chooser:
@@ -150,8 +143,7 @@ def _others(model: HookedModel, layer: int, k: int, by: By, seed: int) -> Choose
     def others() -> Bool[Tensor, "batch pos top_k"]:
         experts = model.experts_in_slots(layer)
         if by == "random":
-            step = model.step()
-            offset = 0 if step is None else step.offset
+            offset = this_pass(model, experts, "by='random'").offset
             generator = torch.Generator().manual_seed((seed * 1009 + layer) * 1_000_003 + offset)
             place = torch.rand(experts.shape, generator=generator).argsort(-1).to(experts.device)
             return place >= k

@@ -87,9 +87,13 @@ def expert_attribution(
     for name, value, known in (("method", method, Method), ("routing", routing, RoutingMode), ("unit", unit, Unit)):
         if value not in get_args(known):
             raise InputError(f"{name} is {value!r}; expected one of {', '.join(map(repr, get_args(known)))}")
+    if torch.is_inference_mode_enabled() and method in ("direct", "gradient", "integrated"):
+        raise InputError(f"method={method!r} needs gradients, which torch.inference_mode() forbids: leave it out")
     if steps < 1:
         raise InputError(f"steps is {steps}; expected at least 1")
     selection = (selection or Selection()).check(model)
+    if selection.shared:
+        raise InputError("the selection means shared experts; attributed are routed ones: leave shared out")
     layers = selection.layers_of(model)
     means, difference = _means(model, baseline, reference, selection), None
     about: dict[str, Any] = {"method": method, "routing": routing, "baseline": baseline, "unit": unit, "layers": layers}

@@ -13,7 +13,7 @@ from transformer_lens.hook_points import HookPoint
 
 from moe_lens.errors import InputError
 from moe_lens.protocols import HookedModel
-from moe_lens.selection import Selection
+from moe_lens.selection import Selection, Step
 
 Hook = tuple[str, Callable[[Tensor, HookPoint], Tensor | None]]
 """The name of a hook point and a function for it, as `run_with_hooks` takes them."""
@@ -60,6 +60,8 @@ def check_interventions(model: HookedModel, interventions: Iterable[Any]) -> lis
     Raises:
         InputError: one is something else, or was made for another model.
     """
+    if isinstance(interventions, Intervention):
+        raise InputError(f"interventions is one {interventions}; expected a list of them")
     given = list(interventions)
     for one in given:
         if not isinstance(one, Intervention):
@@ -82,17 +84,38 @@ def positions(model: HookedModel, selection: Selection, like: Tensor) -> Bool[Te
     Raises:
         InputError: the selection names positions, and the model was not told which tokens pass.
     """
-    step = model.step()
-    if step is None or (step.batch, step.pos) != tuple(like.shape[:2]):
-        if selection.where is not None:
-            raise InputError(
-                "where= needs the tokens of the forward pass, which only forward, run_with_hooks, run_with_cache and "
-                f"generate tell; this one has activations of {tuple(like.shape[:2])} [batch, pos] from somewhere else"
-            )
-        return None
-    if selection.where is None and step.real is None:
+    step = _step(model, like) if selection.where is None else this_pass(model, like, "where=")
+    if step is None or (selection.where is None and step.real is None):
         return None
     return selection.positions(step).to(like.device)
+
+
+def real_tokens(model: HookedModel, like: Tensor) -> Bool[Tensor, "batch pos"]:
+    """Tokens of the pass now running that are not padding; `like` is an activation [batch, pos, …]."""
+    step = _step(model, like)
+    if step is None or step.real is None:
+        return torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
+    return step.real.to(like.device)
+
+
+def this_pass(model: HookedModel, like: Tensor, what: str) -> Step:
+    """The pass now running, for what depends on all of its tokens; `like` is an activation [batch, pos, …].
+
+    Raises:
+        InputError: the model was not told which tokens pass, as in the stacked runs of a sweep.
+    """
+    step = _step(model, like)
+    if step is None:
+        raise InputError(
+            f"{what} needs the tokens of the forward pass, which only forward, run_with_hooks, run_with_cache and "
+            f"generate tell; this one has activations of {tuple(like.shape[:2])} [batch, pos] from somewhere else"
+        )
+    return step
+
+
+def _step(model: HookedModel, like: Tensor) -> Step | None:
+    step: Step | None = model.step()
+    return step if step is not None and (step.batch, step.pos) == tuple(like.shape[:2]) else None
 
 
 def computed(model: HookedModel, layer: int, selection: Selection) -> tuple[Tensor, Bool[Tensor, "batch pos top_k"]]:

@@ -118,14 +118,15 @@ class ExpertMeans:
 
         Args:
             model: A `HookedMoE`.
-            input: A text, texts, tokens [batch, pos] without padding, or tokens of one text after another.
+            input: A text, texts, tokens [batch, pos] or [pos] without padding, or tokens of one text after another.
             layers: Which; all that have experts if not given.
         """
         wanted = model.moe_layers if layers is None else tuple(layers)
         kept = [names.mlp(name, at) for at in wanted for name in (names.EXPERT_INDICES, names.EXPERT_OUT)]
         kept += [names.mlp(names.SHARED_OUT, at) for at in wanted if model.has_shared(at)]
         sums = ExpertSums(wanted, model.n_experts, model.cfg.d_model)
-        for text in [input] if isinstance(input, str) else input:
+        alone = isinstance(input, str) or (isinstance(input, Tensor) and input.ndim == 1)
+        for text in [input] if alone else input:
             _, cache = model.run_with_cache(text, names_filter=kept)
             for layer in wanted:
                 indices, outputs = (cache[names.mlp(n, layer)] for n in (names.EXPERT_INDICES, names.EXPERT_OUT))
@@ -223,8 +224,11 @@ def means_for(model: HookedModel, reference: Reference, selection: Selection) ->
         means = ExpertMeans.of_cache(reference)
     elif isinstance(reference, ExpertMeans):
         means = reference
-    else:
+    elif isinstance(reference, str | Sequence | Tensor) and len(reference):
         means = ExpertMeans.measure(model, reference, layers=selection.layers_of(model))
+    else:
+        came = repr(reference) if isinstance(reference, Sequence) else type(reference).__name__
+        raise InputError(f"the reference is {came}; expected ExpertMeans, their Path, a cache, a text, texts or tokens")
     sizes = model.n_experts, model.cfg.d_model
     if tuple(means.experts.shape[1:]) != sizes:
         came = tuple(means.experts.shape[1:])

@@ -44,7 +44,7 @@ class PatchResult:
     def effect(self) -> Float[Tensor, "..."]:
         """How far patching leads from the base to the source: 0 changes nothing, 1 is the source's metric.
 
-        Not bounded. Not a number where both runs have the same metric.
+        Not bounded; not finite if both runs have the same metric.
         """
         base, source = self.corrupted, self.clean
         if self.direction == "noising":

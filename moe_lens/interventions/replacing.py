@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_lens import names
 from moe_lens.errors import InputError
-from moe_lens.interventions.intervention import Hook, computed, positions
+from moe_lens.interventions.intervention import Hook, computed, positions, real_tokens, this_pass
 from moe_lens.interventions.means import ExpertMeans
 from moe_lens.protocols import HookedModel
 from moe_lens.selection import Selection
@@ -58,6 +58,7 @@ class Replacement:
         which: Bool[Tensor, "batch pos top_k"],
     ) -> Float[Tensor, "batch pos top_k d_model"]:
         """Outputs of the same expert at other tokens of the batch; padding takes no part."""
+        this_pass(self.model, experts, "how='resample'")
         rows = (experts >= 0) & real_tokens(self.model, experts)[..., None]
         donors, alone = derangement(experts[rows], self.seed, layer)
         old, meant = outputs[rows], which[rows]
@@ -91,6 +92,7 @@ class Replacement:
     def _shared_elsewhere(
         self, layer: int, outputs: Float[Tensor, "batch pos d_model"]
     ) -> Float[Tensor, "batch pos d_model"]:
+        this_pass(self.model, outputs, "how='resample'")
         real = real_tokens(self.model, outputs)
         group = torch.zeros(int(real.sum()), dtype=torch.long, device=real.device)
         donors, alone = derangement(group, self.seed, layer)
@@ -103,14 +105,6 @@ class Replacement:
                 )
             stand_in = self.means.shared_of(layer).to(outputs).expand_as(stand_in)
         return outputs.index_put(real.nonzero(as_tuple=True), stand_in)
-
-
-def real_tokens(model: HookedModel, like: Tensor) -> Bool[Tensor, "batch pos"]:
-    """Tokens of the pass now running that are not padding; `like` is an activation [batch, pos, …]."""
-    step = model.step()
-    if step is None or step.real is None or step.real.shape != like.shape[:2]:
-        return torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
-    return step.real.to(like.device)
 
 
 def derangement(

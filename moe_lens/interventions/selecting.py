@@ -1,6 +1,7 @@
 """Interventions on which experts are selected: re-routing, recorded routing, steering."""
 
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -9,11 +10,11 @@ from torch import Tensor
 
 from moe_lens import names
 from moe_lens.errors import InputError
-from moe_lens.interventions.intervention import Hook, Intervention, first_token, positions
+from moe_lens.interventions.intervention import Hook, Intervention, first_token, positions, this_pass
 from moe_lens.model.cache import MoECache
 from moe_lens.protocols import HookedModel
 from moe_lens.routing import Routing
-from moe_lens.selection import Selection, Where
+from moe_lens.selection import Selection, Where, where_text
 
 Replayed = Literal["both", "indices", "weights"]
 Steer = int | float | Literal["on", "off"]
@@ -96,7 +97,12 @@ def force_routing(
         raise InputError(f"what is {what!r}; expected one of {get_args(Replayed)}")
     if isinstance(routing, MoECache):
         held = [at for at in model.moe_layers if names.mlp(names.EXPERT_INDICES, at) in routing]
+        if not held:
+            wanted = f"{names.EXPERT_INDICES} and {names.ROUTING_WEIGHTS}"
+            raise InputError(f"the cache holds routing of no layer; cache {wanted}, or pass what model.routing returns")
         routing = Routing.stack([routing.routing(at) for at in (held if layers is None else tuple(layers))])
+    if not isinstance(routing, Routing):
+        raise InputError(f"routing is a {type(routing).__name__}; expected what model.routing returns, or a cache")
     if (routing.n_experts, routing.top_k) != (model.n_experts, model.top_k):
         came = f"{routing.top_k} of {routing.n_experts} experts"
         raise InputError(f"the routing chooses {came}; the model chooses {model.top_k} of {model.n_experts}")
@@ -114,8 +120,7 @@ def force_routing(
 
 def _replay(model: HookedModel, recorded: Tensor) -> Callable[..., Tensor]:
     def replayed(value: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        step = model.step()
-        start = 0 if step is None else step.offset
+        start = this_pass(model, value, "recorded routing").offset
         if len(recorded) != len(value) or (start == 0 and recorded.shape != value.shape):
             came, wanted = tuple(recorded.shape[:2]), (len(value), start + value.shape[1])
             raise InputError(f"the recorded routing has {came} [batch, pos]; the input has {wanted}")
@@ -135,6 +140,8 @@ def steer_experts(
     """Push experts into the selection or out of it; see `HookedMoE.steer_experts`."""
     if rule not in get_args(SteerRule):
         raise InputError(f"rule is {rule!r}; expected one of {get_args(SteerRule)}")
+    if not isinstance(steering, Mapping) or not all(isinstance(of_layer, Mapping) for of_layer in steering.values()):
+        raise InputError(f"steering is {steering!r}; expected {{layer: {{expert: a number, 'on' or 'off'}}}}")
     selection = Selection(experts={at: list(of_layer) for at, of_layer in steering.items()}, where=where).check(model)
     hooks: list[Hook] = []
     for layer, of_layer in sorted(steering.items()):
@@ -142,7 +149,7 @@ def steer_experts(
         for expert, value in of_layer.items():
             if value in ("on", "off"):
                 (on if value == "on" else off).append(expert)
-            elif isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf"):
+            elif isinstance(value, Real) and not isinstance(value, bool) and abs(value) < float("inf"):
                 added[expert] = float(value)
             else:
                 raise InputError(f"expert {expert} of layer {layer}: got {value!r}; expected a number, 'on' or 'off'")
@@ -161,7 +168,8 @@ def steer_experts(
                 for experts, value in ((on, 1), (off, -1))
                 if experts
             ]
-    return Intervention(model, f"steer_experts {dict(steering)}", tuple(hooks))
+    where = "" if selection.where is None else f" {where_text(selection.where)}"
+    return Intervention(model, f"steer_experts {dict(steering)}{where}, {rule}", tuple(hooks))
 
 
 def _everywhere(

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from moe_lens import names
 from moe_lens.errors import InputError
 from moe_lens.interventions.means import ExpertMeans
+from moe_lens.interventions.metrics import LogitDifference
+from moe_lens.interventions.patching import patch
 from moe_lens.interventions.replacing import derangement
 from moe_lens.selection import Selection
 from tests.families import CONFIGS, tokens
@@ -240,6 +243,8 @@ def test_the_reference_may_be_texts_tokens_a_cache_means_or_their_file(tmp_path:
     runs = [run(case, case.model.ablate({2: [3]}, how="mean", reference=one)) for one in given]
     assert all(deviation(one, runs[0]) <= bound(runs[0]) for one in runs)
     assert deviation(runs[0], case.logits) > 1e-3
+    alone = [ExpertMeans.measure(case.model, one, layers=[2]) for one in (texts[0], texts[:1])]
+    assert torch.equal(alone[0].counts, alone[1].counts)
 
 
 # --- resample ---
@@ -460,6 +465,8 @@ def test_gradients_flow_past_what_is_left_out() -> None:
         ({"how": "resample", "fallback": "mean"}, "pass reference="),
         ({"how": "zero", "reference": "text"}, "uses no reference"),
         ({"how": "mean", "reference": Path("nowhere")}, "there is no file nowhere"),
+        ({"how": "mean", "reference": []}, "the reference is []; expected ExpertMeans, their Path, a cache, a text"),
+        ({"how": "mean", "reference": 3}, "the reference is int; expected ExpertMeans"),
         ({"how": "reroute", "shared": True, "ranks": [0]}, "shared ones are not selected"),
         ({"how": "mean", "renormalize": True}, "every weight is still in use"),
         ({"shared": True, "renormalize": True}, "every weight is still in use"),
@@ -478,6 +485,27 @@ def test_ablations_that_cannot_be_are_refused(options: dict[str, Any], says: str
 def test_k_is_a_number_of_active_experts(k: Any) -> None:
     with pytest.raises(InputError, match=re.escape(f"k is {k!r}; the model has 3 active experts: expected 0 to 3")):
         wrapped("deepseek").model.keep_top(k)
+
+
+@pytest.mark.parametrize("made", ["random", "resample", "shared", "recorded"])
+def test_what_depends_on_the_whole_batch_is_refused_in_the_stacked_runs_of_a_sweep(made: str) -> None:
+    case = wrapped("deepseek")
+    corrupted = case.tokens.roll(1, 1)
+    one = {
+        "random": case.model.keep_top(1, by="random", layers=[2]),
+        "resample": case.model.ablate(
+            ranks=[0], layers=[2], how="resample", fallback="mean", reference=reference(case)
+        ),
+        "shared": case.model.ablate(shared=True, layers=[2], how="resample"),
+        "recorded": case.model.force_routing(case.model.routing(case.tokens), layers=[2]),
+    }[made]
+    with untouched(case.model), one, pytest.raises(InputError, match="needs the tokens of the forward pass"):
+        patch(case.model, case.tokens, corrupted, "resid_pre", LogitDifference(5, 6), selection=Selection(layers=[2]))
+
+
+@pytest.mark.untyped
+def test_k_may_be_a_numpy_integer() -> None:
+    assert repr(wrapped("deepseek").model.keep_top(np.int64(1))) == "Intervention(keep_top 1, by weight)"
 
 
 @pytest.mark.untyped

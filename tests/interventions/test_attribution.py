@@ -437,6 +437,7 @@ def test_results_are_tables_and_files(tmp_path: Path) -> None:
         ({"selection": Selection(layers=[0])}, "layer 0 is dense; the layers with experts are 1, 2"),
         ({"selection": Selection(experts={1: [8]})}, "no expert 8 in layer 1; it has experts 0 to 7"),
         ({"selection": Selection(layers=[7])}, "no layer 7"),
+        ({"selection": Selection(shared=True)}, "the selection means shared experts"),
         ({"metric": lambda logits: logits}, "expected a floating-point scalar tensor"),
         ({"metric": lambda logits: logits.sum() * float("nan")}, "is nan; expected a finite number"),
         ({"metric": lambda logits: logits.argmax().double()}, "has no gradient"),
@@ -448,6 +449,13 @@ def test_what_cannot_be_attributed_is_refused(arguments: dict[str, Any], says: s
     case = wrapped("deepseek")
     with untouched(case.model), pytest.raises(InputError, match=says):
         expert_attribution(case.model, case.tokens, **{"metric": Loss(case.tokens), **arguments})
+
+
+@pytest.mark.parametrize("method", ["direct", "gradient", "integrated"])
+def test_gradients_cannot_be_had_in_inference_mode(method: Any) -> None:
+    case = wrapped("deepseek")
+    with pytest.raises(InputError, match="torch.inference_mode"), torch.inference_mode():
+        expert_attribution(case.model, case.tokens, Loss(case.tokens), method=method)
 
 
 def test_an_expert_without_a_mean_is_named() -> None:

@@ -1,5 +1,6 @@
 """Interventions as values: where they are in force, how they nest, and that nothing is left of them."""
 
+import re
 from typing import Any
 
 import pytest
@@ -193,6 +194,23 @@ def test_an_ablation_inside_forced_routing_sees_the_forced_experts() -> None:
             assert torch.equal(cache[name][forced != expert], forced[forced != expert])
 
 
+def test_its_repr_says_what_it_does_and_where() -> None:
+    model = wrapped("deepseek").model
+
+    def special(ids: torch.Tensor) -> torch.Tensor:
+        return ids > 20
+
+    shown = {
+        model.ablate({2: [4]}, where=[3, 0], renormalize=True): "ablate experts {2: [4]} at [0, 3], zero, renormalised",
+        model.ablate(ranks=[0], layers=[1], how="resample", seed=3): "ablate ranks [0] of layers [1], resample, seed 3",
+        model.ablate(shared=True, where=slice(2, None)): "ablate shared at slice(2, None, None), zero",
+        model.ablate(where=torch.ones(2, 12).bool()): "ablate all ranks where a mask [2, 12] is true, zero",
+        model.keep_top(1, layers=[2], by="random"): "keep_top 1 of all ranks of layers [2], by random, seed 0",
+        model.steer_experts({1: {2: "on"}}, where=special): "steer_experts {1: {2: 'on'}} where special, affinity",
+    }  # fmt: skip
+    assert [repr(one) for one in shown] == [f"Intervention({says})" for says in shown.values()]
+
+
 def test_entered_twice_it_acts_twice() -> None:
     case = wrapped("deepseek")
     push, twice = case.model.steer_experts({2: {3: 0.7}}), case.model.steer_experts({2: {3: 1.4}})
@@ -262,6 +280,8 @@ def test_interventions_are_interventions_on_this_model() -> None:
     case = wrapped("deepseek")
     other = HookedMoE.from_hf(build("deepseek"), check=False)
     bad: Any
-    for bad, says in (([other.keep_top(1)], "made for another model"), (["keep_top"], "interventions holds a str")):
-        with untouched(case.model), pytest.raises(InputError, match=says):
+    for bad, says in (([other.keep_top(1)], "made for another model"), (["keep_top"], "interventions holds a str"),
+        (case.model.keep_top(1), "interventions is one Intervention(keep_top 1, by weight); expected a list"),
+    ):  # fmt: skip
+        with untouched(case.model), pytest.raises(InputError, match=re.escape(says)):
             case.model.generate(case.tokens, interventions=bad, **OPTIONS)

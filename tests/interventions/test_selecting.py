@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -210,6 +211,8 @@ def test_steering_what_is_so_already_changes_nothing() -> None:
         ({1: {e: "on" for e in range(4)}}, "layer 1: 4 experts are on; a token has 3"),
         ({1: {e: "off" for e in range(6)}}, "layer 1: 2 experts are not off; a token needs 3"),
         ({}, "expected {layer: [expert, …]}"),
+        ({1: [2]}, "steering is {1: [2]}; expected {layer: {expert: a number, 'on' or 'off'}}"),
+        ([(1, 2)], "steering is [(1, 2)]; expected {layer: {expert: a number, 'on' or 'off'}}"),
     ],
 )
 @pytest.mark.untyped
@@ -225,6 +228,12 @@ def test_other_rules_and_other_parts_are_refused() -> None:
         model.steer_experts({1: {1: "on"}}, rule="max")
     with pytest.raises(InputError, match="what is 'logits'"):
         model.force_routing(model.routing(OTHER), what="logits")
+    with pytest.raises(InputError, match="routing is a Tensor; expected what model.routing returns, or a cache"):
+        model.force_routing(OTHER)
+    _, cache = model.run_with_cache(OTHER, names_filter="hook_embed")
+    with pytest.raises(InputError, match="the cache holds routing of no layer; cache hook_expert_indices and"):
+        model.force_routing(cache)
+    assert model.steer_experts({1: {1: np.float32(0.5)}}).hooks
 
 
 def test_routing_of_another_shape_model_or_layer_is_refused() -> None:
