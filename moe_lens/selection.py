@@ -217,9 +217,8 @@ def whole_numbers(name: str, values: Iterable[int]) -> tuple[int, ...]:
     Raises:
         InputError: not whole numbers from 0, or nothing at all.
     """
-    given: Any = values
-    if isinstance(given, Iterable) and not isinstance(given, str):
-        given = list(given)
+    several = isinstance(values, Iterable) and not isinstance(values, str)
+    given = cast(Any, list(values) if several else values)
     try:
         numbers = sorted({operator.index(value) for value in given if not isinstance(value, bool)})
     except TypeError:

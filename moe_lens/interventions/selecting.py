@@ -168,8 +168,8 @@ def steer_experts(
                 for experts, value in ((on, 1), (off, -1))
                 if experts
             ]
-    where = "" if selection.where is None else f" {where_text(selection.where)}"
-    return Intervention(model, f"steer_experts {dict(steering)}{where}, {rule}", tuple(hooks))
+    tokens = "" if selection.where is None else f" {where_text(selection.where)}"
+    return Intervention(model, f"steer_experts {dict(steering)}{tokens}, {rule}", tuple(hooks))
 
 
 def _everywhere(

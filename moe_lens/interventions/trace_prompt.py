@@ -9,16 +9,18 @@ from torch import Tensor
 from moe_lens.errors import InputError
 
 
-def subject_positions(model: Any, prompt: str, tokens: Int[Tensor, " pos"], subject: str | Sequence[int]) -> list[int]:
+def subject_positions(
+    model: Any, prompt: str, tokens: Int[Tensor, " pos"], subject: str | int | Sequence[int]
+) -> list[int]:
     """Positions of the tokens that hold any character of a subject, wherever it occurs; or the positions given.
 
     Raises:
         InputError: the subject is not in the prompt, or a position not among the tokens.
     """
     if not isinstance(subject, str):
-        places = sorted(set(subject))
+        places = sorted({subject} if isinstance(subject, int) else set(subject))
         if not places or places[0] < 0 or places[-1] >= len(tokens):
-            raise InputError(f"positions are {list(subject)}; expected some from 0 to {len(tokens) - 1}")
+            raise InputError(f"positions are {places}; expected some from 0 to {len(tokens) - 1}")
         return places
     if not subject or subject not in prompt:
         raise InputError(

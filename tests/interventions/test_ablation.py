@@ -505,7 +505,8 @@ def test_what_depends_on_the_whole_batch_is_refused_in_the_stacked_runs_of_a_swe
 
 @pytest.mark.untyped
 def test_k_may_be_a_numpy_integer() -> None:
-    assert repr(wrapped("deepseek").model.keep_top(np.int64(1))) == "Intervention(keep_top 1, by weight)"
+    k: Any = np.int64(1)
+    assert repr(wrapped("deepseek").model.keep_top(k)) == "Intervention(keep_top 1, by weight)"
 
 
 @pytest.mark.untyped
