@@ -60,14 +60,16 @@ class CleanRun:
         wanted += [names.mlp(n, at) for at in model.moe_layers for n in (names.EXPERT_INDICES, names.ROUTING_WEIGHTS)]
         filtered = list(dict.fromkeys([*wanted, *keep]))
         ends: dict[str, Tensor] = {}
-        both = [names.block(names.RESID_MID, at) for at in range(n_layers)]
-        both += [names.mlp(names.MLP_OUT, at) for at in range(n_layers)]
+        pairs = {at: (names.block(names.RESID_MID, at), names.mlp(names.MLP_OUT, at)) for at in range(n_layers)}
+        known = model.hook_dict  # where experts stand beside attention, for example, there is no stream between them
+        pairs = {at: pair for at, pair in pairs.items() if all(name in known for name in pair)}
+        both = [name for pair in pairs.values() for name in pair]
         watch = [(name, lambda value, hook, name=name: ends.update({name: value[:, -1].clone()})) for name in both]  # noqa: ARG005
         with recording(model) as recorded, model.hooks([*fwd_hooks, *watch]):
             logits, cache = model.run_with_cache(input, names_filter=filtered, use_cache=False, **kwargs)
         run = cls(recorded[0], cache, logits, frozenset())
-        sums = [ends[both[at]] + ends[both[n_layers + at]] for at in range(n_layers)]
-        direct = {at for at in range(n_layers) if torch.equal(sums[at], run.resid[at + 1][:, -1])}
+        sums = {at: ends[mid] + ends[out] for at, (mid, out) in pairs.items()}
+        direct = {at for at, whole in sums.items() if torch.equal(whole, run.resid[at + 1][:, -1])}
         run = replace(run, direct=frozenset(direct))
         again = run.replay.logits(run.resid[-1][:, -1].to(logits.device)).to(logits.device)
         if (again - logits[:, -1]).abs().max() > 0.02 * logits[:, -1].abs().max():

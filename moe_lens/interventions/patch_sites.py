@@ -29,6 +29,11 @@ class Site:
         """Full names of its hooks in a layer."""
         return [(names.block if self.in_block else names.mlp)(hook, layer) for hook in self.hooks]
 
+    def layers(self, model: Any) -> tuple[int, ...]:
+        """The layers of a model that have it."""
+        known = model.hook_dict
+        return tuple(at for at in range(model.cfg.n_layers) if all(name in known for name in self.names(at)))
+
 
 SITES = {
     "resid_pre": Site((names.RESID_PRE,), in_block=True, sparse=False),

@@ -159,9 +159,13 @@ def _axes(
 
 
 def _layers(model: Any, site: str, chosen: Selection) -> tuple[int, ...]:
-    if chosen.layers is None and chosen.by_layer is None and not SITES[site].sparse:
-        return tuple(range(model.cfg.n_layers))
-    return chosen.layers_of(model)
+    having = SITES[site].layers(model)
+    layers = having if chosen.layers is None and chosen.by_layer is None else chosen.layers_of(model)
+    lacking = sorted(set(layers) - set(having))
+    if lacking or not layers:
+        who = f"layer {lacking[0]}" if lacking else "this model"
+        raise InputError(f"{who} has no {site}; the layers that have it are {', '.join(map(str, having)) or 'none'}")
+    return layers
 
 
 def _check(model: Any, site: str, over: Sequence[str], direction: str, chosen: Selection) -> Selection:
@@ -185,10 +189,6 @@ def _check(model: Any, site: str, over: Sequence[str], direction: str, chosen: S
             raise InputError(f"the selection names {unit}s, and {site} has none; it can name layers and positions")
         if named is not None and len(units) > 1 and over[1:2] == (("rank" if unit == "expert" else "expert"),):
             raise InputError(f"the selection names {unit}s, and the sweep goes over {over[1]}s; expected the same")
-    if site == "shared_out":
-        missing = [layer for layer in _layers(model, site, chosen) if not model.has_shared(layer)]
-        if missing:
-            raise InputError(f"layer {missing[0]} has no shared experts, and so no shared_out")
     return chosen.check(model, dense=not SITES[site].sparse)
 
 

@@ -56,7 +56,10 @@ class TraceResult:
     """Effects of every site on one prompt."""
 
     sites: Mapping[str, SiteEffects]
-    """"resid", "attn" and "mlp" over layer and pos, "expert" over layer and expert, "coalition" over layer and size."""
+    """"resid", "attn" and "mlp" over layer and pos, "expert" over layer and expert, "coalition" over layer and size.
+
+    Layers are those that have the site; a site that the family lacks is missing.
+    """
     clean: float
     """Score of the clean run."""
     corrupted: Float[Tensor, " draw"]

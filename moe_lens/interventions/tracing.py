@@ -34,14 +34,14 @@ class Probability(LogProb):
 def trace(
     model: Any,
     prompt: str,
-    subject: str | Sequence[int],
+    subject: str | int | Sequence[int],
     answer: str | int,
     *,
     foil: str | int | None = None,
     noise: float = 3.0,
     draws: int = 10,
     seed: int = 0,
-    at: Sequence[int] | None = None,
+    at: int | Sequence[int] | None = None,
     routing: RoutingMode = "free",
     level: float = 0.95,
     batch_size: int | None = None,
@@ -60,7 +60,7 @@ def trace(
     Args:
         model: A `HookedMoE`.
         prompt: What the model reads; BOS is put in front where the tokenizer does.
-        subject: The part of the prompt that is corrupted, wherever it occurs, or its positions.
+        subject: The part of the prompt that is corrupted, wherever it occurs, or its position or positions.
         answer: What should come next: one token as text (mind the space in front) or its id.
         foil: Another token. Without it the score is the answer's probability, as in Meng et al.; with it, the logit of
             the answer minus that of the foil, as in arXiv 2606.03780.
@@ -77,15 +77,16 @@ def trace(
         InputError: the subject is not in the prompt, answer or foil are not one token, positions out of range, or
             numbers that make no sense.
     """
+    if not isinstance(prompt, str):
+        raise InputError(f"the prompt is a {type(prompt).__name__}; expected one text")
     if draws < 1 or noise <= 0 or not 0 < level < 1:
         raise InputError(f"got draws={draws}, noise={noise}, level={level}; expected ≥ 1, > 0, and between 0 and 1")
     tokens = model.to_tokens(prompt)
     corrupted = subject_positions(model, prompt, tokens[0], subject)
     score = _score(model, answer, foil)
     place = [corrupted[-1]] if at is None else subject_positions(model, prompt, tokens[0], at)
-    keep = {
-        name for layer in range(model.cfg.n_layers) for site in STREAMS.values() for name in SITES[site].names(layer)
-    }
+    sites = [SITES[name] for name in STREAMS.values()]
+    keep = {name for site in sites for layer in site.layers(model) for name in site.names(layer)}
     keep |= {name for layer in model.moe_layers for name in SITES["expert_weighted"].names(layer)}
     copies = tokens.expand(draws, -1).contiguous()
     std = noise * float(model.W_E.float().std())
@@ -149,18 +150,20 @@ def _sites(
     model: Any, base: CleanRun, source: CleanRun, place: Sequence[int]
 ) -> Iterator[tuple[str, dict[str, tuple[int, ...]], Made]]:
     """For each site its axes, and a variant for every cell in which anything is restored."""
-    n_layers, positions = model.cfg.n_layers, tuple(range(base.pos))
+    positions = tuple(range(base.pos))
     nowhere = torch.zeros(base.batch, base.pos, dtype=torch.bool, device=base.logits.device)
     for name, site in STREAMS.items():
         made: Made = []
-        for layer in range(n_layers):
+        if not (layers := SITES[site].layers(model)):
+            continue
+        for row, layer in enumerate(layers):
             different = differing(site, base, source, layer)
             for pos in positions:
                 here = nowhere.clone()
                 here[:, pos] = different[:, pos]
                 if here.any():
-                    made.append(((layer, pos), stream_variant(site, base, source, layer, here)))
-        yield name, {"layer": tuple(range(n_layers)), "pos": positions}, made
+                    made.append(((row, pos), stream_variant(site, base, source, layer, here)))
+        yield name, {"layer": layers, "pos": positions}, made
     here = nowhere.clone()
     here[:, list(place)] = True
     parts = {layer: Parts.of("expert_weighted", base, source, layer, by_expert=True) for layer in model.moe_layers}

@@ -44,7 +44,8 @@ class Replay:
         """
         args, kwargs = self.arguments[layer]
         block = self.model.blocks[layer]
-        with nullcontext() if only is None else _only(block.mlp, only):
+        mlp = block._modules.get("mlp")  # none in a layer that only mixes positions
+        with nullcontext() if only is None or mlp is None else _only(mlp, only):
             out = block(resid, *self._of(items, args), **self._of(items, kwargs))
         return out[0] if isinstance(out, tuple) else out
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from moe_lens import names
 from moe_lens.errors import InputError
-from moe_lens.interventions import patching
+from moe_lens.hooked_moe import HookedMoE
+from moe_lens.interventions import expert_attribution, patching
 from moe_lens.interventions.clean_run import CleanRun
 from moe_lens.interventions.metrics import LogitDifference, Loss
 from moe_lens.interventions.patch_result import PatchResult
@@ -18,6 +19,7 @@ from moe_lens.interventions.patch_sites import SITES
 from moe_lens.interventions.patching import patch
 from moe_lens.selection import Selection
 from tests.families import CONFIGS
+from tests.matrix import configs
 from tests.wrapped import untouched, wrapped
 
 F64 = 1e-13  # relative to the largest logit
@@ -108,7 +110,7 @@ PARTS = {
 def test_a_patch_over_layers_and_positions_is_a_hook_in_a_full_pass(family: str, site: str):
     model, clean, corrupted = pair(family)
     if site == "shared_out" and not model.has_shared(model.moe_layers[0]):
-        with pytest.raises(InputError, match="no shared experts, and so no shared_out"):
+        with pytest.raises(InputError, match="this model has no shared_out; the layers that have it are none"):
             patch(model, clean, corrupted, site, METRIC)
         return
     with untouched(model):
@@ -238,6 +240,30 @@ def test_the_whole_stream_carries_everything(family: str, direction: Any):
     assert abs(last[-1].item() - end) <= bound(family) * scale, "the metric reads the last position"
     other = whole.corrupted if direction == "denoising" else whole.clean
     assert (last[:-1] - other).abs().max() <= bound(family) * scale, "and no other, after the last block"
+
+
+@pytest.mark.parametrize("model_type", ["nemotron_h", "cohere2_moe"])
+def test_layers_that_lack_a_site_are_left_out_and_the_others_patched(model_type: str):
+    """Layers of `nemotron_h` mix positions or are MLPs; `cohere2_moe` has no stream between attention and experts."""
+    model = HookedMoE.from_hf(configs.build(model_type, torch.float64), check=False)
+    clean, corrupted = configs.tokens(1, 8), configs.tokens(1, 8).clone()
+    corrupted[:, 3] = 50
+    naive = Naive(model, corrupted, clean)
+    for site in ("resid_post", "mlp_out"):
+        found = patch(model, clean, corrupted, site, METRIC, over=("layer",))
+        for layer, value in zip(found.axes["layer"], found.values, strict=True):
+            expected = naive.run([naive.put(SITES[site].names(layer)[0], None)])
+            assert abs(value.item() - expected) <= ROUNDS * naive.scale
+        assert not torch.equal(found.values, torch.full_like(found.values, naive.value))
+    layer = model.moe_layers[-1]
+    knocked = expert_attribution(model, corrupted, METRIC, method="knockout", selection=Selection(layers=[layer]))
+    delta, _ = naive.table(names.EXPERT_WEIGHTED, naive.here, layer)
+    for expert in knocked.used()[0].nonzero()[:, 0].tolist():
+        without = naive.add(layer, -delta[:, :, expert])
+        assert abs(knocked.values[0, expert].item() - (naive.value - without)) <= ROUNDS * naive.scale
+    lacking = ("attn_out", model.moe_layers[0]) if model_type == "nemotron_h" else ("resid_mid", 0)
+    with pytest.raises(InputError, match=f"layer {lacking[1]} has no {lacking[0]}; the layers that have it are"):
+        patch(model, clean, corrupted, lacking[0], METRIC, over=("layer",), selection=Selection(layers=[lacking[1]]))
 
 
 def test_a_run_patched_with_itself_is_itself(monkeypatch: pytest.MonkeyPatch):

@@ -181,6 +181,8 @@ def test_the_guide_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ({"subject": "France"}, "the subject 'France' is not in the prompt"),
         ({"subject": [40]}, r"positions are \[40\]; expected some from 0 to"),
         ({"subject": []}, r"positions are \[\]"),
+        ({"subject": 40}, r"positions are \[40\]; expected some from 0 to"),
+        ({"prompt": [PROMPT]}, "the prompt is a list; expected one text"),
         ({"answer": " banana split"}, r"the answer ' banana split' is \d+ tokens, .*expected one"),
         ({"answer": 5000}, "the answer is token 5000; expected an id from 0 to 4095"),
         ({"foil": ""}, "the foil '' is 0 tokens"),
@@ -192,6 +194,6 @@ def test_the_guide_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_bad_input_is_named(model: HookedMoE, changes: dict[str, Any], message: str):
-    call: dict[str, Any] = {"subject": ", b", "answer": " b", "draws": 1, **changes}
+    call: dict[str, Any] = {"prompt": PROMPT, "subject": ", b", "answer": " b", "draws": 1, **changes}
     with untouched(model), pytest.raises(InputError, match=message):
-        trace(model, PROMPT, **call)
+        trace(model, **call)
