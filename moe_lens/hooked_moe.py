@@ -26,6 +26,7 @@ from moe_lens.model.parameters import LayerParameters, first_product, second_pro
 from moe_lens.model.saving import save_pretrained
 from moe_lens.model.selfcheck import self_check
 from moe_lens.model.sharding import refuse_plan, refuse_shards
+from moe_lens.model.wrappable import check_tokenizer, check_wrappable
 from moe_lens.routing import Routing
 from moe_lens.selection import Experts, Selection, Where
 
@@ -72,15 +73,13 @@ class HookedMoE(ExpertBridge):
         """Wrap a loaded transformers model, in place and for good.
 
         Raises:
-            UnsupportedModelError: the family is not supported, or the model is wrapped already.
-            InputError: the tokenizer was not loaded from anywhere.
+            UnsupportedModelError: the family is not supported, the model predicts no tokens, or is wrapped already.
+            InputError: no model or no tokenizer of transformers, or the tokenizer was not loaded from anywhere.
             SelfCheckError: the parts do not make up the whole.
         """
-        if tokenizer is not None and "name_or_path" not in tokenizer.init_kwargs:
-            raise InputError(
-                "this tokenizer was not loaded from anywhere, and TransformerLens loads tokenizers again to add the "
-                "BOS token: save it with its save_pretrained, and pass what AutoTokenizer loads from there"
-            )
+        check_wrappable(model)
+        if tokenizer is not None:
+            check_tokenizer(tokenizer)
         refuse_shards(model)
         adapter, family = build_adapter(model, name or getattr(model.config, "_name_or_path", "") or family_name(model))
         if tokenizer is not None:

@@ -16,7 +16,6 @@ from transformer_lens.model_bridge.generalized_components import (
     UnembeddingBridge,
 )
 from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
-from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.generalized_components.normalization import NormalizationBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
 from transformers import PreTrainedModel
@@ -67,15 +66,9 @@ def build_adapter(model: PreTrainedModel, name: str) -> tuple[ArchitectureAdapte
     """TransformerLens's adapter for a model, mended, and the model's family.
 
     Raises:
-        UnsupportedModelError: the family is unknown, its layers differ in their number of experts, or the model has
-            been wrapped before.
+        UnsupportedModelError: the family is unknown, or its layers differ in their number of experts.
     """
     family = family_of(model.config)
-    if any(isinstance(module, GeneralizedComponent) for module in model.modules()):
-        raise UnsupportedModelError(
-            "this model is already wrapped: wrapping changes a transformers model in place, and once. "
-            "Use the HookedMoE that wraps it, or load the model anew"
-        )
     experts: list[Any] = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "experts"]
     counts = {int(module.num_experts) for module in experts if isinstance(getattr(module, "num_experts", None), int)}
     if len(counts) > 1:

@@ -14,7 +14,7 @@ from transformer_lens.utilities import Slice, get_attention_mask
 from transformers import PreTrainedModel
 
 from moe_lens import names
-from moe_lens.errors import HookError, UnsupportedModelError
+from moe_lens.errors import HookError, InputError, UnsupportedModelError
 from moe_lens.model.cache import MoECache
 from moe_lens.model.caching import Keep
 from moe_lens.model.components import MoEBlock
@@ -117,7 +117,15 @@ class ExpertBridge(TransformerBridge):
 
         A text that opens with the BOS token's own text (a rendered chat template) gets no second one; the other
         arguments are TransformerLens's.
+
+        Raises:
+            InputError: the model has no tokenizer.
         """
+        if self.tokenizer is None:
+            raise InputError(
+                "this model has no tokenizer, so text cannot be read: pass token ids, or wrap it with its tokenizer, "
+                "HookedMoE.from_hf(model, tokenizer); from_pretrained takes the tokenizer that is beside the weights"
+            )
         bos = getattr(self.tokenizer, "bos_token", None)
         if bos and (getattr(self.cfg, "default_prepend_bos", True) if prepend_bos is None else prepend_bos):
             input = input.removeprefix(bos) if isinstance(input, str) else [text.removeprefix(bos) for text in input]

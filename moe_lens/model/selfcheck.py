@@ -27,9 +27,14 @@ def self_check(model: Any) -> dict[str, float]:
     of_mlp = {names.EXPERT_WEIGHTED, names.ROUTED_OUT, names.SHARED_OUT, names.MLP_OUT}
     wanted = {names.block(name, layer) for name in of_block for layer in range(model.cfg.n_layers)}
     wanted |= {names.mlp(name, layer) for name in of_mlp for layer in model.moe_layers}
-    with torch.no_grad():
-        plain = model(tokens)
-        logits, cache = model.run_with_cache(tokens, names_filter=sorted(wanted & model.hook_dict.keys()))
+    training = model.training
+    model.eval()  # what dropout and jitter change is not for this to find
+    try:
+        with torch.no_grad():
+            plain = model(tokens)
+            logits, cache = model.run_with_cache(tokens, names_filter=sorted(wanted & model.hook_dict.keys()))
+    finally:
+        model.train(training)
     if not torch.equal(plain, logits):
         raise SelfCheckError(
             f"observing changed the logits by {(plain - logits).abs().max():.2e}; expected identical bits. "
