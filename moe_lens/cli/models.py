@@ -19,7 +19,8 @@ def models() -> None:
 @app.command()
 def info(
     model: Annotated[
-        str, typer.Argument(metavar="NAME_OR_PATH", help="A model on the hub, a folder, or the embedded model.")
+        str,
+        typer.Argument(metavar="NAME_OR_PATH", help="On the hub, a folder, a config.json, or the embedded model."),
     ],
 ) -> None:
     """What a model is: layers, experts, router, parameters and memory. Reads its config alone, no weights."""

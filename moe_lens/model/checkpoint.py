@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.utils.hub import cached_file
+from transformers.utils.hub import cached_file, is_offline_mode
 
 from moe_lens.errors import CheckpointError
 
@@ -67,8 +67,11 @@ def read_config(source: str, hub: Mapping[str, Any]) -> tuple[Path, dict[str, An
     """Path and content of config.json, which must name a model_type."""
     path = find_file(source, "config.json", hub)
     if path is None:
+        hub_says = "the hub may not be asked (HF_HUB_OFFLINE)" if is_offline_mode() else "the hub's repository has none"
         raise CheckpointError(
-            f"{source} has no config.json. Expected a folder with config.json and safetensors, or a name on the hub."
+            f"{source} has no config.json"
+            + ("" if Path(source).is_dir() else f": there is no such folder, and {hub_says}")
+            + ". Expected a folder with config.json and safetensors, or a name on the hub."
         )
     config = read_json(path)
     if not isinstance(config.get("model_type"), str):

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from moe_lens.errors import UnsupportedModelError
 from moe_lens.model.family import Family, Layout
-from moe_lens.model.refusals import REFUSED
+from moe_lens.model.refusals import refusal
 
 __all__ = ["FAMILIES", "Family", "Layout", "family_of"]
 
@@ -324,13 +324,7 @@ def family_of(config: PretrainedConfig) -> Family:
     """
     model_type = getattr(config, "model_type", None)
     if model_type not in FAMILIES:
-        why = REFUSED.get(str(model_type))
-        raise UnsupportedModelError(
-            f"model_type {model_type!r} is not supported"
-            + (f": {why}. " if why else ". ")
-            + f"Supported: {', '.join(sorted(FAMILIES))}. "
-            "A model without experts belongs in TransformerLens's TransformerBridge."
-        )
+        raise UnsupportedModelError(refusal(str(model_type), FAMILIES))
     family = FAMILIES[model_type]
     if family.score_field is None:
         return family

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import moe_lens.model.deepseek as _registers  # noqa: F401  # pyright: ignore[reportUnusedImport]
-from moe_lens.errors import CheckpointError, UnsupportedModelError
+from moe_lens.errors import CheckpointError, MoELensError, UnsupportedModelError
 from moe_lens.model.checkpoint import read_config
 from moe_lens.model.families import family_of
 from moe_lens.model.loading import resolve_name
@@ -40,7 +41,8 @@ class ModelInfo:
     parameters: int
     """All of them; tied ones are counted once, buffers are not."""
     active: int
-    """All but those of the routed experts that a token does not use; embeddings count whole."""
+    """All but those of the routed experts that a token does not use. Embeddings count whole; some authors, those of
+    gpt-oss for example, leave the input embedding out."""
     note: str
     """What is particular to the family's hooks."""
 
@@ -50,19 +52,28 @@ class ModelInfo:
 
 
 def model_info(name_or_path: str | Path, **hub: Any) -> ModelInfo:
-    """Sizes of a model by hub name, folder, or `"tiny-deepseekmoe"`; only config.json is read.
+    """Sizes of a model by hub name, folder, config.json, or `"tiny-deepseekmoe"`; no weights are read.
 
     Raises:
         CheckpointError: there is no config.json, or it cannot be understood.
         UnsupportedModelError: the family is not supported, or the model has no experts.
     """
     source = resolve_name(str(name_or_path))
-    path, _ = read_config(source, hub)
+    if Path(source).name == "config.json" and Path(source).is_file():
+        source = str(Path(source).parent)
+    path, raw = read_config(source, hub)
+    if raw["model_type"] not in CONFIG_MAPPING:
+        raise UnsupportedModelError(
+            f"{path}: model_type {raw['model_type']!r} is unknown to transformers {transformers.__version__}"
+        )
     try:
-        config = AutoConfig.from_pretrained(source, **hub)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(f"{path} is no config that transformers understands: {error}") from error
-    return config_info(config)
+        return config_info(AutoConfig.from_pretrained(source, **hub))
+    except MoELensError:
+        raise
+    except Exception as error:  # a config can be wrong in as many ways as there are models that read it
+        raise CheckpointError(
+            f"{path} is no config that transformers understands: {type(error).__name__}: {error}"
+        ) from error
 
 
 def config_info(config: PreTrainedConfig) -> ModelInfo:
@@ -70,6 +81,7 @@ def config_info(config: PreTrainedConfig) -> ModelInfo:
 
     Raises:
         UnsupportedModelError: the family is not supported, or the model has no experts.
+        CheckpointError: a token cannot have as many experts as the config asks for.
     """
     family = family_of(config)
     # Building a model writes to its config, and quantised parameters are counted as what they stand for.
@@ -93,6 +105,10 @@ def config_info(config: PreTrainedConfig) -> ModelInfo:
     router = getattr(moe, family.router)
     top_k = int(router.top_k if hasattr(router, "top_k") else getattr(text, family.top_k))
     n_experts = int(experts.num_experts)
+    if not 1 <= top_k <= n_experts:
+        raise CheckpointError(
+            f"this {config.model_type} has {n_experts} experts, and its config asks for {top_k} a token"
+        )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     idle = sum(
         parameter.numel() // n_experts * (n_experts - top_k)

@@ -192,7 +192,7 @@ def _load_through_transformers(loader: Any, source: str, kwargs: dict[str, Any])
         model, info = loader.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
         raise CheckpointError(f"transformers cannot load {source}: {error}") from error
     problems = [f"{name} is missing" for name in sorted(info["missing_keys"])]
     problems += [f"{name} is unexpected" for name in sorted(info["unexpected_keys"])]

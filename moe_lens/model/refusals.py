@@ -1,10 +1,14 @@
 """Model types with experts that are refused, and why: what a hook would show there would not be true."""
 
+from collections.abc import Iterable
+
 BYPASS = "its experts bypass transformers' experts interface"
+NO_TABLE = "its multimodal wrapper is not in the table: wrap its text model"
 LLAMA = (
     "it weighs what an expert reads, not what it gives: hook_expert_out and hook_routing_weights would not be factors "
     "of hook_expert_weighted"
 )
+ENCODER = "it has an encoder and a decoder; only models that are a decoder alone are wrapped"
 
 REFUSED = {
     "dbrx": f"{BYPASS}: parameters are packed in two dimensions, and the block selects outside its router",
@@ -13,15 +17,30 @@ REFUSED = {
     "dots3_note": "its image encoder has experts of its own; load its text model, dots3_note_text",
     "ernie4_5_vl_moe": "text and image tokens have experts of their own, in one layer",
     "jetmoe": f"{BYPASS}, and its attention heads are experts too",
+    "kimi_k25": f"{NO_TABLE}, deepseek_v3",
     "llama4": LLAMA,
     "llama4_text": LLAMA,
     "longcat_flash": f"{BYPASS}, some of them are the identity, and a layer adds them one attention later",
     "muse_spark": "its experts compute in a narrower space, and learned gates mix what they give into the stream",
+    "nemo_speechlm": f"{NO_TABLE}, nemotron_h",
+    "nemotron_h_omni": f"{NO_TABLE}, nemotron_h",
+    "nllb-moe": ENCODER,
     "openai_privacy_filter": "it labels tokens instead of predicting the next one",
     "qwen3_omni_moe": "it is several models, one for text and one for speech, each with experts",
     "qwen3_omni_moe_thinker": "with a key-value cache it makes positions of the whole text for the one new token, "
     "unless they are passed: generation would fail",
     "step3p7": BYPASS,
+    "switch_transformers": ENCODER,
     "zaya": "its router has a class that skips the experts and hands a state from layer to layer, for which the hook "
     "table has no place",
 }
+
+
+def refusal(model_type: str, supported: Iterable[str]) -> str:
+    """What a user is told of a model type that is not in the table: why, what to do, and what works."""
+    why = REFUSED.get(model_type)
+    return (
+        f"model_type {model_type!r} is not supported"
+        + (f": {why}. " if why else ". A model without experts belongs in TransformerLens's TransformerBridge. ")
+        + f"Supported, and explained by `moe-lens models`: {', '.join(sorted(supported))}"
+    )

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     DeepseekV3Config,
     FineGrainedFP8Config,
+    GptOssConfig,
     LlamaConfig,
     MixtralConfig,
+    OlmoeConfig,
     PreTrainedConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
 )
 from transformers.integrations.finegrained_fp8 import FP8Experts
 from transformers.integrations.mxfp4 import Mxfp4GptOssExperts, convert_moe_packed_tensors
@@ -23,7 +28,7 @@ from moe_lens.cli.main import main
 from moe_lens.errors import UnsupportedModelError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.model.families import FAMILIES, family_of
-from moe_lens.model.info import config_info
+from moe_lens.model.info import config_info, model_info
 from moe_lens.model.refusals import REFUSED
 from tests.matrix.configs import build, config, tokens
 
@@ -45,7 +50,7 @@ def test_a_refused_family_is_named_with_the_reason_and_what_works(model_type: st
 def test_an_unknown_family_and_an_unknown_score_are_refused() -> None:
     unknown: Any = PreTrainedConfig()
     unknown.model_type = "nemo"
-    with pytest.raises(UnsupportedModelError, match="'nemo' is not supported. Supported: afmoe, .*TransformerBridge"):
+    with pytest.raises(UnsupportedModelError, match="'nemo' is not supported. .*TransformerBridge. Supp.*: afmoe, "):
         family_of(unknown)
     odd: Any = config("deepseek_v4")
     odd.scoring_func = "tanh"
@@ -135,6 +140,16 @@ def test_mxfp4_experts_are_dequantised_on_request(tmp_path: Path) -> None:
     assert torch.isfinite(model(tokens())).all()
 
 
+def test_a_format_whose_library_is_absent_is_an_error_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build("mixtral").save_pretrained(tmp_path)
+    write(tmp_path, load_file(tmp_path / "model.safetensors"), {"quant_method": "bitsandbytes", "load_in_4bit": True})
+    assert main(["routing", "--model", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "bitsandbytes" in said and said.count("\n") == 1
+
+
 # --- what a model is ---
 
 
@@ -153,9 +168,36 @@ def test_a_config_tells_the_sizes_that_the_model_has(model_type: str) -> None:
     assert info.d_expert == model.W_out[model.moe_layers[0]].shape[1]
 
 
-def test_large_models_have_the_sizes_that_are_known_of_them() -> None:
-    assert config_info(MixtralConfig()).parameters == 46_702_792_704
-    assert config_info(DeepseekV3Config()).parameters == 671_026_404_352
+# Fields as the models' own config.json has them; thousand millions of parameters, as their authors round them. Those of
+# Qwen3 (3.3) and gpt-oss (3.6) leave the input embedding (0.3 and 0.6) out of what is active, those of DeepSeek say 37.
+KNOWN: dict[str, tuple[PreTrainedConfig, float, float]] = {
+    "Mixtral-8x7B": (MixtralConfig(), 46.7, 12.9),
+    "DeepSeek-V3": (DeepseekV3Config(), 671.0, 37.6),
+    "Qwen1.5-MoE-A2.7B": (
+        Qwen2MoeConfig(num_experts=60, num_experts_per_tok=4, moe_intermediate_size=1408, norm_topk_prob=False),
+        14.3,
+        2.7,
+    ),
+    "OLMoE-1B-7B": (OlmoeConfig(hidden_size=2048, intermediate_size=1024), 6.9, 1.3),
+    "Qwen3-30B-A3B": (
+        Qwen3MoeConfig(num_hidden_layers=48, num_key_value_heads=4, head_dim=128, moe_intermediate_size=768),
+        30.5,
+        3.4,
+    ),
+    "gpt-oss-20b": (GptOssConfig(num_hidden_layers=24, num_local_experts=32), 20.9, 4.2),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_large_models_have_the_sizes_that_are_known_of_them(name: str) -> None:
+    known, total, active = KNOWN[name]
+    info = config_info(known)
+    assert (round(info.parameters / 1e9, 1), round(info.active / 1e9, 1)) == (total, active)
+
+
+def test_the_16b_model_has_the_parameters_that_its_checkpoint_has(tmp_path: Path) -> None:
+    shutil.copy(Path(__file__).parent / "deepseek_moe_16b.json", tmp_path / "config.json")
+    assert model_info(tmp_path).parameters == 16_375_728_128
 
 
 def test_a_model_without_experts_is_refused() -> None:
@@ -181,5 +223,34 @@ def test_models_and_info_on_the_command_line(tmp_path: Path, capsys: pytest.Capt
         "parameters  113,080 (69,880 active for each token)\n"
         "memory      0.4 MiB in float32, 0.2 MiB in bfloat16, for the parameters alone\n"
     )
-    assert main(["info", str(tmp_path / "nothing")]) == 2
-    assert "No checkpoint" in capsys.readouterr().err
+    assert main(["info", str(tmp_path / "config.json")]) == 0
+    assert capsys.readouterr().out.startswith("model type  glm4_moe\n")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_type": "llama"}, "model_type 'llama' is not supported. A model without experts belongs in"),
+        ({"model_type": "llama4"}, "model_type 'llama4' is not supported: it weighs what an expert reads"),
+        ({"model_type": "nosuch"}, "model_type 'nosuch' is unknown to transformers"),
+        ({"model_type": None}, "has no model_type"),
+        ({"hidden_size": "many"}, "Field 'hidden_size' expected int, got str"),
+        ({"hidden_act": "nosuch"}, "KeyError: 'nosuch'"),
+        ({"num_hidden_layers": 0}, "this mixtral has no layer with experts"),
+        ({"num_experts_per_tok": 99}, "this mixtral has 8 experts, and its config asks for 99 a token"),
+        ({"quantization_config": 3}, "is no config that transformers understands"),
+        ("{broken", "cannot be read as JSON"),
+        ("[1]", "holds a JSON list; expected an object"),
+        (None, "there is no such folder, and the hub may not be asked (HF_HUB_OFFLINE)"),
+    ],
+)
+def test_info_says_in_one_line_what_is_wrong(
+    changes: dict[str, Any] | str | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = json.dumps({**config("mixtral").to_dict(), **changes}) if isinstance(changes, dict) else changes
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    assert main(["info", "no/such" if text is None else str(tmp_path)]) == 2
+    seen = capsys.readouterr()
+    assert seen.out == "" and seen.err.count("\n") == 1
+    assert seen.err.startswith("moe-lens: error: ") and said in seen.err
