@@ -4,12 +4,14 @@ Also what `make test-latest` ends with: which laws fail on the versions that are
 """
 
 import argparse
+import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "families.md"
@@ -19,7 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from moe_lens.model.families import FAMILIES  # noqa: E402
 from moe_lens.model.refusals import REFUSED  # noqa: E402
 
-DENSE = {"bamba", "gemma4_unified", "gemma4_unified_text", "qwen3_5", "qwen3_5_text", "youtu"}
+DENSE = {"bamba"}
 """Model types whose source speaks of experts, and which have none."""
 
 Outcome = Mapping[str, Mapping[str, str]]
@@ -73,21 +75,28 @@ true there:
 """
 
 
-def unlisted() -> list[str]:
-    """Model types of transformers that have experts, by their source, and are in neither table."""
+def has_experts(model_type: str) -> bool:
+    """Whether a model type of transformers has experts: in its own source, or in the text part that it takes in."""
     import transformers
-    from transformers.models.auto import modeling_auto
-    from transformers.models.auto.configuration_auto import model_type_to_module_name
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
 
-    listed = {*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
-    listed |= {*modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
-    found = []
-    for model_type in listed - {*FAMILIES, *REFUSED, *DENSE}:
-        folder = Path(transformers.__file__).parent / "models" / model_type_to_module_name(model_type)
-        sources = "".join(file.read_text(encoding="utf-8") for file in folder.glob("*.py"))
-        if "use_experts_implementation" in sources or "num_experts" in sources:
-            found.append(model_type)
-    return sorted(found)
+    if model_type in DENSE:
+        return False
+    folder = Path(transformers.__file__).parent / "models" / model_type_to_module_name(model_type)
+    if any("experts" in file.read_text(encoding="utf-8") for file in folder.glob("modeling_*.py")):
+        return True
+    with contextlib.suppress(Exception):  # a config without defaults, or with two texts, names no text part
+        return CONFIG_MAPPING[model_type]().get_text_config().model_type in {*FAMILIES, *REFUSED}
+    return False
+
+
+def unlisted() -> list[str]:
+    """Model types of transformers that write text, have experts, and are in neither table."""
+    from transformers.models.auto import modeling_auto
+
+    heads = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")
+    listed = set().union(*(getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING_NAMES") for head in heads))
+    return sorted(filter(has_experts, listed - {*FAMILIES, *REFUSED}))
 
 
 def cell(text: str) -> str:
@@ -116,57 +125,74 @@ def page(outcome: Outcome, laws: Mapping[str, str]) -> str:
     )
 
 
-def run() -> Outcome:
-    """Every family against every law."""
+def obeyed(
+    names: Iterable[str], case_of: Callable[[str], Any], laws: Mapping[str, Callable[[Any], None]]
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Every family against every law, one after the other: whatever breaks is what this is to find."""
+    for name in names:
+        try:
+            case = case_of(name)
+        except Exception as error:  # noqa: BLE001
+            yield name, dict.fromkeys(laws, described(error))
+            continue
+        found = {}
+        for law, holds in laws.items():
+            try:
+                holds(case)
+                found[law] = ""
+            except Exception as error:  # noqa: BLE001
+                found[law] = described(error)
+        yield name, found
+
+
+def described(error: Exception) -> str:
+    """An error in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def failures(name: str, laws: Mapping[str, str]) -> str:
+    """What failed of one family, in one line; empty if nothing did."""
+    failed = {law: error for law, error in laws.items() if error}
+    if len(set(failed.values())) == 1 and len(failed) == len(laws):
+        return f"{name}: every law: {next(iter(failed.values()))}"
+    return f"{name}: " + "; ".join(f"{law}: {error}" for law, error in failed.items()) if failed else ""
+
+
+def report(outcome: Outcome, new: Iterable[str]) -> list[str]:
+    """What broke, a line for each family and one for model types that nobody has decided on."""
+    lines = [line for name, laws in outcome.items() if (line := failures(name, laws))]
+    unknown = ", ".join(new)
+    return lines + ([f"have experts and are neither supported nor refused: {unknown}"] if unknown else [])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, and write or compare; 1 if anything broke."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compare the page with the outcome and write nothing")
+    check = parser.parse_args(arguments).check
+    warnings.simplefilter("ignore")
     import torch
     import transformers
 
-    from tests.matrix.laws import LAWS, Case
+    from tests.matrix.laws import LAWS, WORDS, Case
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    outcome: dict[str, dict[str, str]] = {}
-    for name in sorted(FAMILIES):
-        try:
-            case = Case(name)
-        except Exception as error:  # noqa: BLE001  # whatever breaks is what this is to find
-            outcome[name] = dict.fromkeys(LAWS, f"{type(error).__name__}: {error}")
-        else:
-            outcome[name] = {}
-            for law, holds in LAWS.items():
-                try:
-                    holds(case)
-                    outcome[name][law] = ""
-                except Exception as error:  # noqa: BLE001
-                    outcome[name][law] = f"{type(error).__name__}: {error}"
-        failed = {law: error for law, error in outcome[name].items() if error}
-        print(f"{name}: " + ("; ".join(f"{law}: {error}" for law, error in failed.items()) or "every law holds"))
-    return outcome
-
-
-def main() -> int:
-    """Run, and write or compare."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare the page with the outcome and write nothing")
-    check = parser.parse_args().check
-    warnings.simplefilter("ignore")
-    from tests.matrix.laws import WORDS
-
-    outcome = run()
-    text = page(outcome, WORDS)
-    failures = sum(bool(error) for laws in outcome.values() for error in laws.values())
+    outcome = {}
+    for name, laws in obeyed(sorted(FAMILIES), Case, LAWS):
+        outcome[name] = laws
+        print(failures(name, laws) or f"{name}: every law holds", flush=True)
+    broken = report(outcome, unlisted())
     installed = ", ".join(f"{name} {version(name)}" for name in ("transformers", "transformer-lens"))
-    print(f"{installed}: {failures} failures")
-    if new := unlisted():
-        print(f"model types that have experts and are neither supported nor refused: {', '.join(new)}")
-        failures += len(new)
+    print(f"\n{installed}: " + ("nothing broke" if not broken else f"{len(broken)} broken"), *broken, sep="\n  ")
+    text = page(outcome, WORDS)
     if not check:
         PAGE.write_text(text, encoding="utf-8")
-    elif text != PAGE.read_text(encoding="utf-8"):
-        print(f"{PAGE} is out of step with the outcome")
+    elif not broken and text != PAGE.read_text(encoding="utf-8"):
+        print(f"{PAGE} is out of step with the outcome: run scripts/families.py")
         return 1
-    return int(failures > 0)
+    return int(bool(broken))
 
 
 if __name__ == "__main__":
