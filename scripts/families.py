@@ -40,6 +40,10 @@ This page is written by `scripts/families.py` from a run of the laws on tiny ran
 `moe-lens models` prints the table on the command line; `moe-lens info NAME_OR_PATH` says what one model is, from its
 config alone.
 
+transformers and TransformerLens are held to one minor version each, 5.23 and 4.3: moe_lens replaces parts of both below
+their public surface, and every minor version of transformers brings model types, renames routers and moves the experts
+registry. `make test-latest` says what a newer one breaks before the bound is raised.
+
 ## Supported
 
 **Adapter**: *TransformerLens* gives all hooks of its own inside attention too; *ours* hooks the boundaries of a layer's
@@ -56,7 +60,7 @@ A multimodal model is wrapped with its text part: hooks are those of the decoder
 ## Quantised experts
 
 Experts in MXFP4, FP8 or bitsandbytes formats are other modules, on which hooks would not fire: such a model is refused.
-Dequantise it while loading, where transformers can:
+MXFP4 and FP8 can be dequantised while loading (without an accelerator transformers does so unasked):
 
 ```python
 from transformers import FineGrainedFP8Config, Mxfp4Config
