@@ -145,6 +145,7 @@ def test_a_format_whose_library_is_absent_is_an_error_in_one_line(
 ) -> None:
     build("mixtral").save_pretrained(tmp_path)
     write(tmp_path, load_file(tmp_path / "model.safetensors"), {"quant_method": "bitsandbytes", "load_in_4bit": True})
+    capsys.readouterr()
     assert main(["routing", "--model", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert "bitsandbytes" in said and said.count("\n") == 1
@@ -180,7 +181,9 @@ KNOWN: dict[str, tuple[PreTrainedConfig, float, float]] = {
     ),
     "OLMoE-1B-7B": (OlmoeConfig(hidden_size=2048, intermediate_size=1024), 6.9, 1.3),
     "Qwen3-30B-A3B": (
-        Qwen3MoeConfig(num_hidden_layers=48, num_key_value_heads=4, head_dim=128, moe_intermediate_size=768),
+        Qwen3MoeConfig.from_dict(
+            {"num_hidden_layers": 48, "num_key_value_heads": 4, "head_dim": 128, "moe_intermediate_size": 768}
+        ),
         30.5,
         3.4,
     ),

@@ -62,17 +62,19 @@ def test_a_model_without_an_unembedding_is_refused(cls: Any, model_type: str) ->
 
 @pytest.mark.untyped
 def test_a_model_is_wrapped_once() -> None:
-    hf = build("mixtral")
-    hooked = HookedMoE.from_hf(hf)
+    hf: Any = build("mixtral")
+    hooked: Any = HookedMoE.from_hf(hf)
     for again in (hf, hooked):
         with pytest.raises(UnsupportedModelError, match="already wrapped"):
             HookedMoE.from_hf(again)
 
 
 def test_a_dense_model_belongs_elsewhere() -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    dense = LlamaConfig(
+        vocab_size=101, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
     with pytest.raises(UnsupportedModelError, match="'llama' is not supported. .* TransformerLens's TransformerBridge"):
-        HookedMoE.from_hf(LlamaForCausalLM(LlamaConfig(vocab_size=101, **sizes)))
+        HookedMoE.from_hf(LlamaForCausalLM(dense))
 
 
 @pytest.mark.untyped
@@ -113,7 +115,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_hooks_fire() -> Non
 
 def test_a_model_on_the_meta_device_is_wrapped_unchecked() -> None:
     with torch.device("meta"):
-        hf = MixtralForCausalLM(config("mixtral"))
+        hf = MixtralForCausalLM._from_config(config("mixtral"))
     hooked = HookedMoE.from_hf(hf)
     assert (hooked.moe_layers, hooked.n_experts) == ((0, 1, 2, 3), 8)
     assert hooked.W_out[2].is_meta and hooked.W_out[2].shape == (8, 56, 40)
