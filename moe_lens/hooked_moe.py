@@ -300,7 +300,7 @@ class HookedMoE(ExpertBridge):
     @torch.no_grad()
     def expert_outputs(
         self, layer: int, x: Float[Tensor, "*tokens d_model"], experts: Int[Tensor, "*tokens n"]
-    ) -> Float[Tensor, "*tokens n d_model"]:
+    ) -> Float[Tensor, "*tokens n d_out"]:
         """E_i(x), not weighted, of any experts at any tokens, selected or not; no hook fires and nothing is routed.
 
         Args:
@@ -319,7 +319,10 @@ class HookedMoE(ExpertBridge):
             raise InputError(
                 f"there is no expert {int(experts[wrong][0])}; expected ids from 0 to {self.n_experts - 1}"
             )
-        module = self._moe(layer).experts
+        moe = self._moe(layer)
+        module = moe.experts
+        for narrower in self.family.narrows:
+            x = moe.get_submodule(narrower)(x)
         rows = x[..., None, :].expand(*experts.shape, x.shape[-1]).reshape(-1, x.shape[-1])
         rows = rows.to(module.down_proj.device, module.down_proj.dtype)
         silent = LayerHooks(layer, linear_branch=module.has_gate, shared=False)

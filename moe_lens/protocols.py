@@ -6,6 +6,8 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Int
 from torch import Tensor
 
+from moe_lens.errors import InputError
+
 
 @runtime_checkable
 class RouterFamily(Protocol):
@@ -86,3 +88,21 @@ class HookedModel(Protocol):
     def to_single_token(self, string: str) -> int:
         """The id of a string that is one token."""
         ...
+
+
+def require_stream_width(model: Any, what: str) -> None:
+    """Nothing, where experts give tensors as wide as the residual stream.
+
+    Args:
+        model: A `HookedModel`.
+        what: What needs them to be so, for the message.
+
+    Raises:
+        InputError: they compute in a narrower space.
+    """
+    if getattr(model.family, "widens", None) is not None:
+        raise InputError(
+            f"experts of this {model.family.model_type} compute in a narrower space than the residual stream: "
+            f"{what} cannot be had. Their hooks can be read and edited all the same, and hook_out of the MoE block is "
+            "as wide as the stream"
+        )

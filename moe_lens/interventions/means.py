@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.errors import InputError
 from moe_lens.model.cache import MoECache
-from moe_lens.protocols import HookedModel
+from moe_lens.protocols import HookedModel, require_stream_width
 from moe_lens.selection import Selection
 from moe_lens.storage import load_tensors, save_tensors
 
@@ -95,6 +95,7 @@ class ExpertMeans:
             InputError: it holds no layer's outputs and indices.
         """
         model: Any = cache.model
+        require_stream_width(model, "means of their outputs")
         sums = ExpertSums(model.moe_layers, model.n_experts, model.cfg.d_model)
         for layer in model.moe_layers:
             wanted = [names.mlp(name, layer) for name in (names.EXPERT_INDICES, names.EXPERT_OUT)]
@@ -121,6 +122,7 @@ class ExpertMeans:
             input: A text, texts, tokens [batch, pos] or [pos] without padding, or tokens of one text after another.
             layers: Which; all that have experts if not given.
         """
+        require_stream_width(model, "means of their outputs")
         wanted = model.moe_layers if layers is None else tuple(layers)
         kept = [names.mlp(name, at) for at in wanted for name in (names.EXPERT_INDICES, names.EXPERT_OUT)]
         kept += [names.mlp(names.SHARED_OUT, at) for at in wanted if model.has_shared(at)]

@@ -71,7 +71,7 @@ def router_geometry(
     """
     if layer not in model.moe_layers:
         raise HookError(f"layer {layer} has no router; the layers with experts are {list(model.moe_layers)}")
-    if model.family.reads_own:
+    if model.family.reads_own or model.family.narrows:
         raise InputError(
             f"routers of {model.family.model_type} do not read what its experts read: the two cannot be compared"
         )

@@ -14,6 +14,7 @@ from moe_lens import names
 from moe_lens.errors import HookError, InputError
 from moe_lens.lenses.logit import LogitLens
 from moe_lens.lenses.streams import Rows, batched, rows
+from moe_lens.protocols import require_stream_width
 
 _CHUNK = 2**24
 """Greatest number of logits held at a time: 64 MB in float32."""
@@ -134,10 +135,12 @@ def expert_vocabulary(
 
     Raises:
         HookError: A dense layer, or no such expert.
-        InputError: None of the corpus's tokens chose the expert, or the corpus holds something else than text.
+        InputError: None of the corpus's tokens chose the expert, the corpus holds something else than text, or experts
+            compute in a narrower space than the residual stream.
     """
     if layer not in model.moe_layers:
         raise HookError(f"layer {layer} has no experts; MoE layers are {list(model.moe_layers)}")
+    require_stream_width(model, "what an expert writes")
     model.expert_hooks(layer, expert)
     sums = _Sums(model, layer, expert, inputs)
     if texts is not None:

@@ -82,6 +82,11 @@ class ExpertBridge(TransformerBridge):
         blocks: Any = self.blocks
         return blocks[layer].mlp.moe
 
+    def widened(self, layer: int, routed: Tensor) -> Tensor:
+        """The experts' sum as wide as the residual stream, in families whose experts compute in a narrower space."""
+        widens = self.family.widens
+        return routed if widens is None else self._moe(layer).get_submodule(widens)(routed)
+
     @property
     def _hf_config(self) -> Any:
         return self.original_model.config

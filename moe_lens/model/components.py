@@ -180,6 +180,9 @@ class MoEBlock(GeneralizedComponent):
         """Wrap the block and, when it has experts, take the router and the experts apart."""
         super().set_original_component(original_component)
         moe = self._holder(original_component)
+        if moe is not None and moe is not original_component and self.family.layout and self.family.layout.inner:
+            # Such a layer asks whether its MLP is of the class that holds experts: what wraps it is.
+            self.__class__ = _combined(type(self), type(original_component))
         router, experts = getattr(moe, self.family.router, None), getattr(moe, "experts", None)
         if router is None or experts is None:
             return
@@ -187,12 +190,13 @@ class MoEBlock(GeneralizedComponent):
         self._open(moe, router, experts)
 
     def _holder(self, original_component: nn.Module) -> Any:
-        return original_component
+        inner = self.family.layout.inner if self.family.layout else None
+        return getattr(original_component, inner, None) if inner else original_component
 
     def _open(self, moe: Any, router: Any, experts: Any) -> None:
-        family = self.family
+        family, block = self.family, self.original_component
         check_experts(experts)
-        shared = getattr(moe, family.shared, None) if family.shared else None
+        shared = getattr(block, family.shared, None) if family.shared else None
         beside = getattr(self.layer, family.shared, None) if family.shared and shared is None else None
         has_shared = shared is not None or beside is not None
         self.__dict__["hooks"] = hooks = LayerHooks(-1, linear_branch=experts.has_gate, shared=has_shared)
@@ -207,7 +211,7 @@ class MoEBlock(GeneralizedComponent):
         router.forward = partial(route, router.forward, hooks, rule_of(family, router, experts.num_experts))
         experts.forward = partial(_on_device, experts, hooks, family.interleaved)
         if shared is not None:
-            self._open_shared(moe, shared, hooks)
+            self._open_shared(block, shared, hooks)
         elif beside is not None:
             # The layer adds it to what the block returns: the block does so itself, and the layer then adds zero.
             self.__dict__["beside"] = partial(_shared, beside.forward, None, hooks)

@@ -88,6 +88,19 @@ class LayerHooks:
         """Let go of the pass's tensors."""
         self._routing = self._slots = self._used = self._kept = self._scores = self._choice = None
 
+    def check_all_come(self, x: Tensor) -> None:
+        """Hooks show every token.
+
+        Raises:
+            HookError: somebody listens, and only some of the tokens come to this layer's router.
+        """
+        came, points = x.numel() // x.shape[-1], (*self.points.values(), *self.experts.values())
+        if came != self.batch * self.pos and any(point.has_hooks() for point in points):
+            raise HookError(
+                f"{came} of {self.batch * self.pos} tokens come to the experts of layer {self.layer}: those of images "
+                "have experts of their own. Give it text alone, or remove the hooks on routing and experts"
+            )
+
     def routed(self, indices: Tensor, weights: Tensor) -> None:
         """Note the model's own, unedited routing: it defines the ranks."""
         self._routing, self._used = (indices, weights), indices

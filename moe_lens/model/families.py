@@ -37,6 +37,9 @@ V3: dict[str, Any] = {
 }
 V3_SHARED: dict[str, Any] = {**V3, "shared": "shared_experts", "layout": LLAMA}
 QWEN: dict[str, Any] = {"shared": "shared_expert", "shared_gate": "shared_expert_gate"}
+NARROW = (
+    "experts compute in a narrower space: hook_expert_out, hook_expert_weighted and hook_routed_out are as wide as that"
+)
 MANY_STREAMS = "several residual streams, mixed anew by every part: no hook_resid_*, hook_attn_out or hook_mlp_out"
 
 FAMILIES = {
@@ -112,6 +115,15 @@ FAMILIES = {
         Family("dots1", **V3_SHARED),
         Family("dots3_note_text", **V3_SHARED),
         Family("ernie4_5_moe", shared="shared_experts", bias=True, normalised="always", layout=LLAMA),
+        Family(
+            "ernie4_5_vl_moe",
+            shared="shared_experts",
+            bias=True,
+            normalised="always",
+            layout=Layout(decoder="model.language_model", inner="text_moe"),
+            note="multimodal: the text part is hooked, and in it the experts for text; images have experts of their "
+            "own, and hooks on routing and experts refuse input that holds images",
+        ),
         Family("exaone_moe", **V3_SHARED),
         Family(
             "flex_olmo",
@@ -255,11 +267,36 @@ FAMILIES = {
         ),
         Family("mixtral", normalised="always"),
         Family(
+            "muse_spark",
+            score="sigmoid",
+            bias=True,
+            normalised="always",
+            scaled="routed_scaling_factor",
+            logits_factor="output_multiplier",
+            narrows=("pre_expert_proj", "pre_expert_norm"),
+            widens="post_expert_proj",
+            layout=Layout(
+                decoder="model.language_model",
+                ln1_post="post_attention_layernorm",
+                ln2="pre_feedforward_layernorm",
+                ln2_post="post_feedforward_layernorm",
+                logits_multiplier="output_multiplier",
+                offset=True,
+                stream="other",
+            ),
+            note=f"multimodal: the text part is hooked; {NARROW}; learned gates mix what a layer adds into the stream: "
+            "no hook_resid_mid, hook_attn_out or hook_mlp_out",
+        ),
+        Family(
             "nemotron_h",
             **V3,
             shared="shared_experts",
             layout=Layout(mlp="mixer", embed="embeddings", ln1="norm", ln2="norm", final_norm="norm_f"),
-            note="a layer either mixes positions or is an MLP; only MoE layers have hook_resid_mid and hook_mlp_out",
+            narrows=("fc1_latent_proj",),
+            widens="fc2_latent_proj",
+            narrow_field="moe_latent_size",
+            note="a layer either mixes positions or is an MLP; only MoE layers have hook_resid_mid and hook_mlp_out; "
+            f"with moe_latent_size, {NARROW}",
         ),
         Family("olmoe", normalised="config"),
         Family(
@@ -325,10 +362,12 @@ def family_of(config: PretrainedConfig) -> Family:
     model_type = getattr(config, "model_type", None)
     if model_type not in FAMILIES:
         raise UnsupportedModelError(refusal(str(model_type), FAMILIES))
-    family = FAMILIES[model_type]
+    family, text = FAMILIES[model_type], config.get_text_config()
+    if family.narrow_field is not None and getattr(text, family.narrow_field) is None:
+        family = replace(family, narrows=(), widens=None)
     if family.score_field is None:
         return family
-    score = getattr(config.get_text_config(), family.score_field)
+    score = getattr(text, family.score_field)
     if score not in ("softmax", "sigmoid", "sqrtsoftplus"):
         raise UnsupportedModelError(
             f"{family.score_field} of this {model_type} is {score!r}; expected softmax, sigmoid or sqrtsoftplus"

@@ -26,6 +26,8 @@ class Layout:
     ln2_post: str | None = None
     """Norm of what the MLP adds."""
     mlp: str = "mlp"
+    inner: str | None = None
+    """Module of the MLP that holds router and experts, where it is not the MLP itself."""
     bare: bool = False
     """Whether `mlp` names the experts themselves, with the router beside them in the layer: then hook_in is what the
     experts read, and hook_out their sum."""
@@ -92,6 +94,13 @@ class Family:
     """Whether the router's product has columns for the shared experts behind those of the routed ones."""
     logits_factor: str | None = None
     """Attribute of the router: its product is multiplied by it, or bounded with it, before anything else; 0 is off."""
+    narrows: tuple[str, ...] = ()
+    """Modules of the MoE block that take what experts read into a narrower space."""
+    widens: str | None = None
+    """Module of the MoE block that brings the experts' sum back: hook_expert_out, hook_expert_weighted and
+    hook_routed_out are as wide as the space."""
+    narrow_field: str | None = None
+    """Field of the config that is None where a checkpoint's experts have no such space."""
     reads_own: bool = False
     """Whether the router reads another input than the experts: logits are not those of `mlp.hook_in`."""
     select: Literal["topk", "sparsemixer", "token"] = "topk"
@@ -103,7 +112,9 @@ class Family:
     def adds_as_computed(self) -> bool:
         """Whether routed and shared outputs are added to the residual stream as they are, not through a norm."""
         layout = self.layout
-        return layout is None or (layout.stream in ("sequential", "parallel") and layout.ln2_post is None)
+        return self.widens is None and (
+            layout is None or (layout.stream in ("sequential", "parallel") and layout.ln2_post is None)
+        )
 
     def rule(self, top_k: int | None = None, normalises: bool | None = None) -> str:
         """How experts are chosen and weighted, in words.

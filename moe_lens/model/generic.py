@@ -36,7 +36,8 @@ def norm_of(name: str, module: nn.Module, layout: Layout, cfg: Any) -> Generaliz
     kind = type(module).__name__
     if centres(module):
         return adapt(NormalizationBridge(name, cfg, uses_rms_norm=False, uses_weight_offset=False), Norm)
-    if kind.endswith("RMSNorm") and "Gated" not in kind:
+    ordinary = hasattr(module, "weight") and not any(word in kind for word in ("Gated", "InputScaled"))
+    if kind.endswith("RMSNorm") and ordinary:
         return adapt(NormalizationBridge(name, cfg, uses_rms_norm=True, uses_weight_offset=layout.offset), Norm)
     return Part(name)
 

@@ -93,10 +93,14 @@ def config_info(config: PreTrainedConfig) -> ModelInfo:
     with torch.device("meta"):
         model = (AutoModelForCausalLM if causal else AutoModelForImageTextToText).from_config(config)
     layers: Any = model.get_submodule(f"{decoder}.layers")
-    found = {}
+    found, unused = {}, 0
     for layer, block in enumerate(layers):
         for name, module in block.named_modules():
-            if name.rpartition(".")[2] == "experts" and hasattr(module, "num_experts"):
+            if name.rpartition(".")[2] != "experts" or not hasattr(module, "num_experts"):
+                continue
+            if layer in found:  # others than those for text, which no token of text uses
+                unused += sum(parameter.numel() for parameter in module.parameters())
+            else:
                 found[layer] = (block.get_submodule(name.rpartition(".")[0]) if "." in name else block, module)
     if not found:
         raise UnsupportedModelError(f"this {config.model_type} has no layer with experts")
@@ -110,7 +114,7 @@ def config_info(config: PreTrainedConfig) -> ModelInfo:
             f"this {config.model_type} has {n_experts} experts, and its config asks for {top_k} a token"
         )
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    idle = sum(
+    idle = unused + sum(
         parameter.numel() // n_experts * (n_experts - top_k)
         for _, module in found.values()
         for parameter in module.parameters()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_lens import names
 from moe_lens.errors import InputError
+from moe_lens.protocols import require_stream_width
 from moe_lens.stats.accumulator import Accumulator, Result
 from moe_lens.stats.live import Hooks, each_layer
 from moe_lens.stats.parts import Maximum, Total
@@ -156,6 +157,7 @@ class ImportanceStats(Accumulator[ImportanceResult]):
             model: A `HookedMoE`.
             counted: The tokens of the pass to count.
         """
+        require_stream_width(model, "how large they are beside the residual stream")
         wanted = [names.RESID_MID, names.EXPERT_OUT, names.ROUTING_WEIGHTS, names.EXPERT_INDICES]
 
         def consume(layer: int, of: dict[str, Tensor]) -> None:

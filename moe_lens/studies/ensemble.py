@@ -17,6 +17,7 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.data import TokenBatch
 from moe_lens.errors import InputError
+from moe_lens.protocols import require_stream_width
 from moe_lens.stats import ActivationMeans, Means, Result, SimilarityResult, SimilarityStats
 from moe_lens.studies.frames import by_domain
 from moe_lens.studies.running import Hooks, each_layer, losses, predicted
@@ -75,6 +76,7 @@ class SingleExpertStudy(Study):
 
     def begin(self, model: Any, name: str) -> Gathered:
         """Means of either half, or cosines and losses."""
+        require_stream_width(model, "means of their outputs")
         if name == "means":
             size = model.moe_layers, model.n_experts, model.top_k, model.cfg.d_model
             return {f"half{half}": ActivationMeans(*size) for half in (0, 1)}

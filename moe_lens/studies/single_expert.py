@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_lens import names
 from moe_lens.data import TokenBatch, Tokens
+from moe_lens.protocols import require_stream_width
 from moe_lens.stats import ActivationMeans, LossResult, LossStats, Means, SimilarityResult, SimilarityStats, halves
 from moe_lens.studies.frames import by_domain
 from moe_lens.studies.running import Hooks, each_layer, losses, nothing, predicted
@@ -73,6 +74,7 @@ class _CrossFit:
     def __init__(self, model: Any, domain: Tokens, on_batch: Callable[[], None]):
         self.half = halves(domain.sources)
         self.apart = len(domain.sources) > 1
+        require_stream_width(model, "means of their outputs")
         size = model.moe_layers, model.n_experts, model.top_k, model.cfg.d_model
         stats = [ActivationMeans(*size) for _ in range(2 if self.apart else 1)]
         wanted = [names.RESID_MID, names.EXPERT_INDICES, names.ROUTING_WEIGHTS, names.EXPERT_OUT]

@@ -130,6 +130,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "swa_qk_nope_head_dim": 12,
         "swa_v_head_dim": 16,
     },
+    "ernie4_5_vl_moe_text": {
+        "moe_intermediate_size": [24, 16],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 1]},
+    },
     "gemma4_text": {
         "enable_moe_block": True,
         "hidden_size_per_layer_input": 0,
@@ -165,6 +169,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
         },
     },
     "mistral_large4_text": MLA,
+    "muse_spark_text": {
+        "moe_hidden_size": 32,
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        "output_multiplier": 0.6,
+        "final_logit_softcapping": 5.0,
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "mistral4": MLA,
     "nemotron_h": {
@@ -198,6 +208,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 TEXT = {
     "aria": "aria_text",
     "deepseek_ocr2": "deepseek_ocr2_text",
+    "ernie4_5_vl_moe": "ernie4_5_vl_moe_text",
     "gemma4": "gemma4_text",
     "glm4v_moe": "glm4v_moe_text",
     "glm5_next": "glm5_next_text",
@@ -205,6 +216,7 @@ TEXT = {
     "inkling_mm_model": "inkling_text",
     "minimax_m3_vl": "minimax_m3_vl_text",
     "mistral_large4": "mistral_large4_text",
+    "muse_spark": "muse_spark_text",
     "qwen3_5_moe": "qwen3_5_moe_text",
     "qwen3_vl_moe": "qwen3_vl_moe_text",
     "qwen4_exp": "qwen4_exp_text",
@@ -235,8 +247,13 @@ TOWER: dict[str, Any] = {
     "downsample_channels": [16, 32],
     "global_attn_indexes": [0],
 }
-# Of one model type: its tower has as many layers as the size of a patch has factors.
-TOWERS: dict[str, dict[str, Any]] = {"inkling_mm_model": {"patch_size": 4, "n_layers": 4, "n_mel_bins": 4}}
+# Of some model types: a tower has as many layers as the size of a patch has factors, or as its lists are long.
+TOWERS: dict[str, dict[str, Any]] = {
+    "inkling_mm_model": {"patch_size": 4, "n_layers": 4, "n_mel_bins": 4},
+    "muse_spark": {"num_hidden_layers": 4, "hidden_sizes": [8] * 4, "depths": [1] * 4, "patch_temporal": 1},
+}
+# Beside the parts.
+OUTER: dict[str, dict[str, Any]] = {"muse_spark": {"out_hidden_size": 40, "projector_hidden_size": 48}}
 
 
 def tower(default: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -257,7 +274,12 @@ def config(model_type: str, **changes: Any) -> PreTrainedConfig:
             for key in ("vision_config", "audio_config")
             if default.get(key)
         }
-        return cls(text_config=config(TEXT[model_type], **changes).to_dict(), **towers, tie_word_embeddings=False)
+        return cls(
+            text_config=config(TEXT[model_type], **changes).to_dict(),
+            **towers,
+            **OUTER.get(model_type, {}),
+            tie_word_embeddings=False,
+        )
     probe = cls()
     known = {*probe.to_dict(), *getattr(probe, "attribute_map", {})}
     fields = {key: value for key, value in BASE.items() if key in known}

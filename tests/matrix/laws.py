@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -28,10 +28,12 @@ class Case:
     """One model type: logits of plain transformers, taken before wrapping, and the wrapped model."""
 
     model_type: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Fields of the config that differ from the matrix's own."""
 
     def __post_init__(self) -> None:
         self.tokens: Tensor = tokens()
-        self.hf: Any = build(self.model_type)
+        self.hf: Any = build(self.model_type, **self.changes)
         self.hf.set_experts_implementation("eager")
         self.hf.requires_grad_(True)
         with torch.no_grad():
@@ -134,7 +136,9 @@ def parts(case: Case) -> None:
         weighted, routed = case.at(names.EXPERT_WEIGHTED, layer), case.at(names.ROUTED_OUT, layer)
         close(out * weights[..., None], weighted)
         close(weighted.sum(2), routed)
-        whole = routed + case.at(names.SHARED_OUT, layer) if model.has_shared(layer) else routed
+        with torch.no_grad():
+            whole = model.widened(layer, routed)
+        whole = whole + case.at(names.SHARED_OUT, layer) if model.has_shared(layer) else whole
         close(whole, case.at(names.MLP_OUT, layer))
         chosen = case.at(names.EXPERT_INDICES, layer)
         assert all(len(set(row.tolist())) == model.top_k for row in chosen.flatten(0, 1))
@@ -143,11 +147,17 @@ def parts(case: Case) -> None:
         if family.logits_factor is None and not family.reads_own and family.model_type != "gpt_oss":  # which has a bias
             rows = torch.einsum("bpd,ed->bpe", x, model.W_router[layer].float())
             close(rows, case.at(names.ROUTER_LOGITS, layer))
+        with torch.no_grad():
+            for narrower in family.narrows:
+                x = model._moe(layer).get_submodule(narrower)(x)
         if family.model_type != "gpt_oss":
             first = model.W_gate[layer] if model._moe(layer).experts.has_gate else model.W_in[layer]
             close(torch.einsum("bpd,bpdm->bpm", x, first[expert]), case.at(names.EXPERT_PRE, layer)[:, :, 0])
             post = case.at(names.EXPERT_POST, layer)[:, :, 0]
-            close(torch.einsum("bpm,bpmd->bpd", post, model.W_out[layer][expert]), out[:, :, 0])
+            given = torch.einsum("bpm,bpmd->bpd", post, model.W_out[layer][expert])
+            experts = model._moe(layer).experts
+            with torch.no_grad():
+                close(experts.post_expert_norm(given) if experts.has_post_expert_norm else given, out[:, :, 0])
     if not family.adds_as_computed:
         for whole in (lambda: case.cache.partial_sum(case.layer, ranks=[0]), case.cache.decompose_experts):
             with pytest.raises(HookError, match="no term of a sum"):
@@ -348,7 +358,7 @@ def generation(case: Case) -> None:
 
 def bfloat16(case: Case) -> None:
     """In bfloat16, too, logits are transformers' own to the bit, and those of a run that is watched."""
-    hf = build(case.model_type, torch.bfloat16)
+    hf = build(case.model_type, torch.bfloat16, **case.changes)
     with torch.no_grad():
         plain = hf(case.tokens).logits
         model = HookedMoE.from_hf(hf)

@@ -65,6 +65,7 @@ def forgetful_cache(case: Case) -> None:
         ("observing", "gemma4_text", rounded_hook),
         ("parts", "granitemoeshared", forgotten_factor),
         ("parts", "laguna", forgotten_factor),
+        ("parts", "muse_spark", wrong_row(widens=None)),
         ("rule", "laguna", wrong_row(scaled=None)),
         ("rule", "gemma4_text", wrong_row(scaled=None)),
         ("rule", "qwen3_next", wrong_row(normalised="never")),

@@ -9,9 +9,14 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.errors import HookError, InputError
 from moe_lens.hooked_moe import HookedMoE
+from moe_lens.interventions.means import ExpertMeans
 from moe_lens.lenses.geometry import router_geometry
+from moe_lens.lenses.vocabulary import expert_vocabulary
+from moe_lens.model.families import family_of
+from moe_lens.stats.importance import ImportanceStats
 from moe_lens.stats.nulls import random_router
-from tests.matrix.configs import build, tokens
+from tests.matrix.configs import build, config, tokens
+from tests.matrix.laws import LAWS, Case
 from tests.stats.test_live import text
 
 LAYER = 2
@@ -67,3 +72,62 @@ def test_what_sets_router_rows_beside_the_experts_input_is_refused_where_routers
         router_geometry(gemma, LAYER)
     with pytest.raises(InputError, match="routers of gemma4_text do not read what its experts read"):
         random_router(gemma, text(tokens()))
+
+
+# --- experts in a narrower space ---
+
+LATENT = 32
+
+
+@pytest.fixture(scope="module")
+def latent() -> Case:
+    return Case("nemotron_h", {"moe_latent_size": LATENT})
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_nemotron_h_obeys_every_law_with_experts_in_a_narrower_space(latent: Case, law: str) -> None:
+    LAWS[law](latent)
+
+
+def test_nemotron_h_adds_what_its_experts_give_only_where_they_have_no_space_of_their_own(latent: Case) -> None:
+    assert latent.at(names.EXPERT_OUT).shape[-1] == LATENT != latent.model.cfg.d_model
+    assert not latent.family.adds_as_computed
+    assert family_of(config("nemotron_h")).adds_as_computed
+
+
+def test_what_needs_outputs_as_wide_as_the_stream_is_refused_where_they_are_not(latent: Case) -> None:
+    model, layer = latent.model, latent.layer
+    narrower = "experts of this nemotron_h compute in a narrower space"
+    every = torch.ones_like(latent.tokens, dtype=torch.bool)
+    needs: list[Any] = [
+        lambda: ExpertMeans.measure(model, latent.tokens),
+        lambda: ExpertMeans.of_cache(latent.cache),
+        lambda: expert_vocabulary(model, layer, 0),
+        lambda: ImportanceStats(model.moe_layers, model.n_experts).hooks(model, every),
+    ]
+    for need in needs:
+        with pytest.raises(InputError, match=narrower):
+            need()
+    with pytest.raises(InputError, match="routers of nemotron_h do not read what its experts read"):
+        router_geometry(model, layer)
+
+
+# --- experts for text, and others for images ---
+
+
+def test_hooks_on_text_experts_refuse_input_with_images_and_the_model_itself_does_not() -> None:
+    hf: Any = build("ernie4_5_vl_moe")
+    images = torch.zeros_like(tokens(), dtype=torch.int32)
+    images[0, 3:7] = 1
+    with torch.no_grad():
+        plain = hf(tokens(), moe_mm_token_type_ids=images).logits
+        model = HookedMoE.from_hf(hf)
+        layer = model.moe_layers[0]
+        assert not torch.equal(plain, model(tokens())), "images have experts of their own"
+        assert torch.equal(hf(tokens(), moe_mm_token_type_ids=images).logits, plain)
+        hooks = [(names.mlp(names.ROUTER_LOGITS, layer), lambda value, hook: value)]
+        with (
+            model.hooks(hooks),
+            pytest.raises(HookError, match=f"20 of 24 tokens come to the experts of layer {layer}.*text alone"),
+        ):
+            hf(tokens(), moe_mm_token_type_ids=images)
