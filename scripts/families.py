@@ -57,6 +57,12 @@ adds, hooks show the product, which is what the residual stream gets.
 
 A multimodal model is wrapped with its text part: hooks are those of the decoder, and images go through transformers.
 
+## Layers that differ
+
+Every layer with experts has the same number of them, and gives a token the same number: a model in which they differ is
+refused. No model type can have another number of experts in a layer of its text part (the image encoder of `dots3_note`
+can); `hunyuan_v1_moe` can list `moe_topk` layer by layer, and is refused where the numbers differ.
+
 ## Quantised experts
 
 Experts in MXFP4, FP8 or bitsandbytes formats are other modules, on which hooks would not fire: such a model is refused.

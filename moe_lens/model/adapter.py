@@ -66,7 +66,8 @@ def build_adapter(model: PreTrainedModel, name: str) -> tuple[ArchitectureAdapte
     """TransformerLens's adapter for a model, mended, and the model's family.
 
     Raises:
-        UnsupportedModelError: the family is unknown, or its layers differ in their number of experts.
+        UnsupportedModelError: the family is unknown, or its layers differ in their number of experts or of experts of a
+            token.
     """
     family = family_of(model.config)
     experts: list[Any] = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "experts"]
@@ -74,6 +75,13 @@ def build_adapter(model: PreTrainedModel, name: str) -> tuple[ArchitectureAdapte
     if len(counts) > 1:
         raise UnsupportedModelError(
             f"layers of this {family.model_type} have different numbers of experts, {sorted(counts)}; "
+            "expected the same number in every layer that has experts"
+        )
+    routers = (module for name, module in model.named_modules() if name.rpartition(".")[2] == family.router)
+    top_ks = {int(router.top_k) for router in routers if isinstance(getattr(router, "top_k", None), int)}
+    if len(top_ks) > 1:
+        raise UnsupportedModelError(
+            f"layers of this {family.model_type} give a token different numbers of experts, {sorted(top_ks)}; "
             "expected the same number in every layer that has experts"
         )
     parameter = next(model.parameters())

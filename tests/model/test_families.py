@@ -69,6 +69,13 @@ def test_layers_with_different_numbers_of_experts_are_refused() -> None:
         HookedMoE.from_hf(hf)
 
 
+def test_layers_that_give_a_token_different_numbers_of_experts_are_refused() -> None:
+    same = HookedMoE.from_hf(build("hunyuan_v1_moe", num_experts_per_tok=[3] * 4, moe_topk=None))
+    assert same.top_k == 3
+    with pytest.raises(UnsupportedModelError, match=r"layers of this hunyuan_v1_moe give a token .* experts, \[2, 3\]"):
+        HookedMoE.from_hf(build("hunyuan_v1_moe", num_experts_per_tok=[3, 2, 3, 3], moe_topk=None))
+
+
 # --- quantised experts ---
 
 
