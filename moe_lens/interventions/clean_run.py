@@ -11,7 +11,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from moe_lens import names
-from moe_lens.errors import UnsupportedModelError
+from moe_lens.errors import InputError, UnsupportedModelError
 from moe_lens.model.cache import MoECache
 from moe_lens.model.replay import Replay, recording
 from moe_lens.selection import Step
@@ -159,6 +159,16 @@ class Variant:
 
 
 def _sum(value: Tensor, delta: Tensor) -> Tensor:
-    """In float32 at least, rounded once."""
+    """In float32 at least, rounded once.
+
+    Raises:
+        InputError: what is added is narrower than the residual stream.
+    """
+    if delta.shape[-1] != value.shape[-1]:
+        raise InputError(
+            f"experts of this model give {delta.shape[-1]} numbers a token, and the residual stream has "
+            f"{value.shape[-1]}: what they give cannot be exchanged there. Hook {names.EXPERT_WEIGHTED} or "
+            f"{names.ROUTED_OUT} instead"
+        )
     wide = torch.promote_types(value.dtype, torch.float32)
     return (value.to(wide) + delta.to(value.device, wide)).to(value.dtype)

@@ -10,6 +10,7 @@ from moe_lens import names
 from moe_lens.errors import HookError, InputError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.interventions.means import ExpertMeans
+from moe_lens.interventions.patching import patch
 from moe_lens.lenses.geometry import router_geometry
 from moe_lens.lenses.vocabulary import expert_vocabulary
 from moe_lens.model.families import family_of
@@ -108,6 +109,9 @@ def test_what_needs_outputs_as_wide_as_the_stream_is_refused_where_they_are_not(
     for need in needs:
         with pytest.raises(InputError, match=narrower):
             need()
+    for site in ("routed_out", "expert_weighted"):
+        with pytest.raises(InputError, match=f"experts of this model give {LATENT} numbers a token"):
+            patch(model, latent.tokens[:1], latent.tokens[1:], site, lambda logits: logits[:, -1, 5])
     with pytest.raises(InputError, match="routers of nemotron_h do not read what its experts read"):
         router_geometry(model, layer)
 
