@@ -54,12 +54,12 @@ class LossResult(Result):
         """95 % interval of `ratio`, paired: both sides are resampled with the same sources."""
         difference = self.nats - self._paired(reference).nats
         tokens = self.tokens.double()
-        return bootstrap(lambda times: ((times @ difference) / (times @ tokens)).exp(), len(self.sources))
+        return bootstrap(lambda times: ((times @ difference) / (times @ tokens)).exp(), tokens)
 
     def interval(self) -> Interval | None:
         """95 % interval of the perplexity, resampling sources."""
         tokens = self.tokens.double()
-        return bootstrap(lambda times: ((times @ self.nats) / (times @ tokens)).exp(), len(self.sources))
+        return bootstrap(lambda times: ((times @ self.nats) / (times @ tokens)).exp(), tokens)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per source: nats and tokens (sums), rows, and row_losses (sum of the rows' mean losses)."""

@@ -83,7 +83,7 @@ class PairResult(Result):
 
         n = pairs.sum()
         expected = (self.left.double() / n * self.right.double() / n).sum(-1) / per_pair
-        ends = bootstrap_all(value, len(self.sources))
+        ends = bootstrap_all(value, pairs)
         whole = value(torch.ones(1, len(self.sources), dtype=torch.float64))[0]
         low, high = (torch.full_like(whole, torch.nan),) * 2 if ends is None else ends
         index = pd.MultiIndex.from_product([self.layers, ["overlap", "top1"]], names=["layer", "measure"])

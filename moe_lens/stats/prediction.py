@@ -125,7 +125,7 @@ class DomainPrediction(Result):
         place = torch.tensor([keys.index(source) for source in self.source])
         sums = torch.zeros(len(keys), dtype=torch.float64).index_add_(0, place, value)
         counts = torch.bincount(place, minlength=len(keys)).double()
-        return bootstrap(lambda times: (times @ sums) / (times @ counts), len(keys))
+        return bootstrap(lambda times: (times @ sums) / (times @ counts), counts)
 
     def to_frame(self) -> pd.DataFrame:
         """A row for "routing", "unigram" and "routing − unigram": accuracy, low, high, chance, passages, sources."""

@@ -1,20 +1,24 @@
-"""Uncertainty by resampling sources, because tokens and passages of one source are not independent."""
+"""Uncertainty by resampling sources, because tokens and passages of one source are not independent.
+
+How often the intervals hold the true value, with few sources of unequal sizes, is what `benchmarks/intervals.py`
+measures; docs/statistics.md has the numbers.
+"""
 
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from torch import Tensor
 
 MIN_SOURCES = 10
-"""Below this many sources no interval is given: a bootstrap over so few is too narrow by far."""
+"""Below this many sources no interval is given: so few say too little of how much sources differ."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A percentile bootstrap interval."""
+    """An expanded percentile bootstrap interval: see `tail`."""
 
     low: float
     high: float
@@ -23,18 +27,19 @@ class Interval:
 
 def bootstrap(
     statistic: Callable[[Float[Tensor, "resample source"]], Float[Tensor, " resample"]],
-    n_sources: int,
+    sizes: Real[Tensor, " source"],
     *,
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval | None:
-    """Percentile interval of a statistic, resampling whole sources with replacement.
+    """Interval of a statistic, resampling whole sources with replacement.
 
     Args:
-        statistic: From how often each source was drawn (a row of whole numbers that sum to `n_sources`) to the value.
-            Sums over sources weighted by these numbers make any ratio of sums, paired where both sides use one row.
-        n_sources: How many sources there are.
+        statistic: From how often each source was drawn (a row of whole numbers that sum to how many there are) to its
+            value. Sums over sources weighted by these numbers make any ratio of sums, paired where both sides use one
+            row.
+        sizes: Of each source, in tokens or whatever its weight in the statistic is.
         level: Of confidence, in (0, 1).
         resamples: How many times all sources are drawn.
         seed: Of the draws.
@@ -43,7 +48,7 @@ def bootstrap(
         The interval, or None below `MIN_SOURCES` sources. Resamples in which the value is not finite are left out; None
         if it never is.
     """
-    ends = bootstrap_all(statistic, n_sources, level=level, resamples=resamples, seed=seed)
+    ends = bootstrap_all(statistic, sizes, level=level, resamples=resamples, seed=seed)
     if ends is None or not bool(ends.isfinite().all()):
         return None
     return Interval(float(ends[0]), float(ends[1]), level)
@@ -51,13 +56,14 @@ def bootstrap(
 
 def bootstrap_all(
     statistic: Callable[[Float[Tensor, "resample source"]], Float[Tensor, "resample *shape"]],
-    n_sources: int,
+    sizes: Real[Tensor, " source"],
     *,
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
 ) -> Float[Tensor, "2 *shape"] | None:
     """`bootstrap` of many values at once, all from the same draws: lower and upper ends, NaN if never finite."""
+    n_sources = len(sizes)
     if n_sources < MIN_SOURCES:
         return None
     generator = torch.Generator().manual_seed(seed)
@@ -66,11 +72,26 @@ def bootstrap_all(
     times.scatter_add_(1, drawn, torch.ones(1, dtype=torch.float64).expand(resamples, n_sources))
     values = statistic(times).double()
     values = values.masked_fill(~values.isfinite(), torch.nan)
-    tail = (1 - level) / 2
-    at = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    beyond = tail(sizes, level)
+    at = torch.tensor([beyond, 1 - beyond], dtype=torch.float64)
     # torch refuses quantiles of more than 2²⁴ numbers at a time
     columns = values.flatten(1).split(2**23 // resamples, 1) if values.ndim > 1 else (values[:, None],)
     return torch.cat([column.nanquantile(at, dim=0) for column in columns], 1).view(2, *values.shape[1:])
+
+
+def tail(sizes: Real[Tensor, " source"], level: float = 0.95) -> float:
+    """Share of resamples beyond either end of an interval of this level: less than (1 − level) / 2.
+
+    Percentiles of few resampled sources are too narrow, as a normal interval is with the variance divided by n; the
+    share that makes up for both is Φ(−√(n / (n − 1)) t), t the quantile of Student's distribution with n − 1 degrees of
+    freedom (Hesterberg 2015, The American Statistician 69). Sources of unequal sizes tell as much as fewer of one size,
+    n = (Σ size)² / Σ size² (Kish 1965).
+    """
+    from scipy.special import ndtr, stdtrit
+
+    size = sizes.double()
+    n = max(2.0, float(size.sum() ** 2 / size.square().sum()))
+    return float(ndtr(-((n / (n - 1)) ** 0.5) * stdtrit(n - 1, (1 + level) / 2)))
 
 
 def halves(sources: Iterable[str], seed: int = 0) -> dict[str, int]:

@@ -79,14 +79,14 @@ class RoutingResult(Result):
     def interval(self, layer: int, expert: int) -> Interval | None:
         """95 % interval of an expert's specialisation, resampling sources; None when there are too few."""
         assigned = self.assignments[:, self.layers.index(layer), expert].double()
-        return bootstrap(lambda times: (times @ assigned) / (times @ self.tokens.double()), len(self.sources))
+        return bootstrap(lambda times: (times @ assigned) / (times @ self.tokens.double()), self.tokens)
 
     def intervals(self) -> Float[Tensor, "2 layer n_experts"] | None:
         """Lower and upper ends of `interval` for every expert; None when there are too few sources."""
         tokens, assigned = self.tokens.double(), self.assignments.double()
         return bootstrap_all(
             lambda times: torch.einsum("rs,sle->rle", times, assigned) / (times @ tokens)[:, None, None],
-            len(self.sources),
+            self.tokens,
         )
 
     def concentrated(self) -> Bool[Tensor, "layer n_experts"] | None:
@@ -156,7 +156,7 @@ class RoutingResult(Result):
         logits; intervals are where there are fewer than `MIN_SOURCES` sources.
         """
         values = self._layer_measures(torch.ones(1, len(self.sources), dtype=torch.float64))[0]
-        ends = bootstrap_all(self._layer_measures, len(self.sources))
+        ends = bootstrap_all(self._layer_measures, self.tokens)
         low, high = (torch.full_like(values, torch.nan),) * 2 if ends is None else ends
         index = pd.MultiIndex.from_product([self.layers, LAYER_MEASURES], names=["layer", "measure"])
         columns = {name: table.flatten().numpy() for name, table in (("value", values), ("low", low), ("high", high))}

@@ -125,7 +125,7 @@ class SimilarityResult(Result):
             about = {"layer": layer, "tokens": int(tokens.sum()), "sources": len(self.sources)}
             for j, name in enumerate(MEASURES):
                 sums = self.sums[:, i, j]
-                interval = bootstrap(lambda times, s=sums, n=tokens: (times @ s) / (times @ n), len(self.sources))
+                interval = bootstrap(lambda times, s=sums, n=tokens: (times @ s) / (times @ n), tokens)
                 low, high = (interval.low, interval.high) if interval else (None, None)
                 rows.append(
                     {**about, "measure": name, "mean": float(sums.sum() / tokens.sum()), "low": low, "high": high}

@@ -86,7 +86,7 @@ class EffectResult(Result):
                 return torch.stack([_agreement(sums, ranks, active, *pair) for pair in pairs], 1)
 
             found = agree(torch.ones(1, len(self.sources), dtype=torch.float64))[0]
-            ends = bootstrap_all(agree, len(self.sources), resamples=resamples)
+            ends = bootstrap_all(agree, self.tokens, resamples=resamples)
             for i, (method, reference) in enumerate(pairs):
                 row = {
                     "layer": layer,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moe_lens.errors import InputError
 from moe_lens.stats import MEASURES, MIN_SOURCES, Result, RoutingResult, SimilarityResult
+from moe_lens.stats.resampling import tail
 from moe_lens.studies.lens import QUANTITIES, LensTotals
 from moe_lens.studies.result import StudyResult
 from moe_lens.studies.variants import VariantLosses
@@ -130,8 +131,8 @@ def _differences(a: Means, b: Means, seed: int) -> pd.DataFrame:
         low = high = torch.full_like(values[0], torch.nan)
         if enough:
             spread = there.of(drawn[1]) - here.of(drawn[0])
-            tail = (1 - LEVEL) / 2
-            low, high = spread.nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
+            beyond = min(tail(side.below.sum(1), LEVEL) for side in (here, there))
+            low, high = spread.nanquantile(torch.tensor([beyond, 1 - beyond], dtype=torch.float64), dim=0)
         columns = {
             "first": values[0],
             "second": values[1],

@@ -67,7 +67,7 @@ class VariantLosses(Result):
                 return ((times @ sums) / (times @ weights)[:, None]).exp()
 
             columns[name] = ratio(one)[0]
-            ends = bootstrap_all(ratio, len(self.sources))
+            ends = bootstrap_all(ratio, weights)
             low, high = (torch.full_like(columns[name], torch.nan),) * 2 if ends is None else ends
             columns |= {f"{name}_low": low, f"{name}_high": high}
         treatment, layer, k = zip(*self.variants, strict=True)

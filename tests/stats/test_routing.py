@@ -170,7 +170,7 @@ def test_interval_resamples_sources_and_not_tokens():
     assert interval is not None
     width = 2 * 1.96 * 0.5 / 20**0.5
     assert interval.high - interval.low == pytest.approx(width, rel=0.15)
-    flat = bootstrap(lambda times: (times @ (torch.arange(1000) % 2).double()) / 1000, 1000)
+    flat = bootstrap(lambda times: (times @ (torch.arange(1000) % 2).double()) / 1000, torch.ones(1000))
     assert flat is not None and flat.high - flat.low < 0.2 * width  # what resampling tokens would have claimed
     ends = result.intervals()
     assert ends is not None
