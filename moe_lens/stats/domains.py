@@ -2,8 +2,8 @@
 
 Whether experts' shares differ from k / N says something about concentration alone; here every quantity compares domains
 with one another. Every domain has the same weight, however much text there is of it. The null hypothesis is that the
-sources' routing is distributed alike in all domains; as sums over sources are compared, sources should be of similar
-size in all of them.
+sources' routing is distributed alike in all domains, whatever their sizes: see `moe_lens.stats.exchange`. Domains whose
+sources differ more from one another than those of others are not alike, and may be found so.
 """
 
 from collections.abc import Mapping
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moe_lens.errors import InputError
 from moe_lens.stats.accumulator import Result
+from moe_lens.stats.exchange import Deviations
 from moe_lens.stats.routing import RoutingResult
 
 CHUNK = 2**24
@@ -37,7 +38,7 @@ class DomainComparison(Result):
     differences: Float[Tensor, "domain layer n_experts"]
     """Specialisation less its mean over the other domains."""
     statistics: Float[Tensor, "domain layer n_experts"]
-    """Differences in standard deviations of the permuted ones; 0 where these do not vary."""
+    """Differences in standard deviations; 0 where fewer than 5 assignments are expected in some domain: not tested."""
     p_values: Float[Tensor, "domain layer n_experts"]
     """Of the absolute statistic, against the greatest one over all domains, layers and experts: corrected for all."""
     npmi: Float[Tensor, "domain layer n_experts"]
@@ -45,7 +46,7 @@ class DomainComparison(Result):
     mi: Float[Tensor, " layer"]
     """I(E; D) of an assignment's expert and its domain, nats: the mean of KL(p(e | d) ‖ p(e)) over domains."""
     mi_null: Float[Tensor, " layer"]
-    """Its mean over permutations: what finite, dependent samples give where there is nothing."""
+    """Its mean over permutations: what samples of these sizes give where there is nothing."""
     mi_p_values: Float[Tensor, " layer"]
     """One-sided, of each layer alone."""
     jsd: Float[Tensor, "layer pair"]
@@ -100,10 +101,10 @@ def compare_domains(
 ) -> DomainComparison:
     """Test whether experts serve domains differently.
 
-    Labels are permuted over sources, so that all tokens of a source keep together. The test of an expert compares its
-    standardised difference with the greatest one of all experts, layers and domains of each permutation (Westfall and
-    Young's maxT): the chance of even one false finding is the level. Few sources give few distinct permutations, and
-    then no p-value can be small.
+    Labels are permuted over sources, so that all tokens of a source keep together; sizes may differ, as deviations are
+    scaled to the size of the source that they are dealt to. The test of an expert compares its standardised difference
+    with the greatest one of all experts, layers and domains of each permutation (Westfall and Young's maxT): the chance
+    of even one false finding is the level. Few sources have few distinct permutations: then no p-value can be small.
 
     Args:
         results: Of each domain, counted with the same model.
@@ -115,38 +116,28 @@ def compare_domains(
     """
     domains, counts, tokens, labels = _stacked(results)
     first = next(iter(results.values()))
-    n_domains, (n_sources, n_layers, n_experts) = len(domains), counts.shape
+    deviations = Deviations.of(counts, tokens, labels)
+    error = _of_difference(deviations.errors)
+
+    def standardised(
+        shares: Float[Tensor, "some domain layer n_experts"],
+    ) -> Float[Tensor, "some domain layer n_experts"]:
+        return (_differences(shares) / error).nan_to_num(0, 0, 0) * deviations.tested
+
     generator = torch.Generator().manual_seed(seed)
-    # The first row is what was observed; the others are as good as it if labels mean nothing.
-    order = torch.rand(permutations, n_sources, generator=generator).argsort(-1)
-    labellings = torch.cat([labels[None], labels[order]])
-    chunk = max(1, CHUNK // (n_domains * n_layers * n_experts + n_domains * n_sources))
-
-    def shares(given: Int[Tensor, "some source"]) -> Float[Tensor, "some domain layer n_experts"]:
-        member = torch.nn.functional.one_hot(given, n_domains).double().mT
-        return (member @ counts.flatten(1) / (member @ tokens)[..., None]).unflatten(-1, (n_layers, n_experts))
-
-    moments = torch.zeros(2, n_domains, n_layers, n_experts, dtype=torch.float64)
-    for part in labellings.split(chunk):
-        found = _differences(shares(part))
-        moments += torch.stack([found.sum(0), found.square().sum(0)])
-    mean = moments[0] / len(labellings)
-    spread = (moments[1] / len(labellings) - mean.square()).clamp(min=0).sqrt()
-    flat = spread <= 1e-12
-
-    def standardised(differences: Tensor) -> Tensor:
-        return ((differences - mean) / spread).masked_fill(flat, 0)
-
+    order = torch.rand(permutations, len(counts), generator=generator).argsort(-1)
+    # What was observed comes first; the others are as good as it if domains mean nothing.
     greatest, mi, jsd = [], [], []
-    for part in labellings.split(chunk):
-        found = shares(part)
-        greatest.append(standardised(_differences(found)).abs().flatten(1).amax(-1))
-        load = found / first.top_k
+    parts = order.split(max(1, CHUNK // counts.numel()))
+    for shares in (deviations.shares()[None], *map(deviations.dealt, parts)):
+        greatest.append(standardised(shares).abs().flatten(1).amax(-1))
+        load = shares.clamp(min=0)
+        load = load / load.sum(-1, keepdim=True)
         mi.append(_information(load))
         jsd.append(_divergences(load))
-    observed = shares(labels[None])[0]
-    statistics = standardised(_differences(observed[None])[0])
-    load = observed / first.top_k
+    observed = deviations.shares()
+    statistics = standardised(observed[None])[0]
+    p_values = _p_values_of_greatest(torch.cat(greatest), statistics.abs())
     mi, jsd = torch.cat(mi), torch.cat(jsd)
     return DomainComparison(
         domains=domains,
@@ -156,8 +147,8 @@ def compare_domains(
         shares=observed,
         differences=_differences(observed[None])[0],
         statistics=statistics,
-        p_values=_p_values_of_greatest(torch.cat(greatest), statistics.abs()),
-        npmi=npmi(load),
+        p_values=p_values,
+        npmi=npmi(observed / first.top_k),
         mi=mi[0],
         mi_null=mi[1:].mean(0),
         mi_p_values=_p_values(mi, mi[0]),
@@ -201,6 +192,12 @@ def _differences(shares: Float[Tensor, "some domain *rest"]) -> Float[Tensor, "s
     """From the mean of the other domains."""
     others = (shares.sum(1, keepdim=True) - shares) / (shares.shape[1] - 1)
     return shares - others
+
+
+def _of_difference(errors: Float[Tensor, "domain *rest"]) -> Float[Tensor, "domain *rest"]:
+    """Standard deviation of a domain's difference from the mean of the others, from those of the domains' shares."""
+    squares = errors.square()
+    return (squares + (squares.sum(0) - squares) / (len(errors) - 1) ** 2).sqrt()
 
 
 def _information(load: Float[Tensor, "some domain layer n_experts"]) -> Float[Tensor, "some layer"]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import pandas as pd
 import torch
@@ -48,8 +49,10 @@ def conditional_information(
 ) -> ConditionalInformation:
     """Measure I(E; D | X) and its permutation null.
 
-    For each token by itself, domain labels are permuted over the groups of sources in which the token occurs: routing
-    keeps its dependence on the token, and tokens of a group keep together.
+    Domain labels are permuted over groups of sources, among those in which a token occurs: routing keeps its dependence
+    on the token, and tokens of a group keep together. As in `compare_domains`, deviations are permuted, from what the
+    token is sent to anywhere, scaled to how often it occurs in the group that they are dealt to: each domain keeps its
+    amount of text, and of each token.
 
     Args:
         results: Of each domain, counted by `VocabularyStats(…, groups=…)` with the same settings.
@@ -73,9 +76,9 @@ def conditional_information(
     shared = 0.0
     for i, layer in enumerate(first.layers):
         units = _units(list(results.values()), layer)
-        values[0, i] = units.information(units.domain)
-        for j in range(permutations):
-            values[j + 1, i] = units.information(units.permuted(generator))
+        values[0, i] = units.information(units.counts)
+        for j in range(permutations if len(units.token) else 0):
+            values[j + 1, i] = units.information(units.dealt(units.permuted(generator)))
         shared = units.shared  # the same in every layer
     return ConditionalInformation(
         domains=domains,
@@ -95,23 +98,57 @@ class _Units:
     token: Int[Tensor, " unit"]
     """Counted from 0, ascending."""
     domain: Int[Tensor, " unit"]
+    group: Int[Tensor, " unit"]
+    """Of sources, numbered through all domains."""
     counts: Float[Tensor, "unit n_experts"]
     outside: Float[Tensor, " domain"]
     """Assignments of other tokens."""
     shared: float
 
     def permuted(self, generator: torch.Generator) -> Int[Tensor, " unit"]:
-        """Domains dealt anew to the units of each token."""
-        random = torch.rand(len(self.token), generator=generator).argsort()
-        return self.domain[random[self.token[random].argsort(stable=True)]]
+        """For each unit another one of its token: groups are put in a random order, the same for all tokens."""
+        random = torch.rand(int(self.group.max()) + 1, generator=generator)[self.group].argsort()
+        return random[self.token[random].argsort(stable=True)]
 
-    def information(self, domain: Int[Tensor, " unit"]) -> Float[Tensor, ""]:
-        """I(E; D | X) with the units in these domains."""
+    @cached_property
+    def deviations(
+        self,
+    ) -> tuple[Float[Tensor, "unit n_experts"], Float[Tensor, "unit n_experts"], Float[Tensor, "unit 1"]]:
+        """What is expected of each unit; how it deviates, in units of its spread; and its spread, up to a factor."""
+        n_tokens = int(self.token[-1]) + 1
+        size = self.counts.sum(-1, keepdim=True)
+
+        def of_token(values: Float[Tensor, "unit some"]) -> Float[Tensor, "unit some"]:
+            return torch.zeros(n_tokens, values.shape[1], dtype=torch.float64).index_add_(0, self.token, values)[
+                self.token
+            ]
+
+        share, leverage = of_token(self.counts) / of_token(size), size / of_token(size)
+        deviation = self.counts - share * size
+        units = of_token(torch.ones_like(size))
+        # the variance of a count is p (1 − p) n (1 + ρ (n − 1)), ρ that of all tokens and experts
+        binomial = (share * (1 - share)).sum(-1, keepdim=True) * (1 - leverage)
+        more = (deviation.square().sum(-1, keepdim=True) / size - binomial).sum()
+        rho = float((more / (binomial * (size - 1)).sum()).nan_to_num(0, 0, 0).clamp(0, 1))
+        spread = (size * (1 + rho * (size - 1))).sqrt()
+        relative = ((1 - 1 / units) / (1 - leverage)).sqrt()
+        return share * size, deviation / spread * relative, spread
+
+    def dealt(self, order: Int[Tensor, " unit"]) -> Float[Tensor, "unit n_experts"]:
+        """Counts if each unit deviated as much as the one in its place in `order`; may be a little below 0."""
+        expected, standard, spread = self.deviations
+        return expected + standard[order] * spread
+
+    def information(self, counts: Float[Tensor, "unit n_experts"]) -> Float[Tensor, ""]:
+        """I(E; D | X) of these counts."""
         n_domains, n_experts = len(self.outside), self.counts.shape[-1]
         if not len(self.token):
             return torch.zeros((), dtype=torch.float64)
         inside = torch.zeros(int(self.token[-1]) + 1, n_domains, n_experts, dtype=torch.float64)
-        inside.view(-1, n_experts).index_add_(0, self.token * n_domains + domain, self.counts)
+        inside.view(-1, n_experts).index_add_(0, self.token * n_domains + self.domain, counts)
+        size = inside.sum(-1, keepdim=True)
+        inside = inside.clamp(min=0)
+        inside = inside * (size / inside.sum(-1, keepdim=True)).nan_to_num(0, 0, 0)
         # every domain has the same weight, whatever its size
         p = inside / (inside.sum((0, 2)) + self.outside)[:, None] / n_domains
         entropy = torch.special.entr
@@ -139,6 +176,7 @@ def _units(results: list[VocabularyResult], layer: int) -> _Units:
     return _Units(
         token=token[kept].unique(return_inverse=True)[1],
         domain=domain[kept],
+        group=(keys % (first.groups * len(results)))[kept],
         counts=table[kept],
         outside=outside,
         shared=float((1 - outside / total).mean()),

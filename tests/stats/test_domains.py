@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.domain_tests import SCENARIOS, rates
 from moe_lens.errors import InputError
 from moe_lens.stats import DomainComparison, RoutingResult, RoutingStats, compare_domains
 from moe_lens.stats.domains import npmi
+from moe_lens.stats.exchange import Deviations
 from tests.stats.routed import routed
 
 EXPERTS, TOP_K, LAYERS = 8, 2, 2
@@ -62,6 +64,62 @@ def test_planted_specialisation_is_found_and_nothing_else():
     layer: Any = pairs[pairs["layer"] == 1].set_index(["domain", "other"])
     assert layer.loc[("a", "b"), "p_value"] < 0.01 and layer.loc[("b", "c"), "p_value"] < 0.01
     assert layer.loc[("a", "c"), "p_value"] > 0.05
+
+
+def test_with_sources_of_one_size_labels_are_permuted():
+    generator = torch.Generator().manual_seed(5)
+    results = [domain(generator, 12, spread=2), domain(generator, 7)]
+    counts = torch.cat([result.assignments.double() for result in results])
+    labels = torch.tensor([0] * 12 + [1] * 7)
+    order = torch.rand(50, 19, generator=generator).argsort(-1)
+    expected = torch.stack([counts[order][:, labels == d].sum(1) / (labels == d).sum() / 30 for d in (0, 1)], 1)
+    alike = Deviations.of(counts, torch.full((19,), 30.0).double(), labels)
+    assert torch.allclose(alike.dealt(order), expected, rtol=0, atol=1e-12)
+    tokens = torch.full((19,), 30.0).double()
+    tokens[0], counts[0] = 3000, 100 * counts[0]  # with one of another size this is not what is dealt
+    assert not torch.allclose(Deviations.of(counts, tokens, labels).dealt(order), expected, rtol=0, atol=1e-3)
+
+
+def test_errors_are_those_of_shares():
+    """The spread that sources of unequal sizes are given is the one that they have."""
+    generator = torch.Generator().manual_seed(6)
+    sizes, labels = torch.tensor([20] * 40 + [300] * 40).double(), torch.tensor([0] * 40 + [1] * 40)
+    p, rho = 0.2, 0.1
+    shape = torch.distributions.Beta(torch.tensor(p * (1 / rho - 1)), torch.tensor((1 - p) * (1 / rho - 1)))
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        taste = shape.sample(torch.Size([2000, 80])).double()
+    counts = torch.binomial(sizes.expand(2000, 80), taste, generator=generator)[..., None, None]
+    real = torch.stack([(counts[:, labels == d].sum(1) / sizes[labels == d].sum()).std() for d in (0, 1)])
+    given = torch.stack([Deviations.of(c, sizes, labels).errors[:, 0, 0] for c in counts[:50]]).mean(0)
+    assert torch.allclose(given, real.double(), rtol=0.05)
+    independent = (p * (1 - p) / torch.tensor([800.0, 12000])).sqrt()  # what tokens that do not depend would give
+    assert (real > 1.5 * independent).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["10 × 20 | 30 × 200", "10 of ~30 | 15 of ~60 | 30 of ~150"])
+def test_domains_of_small_and_large_sources_are_alike_if_routed_alike(scenario):
+    draws = 80
+    found = rates(SCENARIOS[scenario], draws=draws, permutations=99, seed=1)
+    most = 0.05 + 2 * (0.05 * 0.95 / draws) ** 0.5
+    assert found["experts"] <= most and found["mi"] <= most
+    assert abs(found["mi, excess"]) < 0.15
+    assert found["power"] > 0.5
+    assert found["experts, plain"] > 0.25 and found["mi, plain"] > 0.25  # labels alone, as if sizes did not matter
+
+
+def test_experts_that_hardly_occur_are_not_tested():
+    few, many = torch.tensor([[0, 1]] * 9 + [[2, 3]]), torch.tensor([[0, 1]] * 30)
+    results = {}
+    for name, chosen in (("a", few), ("b", many)):
+        stats = RoutingStats([0], 4, 2)
+        for i in range(3):
+            stats.update(routed(chosen[None, None], sources=[f"s{i}"], n_experts=4))
+        results[name] = stats.result()
+    found = compare_domains(results, permutations=99)  # 3 of 120 tokens: less than one is expected of the 30 of "a"
+    assert found.statistics[:, 0, 2:].eq(0).all() and found.p_values[:, 0, 2:].eq(1).all()
+    assert found.differences[0, 0, 2] == pytest.approx(0.1) and found.statistics[0, 0, 0] != 0
 
 
 def test_null_is_what_mutual_information_is_where_there_is_none():
