@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +25,9 @@ class Corpus:
     """Makes a `datasets.IterableDataset` that starts from the beginning, of rows with text, source and origin."""
     identity: dict[str, Any] = field(default_factory=dict)
     """What it is read from, as plain values: two readings of one identity are taken for the same texts."""
+    pin: Callable[[str | None], "Corpus"] | None = None
+    """Of a dataset on the hub of which no commit was named: the same at a commit, or for None at the newest, which the
+    hub is asked for. Studies pin what they read, so that their manifest says what that was."""
 
     def passages(self, *, rank: int = 0, world_size: int = 1, seed: int | None = None) -> Iterator[tuple[int, Passage]]:
         """The passages with their numbers, from the beginning.
@@ -112,25 +116,29 @@ def from_hub(
         repository: Its name on the hub.
         config: Of the dataset, where it has several.
         split: Which split.
-        revision: Commit, tag or branch; the newest if not given.
+        revision: Commit, tag or branch; the newest if not given. Anything but a whole commit is still to be pinned.
         text: The column with the text, or several joined by +.
         source: The column that says which document a text was taken from; without one every row is its own source,
             since rows of a dataset are documents more often than not.
         hint: What else the message says when the dataset cannot be had.
     """
+    wanted = f"{repository}{f' ({config})' if config else ''}, split {split}"
+    how = {"config": config, "split": split, "text": text, "source": source, "hint": hint}
+
+    def unreachable(error: Exception) -> InputError:
+        return InputError(
+            f"domain {name!r}: {wanted}: cannot be had from the hub ({_line(error)}). Is this machine online, and "
+            "HF_HUB_OFFLINE not set? Offline, download the texts elsewhere and give a .jsonl, .txt or .parquet "
+            f"file{'; ' + hint if hint else ''}"
+        )
 
     def stream() -> Any:
         import datasets
 
-        wanted = f"{repository}{f' ({config})' if config else ''}, split {split}"
         try:
             rows: Any = datasets.load_dataset(repository, config, split=split, revision=revision, streaming=True)
         except Exception as error:  # datasets and huggingface_hub raise errors of many kinds
-            raise InputError(
-                f"domain {name!r}: {wanted}: cannot be had from the hub ({_line(error)}). Is this machine online, and "
-                "HF_HUB_OFFLINE not set? Offline, download the texts elsewhere and give a .jsonl, .txt or .parquet "
-                f"file{'; ' + hint if hint else ''}"
-            ) from None
+            raise unreachable(error) from None
 
         def read() -> Iterator[dict[str, Any]]:
             for number, row in enumerate(rows, start=1):
@@ -139,8 +147,18 @@ def from_hub(
 
         return _iterable(read)
 
+    def pin(commit: str | None) -> Corpus:
+        if commit is None:
+            from huggingface_hub import HfApi
+
+            try:
+                commit = str(HfApi().dataset_info(repository, revision=revision).sha)
+            except Exception as error:
+                raise unreachable(error) from None
+        return from_hub(name, repository, revision=commit, **how)
+
     identity = {"hub": repository, "config": config, "split": split, "revision": revision, "text": text}
-    return Corpus(name, stream, identity)
+    return Corpus(name, stream, identity, None if re.fullmatch("[0-9a-f]{40}", revision or "") else pin)
 
 
 def digest(path: Path) -> str:

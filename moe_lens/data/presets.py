@@ -18,7 +18,7 @@ class Preset:
     config: str | None = None
     split: str
     revision: str | None
-    """The commit that is read; None where it is not pinned, and the newest is."""
+    """The commit that is read; None where none is known, and a study reads the newest and notes which that was."""
     text: str
     source: str | None = None
     licence: str
@@ -26,14 +26,18 @@ class Preset:
     note: str
     """How it relates to what the authors used."""
 
-    def open(self) -> Corpus:
-        """The texts, streamed; the hub is asked when they are read."""
+    def open(self, revision: str | None = None) -> Corpus:
+        """The texts, streamed; the hub is asked when they are read.
+
+        Args:
+            revision: Another commit than the one of the preset.
+        """
         return from_hub(
             self.name,
             self.hub,
             config=self.config,
             split=self.split,
-            revision=self.revision,
+            revision=revision or self.revision,
             text=self.text,
             source=self.source,
             hint=f"licence: {self.licence}",
@@ -48,7 +52,7 @@ PRESETS = {
             hub="allenai/paloma",
             config="dolma_100_programing_languages",
             split="val",
-            revision=None,
+            revision="65cd6fc59dba021b21db414fa5e8d7765ffbe5e6",
             text="text",
             licence="AI2 ImpACT Low Risk, gated: its terms are to be accepted on the hub first",
             note="the subset of Paloma with code from GitHub, which the paper names",
@@ -57,7 +61,7 @@ PRESETS = {
             name="paper/english",
             hub="sedthh/gutenberg_english",
             split="train",
-            revision=None,
+            revision="28973b04f28fd7be4a6186a042bc26159d4366ca",
             text="TEXT",
             licence="books in the public domain in the USA; see the card",
             note="English books of Project Gutenberg, a row a book; the paper names Gutenberg, not this copy",
@@ -76,7 +80,7 @@ PRESETS = {
             name="paper/aime",
             hub="di-zhang-fdu/AIME_1983_2024",
             split="train",
-            revision=None,
+            revision="3e2cc86390666c5c756622afc0eeb9e6194496bc",
             text="Question",
             licence="MIT",
             note="problems of the AIME, 1983 to 2024; as the authors' file, without answers",
@@ -94,7 +98,7 @@ PRESETS = {
             name="paper/arxiv",
             hub="gfissore/arxiv-abstracts-2021",
             split="train",
-            revision=None,
+            revision="e4c5fbd4dec8e46a5dc869216fe1c94cc585757a",
             text="title+abstract",
             licence="CC0 1.0 (arXiv's metadata)",
             note="titles and abstracts, as the authors' file has them; the paper does not say from which copy",

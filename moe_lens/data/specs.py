@@ -47,18 +47,26 @@ class DomainSpec:
         if self.hub is not None:
             how = {key: getattr(self, key) for key in ("config", "split", "revision", "text", "source")}
             return from_hub(self.name, self.hub, **how)
-        if self.name in PRESETS:
-            return PRESETS[self.name].open()
-        if self.name in EMBEDDED:
-            return embedded_domain(self.name)
+        if self.name in (*PRESETS, *EMBEDDED):
+            given = [key for key, value in _DEFAULTS.items() if getattr(self, key) != value]
+            allowed = ["revision"] if self.name in PRESETS else []
+            if wrong := sorted(set(given) - set(allowed)):
+                but = "; revision alone can be given" if allowed else ""
+                raise InputError(f"domain {self.name!r} is a known one, of which {wrong[0]} cannot be chosen{but}")
+            return PRESETS[self.name].open(self.revision) if self.name in PRESETS else embedded_domain(self.name)
         raise InputError(
             f"domain {self.name!r}: expected NAME=FILE, for example code=code.jsonl, NAME=hub:OWNER/DATASET, or one of "
             f"{', '.join([*EMBEDDED, *PRESETS])}"
         )
 
 
+_DEFAULTS = {field.name: field.default for field in fields(DomainSpec) if field.name not in ("name", "path", "hub")}
+
+
 def parse_domains(arguments: Iterable[str], **shared: Any) -> list[DomainSpec]:
     """Domains as a command line has them: `NAME=FILE`, `NAME=hub:OWNER/DATASET`, or the name of a known one.
+
+    A dataset on the hub and a preset may be followed by `@` and a revision.
 
     Args:
         arguments: One for each domain.
@@ -70,16 +78,19 @@ def parse_domains(arguments: Iterable[str], **shared: Any) -> list[DomainSpec]:
     found: list[DomainSpec] = []
     for argument in arguments:
         name, equals, where = argument.partition("=")
-        if not equals and (name in EMBEDDED or name in PRESETS):
-            found.append(DomainSpec(name=name))
+        known, _, revision = name.partition("@")
+        if not equals and (known in PRESETS or name in EMBEDDED):
+            found.append(DomainSpec(name=known, revision=revision or None))
             continue
         if not (equals and name.strip() and where):
             raise InputError(
                 f"--domain {argument!r}: expected NAME=FILE, for example --domain code=code.jsonl, "
                 f"NAME=hub:OWNER/DATASET, or one of {', '.join([*EMBEDDED, *PRESETS])}"
             )
-        on_hub = where.startswith(HUB)
-        spec = DomainSpec(name=name, hub=where.removeprefix(HUB)) if on_hub else DomainSpec(name=name, path=where)
+        spec = DomainSpec(name=name, path=where)
+        if where.startswith(HUB):
+            repository, _, revision = where.removeprefix(HUB).partition("@")
+            spec = DomainSpec(name=name, hub=repository, revision=revision or None)
         found.append(replace(spec, **shared))
     for name in (names := [spec.name for spec in found]):
         if names.count(name) > 1:

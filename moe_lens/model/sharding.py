@@ -14,7 +14,7 @@ _INSTEAD = (
 
 
 def refuse_plan(arguments: Mapping[str, Any]) -> None:
-    """Refuse to load with tensor or expert parallelism.
+    """Refuse to load with tensor or expert parallelism, or fully sharded.
 
     Raises:
         UnsupportedModelError: the arguments of `from_pretrained` ask for it.
@@ -38,6 +38,6 @@ def refuse_shards(model: Any) -> None:
     if split or size > 1:
         what = f"{split[0]} is a shard" if split else f"it is split over {size} processes"
         raise UnsupportedModelError(
-            f"this model was loaded with tensor or expert parallelism ({what}), and a hook would see one "
-            f"process's part of what it names. {_INSTEAD}"
+            f"this model was loaded with tensor or expert parallelism, or fully sharded ({what}), and a hook would see "
+            f"one process's part of what it names. {_INSTEAD}"
         )

@@ -23,7 +23,7 @@ from moe_lens.studies.folder import SPACE, StudyFolder, read_manifest
 from moe_lens.studies.memory import Halving
 from moe_lens.studies.model import model_facts
 from moe_lens.studies.running import forward
-from moe_lens.studies.study import agreed, one_by_one, versions
+from moe_lens.studies.study import agreed, one_by_one, pinned, versions
 
 Format = Literal["safetensors", "parquet"]
 KIND = "collected shard"
@@ -120,6 +120,7 @@ def collect(
     """
     reading = Reading() if reading is None else reading
     one_by_one(domains)
+    domains = pinned(domains)
     points = hook_points(model, hooks)
     if kind == "parquet" and dtype == torch.bfloat16:
         raise InputError("parquet has no bfloat16; choose float16 or float32, or safetensors")

@@ -122,6 +122,7 @@ def run(
     reading = Reading() if reading is None else reading
     one_by_one(domains)
     study.check(model)
+    domains = pinned(domains)
     plan = {
         "study": study.name,
         "settings": study.settings(),
@@ -174,6 +175,13 @@ def one_by_one(domains: Sequence[Domain | Corpus]) -> None:
     for domain in given:
         if given.count(domain) > 1:
             raise InputError(f"two domains are called {domain!r}; give each a name of its own")
+
+
+def pinned(domains: Sequence[Domain | Corpus]) -> list[Domain | Corpus]:
+    """The domains, those from the hub at a commit that all processes agree on, which the plan then names."""
+    open_ = {domain.name: domain.pin for domain in domains if isinstance(domain, Corpus) and domain.pin is not None}
+    commits = agreed(lambda: {name: pin(None).identity["revision"] for name, pin in open_.items()})
+    return [open_[domain.name](commits[domain.name]) if domain.name in open_ else domain for domain in domains]
 
 
 class _Pass:

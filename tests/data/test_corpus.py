@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -124,13 +125,52 @@ def test_offline_the_hub_says_so_in_one_line(monkeypatch):
     assert "licence: MIT" in said
 
 
-def test_presets_are_the_papers_seven_domains():
+COMMITS = ["0123456789abcdef" * 2 + "0123456" + digit for digit in "ab"]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub whose datasets have moved on from the first commit to the second."""
+
+    class Api:
+        def dataset_info(self, repository, revision=None):
+            return SimpleNamespace(sha={None: COMMITS[1], "v1": COMMITS[0]}[revision])
+
+    def load(repository, config, *, split, revision, streaming):
+        assert streaming
+        return iter([{"text": f"{repository} at {revision}"}])
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("datasets.load_dataset", load)
+
+
+def test_a_dataset_on_the_hub_is_pinned_to_a_commit(hub):
+    for argument, commit in (("d=hub:o/d", COMMITS[1]), ("d=hub:o/d@v1", COMMITS[0])):
+        corpus = parse_domains([argument])[0].open()
+        assert isinstance(corpus, Corpus) and corpus.pin is not None
+        pinned = corpus.pin(None)
+        assert pinned.identity == {**corpus.identity, "revision": commit} and pinned.pin is None
+        assert [passage.text for _, passage in pinned.passages()] == [f"o/d at {commit}"]
+        assert corpus.pin(COMMITS[0]).identity["revision"] == COMMITS[0]
+    named = parse_domains([f"d=hub:o/d@{COMMITS[0]}"])[0].open()
+    assert isinstance(named, Corpus) and named.pin is None  # nothing to ask the hub for
+
+
+def test_presets_are_the_papers_seven_domains(hub):
     assert set(PRESETS) == {
         f"paper/{name}" for name in ("github", "english", "french", "aime", "chinese", "arxiv", "gsm8k")
     }
     for preset in PRESETS.values():
         assert preset.licence and preset.note
         assert preset.revision is None or re.fullmatch("[0-9a-f]{40}", preset.revision)
+    assert {name for name, preset in PRESETS.items() if preset.revision is None} == {"paper/chinese"}
+    # Another commit than the preset's can be named, on the command line and in a table.
+    (spec,) = parse_domains([f"paper/gsm8k@{COMMITS[0]}"])
+    assert [spec] == domains_from_table({"paper/gsm8k": {"revision": COMMITS[0]}})
+    for asked, commit in ((spec, COMMITS[0]), (DomainSpec(name="paper/gsm8k"), PRESETS["paper/gsm8k"].revision)):
+        corpus = asked.open()
+        assert isinstance(corpus, Corpus) and corpus.pin is None and corpus.identity["revision"] == commit
+        assert corpus.identity["text"] == "question+answer" and corpus.identity["config"] == "main"
 
 
 @pytest.mark.parametrize(
@@ -140,11 +180,13 @@ def test_presets_are_the_papers_seven_domains():
         ({"a": {"file": "a.jsonl"}}, r"\[domains.a\] has no key 'file'; known: path, hub, config"),
         ({"a": {"path": 3}}, "path is 3; expected a text"),
         ({"a": {"path": "a.jsonl", "streaming": "yes"}}, "streaming is 'yes'; expected true or false"),
+        ({"paper/gsm8k": {"split": "test"}}, "of which split cannot be chosen; revision alone can be given"),
+        ({"english": {"revision": "v1"}}, "domain 'english' is a known one, of which revision cannot be chosen"),
     ],
 )
 def test_tables_that_are_wrong(table, message):
     with pytest.raises(InputError, match=message):
-        domains_from_table(table)
+        domains_from_table(table)[0].open()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A model whose layers are on several devices has every hook; one that is split within its layers is refused."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.distributed import DistributedConfig
 
 from moe_lens import HookedMoE
 from moe_lens.errors import UnsupportedModelError
@@ -50,31 +52,37 @@ def test_every_hook_works_where_layers_are_split_over_devices(family, tmp_path, 
     capfd.readouterr()
 
 
-@pytest.mark.parametrize("argument", [{"tp_plan": "auto"}, {"tp_size": 2}])
+@pytest.mark.parametrize("argument", ["tp_plan", "tp_size", "distributed_config"])
 def test_a_plan_to_split_layers_is_refused_before_loading(argument):
-    with pytest.raises(UnsupportedModelError, match=r"would see one process's shard of them.*device_map=\"auto\""):
-        HookedMoE.from_pretrained("tiny-deepseekmoe", **argument)
+    given = {"tp_plan": "auto", "tp_size": 2, "distributed_config": DistributedConfig(tp_size=2, ep_size=2)}[argument]
+    said = rf"^{argument} splits .*would see one process's shard of them.*device_map=\"auto\""
+    with pytest.raises(UnsupportedModelError, match=said):
+        HookedMoE.from_pretrained("tiny-deepseekmoe", **{argument: given})
 
 
 SCRIPT = """
-import sys, warnings
+import json, sys, warnings
 warnings.simplefilter("ignore")
 import torch.distributed as dist
 dist.init_process_group("gloo")
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 from moe_lens import HookedMoE
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], tp_plan="auto")
-assert type(model.model.layers[1].mlp.experts.down_proj).__name__ == "DTensor"
-try:
-    HookedMoE.from_hf(model)
-except Exception as error:
-    print(f"{type(error).__name__}: {error}", flush=True)
+for plan, dim in (({"tp_size": 2}, 2), ({"tp_size": 2, "ep_size": 2}, 0), ({"fsdp_size": 2}, 0)):
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], distributed_config=DistributedConfig(**plan))
+    down = model.model.layers[1].mlp.experts.down_proj  # [expert, d_model, d_expert]
+    assert type(down).__name__ == "DTensor" and [place.dim for place in down.placements] == [dim]
+    try:
+        HookedMoE.from_hf(model)
+    except Exception as error:
+        print(json.dumps([plan, type(error).__name__, str(error)]), flush=True)
 dist.destroy_process_group()
 """
 
 
 @pytest.mark.slow
 def test_two_processes_with_half_of_every_layer_each_are_refused(tmp_path):
+    """Half of every expert's neurons each, half of the experts each, and half of everything until it is used."""
     build("mixtral").save_pretrained(tmp_path / "model")
     (tmp_path / "split.py").write_text(SCRIPT)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "split.py")]
@@ -86,4 +94,10 @@ def test_two_processes_with_half_of_every_layer_each_are_refused(tmp_path):
         timeout=500,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("UnsupportedModelError: this model was loaded with tensor or expert parallelism") == 2
+    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[{")]
+    plans = [{"tp_size": 2}, {"tp_size": 2, "ep_size": 2}, {"fsdp_size": 2}]
+    assert sorted(map(str, (plan for plan, _, _ in said))) == sorted(map(str, 2 * plans))
+    for _, kind, message in said:
+        assert kind == "UnsupportedModelError"
+        assert message.startswith("this model was loaded with tensor or expert parallelism, or fully sharded (")
+        assert "torchrun" in message and 'device_map="auto"' in message

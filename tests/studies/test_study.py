@@ -1,18 +1,20 @@
 """Running studies: what is counted, and that neither shards, packing, interruption nor memory change it."""
 
+import json
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from moe_lens import HookedMoE
-from moe_lens.data import Domain, Passage, Reading, batches, from_generator
+from moe_lens.data import Domain, Passage, Reading, batches, from_generator, from_hub
 from moe_lens.errors import InputError
 from moe_lens.model.tokenizer import load_tokenizer
 from moe_lens.stats import RoutingResult
-from moe_lens.studies import RoutingStudy, SingleExpertStudy, StudyResult, run, running
+from moe_lens.studies import RoutingStudy, SingleExpertStudy, StudyResult, collect, run, running
 from moe_lens.studies.folder import SPACE
 from tests.studies.tiny import TOKENIZER, assert_same, domain, passages, tiny_hf, tiny_model
 
@@ -138,6 +140,24 @@ def test_a_finished_study_is_not_run_again(model, tmp_path):
     assert not read
     assert_same(first, again)
     assert StudyResult.load(tmp_path / "out").manifest["plan"]["model"]["experts"] == 8
+
+
+def test_the_plan_names_the_commit_that_was_read(model, tmp_path, monkeypatch):
+    newest = "a" * 40
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name, revision: SimpleNamespace(sha=newest))
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: iter(passages(n=6)))
+    studied = tmp_path / "studied"
+    work = {"reading": SMALL, "out": studied}
+    result = run(RoutingStudy(), model, [from_hub("d", "o/d", source="source")], **work)
+    collect(model, [from_hub("d", "o/d")], tmp_path / "collected", reading=SMALL)
+    for folder in (studied, tmp_path / "collected"):
+        (domain_,) = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["plan"]["domains"]
+        assert (domain_["hub"], domain_["revision"]) == ("o/d", "a" * 40)
+    newest = "b" * 40
+    with pytest.raises(InputError, match='"revision": "aaaaa'):  # the texts may have changed: it is another study
+        run(RoutingStudy(), model, [from_hub("d", "o/d", source="source")], **work)
+    again = run(RoutingStudy(), model, [from_hub("d", "o/d", source="source", revision="a" * 40)], **work)
+    assert_same(result, again)
 
 
 def test_folders_of_other_work_are_refused(model, tmp_path):
