@@ -35,6 +35,15 @@ def self_check(model: Any) -> dict[str, float]:
             logits, cache = model.run_with_cache(tokens, names_filter=sorted(wanted & model.hook_dict.keys()))
     finally:
         model.train(training)
+    if plain.isnan().any():
+        flow = (names.RESID_PRE, names.ATTN_OUT, names.RESID_MID, names.BLOCK_MLP_OUT, names.RESID_POST)
+        points = [names.block(name, layer) for layer in range(model.cfg.n_layers) for name in flow]
+        bad = next((name for name in points if name in cache and not cache[name].isfinite().all()), None)
+        where = f"at {bad} (layer {bad.split('.')[1]})" if bad else "after the last layer"
+        raise SelfCheckError(
+            f"the logits hold NaN; the first values that are not finite are {where}. A parameter may be broken, or the "
+            "dtype too narrow; check=False loads it nevertheless"
+        )
     if not torch.equal(plain, logits):
         raise SelfCheckError(
             f"observing changed the logits by {(plain - logits).abs().max():.2e}; expected identical bits. "

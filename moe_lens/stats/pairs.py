@@ -158,7 +158,7 @@ class PairStats(Accumulator[PairResult]):
         self._together.add((hot.mT @ hot).long())
         self._onwards.add((hot[:-1].mT @ hot[1:]).long())
         pair = mask[:, :-1] & mask[:, 1:]
-        before, after = (batch.chosen[:, :, at] * pair[..., None] for at in (slice(None, -1), slice(1, None)))
+        before, after = batch.chosen[:, :, :-1], batch.chosen[:, :, 1:]  # 0 where not counted
         top = batch.routing.indices[..., 0]
         same = (top[:, :, :-1] == top[:, :, 1:]) & pair
         sides = torch.stack([self._side(before, top[:, :, :-1], pair), self._side(after, top[:, :, 1:], pair)])
@@ -174,7 +174,7 @@ class PairStats(Accumulator[PairResult]):
         first = torch.zeros(len(top), self.n_experts, dtype=torch.long, device=top.device)
         inside = top.flatten(1)
         first.scatter_add_(1, inside, pair.long().flatten().expand_as(inside))
-        return torch.stack([hot.sum((1, 2)).long(), first], 1)
+        return torch.stack([(pair.to(hot.dtype)[:, None] @ hot).sum((1, 2)).long(), first], 1)
 
     def result(self) -> PairResult:
         """The counts so far."""

@@ -265,8 +265,10 @@ def router_entropy(batch: RoutedBatch) -> Float[Tensor, "layer batch pos"]:
     if probs is None:
         return torch.full(batch.routing.indices.shape[:-1], torch.nan, device=batch.routing.indices.device)
     # H(p / s) = H(p) / s + ln s, s the sum of p: no second table of all experts is made
-    total = probs.float().sum(-1)
-    return torch.special.entr(probs.float()).sum(-1) / total + total.log()
+    p = probs.float()
+    total = p.sum(-1)
+    # −Σ p ln p, of which 0 ln 0 is 0; log is vectorised where torch.special.entr is not
+    return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1) / total + total.log()
 
 
 def margin(batch: RoutedBatch) -> Float[Tensor, "layer batch pos"]:

@@ -109,7 +109,8 @@ def compare(first: StudyResult, second: StudyResult, *, seed: int = 0) -> Compar
     rows = [frame for frame in rows if len(frame)]
     if not rows:
         raise InputError(
-            f"the two studies have nothing in common: domains {list(first.domains)} and {list(second.domains)}"
+            f"the two studies {first.study!r} have nothing in common that can be compared: domains "
+            f"{list(first.domains)} and {list(second.domains)}"
         )
     table = pd.concat(rows, ignore_index=True)
     table.insert(0, "domain", table.pop("domain"))

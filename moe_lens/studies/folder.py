@@ -1,5 +1,6 @@
 """Where a study writes: progress beside the folder it was asked for, which appears when everything is there."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from moe_lens.storage import load_tensors, save_tensors
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
+FORMAT = 1
+"""Of manifests, progress, tables and results: raised by one whenever what is written changes, so that this is said."""
 SPACE = 2**26
 """Bytes that must be free before a study that does not know better begins."""
 
@@ -65,13 +68,16 @@ class StudyFolder:
                     "another --out"
                 )
             plan = self.unfinished / PLAN
-            if plan.exists():
-                begun = json.loads(plan.read_text(encoding="utf-8"))
-                self._same(begun, self.unfinished, "holds the beginning of other work")
-            elif any(self.unfinished.iterdir()):
+            # A plan alone is no work, and what begins with a dot was never completed.
+            begun = any(path.name != PLAN and path.name[0] != "." for path in self.unfinished.iterdir())
+            if plan.exists() and begun:
+                found = _read(plan, "the beginning of a study")
+                _known(plan, found.pop("format", None))
+                self._same(found, self.unfinished, "holds the beginning of other work")
+            elif begun:
                 raise InputError(f"{self.unfinished}: is in the way, and is not ours; choose another --out")
             else:
-                _write(plan, json.dumps(self.plan, indent=1, ensure_ascii=False))
+                _write(plan, json.dumps({"format": FORMAT, **self.plan}, indent=1, ensure_ascii=False))
         except OSError as error:
             reason = error.strerror or str(error)
             raise InputError(f"{self.path}: cannot be written ({reason}); choose another --out") from None
@@ -91,7 +97,7 @@ class StudyFolder:
 
     def noted(self, name: str) -> dict[str, Any]:
         """What was kept by `note`."""
-        return json.loads((self.unfinished / f"{name}.json").read_text(encoding="utf-8"))
+        return _read(self.unfinished / f"{name}.json", "what a study notes")
 
     def finish(self, scratch: Path, manifest: Mapping[str, Any]) -> None:
         """Let the files of a folder inside `unfinished` appear, with their manifest, and drop the progress.
@@ -100,8 +106,9 @@ class StudyFolder:
             InputError: The disk is full, or the folder is no longer writable; progress is kept.
         """
         try:
-            complete = {"plan": self.plan, **manifest}
-            _write(scratch / MANIFEST, json.dumps(complete, indent=1, ensure_ascii=False, allow_nan=False))
+            complete = {"format": FORMAT, "plan": self.plan, **json.loads(json.dumps(manifest, allow_nan=False))}
+            complete["seal"] = _seal(complete)
+            _write(scratch / MANIFEST, json.dumps(complete, indent=1, ensure_ascii=False))
             scratch.rename(self.path)  # takes the place of an empty folder, and of no other
         except OSError as error:
             reason = error.strerror or str(error)
@@ -134,20 +141,41 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """What a finished result says of itself.
 
     Raises:
-        InputError: The folder holds no result of a study.
+        InputError: The folder holds no result of a study, one of another format, or one that was changed.
     """
     path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(manifest, dict) or "plan" not in manifest:
-            raise ValueError
-    except FileNotFoundError:
+    if not path.exists():
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         more = f"; {unfinished} holds the beginning of one: run its command again" if unfinished.exists() else ""
-        raise InputError(f"{folder}: holds no result of a study (there is no {MANIFEST}){more}") from None
-    except (OSError, ValueError):
-        raise InputError(f"{path}: cannot be read as the manifest of a study") from None
+        raise InputError(f"{folder}: holds no result of a study (there is no {MANIFEST}){more}")
+    manifest = _read(path, "the manifest of a study")
+    _known(path, manifest.get("format"))
+    if manifest.pop("seal", None) != _seal(manifest):
+        raise InputError(f"{path}: is not as the study wrote it; run its command again, with another --out")
     return manifest
+
+
+def _read(path: Path, what: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "broken"
+        raise InputError(f"{path}: cannot be read as {what} ({reason})") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: cannot be read as {what} (it holds a {type(found).__name__})")
+    return found
+
+
+def _known(path: Path, found: Any) -> None:
+    if found != FORMAT:
+        newer = isinstance(found, int) and found > FORMAT
+        what = "a newer moe_lens: install that" if newer else "an earlier moe_lens: run the command again, elsewhere"
+        raise InputError(f"{path}: has format {found!r}, and this moe_lens reads {FORMAT}. It is of {what}")
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """A digest of all that a manifest says."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _write(path: Path, content: str) -> None:

@@ -1,5 +1,6 @@
 """`StudyResult`: what a study found, with all that is needed to know how it was found."""
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -38,34 +39,41 @@ class StudyResult:
     def write(self, folder: Path) -> dict[str, Any]:
         """Write everything but the manifest into a folder; the manifest that goes with it.
 
-        Tables are parquet files; results by domain are safetensors files in the folder `results`.
+        Tables are parquet files; results by domain are safetensors files in the folder `results`. The manifest has a
+        digest of each of them, so that a file which was changed is never taken for a result.
         """
         for name, table in self.tables.items():
             table.to_parquet(folder / f"{name}.parquet", index=False)
-        files: dict[str, dict[str, str]] = {}
-        for number, (domain, results) in enumerate(self.results.items()):
-            for name, result in results.items():
+        results: dict[str, dict[str, str]] = {}
+        for number, (domain, found) in enumerate(self.results.items()):
+            for name, result in found.items():
                 file = f"results/{number:02d}-{re.sub('[^A-Za-z0-9]+', '-', domain)}-{name}.safetensors"
                 result.save(folder / file)
-                files.setdefault(domain, {})[name] = file
-        return {**self.manifest, "tables": sorted(self.tables), "results": files}
+                results.setdefault(domain, {})[name] = file
+        files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+        return {**self.manifest, "tables": sorted(self.tables), "results": results, "files": digests}
 
     @classmethod
     def load(cls, folder: str | Path) -> "StudyResult":
         """Read what a study saved.
 
         Raises:
-            InputError: The folder holds no result of a study, or a file of it is missing or broken.
+            InputError: The folder holds no result of a study, or a file of it is missing or was changed.
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
-        tables = {}
-        for name in manifest["tables"]:
+        if "files" not in manifest:
+            study = manifest["plan"]["study"]
+            raise InputError(f"{folder}: holds what {study} saved, of which there is nothing to show or compare")
+        for name, digest in manifest["files"].items():
             try:
-                tables[name] = pd.read_parquet(folder / f"{name}.parquet")
-            except (OSError, ValueError) as error:
-                reason = str(error).splitlines()[0]
-                raise InputError(f"{folder}: {name}.parquet cannot be read ({reason})") from None
+                same = hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+            except OSError as error:
+                raise InputError(f"{folder}: {name} cannot be read ({error.strerror or error})") from None
+            if not same:
+                raise InputError(f"{folder}: {name} is not as the study wrote it; run its command again")
+        tables = {name: pd.read_parquet(folder / f"{name}.parquet") for name in manifest["tables"]}
         results = {
             domain: {name: _load(folder / file) for name, file in files.items()}
             for domain, files in manifest["results"].items()
@@ -77,7 +85,7 @@ def _load(path: Path) -> Result:
     kinds = {kind.__name__: kind for kind in _kinds(Result)}
     kind = stored_kind(path)
     if kind not in kinds:
-        raise InputError(f"{path} holds {kind}, which is no result that moe_lens knows")
+        raise InputError(f"{path} holds {kind}, which is no result that moe_lens knows; import its module first")
     return kinds[kind].load(path)
 
 

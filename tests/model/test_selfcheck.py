@@ -74,6 +74,15 @@ def test_a_block_that_scales_the_stream_is_found() -> None:
         HookedMoE.from_hf(hf)
 
 
+def test_nan_is_traced_to_its_layer() -> None:
+    hf: Any = build("deepseek")
+    with torch.no_grad():
+        hf.model.layers[1].self_attn.o_proj.weight[0, 0] = torch.nan
+    with pytest.raises(SelfCheckError, match=r"NaN; the first .* are at blocks.1.hook_attn_out \(layer 1\)"):
+        HookedMoE.from_hf(hf)
+    assert HookedMoE.from_hf(hf, check=False).moe_layers == (1, 2)
+
+
 def test_a_kernel_that_depends_on_who_listens_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from moe_lens.model.experts import LayerHooks
 

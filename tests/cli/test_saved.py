@@ -1,0 +1,166 @@
+"""Saved results that are broken, changed or of another time: one line and exit 2, by every command that reads them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from moe_lens.errors import InputError
+from moe_lens.studies import LensStudy, RoutingStudy, SingleExpertStudy, StudyResult, collect, run
+from moe_lens.studies.folder import FORMAT, MANIFEST, StudyFolder, _seal
+from tests.cli.test_studies import refused
+from tests.studies.test_study import SMALL
+from tests.studies.tiny import domain, tiny_model
+
+STUDIES = [RoutingStudy(), SingleExpertStudy(treatments=("dropped",)), LensStudy()]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    folder, model = tmp_path_factory.mktemp("saved"), tiny_model()
+    for study in STUDIES:
+        run(study, model, [domain("a")], reading=SMALL, out=folder / study.name)
+    collect(model, [domain("a")], folder / "collect", reading=SMALL)
+    return folder
+
+
+def readers(result: Path, good: Path, out: Path) -> list[list[str]]:
+    page = ["--out", str(out / "page")]
+    return [
+        ["report", str(result), *page],
+        ["report", str(good), str(result), *page],
+        ["compare", str(result), str(good), "--out", str(out / "table.parquet")],
+        ["compare", str(good), str(result), "--out", str(out / "table.parquet")],
+    ]
+
+
+def not_read(result: Path) -> str:
+    """What both commands say of it, since neither does anything with a result but load it first."""
+    with pytest.raises(InputError) as error:
+        StudyResult.load(result)
+    said = str(error.value)
+    assert "\n" not in said
+    return said
+
+
+def refused_by_all(capsys, saved: Path, result: Path, out: Path) -> str:
+    said = {refused(capsys, *command) for command in readers(result, saved / "routing", out)}
+    assert len(said) == 1 and not any(out.iterdir())  # and nothing was written
+    return said.pop()
+
+
+def rewritten(folder: Path, *, sealed: bool, **changes: object) -> None:
+    """Change a manifest; `sealed` as whoever wrote it would have."""
+    path = folder / MANIFEST
+    manifest = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+    if sealed:
+        manifest.pop("seal", None)
+        manifest["seal"] = _seal(manifest)
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+
+
+@pytest.mark.parametrize("study", [study.name for study in STUDIES])
+def test_no_file_can_be_missing_cut_or_changed(saved, study, tmp_path, capsys):
+    result, out = tmp_path / "result", tmp_path / "out"
+    out.mkdir()
+    files = [path.relative_to(saved / study) for path in (saved / study).rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".parquet", ".safetensors"}
+    for file in files:
+        whole = (saved / study / file).read_bytes()
+        for content in (None, b"", whole[: len(whole) // 2], whole[:-1], whole[:99] + b"\xff" + whole[100:]):
+            shutil.copytree(saved / study, result)
+            if content is None:
+                (result / file).unlink()
+            else:
+                (result / file).write_bytes(content)
+            assert str(file) in not_read(result)
+            if content is None:
+                assert str(file) in refused_by_all(capsys, saved, result, out)
+            shutil.rmtree(result)
+
+
+@pytest.mark.parametrize("study", [*(study.name for study in STUDIES), "collect"])
+def test_no_word_of_a_manifest_can_be_missing_or_changed(saved, study, tmp_path, capsys):
+    result, out = tmp_path / "result", tmp_path / "out"
+    out.mkdir()
+    shutil.copytree(saved / study, result)
+    whole = json.loads((result / MANIFEST).read_text(encoding="utf-8"))
+    places = [(key,) for key in whole] + [("plan", key) for key in whole["plan"]]
+    places += [("plan", "model", key) for key in whole["plan"]["model"]]
+    assert len(places) > 20
+    for *outer, last in places:
+        for change in ("delete", None, "other"):
+            changed = json.loads(json.dumps(whole))
+            inside = changed
+            for key in outer:
+                inside = inside[key]
+            if change == "delete":
+                del inside[last]
+            else:
+                inside[last] = change
+            (result / MANIFEST).write_text(json.dumps(changed), encoding="utf-8")
+            assert MANIFEST in not_read(result), (outer, last, change)
+    for content in ("", "[]", "null", "{", "[" * 100_000, "\udcff"):
+        (result / MANIFEST).write_bytes(content.encode("utf-8", "surrogateescape"))
+        assert "cannot be read as the manifest of a study" in not_read(result)
+    assert "cannot be read as the manifest of a study" in refused_by_all(capsys, saved, result, out)
+    (result / MANIFEST).write_text(json.dumps(whole), encoding="utf-8")  # the control: it is read again
+    assert study == "collect" or StudyResult.load(result).study == study
+
+
+def test_tables_that_were_edited_and_formats_of_another_time(saved, tmp_path, capsys):
+    result, out = tmp_path / "result", tmp_path / "out"
+    out.mkdir()
+    shutil.copytree(saved / "routing", result)
+    table = pd.read_parquet(result / "layers.parquet").rename(columns={"measure": "what"})
+    table.to_parquet(result / "layers.parquet", index=False)
+    assert "layers.parquet is not as the study wrote it" in refused_by_all(capsys, saved, result, out)
+    shutil.rmtree(result)
+    for format_, told in ((FORMAT + 1, "a newer moe_lens: install that"), (FORMAT - 1, "earlier"), (None, "earlier")):
+        shutil.copytree(saved / "routing", result)
+        rewritten(result, sealed=True, format=format_)
+        said = refused_by_all(capsys, saved, result, out)
+        assert f"has format {format_}, and this moe_lens reads {FORMAT}" in said and told in said
+        shutil.rmtree(result)
+    # Another result of the same study in the place of one: the manifest knows its own.
+    shutil.copytree(saved / "routing", result)
+    other, place = (saved / "lens" / "results").glob("*"), result / "results" / "00-a-model pairs.safetensors"
+    shutil.copy(next(iter(other)), place)
+    assert "00-a-model pairs.safetensors is not as the study wrote it" in refused_by_all(capsys, saved, result, out)
+
+
+def test_what_has_no_tables_and_what_cannot_be_compared(saved, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    said = refused_by_all(capsys, saved, saved / "collect", out)
+    assert "holds what collect saved, of which there is nothing to show or compare" in said
+    for nothing in (tmp_path / "none", saved, saved / "routing" / MANIFEST):
+        assert "holds no result of a study" in refused_by_all(capsys, saved, nothing, out)
+    command = ["compare", str(saved / "routing"), str(saved / "lens")]
+    assert "cannot be compared" in refused(capsys, *command)
+
+
+def test_progress_that_was_changed_is_said(saved, tmp_path):
+    plan = json.loads((saved / "routing" / MANIFEST).read_text(encoding="utf-8"))["plan"]
+    StudyFolder(tmp_path / "out", plan).begin()
+    StudyFolder(tmp_path / "out", {**plan, "settings": {}}).begin()  # a plan alone stands in nobody's way
+    (tmp_path / "out.unfinished" / ".plan.json.cut").write_text("{")  # nor does what was cut short
+    folder = StudyFolder(tmp_path / "out", plan)
+    folder.begin()
+    folder.save("0", {"state": torch.zeros(1)}, {})
+    with pytest.raises(InputError, match="holds the beginning of other work – settings"):
+        StudyFolder(tmp_path / "out", {**plan, "settings": {}}).begin()
+    kept = tmp_path / "out.unfinished" / "plan.json"
+    whole = kept.read_text(encoding="utf-8")
+    for content, told in (
+        ("{", "cannot be read as the beginning of a study"),
+        (whole.replace(f'"format": {FORMAT}', f'"format": {FORMAT + 1}'), "a newer moe_lens"),
+    ):
+        kept.write_text(content, encoding="utf-8")
+        with pytest.raises(InputError, match=told):
+            StudyFolder(tmp_path / "out", plan).begin()
+    kept.write_text(whole, encoding="utf-8")
+    StudyFolder(tmp_path / "out", plan).begin()
