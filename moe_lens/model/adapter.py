@@ -77,7 +77,7 @@ def build_adapter(model: PreTrainedModel, name: str) -> tuple[ArchitectureAdapte
             f"layers of this {family.model_type} have different numbers of experts, {sorted(counts)}; "
             "expected the same number in every layer that has experts"
         )
-    routers = (module for name, module in model.named_modules() if name.rpartition(".")[2] == family.router)
+    routers: list[Any] = [m for name, m in model.named_modules() if name.rpartition(".")[2] == family.router]
     top_ks = {int(router.top_k) for router in routers if isinstance(getattr(router, "top_k", None), int)}
     if len(top_ks) > 1:
         raise UnsupportedModelError(
