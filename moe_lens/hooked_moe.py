@@ -20,9 +20,10 @@ from moe_lens.interventions.selecting import Replayed, Steer, SteerRule, force_r
 from moe_lens.model.adapter import build_adapter
 from moe_lens.model.bridge import ExpertBridge
 from moe_lens.model.cache import MoECache
+from moe_lens.model.contract import grouped_product
 from moe_lens.model.experts import LayerHooks, experts_forward
 from moe_lens.model.loading import load_pretrained
-from moe_lens.model.parameters import LayerParameters, first_product, second_product
+from moe_lens.model.parameters import LayerParameters
 from moe_lens.model.saving import save_pretrained
 from moe_lens.model.selfcheck import self_check
 from moe_lens.model.sharding import refuse_plan, refuse_shards
@@ -123,16 +124,10 @@ class HookedMoE(ExpertBridge):
     @property
     def W_out(self) -> LayerParameters:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Output matrix of the experts, `W_out[layer, expert]` [d_expert, d_model]."""
-        return LayerParameters(
-            "W_out", {at: lambda at=at: second_product(self._moe(at).experts) for at in self.moe_layers}
-        )
+        return LayerParameters("W_out", {at: lambda at=at: self._experts(at).second()[0] for at in self.moe_layers})
 
     def _first(self, name: str, branch: int) -> LayerParameters:
-        interleaved = self.family.interleaved
-        return LayerParameters(
-            name,
-            {at: lambda at=at: first_product(self._moe(at).experts, branch, interleaved) for at in self.moe_layers},
-        )
+        return LayerParameters(name, {at: lambda at=at: self._experts(at).branch(branch) for at in self.moe_layers})
 
     # --- routing ---
 
@@ -319,15 +314,15 @@ class HookedMoE(ExpertBridge):
             raise InputError(
                 f"there is no expert {int(experts[wrong][0])}; expected ids from 0 to {self.n_experts - 1}"
             )
-        moe = self._moe(layer)
-        module = moe.experts
+        moe, module = self._moe(layer), self._experts(layer)
         for narrower in self.family.narrows:
             x = moe.get_submodule(narrower)(x)
+        matrix, _ = module.second()
         rows = x[..., None, :].expand(*experts.shape, x.shape[-1]).reshape(-1, x.shape[-1])
-        rows = rows.to(module.down_proj.device, module.down_proj.dtype)
+        rows = rows.to(matrix.device, matrix.dtype)
         silent = LayerHooks(layer, linear_branch=module.has_gate, shared=False)
         ids = experts.reshape(-1, 1).to(rows.device)
-        out = experts_forward(module, silent, self.family.interleaved, rows, ids, rows.new_ones(ids.shape))
+        out = experts_forward(module, silent, rows, ids, rows.new_ones(ids.shape), grouped_product)
         return out.view(*experts.shape, -1).to(x.device)
 
 

@@ -49,7 +49,11 @@ MLP_HOOKS = (
         "forces experts: they get their unmasked affinity, then the family's own normalisation and scale; "
         "a selection bias and expert groups affect the choice only; duplicates and ids out of range raise",
     ),
-    Hook(ROUTING_WEIGHTS, "b p k", "rescales; includes any scale that a family applies"),
+    Hook(
+        ROUTING_WEIGHTS,
+        "b p k",
+        "rescales; includes any scale that a family applies; in Llama 4, rescales what the expert reads",
+    ),
     Hook(
         EXPERT_KEPT,
         "b p k (bool)",
@@ -59,9 +63,9 @@ MLP_HOOKS = (
     Hook(EXPERT_PRE, "b p k m", "expert neurons, the activated branch before its activation"),
     Hook(EXPERT_PRE_LINEAR, "b p k m", "expert neurons, the linear branch"),
     Hook(EXPERT_POST, "b p k m", "expert neurons, the product of the two branches"),
-    Hook(EXPERT_OUT, "b p k d", "E_i(x), not weighted"),
-    Hook(EXPERT_WEIGHTED, "b p k d", "g_i E_i(x), what is added to the residual stream"),
-    Hook(ROUTED_OUT, "b p d", "Σ g_i E_i(x)"),
+    Hook(EXPERT_OUT, "b p k d", "E_i(x), not weighted; in Llama 4, E_i(g_i x)"),
+    Hook(EXPERT_WEIGHTED, "b p k d", "g_i E_i(x), what is added to the residual stream; in Llama 4, E_i(g_i x)"),
+    Hook(ROUTED_OUT, "b p d", "the sum of these over the chosen experts"),
     Hook(SHARED_OUT, "b p d", "the shared experts, with their own gate where a family has one"),
     Hook(MLP_OUT, "b p d", "the whole MoE layer: routed_out + shared_out"),
 )

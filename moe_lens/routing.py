@@ -35,6 +35,14 @@ def affinity(logits: Float[Tensor, "*axes n_experts"], score: str) -> Float[Tens
     raise InputError(f"the score function is {score!r}; expected softmax, sigmoid or sqrtsoftplus")
 
 
+def output_factors(weights: Float[Tensor, "*axes top_k"], family: Any) -> Float[Tensor, "*axes top_k"]:
+    """What experts' outputs are multiplied by before they are added: routing weights.
+
+    Ones in a family that multiplies what experts read instead: there the outputs are what is added.
+    """
+    return torch.ones_like(weights) if getattr(family, "weighs_input", False) else weights
+
+
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class _Chosen:
     """What routing is, whatever axes stand before the last one."""
@@ -44,7 +52,8 @@ class _Chosen:
     indices: Int[Tensor, "*axes top_k"]
     """Ids of the chosen experts, by rank: the largest weight first."""
     weights: Float[Tensor, "*axes top_k"]
-    """What the chosen experts' outputs are multiplied by, any scale of the family included; need not sum to one."""
+    """What the chosen experts' outputs (in Llama 4, their inputs) are multiplied by, any scale of the family included;
+    need not sum to one."""
     logits: Float[Tensor, "*axes n_experts"] | None = None
     """Router logits of all experts."""
     probs: Float[Tensor, "*axes n_experts"] | None = None

@@ -49,7 +49,10 @@ registry. `make test-latest` says what a newer one breaks before the bound is ra
 **Adapter**: *TransformerLens* gives all hooks of its own inside attention too; *ours* hooks the boundaries of a layer's
 parts: embedding, residual stream, norms, attention (or the state-space or convolution layer in its place), MLP, and
 everything inside the experts. **Factors**: where a family multiplies after the experts, or multiplies what a layer
-adds, hooks show the product, which is what the residual stream gets.
+adds, hooks show the product, which is what the residual stream gets. **Blocks of their own**: DBRX, JetMoE, Llama 4,
+LongCat-Flash and Step 3.7 bypass transformers' experts interface; they are computed in its products and its order, so
+that the first law holds for them too. A product of fewer rows may be rounded otherwise: Llama 4's experts are therefore
+multiplied with every token, as transformers does.
 
 | model type | experts are chosen and weighed | shared experts | adapter | particular |
 |---|---|---|---|---|

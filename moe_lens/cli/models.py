@@ -46,10 +46,11 @@ def rows(info: ModelInfo) -> list[tuple[str, str]]:
     """Labels and values to show."""
     memory = (f"{size(info.memory(dtype))} in {str(dtype).removeprefix('torch.')}" for dtype in DTYPES)
     shared = ", and shared experts" if info.has_shared else ""
+    without = f" ({info.n_identities} of them the identity)" if info.n_identities else ""
     found = [
         ("model type", info.model_type),
         ("layers", f"{info.n_layers}, of which {len(info.moe_layers)} have experts: {spans(info.moe_layers)}"),
-        ("experts", f"{info.n_experts} of width {info.d_expert}, {info.top_k} for each token{shared}"),
+        ("experts", f"{info.n_experts} of width {info.d_expert}{without}, {info.top_k} for each token{shared}"),
         ("width", f"{info.d_model}"),
         ("router", info.rule),
         ("parameters", f"{info.parameters:,} ({info.active:,} active for each token)"),

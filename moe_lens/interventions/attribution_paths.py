@@ -22,6 +22,7 @@ from moe_lens.interventions.clean_run import CleanRun
 from moe_lens.interventions.means import ExpertMeans
 from moe_lens.interventions.metrics import KLDivergence, Metric, TokenMetric, checked, differentiable, evaluate
 from moe_lens.model.cache import MoECache
+from moe_lens.routing import output_factors
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +53,7 @@ class Slots:
         parts = {layer: cache[names.mlp(names.EXPERT_WEIGHTED, layer)] for layer in layers}
         for layer in layers if means is not None else ():
             assert means is not None
-            weights = cache[names.mlp(names.ROUTING_WEIGHTS, layer)]
+            weights = output_factors(cache[names.mlp(names.ROUTING_WEIGHTS, layer)], cache.model.family)
             stand_in = means.of(layer).nan_to_num().to(weights)[indices[layer]]
             parts[layer] = parts[layer] - (weights[..., None] * stand_in).to(parts[layer])
         return cls(indices, parts)

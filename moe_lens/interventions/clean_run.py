@@ -69,7 +69,8 @@ class CleanRun:
             logits, cache = model.run_with_cache(input, names_filter=filtered, use_cache=False, **kwargs)
         run = cls(recorded[0], cache, logits, frozenset())
         sums = {at: ends[mid] + ends[out] for at, (mid, out) in pairs.items()}
-        direct = {at for at, whole in sums.items() if torch.equal(whole, run.resid[at + 1][:, -1])}
+        last = set(model.moe_layers) if getattr(model.family, "adds_last", False) else set()
+        direct = last | {at for at, whole in sums.items() if torch.equal(whole, run.resid[at + 1][:, -1])}
         run = replace(run, direct=frozenset(direct))
         again = run.replay.logits(run.resid[-1][:, -1].to(logits.device)).to(logits.device)
         if (again - logits[:, -1]).abs().max() > 0.02 * logits[:, -1].abs().max():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_lens import names
 from moe_lens.interventions.clean_run import CleanRun, Variant
+from moe_lens.routing import output_factors
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,9 @@ class Parts:
 
     `expert_weighted`: the slots of the source with their g E and those of the base with −g E, so that an expert that
     the source did not choose loses its contribution, and one that the base did not choose gains the source's.
-    `expert_out`: the base's own weight times the difference of outputs. The same expert is the one with the same id
-    (where either run did not choose it, nothing changes), the same rank is the slot of that rank, whatever its expert.
+    `expert_out`: the base's own weight (1 where weights multiply inputs) times the difference of outputs. The same
+    expert is the one with the same id (where either run did not choose it, nothing changes), the same rank is the slot
+    of that rank, whatever its expert.
     """
 
     experts: Int[Tensor, "batch pos slot"]
@@ -83,7 +85,8 @@ class Parts:
         if by_expert:
             same = ids[..., :, None] == other[..., None, :]
             theirs = torch.where(same.any(-1)[..., None], same.to(theirs.dtype) @ theirs, ours)
-        return cls(ids, rank, base.weights(layer)[..., None].to(ours.dtype) * (theirs - ours))
+        factors = output_factors(base.weights(layer), base.cache.model.family)
+        return cls(ids, rank, factors[..., None].to(ours.dtype) * (theirs - ours))
 
     def chosen(self, units: Units, places: Places) -> Bool[Tensor, "batch pos slot"]:
         """The slots that are patched."""

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from moe_lens import names
 from moe_lens.errors import HookError, InputError
@@ -31,7 +31,8 @@ class RouterGeometry:
     attraction: Float[Tensor, "n_experts top"]
     """Its router logit less the mean over experts, where the stream is nothing but the token's embedding."""
     neurons: Float[Tensor, "n_experts n_experts"]
-    """[row, expert]: root mean square cosine between the row and the input directions of the expert's neurons."""
+    """[row, expert]: root mean square cosine between the row and the input directions of the expert's neurons; NaN for
+    identity experts, which have none."""
     random: float
     """What `neurons` would be for random directions, 1/√d_model."""
     inputs: Float[Tensor, "n_experts n_experts"] | None
@@ -83,6 +84,7 @@ def router_geometry(
     branches = [model.W_gate[layer]] + ([model.W_in[layer]] if model.W_in[layer] is not model.W_gate[layer] else [])
     squares = [(directions @ normalize(branch.detach().to(wide), dim=1)).square().mean(-1) for branch in branches]
     neurons = torch.stack(squares).mean(0).sqrt().T  # [expert, row] so far
+    neurons = pad(neurons, (0, len(whole) - neurons.shape[1]), value=torch.nan)
     found = None if texts is None else _inputs(model, layer, directions, texts, batch)
     return RouterGeometry(layer, tokens, attraction, neurons.cpu(), model.cfg.d_model**-0.5, found)
 

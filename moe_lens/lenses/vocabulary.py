@@ -15,6 +15,7 @@ from moe_lens.errors import HookError, InputError
 from moe_lens.lenses.logit import LogitLens
 from moe_lens.lenses.streams import Rows, batched, rows
 from moe_lens.protocols import require_stream_width
+from moe_lens.routing import output_factors
 
 _CHUNK = 2**24
 """Greatest number of logits held at a time: 64 MB in float32."""
@@ -295,7 +296,7 @@ class _Sums:
         self._sum_post += post.double().sum(0)
         self._sum_size += post.double().abs().sum(0)
         weights = held["weights"][batch, pos, rank]
-        strengths = out.norm(dim=-1) * weights
+        strengths = out.norm(dim=-1) * output_factors(weights, self.model.family)
         for i in strengths.argsort(descending=True)[: self._inputs].tolist():
             row = part.tokens[batch[i]][part.mask[batch[i]]].tolist()
             found = _Strong(float(strengths[i]), float(weights[i]), row, int(pos[i]), out[i].clone())

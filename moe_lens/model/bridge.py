@@ -18,6 +18,7 @@ from moe_lens.errors import HookError, InputError, UnsupportedModelError
 from moe_lens.model.cache import MoECache
 from moe_lens.model.caching import Keep
 from moe_lens.model.components import MoEBlock
+from moe_lens.model.contract import Experts, top_k_of
 from moe_lens.model.experts import Choice, LayerHooks
 from moe_lens.model.families import Family
 from moe_lens.model.hook_cache import following_tokens
@@ -87,31 +88,40 @@ class ExpertBridge(TransformerBridge):
         widens = self.family.widens
         return routed if widens is None else self._moe(layer).get_submodule(widens)(routed)
 
+    def _experts(self, layer: int) -> Experts:
+        """The experts of a layer, whatever modules hold them."""
+        blocks: Any = self.blocks
+        return blocks[layer].mlp.contract
+
     @property
     def _hf_config(self) -> Any:
         return self.original_model.config
 
     @property
     def n_experts(self) -> int:
-        """Routed experts of a MoE layer."""
-        return int(self._moe(self.moe_layers[0]).experts.num_experts)
+        """Routed experts of a MoE layer, `n_identity_experts` among them."""
+        return self._experts(self.moe_layers[0]).n_experts
+
+    @property
+    def n_identity_experts(self) -> int:
+        """Routed experts, the last ids, that give back what they read: they have no neurons and no parameters."""
+        return self._experts(self.moe_layers[0]).n_identities
 
     def has_shared(self, layer: int) -> bool:
-        """Whether a MoE layer has shared experts."""
+        """Whether a MoE layer has shared experts, or a constant in their place (JetMoE's bias)."""
         return any(at == layer and names.SHARED_OUT in hooks.points for at, hooks in self._layer_hooks())
 
     @property
     def top_k(self) -> int:
         """Routed experts active for a token."""
         moe = self._moe(self.moe_layers[0])
-        router = getattr(moe, self.family.router)
-        text = self._hf_config.get_text_config()
-        return int(router.top_k if hasattr(router, "top_k") else getattr(text, self.family.top_k))
+        router, config = getattr(moe, self.family.router), self._hf_config.get_text_config()
+        return top_k_of(moe, router, config, self.family.top_k)
 
     @property
     def n_shared_experts(self) -> int:
         """Shared experts of a MoE layer; they are fused into one MLP."""
-        if not self.has_shared(self.moe_layers[0]):
+        if not self.has_shared(self.moe_layers[0]) or self.family.shared is None:
             return 0
         return int(getattr(self._hf_config.get_text_config(), "n_shared_experts", None) or 1)
 
@@ -156,6 +166,8 @@ class ExpertBridge(TransformerBridge):
         for hook in names.EXPERT_HOOKS:
             if hook.name == "hook_pre_linear" and names.EXPERT_PRE_LINEAR not in hooks.points:
                 continue
+            if hook.name != "hook_out" and expert >= self.n_experts - self.n_identity_experts:
+                continue  # an identity has no neurons
             name = names.expert(hook.name, layer, expert)
             point = hooks.experts.setdefault((expert, hook.name), HookPoint())
             point.name = name

@@ -189,11 +189,15 @@ class MoECache(SumCache):
             hooks = self.model.hook_dict  # in hybrid families, a layer may lack attention or an MLP
             if names.block(names.ATTN_OUT, layer) in hooks:
                 yield _Part([f"{layer}_attn_out"], [names.block(names.ATTN_OUT, layer)])
+            layout = getattr(self.model.family, "layout", None)
+            if layout is not None and layout.stream == "shortcut":
+                for part in ("attn", *layout.added):
+                    yield _Part([f"{layer}_{part}"], [names.block(f"{part}.hook_out", layer)])
             if layer not in self.model.moe_layers:
                 if names.block(names.BLOCK_MLP_OUT, layer) in hooks:
                     yield _Part([f"{layer}_mlp_out"], [names.block(names.BLOCK_MLP_OUT, layer)])
                 continue
-            if self.model.n_shared_experts:
+            if self.model.has_shared(layer):
                 yield _Part([f"{layer}_shared_out"], [names.mlp(names.SHARED_OUT, layer)])
             ready = [names.mlp(names.EXPERT_WEIGHTED, layer)]
             made = [names.mlp(names.EXPERT_OUT, layer), names.mlp(names.ROUTING_WEIGHTS, layer)]

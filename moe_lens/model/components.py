@@ -17,15 +17,16 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from moe_lens import names
-from moe_lens.errors import UnsupportedModelError
+from moe_lens.model.bypass import BLOCKS, block_forward, experts_of
+from moe_lens.model.contract import Experts
 from moe_lens.model.experts import LayerHooks, call_hook, experts_forward
 from moe_lens.model.families import Family
 from moe_lens.model.router import route, rule_of
 from moe_lens.model.scaling import ExactForward, unscaled
 
 
-def _on_device(experts: Any, *arguments: Any) -> Tensor:
-    with align_module_device(experts):  # accelerate keeps the parameters of offloaded layers elsewhere
+def _on_device(experts: Experts, *arguments: Any) -> Tensor:
+    with experts.on_device():
         return experts_forward(experts, *arguments)
 
 
@@ -169,6 +170,8 @@ class MoEBlock(GeneralizedComponent):
 
     family: Family
     hooks: LayerHooks | None = None
+    contract: Experts
+    """Its experts, where it has any, whatever modules hold them."""
     layer: Any = None
     """The decoder layer around it, where shared experts may be."""
     moe: Any = None
@@ -183,22 +186,20 @@ class MoEBlock(GeneralizedComponent):
         if moe is not None and moe is not original_component and self.family.layout and self.family.layout.inner:
             # Such a layer asks whether its MLP is of the class that holds experts: what wraps it is.
             self.__class__ = _combined(type(self), type(original_component))
-        router, experts = getattr(moe, self.family.router, None), getattr(moe, "experts", None)
-        if router is None or experts is None:
-            return
-        self.__dict__["moe"] = moe
-        self._open(moe, router, experts)
+        experts = experts_of(moe, self.family)
+        if experts is not None:
+            self.__dict__.update(moe=moe, contract=experts)
+            self._open(moe, getattr(moe, self.family.router), experts)
 
     def _holder(self, original_component: nn.Module) -> Any:
         inner = self.family.layout.inner if self.family.layout else None
         return getattr(original_component, inner, None) if inner else original_component
 
-    def _open(self, moe: Any, router: Any, experts: Any) -> None:
+    def _open(self, moe: Any, router: Any, experts: Experts) -> None:
         family, block = self.family, self.original_component
-        check_experts(experts)
         shared = getattr(block, family.shared, None) if family.shared else None
         beside = getattr(self.layer, family.shared, None) if family.shared and shared is None else None
-        has_shared = shared is not None or beside is not None
+        has_shared = shared is not None or beside is not None or family.constant is not None
         self.__dict__["hooks"] = hooks = LayerHooks(-1, linear_branch=experts.has_gate, shared=has_shared)
         hooks.factors = _factors(family, moe, router, self.layer)
         if isinstance(self._modules.get("hook_router_scores"), HookPoint):
@@ -208,8 +209,16 @@ class MoEBlock(GeneralizedComponent):
         for name, point in hooks.points.items():
             setattr(self, name, point)
         # partials, not closures: a deep copy of the model then has hooks of its own
-        router.forward = partial(route, router.forward, hooks, rule_of(family, router, experts.num_experts))
-        experts.forward = partial(_on_device, experts, hooks, family.interleaved)
+        rule = rule_of(family, router, experts.n_experts)
+        compute = partial(_on_device, experts, hooks)
+        if family.experts in BLOCKS:
+            own = BLOCKS[family.experts]
+            select = partial(route, partial(own.route, moe), hooks, rule)
+            others = partial(_constant, moe, family.constant, hooks) if family.constant else shared
+            moe.forward = partial(block_forward, select, compute, others, own.returns_logits)
+        else:
+            router.forward = partial(route, router.forward, hooks, rule)
+            experts.module.forward = compute
         if shared is not None:
             self._open_shared(block, shared, hooks)
         elif beside is not None:
@@ -261,7 +270,7 @@ class BareExperts(MoEBlock):
     def _holder(self, original_component: nn.Module) -> Any:  # noqa: ARG002
         return self.layer
 
-    def _open(self, moe: Any, router: Any, experts: Any) -> None:
+    def _open(self, moe: Any, router: Any, experts: Experts) -> None:
         super()._open(moe, router, experts)
         assert self.hooks is not None
         self.hooks.points |= {names.MLP_IN: self.hook_in, names.MLP_OUT: self.hook_out}
@@ -274,23 +283,6 @@ class BareExperts(MoEBlock):
         return hooks.over_tokens(names.MLP_OUT, out)
 
 
-def check_experts(experts: Any) -> None:
-    """Whether an experts module is one whose mathematics the kernel knows.
-
-    Raises:
-        UnsupportedModelError: it is not, or its parameters are quantised.
-    """
-    down = getattr(experts, "down_proj", None)
-    full = isinstance(down, Tensor) and down.is_floating_point() and down.element_size() >= 2
-    if not full or not hasattr(experts, "has_gate") or "FP8" in type(experts).__name__:
-        raise UnsupportedModelError(
-            f"{type(experts).__name__} is not under transformers' experts contract (packed gate_up_proj and down_proj, "
-            "of 16 bits at least); quantised experts replace it. Dequantise while loading, with quantization_config="
-            "Mxfp4Config(dequantize=True) or FineGrainedFP8Config(dequantize=True) of transformers; other formats "
-            "have no way back"
-        )
-
-
 def _factors(family: Family, moe: Any, router: Any, layer: Any) -> dict[str, float]:
     """What the family multiplies by after the experts, by hook: hooks show the product."""
     multiplier = family.layout.multiplier if family.layout else None
@@ -301,6 +293,10 @@ def _factors(family: Family, moe: Any, router: Any, layer: Any) -> dict[str, flo
     routed = both * (float(getattr(owner, family.scaled)) if family.scaled and family.scaled_after else 1.0)
     of_routed = dict.fromkeys((names.ROUTING_WEIGHTS, names.EXPERT_WEIGHTED, names.ROUTED_OUT), routed)
     return {name: factor for name, factor in {**of_routed, names.SHARED_OUT: both}.items() if factor != 1.0}
+
+
+def _constant(moe: Any, name: str, hooks: LayerHooks, x: Tensor) -> Tensor:
+    return hooks.over_tokens(names.SHARED_OUT, getattr(moe, name).expand_as(x))
 
 
 def _nothing(x: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -8,7 +8,7 @@ Shapes inside the kernel: `tokens` = batch · pos, `slots` = tokens · top_k, `r
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from transformer_lens.hook_points import HookPoint
 
 from moe_lens import names
 from moe_lens.errors import HookError
+from moe_lens.model.contract import Experts, Product, Rows, join_branches, split_branches
 from moe_lens.model.scaling import unscaled
 
 
@@ -220,100 +221,87 @@ class LayerHooks:
         return value
 
 
-def grouped_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, ends: Tensor, transposed: bool
-) -> Tensor:
-    """Each row times the matrix of its expert; `x` [slots, in] is sorted by expert and group e ends before `ends[e]`.
-
-    `torch.nn.functional.grouped_mm` where it works; it refuses float64 and rows that are not multiples of 16 bytes.
-    """
-    matrix = weight if transposed else weight.mT
-    x = x.to(weight.dtype)
-    rows = (matrix.shape[-2] * x.element_size(), matrix.shape[-1] * x.element_size())
-    if len(x) and x.dtype != torch.float64 and not any(size % 16 for size in rows):
-        out = F.grouped_mm(x, matrix, offs=ends)
-    else:
-        counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
-        # split, not slices: its backward is one concatenation instead of a full-size scatter for every expert
-        out = torch.cat([part @ m for part, m in zip(x.split(counts), matrix.unbind(), strict=True)])
-    return out if bias is None else out + bias[ids]
-
-
-def split_branches(projected: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """The activated and the linear branch of a gated expert's first product."""
-    if interleaved:
-        return projected[..., ::2], projected[..., 1::2]
-    activated, linear = projected.chunk(2, -1)
-    return activated, linear
-
-
-def join_branches(activated: Tensor, linear: Tensor, interleaved: bool) -> Tensor:
-    """Inverse of `split_branches`."""
-    if interleaved:
-        return torch.stack([activated, linear], -1).flatten(-2)
-    return torch.cat([activated, linear], -1)
-
-
 def experts_forward(
-    experts: Any,
+    experts: Experts,
     hooks: LayerHooks,
-    interleaved: bool,
     x: Float[Tensor, "tokens d_model"],
     indices: Int[Tensor, "tokens top_k"],
     weights: Float[Tensor, "tokens top_k"],
+    product: Product | None = None,
 ) -> Float[Tensor, "tokens d_model"]:
-    """Σ_k weights · E_indices(x): what transformers' experts modules compute, in the order of its `grouped_mm` path.
+    """Σ_k weights · E_indices(x), or Σ_k E_indices(weights · x) where weights come first.
 
-    `experts` is a module under transformers' experts contract (packed `gate_up_proj` or `up_proj`, `down_proj`, flags
-    `has_gate`, `has_bias`, `is_transposed`, `has_post_expert_norm`, method `_apply_gate`).
+    Computed as transformers does, `product` and all, if no other product is given.
     """
     tokens, top_k = indices.shape
     kept = hooks.keep(tokens, top_k, indices.device)
-    if kept is None:
-        ids, permutation = indices.reshape(-1).sort(stable=True)
-    else:
-        chosen = kept.nonzero().squeeze(-1)
-        ids, order = indices.reshape(-1)[chosen].sort(stable=True)
-        permutation = chosen[order]
-    ends = torch.searchsorted(ids, torch.arange(experts.num_experts, device=ids.device), right=True).to(torch.int32)
+    visited = experts.visits(torch.arange(indices.numel(), device=indices.device).view(tokens, top_k))
+    if kept is not None:
+        visited = kept.nonzero().squeeze(-1) if visited is None else visited[kept[visited]]
+    flat = indices.reshape(-1)
+    ids, order = (flat if visited is None else flat[visited]).sort(stable=True)
+    permutation = order if visited is None else visited[order]
+    ends = torch.searchsorted(ids, torch.arange(experts.n_experts, device=ids.device), right=True).to(torch.int32)
     # place[s]: the row, among the rows sorted by expert, of slot s of the model's order; past the last where left out
     place = permutation.new_full((tokens * top_k,), permutation.numel())
     place[permutation] = torch.arange(permutation.numel(), device=permutation.device)
+    weight = weights.reshape(-1)[permutation].unsqueeze(-1)
 
-    first = experts.gate_up_proj if experts.has_gate else experts.up_proj
-    bias = (experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias) if experts.has_bias else None
-    projected = grouped_linear(x.index_select(0, permutation // top_k), first, bias, ids, ends, experts.is_transposed)
-    projected = _neurons(experts, hooks, projected, place, permutation, ends, interleaved)
-    post = experts._apply_gate(projected) if experts.has_gate else experts.act_fn(projected)
-    # One expert's hooks first: those of all experts then show what the model goes on with.
-    post = hooks.over_expert("hook_post", post, permutation, ends)
-    post = hooks.over_slots(names.EXPERT_POST, post, place)
-
-    bias = experts.down_proj_bias if experts.has_bias else None
-    out = grouped_linear(post, experts.down_proj, bias, ids, ends, experts.is_transposed)
-    if experts.has_post_expert_norm:
-        out = experts.post_expert_norm(out)
+    rows = Rows(ids, permutation // top_k, ends, tokens)
+    given = x.index_select(0, rows.tokens)
+    given = given * weight if experts.weighs_input else given
+    out = _outputs(experts, hooks, given, rows, place, permutation, product or experts.product)
     out = hooks.over_expert("hook_out", out, permutation, ends)
     out = hooks.over_slots(names.EXPERT_OUT, out, place)
     # Weighting row by row and summing over k afterwards is bit-equal to transformers; a batched product is not.
-    weighted = out * weights.reshape(-1)[permutation].unsqueeze(-1)
+    weighted = out if experts.weighs_input else out * weight
     if kept is None:
         weighted = hooks.over_slots(names.EXPERT_WEIGHTED, weighted, place)
         weighted = weighted.index_select(0, place).view(tokens, top_k, -1)
     else:
         weighted = weighted.new_zeros(tokens * top_k, weighted.shape[-1]).index_copy(0, permutation, weighted)
         weighted = hooks.over_slots(names.EXPERT_WEIGHTED, weighted.view(tokens, top_k, -1))
-    return hooks.over_tokens(names.ROUTED_OUT, weighted.sum(1).to(x.dtype))
+    return hooks.over_tokens(names.ROUTED_OUT, experts.total(weighted, indices, x.dtype))
+
+
+def _outputs(
+    experts: Experts,
+    hooks: LayerHooks,
+    x: Float[Tensor, "rows d_model"],
+    rows: Rows,
+    place: Tensor,
+    permutation: Tensor,
+    product: Product,
+) -> Float[Tensor, "rows d_model"]:
+    """E(x) of every row; rows of identity experts are the last, and have no neurons."""
+    given, identical = x, None
+    if experts.n_identities:
+        busy = int(rows.ends[experts.n_matrices - 1])
+        given, identical = x[:busy], x[busy:]
+        rows, place, permutation = rows.first(experts.n_matrices, busy), place.clamp(max=busy), permutation[:busy]
+
+    def times(value: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        out = product(value, matrix, rows)
+        return out if bias is None else out + bias[rows.ids]
+
+    parts = [times(given, *first) for first in experts.first()]
+    projected = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    projected = _neurons(experts, hooks, projected, place, permutation, rows.ends)
+    post = experts.activate(projected)
+    # One expert's hooks first: those of all experts then show what the model goes on with.
+    post = hooks.over_expert("hook_post", post, permutation, rows.ends)
+    post = hooks.over_slots(names.EXPERT_POST, post, place)
+    out = experts.finish(times(post, *experts.second()))
+    return out if identical is None else torch.cat([out, identical.to(out.dtype)])
 
 
 def _neurons(
-    experts: Any,
+    experts: Experts,
     hooks: LayerHooks,
     projected: Tensor,
     place: Tensor,
     permutation: Tensor,
     ends: Tensor,
-    interleaved: bool,
 ) -> Tensor:
     """Hooks before the activation function; nothing is split unless somebody listens."""
     wanted = {name for (_, name), point in hooks.experts.items() if point.has_hooks()} & {"hook_pre", "hook_pre_linear"}
@@ -322,7 +310,7 @@ def _neurons(
     if not experts.has_gate:
         activated = hooks.over_expert("hook_pre", projected, permutation, ends)
         return hooks.over_slots(names.EXPERT_PRE, activated, place)
-    branches = split_branches(projected, interleaved)
+    branches = split_branches(projected, experts.interleaved)
     edited = []
     for branch, all_experts, one_expert in zip(
         branches, (names.EXPERT_PRE, names.EXPERT_PRE_LINEAR), ("hook_pre", "hook_pre_linear"), strict=True
@@ -331,4 +319,4 @@ def _neurons(
         edited.append(hooks.over_slots(all_experts, branch_, place))
     if all(e is b for e, b in zip(edited, branches, strict=True)):
         return projected
-    return join_branches(edited[0], edited[1], interleaved)
+    return join_branches(edited[0], edited[1], experts.interleaved)

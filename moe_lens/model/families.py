@@ -89,6 +89,24 @@ FAMILIES = {
             layout=Layout(ln2=None, stream="parallel", logits_multiplier="logit_scale"),
             note="attention and experts read the same norm and are added together: no hook_resid_mid",
         ),
+        Family(
+            "dbrx",
+            router="router",
+            router_weight="layer.weight",
+            experts="dbrx",
+            normalised="always",
+            layout=Layout(
+                decoder="transformer",
+                layers="blocks",
+                embed="wte",
+                final_norm="norm_f",
+                ln1="norm_attn_norm.norm_1",
+                attn="norm_attn_norm.attn",
+                ln2="norm_attn_norm.norm_2",
+                mlp="ffn",
+            ),
+            note="weights are divided by their norm of order moe_normalize_expert_weights; 1, their sum, by default",
+        ),
         Family("deepseek", shared="shared_experts", normalised="config"),
         # V2 rotates by complex numbers: there are no cosines and sines to hook.
         Family(
@@ -210,6 +228,17 @@ FAMILIES = {
             router="router",
             layout=Layout(mlp="feed_forward", ln2="pre_ff_layernorm", final_norm="final_layernorm"),
         ),
+        Family(
+            "jetmoe",
+            router="router",
+            router_weight="layer.weight",
+            experts="jetmoe",
+            normalised="always",
+            constant="bias",
+            layout=Layout(attn="self_attention"),
+            note="the MoE block ends in a bias: hook_shared_out is that constant, and there are no shared experts; "
+            "attention heads are experts too, which have no hooks",
+        ),
         Family("kimi_linear", **V3_SHARED),
         Family(
             "kolibri1",
@@ -237,6 +266,42 @@ FAMILIES = {
             normalised="config",
             scaled="routed_scaling_factor",
             layout=Layout(mlp="feed_forward", ln1="operator_norm", ln2="ffn_norm", final_norm="embedding_norm"),
+        ),
+        Family(
+            "llama4_text",
+            router="router",
+            shared="shared_expert",
+            score="sigmoid",
+            experts="llama4",
+            weighs_input=True,
+            layout=Layout(mlp="feed_forward"),
+            note="weights multiply what an expert reads: hook_expert_out is E(g x), and hook_expert_weighted equals it",
+        ),
+        Family(
+            "longcat_flash",
+            router="router",
+            router_weight="classifier.weight",
+            experts="longcat",
+            bias=True,
+            scaled="routed_scaling_factor",
+            layout=Layout(
+                attn="self_attn.0",
+                ln1="input_layernorm.0",
+                ln2="post_attention_layernorm.0",
+                others=(
+                    ("dense", "mlps.0"),
+                    ("ln1_second", "input_layernorm.1"),
+                    ("attn_second", "self_attn.1"),
+                    ("ln2_second", "post_attention_layernorm.1"),
+                    ("dense_second", "mlps.1"),
+                ),
+                added=("dense", "attn_second", "dense_second"),
+                stream="shortcut",
+            ),
+            note="the last ids are identity experts, n_identity_experts of n_experts: they give back what they read, "
+            "and have zeros where others have neurons; a layer has two attentions and two dense MLPs (attn, dense, "
+            "attn_second, dense_second), and what its experts give is added behind them: no hook_resid_mid, "
+            "hook_attn_out or hook_mlp_out",
         ),
         Family("mellum", normalised="config", layout=LLAMA),
         Family("mimo_v2_flash", **V3, layout=LLAMA),
@@ -321,14 +386,28 @@ FAMILIES = {
             note=MANY_STREAMS,
         ),
         Family("solar_open", **V3_SHARED),
+        Family(
+            "step3p7",
+            shared="shared_experts",
+            score="sigmoid",
+            experts="looped",
+            bias=True,
+            normalised="always",
+            scaled="routed_scaling_factor",
+            scaled_after=True,
+            layout=Layout(decoder="model.language_model", offset=True),
+            note="multimodal: the text part is hooked",
+        ),
     )
 }
 
 
-def _multimodal(model_type: str, text: str, **changes: Any) -> Family:
-    """A model type whose text part is that of another family."""
+def _multimodal(
+    model_type: str, text: str, inside: str = "model.language_model", head: str = "lm_head", **changes: Any
+) -> Family:
+    """A model type whose text part, at the path `inside`, is that of another family."""
     family = FAMILIES[text]
-    layout = replace(family.layout or LLAMA, decoder="model.language_model")
+    layout = replace(family.layout or LLAMA, decoder=inside, head=head)
     note = "; ".join(part for part in ("multimodal: the text part is hooked", family.note) if part)
     return replace(family, model_type=model_type, layout=layout, dead=(), note=note, **changes)
 
@@ -343,6 +422,7 @@ FAMILIES |= {
         _multimodal("glm5_next", "hy_v4"),
         _multimodal("inkling2", "inkling2_text"),
         _multimodal("inkling_mm_model", "inkling_text"),
+        _multimodal("llama4", "llama4_text", inside="language_model.model", head="language_model.lm_head"),
         _multimodal("minimax_m3_vl", "minimax_m3_vl_text"),
         _multimodal("mistral_large4", "mistral4", normalised="always"),
         _multimodal("qwen3_5_moe", "qwen3_5_moe_text"),

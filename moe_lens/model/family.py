@@ -15,6 +15,7 @@ class Layout:
 
     decoder: str = "model"
     """Path of the module that holds the embedding, the layers and the final norm."""
+    layers: str = "layers"
     embed: str = "embed_tokens"
     final_norm: str = "norm"
     head: str = "lm_head"
@@ -31,15 +32,21 @@ class Layout:
     bare: bool = False
     """Whether `mlp` names the experts themselves, with the router beside them in the layer: then hook_in is what the
     experts read, and hook_out their sum."""
+    attn: str | None = None
+    """What mixes positions, where it has none of the usual names."""
     others: tuple[tuple[str, str], ...] = ()
     """Further parts of a layer: name of the component, and of the module."""
     offset: bool = False
     """Whether the norms multiply by 1 + weight."""
-    stream: Literal["sequential", "parallel", "rescaled", "other"] = "sequential"
+    stream: Literal["sequential", "parallel", "shortcut", "rescaled", "other"] = "sequential"
     """`sequential`: resid_pre + attn_out = resid_mid, resid_mid + mlp_out = resid_post. `parallel`: attention and MLP
-    read the same norm, and there is no resid_mid. `rescaled`: resid_pre + attn_out = resid_mid, but what the MLP adds
-    is rescaled together with the stream: no hook_mlp_out. `other`: the stream is rescaled, gated, or many streams, so
-    what a part adds is no term of a sum: no hook_resid_mid, hook_attn_out or hook_mlp_out."""
+    read the same norm, and there is no resid_mid. `shortcut`: what the experts give is added behind `others`, so that
+    no point of the stream lies before them alone: no hook_resid_mid, hook_attn_out or hook_mlp_out; resid_pre + what
+    attention, `added` and experts give = resid_post. `rescaled`: resid_pre + attn_out = resid_mid, but what the MLP
+    adds is rescaled together with the stream: no hook_mlp_out. `other`: the stream is rescaled, gated, or many streams,
+    so what a part adds is no term of a sum: no hook_resid_mid, hook_attn_out or hook_mlp_out."""
+    added: tuple[str, ...] = ()
+    """Those of `others` whose outputs are added to the stream."""
     streams: bool = False
     """Whether what passes between layers is no one stream: then there is no hook_resid_pre or hook_resid_post."""
     multiplier: str | None = None
@@ -76,6 +83,12 @@ class Family:
     """Whether `gate_up_proj` alternates the two branches instead of concatenating them."""
     dead: tuple[str, ...] = ()
     """Endings of TransformerLens's hook names that never fire in this family."""
+    experts: Literal["packed", "looped", "longcat", "dbrx", "jetmoe", "llama4"] = "packed"
+    """How transformers holds and computes the experts: under its experts contract, or as `bypass.py` knows."""
+    weighs_input: bool = False
+    """Whether weights multiply what an expert reads, not what it gives: expert_out is then what is added."""
+    constant: str | None = None
+    """Parameter of the MoE block that it adds to every token's output; hook_shared_out shows it."""
     layout: Layout | None = None
     """Where the parts are, for the generic adapter; None uses TransformerLens's."""
     normalised: Literal["always", "config", "never"] = "never"
@@ -113,8 +126,13 @@ class Family:
         """Whether routed and shared outputs are added to the residual stream as they are, not through a norm."""
         layout = self.layout
         return self.widens is None and (
-            layout is None or (layout.stream in ("sequential", "parallel") and layout.ln2_post is None)
+            layout is None or (layout.stream in ("sequential", "parallel", "shortcut") and layout.ln2_post is None)
         )
+
+    @property
+    def adds_last(self) -> bool:
+        """Whether what experts give is the last that a layer adds, to a stream that no hook shows."""
+        return self.layout is not None and self.layout.stream == "shortcut"
 
     def rule(self, top_k: int | None = None, normalises: bool | None = None) -> str:
         """How experts are chosen and weighted, in words.

@@ -66,7 +66,7 @@ class Layer(BlockBridge):
         parts: dict[str, GeneralizedComponent] = {}
         layer: Any = original_component
         mlp = getattr(layer, layout.mlp, None)
-        mixer = next((name for name in MIXERS if getattr(layer, name, None) is not None), None)
+        mixer = layout.attn or next((name for name in MIXERS if getattr(layer, name, None) is not None), None)
         single = mixer is None and layout.ln1 == layout.ln2  # a layer that either mixes positions or is an MLP
         if single and mlp is not None and not hasattr(mlp, "experts"):
             mixer, mlp = layout.mlp, None
@@ -94,7 +94,7 @@ class Layer(BlockBridge):
             parts["mlp"].__dict__["shows_output"] = False
             parts["ln2_post"].__dict__["summed_point"] = parts["mlp"].hook_out
         aliases = dict(self.hook_aliases)
-        if layout.stream != "other":
+        if layout.stream not in ("shortcut", "other"):
             mixed = next((key for key in MIXERS.values() if key in parts), None)
             if mixed is not None:
                 aliases["hook_attn_out"] = "ln1_post.hook_out" if "ln1_post" in parts else f"{mixed}.hook_out"
@@ -136,13 +136,15 @@ class GenericAdapter(ArchitectureAdapter):
         self.cfg.rmsnorm_uses_offset = layout.offset
         config: Any = model.config
         self.text = text = config.get_text_config()
+        layers = _find(model, f"{layout.decoder}.{layout.layers}")
+        self.cfg.n_layers = len(layers)  # configs may count a layer as two
         factor = getattr(text, layout.embed_multiplier) if layout.embed_multiplier else 1.0
         norm = f"{layout.decoder}.{layout.final_norm}"
         if centres(_find(model, norm)):
             self.cfg.normalization_type, self.cfg.uses_rms_norm, self.cfg.final_rms = "LN", False, False
         self.component_mapping = {
             "embed": EmbeddingBridge(f"{layout.decoder}.{layout.embed}", output_contribution_scale=float(factor)),
-            "blocks": Layer(f"{layout.decoder}.layers", family, self.cfg),
+            "blocks": Layer(f"{layout.decoder}.{layout.layers}", family, self.cfg),
             "ln_final": norm_of(norm, _find(model, norm), layout, self.cfg),
             "unembed": adapt(UnembeddingBridge(layout.head), Unembedding),
         }

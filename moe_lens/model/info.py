@@ -12,8 +12,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import moe_lens.model.deepseek as _registers  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from moe_lens.errors import CheckpointError, MoELensError, UnsupportedModelError
+from moe_lens.model.bypass import experts_of
 from moe_lens.model.checkpoint import read_config
-from moe_lens.model.families import family_of
+from moe_lens.model.contract import top_k_of
+from moe_lens.model.families import Layout, family_of
 from moe_lens.model.loading import resolve_name
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -29,7 +31,9 @@ class ModelInfo:
     """Layers that have experts."""
     d_model: int
     n_experts: int
-    """Routed experts of a layer."""
+    """Routed experts of a layer, `n_identities` among them."""
+    n_identities: int
+    """Routed experts without parameters, which give back what they read."""
     top_k: int
     """Routed experts active for a token."""
     has_shared: bool
@@ -92,44 +96,40 @@ def config_info(config: PreTrainedConfig) -> ModelInfo:
     causal = listed and "language_model" not in decoder
     with torch.device("meta"):
         model = (AutoModelForCausalLM if causal else AutoModelForImageTextToText).from_config(config)
-    layers: Any = model.get_submodule(f"{decoder}.layers")
-    found, unused = {}, 0
-    for layer, block in enumerate(layers):
-        for name, module in block.named_modules():
-            if name.rpartition(".")[2] != "experts" or not hasattr(module, "num_experts"):
-                continue
-            if layer in found:  # others than those for text, which no token of text uses
-                unused += sum(parameter.numel() for parameter in module.parameters())
-            else:
-                found[layer] = (block.get_submodule(name.rpartition(".")[0]) if "." in name else block, module)
+    layout = family.layout or Layout()
+    layers: Any = model.get_submodule(f"{decoder}.{layout.layers}")
+    blocks = {at: layer if layout.bare else getattr(layer, layout.mlp, None) for at, layer in enumerate(layers)}
+    if layout.inner:
+        blocks = {at: getattr(block, layout.inner, None) for at, block in blocks.items()}
+    found = {at: experts for at, moe in blocks.items() if (experts := experts_of(moe, family)) is not None}
     if not found:
         raise UnsupportedModelError(f"this {config.model_type} has no layer with experts")
     text = config.get_text_config()
-    moe, experts = next(iter(found.values()))
-    router = getattr(moe, family.router)
-    top_k = int(router.top_k if hasattr(router, "top_k") else getattr(text, family.top_k))
-    n_experts = int(experts.num_experts)
-    if not 1 <= top_k <= n_experts:
+    first = next(iter(found))
+    experts, moe = found[first], blocks[first]
+    top_k = top_k_of(moe, getattr(moe, family.router), text, family.top_k)
+    if not 1 <= top_k <= experts.n_experts:
         raise CheckpointError(
-            f"this {config.model_type} has {n_experts} experts, and its config asks for {top_k} a token"
+            f"this {config.model_type} has {experts.n_experts} experts, and its config asks for {top_k} a token"
         )
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    idle = unused + sum(
-        parameter.numel() // n_experts * (n_experts - top_k)
-        for _, module in found.values()
-        for parameter in module.parameters()
-        if parameter.dim() and parameter.shape[0] == n_experts
-    )
-    down = experts.down_proj
+    sizes = [of_layer.sizes() for of_layer in found.values()]
+    idle = sum(every - one * min(top_k, experts.n_matrices) for every, one in sizes)
+    for at in found if layout.inner else ():  # others than those for text, which no token of text uses
+        others = [
+            m for name, m in layers[at].named_modules() if name.endswith(".experts") and m is not found[at].module
+        ]
+        idle += sum(parameter.numel() for module in others for parameter in module.parameters())
     return ModelInfo(
         model_type=config.model_type,
         n_layers=len(layers),
         moe_layers=tuple(found),
         d_model=int(text.hidden_size),
-        n_experts=n_experts,
+        n_experts=experts.n_experts,
+        n_identities=experts.n_identities,
         top_k=top_k,
         has_shared=bool(family.shared) and any(family.shared in name for name, _ in model.named_modules()),
-        d_expert=int(down.shape[1] if experts.is_transposed else down.shape[2]),
+        d_expert=int(experts.second()[0].shape[1]),
         rule=family.rule(top_k, bool(getattr(text, "norm_topk_prob", True))),
         parameters=parameters,
         active=parameters - idle,

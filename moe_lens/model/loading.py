@@ -181,7 +181,9 @@ def _load_other(source: str, raw: dict[str, Any], hub: dict[str, Any], kwargs: d
     if kwargs.get("use_safetensors") is not False and "gguf_file" not in kwargs:
         Checkpoint.locate(source, hub, kwargs.get("variant"))
         kwargs = {**kwargs, "use_safetensors": True}
-    own = raw["model_type"] not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or raw["model_type"] in CAUSAL
+    model_type = raw["model_type"]
+    whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
+    own = whole is None or (model_type in CAUSAL and whole not in (raw.get("architectures") or ()))
     loader = AutoModelForCausalLM if own else AutoModelForImageTextToText
     return _load_through_transformers(loader, source, {**hub, **kwargs})
 

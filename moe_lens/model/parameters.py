@@ -1,12 +1,10 @@
 """Parameters of routers and experts in TransformerLens's orientation, as views."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from torch import Tensor
 
 from moe_lens.errors import InputError
-from moe_lens.model.experts import split_branches
 
 
 class LayerParameters:
@@ -24,26 +22,18 @@ class LayerParameters:
         """The parameter of a layer [expert, …] or of one expert.
 
         Raises:
-            InputError: a layer without experts.
+            InputError: a layer without experts, or an expert that does not exist or has no parameters.
         """
         layer, expert = key if isinstance(key, tuple) else (key, None)
         if layer not in self._views:
             raise InputError(f"{self.name}[{layer}]: layer {layer} has none; MoE layers are {list(self._views)}")
         view = self._views[layer]()
-        return view if expert is None else view[expert]
+        if expert is None:
+            return view
+        if not -len(view) <= expert < len(view):
+            raise InputError(f"{self.name}[{layer}, {expert}]: expected an expert from 0 to {len(view) - 1}")
+        return view[expert]
 
     def __repr__(self) -> str:
         """Name and layers."""
         return f"{self.name}[{', '.join(map(str, self._views))}]"
-
-
-def first_product(experts: Any, branch: int, interleaved: bool) -> Tensor:
-    """W_gate (branch 0) or W_in (branch 1) of all experts, [expert, d_model, d_expert]."""
-    weight = experts.gate_up_proj if experts.has_gate else experts.up_proj
-    matrix = weight if experts.is_transposed else weight.mT
-    return split_branches(matrix, interleaved)[branch] if experts.has_gate else matrix
-
-
-def second_product(experts: Any) -> Tensor:
-    """W_out of all experts, [expert, d_expert, d_model]."""
-    return experts.down_proj if experts.is_transposed else experts.down_proj.mT

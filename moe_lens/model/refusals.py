@@ -2,24 +2,14 @@
 
 from collections.abc import Iterable
 
-BYPASS = "its experts bypass transformers' experts interface"
 NO_TABLE = "its multimodal wrapper is not in the table: wrap its text model"
-LLAMA = (
-    "it weighs what an expert reads, not what it gives: hook_expert_out and hook_routing_weights would not be factors "
-    "of hook_expert_weighted"
-)
 ENCODER = "it has an encoder and a decoder; only models that are a decoder alone are wrapped"
 
 REFUSED = {
-    "dbrx": f"{BYPASS}: parameters are packed in two dimensions, and the block selects outside its router",
     "diffusion_gemma": "it denoises blocks of text instead of predicting the next token",
     "doge": "its experts are rows of embeddings, retrieved by product keys: they have no matrices",
     "dots3_note": "its image encoder has experts of its own; load its text model, dots3_note_text",
-    "jetmoe": f"{BYPASS}, and its attention heads are experts too",
     "kimi_k25": f"{NO_TABLE}, deepseek_v3",
-    "llama4": LLAMA,
-    "llama4_text": LLAMA,
-    "longcat_flash": f"{BYPASS}, some of them are the identity, and a layer adds them one attention later",
     "nemo_speechlm": f"{NO_TABLE}, nemotron_h",
     "nemotron_h_omni": f"{NO_TABLE}, nemotron_h",
     "nllb-moe": ENCODER,
@@ -27,7 +17,6 @@ REFUSED = {
     "qwen3_omni_moe": "it is several models, one for text and one for speech, each with experts",
     "qwen3_omni_moe_thinker": "with a key-value cache it makes positions of the whole text for the one new token, "
     "unless they are passed: generation would fail",
-    "step3p7": BYPASS,
     "switch_transformers": ENCODER,
     "zaya": "its router has a class that skips the experts and hands a state from layer to layer, for which the hook "
     "table has no place",

@@ -12,6 +12,7 @@ from moe_lens import names
 from moe_lens.errors import HookError, InputError
 from moe_lens.model.attribution import AttributionCache
 from moe_lens.partial_sum import PartialSum
+from moe_lens.routing import output_factors
 
 At = tuple[Int[Tensor, " n"], ...]
 """Some tokens: indices of their batch items and positions, or of positions alone where there is no batch axis."""
@@ -37,7 +38,7 @@ class Picked(NamedTuple):
     expert: Int[Tensor, "*tokens"]
     """The expert, if the sum is of a single one, by rank, id or drawn, and the token has it; −1 otherwise."""
     weight: Float[Tensor, "*tokens"]
-    """What its output is multiplied by in the sum; NaN where there is no single expert."""
+    """Its routing weight, 1 in a sum that is not weighted; NaN where there is no single expert."""
     present: Bool[Tensor, "*tokens"]
     """False where a sum names experts and the token selected none of them."""
 
@@ -158,8 +159,8 @@ class SumCache(AttributionCache):
             return self._taken(plain, at)
         if ready in self or plain not in self or weights not in self:
             return self._taken(ready, at)
-        outputs = self._taken(plain, at)
-        return (outputs * self._taken(weights, at)[..., None]).to(outputs.dtype)
+        outputs, factors = self._taken(plain, at), output_factors(self._taken(weights, at), self.model.family)
+        return (outputs * factors[..., None]).to(outputs.dtype)
 
     def _chosen(self, layer: int, which: PartialSum, indices: Tensor, at: At | None) -> Tensor:
         """True in the slots, [*tokens, top_k], of the experts that a sum picks out."""
@@ -191,10 +192,11 @@ class SumCache(AttributionCache):
     def _unselected_out(self, layer: int, which: PartialSum, at: At | None) -> Float[Tensor, "*tokens d_model"]:
         x = self._taken(names.mlp(names.MLP_IN, layer), at)
         expert = self._unselected(layer, which.seed, at)
+        weight = self._taken(names.mlp(names.ROUTING_WEIGHTS, layer), at)[..., :1]
+        if getattr(self.model.family, "weighs_input", False):
+            return self.model.expert_outputs(layer, x * weight.to(x), expert[..., None]).squeeze(-2).to(x)
         out = self.model.expert_outputs(layer, x, expert[..., None]).squeeze(-2).to(x)
-        if not which.weighted:
-            return out
-        return out * self._taken(names.mlp(names.ROUTING_WEIGHTS, layer), at)[..., :1].to(out)
+        return out * weight.to(out) if which.weighted else out
 
     def _terms_of_a_sum(self) -> None:
         """What experts give must be added to the residual stream as it is.

@@ -50,7 +50,7 @@ def merge(plan: Plan, model: Any, domains: Sequence[Tokens], *, on_batch: Callab
     plan.check(identity(model))
     if plan.merged is not None:
         raise InputError("this plan merges experts already")
-    if any(experts_of(model, layer).has_bias for layer in plan.layers):
+    if any(model._experts(layer).has_bias for layer in plan.layers):
         raise UnsupportedModelError("merging experts that have biases is not supported; drop them instead")
     size = len(plan.layers), plan.n_experts
     products, chosen = torch.zeros(*size, plan.n_experts, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
@@ -156,14 +156,9 @@ class StoredMerges:
         return value.T if rest.startswith(_OUTWARD) else value
 
 
-def experts_of(model: Any, layer: int) -> Any:
-    """Transformers' module of the experts of a layer."""
-    return model._moe(layer).experts
-
-
 def views(model: Any, layer: int, expert: int) -> dict[str, Float[Tensor, "neurons d_model"]]:
     """One expert's parameters in memory, neurons as rows; writing to them edits the model."""
     first = {"W_in": model.W_in[layer, expert].T}
-    if experts_of(model, layer).has_gate:
+    if model._experts(layer).has_gate:
         first["W_gate"] = model.W_gate[layer, expert].T
     return {**first, "W_out": model.W_out[layer, expert]}

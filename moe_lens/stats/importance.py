@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.errors import InputError
 from moe_lens.protocols import require_stream_width
+from moe_lens.routing import output_factors
 from moe_lens.stats.accumulator import Accumulator, Result
 from moe_lens.stats.live import Hooks, each_layer
 from moe_lens.stats.parts import Maximum, Total
@@ -26,7 +27,9 @@ SCORES = {
     "relative_norm": "mean over its tokens of g ‖E(x)‖₂ / ‖u‖₂: its contribution beside the residual stream",
     "max_activation": "greatest |component of E(x)| over tokens: what super experts are found by (arXiv 2507.23279)",
 }
-"""Scores of an expert, and what each is. Sums are over the N_E counted tokens routed to the expert, of N in all."""
+"""Scores of an expert, and what each is. Sums are over the N_E counted tokens routed to the expert, of N in all.
+
+In a family that weighs what experts read (Llama 4), E(g x) stands for both E(x) and g E(x)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +121,7 @@ class ImportanceStats(Accumulator[ImportanceResult]):
         weights: Float[Tensor, "batch pos top_k"],
         indices: Int[Tensor, "batch pos top_k"],
         counted: Bool[Tensor, "batch pos"],
+        factors: Float[Tensor, "batch pos top_k"] | None = None,
     ) -> Self:
         """Count one layer of a batch.
 
@@ -128,6 +132,7 @@ class ImportanceStats(Accumulator[ImportanceResult]):
             weights: Their routing weights.
             indices: Which experts they are.
             counted: The tokens to count.
+            factors: What outputs are multiplied by, where that is not their routing weights; see `output_factors`.
 
         Raises:
             InputError: activations that are not finite.
@@ -138,10 +143,11 @@ class ImportanceStats(Accumulator[ImportanceResult]):
         out, chosen = outputs[at].float(), indices[at.to(indices.device)].to(outputs.device).flatten()
         norm = out.norm(dim=-1)
         weight = weights[at.to(weights.device)].float().to(out.device)
+        added = norm * (weight if factors is None else factors[at.to(factors.device)].float().to(out.device))
         size = resid[at.to(resid.device)].float().to(out.device).norm(dim=-1, keepdim=True)
         if not bool(norm.isfinite().all() & size.isfinite().all()):
             raise InputError(f"layer {layer}: activations are not finite")
-        values = torch.stack([weight, norm, weight * norm, weight * norm / size]).flatten(1).double()
+        values = torch.stack([weight, norm, added, added / size]).flatten(1).double()
         self._tokens[i].add(at.sum())
         self._routed[i].add(torch.bincount(chosen, minlength=self.n_experts))
         self._sums[i].add(values.new_zeros(4, self.n_experts).index_add_(1, chosen, values))
@@ -162,7 +168,7 @@ class ImportanceStats(Accumulator[ImportanceResult]):
 
         def consume(layer: int, of: dict[str, Tensor]) -> None:
             resid, outputs, weights, indices = (of[name] for name in wanted)
-            self.update(layer, resid, outputs, weights, indices, counted)
+            self.update(layer, resid, outputs, weights, indices, counted, output_factors(weights, model.family))
 
         return each_layer(model, wanted, consume)
 

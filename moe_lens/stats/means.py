@@ -76,7 +76,7 @@ class ActivationMeans(Accumulator[Means]):
             layer: Which layer.
             resid: The residual stream that the experts' outputs are added to.
             outputs: E(x) of the selected experts, by rank.
-            weights: Their routing weights.
+            weights: What these are multiplied by, as `output_factors` makes it of routing weights.
             indices: Which experts they are.
             counted: The tokens to count.
         """

@@ -18,6 +18,7 @@ from moe_lens import names
 from moe_lens.data import TokenBatch
 from moe_lens.errors import InputError
 from moe_lens.protocols import require_stream_width
+from moe_lens.routing import output_factors
 from moe_lens.stats import ActivationMeans, Means, Result, SimilarityResult, SimilarityStats
 from moe_lens.studies.frames import by_domain
 from moe_lens.studies.running import Hooks, each_layer, losses, predicted
@@ -107,6 +108,7 @@ class SingleExpertStudy(Study):
 
         def update(layer: int, of: dict[str, Tensor]) -> None:
             resid, indices, weights, outputs = (batch.unpack(of[name]).cpu() for name in wanted)
+            weights = output_factors(weights, model.family)
             for half in (0, 1):
                 into[f"half{half}"].update(layer, resid, outputs, weights, indices, batch.counted & (member == half))
 

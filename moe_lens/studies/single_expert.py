@@ -11,6 +11,7 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.data import TokenBatch, Tokens
 from moe_lens.protocols import require_stream_width
+from moe_lens.routing import output_factors
 from moe_lens.stats import ActivationMeans, LossResult, LossStats, Means, SimilarityResult, SimilarityStats, halves
 from moe_lens.studies.frames import by_domain
 from moe_lens.studies.running import Hooks, each_layer, losses, nothing, predicted
@@ -83,6 +84,7 @@ class _CrossFit:
 
             def update(layer: int, of: dict[str, Tensor], batch: TokenBatch = batch, member: Tensor = member) -> None:
                 resid, indices, weights, outputs = (of[name].cpu() for name in wanted)
+                weights = output_factors(weights, model.family)
                 for number, accumulator in enumerate(stats):
                     accumulator.update(layer, resid, outputs, weights, indices, batch.counted & (member == number))
 

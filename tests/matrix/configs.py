@@ -97,6 +97,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "shared_expert_combination_strategy": "average",
         "expert_selection_fn": "sigmoid",
     },
+    "dbrx": {
+        "hidden_size": None,  # the experts' own config takes it by its other name alone
+        "d_model": 40,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": EXPERTS, "moe_top_k": TOP_K},
+    },
     "deepseek_v2": {**MLA, "head_dim": 8, "topk_method": "group_limited_greedy"},
     "deepseek_ocr2_text": {
         "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
@@ -175,6 +181,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "output_multiplier": 0.6,
         "final_logit_softcapping": 5.0,
     },
+    "llama4_text": {"interleave_moe_layer_step": 2, "intermediate_size_mlp": 48, "attention_chunk_size": 8},
+    "longcat_flash": {**MLA, "head_dim": 8, "num_layers": LAYERS, "zero_expert_num": 3},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "mistral4": MLA,
     "nemotron_h": {
@@ -199,6 +207,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "hc_lowrank": 12,
     },
     "unlimited_ocr_text": {"topk_method": "group_limited_greedy"},
+    "step3p5": {
+        "share_expert_dim": 32,
+        "moe_router_scaling_factor": 1.7,
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        "swiglu_limits": [None, 0.5, 0.5, 0.5],
+    },
     "laguna": {"moe_router_logit_softcapping": 2.0},
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -214,6 +228,7 @@ TEXT = {
     "glm5_next": "glm5_next_text",
     "inkling2": "inkling2_text",
     "inkling_mm_model": "inkling_text",
+    "llama4": "llama4_text",
     "minimax_m3_vl": "minimax_m3_vl_text",
     "mistral_large4": "mistral_large4_text",
     "muse_spark": "muse_spark_text",
@@ -221,6 +236,7 @@ TEXT = {
     "qwen3_vl_moe": "qwen3_vl_moe_text",
     "qwen4_exp": "qwen4_exp_text",
     "unlimited_ocr": "unlimited_ocr_text",
+    "step3p7": "step3p5",
 }
 # Of the parts that read images and sound, which no test runs.
 TOWER: dict[str, Any] = {

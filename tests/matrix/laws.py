@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.errors import HookError
 from moe_lens.hooked_moe import HookedMoE
-from moe_lens.model.family import Family
+from moe_lens.model.families import FAMILIES, Family
 from moe_lens.routing import affinity
 from tests.matrix.configs import build, tokens
 from tests.wrapped import GATED, deviation
@@ -34,11 +34,14 @@ class Case:
     def __post_init__(self) -> None:
         self.tokens: Tensor = tokens()
         self.hf: Any = build(self.model_type, **self.changes)
-        self.hf.set_experts_implementation("eager")
         self.hf.requires_grad_(True)
+        packed = FAMILIES[self.model_type].experts == "packed"  # others know no implementation but their own
         with torch.no_grad():
+            if packed:
+                self.hf.set_experts_implementation("eager")
             self.eager = self.hf(self.tokens).logits
-            self.hf.set_experts_implementation("grouped_mm")
+            if packed:
+                self.hf.set_experts_implementation("grouped_mm")
             self.logits = self.hf(self.tokens).logits
         self.gradients = self.backward(self.hf)
         self.hf.generation_config.eos_token_id = None
@@ -129,12 +132,15 @@ def parts(case: Case) -> None:
             assert names.BLOCK_MLP_OUT not in at
         if stream == "parallel":
             close(at[names.RESID_PRE] + at[names.ATTN_OUT] + at[names.BLOCK_MLP_OUT], at[names.RESID_POST])
-        if stream == "other":
+        if family.layout and stream == "shortcut":
+            added = [case.cache[names.block(f"{part}.hook_out", layer)] for part in ("attn", *family.layout.added)]
+            close(sum(added, at[names.RESID_PRE]) + case.at(names.MLP_OUT, layer), at[names.RESID_POST])
+        if stream in ("shortcut", "other"):
             assert not {names.ATTN_OUT, names.RESID_MID, names.BLOCK_MLP_OUT} & at.keys()
     for layer in model.moe_layers:
         weights, out = case.at(names.ROUTING_WEIGHTS, layer), case.at(names.EXPERT_OUT, layer)
         weighted, routed = case.at(names.EXPERT_WEIGHTED, layer), case.at(names.ROUTED_OUT, layer)
-        close(out * weights[..., None], weighted)
+        close(out if family.weighs_input else out * weights[..., None], weighted)
         close(weighted.sum(2), routed)
         with torch.no_grad():
             whole = model.widened(layer, routed)
@@ -151,13 +157,19 @@ def parts(case: Case) -> None:
             for narrower in family.narrows:
                 x = model._moe(layer).get_submodule(narrower)(x)
         if family.model_type != "gpt_oss":
-            first = model.W_gate[layer] if model._moe(layer).experts.has_gate else model.W_in[layer]
-            close(torch.einsum("bpd,bpdm->bpm", x, first[expert]), case.at(names.EXPERT_PRE, layer)[:, :, 0])
-            post = case.at(names.EXPERT_POST, layer)[:, :, 0]
-            given = torch.einsum("bpm,bpmd->bpd", post, model.W_out[layer][expert])
-            experts = model._moe(layer).experts
+            first = model.W_gate[layer] if model._experts(layer).has_gate else model.W_in[layer]
+            given = x * weights[..., 0, None] if family.weighs_input else x
+            identical = expert >= len(first)
+            assert len(first) == model.n_experts - model.n_identity_experts
+            assert bool(identical.any()) == bool(model.n_identity_experts)
+            assert torch.equal(out[:, :, 0][identical], given[identical]), "an identity gives what it reads"
+            expert, given = expert[~identical], given[~identical]
+            pre, post = (case.at(name, layer)[:, :, 0] for name in (names.EXPERT_PRE, names.EXPERT_POST))
+            assert not pre[identical].any() and not post[identical].any(), "an identity has no neurons"
+            close(torch.einsum("nd,ndm->nm", given, first[expert]), pre[~identical])
+            given = torch.einsum("nm,nmd->nd", post[~identical], model.W_out[layer][expert])
             with torch.no_grad():
-                close(experts.post_expert_norm(given) if experts.has_post_expert_norm else given, out[:, :, 0])
+                close(model._experts(layer).finish(given), out[:, :, 0][~identical])
     if not family.adds_as_computed:
         for whole in (lambda: case.cache.partial_sum(case.layer, ranks=[0]), case.cache.decompose_experts):
             with pytest.raises(HookError, match="no term of a sum"):
@@ -301,7 +313,11 @@ def edits(case: Case) -> None:
     dead = sorted(set(dead) - set(scales))
     assert dead == [], dead
 
-    same = [names.ROUTING_WEIGHTS, names.EXPERT_OUT, names.EXPERT_WEIGHTED, names.ROUTED_OUT]
+    same = [names.EXPERT_OUT, names.EXPERT_WEIGHTED, names.ROUTED_OUT]
+    if case.family.weighs_input:
+        scales_what_experts_read(case)
+    else:
+        same.append(names.ROUTING_WEIGHTS)
     if not case.model.has_shared(case.layer):
         same.append(names.MLP_OUT)
     scaled = [case.edited(names.mlp(name, case.layer), lambda value: value * SCALE) for name in same]
@@ -318,6 +334,17 @@ def edits(case: Case) -> None:
         close(case.edited(names.block(names.ATTN_OUT, case.layer), lambda value: value + 1), moved) if (
             names.block(names.ATTN_OUT, case.layer) in case.cache
         ) else close(case.edited(names.block(names.RESID_PRE, case.layer), lambda value: value + 1), moved)
+
+
+def scales_what_experts_read(case: Case) -> None:
+    """Where weights come first: with other weights each chosen expert gives E(g x), computed from its matrices."""
+    model, layer = case.model, case.layer
+    x, weights, chosen = (case.at(name) for name in (names.MLP_IN, names.ROUTING_WEIGHTS, names.EXPERT_INDICES))
+    given = x[:, :, None] * weights[..., None] * SCALE
+    with torch.no_grad():
+        out = model.expert_outputs(layer, given.flatten(0, 2), chosen.flatten()[:, None]).view_as(given)
+        expected = case.edited(names.mlp(names.EXPERT_OUT, layer), lambda value: out)
+    close(case.edited(names.mlp(names.ROUTING_WEIGHTS, layer), lambda value: value * SCALE), expected)
 
 
 def gradients(case: Case) -> None:

@@ -52,6 +52,22 @@ def detached(case: Case) -> None:
     moe.experts.forward = lambda x, indices, weights: run(x, indices, weights.detach())
 
 
+def rank_order(case: Case) -> None:
+    case.model._experts(case.layer).total = lambda weighted, indices, dtype: weighted.flip(1).sum(1).to(dtype)
+
+
+def unread_part(case: Case) -> None:
+    layout = case.family.layout
+    assert layout is not None
+    case.model.__dict__["family"] = replace(case.family, layout=replace(layout, added=layout.added[:-1]))
+
+
+def stretched_identities(case: Case) -> None:
+    moe: Any = case.model._moe(case.layer)
+    run = moe.experts.forward
+    moe.experts.forward = lambda x, indices, weights: run(x * 1.001, indices, weights)
+
+
 def forgetful_cache(case: Case) -> None:
     case.generated = case.generated.flip(-1)
 
@@ -60,12 +76,18 @@ def forgetful_cache(case: Case) -> None:
     ("law", "model_type", "broken"),
     [
         ("logits", "glm4_moe", another_weight),
+        ("logits", "dbrx", rank_order),
         ("observing", "glm4_moe", dead_hook),
         ("observing", "glm4_moe", rounded_hook),
         ("observing", "gemma4_text", rounded_hook),
         ("parts", "granitemoeshared", forgotten_factor),
         ("parts", "laguna", forgotten_factor),
         ("parts", "muse_spark", wrong_row(widens=None)),
+        ("parts", "llama4_text", wrong_row(weighs_input=False)),
+        ("parts", "longcat_flash", unread_part),
+        ("parts", "longcat_flash", stretched_identities),
+        ("edits", "jetmoe", wrong_row(weighs_input=True)),
+        ("rule", "longcat_flash", wrong_row(scaled=None)),
         ("rule", "laguna", wrong_row(scaled=None)),
         ("rule", "gemma4_text", wrong_row(scaled=None)),
         ("rule", "qwen3_next", wrong_row(normalised="never")),

@@ -166,18 +166,22 @@ def test_a_config_tells_the_sizes_that_the_model_has(model_type: str) -> None:
     info = config_info(config(model_type))
     hf = build(model_type)
     assert info.parameters == sum(parameter.numel() for parameter in hf.parameters())
-    idle = 1 - info.top_k / info.n_experts
-    of_experts = {
-        name: p.numel()
+    stacked = (".mlp.input_linear.", ".mlp.output_linear.") if model_type == "jetmoe" else (".experts.",)
+    packed = {
+        name: p
         for name, p in hf.named_parameters()
-        if ".experts." in name and "shared" not in name and len(p) == info.n_experts
+        if any(part in name for part in stacked) and "shared" not in name and p.dim() > 1
     }
-    unused = sum(of_experts.pop(name) for name in [*of_experts] if "vision_moe" in name)  # by tokens of text
-    assert info.active == info.parameters - unused - round(sum(of_experts.values()) * idle)
+    unused = sum(packed.pop(name).numel() for name in [*packed] if "vision_moe" in name)  # by tokens of text
+    # LongCat's identities have rows in one of two parameters, which nothing uses.
+    rows = {name: len(p) if info.n_identities else info.n_experts for name, p in packed.items()}
+    idle = sum(p.numel() - info.top_k * p.numel() // rows[name] for name, p in packed.items())
+    assert info.active == info.parameters - unused - idle
     assert info.memory(torch.bfloat16) == 2 * info.parameters
     model = HookedMoE.from_hf(hf, check=False)
     assert (info.moe_layers, info.n_experts, info.top_k) == (model.moe_layers, model.n_experts, model.top_k)
-    assert info.has_shared == model.has_shared(model.moe_layers[0])
+    assert info.has_shared == bool(model.n_shared_experts)
+    assert info.n_identities == model.n_identity_experts
     assert info.d_expert == model.W_out[model.moe_layers[0]].shape[1]
 
 

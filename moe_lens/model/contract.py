@@ -1,0 +1,197 @@
+"""The contract of transformers' experts, and what the kernel, `model.W_*` and counts of parameters read of it.
+
+Under it a router returns `(logits, weights, indices)`, and an experts module holds packed parameters, is called as
+`experts(hidden, indices, weights)`, and says with flags what is particular. `Experts` reads such a module; the blocks
+that bypass the contract are presented under it in `bypass.py`.
+"""
+
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import align_module_device
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from moe_lens.errors import UnsupportedModelError
+
+
+class Rows(NamedTuple):
+    """The rows that a pass computes: one for each slot that is not left out, sorted by expert."""
+
+    ids: Int[Tensor, " rows"]
+    """The expert of each."""
+    tokens: Int[Tensor, " rows"]
+    """The token of each."""
+    ends: Int[Tensor, " n_experts"]
+    """Where each expert's rows end."""
+    n_tokens: int
+
+    def first(self, n_experts: int, n_rows: int) -> "Rows":
+        """Those of the first experts alone."""
+        return Rows(self.ids[:n_rows], self.tokens[:n_rows], self.ends[:n_experts], self.n_tokens)
+
+
+Product = Callable[[Tensor, Tensor, Rows], Tensor]
+"""Of values [rows, in] and matrices [expert, in, out]: each row times the matrix of its expert."""
+
+
+class Experts:
+    """The experts of one layer. Matrices are views of the module's own parameters, [expert, in, out].
+
+    Raises:
+        UnsupportedModelError: the module is not what its family has, or its parameters are quantised.
+    """
+
+    def __init__(self, module: Any, interleaved: bool = False, weighs_input: bool = False):
+        self.module, self.interleaved, self.weighs_input = module, interleaved, weighs_input
+        known = self._read_flags()
+        parameters = self._parameters() if known else [None]
+        full = all(isinstance(p, Tensor) and p.is_floating_point() and p.element_size() >= 2 for p in parameters)
+        if not full or "FP8" in type(module).__name__:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} is not under transformers' experts contract (packed gate_up_proj and "
+                "down_proj, of 16 bits at least); quantised experts replace it. Dequantise while loading, with "
+                "quantization_config=Mxfp4Config(dequantize=True) or FineGrainedFP8Config(dequantize=True) of "
+                "transformers; other formats have no way back"
+            )
+
+    def _read_flags(self) -> bool:
+        """Read what the module says of itself; whether it says anything."""
+        flags = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+        self.has_gate, self.has_bias, self.transposed, self.post_norm = (
+            bool(getattr(self.module, flag, False)) for flag in flags
+        )
+        return hasattr(self.module, "has_gate")
+
+    # --- what they are ---
+
+    @property
+    def n_experts(self) -> int:
+        """How many there are, identities included."""
+        return int(self.module.num_experts)
+
+    @property
+    def n_identities(self) -> int:
+        """Experts, the last ids, that give back what they read; they have no matrices."""
+        return 0
+
+    @property
+    def n_matrices(self) -> int:
+        """How many have matrices: all but identities."""
+        return self.n_experts - self.n_identities
+
+    # --- parameters ---
+
+    def _parameters(self) -> list[Any]:
+        """All that experts own, as the module stores it."""
+        first = "gate_up_proj" if self.has_gate else "up_proj"
+        names = [first, "down_proj", *([f"{first}_bias", "down_proj_bias"] if self.has_bias else [])]
+        return [getattr(self.module, name, None) for name in names]
+
+    def first(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Matrices and biases of the products with what experts read; their columns together make the neurons."""
+        weight, bias = self._parameters()[0], self._parameters()[2] if self.has_bias else None
+        return [(self._oriented(weight[: self.n_matrices]), bias)]
+
+    def second(self) -> tuple[Tensor, Tensor | None]:
+        """Matrices and biases of the product that makes their output."""
+        return self._oriented(self._parameters()[1]), self._parameters()[3] if self.has_bias else None
+
+    def _oriented(self, weight: Tensor) -> Tensor:
+        return weight if self.transposed else weight.mT
+
+    def branch(self, number: int) -> Float[Tensor, "expert d_model d_expert"]:
+        """The matrices of the activated (0) or the linear (1) branch, which without a gate are the same."""
+        matrices = [matrix for matrix, _ in self.first()]
+        if not self.has_gate or len(matrices) == 2:
+            return matrices[min(number, len(matrices) - 1)]
+        return split_branches(matrices[0], self.interleaved)[number]
+
+    def sizes(self) -> tuple[int, int]:
+        """Numbers in all experts' parameters, and in those of one expert that has any."""
+        used = [*self.first(), self.second()]
+        numbers = sum(part.numel() for pair in used for part in pair if part is not None)
+        return sum(parameter.numel() for parameter in self._parameters()), numbers // self.n_matrices
+
+    def holders(self) -> list[nn.Module]:
+        """The modules that own the parameters."""
+        return [self.module]
+
+    @contextmanager
+    def on_device(self) -> Generator[None]:
+        """With their parameters where they compute: accelerate keeps those of offloaded layers elsewhere."""
+        with ExitStack() as stack:
+            for holder in self.holders():
+                stack.enter_context(align_module_device(holder))
+            yield
+
+    # --- how they compute ---
+
+    def visits(self, slots: Int[Tensor, "tokens top_k"]) -> Int[Tensor, " slots"] | None:  # noqa: ARG002
+        """The slots, in the order in which an expert's rows come; None as they are."""
+        return None
+
+    def activate(self, projected: Float[Tensor, "rows width"]) -> Float[Tensor, "rows d_expert"]:
+        """Neurons, of the products with what experts read."""
+        return self.module._apply_gate(projected) if self.has_gate else self.module.act_fn(projected)
+
+    def finish(self, out: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_model"]:
+        """What is done to an expert's output before it is weighted."""
+        return self.module.post_expert_norm(out) if self.post_norm else out
+
+    def product(self, x: Tensor, matrix: Tensor, rows: Rows) -> Tensor:
+        """Each row times the matrix of its expert, as transformers computes it."""
+        return grouped_product(x, matrix, rows)
+
+    def total(
+        self,
+        weighted: Float[Tensor, "tokens top_k d_model"],
+        indices: Int[Tensor, "tokens top_k"],  # noqa: ARG002
+        dtype: torch.dtype,
+    ) -> Float[Tensor, "tokens d_model"]:
+        """The sum over slots, in `dtype`."""
+        return weighted.sum(1).to(dtype)
+
+
+def grouped_product(x: Tensor, matrix: Tensor, rows: Rows) -> Tensor:
+    """Each row times the matrix of its expert.
+
+    `torch.nn.functional.grouped_mm` where it works; it refuses float64 and rows that are not multiples of 16 bytes.
+    """
+    sizes = (matrix.shape[-2] * matrix.element_size(), matrix.shape[-1] * matrix.element_size())
+    if len(x) and matrix.dtype != torch.float64 and not any(size % 16 for size in sizes):
+        return F.grouped_mm(x.to(matrix.dtype), matrix, offs=rows.ends)
+    return looped_product(x, matrix, rows)
+
+
+def looped_product(x: Tensor, matrix: Tensor, rows: Rows) -> Tensor:
+    """The same, one expert after the other."""
+    counts = rows.ends.diff(prepend=rows.ends.new_zeros(1)).tolist()
+    # split, not slices: its backward is one concatenation instead of a full-size scatter for every expert
+    return torch.cat([part @ m for part, m in zip(x.to(matrix.dtype).split(counts), matrix.unbind(), strict=True)])
+
+
+def split_branches(projected: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """The activated and the linear branch of a gated expert's first product."""
+    if interleaved:
+        return projected[..., ::2], projected[..., 1::2]
+    activated, linear = projected.chunk(2, -1)
+    return activated, linear
+
+
+def join_branches(activated: Tensor, linear: Tensor, interleaved: bool) -> Tensor:
+    """Inverse of `split_branches`."""
+    if interleaved:
+        return torch.stack([activated, linear], -1).flatten(-2)
+    return torch.cat([activated, linear], -1)
+
+
+def top_k_of(moe: Any, router: Any, config: Any, field: str) -> int:
+    """Experts of a token, as router, block or a field of the config says."""
+    for owner in (router, moe):
+        if hasattr(owner, "top_k"):
+            return int(owner.top_k)
+    return int(getattr(config, field))
