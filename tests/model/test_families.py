@@ -250,7 +250,7 @@ def test_models_and_info_on_the_command_line(tmp_path: Path, capsys: pytest.Capt
     ("changes", "said"),
     [
         ({"model_type": "llama"}, "model_type 'llama' is not supported. A model without experts belongs in"),
-        ({"model_type": "llama4"}, "model_type 'llama4' is not supported: it weighs what an expert reads"),
+        ({"model_type": "doge"}, "model_type 'doge' is not supported: its experts are rows of embeddings"),
         ({"model_type": "nosuch"}, "model_type 'nosuch' is unknown to transformers"),
         ({"model_type": None}, "has no model_type"),
         ({"hidden_size": "many"}, "Field 'hidden_size' expected int, got str"),
