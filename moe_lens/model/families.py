@@ -422,6 +422,7 @@ FAMILIES |= {
         _multimodal("glm5_next", "hy_v4"),
         _multimodal("inkling2", "inkling2_text"),
         _multimodal("inkling_mm_model", "inkling_text"),
+        _multimodal("kimi_k25", "deepseek_v3"),
         _multimodal("llama4", "llama4_text", inside="language_model.model", head="language_model.lm_head"),
         _multimodal("minimax_m3_vl", "minimax_m3_vl_text"),
         _multimodal("mistral_large4", "mistral4", normalised="always"),

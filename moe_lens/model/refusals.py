@@ -9,7 +9,6 @@ REFUSED = {
     "diffusion_gemma": "it denoises blocks of text instead of predicting the next token",
     "doge": "its experts are rows of embeddings, retrieved by product keys: they have no matrices",
     "dots3_note": "its image encoder has experts of its own; load its text model, dots3_note_text",
-    "kimi_k25": f"{NO_TABLE}, deepseek_v3",
     "nemo_speechlm": f"{NO_TABLE}, nemotron_h",
     "nemotron_h_omni": f"{NO_TABLE}, nemotron_h",
     "nllb-moe": ENCODER,

@@ -228,6 +228,7 @@ TEXT = {
     "glm5_next": "glm5_next_text",
     "inkling2": "inkling2_text",
     "inkling_mm_model": "inkling_text",
+    "kimi_k25": "deepseek_v3",
     "llama4": "llama4_text",
     "minimax_m3_vl": "minimax_m3_vl_text",
     "mistral_large4": "mistral_large4_text",
