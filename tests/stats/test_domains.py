@@ -100,13 +100,13 @@ def test_errors_are_those_of_shares():
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["10 × 20 | 30 × 200", "10 of ~30 | 15 of ~60 | 30 of ~150"])
 def test_domains_of_small_and_large_sources_are_alike_if_routed_alike(scenario):
-    draws = 80
+    draws = 200
     found = rates(SCENARIOS[scenario], draws=draws, permutations=99, seed=1)
     most = 0.05 + 2 * (0.05 * 0.95 / draws) ** 0.5
     assert found["experts"] <= most and found["mi"] <= most
     assert abs(found["mi, excess"]) < 0.15
     assert found["power"] > 0.5
-    assert found["experts, plain"] > 0.25 and found["mi, plain"] > 0.25  # labels alone, as if sizes did not matter
+    assert found["experts, plain"] > most and found["mi, plain"] > most  # labels alone, as if sizes did not matter
 
 
 def test_experts_that_hardly_occur_are_not_tested():
