@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help report install test test-latest .latest check docs docs-serve examples notebooks picture clean
+.PHONY: help report install test test-latest .latest test-oldest .oldest check docs docs-serve examples notebooks picture clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 | \2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
@@ -32,6 +32,16 @@ test-latest:  ## every family against the newest transformers and transformer-le
 	@grep '^torch==' constraints.txt > $(VENV)/torch.txt
 	@$(PIP) install --quiet --upgrade --constraint $(VENV)/torch.txt transformers transformer-lens
 	@$(BIN)/python scripts/families.py --check
+
+# The other end of the ranges: an environment with every runtime dependency at its lower bound. The tests of packaging
+# are left out, which demand the versions of constraints.txt.
+test-oldest:  ## every family and the quick tests against the lowest versions that pyproject.toml allows
+	@$(MAKE) --no-print-directory VENV=.venv-oldest .oldest
+
+.oldest: pyproject.toml constraints.txt | $(BIN)/python
+	@$(BIN)/python scripts/oldest.py > $(VENV)/oldest.txt
+	@$(PIP) install --quiet --constraint $(VENV)/oldest.txt --editable '.[dev]'
+	@$(BIN)/pytest -m 'not slow' --ignore tests/test_packaging.py $(PYTEST_ARGS)
 
 # The cache of lint-imports does not notice that a module which others import has been added.
 check: $(VENV)/.installed-dev  ## all of `make test` but the tests
@@ -56,7 +66,7 @@ picture: $(VENV)/.installed  ## draw the README's picture again, from the embedd
 	$(BIN)/python scripts/picture.py
 
 clean:  ## remove .venv and everything that was built
-	rm -rf $(VENV) .venv-latest site build dist .pytest_cache .ruff_cache .hypothesis .coverage htmlcov
+	rm -rf $(VENV) .venv-latest .venv-oldest site build dist .pytest_cache .ruff_cache .hypothesis .coverage htmlcov
 
 # Debian's python3 comes without ensurepip unless python3-venv is installed; pip can then fill the environment from outside.
 $(BIN)/python:

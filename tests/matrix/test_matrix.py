@@ -1,13 +1,14 @@
 """Every supported family obeys every law, and every model type with experts is supported or refused with a reason."""
 
 import importlib.util
-import re
 import tomllib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from moe_lens.model.families import FAMILIES
 from moe_lens.model.refusals import REFUSED
@@ -99,12 +100,25 @@ def test_a_broken_family_is_reported_by_law_and_does_not_stop_the_run(
     assert status == 0 and said.rstrip().endswith(": nothing broke")
 
 
-@pytest.mark.parametrize("package", ["transformers", "transformer-lens"])
-def test_what_is_tested_is_the_oldest_version_that_pyproject_allows(package: str) -> None:
-    """`make test-latest` is for the newest; everything else runs on what constraints.txt pins."""
-    allowed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-    (bounds,) = [found[1] for text in allowed if (found := re.match(rf"{package}\s*(\S+)", text))]
-    oldest = re.search(r">=([\d.]+)", bounds)
-    pinned = re.search(rf"^{package}==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
-    assert oldest and pinned
-    assert pinned[1].startswith(oldest[1] + "."), "the pinned version is of the oldest minor version that is allowed"
+OLDEST = load_script("oldest")
+
+
+def test_the_oldest_versions_are_the_lower_bounds_of_pyproject() -> None:
+    made = dict(line.split("==") for line in OLDEST.constraints(*texts()).splitlines())
+    for text in tomllib.loads(texts()[0])["project"]["dependencies"]:
+        requirement = Requirement(text)
+        (bound,) = [each.version for each in requirement.specifier if each.operator == ">="]
+        assert made[canonicalize_name(requirement.name)] == bound
+    assert "pytest" in made, "the tools of the tests are those that constraints.txt pins"
+    with pytest.raises(ValueError, match="'rich<16' has no lower bound"):
+        OLDEST.lowest(["rich<16"])
+
+
+def test_torch_is_the_one_library_that_is_tested_at_one_version_only() -> None:
+    """Another build of it is gigabytes: its lower bound is the version of constraints.txt."""
+    oldest = OLDEST.lowest(tomllib.loads(texts()[0])["project"]["dependencies"])["torch"]
+    assert f"\ntorch=={oldest}." in texts()[1]
+
+
+def texts() -> list[str]:
+    return [(ROOT / name).read_text(encoding="utf-8") for name in ("pyproject.toml", "constraints.txt")]
