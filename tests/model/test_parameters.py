@@ -117,7 +117,8 @@ def test_what_is_not_supported_is_refused_by_name() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes: Any = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    with pytest.raises(UnsupportedModelError, match=r"'llama' is not supported. Supported: .*deepseek, .*mixtral"):
+    belongs = "A model without experts belongs in TransformerLens's TransformerBridge"
+    with pytest.raises(UnsupportedModelError, match=rf"'llama' is not supported\. {belongs}\. .*deepseek, .*mixtral"):
         HookedMoE.from_hf(LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)))
     with pytest.raises(UnsupportedModelError, match="no layer with experts"):
         HookedMoE.from_hf(build("deepseek", first_k_dense_replace=3))
