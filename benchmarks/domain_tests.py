@@ -1,6 +1,6 @@
 """How often `compare_domains` finds something where there is nothing, and where there is something.
 
-python -m benchmarks.domain_tests [--draws 300] [--permutations 199] [--seed 0]
+python -m benchmarks.domain_tests [--draws 1000] [--permutations 199] [--seed 0]
 
 Sources are routed from one and the same distribution in all domains: each source shifts the logits of all experts by
 normal draws of its own, so that its tokens depend on one another, and each token chooses the 4 best of 32 experts. What
@@ -116,7 +116,7 @@ def rates(sizes: Sizes, *, draws: int, permutations: int, seed: int) -> dict[str
 def main() -> None:
     """Print a row for each scenario."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draws", type=int, default=300)
+    parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--permutations", type=int, default=199)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -38,7 +38,7 @@ class DomainComparison(Result):
     differences: Float[Tensor, "domain layer n_experts"]
     """Specialisation less its mean over the other domains."""
     statistics: Float[Tensor, "domain layer n_experts"]
-    """Differences in standard deviations; 0 where fewer than 5 assignments are expected in some domain: not tested."""
+    """Differences in standard deviations; 0 where fewer than 10 tokens are expected in some domain: not tested."""
     p_values: Float[Tensor, "domain layer n_experts"]
     """Of the absolute statistic, against the greatest one over all domains, layers and experts: corrected for all."""
     npmi: Float[Tensor, "domain layer n_experts"]

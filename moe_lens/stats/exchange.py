@@ -19,8 +19,9 @@ from torch.nn.functional import one_hot
 STEPS = 4
 """How often shares and dependence are estimated, each time with the weights that the last ones give."""
 
-LEAST_EXPECTED = 5
-"""Tokens that an expert must expect in every domain, or it is not tested (Cochran 1954, Biometrics 10)."""
+LEAST_EXPECTED = 10
+"""Tokens that an expert must expect in every domain, or it is not tested: lower counts are too skewed. With the five of
+Cochran (1954, Biometrics 10), tests of domains of 200 and 6,000 tokens at .05 found something in .077 of the draws."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +88,7 @@ class Deviations:
 
     @property
     def tested(self) -> Bool[Tensor, "layer n_experts"]:
-        """Whether even the smallest domain is large enough for `LEAST_EXPECTED`: lower counts are far from normal."""
+        """Whether even the smallest domain is large enough for `LEAST_EXPECTED`."""
         return self.share >= LEAST_EXPECTED * self.member.amax()
 
     def shares(self) -> Float[Tensor, "domain layer n_experts"]:
