@@ -1,7 +1,8 @@
-"""Tensors with a small JSON header in one safetensors file, written whole or not at all."""
+"""Files written whole or not at all; tensors with a small JSON header in one safetensors file."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,6 +17,28 @@ _HEADER = "moe_lens"
 _VERSION = 1
 
 
+@contextmanager
+def written_whole(path: str | Path) -> Generator[Path]:
+    """A temporary name beside a file, whose place it takes when the block ends; its folder is created.
+
+    Raises:
+        InputError: the file cannot be written there; nothing is left behind.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{uuid4().hex}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir():
+            raise IsADirectoryError(f"{target} is a folder")
+        yield temporary
+        temporary.replace(target)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be written: {error}") from error
+    finally:
+        if temporary.exists():
+            temporary.unlink()
+
+
 def save_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write tensors and a header of plain JSON values, under a temporary name first.
 
@@ -28,18 +51,9 @@ def save_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], hea
     Raises:
         InputError: the file cannot be written there; nothing is left behind.
     """
-    target = Path(path)
     metadata = {_HEADER: json.dumps({"kind": kind, "version": _VERSION, **header})}
-    temporary = target.with_name(f".{target.name}.{uuid4().hex}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as temporary:
         save_file({key: value.detach().contiguous() for key, value in tensors.items()}, temporary, metadata)
-        temporary.replace(target)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be written: {error}") from error
-    finally:
-        if temporary.exists():
-            temporary.unlink()
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

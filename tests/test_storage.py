@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from moe_lens.errors import InputError
-from moe_lens.storage import load_tensors, save_tensors
+from moe_lens.storage import load_tensors, save_tensors, written_whole
 
 
 def test_tensors_and_header_come_back_bit_for_bit(tmp_path: Path):
@@ -45,6 +45,16 @@ def test_where_nothing_can_be_written_nothing_is_left(tmp_path: Path):
             save_tensors(tmp_path / name, "Test", {"a": torch.ones(2)}, {})
         assert str(tmp_path / name) in str(error.value)
     assert sorted(file.name for file in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+def test_work_that_fails_midway_leaves_the_old_file(tmp_path: Path):
+    path = tmp_path / "new" / "file"
+    with written_whole(path) as temporary:
+        temporary.write_text("old")
+    with pytest.raises(ZeroDivisionError), written_whole(path) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "old" and [file.name for file in path.parent.iterdir()] == ["file"]
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path):

@@ -12,6 +12,7 @@ from moe_lens.cli import options
 from moe_lens.cli.app import app
 from moe_lens.cli.loading import quiet
 from moe_lens.cli.working import Work, command
+from moe_lens.storage import written_whole
 from moe_lens.studies import (
     TREATMENTS,
     LensStudy,
@@ -155,8 +156,10 @@ def compare_studies(
     Example: moe-lens compare runs/base runs/chat --out difference.parquet
     """
     quiet()
-    found = compare(StudyResult.load(first), StudyResult.load(second))
-    found.save(out)
+    with written_whole(out) as temporary:
+        temporary.touch()  # what cannot be written is said before the work, not after
+        found = compare(StudyResult.load(first), StudyResult.load(second))
+        found.save(temporary)
     table = found.table
     clear = table[(table["low"] > 0) | (table["high"] < 0)]
     print(f"{len(table):,} differences, {len(clear):,} with an interval that leaves out 0")

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from jaxtyping import Float
@@ -18,7 +17,7 @@ from moe_lens.hooked_moe import HookedMoE
 from moe_lens.lenses.base import Lens
 from moe_lens.lenses.tuning import Tuning
 from moe_lens.model.loading import EMBEDDED
-from moe_lens.storage import load_tensors, save_tensors
+from moe_lens.storage import load_tensors, save_tensors, written_whole
 
 _CONFIG, _TENSORS, _KIND = "config.json", "lens.safetensors", "TunedLens"
 
@@ -149,14 +148,8 @@ class TunedLens(Lens):
             "tuning": None if self.tuning is None else asdict(self.tuning),
         }
         save_tensors(target / _TENSORS, _KIND, tensors, {"fingerprint": config["fingerprint"]})
-        temporary = target / f".{_CONFIG}.{uuid4().hex}"
-        try:
+        with written_whole(target / _CONFIG) as temporary:
             temporary.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-            temporary.replace(target / _CONFIG)
-        except OSError as error:
-            raise InputError(f"{target / _CONFIG} cannot be written: {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, model: Any = None, *, strict: bool = True) -> "TunedLens":

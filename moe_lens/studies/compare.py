@@ -16,6 +16,7 @@ from torch import Tensor
 from moe_lens.errors import InputError
 from moe_lens.stats import MEASURES, MIN_SOURCES, Result, RoutingResult, SimilarityResult
 from moe_lens.stats.resampling import tail
+from moe_lens.storage import written_whole
 from moe_lens.studies.lens import QUANTITIES, LensTotals
 from moe_lens.studies.result import StudyResult
 from moe_lens.studies.variants import VariantLosses
@@ -70,15 +71,13 @@ class Comparison:
         return self.first["plan"]["model"]["fingerprint"] == self.second["plan"]["model"]["fingerprint"]
 
     def save(self, path: Any) -> None:
-        """Write the table as parquet.
+        """Write the table as parquet, whole or not at all.
 
         Raises:
             InputError: It cannot be written there.
         """
-        try:
-            self.table.to_parquet(path, index=False)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+        with written_whole(path) as temporary:
+            self.table.to_parquet(temporary, index=False)
 
 
 def compare(first: StudyResult, second: StudyResult, *, seed: int = 0) -> Comparison:
