@@ -1,5 +1,6 @@
 """`--config study.toml`: options of a command as a file, and a table for each domain."""
 
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from moe_lens.data import DomainSpec, domains_from_table
 from moe_lens.errors import InputError
 
 _DOMAINS = "domains"
+_ELSEWHERE = {"config", "domain"}
 
 
 def defaults(arguments: Sequence[str], commands: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -26,9 +28,14 @@ def defaults(arguments: Sequence[str], commands: Mapping[str, Any]) -> dict[str,
     if path is None or name is None:
         return {}
     values = {key.replace("-", "_"): value for key, value in _read(path).items() if key != _DOMAINS}
-    known = {parameter.name for parameter in commands[name].params} - {"config", "domain"}
-    if unknown := sorted(values.keys() - known):
+    known = {parameter.name: parameter for parameter in commands[name].params if parameter.name not in _ELSEWHERE}
+    if unknown := sorted(values.keys() - known.keys()):
         raise InputError(f"--config {path}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}, {_DOMAINS}")
+    for key, value in values.items():  # typer takes true for 1, and 1 for true
+        switch = getattr(known[key], "is_flag", False)
+        if switch != isinstance(value, bool):
+            expected = "true or false" if switch else "a value"
+            raise InputError(f"--config {path}: {key} = {json.dumps(value, default=str)}; expected {expected}")
     return {name: values}
 
 

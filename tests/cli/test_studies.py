@@ -123,6 +123,15 @@ def test_compare_refuses_what_has_nothing_in_common(saved, tmp_path, capsys):
     assert "holds no result of a study" in refused(capsys, "compare", str(saved / "routing"), str(tmp_path))
 
 
+def test_compare_says_before_the_work_where_it_cannot_write(saved, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("moe_lens.cli.studies.compare", lambda *_: pytest.fail("compared first"))
+    (tmp_path / "file").touch()
+    for out in (tmp_path, tmp_path / "file" / "table.parquet"):
+        said = refused(capsys, "compare", str(saved / "routing"), str(saved / "routing"), "--out", str(out))
+        assert f"{out} cannot be written" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "parquet"])
 def test_collect_saves_what_the_model_does(saved, kind, tmp_path):
     hooks = ["--hook", "blocks.*.hook_resid_mid", "--hook", "blocks.1.mlp.hook_expert_out", "--shard-tokens", "100"]
@@ -163,6 +172,13 @@ def test_arguments_that_are_wrong(saved, tmp_path, capsys):
     assert "unknown key 'tokenz'; known: batch_tokens, " in refused(capsys, *start)
     config.write_text("tokens = [\n")
     assert "not TOML" in refused(capsys, *start)
+    for wrong, expected in (
+        ("tokens = true", "a value"),
+        ("packed = 1", "true or false"),
+        ('packed = "no"', "true or"),
+    ):
+        config.write_text(f"{wrong}\n")
+        assert f"{wrong}; expected {expected}" in refused(capsys, *start)
     config.write_text('tokens = "many"\n')
     assert "--tokens" in refused(capsys, *start)
     config.write_text("domains = 3\n")
