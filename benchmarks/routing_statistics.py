@@ -4,8 +4,10 @@ python -m benchmarks.routing_statistics [--rounds 9] [--threads 2] [--model tiny
 
 Speed: the model that `benchmarks/forward.py` describes (random, 70 M parameters), or a named one, reads batches of
 4 × 256 tokens: plain transformers at its fastest, HookedMoE without hooks, and with `RoutingStats` and `PairStats`
-updated. A round is plain, variant, variant, plain. The median over rounds of the ratio of tokens per second is given,
-and that of processor time, which other work on the machine disturbs less; plain beside itself shows the noise.
+updated, with and without the logits, which plain transformers always computes; and a batch of the study `routing`,
+which counts by input, next and predicted token, too. A round is plain, variant, variant, plain. The median over rounds
+of the ratio of tokens per second is given, and that of processor time, which other work on the machine disturbs less;
+plain beside itself shows the noise.
 
 Memory: the process's peak, and the size of the state, as synthetic routing of 2 layers, 16 experts and top-4 is counted
 from 10⁵ to 10⁷ tokens.
@@ -18,21 +20,22 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from benchmarks.forward import SHAPE
 from moe_lens import HookedMoE
+from moe_lens.data import TokenBatch
 from moe_lens.model.deepseek import DeepseekConfig, DeepseekForCausalLM
 from moe_lens.routing import Routing
 from moe_lens.stats import Accumulator, PairStats, RoutedBatch, RoutingStats, VocabularyStats, observe
+from moe_lens.studies import RoutingStudy
 
 
 def speed(model: HookedMoE, plain: Any, tokens: torch.Tensor, rounds: int) -> None:
     """Print the median time of each variant and its tokens per second beside the plain forward's."""
-    batch: Any = SimpleNamespace(
+    batch = TokenBatch(
         tokens=tokens,
         mask=torch.ones_like(tokens, dtype=torch.bool),
         counted=torch.ones_like(tokens, dtype=torch.bool),
@@ -42,9 +45,12 @@ def speed(model: HookedMoE, plain: Any, tokens: torch.Tensor, rounds: int) -> No
     routing, pairs = RoutingStats(*size), PairStats(*size)
     mask = batch.mask.long()
 
-    def counted(*stats: Accumulator[Any]) -> Callable[[], Any]:
+    study = RoutingStudy()
+    gathered = study.begin(model, "model")
+
+    def counted(*stats: Accumulator[Any], logits: bool = False) -> Callable[[], Any]:
         def run() -> None:
-            seen: Any = observe(model, batch)
+            seen: Any = observe(model, batch, predicted=logits)
             for one in stats:
                 one.update(seen)
 
@@ -55,6 +61,8 @@ def speed(model: HookedMoE, plain: Any, tokens: torch.Tensor, rounds: int) -> No
         "HookedMoE, no hooks": lambda: model(tokens, attention_mask=mask, use_cache=False),
         "RoutingStats": counted(routing),
         "RoutingStats and PairStats": counted(routing, pairs),
+        "the same, with all logits": counted(routing, pairs, logits=True),
+        "the study `routing`": lambda: study.step(model, "model", batch, gathered, None),
     }
     plain_forward = variants["plain transformers"]
     with torch.no_grad():

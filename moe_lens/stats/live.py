@@ -93,6 +93,8 @@ def routing_hooks(model: HookedModel, layers: dict[int, LayerRouting]) -> Hooks:
 def observe(model: Any, batch: TextBatch, *, predicted: bool = False) -> RoutedBatch:
     """Run a model over a batch and note its routing: one forward pass, and nothing else is kept.
 
+    Without `predicted` the unembedding sees the last position alone: routing does not ask for it.
+
     Args:
         model: A `HookedMoE`.
         batch: Tokens, which of them are real, which to count, and the source of each row.
@@ -107,6 +109,7 @@ def observe(model: Any, batch: TextBatch, *, predicted: bool = False) -> RoutedB
         return_type="logits",
         attention_mask=mask.long(),
         use_cache=False,
+        logits_to_keep=0 if predicted else 1,  # 0: all, as transformers has it
     )
     return RoutedBatch(
         routing=replace(Routing.stack([layers[layer] for layer in model.moe_layers]), mask=batch.mask),

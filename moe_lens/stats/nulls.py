@@ -125,7 +125,8 @@ def random_router(model: Any, batch: TextBatch, seed: int = 0) -> RoutedBatch:
     device = model.original_model.get_input_embeddings().weight.device
     hooks = each_layer(model, [names.MLP_IN], keep)
     tokens, mask = batch.tokens.to(device), batch.mask.long().to(device)
-    model.run_with_hooks(tokens, fwd_hooks=hooks, return_type=None, attention_mask=mask, use_cache=False)
+    how = {"attention_mask": mask, "use_cache": False, "logits_to_keep": 1}
+    model.run_with_hooks(tokens, fwd_hooks=hooks, return_type=None, **how)
     return RoutedBatch(
         routing=replace(Routing.stack([layers[layer] for layer in model.moe_layers]), mask=batch.mask),
         tokens=batch.tokens,

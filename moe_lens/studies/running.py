@@ -38,11 +38,12 @@ def forward(model: Any, batch: TokenBatch, hooks: Hooks) -> Float[Tensor, "rows 
         InputError: They hold NaN; the message names the layer where that begins.
     """
     device = input_device(model)
+    how: dict[str, Any] = {"use_cache": False}
     if batch.packing is None:
-        tokens, how = batch.tokens, {"attention_mask": batch.mask.long().to(device)}
+        tokens, how["attention_mask"] = batch.tokens, batch.mask.long().to(device)
     else:
         # Positions that start again mark windows that must not see one another, if there is no mask and no cache.
-        tokens, how = batch.packing.tokens, {"position_ids": batch.packing.positions.to(device), "use_cache": False}
+        tokens, how["position_ids"] = batch.packing.tokens, batch.packing.positions.to(device)
     logits = model.run_with_hooks(tokens.to(device), fwd_hooks=hooks, return_type="logits", **how)
     if logits.sum(-1).isnan().any() and (bad := batch.unpack(logits.isnan().any(-1)).cpu() & batch.mask).any():
         row = int(bad.any(-1).nonzero()[0, 0])
