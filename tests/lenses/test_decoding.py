@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -348,13 +349,15 @@ def test_frames_are_aligned(model: HookedMoE, cache: MoECache):
     result = LogitLens(model).decode(cache, SUMS, positions=[3, 5], top=2)
     cells = result.to_frame()
     assert len(cells) == 2 * len(SUMS) * 2 * 2 + 3 * 2 * 2  # the dense layer has three of the sums
-    row = cells.set_index(["layer", "sum", "batch", "pos"]).loc[(2, SUMS[3].label, 1, 5)]
+    at = {"layer": 2, "batch": 1, "pos": 5}
+    ((_, row),) = cells[(cells[list(at)] == pd.Series(at)).all(axis=1) & (cells["sum"] == SUMS[3].label)].iterrows()
     assert row["token"] == int(result.top_tokens[2, 3, 1, 1, 0])
     for name in (*QUANTITIES, "expert", "weight"):
         assert row[name] == pytest.approx(float(getattr(result, name)[2, 3, 1, 1])), name
-    top = result.top_frame().set_index(["layer", "sum", "batch", "pos", "place"])
-    assert top.loc[(2, SUMS[1].label, 1, 5, 1), "token"] == int(result.top_tokens[2, 1, 1, 1, 1])
-    assert top.loc[(2, SUMS[1].label, 1, 5, 1), "text"] == f"#{int(result.top_tokens[2, 1, 1, 1, 1])}"
+    top, at = result.top_frame(), {**at, "place": 1}
+    ((_, row),) = top[(top[list(at)] == pd.Series(at)).all(axis=1) & (top["sum"] == SUMS[1].label)].iterrows()
+    assert row["token"] == int(result.top_tokens[2, 1, 1, 1, 1])
+    assert row["text"] == f"#{int(result.top_tokens[2, 1, 1, 1, 1])}"
 
 
 def test_a_result_on_disk_comes_back(model: HookedMoE, cache: MoECache, tmp_path: Path):
