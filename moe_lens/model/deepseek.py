@@ -114,6 +114,7 @@ class DeepseekPreTrainedModel(v2.DeepseekV2PreTrainedModel):
 
     config_class = DeepseekConfig
     _no_split_modules = ["DeepseekDecoderLayer"]
+    _keep_in_fp32_modules_strict = None  # V2's router is kept in float32 from transformers 5.24 on; this one never was
     _can_record_outputs = {
         "hidden_states": DeepseekDecoderLayer,
         "attentions": LlamaAttention,

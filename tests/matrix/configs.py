@@ -21,6 +21,7 @@ VOCABULARY, EXPERTS, TOP_K, LAYERS = 101, 8, 3, 4
 # Taken by a config class that has the field, under whichever of its names.
 BASE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
+    "unpadded_vocab_size": VOCABULARY,
     "hidden_size": 40,
     "intermediate_size": 56,
     "moe_intermediate_size": 24,
