@@ -13,7 +13,8 @@ from moe_lens.errors import InputError
 
 def quiet() -> None:
     """Keep libraries from talking: what the user has to know is raised."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for library in ("transformers", "huggingface_hub", "datasets"):  # the hub's says each retry
+        logging.getLogger(library).setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
 

@@ -67,7 +67,9 @@ def read_config(source: str, hub: Mapping[str, Any]) -> tuple[Path, dict[str, An
     """Path and content of config.json, which must name a model_type."""
     path = find_file(source, "config.json", hub)
     if path is None:
-        hub_says = "the hub may not be asked (HF_HUB_OFFLINE)" if is_offline_mode() else "the hub's repository has none"
+        # transformers answers alike for both
+        unanswered = "the hub's repository has none or the hub cannot be reached"
+        hub_says = "the hub may not be asked (HF_HUB_OFFLINE)" if is_offline_mode() else unanswered
         raise CheckpointError(
             f"{source} has no config.json"
             + ("" if Path(source).is_dir() else f": there is no such folder, and {hub_says}")
