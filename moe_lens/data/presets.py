@@ -17,8 +17,8 @@ class Preset:
     hub: str
     config: str | None = None
     split: str
-    revision: str | None
-    """The commit that is read; None where none is known, and a study reads the newest and notes which that was."""
+    revision: str
+    """The commit that is read."""
     text: str
     source: str | None = None
     licence: str
@@ -40,7 +40,7 @@ class Preset:
             revision=revision or self.revision,
             text=self.text,
             source=self.source,
-            hint=f"licence: {self.licence}",
+            hint=f"licence: {self.licence}; another commit: {self.name}@COMMIT",
         )
 
 
@@ -89,7 +89,7 @@ PRESETS = {
             name="paper/chinese",
             hub="opencsg/chinese-fineweb-edu",
             split="train",
-            revision=None,
+            revision="5ea4039f50d246389cb188706055d7f9825f2b49",
             text="text",
             licence="Apache 2.0, and the terms of OpenCSG; see the card",
             note="Chinese FineWeb-Edu, which the paper names",

@@ -162,8 +162,8 @@ def test_presets_are_the_papers_seven_domains(hub):
     }
     for preset in PRESETS.values():
         assert preset.licence and preset.note
-        assert preset.revision is None or re.fullmatch("[0-9a-f]{40}", preset.revision)
-    assert {name for name, preset in PRESETS.items() if preset.revision is None} == {"paper/chinese"}
+        assert re.fullmatch("[0-9a-f]{40}", preset.revision)
+    assert len({preset.revision for preset in PRESETS.values()}) == len(PRESETS)
     # Another commit than the preset's can be named, on the command line and in a table.
     (spec,) = parse_domains([f"paper/gsm8k@{COMMITS[0]}"])
     assert [spec] == domains_from_table({"paper/gsm8k": {"revision": COMMITS[0]}})
