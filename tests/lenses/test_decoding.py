@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -349,13 +348,13 @@ def test_frames_are_aligned(model: HookedMoE, cache: MoECache):
     result = LogitLens(model).decode(cache, SUMS, positions=[3, 5], top=2)
     cells = result.to_frame()
     assert len(cells) == 2 * len(SUMS) * 2 * 2 + 3 * 2 * 2  # the dense layer has three of the sums
-    at = {"layer": 2, "batch": 1, "pos": 5}
-    ((_, row),) = cells[(cells[list(at)] == pd.Series(at)).all(axis=1) & (cells["sum"] == SUMS[3].label)].iterrows()
+    at = {"layer": 2, "sum": SUMS[3].label, "batch": 1, "pos": 5}
+    (row,) = [row for row in cells.to_dict("records") if at.items() <= row.items()]
     assert row["token"] == int(result.top_tokens[2, 3, 1, 1, 0])
     for name in (*QUANTITIES, "expert", "weight"):
         assert row[name] == pytest.approx(float(getattr(result, name)[2, 3, 1, 1])), name
-    top, at = result.top_frame(), {**at, "place": 1}
-    ((_, row),) = top[(top[list(at)] == pd.Series(at)).all(axis=1) & (top["sum"] == SUMS[1].label)].iterrows()
+    at |= {"sum": SUMS[1].label, "place": 1}
+    (row,) = [row for row in result.top_frame().to_dict("records") if at.items() <= row.items()]
     assert row["token"] == int(result.top_tokens[2, 1, 1, 1, 1])
     assert row["text"] == f"#{int(result.top_tokens[2, 1, 1, 1, 1])}"
 
