@@ -21,7 +21,8 @@ from moe_lens.model.adapter import build_adapter
 from moe_lens.model.bridge import ExpertBridge
 from moe_lens.model.cache import MoECache
 from moe_lens.model.contract import grouped_product
-from moe_lens.model.experts import LayerHooks, experts_forward
+from moe_lens.model.experts import experts_forward
+from moe_lens.model.layer_hooks import LayerHooks
 from moe_lens.model.loading import load_pretrained
 from moe_lens.model.parameters import LayerParameters
 from moe_lens.model.saving import save_pretrained

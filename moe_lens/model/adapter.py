@@ -21,9 +21,10 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_c
 from transformers import PreTrainedModel
 
 from moe_lens.errors import UnsupportedModelError
-from moe_lens.model.components import Attention, MoEBlock, Norm, Unembedding, adapt
+from moe_lens.model.components import Attention, Norm, Unembedding, adapt
 from moe_lens.model.families import Family, family_of
 from moe_lens.model.generic import GenericAdapter
+from moe_lens.model.moe_block import MoEBlock
 
 
 class DeepseekArchitectureAdapter(ArchitectureAdapter):

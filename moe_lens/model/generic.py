@@ -19,8 +19,9 @@ from transformer_lens.model_bridge.generalized_components import (
 )
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from moe_lens.model.components import BareExperts, MoEBlock, Norm, Part, Unembedding, adapt
+from moe_lens.model.components import Norm, Part, Unembedding, adapt
 from moe_lens.model.family import Family, Layout
+from moe_lens.model.moe_block import BareExperts, MoEBlock
 
 MIXERS = {"self_attn": "attn", "linear_attn": "linear_attn", "mamba": "mamba", "conv": "conv"}
 """Modules of a layer that mix positions, and the names of their components; a layer has one of them."""

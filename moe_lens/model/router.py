@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from moe_lens import names
 from moe_lens.errors import HookError
-from moe_lens.model.experts import LayerHooks
 from moe_lens.model.family import Family
+from moe_lens.model.layer_hooks import LayerHooks
 
 PRODUCT = (F.linear, torch.mm)
 TIMES = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.errors import HookError
 from moe_lens.hooked_moe import HookedMoE
-from moe_lens.model.experts import rank_order
+from moe_lens.model.layer_hooks import rank_order
 from moe_lens.model.loading import load_pretrained
 from tests.families import CONFIGS, build
 from tests.model.tiny import BASE, golden

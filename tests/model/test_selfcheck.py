@@ -83,7 +83,7 @@ def test_nan_is_traced_to_its_layer() -> None:
 
 
 def test_a_kernel_that_depends_on_who_listens_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moe_lens.model.experts import LayerHooks
+    from moe_lens.model.layer_hooks import LayerHooks
 
     honest = LayerHooks.over_slots
 
