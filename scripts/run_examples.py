@@ -6,7 +6,10 @@ arguments every example is executed from its script, and a notebook whose cells 
 """
 
 import argparse
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import jupytext
@@ -58,11 +61,15 @@ def main() -> int:
     if not scripts:
         print(f"no examples in {EXAMPLES}")
         return 1
+    # Two at a time, on one thread each; notebooks that are kept are written as a reader would run them.
+    workers = 1 if arguments.write else 2
+    if workers > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"
     failures = 0
-    for script in scripts:
-        reason = run(script, write=arguments.write)
-        failures += reason is not None
-        print(f"{script.name}: {reason or 'ok'}")
+    with ThreadPoolExecutor(workers) as pool:
+        for script, reason in zip(scripts, pool.map(partial(run, write=arguments.write), scripts), strict=True):
+            failures += reason is not None
+            print(f"{script.name}: {reason or 'ok'}")
     return int(failures > 0)
 
 
