@@ -43,7 +43,8 @@ class HookTable(TransformerBridge):
                         object.__setattr__(block, name, hooks.points[name])
                         self._hook_registry[names.block(name, layer)] = hooks.points[name]
         dead = (*names.DEAD, *family.dead)
-        self._hook_registry = {n: p for n, p in self._hook_registry.items() if not n.endswith(dead)}
+        for name in [name for name in self._hook_registry if name.endswith(dead)]:
+            del self._hook_registry[name]
         self.__dict__["_all_hooks"] = {n: p for n, p in super().hook_dict.items() if not n.endswith(dead)}
 
     def _layer_hooks(self) -> Iterator[tuple[int, LayerHooks]]:
