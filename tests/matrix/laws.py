@@ -84,29 +84,6 @@ class Case:
         """Logits with one hook edited."""
         return self.run([(name, lambda value, hook: change(value))])
 
-    def edited_each(self, wanted: list[str], change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Logits with one hook edited, for each of several: in one batch, where each edits rows of its own."""
-        batch = len(self.tokens)
-        rows = {name: slice(batch * i, batch * (i + 1)) for i, name in enumerate(wanted)}
-        whole: list[str] = []
-
-        def edit(name: str, value: Any) -> Any:
-            first = value[0] if isinstance(value, tuple) else value
-            if first.shape[0] != batch * len(wanted):  # shared by all rows, as rotary tables are
-                whole.append(name)
-                return None
-            seen = first.clone()
-            seen[rows[name]] = change(seen[rows[name]])
-            return (seen, *value[1:]) if isinstance(value, tuple) else seen
-
-        with torch.no_grad():
-            logits = self.model.run_with_hooks(
-                self.tokens.repeat(len(wanted), 1),
-                fwd_hooks=[(name, lambda value, hook, name=name: edit(name, value)) for name in wanted],
-            )
-        alone = {name: self.edited(name, lambda value: change_first(value, change)) for name in whole}
-        return {name: logits[at] for name, at in rows.items()} | alone
-
     def run(self, hooks: Any) -> Tensor:
         with torch.no_grad():
             return self.model.run_with_hooks(self.tokens, fwd_hooks=hooks)
@@ -120,11 +97,6 @@ class Case:
 
     def at(self, name: str, layer: int | None = None) -> Tensor:
         return self.cache[names.mlp(name, self.layer if layer is None else layer)]
-
-
-def change_first(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A change of a tensor, or of the first of several."""
-    return (change(value[0]), *value[1:]) if isinstance(value, tuple) else change(value)
 
 
 def close(ours: Tensor, theirs: Tensor, bound: float = FP32, what: str = "") -> None:
@@ -324,7 +296,9 @@ def edits(case: Case) -> None:
     """An edit of any hook changes the logits; scaling one part is scaling the next."""
     generator = torch.Generator().manual_seed(0)
 
-    def disturb(value: Tensor) -> Tensor:
+    def disturb(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return (disturb(value[0]), *value[1:])
         if value.dtype == torch.bool:
             return torch.zeros_like(value)
         if not value.is_floating_point():
@@ -335,8 +309,7 @@ def edits(case: Case) -> None:
     some = {case.layer, *[at for at in range(case.model.cfg.n_layers) if at not in case.model.moe_layers][:2]}
     kept = [name for name in case.every if not name.startswith("blocks.") or int(name.split(".")[1]) in some]
     least = 1e-3 * case.logits.abs().max().item()
-    moved = case.edited_each(kept, disturb)
-    dead = [name for name in kept if not deviation(moved[name], case.logits) > least]
+    dead = [name for name in kept if not deviation(case.edited(name, disturb), case.logits) > least]
     # Attention that norms its queries and values does not care for the scale of what it reads; the norm's output does.
     scales = [name for name in dead if name.endswith("hook_scale")]
     for name in scales:
