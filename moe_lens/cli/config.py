@@ -11,6 +11,7 @@ from moe_lens.errors import InputError
 
 _DOMAINS = "domains"
 _ELSEWHERE = {"config", "domain"}
+"""Options that are no keys: the file itself, and what has tables of its own."""
 
 
 def defaults(arguments: Sequence[str], commands: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -156,10 +156,11 @@ def compare_studies(
     Example: moe-lens compare runs/base runs/chat --out difference.parquet
     """
     quiet()
+    studies = StudyResult.load(first), StudyResult.load(second)
     with written_whole(out) as temporary:
         temporary.touch()  # what cannot be written is said before the work, not after
-        found = compare(StudyResult.load(first), StudyResult.load(second))
-        found.save(temporary)
+        found = compare(*studies)
+        found.table.to_parquet(temporary, index=False)
     table = found.table
     clear = table[(table["low"] > 0) | (table["high"] < 0)]
     print(f"{len(table):,} differences, {len(clear):,} with an interval that leaves out 0")
