@@ -1,6 +1,7 @@
 """`moe-lens report` on a tiny random model: what it writes, and how it refuses."""
 
 import json
+import logging
 import os
 import re
 import signal
@@ -223,3 +224,14 @@ def test_interrupted_it_leaves_nothing(checkpoint, texts, tmp_path):
     assert run.returncode == 130, err
     assert "interrupted" in err and "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hub_that_cannot_be_reached_takes_one_line(monkeypatch, tmp_path, capsys):
+    def unreachable(*_, **__):  # as transformers answers, after the hub's library has spoken of each retry
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+
+    monkeypatch.setattr("moe_lens.model.checkpoint.is_offline_mode", lambda: False)
+    monkeypatch.setattr("moe_lens.model.checkpoint.cached_file", unreachable)
+    assert main(["report", "--model", "nosuch/model", "--out", str(tmp_path / "out")]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert len(said) == 1 and "the hub's repository has none or the hub cannot be reached" in said[0]
