@@ -227,11 +227,18 @@ def test_interrupted_it_leaves_nothing(checkpoint, texts, tmp_path):
 
 
 def test_a_hub_that_cannot_be_reached_takes_one_line(monkeypatch, tmp_path, capsys):
+    library, heard = logging.getLogger("huggingface_hub"), []
+    library.setLevel(logging.WARNING)  # its own, which other commands have raised before
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", heard.append)
+    monkeypatch.setattr(library, "handlers", [handler])
+
     def unreachable(*_, **__):  # as transformers answers, after the hub's library has spoken of each retry
-        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        library.getChild("utils._http").warning("Retrying in 1s [Retry 1/5].")
 
     monkeypatch.setattr("moe_lens.model.checkpoint.is_offline_mode", lambda: False)
     monkeypatch.setattr("moe_lens.model.checkpoint.cached_file", unreachable)
     assert main(["report", "--model", "nosuch/model", "--out", str(tmp_path / "out")]) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
     assert len(said) == 1 and "the hub's repository has none or the hub cannot be reached" in said[0]
+    assert heard == []
