@@ -176,10 +176,34 @@ def digest(path: Path) -> str:
     return found.hexdigest()[:16]
 
 
+@dataclass(frozen=True, eq=False)
+class _Generator:
+    """A function that generates rows, pickled as a mere number.
+
+    `datasets` pickles what it is to call, for a fingerprint that a stream has no use for. Of a closure that is all that
+    it reaches: modules and classes, 20 s of work.
+    """
+
+    generate: Callable[[], Iterator[dict[str, Any]]]
+
+    def __call__(self) -> Iterator[dict[str, Any]]:
+        return self.generate()
+
+    def __reduce__(self) -> tuple[Callable[[int], Any], tuple[int]]:
+        return _elsewhere, (id(self),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Generator":
+        return self
+
+
+def _elsewhere(number: int) -> Any:
+    raise TypeError(f"rows {number} are of another process; a corpus cannot be sent, only opened there again")
+
+
 def _iterable(generate: Callable[[], Iterator[dict[str, Any]]]) -> Any:
     import datasets
 
-    return datasets.IterableDataset.from_generator(generate)
+    return datasets.IterableDataset.from_generator(_Generator(generate))
 
 
 def _line(error: Exception) -> str:

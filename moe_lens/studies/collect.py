@@ -74,16 +74,8 @@ class Collected:
         """The tokens of a domain, or of all, as a `datasets.IterableDataset` with the same columns, and the domain."""
         import datasets
 
-        def rows(wanted: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-            for shard in wanted:
-                tensors = {name: value.float() if value.dtype == torch.bfloat16 else value for name, value in
-                           _read(self.folder / shard["file"]).items()}  # fmt: skip
-                arrays = {name: value.numpy() for name, value in tensors.items()}
-                for row in range(shard["tokens"]):
-                    yield {"domain": shard["domain"], **{name: array[row] for name, array in arrays.items()}}
-
         wanted = [shard for shard in self.manifest["shards"] if domain is None or shard["domain"] == domain]
-        return datasets.IterableDataset.from_generator(rows, gen_kwargs={"wanted": wanted})
+        return datasets.IterableDataset.from_generator(_rows, gen_kwargs={"folder": self.folder, "wanted": wanted})
 
 
 def collect(
@@ -191,6 +183,18 @@ class _Collector:
             }
             found.append((batch, tensors))
         return found
+
+
+def _rows(folder: Path, wanted: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The tokens of shards, one by one. Not a closure: `datasets` pickles what it calls."""
+    for shard in wanted:
+        tensors = {
+            name: value.float() if value.dtype == torch.bfloat16 else value
+            for name, value in _read(folder / shard["file"]).items()
+        }
+        arrays = {name: value.numpy() for name, value in tensors.items()}
+        for row in range(shard["tokens"]):
+            yield {"domain": shard["domain"], **{name: array[row] for name, array in arrays.items()}}
 
 
 def _keep(points: Sequence[str], batch: TokenBatch, into: dict[str, Tensor]) -> Hooks:

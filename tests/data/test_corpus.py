@@ -105,6 +105,30 @@ def test_two_columns_are_one_text(tmp_path):
     assert passage.text == "why\nso"
 
 
+def test_opening_a_stream_pickles_nothing_that_it_reads_from():
+    """`datasets` pickles what it is to call; of a closure that would be all that it reaches, and slow to walk."""
+
+    class Heavy:
+        pickled = 0
+
+        def __reduce__(self):
+            Heavy.pickled += 1
+            return Heavy, ()
+
+    heavy = Heavy()
+
+    def closure():
+        assert heavy
+        return iter([{"text": "a"}])
+
+    ((_, passage),) = from_generator("d", closure).passages()
+    assert passage.text == "a" and Heavy.pickled == 0
+    datasets.IterableDataset.from_generator(closure)
+    assert Heavy.pickled == 1  # the control: this is what happens without
+    stream = from_generator("d", closure).rows()
+    assert [row["text"] for row in datasets.concatenate_datasets([stream, stream])] == ["a", "a"]  # which copies it
+
+
 def test_bytes_that_are_not_utf8_are_named_with_file_and_line_when_they_come_up(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b'{"text": "good text"}\n{"text": "caf\xe9 au lait"}\n')
