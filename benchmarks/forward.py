@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from moe_lens import HookedMoE, names
-from moe_lens.model.deepseek import DeepseekConfig, DeepseekForCausalLM
+from moe_lens.model.families.deepseek import DeepseekConfig, DeepseekForCausalLM
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 8192, "hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8,

@@ -20,7 +20,7 @@ from benchmarks.forward import SHAPE
 from moe_lens import HookedMoE, names
 from moe_lens.data import embedded_domains
 from moe_lens.interventions import Loss, expert_attribution
-from moe_lens.model.deepseek import DeepseekConfig, DeepseekForCausalLM
+from moe_lens.model.families.deepseek import DeepseekConfig, DeepseekForCausalLM
 
 PLAIN = "HookedMoE, no hooks"
 PAIRS = 16

@@ -19,7 +19,7 @@ import torch
 
 from moe_lens import HookedMoE, viz
 from moe_lens.data import embedded_domains
-from moe_lens.model.deepseek import DeepseekConfig, DeepseekForCausalLM
+from moe_lens.model.families.deepseek import DeepseekConfig, DeepseekForCausalLM
 from moe_lens.pruning import METHODS, Frontier, Plan, Scores, export, frontier, halved, plan
 from moe_lens.pruning.frontier import ALL
 

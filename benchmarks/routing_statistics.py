@@ -27,7 +27,7 @@ import torch
 from benchmarks.forward import SHAPE
 from moe_lens import HookedMoE
 from moe_lens.data import TokenBatch
-from moe_lens.model.deepseek import DeepseekConfig, DeepseekForCausalLM
+from moe_lens.model.families.deepseek import DeepseekConfig, DeepseekForCausalLM
 from moe_lens.routing import Routing
 from moe_lens.stats import Accumulator, PairStats, RoutedBatch, RoutingStats, VocabularyStats, observe
 from moe_lens.studies import RoutingStudy
@@ -133,7 +133,7 @@ def main() -> None:
     if args.only == "memory":
         return
     if args.model:
-        from moe_lens.model.loading import load_pretrained
+        from moe_lens.model.loading.pretrained import load_pretrained
 
         plain: Any = load_pretrained(args.model, trust_remote_code=False)[0].eval()
         model = HookedMoE.from_pretrained(args.model)

@@ -17,7 +17,7 @@ import torch
 from transformer_lens.hook_points import HookPoint
 
 from moe_lens import HookedMoE, LogitLens, PartialSum
-from moe_lens.viz.tokens import routing_tokens
+from moe_lens.viz.coloured_tokens import routing_tokens
 
 model = HookedMoE.from_pretrained("tiny-deepseekmoe", dtype=torch.float32)
 print(model.moe_layers, model.n_experts, model.top_k, model.n_shared_experts)

@@ -1,10 +1,11 @@
 """moe_lens: look into the experts of Mixture-of-Experts language models."""
 
+from moe_lens import _moved as _moved
 from moe_lens.errors import MoELensError
 from moe_lens.hooked_moe import HookedMoE
-from moe_lens.lenses.logit import LogitLens
-from moe_lens.lenses.tuned import TunedLens
-from moe_lens.model.cache import MoECache
+from moe_lens.lenses.logit_lens import LogitLens
+from moe_lens.lenses.tuned_lens import TunedLens
+from moe_lens.model.cache.moe_cache import MoECache
 from moe_lens.partial_sum import PartialSum
 from moe_lens.routing import Routing
 from moe_lens.selection import Selection

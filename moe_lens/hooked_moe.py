@@ -14,21 +14,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moe_lens import names
 from moe_lens.errors import HookError, InputError
 from moe_lens.interventions.ablation import By, Fallback, How, ablate, keep_top
+from moe_lens.interventions.expert_means import Reference
 from moe_lens.interventions.intervention import Intervention, check_interventions
-from moe_lens.interventions.means import Reference
-from moe_lens.interventions.selecting import Replayed, Steer, SteerRule, force_routing, steer_experts
-from moe_lens.model.adapter import build_adapter
-from moe_lens.model.bridge import ExpertBridge
-from moe_lens.model.cache import MoECache
-from moe_lens.model.contract import grouped_product
-from moe_lens.model.experts import experts_forward
-from moe_lens.model.layer_hooks import LayerHooks
-from moe_lens.model.loading import load_pretrained
-from moe_lens.model.parameters import LayerParameters
-from moe_lens.model.saving import save_pretrained
-from moe_lens.model.selfcheck import self_check
-from moe_lens.model.sharding import refuse_plan, refuse_shards
-from moe_lens.model.wrappable import check_tokenizer, check_wrappable
+from moe_lens.interventions.rerouting import Replayed, Steer, SteerRule, force_routing, steer_experts
+from moe_lens.model.cache.moe_cache import MoECache
+from moe_lens.model.experts.expert_weights_view import grouped_product
+from moe_lens.model.experts.layer_parameters import LayerParameters
+from moe_lens.model.hooks.adapter import build_adapter
+from moe_lens.model.hooks.bridge import ExpertBridge
+from moe_lens.model.hooks.expert_kernel import experts_forward
+from moe_lens.model.hooks.layer_hooks import LayerHooks
+from moe_lens.model.hooks.self_check import self_check
+from moe_lens.model.loading.pretrained import load_pretrained
+from moe_lens.model.loading.saving import save_pretrained
+from moe_lens.model.loading.validate import check_tokenizer, check_wrappable, refuse_plan, refuse_shards
 from moe_lens.routing import Routing
 from moe_lens.selection import Experts, Selection, Where
 

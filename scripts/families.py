@@ -18,8 +18,8 @@ PAGE = ROOT / "docs" / "families.md"
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from moe_lens.model.families import FAMILIES  # noqa: E402
-from moe_lens.model.refusals import REFUSED  # noqa: E402
+from moe_lens.model.families.refusals import REFUSED  # noqa: E402
+from moe_lens.model.families.table import FAMILIES  # noqa: E402
 
 DENSE = {"bamba"}
 """Model types whose source speaks of experts, and which have none."""

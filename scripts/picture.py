@@ -13,7 +13,7 @@ import torch
 
 from moe_lens import HookedMoE
 from moe_lens.data import embedded_domains, tokenize
-from moe_lens.studies.specialisation import specialisation
+from moe_lens.studies.report_specialisation import specialisation
 from moe_lens.viz.style import FONT, GRID, INK, MUTED, PALETTE
 
 TOKENS = 8192

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-import moe_lens.model.deepseek as _registers  # noqa: F401  # pyright: ignore[reportUnusedImport]
+import moe_lens.model.families.deepseek as _registers  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 COMMON: dict[str, Any] = {
     "vocab_size": 101,

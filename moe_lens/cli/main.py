@@ -14,7 +14,7 @@ from moe_lens.cli import prune as _prune
 from moe_lens.cli import report as _report
 from moe_lens.cli import studies as _studies
 from moe_lens.cli.app import app
-from moe_lens.cli.config import defaults
+from moe_lens.cli.config_file import defaults
 from moe_lens.errors import MoELensError
 
 __all__ = [

@@ -5,9 +5,9 @@ from typing import Annotated
 import typer
 
 from moe_lens.cli.app import app
-from moe_lens.model.families import FAMILIES
-from moe_lens.model.info import DTYPES, ModelInfo, model_info
-from moe_lens.model.refusals import REFUSED
+from moe_lens.model.families.refusals import REFUSED
+from moe_lens.model.families.table import FAMILIES
+from moe_lens.model.loading.model_info import DTYPES, ModelInfo, model_info
 
 
 @app.command()

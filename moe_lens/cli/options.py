@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_lens.cli.config import config_domains
+from moe_lens.cli.config_file import config_domains
 from moe_lens.data import Corpus, Domain, embedded_domains, parse_domains
 
 

@@ -11,13 +11,13 @@ from rich.console import Console
 from moe_lens import __version__
 from moe_lens.cli import options
 from moe_lens.cli.app import app
-from moe_lens.cli.loading import load_model, quiet
+from moe_lens.cli.model_loading import load_model, quiet
 from moe_lens.data import Domain
 from moe_lens.errors import InputError
-from moe_lens.pruning.job import Settings
-from moe_lens.pruning.job import prune as run
+from moe_lens.pruning.prune_job import Settings
+from moe_lens.pruning.prune_job import prune as run
 from moe_lens.report import OutputFolder
-from moe_lens.report.pruning import write_pruning
+from moe_lens.report.pruning_page import write_pruning
 
 
 class Scoring(StrEnum):

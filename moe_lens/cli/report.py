@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from moe_lens import __version__
 from moe_lens.cli import options
 from moe_lens.cli.app import app
-from moe_lens.cli.loading import load_model, quiet
+from moe_lens.cli.model_loading import load_model, quiet
 from moe_lens.data import Corpus, Domain
 from moe_lens.errors import InputError
 from moe_lens.report import OutputFolder, Settings, batched, n_steps, run, write, write_saved

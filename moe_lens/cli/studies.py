@@ -10,8 +10,8 @@ import typer
 
 from moe_lens.cli import options
 from moe_lens.cli.app import app
-from moe_lens.cli.loading import quiet
-from moe_lens.cli.working import Work, command
+from moe_lens.cli.model_loading import quiet
+from moe_lens.cli.study_command import Work, command
 from moe_lens.storage import written_whole
 from moe_lens.studies import (
     TREATMENTS,

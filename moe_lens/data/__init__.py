@@ -1,25 +1,25 @@
 """Domains of text, and the token batches made from them."""
 
-from moe_lens.data.batches import TokenBatch as TokenBatch
-from moe_lens.data.batches import Tokens as Tokens
-from moe_lens.data.batches import batched as batched
-from moe_lens.data.batches import tokenize as tokenize
 from moe_lens.data.corpus import Corpus as Corpus
 from moe_lens.data.corpus import from_file as from_file
 from moe_lens.data.corpus import from_generator as from_generator
 from moe_lens.data.corpus import from_hub as from_hub
+from moe_lens.data.domain_specs import DomainSpec as DomainSpec
+from moe_lens.data.domain_specs import domains_from_table as domains_from_table
+from moe_lens.data.domain_specs import parse_domains as parse_domains
 from moe_lens.data.domains import EMBEDDED as EMBEDDED
 from moe_lens.data.domains import Domain as Domain
 from moe_lens.data.domains import Passage as Passage
 from moe_lens.data.domains import embedded_domain as embedded_domain
 from moe_lens.data.domains import embedded_domains as embedded_domains
 from moe_lens.data.domains import load_domain as load_domain
-from moe_lens.data.presets import PRESETS as PRESETS
-from moe_lens.data.presets import Preset as Preset
+from moe_lens.data.paper_presets import PRESETS as PRESETS
+from moe_lens.data.paper_presets import Preset as Preset
 from moe_lens.data.shards import Reading as Reading
 from moe_lens.data.shards import Shard as Shard
 from moe_lens.data.shards import shards as shards
-from moe_lens.data.specs import DomainSpec as DomainSpec
-from moe_lens.data.specs import domains_from_table as domains_from_table
-from moe_lens.data.specs import parse_domains as parse_domains
+from moe_lens.data.token_batches import TokenBatch as TokenBatch
+from moe_lens.data.token_batches import Tokens as Tokens
+from moe_lens.data.token_batches import batched as batched
+from moe_lens.data.token_batches import tokenize as tokenize
 from moe_lens.data.windows import Window as Window

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from moe_lens import names
 from moe_lens.errors import InputError
+from moe_lens.interventions.ablation_values import Replacement
+from moe_lens.interventions.expert_means import Reference, means_for
 from moe_lens.interventions.intervention import Hook, Intervention, computed, first_token, real_tokens, this_pass
-from moe_lens.interventions.means import Reference, means_for
-from moe_lens.interventions.replacing import Replacement
-from moe_lens.interventions.selecting import forbid
+from moe_lens.interventions.rerouting import forbid
 from moe_lens.protocols import HookedModel
 from moe_lens.selection import Experts, Selection, Where
 

@@ -7,19 +7,19 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from moe_lens.errors import InputError, UnsupportedModelError
-from moe_lens.interventions.attribution_knockout import Knockouts
-from moe_lens.interventions.attribution_paths import (
+from moe_lens.interventions.attribution_gradients import (
     Slots,
     direct_gradient,
     integrated_gradient,
     run_with_gradients,
 )
+from moe_lens.interventions.attribution_knockout import Knockouts
 from moe_lens.interventions.attribution_result import ExpertAttribution, Unit
 from moe_lens.interventions.clean_run import CleanRun
-from moe_lens.interventions.means import ExpertMeans, Reference, means_for
+from moe_lens.interventions.expert_means import ExpertMeans, Reference, means_for
 from moe_lens.interventions.metrics import Metric, describe, evaluate
 from moe_lens.interventions.sweep import RoutingMode
-from moe_lens.model.cache import MoECache
+from moe_lens.model.cache.moe_cache import MoECache
 from moe_lens.selection import Selection, Step
 
 Method = Literal["direct", "gradient", "integrated", "knockout", "direct_knockout"]

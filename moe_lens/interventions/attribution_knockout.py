@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moe_lens.interventions.attribution_paths import Slots
+from moe_lens.interventions.attribution_gradients import Slots
 from moe_lens.interventions.attribution_result import Unit
 from moe_lens.interventions.clean_run import CleanRun, Variant
 from moe_lens.interventions.metrics import Metric, TokenMetric, evaluate

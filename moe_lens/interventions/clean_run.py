@@ -12,8 +12,8 @@ from transformer_lens.hook_points import HookPoint
 
 from moe_lens import names
 from moe_lens.errors import InputError, UnsupportedModelError
-from moe_lens.model.cache import MoECache
-from moe_lens.model.replay import Replay, recording
+from moe_lens.model.cache.moe_cache import MoECache
+from moe_lens.model.hooks.block_replay import Replay, recording
 from moe_lens.selection import Step
 
 HookFunction = Callable[[Tensor, HookPoint], Tensor | None]

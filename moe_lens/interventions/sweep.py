@@ -15,9 +15,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moe_lens.errors import InputError
+from moe_lens.interventions.batched_variants import RoutingMode, Stack, inside
 from moe_lens.interventions.clean_run import CleanRun, Variant
 from moe_lens.interventions.metrics import Metric, TokenMetric, checked, describe, evaluate
-from moe_lens.interventions.stacked import RoutingMode, Stack, inside
 
 __all__ = ["CleanRun", "RoutingMode", "Variant", "sweep", "token_sweep"]
 

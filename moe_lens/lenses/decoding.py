@@ -9,8 +9,8 @@ from torch import Tensor
 
 from moe_lens import names
 from moe_lens.errors import HookError, InputError
-from moe_lens.lenses.reading import Distribution, read
-from moe_lens.lenses.result import LensResult, blank
+from moe_lens.lenses.lens_result import LensResult, blank
+from moe_lens.lenses.metrics import Distribution, read
 from moe_lens.partial_sum import PartialSum
 
 CHUNK = 2**24

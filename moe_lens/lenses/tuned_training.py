@@ -14,10 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from moe_lens.errors import InputError
-from moe_lens.lenses.divergence import Streams, divergences, sites
-from moe_lens.lenses.streams import batched, endless, of_item, padded, rows, shuffled
-from moe_lens.lenses.tuned import TunedLens, fingerprint
-from moe_lens.lenses.tuning import Tuning
+from moe_lens.lenses.token_rows import batched, endless, of_item, padded, rows, shuffled
+from moe_lens.lenses.training_summary import Tuning
+from moe_lens.lenses.tuned_lens import TunedLens, fingerprint
+from moe_lens.lenses.tuned_loss import Streams, divergences, sites
 from moe_lens.storage import load_tensors, save_tensors
 
 HELD_OUT = 32

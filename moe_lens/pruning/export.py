@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
-from moe_lens.model.checkpoint import Checkpoint, read_config
-from moe_lens.model.loading import resolve_name
-from moe_lens.pruning.card import model_card
-from moe_lens.pruning.formats import format_of, parse_expert, parse_rows, smaller_config
+from moe_lens.model.loading.checkpoint import Checkpoint, read_config
+from moe_lens.model.loading.pretrained import resolve_name
+from moe_lens.pruning.checkpoint_formats import format_of, parse_expert, parse_rows, smaller_config
 from moe_lens.pruning.merging import StoredMerges
+from moe_lens.pruning.model_card import model_card
 from moe_lens.pruning.plans import Plan
 
 _WEIGHTS = (

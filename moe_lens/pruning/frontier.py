@@ -18,7 +18,7 @@ from moe_lens.pruning.plans import Plan, plan
 from moe_lens.pruning.scores import Method, Scores
 from moe_lens.pruning.scoring import score
 from moe_lens.stats import LossResult, LossStats, Result, halves
-from moe_lens.studies.running import losses, nothing, predicted
+from moe_lens.studies.forward_passes import losses, nothing, predicted
 
 ALL = "all"
 """Calibrated on all domains, each counting the same."""

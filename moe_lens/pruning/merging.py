@@ -18,11 +18,11 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.data import Tokens
 from moe_lens.errors import InputError, UnsupportedModelError
-from moe_lens.model.checkpoint import Checkpoint
-from moe_lens.model.hook_cache import identity
-from moe_lens.pruning.formats import ExpertTensor
+from moe_lens.model.cache.hook_cache import identity
+from moe_lens.model.loading.checkpoint import Checkpoint
+from moe_lens.pruning.checkpoint_formats import ExpertTensor
 from moe_lens.pruning.plans import Plan
-from moe_lens.studies.running import each_layer, losses, nothing
+from moe_lens.studies.forward_passes import each_layer, losses, nothing
 
 _OUTWARD = ("down_proj", "w2")
 """What stored tensors call the matrix whose columns are neurons; in the others neurons are rows."""

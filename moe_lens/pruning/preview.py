@@ -11,8 +11,8 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.interventions.ablation import _leave_out as leave_out
 from moe_lens.interventions.intervention import Hook, Intervention
-from moe_lens.model.hook_cache import identity
-from moe_lens.pruning.formats import normalizes
+from moe_lens.model.cache.hook_cache import identity
+from moe_lens.pruning.checkpoint_formats import normalizes
 from moe_lens.pruning.merging import averaged, members, views
 from moe_lens.pruning.plans import Plan
 

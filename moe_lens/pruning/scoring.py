@@ -11,11 +11,11 @@ from torch import Tensor
 from moe_lens.data import Tokens
 from moe_lens.errors import InputError
 from moe_lens.interventions import Loss, expert_attribution
-from moe_lens.model.hook_cache import identity
+from moe_lens.model.cache.hook_cache import identity
 from moe_lens.pruning.reconstruction import reconstruction_error
 from moe_lens.pruning.scores import Method, Scores
 from moe_lens.stats import ImportanceResult, ImportanceStats
-from moe_lens.studies.running import input_device, losses, nothing, predicted
+from moe_lens.studies.forward_passes import input_device, losses, nothing, predicted
 
 _BY_LOSS: tuple[Method, ...] = ("gradient", "knockout")
 """Methods that are about the loss; the others are about routing and outputs."""

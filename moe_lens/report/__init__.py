@@ -1,10 +1,10 @@
 """Results → one self-contained HTML page, and its numbers as JSON and parquet."""
 
-from moe_lens.report.collect import Report as Report
-from moe_lens.report.collect import Settings as Settings
-from moe_lens.report.collect import batched as batched
-from moe_lens.report.collect import n_steps as n_steps
-from moe_lens.report.collect import run as run
-from moe_lens.report.files import OutputFolder as OutputFolder
-from moe_lens.report.files import write as write
-from moe_lens.report.saved import write_saved as write_saved
+from moe_lens.report.report_files import OutputFolder as OutputFolder
+from moe_lens.report.report_files import write as write
+from moe_lens.report.run_report import Report as Report
+from moe_lens.report.run_report import Settings as Settings
+from moe_lens.report.run_report import batched as batched
+from moe_lens.report.run_report import n_steps as n_steps
+from moe_lens.report.run_report import run as run
+from moe_lens.report.study_page import write_saved as write_saved

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_lens.distributed import world_size
 from moe_lens.errors import InputError
-from moe_lens.stats.parts import Part, from_bytes, to_bytes
+from moe_lens.stats.sums import Part, from_bytes, to_bytes
 from moe_lens.storage import load_tensors, save_tensors
 
 ResultT = TypeVar("ResultT", bound="Result")

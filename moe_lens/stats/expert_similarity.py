@@ -13,8 +13,8 @@ from torch.nn.functional import normalize
 from moe_lens import names
 from moe_lens.errors import InputError
 from moe_lens.stats.accumulator import Accumulator, Result
-from moe_lens.stats.live import Hooks, each_layer
-from moe_lens.stats.parts import Total
+from moe_lens.stats.observation import Hooks, each_layer
+from moe_lens.stats.sums import Total
 
 
 @dataclass(frozen=True, eq=False)

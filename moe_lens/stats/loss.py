@@ -11,8 +11,8 @@ from torch import Tensor
 
 from moe_lens.errors import InputError
 from moe_lens.stats.accumulator import Accumulator, Result
-from moe_lens.stats.parts import BySource
 from moe_lens.stats.resampling import Interval, bootstrap
+from moe_lens.stats.sums import BySource
 
 
 @dataclass(frozen=True, eq=False)

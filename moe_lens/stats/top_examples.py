@@ -11,8 +11,8 @@ from torch import Tensor
 
 from moe_lens.errors import InputError
 from moe_lens.stats.accumulator import Accumulator, Result
-from moe_lens.stats.batch import RoutedBatch
-from moe_lens.stats.best import Best
+from moe_lens.stats.routed_batch import RoutedBatch
+from moe_lens.stats.top_rows import Best
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_lens.errors import InputError
 from moe_lens.stats import Accumulator, Result, bootstrap_all
-from moe_lens.stats.parts import BySource
+from moe_lens.stats.sums import BySource
 
 METHODS = {
     "direct": "direct attribution, the final norm frozen",

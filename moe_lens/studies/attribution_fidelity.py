@@ -13,13 +13,13 @@ from moe_lens.data import TokenBatch
 from moe_lens.errors import InputError
 from moe_lens.interventions import Loss, expert_attribution
 from moe_lens.interventions.attribution import Method
+from moe_lens.interventions.attribution_gradients import Slots
 from moe_lens.interventions.attribution_knockout import Knockouts
-from moe_lens.interventions.attribution_paths import Slots
 from moe_lens.interventions.clean_run import CleanRun
 from moe_lens.stats import Result
 from moe_lens.studies.attribution_effects import MEASURES, EffectResult, EffectStats, pooled
+from moe_lens.studies.forward_passes import input_device
 from moe_lens.studies.frames import by_domain
-from moe_lens.studies.running import input_device
 from moe_lens.studies.study import Gathered, Study
 
 

@@ -14,9 +14,9 @@ from moe_lens.errors import InputError
 from moe_lens.lenses import Lens, LensResult, LogitLens, TunedLens
 from moe_lens.partial_sum import PartialSum
 from moe_lens.stats import Accumulator, Result, bootstrap_all
-from moe_lens.stats.parts import BySource
+from moe_lens.stats.sums import BySource
+from moe_lens.studies.forward_passes import input_device
 from moe_lens.studies.frames import by_domain
-from moe_lens.studies.running import input_device
 from moe_lens.studies.study import Gathered, Study
 
 QUANTITIES = {

@@ -9,7 +9,7 @@ import torch
 from moe_lens.data import Domain
 from moe_lens.lenses import LensResult, LogitLens
 from moe_lens.partial_sum import PartialSum
-from moe_lens.studies.running import input_device
+from moe_lens.studies.forward_passes import input_device
 
 EXAMPLE_TOKENS = 24
 

@@ -24,8 +24,8 @@ from moe_lens.stats import (
     token_unigram_routing,
     uniform_routing,
 )
+from moe_lens.studies.forward_passes import observed
 from moe_lens.studies.frames import by_domain
-from moe_lens.studies.running import observed
 from moe_lens.studies.study import Earlier, Gathered, Study
 
 GROUPS = 10

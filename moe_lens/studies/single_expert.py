@@ -1,146 +1,210 @@
-"""One expert against the ensemble: cosines with controls, perplexity by k (Figure 3 of arXiv 2603.05806)."""
+"""The study `single_expert`: one expert against all active ones, at any number of tokens (arXiv 2603.05806, Figure 3).
 
+Every text is read once for the means, once for the cosines, and once for each variant of the model. Means, which centre
+the cosines and stand in for experts that are replaced, come from the other half of the domain's sources.
+"""
+
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal, get_args
 
 import pandas as pd
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from moe_lens import names
-from moe_lens.data import TokenBatch, Tokens
+from moe_lens.data import TokenBatch
+from moe_lens.errors import InputError
 from moe_lens.protocols import require_stream_width
 from moe_lens.routing import output_factors
-from moe_lens.stats import ActivationMeans, LossResult, LossStats, Means, SimilarityResult, SimilarityStats, halves
+from moe_lens.stats import ActivationMeans, Means, Result, SimilarityResult, SimilarityStats
+from moe_lens.studies.forward_passes import Hooks, each_layer, losses, predicted
 from moe_lens.studies.frames import by_domain
-from moe_lens.studies.running import Hooks, each_layer, losses, nothing, predicted
+from moe_lens.studies.study import Earlier, Gathered, Study
+from moe_lens.studies.variant_losses import WHOLE, Variant, VariantLosses, VariantStats
+
+Where = Literal["together", "each", "both"]
+
+TREATMENTS: dict[str, str] = {
+    "dropped": "the k experts of largest weight are kept, the others dropped",
+    "renormalised": "so, and the kept weights rescaled to the sum that all had",
+    "random": "k of the active experts drawn at random for each token and layer are kept, the others dropped",
+    "replaced": "the k experts of largest weight are kept, the others' outputs replaced by the experts' means",
+}
+"""What is done to the experts that are not kept."""
 
 
-def passes(top_k: int) -> int:
-    """How many times every batch is read: means, similarity, and k = 0 … top_k − 1 twice."""
-    return 2 + 2 * top_k
+@dataclass(frozen=True)
+class SingleExpertStudy(Study):
+    """Cosines with their controls, and perplexity by number of active experts."""
 
+    treatments: tuple[str, ...] = ("dropped", "renormalised", "random", "replaced")
+    layers: Where = "together"
+    """Whether experts are left out in all MoE layers at once, in one layer at a time, or both."""
+    k: tuple[int, ...] | None = None
+    """How many experts are kept; 0 … top_k − 1 if not given. All of them are always the reference."""
+    seed: int = 0
+    """Of the random experts."""
 
-@dataclass(frozen=True, eq=False)
-class SingleExpert:
-    """Results of every domain."""
+    name: ClassVar[str] = "single_expert"
+    passes: ClassVar[tuple[str, ...]] = ("means", "experts")
 
-    similarity: Mapping[str, SimilarityResult]
-    dropped: Mapping[str, tuple[LossResult, ...]]
-    """Losses with the k experts of largest weight in every layer, the others' weights set to 0; k = 0 … top_k."""
-    replaced: Mapping[str, tuple[LossResult, ...]]
-    """The same with the other experts' outputs replaced by their means, their weights kept."""
-    apart: Mapping[str, bool]
-    """Whether means were estimated on other sources than those evaluated; False where a domain has a single source."""
+    def check(self, model: Any) -> None:
+        """Refuse unknown treatments, and numbers of experts that the model cannot keep."""
+        for value in self.treatments:
+            if value not in TREATMENTS:
+                raise InputError(f"treatment {value!r}; expected some of {', '.join(TREATMENTS)}")
+        if self.layers not in get_args(Where):
+            raise InputError(f"layers is {self.layers!r}; expected one of {', '.join(get_args(Where))}")
+        wrong = [k for k in self.k or () if not 0 <= k < model.top_k]
+        if wrong:
+            raise InputError(f"k is {wrong[0]}; the model has {model.top_k} active experts: 0 to {model.top_k - 1}")
 
-    def similarity_frame(self) -> pd.DataFrame:
-        """One row per domain, layer and measure: mean, interval, tokens, sources."""
-        return by_domain({name: result.to_frame() for name, result in self.similarity.items()})
+    def variants(self, model: Any) -> list[Variant]:
+        """Everything that is run besides the whole model, those that are replaced by means last."""
+        places: list[int | None] = [None] if self.layers != "each" else []
+        places += list(model.moe_layers) if self.layers != "together" else []
+        numbers = range(model.top_k) if self.k is None else self.k
+        return [
+            (treatment, layer, k)
+            for treatment in sorted(set(self.treatments), key=list(TREATMENTS).index)
+            for layer in places
+            for k in numbers
+            if k > 0 or treatment in ("dropped", "replaced")  # nothing is left to rescale, or to draw
+        ]
 
-    def perplexity_frame(self) -> pd.DataFrame:
-        """One row per domain, treatment of the other experts ("dropped", "replaced") and number k of experts kept.
-
-        Columns: loss (nats per token), perplexity, its interval, geometric_perplexity (every window counting the same,
-        as the paper's authors average), ratio to all experts, its paired interval, tokens, sources.
-        """
-        rows = []
-        for treatment, results in (("dropped", self.dropped), ("replaced", self.replaced)):
-            for domain, by_k in results.items():
-                for k, result in enumerate(by_k):
-                    alone, ratio = result.interval(), result.ratio_interval(by_k[-1])
-                    rows.append(
-                        {
-                            "domain": domain,
-                            "others": treatment,
-                            "k": k,
-                            "loss": result.loss,
-                            "perplexity": result.perplexity,
-                            "low": alone.low if alone else None,
-                            "high": alone.high if alone else None,
-                            "geometric_perplexity": result.geometric_perplexity,
-                            "ratio": result.ratio(by_k[-1]),
-                            "ratio_low": ratio.low if ratio else None,
-                            "ratio_high": ratio.high if ratio else None,
-                            "tokens": result.n_tokens,
-                            "sources": len(result.sources),
-                        }
-                    )
-        return pd.DataFrame(rows)
-
-
-class _CrossFit:
-    """Means of either half of a domain's sources; a row is given those of the half that it does not belong to."""
-
-    def __init__(self, model: Any, domain: Tokens, on_batch: Callable[[], None]):
-        self.half = halves(domain.sources)
-        self.apart = len(domain.sources) > 1
+    def begin(self, model: Any, name: str) -> Gathered:
+        """Means of either half, or cosines and losses."""
         require_stream_width(model, "means of their outputs")
-        size = model.moe_layers, model.n_experts, model.top_k, model.cfg.d_model
-        stats = [ActivationMeans(*size) for _ in range(2 if self.apart else 1)]
+        if name == "means":
+            size = model.moe_layers, model.n_experts, model.top_k, model.cfg.d_model
+            return {f"half{half}": ActivationMeans(*size) for half in (0, 1)}
+        variants = [(WHOLE, None, int(model.top_k)), *self.variants(model)]
+        return {"similarity": SimilarityStats(model.moe_layers), "losses": VariantStats(variants)}
+
+    def prepare(self, model: Any, name: str, domain: str, earlier: Earlier) -> list[Means] | None:  # noqa: ARG002
+        """The means that the sources of each half are given: those of the other half, if it has any."""
+        if name == "means":
+            return None
+        halves = [earlier[domain]["means"][f"half{half}"] for half in (0, 1)]
+        found = [each.result() if isinstance(each, ActivationMeans) and each.seen else None for each in halves]
+        means = [there or here for here, there in zip(found, found[::-1], strict=True)]
+        if means[0] is None or means[1] is None:
+            raise InputError("no tokens were counted; is there any text?")
+        return [means[0], means[1]]
+
+    def step(self, model: Any, name: str, batch: TokenBatch, into: Gathered, prepared: Any) -> None:
+        """Sum up activations, or run every variant."""
+        if name == "means":
+            self._means(model, batch, into)
+        else:
+            self._losses(model, batch, into, prepared)
+
+    def _means(self, model: Any, batch: TokenBatch, into: Gathered) -> None:
         wanted = [names.RESID_MID, names.EXPERT_INDICES, names.ROUTING_WEIGHTS, names.EXPERT_OUT]
-        for batch in domain:
-            member = torch.tensor([self.half[source] for source in batch.sources])[:, None]
+        member = torch.tensor([half_of(source) for source in batch.sources])[:, None]
 
-            def update(layer: int, of: dict[str, Tensor], batch: TokenBatch = batch, member: Tensor = member) -> None:
-                resid, indices, weights, outputs = (of[name].cpu() for name in wanted)
-                weights = output_factors(weights, model.family)
-                for number, accumulator in enumerate(stats):
-                    accumulator.update(layer, resid, outputs, weights, indices, batch.counted & (member == number))
+        def update(layer: int, of: dict[str, Tensor]) -> None:
+            resid, indices, weights, outputs = (batch.unpack(of[name]).cpu() for name in wanted)
+            weights = output_factors(weights, model.family)
+            for half in (0, 1):
+                into[f"half{half}"].update(layer, resid, outputs, weights, indices, batch.counted & (member == half))
 
-            losses(model, batch, each_layer(model, wanted, update))
-            on_batch()
-        self.means = [accumulator.result() for accumulator in stats]
+        losses(model, batch, each_layer(model, wanted, update))
 
-    def of_rows(self, batch: TokenBatch) -> list[Means]:
-        """The means for each row."""
-        return [self.means[1 - self.half[source] if self.apart else 0] for source in batch.sources]
+    def _losses(self, model: Any, batch: TokenBatch, into: Gathered, means: list[Means]) -> None:
+        halves = torch.tensor([half_of(source) for source in batch.sources])
+        centres = [means[half] for half in halves.tolist()]
 
-    def replaced(self, model: Any, batch: TokenBatch, k: int) -> Hooks:
-        """All experts of a token but the k of largest weight replaced by their means, in all layers."""
-        halves = [self.half[source] if self.apart else 0 for source in batch.sources]
-        hooks: Hooks = []
-        for half in sorted(set(halves)):
-            rows = torch.tensor([of_row == half for of_row in halves])[:, None].expand(batch.tokens.shape)
-            means = self.means[1 - half if self.apart else 0].per_expert
-            ranks = range(k, model.top_k)
-            hooks += model.ablate(ranks=ranks, how="mean", reference=means, where=rows).fwd_hooks
-        return hooks
+        def compare(layer: int, of: dict[str, Tensor]) -> None:
+            resid, parts = (batch.unpack(of[name]) for name in (names.RESID_MID, names.EXPERT_WEIGHTED))
+            into["similarity"].update(layer, resid, parts, batch.counted, batch.sources, centres)
+
+        wanted = [names.RESID_MID, names.EXPERT_WEIGHTED]
+        found = [losses(model, batch, each_layer(model, wanted, compare))]
+        places = random_places(model, batch, self.seed) if "random" in self.treatments else {}
+        half = batch.pack(halves[:, None].expand(batch.tokens.shape))
+        for treatment, layer, k in self.variants(model):
+            layers = model.moe_layers if layer is None else (layer,)
+            hooks: Hooks
+            if treatment == "replaced":
+                hooks = [replace(model, at, k, half, means) for at in layers]
+            elif treatment == "random":
+                hooks = [hook for at in layers for hook in keep(at, places[at] < k)]
+            else:
+                hooks = model.keep_top(k, layers=layers, renormalize=treatment == "renormalised").fwd_hooks
+            found.append(losses(model, batch, hooks))
+        into["losses"].update(torch.stack(found), predicted(batch), batch.sources)
+
+    def results(self, earlier: Mapping[str, Gathered]) -> dict[str, Result]:
+        """Cosines and losses."""
+        return {name: earlier["experts"][name].result() for name in ("similarity", "losses")}
+
+    def tables(
+        self,
+        model: Mapping[str, Any],  # noqa: ARG002
+        results: Mapping[str, Mapping[str, Result]],
+    ) -> dict[str, pd.DataFrame]:
+        """`similarity` and `perplexity`."""
+        return {
+            "similarity": by_domain({name: _similarity(of["similarity"]).to_frame() for name, of in results.items()}),
+            "perplexity": by_domain({name: _losses(of["losses"]).to_frame() for name, of in results.items()}),
+        }
 
 
-def single_expert(model: Any, domains: Sequence[Tokens], *, on_batch: Callable[[], None] = nothing) -> SingleExpert:
-    """Compare one expert with all active ones: in direction, and in what the others are worth to the loss.
+def half_of(source: str) -> int:
+    """Which half of the sources one belongs to, 0 or 1: at random, but the same whatever other sources there are."""
+    return hashlib.sha256(source.encode()).digest()[0] % 2
 
-    Means, which centre the cosines and stand in for dropped experts, are those of the domain's other half of sources.
 
-    Args:
-        model: A `HookedMoE`.
-        domains: The texts.
-        on_batch: Called after every batch, `passes(top_k)` times for each.
+def random_places(model: Any, batch: TokenBatch, seed: int) -> dict[int, Int[Tensor, "rows columns top_k"]]:
+    """A random order of the active experts of every token, by layer: places from 0.
+
+    It depends on the seed and on where the token stands in its text, not on what else is read at the same time.
     """
-    similarity, dropped, replaced, apart = {}, {}, {}, {}
-    for domain in domains:
-        crossfit = _CrossFit(model, domain, on_batch)
-        cosines, whole = SimilarityStats(model.moe_layers), LossStats()
-        for batch in domain:
-            means = crossfit.of_rows(batch)
+    drawn = torch.zeros(len(model.moe_layers), *batch.tokens.shape, model.top_k)
+    for row, window in enumerate(batch.windows):
+        key = hashlib.sha256(f"{seed} {window.document} {window.start} {window.source}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
+        n = len(window.ids)
+        drawn[:, row, :n] = torch.rand(len(model.moe_layers), n, model.top_k, generator=generator)
+    places = drawn.argsort(-1)
+    return {layer: batch.pack(places[at]) for at, layer in enumerate(model.moe_layers)}
 
-            def update(
-                layer: int, of: dict[str, Tensor], batch: TokenBatch = batch, means: list[Means] = means
-            ) -> None:
-                resid, parts = of[names.RESID_MID], of[names.EXPERT_WEIGHTED]
-                cosines.update(layer, resid, parts, batch.counted, batch.sources, means)  # noqa: B023
 
-            nats = losses(model, batch, each_layer(model, [names.RESID_MID, names.EXPERT_WEIGHTED], update))
-            whole.update(nats, predicted(batch), batch.sources)
-            on_batch()
-        similarity[domain.domain], apart[domain.domain] = cosines.result(), crossfit.apart
-        for results, filled in ((dropped, False), (replaced, True)):
-            fewer = [LossStats() for _ in range(model.top_k)]
-            for batch in domain:
-                for k, stats in enumerate(fewer):
-                    hooks = crossfit.replaced(model, batch, k) if filled else model.keep_top(k).fwd_hooks
-                    stats.update(losses(model, batch, hooks), predicted(batch), batch.sources)
-                    on_batch()
-            results[domain.domain] = (*(stats.result() for stats in fewer), whole.result())
-    return SingleExpert(similarity, dropped, replaced, apart)
+def keep(layer: int, kept: Bool[Tensor, "rows columns top_k"]) -> Hooks:
+    """Hooks that leave a layer some of its active experts: the others have no weight, and are not computed."""
+
+    def weigh(weights: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        return weights.masked_fill(~kept.to(weights.device), 0)
+
+    def compute(computed: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        return computed & kept.to(computed.device)
+
+    return [(names.mlp(names.ROUTING_WEIGHTS, layer), weigh), (names.mlp(names.EXPERT_KEPT, layer), compute)]
+
+
+def replace(
+    model: Any, layer: int, k: int, half: Int[Tensor, "rows columns"], means: Sequence[Means]
+) -> tuple[str, Callable[..., Tensor | None]]:
+    """A hook that puts means in the place of all outputs but those of the first k; each half has its own."""
+    table = torch.stack([of.experts[of.layers.index(layer)] for of in means])
+
+    def replaced(outputs: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        others = model.experts_in_slots(layer)[..., k:]
+        instead = table.to(outputs)[half.to(others.device)[..., None], others]
+        return torch.cat([outputs[..., :k, :], instead], -2)
+
+    return names.mlp(names.EXPERT_OUT, layer), replaced
+
+
+def _similarity(result: Result) -> SimilarityResult:
+    assert isinstance(result, SimilarityResult)
+    return result
+
+
+def _losses(result: Result) -> VariantLosses:
+    assert isinstance(result, VariantLosses)
+    return result

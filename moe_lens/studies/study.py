@@ -21,11 +21,11 @@ from moe_lens import distributed
 from moe_lens.data import Corpus, Domain, Reading, Shard, TokenBatch, batched, shards
 from moe_lens.errors import InputError
 from moe_lens.stats import Accumulator, Result
-from moe_lens.studies.folder import StudyFolder
-from moe_lens.studies.memory import Halving
-from moe_lens.studies.model import model_facts
-from moe_lens.studies.result import StudyResult
-from moe_lens.studies.texts import TextStats
+from moe_lens.studies.batch_halving import Halving
+from moe_lens.studies.model_facts import model_facts
+from moe_lens.studies.study_folder import StudyFolder
+from moe_lens.studies.study_result import StudyResult
+from moe_lens.studies.texts_read import TextStats
 
 Gathered = Mapping[str, Accumulator[Any]]
 """Accumulators by name."""

@@ -2,6 +2,7 @@
 
 from moe_lens.viz.attribution import attribution_agreement as attribution_agreement
 from moe_lens.viz.attribution import attribution_map as attribution_map
+from moe_lens.viz.coloured_tokens import routing_tokens as routing_tokens
 from moe_lens.viz.lens import lens_table as lens_table
 from moe_lens.viz.lens import lens_text as lens_text
 from moe_lens.viz.lens_trajectory import lens_trajectory as lens_trajectory
@@ -14,5 +15,4 @@ from moe_lens.viz.similarity import similarity_by_layer as similarity_by_layer
 from moe_lens.viz.specialisation import experts_for_half as experts_for_half
 from moe_lens.viz.specialisation import most_specialised as most_specialised
 from moe_lens.viz.specialisation import specialisation_map as specialisation_map
-from moe_lens.viz.text import readable as readable
-from moe_lens.viz.tokens import routing_tokens as routing_tokens
+from moe_lens.viz.token_text import readable as readable

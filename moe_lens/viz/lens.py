@@ -9,7 +9,7 @@ from rich.text import Text
 from moe_lens.lenses import LensResult
 from moe_lens.viz.lens_cells import NOT_SELECTED, cells, title, unselected
 from moe_lens.viz.style import INK, MUTED, SCALE, styled
-from moe_lens.viz.text import escaped, readable
+from moe_lens.viz.token_text import escaped, readable
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from moe_lens.interventions.patch_result import PatchResult
 from moe_lens.interventions.trace_result import TraceResult
 from moe_lens.viz.style import styled
-from moe_lens.viz.text import escaped
+from moe_lens.viz.token_text import escaped
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -15,7 +15,7 @@ import pytest
 
 import moe_lens
 from moe_lens.cli import main
-from moe_lens.model.tokenizer import load_tokenizer
+from moe_lens.model.loading.tokenizer import load_tokenizer
 from moe_lens.stats import MEASURES
 from tests.families import build
 
@@ -236,8 +236,8 @@ def test_a_hub_that_cannot_be_reached_takes_one_line(monkeypatch, tmp_path, caps
     def unreachable(*_, **__):  # as transformers answers, after the hub's library has spoken of each retry
         library.getChild("utils._http").warning("Retrying in 1s [Retry 1/5].")
 
-    monkeypatch.setattr("moe_lens.model.checkpoint.is_offline_mode", lambda: False)
-    monkeypatch.setattr("moe_lens.model.checkpoint.cached_file", unreachable)
+    monkeypatch.setattr("moe_lens.model.loading.checkpoint.is_offline_mode", lambda: False)
+    monkeypatch.setattr("moe_lens.model.loading.checkpoint.cached_file", unreachable)
     assert main(["report", "--model", "nosuch/model", "--out", str(tmp_path / "out")]) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
     assert len(said) == 1 and "the hub's repository has none or the hub cannot be reached" in said[0]

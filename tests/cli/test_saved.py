@@ -10,7 +10,7 @@ import torch
 
 from moe_lens.errors import InputError
 from moe_lens.studies import LensStudy, RoutingStudy, SingleExpertStudy, StudyResult, collect, run
-from moe_lens.studies.folder import FORMAT, MANIFEST, StudyFolder, _seal
+from moe_lens.studies.study_folder import FORMAT, MANIFEST, StudyFolder, _seal
 from tests.cli.test_studies import refused
 from tests.studies.test_study import SMALL
 from tests.studies.tiny import domain, tiny_model

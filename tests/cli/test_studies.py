@@ -8,7 +8,7 @@ import torch
 
 from moe_lens import HookedMoE
 from moe_lens.cli import main
-from moe_lens.report.paper import MODEL, PUBLISHED, published, published_table, same_model
+from moe_lens.report.published_numbers import MODEL, PUBLISHED, published, published_table, same_model
 from moe_lens.studies import Collected, StudyResult
 from tests.studies.tiny import save_checkpoint, write_jsonl
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from moe_lens import names
 from moe_lens.errors import InputError
-from moe_lens.interventions.means import ExpertMeans
+from moe_lens.interventions.ablation_values import derangement
+from moe_lens.interventions.expert_means import ExpertMeans
 from moe_lens.interventions.metrics import LogitDifference
 from moe_lens.interventions.patching import patch
-from moe_lens.interventions.replacing import derangement
 from moe_lens.selection import Selection
 from tests.families import CONFIGS, tokens
 from tests.interventions.by_hand import FP32, LAYERS, bound, replaced, rerouted, slots_of, zeroed

@@ -11,7 +11,7 @@ from moe_lens import names
 from moe_lens.errors import InputError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.interventions import ExpertAttribution, KLDivergence, Logit, LogitDifference, Loss, expert_attribution
-from moe_lens.interventions.means import ExpertMeans
+from moe_lens.interventions.expert_means import ExpertMeans
 from moe_lens.selection import Selection
 from tests.families import CONFIGS, build
 from tests.families import tokens as some_tokens

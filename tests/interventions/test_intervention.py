@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from moe_lens import names
 from moe_lens.errors import InputError
 from moe_lens.hooked_moe import HookedMoE
-from moe_lens.interventions.means import ExpertMeans
+from moe_lens.interventions.expert_means import ExpertMeans
 from tests.families import CONFIGS, build, tokens
 from tests.interventions.by_hand import LAYERS, bound, slots_of, zeroed
 from tests.wrapped import Case, deviation, untouched, wrapped

@@ -8,7 +8,7 @@ import torch
 
 from moe_lens import names
 from moe_lens.errors import InputError
-from moe_lens.interventions.means import ExpertMeans, ExpertSums
+from moe_lens.interventions.expert_means import ExpertMeans, ExpertSums
 from tests.families import tokens
 from tests.wrapped import wrapped
 

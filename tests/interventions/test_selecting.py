@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_lens import names
 from moe_lens.errors import InputError
-from moe_lens.interventions.selecting import reselect
+from moe_lens.interventions.rerouting import reselect
 from moe_lens.routing import Routing
 from tests.families import CONFIGS, tokens
 from tests.interventions.by_hand import LAYERS, Notes, bound, rerouted

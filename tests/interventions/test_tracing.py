@@ -9,8 +9,8 @@ from torch import Tensor
 
 from moe_lens import HookedMoE, names
 from moe_lens.errors import InputError
+from moe_lens.interventions.causal_tracing import trace
 from moe_lens.interventions.trace_result import SiteEffects, TraceResult
-from moe_lens.interventions.tracing import trace
 from tests.test_docs import DOCS, code_of
 from tests.wrapped import untouched
 

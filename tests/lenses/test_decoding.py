@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moe_lens import HookedMoE, PartialSum, names
 from moe_lens.errors import HookError, InputError
 from moe_lens.lenses import LensResult, LogitLens
-from moe_lens.lenses.result import QUANTITIES
-from moe_lens.model.cache import MoECache
+from moe_lens.lenses.lens_result import QUANTITIES
+from moe_lens.model.cache.moe_cache import MoECache
 from tests.families import CONFIGS, build, tokens
 from tests.model.caches import F64, close, fresh, full
 from tests.wrapped import untouched, wrapped
@@ -137,7 +137,7 @@ def test_chunks_change_nothing(model: HookedMoE, cache: MoECache, rows: int, blo
     whole = LogitLens(model).decode(cache, SUMS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("moe_lens.lenses.decoding.CHUNK", 101 * rows)
-        patch.setattr("moe_lens.lenses.reading.BLOCK", 101 * block)
+        patch.setattr("moe_lens.lenses.metrics.BLOCK", 101 * block)
         assert same(whole, LogitLens(model).decode(cache, SUMS))
 
 

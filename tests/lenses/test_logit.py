@@ -10,7 +10,7 @@ from transformer_lens.tools.analysis import logit_lens
 
 from moe_lens import HookedMoE, PartialSum
 from moe_lens.lenses import LogitLens
-from moe_lens.model.cache import MoECache
+from moe_lens.model.cache.moe_cache import MoECache
 from tests.families import CONFIGS, build, tokens
 from tests.wrapped import plain_transformers
 

@@ -7,7 +7,7 @@ import torch
 
 from moe_lens import HookedMoE, names
 from moe_lens.errors import HookError, InputError
-from moe_lens.lenses.routing_attribution import router_attrs, router_attrs_hooks
+from moe_lens.lenses.router_attribution import router_attrs, router_attrs_hooks
 from tests.families import CONFIGS, build, tokens
 
 TOKENS = tokens()

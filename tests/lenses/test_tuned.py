@@ -13,8 +13,8 @@ from moe_lens import HookedMoE, PartialSum
 from moe_lens.data import embedded_domains, tokenize
 from moe_lens.errors import InputError
 from moe_lens.lenses import LogitLens, TunedLens
-from moe_lens.lenses.divergence import Streams, divergences, sites
-from moe_lens.lenses.streams import BUFFER, padded, rows
+from moe_lens.lenses.token_rows import BUFFER, padded, rows
+from moe_lens.lenses.tuned_loss import Streams, divergences, sites
 from tests.families import build, tokens
 
 TOKENS = tokens(batch=40, pos=10)
@@ -111,7 +111,7 @@ def test_divergence_is_from_the_models_own_distribution_to_the_lens(model, monke
     found, scale, count = divergences(lens, [padded(HELD_OUT.tolist())])
     assert torch.allclose(found, expected, atol=1e-5, rtol=0) and found.min() > 0.1
     assert count == HELD_OUT.numel() and len(scale) == 5
-    monkeypatch.setattr("moe_lens.lenses.divergence.CHUNK", 7)
+    monkeypatch.setattr("moe_lens.lenses.tuned_loss.CHUNK", 7)
     assert torch.allclose(divergences(lens, [padded(HELD_OUT.tolist())])[0], found, atol=1e-5, rtol=0)
 
 

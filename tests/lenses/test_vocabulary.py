@@ -9,7 +9,7 @@ from torch.nn.functional import cosine_similarity
 from moe_lens import HookedMoE
 from moe_lens.errors import HookError, InputError
 from moe_lens.lenses import expert_vocabulary, router_geometry
-from moe_lens.lenses.vocabulary import writes
+from moe_lens.lenses.expert_writing import writes
 from tests.families import build, tokens
 
 TOKENS = tokens(batch=7, pos=9)
@@ -51,7 +51,7 @@ def test_a_direction_is_read_by_its_definition(model):
 def test_chunks_change_nothing(model, monkeypatch):
     directions = torch.randn(5, 32)
     whole = list(writes(model, directions, 3))
-    monkeypatch.setattr("moe_lens.lenses.vocabulary._CHUNK", 2 * 101)
+    monkeypatch.setattr("moe_lens.lenses.expert_writing._CHUNK", 2 * 101)
     parts = list(writes(model, directions, 3))
     assert [part.promoted_tokens for part in parts] == [part.promoted_tokens for part in whole]
 
@@ -157,7 +157,7 @@ def test_bad_input_is_named(model):
 
 
 def test_geometry_is_what_loops_say(model, cache, monkeypatch):
-    monkeypatch.setattr("moe_lens.lenses.geometry._CHUNK", 30)
+    monkeypatch.setattr("moe_lens.lenses.router_directions._CHUNK", 30)
     found = router_geometry(model, LAYER, TOKENS, top=4, batch=2)
     assert found.inputs is not None
     hf: Any = build("deepseek")

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
-import moe_lens.model.deepseek as _deepseek
+import moe_lens.model.families.deepseek as _deepseek
 
 VOCABULARY, EXPERTS, TOP_K, LAYERS = 101, 8, 3, 4
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from moe_lens import names
 from moe_lens.errors import HookError
 from moe_lens.hooked_moe import HookedMoE
-from moe_lens.model.families import FAMILIES, Family
+from moe_lens.model.families.table import FAMILIES, Family
 from moe_lens.routing import affinity
 from tests.matrix.configs import build, tokens
 from tests.wrapped import GATED, deviation

@@ -10,7 +10,7 @@ from transformer_lens.hook_points import HookPoint
 
 from moe_lens import names
 from moe_lens.errors import SelfCheckError
-from moe_lens.model.selfcheck import self_check
+from moe_lens.model.hooks.self_check import self_check
 from tests.matrix.laws import LAWS, Case
 
 

@@ -10,8 +10,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from moe_lens.model.families import FAMILIES
-from moe_lens.model.refusals import REFUSED
+from moe_lens.model.families.refusals import REFUSED
+from moe_lens.model.families.table import FAMILIES
 from tests.matrix import laws
 from tests.matrix.laws import LAWS, WORDS, Case
 

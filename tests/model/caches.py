@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_lens.model.cache import MoECache
+from moe_lens.model.cache.moe_cache import MoECache
 from tests.families import CONFIGS
 from tests.wrapped import Case, wrapped
 

@@ -14,8 +14,8 @@ from moe_lens.errors import HookError, InputError, UnsupportedModelError
 from moe_lens.interventions.attribution import expert_attribution
 from moe_lens.interventions.metrics import Logit
 from moe_lens.interventions.patching import patch
-from moe_lens.lenses.geometry import router_geometry
-from moe_lens.lenses.vocabulary import expert_vocabulary
+from moe_lens.lenses.expert_writing import expert_vocabulary
+from moe_lens.lenses.router_directions import router_geometry
 from moe_lens.stats import ImportanceStats
 from tests.matrix.configs import build, tokens
 from tests.wrapped import GATED

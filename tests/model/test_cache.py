@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_lens import names
 from moe_lens.errors import HookError, InputError
-from moe_lens.model.cache import MoECache
+from moe_lens.model.cache.moe_cache import MoECache
 from moe_lens.partial_sum import PartialSum
 from moe_lens.routing import Routing
 from tests.model.caches import F64, FAMILIES, SHARED, close, fresh, full, quiet, same

@@ -9,7 +9,7 @@ from transformer_lens.ActivationCache import ActivationCache
 
 from moe_lens import names
 from moe_lens.errors import HookError, InputError
-from moe_lens.model.cache import MoECache
+from moe_lens.model.cache.moe_cache import MoECache
 from tests.families import CONFIGS
 from tests.model.caches import F64, FAMILIES, close, fresh, full
 

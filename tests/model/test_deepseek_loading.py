@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
-from moe_lens.model.checkpoint import Checkpoint
-from moe_lens.model.deepseek import DeepseekConfig, DeepseekForCausalLM, DeepseekModel
-from moe_lens.model.loading import EMBEDDED, load_pretrained, resolve_name
-from moe_lens.model.packing import parameter_shapes, stored_shapes
+from moe_lens.model.families.deepseek import DeepseekConfig, DeepseekForCausalLM, DeepseekModel
+from moe_lens.model.loading.checkpoint import Checkpoint
+from moe_lens.model.loading.packed_tensors import parameter_shapes, stored_shapes
+from moe_lens.model.loading.pretrained import EMBEDDED, load_pretrained, resolve_name
 from tests.model.tiny import BASE, TINY, original_shapes, prompts, random_tensors, write_checkpoint
 
 EXPERT = "model.layers.2.mlp.experts.5.down_proj.weight"
@@ -216,7 +216,7 @@ def test_hub_names_are_served_from_the_cache(tmp_path: Path, folder: Path) -> No
 
 MEMORY = """
 import gc, sys, threading, time, torch
-from moe_lens.model.loading import load_pretrained
+from moe_lens.model.loading.pretrained import load_pretrained
 def anonymous():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))

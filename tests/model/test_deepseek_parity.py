@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from moe_lens.model.deepseek import DeepseekConfig, DeepseekForCausalLM
-from moe_lens.model.loading import load_pretrained
+from moe_lens.model.families.deepseek import DeepseekConfig, DeepseekForCausalLM
+from moe_lens.model.loading.pretrained import load_pretrained
 from tests import reference
 from tests.model.tiny import (
     BASE,

@@ -5,7 +5,7 @@ import torch
 
 from moe_lens import names
 from moe_lens.hooked_moe import HookedMoE
-from moe_lens.model.selfcheck import TOLERANCE
+from moe_lens.model.hooks.self_check import TOLERANCE
 from tests.families import CONFIGS, build
 from tests.wrapped import as_hook, deviation, untouched, wrapped
 

@@ -27,9 +27,9 @@ from transformers.utils.quantization_config import Mxfp4Config
 from moe_lens.cli.main import main
 from moe_lens.errors import UnsupportedModelError
 from moe_lens.hooked_moe import HookedMoE
-from moe_lens.model.families import FAMILIES, family_of
-from moe_lens.model.info import config_info, model_info
-from moe_lens.model.refusals import REFUSED
+from moe_lens.model.families.refusals import REFUSED
+from moe_lens.model.families.table import FAMILIES, family_of
+from moe_lens.model.loading.model_info import config_info, model_info
 from tests.matrix.configs import build, config, tokens
 
 # --- refusals ---

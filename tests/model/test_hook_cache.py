@@ -10,7 +10,7 @@ import torch
 
 from moe_lens import names
 from moe_lens.errors import HookError, InputError
-from moe_lens.model.cache import MoECache
+from moe_lens.model.cache.moe_cache import MoECache
 from moe_lens.protocols import HookedModel
 from moe_lens.routing import Routing
 from tests.model.caches import fresh, full

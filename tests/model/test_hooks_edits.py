@@ -11,8 +11,8 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.errors import HookError
 from moe_lens.hooked_moe import HookedMoE
-from moe_lens.model.layer_hooks import rank_order
-from moe_lens.model.loading import load_pretrained
+from moe_lens.model.hooks.layer_hooks import rank_order
+from moe_lens.model.loading.pretrained import load_pretrained
 from tests.families import CONFIGS, build
 from tests.model.tiny import BASE, golden
 from tests.wrapped import Case, as_hook, deviation, on, untouched, wrapped

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moe_lens import names
 from moe_lens.errors import SelfCheckError
 from moe_lens.hooked_moe import HookedMoE
-from moe_lens.model.selfcheck import TOLERANCE, self_check
+from moe_lens.model.hooks.self_check import TOLERANCE, self_check
 from tests.families import CONFIGS, build, tokens
 from tests.wrapped import untouched, wrapped
 
@@ -83,7 +83,7 @@ def test_nan_is_traced_to_its_layer() -> None:
 
 
 def test_a_kernel_that_depends_on_who_listens_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moe_lens.model.layer_hooks import LayerHooks
+    from moe_lens.model.hooks.layer_hooks import LayerHooks
 
     honest = LayerHooks.over_slots
 

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moe_lens.errors import CheckpointError
-from moe_lens.model.loading import load_pretrained, load_tokenizer
+from moe_lens.model.loading.pretrained import load_pretrained, load_tokenizer
 from tests.model.tiny import TINY, random_tensors, write_checkpoint
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"

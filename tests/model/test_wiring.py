@@ -9,13 +9,13 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.errors import HookError, InputError
 from moe_lens.hooked_moe import HookedMoE
-from moe_lens.interventions.means import ExpertMeans
+from moe_lens.interventions.expert_means import ExpertMeans
 from moe_lens.interventions.patching import patch
-from moe_lens.lenses.geometry import router_geometry
-from moe_lens.lenses.vocabulary import expert_vocabulary
-from moe_lens.model.families import family_of
-from moe_lens.stats.importance import ImportanceStats
-from moe_lens.stats.nulls import random_router
+from moe_lens.lenses.expert_writing import expert_vocabulary
+from moe_lens.lenses.router_directions import router_geometry
+from moe_lens.model.families.table import family_of
+from moe_lens.stats.importance_scores import ImportanceStats
+from moe_lens.stats.null_routing import random_router
 from tests.matrix.configs import build, config, tokens
 from tests.matrix.laws import LAWS, Case
 from tests.stats.test_live import text

@@ -9,8 +9,8 @@ import torch
 from benchmarks.domain_tests import SCENARIOS, rates
 from moe_lens.errors import InputError
 from moe_lens.stats import DomainComparison, RoutingResult, RoutingStats, compare_domains
-from moe_lens.stats.domains import npmi
-from moe_lens.stats.exchange import Deviations
+from moe_lens.stats.domain_tests import npmi
+from moe_lens.stats.source_permutation import Deviations
 from tests.stats.routed import routed
 
 EXPERTS, TOP_K, LAYERS = 8, 2, 2

@@ -7,7 +7,7 @@ import torch
 
 from moe_lens.errors import InputError
 from moe_lens.stats import PassageResult, PassageSample, predict_domain
-from moe_lens.stats.prediction import fit_logistic
+from moe_lens.stats.domain_prediction import fit_logistic
 from tests.stats.routed import routed
 
 EXPERTS, TOP_K, LAYERS, VOCABULARY = 6, 2, (1, 3), 30

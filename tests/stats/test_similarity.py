@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moe_lens.errors import InputError
 from moe_lens.stats import MEASURES, ActivationMeans, Means, SimilarityStats
-from moe_lens.stats.similarity import measure
+from moe_lens.stats.ensemble_similarity import measure
 
 D, K = 16, 3
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moe_lens.errors import InputError
 from moe_lens.stats import TopExamples, TopExamplesResult
-from moe_lens.stats.best import Best, row_keys
+from moe_lens.stats.top_rows import Best, row_keys
 from tests.stats.routed import random_batch
 
 TARGETS, N = 3, 4

@@ -20,8 +20,8 @@ from moe_lens.stats import (
     token_unigram_routing,
     uniform_routing,
 )
-from moe_lens.stats.information import _units
-from moe_lens.stats.nulls import systematic_sample
+from moe_lens.stats.information_given_token import _units
+from moe_lens.stats.null_routing import systematic_sample
 from tests.stats.routed import random_batch, routed
 
 LAYERS, EXPERTS, TOP_K, VOCABULARY = (1, 3), 5, 2, 7

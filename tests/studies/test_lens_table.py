@@ -8,7 +8,7 @@ import torch
 import moe_lens
 from moe_lens import HookedMoE
 from moe_lens.data import Domain, Passage
-from moe_lens.model.tokenizer import load_tokenizer
+from moe_lens.model.loading.tokenizer import load_tokenizer
 from moe_lens.studies import lens_table
 from moe_lens.studies.lens_table import EXAMPLE_TOKENS
 from tests.families import build

@@ -11,8 +11,8 @@ from moe_lens import HookedMoE, names
 from moe_lens.data import TokenBatch, Tokens
 from moe_lens.stats import ActivationMeans
 from moe_lens.studies import single_expert, specialisation
-from moe_lens.studies.running import each_layer, losses, predicted, token_losses
-from moe_lens.studies.single_expert import _CrossFit, passes
+from moe_lens.studies.forward_passes import each_layer, losses, predicted, token_losses
+from moe_lens.studies.report_single_expert import _CrossFit, passes
 from tests.families import build, tokens
 
 LENGTHS = (12, 9, 12, 5, 11, 7)
@@ -41,7 +41,7 @@ def test_token_losses_are_the_definition_whatever_the_chunks(monkeypatch):
     logits, ids = torch.randn(3, 5, 7), torch.randint(7, (3, 5))
     expected = -log_softmax(logits[:, :-1], -1).gather(-1, ids[:, 1:, None])[..., 0]
     for chunk in (2**24, 1):
-        monkeypatch.setattr("moe_lens.studies.running.LOSS_CHUNK", chunk)
+        monkeypatch.setattr("moe_lens.studies.forward_passes.LOSS_CHUNK", chunk)
         found = token_losses(logits, ids)
         assert torch.allclose(found[:, 1:], expected, atol=1e-6, rtol=0)
         assert (found[:, 0] == 0).all()

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from moe_lens import HookedMoE
-from moe_lens.data import Domain, Passage, Reading, batches, from_generator, from_hub
+from moe_lens.data import Domain, Passage, Reading, from_generator, from_hub, token_batches
 from moe_lens.errors import InputError
-from moe_lens.model.tokenizer import load_tokenizer
+from moe_lens.model.loading.tokenizer import load_tokenizer
 from moe_lens.stats import RoutingResult
-from moe_lens.studies import RoutingStudy, SingleExpertStudy, StudyResult, collect, run, running
-from moe_lens.studies.folder import SPACE
+from moe_lens.studies import RoutingStudy, SingleExpertStudy, StudyResult, collect, forward_passes, run
+from moe_lens.studies.study_folder import SPACE
 from tests.studies.tiny import TOKENIZER, assert_same, domain, passages, tiny_hf, tiny_model
 
 SMALL = Reading(tokens=None, context=24, shard_tokens=100)
@@ -88,13 +88,13 @@ def test_packing_changes_nothing_because_no_attention_reaches_across(model, stud
     together = run(study, model, texts, reading=packed)
     assert_same(alone, together, 2e-6)
     # The control: positions that run on make one text of the row, and then the results differ.
-    whole = batches._packed
+    whole = token_batches._packed
 
     def runs_on(*args):
         made = whole(*args)
-        return batches.Packing(made.tokens, torch.arange(made.tokens.shape[1]).expand(made.tokens.shape), made.at)
+        return token_batches.Packing(made.tokens, torch.arange(made.tokens.shape[1]).expand(made.tokens.shape), made.at)
 
-    monkeypatch.setattr(batches, "_packed", runs_on)
+    monkeypatch.setattr(token_batches, "_packed", runs_on)
     with pytest.raises(AssertionError):
         assert_same(alone, run(study, model, texts, reading=packed), 2e-6)
 
@@ -215,7 +215,7 @@ def test_a_disk_that_fills_on_the_way_keeps_what_was_done(model, tmp_path, monke
 def test_out_of_memory_halves_the_batch(model, monkeypatch):
     texts = [domain("d")]
     whole = run(RoutingStudy(), model, texts, reading=SMALL)
-    plainly, sizes = running.forward, []
+    plainly, sizes = forward_passes.forward, []
 
     def scarce(model, batch, hooks):
         logits = plainly(model, batch, hooks)
@@ -224,7 +224,7 @@ def test_out_of_memory_halves_the_batch(model, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return logits
 
-    monkeypatch.setattr(running, "forward", scarce)
+    monkeypatch.setattr(forward_passes, "forward", scarce)
     limit = 60
     assert_same(whole, run(RoutingStudy(), model, texts, reading=SMALL, batch_tokens=400), 2e-6)
     assert max(sizes) > 60 and sum(size > 60 for size in sizes) <= 4  # it does not try again what did not fit

@@ -10,7 +10,7 @@ import torch
 import moe_lens
 from moe_lens import HookedMoE
 from moe_lens.data import Domain, Passage
-from moe_lens.model.tokenizer import load_tokenizer
+from moe_lens.model.loading.tokenizer import load_tokenizer
 from tests.families import build
 
 TOKENIZER = Path(moe_lens.__file__).parent / "assets" / "tiny-deepseekmoe"

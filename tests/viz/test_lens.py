@@ -10,7 +10,7 @@ from rich.console import Console
 from moe_lens import PartialSum, viz
 from moe_lens.errors import InputError
 from moe_lens.lenses import LensResult
-from moe_lens.lenses.result import QUANTITIES, blank
+from moe_lens.lenses.lens_result import QUANTITIES, blank
 
 NASTY = "</script><b>&amp;[red]"
 TEXTS = {token: f" w{token}" for token in range(16)} | {12: NASTY}

@@ -12,7 +12,7 @@ from moe_lens.errors import InputError
 from moe_lens.routing import LayerRouting
 from moe_lens.stats import RoutingStats
 from moe_lens.studies import Specialisation
-from moe_lens.viz.text import escaped
+from moe_lens.viz.token_text import escaped
 from tests.stats.routed import routed
 
 NASTY = "</script><b>&amp;[red]"

@@ -1,0 +1,128 @@
+"""What the commands that read texts have in common: their options, the processes, the model, the progress."""
+
+import inspect
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from moe_lens import distributed
+from moe_lens.cli import options
+from moe_lens.cli.app import app
+from moe_lens.cli.model_loading import join_processes, leave_processes, load_model, quiet
+from moe_lens.data import Reading
+from moe_lens.studies import Study, run
+
+Out = Annotated[
+    Path,
+    typer.Option(
+        metavar="FOLDER",
+        help="Where the result goes. It appears when it is complete; until then FOLDER.unfinished keeps what was done, "
+        "and the same command goes on from there.",
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """The options that all studies have."""
+
+    model: options.Model = "tiny-deepseekmoe"
+    domain: options.Domains = None
+    text_column: options.TextColumn = "text"
+    source_column: options.SourceColumn = None
+    split: options.Split = "train"
+    streaming: options.Streaming = False
+    tokens: options.Tokens = 4096
+    window: options.Window = 256
+    packed: options.Packed = False
+    seed: options.Seed = 0
+    batch_tokens: options.BatchTokens = 2048
+    shard_tokens: options.ShardTokens = 2**15
+    dtype: options.DtypeOption = options.Dtype.float32
+    device: options.Device = "cpu"
+    config: options.Config = None
+
+    def domains(self) -> options.Opened:
+        """The texts."""
+        names = {"text": self.text_column, "source": self.source_column}
+        return options.open_domains(self.domain, self.config, **names, split=self.split, streaming=self.streaming)
+
+    def reading(self) -> Reading:
+        """How they are read."""
+        return Reading(
+            tokens=self.tokens or None,
+            context=self.window,
+            packed=self.packed,
+            seed=self.seed,
+            shard_tokens=self.shard_tokens,
+        )
+
+
+Work = Callable[..., Any]
+"""Takes a model, domains, and the rest by name: out, reading, name, batch_tokens, watch."""
+
+
+def command(name: str, folder: str) -> Callable[[Callable[..., Study | Work]], Callable[..., Study | Work]]:
+    """Make a command of a function from its own options to a study, or to other work on the same arguments.
+
+    Args:
+        name: Of the command.
+        folder: Where its result goes if --out is not given.
+    """
+
+    def decorate(make: Callable[..., Study | Work]) -> Callable[..., Study | Work]:
+        own = inspect.signature(make).parameters
+
+        def called(**given: Any) -> None:
+            made = make(**{key: given.pop(key) for key in own})
+            work = partial(run, made) if isinstance(made, Study) else made
+            _run(work, given.pop("out"), Arguments(**given))
+
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        shared = [
+            inspect.Parameter(field.name, keyword, default=field.default, annotation=field.type)
+            for field in fields(Arguments)
+        ]
+        out = inspect.Parameter("out", keyword, default=Path(folder), annotation=Out)
+        every = [*shared, out, *(parameter.replace(kind=keyword) for parameter in own.values())]
+        called.__doc__ = make.__doc__
+        called.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
+        called.__signature__ = inspect.Signature(every)
+        app.command(name)(called)
+        return make
+
+    return decorate
+
+
+def _run(work: Work, out: Path, given: Arguments) -> None:
+    quiet()
+    started = time.monotonic()
+    domains, reading = given.domains(), given.reading()
+    join_processes(given.device)
+    try:
+        console = Console(stderr=True, quiet=distributed.rank() > 0)
+        with console.status(f"loading {given.model}"):
+            model = load_model(given.model, given.dtype.value, given.device)
+        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        with Progress(*columns, console=console, transient=True) as progress:
+            task, read = progress.add_task("reading"), 0
+
+            def watch(what: str, tokens: int) -> None:
+                nonlocal read
+                read += tokens
+                progress.update(task, description=f"{what} · {read:,} tokens read")
+
+            how = {"reading": reading, "name": given.model, "batch_tokens": given.batch_tokens}
+            work(model, domains, out=out, watch=watch, **how)
+        console.print(f"done in {time.monotonic() - started:.0f} s", highlight=False)
+        if distributed.rank() == 0:
+            print(out.resolve())
+    finally:
+        leave_processes()

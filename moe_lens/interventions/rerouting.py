@@ -1,0 +1,200 @@
+"""Interventions on which experts are selected: re-routing, recorded routing, steering."""
+
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from moe_lens import names
+from moe_lens.errors import InputError
+from moe_lens.interventions.intervention import Hook, Intervention, first_token, positions, this_pass
+from moe_lens.model.cache.moe_cache import MoECache
+from moe_lens.protocols import HookedModel
+from moe_lens.routing import Routing
+from moe_lens.selection import Selection, Where, where_text
+
+Replayed = Literal["both", "indices", "weights"]
+Steer = int | float | Literal["on", "off"]
+SteerRule = Literal["affinity", "steermoe"]
+
+EPSILON = 0.01
+"""By how much SteerMoE's own code (arXiv 2509.09660) passes the largest, or stays under the smallest, score."""
+
+
+def reselect(
+    layer: int,
+    indices: Int[Tensor, "batch pos top_k"],
+    scores: Float[Tensor, "batch pos n_experts"],
+    wishes: Int[Tensor, "batch pos n_experts"],
+) -> Int[Tensor, "batch pos top_k"]:
+    """Experts with some of them forced in (1 in `wishes`) or out (−1), everything else as selected.
+
+    A free slot goes to the expert with the largest score among those that the family allows; for an expert that is
+    forced in, the selected one with the smallest score leaves. Who stays keeps the slot; ties go to the lowest id.
+
+    Raises:
+        InputError: a token has too few experts left; the message names it.
+    """
+    top_k = indices.shape[-1]
+    selected = torch.zeros_like(wishes, dtype=torch.bool).scatter(-1, indices, True)
+    worth = selected.to(torch.int8)
+    worth = torch.where(scores.isneginf() & ~selected, -1, worth)
+    worth = torch.where(wishes > 0, 2, worth)
+    worth = torch.where(wishes < 0, -1, worth)
+    by_score = scores.sort(dim=-1, descending=True, stable=True).indices
+    by_worth = worth.gather(-1, by_score).sort(dim=-1, descending=True, stable=True).indices
+    picked = by_score.gather(-1, by_worth)[..., :top_k]
+    short = (worth.gather(-1, picked) < 0).any(-1)
+    if short.any():
+        raise InputError(
+            f"layer {layer}, token {first_token(short)}: fewer than {top_k} experts are left to select from (experts "
+            "that are forbidden, or in groups that the router leaves out, do not count); forbid fewer"
+        )
+    stays = torch.zeros_like(selected).scatter(-1, picked, True).gather(-1, indices)
+    comes = ~selected.gather(-1, picked)
+    incoming = picked.gather(-1, comes.to(torch.int8).argsort(dim=-1, descending=True, stable=True))
+    turn = ((~stays).long().cumsum(-1) - 1).clamp(min=0)
+    return torch.where(stays, indices, incoming.gather(-1, turn))
+
+
+def _wish(
+    model: HookedModel, layer: int, wish: Callable[[Tensor], tuple[Bool[Tensor, "batch pos n_experts"], int]]
+) -> Hook:
+    """A hook that adds a wish to those of the pass and selects again; a later wish outweighs an earlier one."""
+
+    def choose(indices: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        choice = model.choice(layer)
+        which, value = wish(indices)
+        choice.wishes[which] = value
+        return reselect(layer, indices, choice.scores, choice.wishes)
+
+    return names.mlp(names.EXPERT_INDICES, layer), choose
+
+
+def forbid(model: HookedModel, selection: Selection, layer: int) -> Hook:
+    """Leaves the selected experts of a layer out of the selection; affinities stay what they are."""
+
+    def out(indices: Tensor) -> tuple[Tensor, int]:
+        where = positions(model, selection, indices)
+        which = torch.zeros(*indices.shape[:2], model.n_experts, dtype=torch.bool, device=indices.device)
+        if selection.by_layer is not None:
+            which[..., list(selection.by_layer[layer])] = True
+            return which if where is None else which & where[..., None], -1
+        meant = selection.slots(layer, indices, where)
+        return which.scatter(-1, indices, meant), -1
+
+    return _wish(model, layer, out)
+
+
+def force_routing(
+    model: HookedModel, routing: Routing | MoECache, *, layers: Iterable[int] | None = None, what: Replayed = "both"
+) -> Intervention:
+    """Replay recorded routing; see `HookedMoE.force_routing`."""
+    if what not in get_args(Replayed):
+        raise InputError(f"what is {what!r}; expected one of {get_args(Replayed)}")
+    if isinstance(routing, MoECache):
+        held = [at for at in model.moe_layers if names.mlp(names.EXPERT_INDICES, at) in routing]
+        if not held:
+            wanted = f"{names.EXPERT_INDICES} and {names.ROUTING_WEIGHTS}"
+            raise InputError(f"the cache holds routing of no layer; cache {wanted}, or pass what model.routing returns")
+        routing = Routing.stack([routing.routing(at) for at in (held if layers is None else tuple(layers))])
+    if not isinstance(routing, Routing):
+        raise InputError(f"routing is a {type(routing).__name__}; expected what model.routing returns, or a cache")
+    if (routing.n_experts, routing.top_k) != (model.n_experts, model.top_k):
+        came = f"{routing.top_k} of {routing.n_experts} experts"
+        raise InputError(f"the routing chooses {came}; the model chooses {model.top_k} of {model.n_experts}")
+    selection = Selection(layers=routing.layers if layers is None else layers).check(model)
+    chosen = selection.layers_of(model)
+    hooks: list[Hook] = []
+    for layer in chosen:
+        recorded = routing.layer(layer)
+        if what != "weights":
+            hooks.append((names.mlp(names.EXPERT_INDICES, layer), _replay(model, recorded.indices)))
+        if what != "indices":
+            hooks.append((names.mlp(names.ROUTING_WEIGHTS, layer), _replay(model, recorded.weights)))
+    return Intervention(model, f"force_routing, layers {list(chosen)}, {what}", tuple(hooks))
+
+
+def _replay(model: HookedModel, recorded: Tensor) -> Callable[..., Tensor]:
+    def replayed(value: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        start = this_pass(model, value, "recorded routing").offset
+        if len(recorded) != len(value) or (start == 0 and recorded.shape != value.shape):
+            came, wanted = tuple(recorded.shape[:2]), (len(value), start + value.shape[1])
+            raise InputError(f"the recorded routing has {came} [batch, pos]; the input has {wanted}")
+        now = recorded[:, start : start + value.shape[1]].to(value)
+        return torch.cat([now, value[:, now.shape[1] :]], 1)
+
+    return replayed
+
+
+def steer_experts(
+    model: HookedModel,
+    steering: Mapping[int, Mapping[int, Steer]],
+    *,
+    rule: SteerRule = "affinity",
+    where: Where | None = None,
+) -> Intervention:
+    """Push experts into the selection or out of it; see `HookedMoE.steer_experts`."""
+    if rule not in get_args(SteerRule):
+        raise InputError(f"rule is {rule!r}; expected one of {get_args(SteerRule)}")
+    if not isinstance(steering, Mapping) or not all(isinstance(of_layer, Mapping) for of_layer in steering.values()):
+        raise InputError(f"steering is {steering!r}; expected {{layer: {{expert: a number, 'on' or 'off'}}}}")
+    selection = Selection(experts={at: list(of_layer) for at, of_layer in steering.items()}, where=where).check(model)
+    hooks: list[Hook] = []
+    for layer, of_layer in sorted(steering.items()):
+        added, on, off = {}, [], []
+        for expert, value in of_layer.items():
+            if value in ("on", "off"):
+                (on if value == "on" else off).append(expert)
+            elif isinstance(value, Real) and not isinstance(value, bool) and abs(value) < float("inf"):
+                added[expert] = float(value)
+            else:
+                raise InputError(f"expert {expert} of layer {layer}: got {value!r}; expected a number, 'on' or 'off'")
+        if len(on) > model.top_k:
+            raise InputError(f"layer {layer}: {len(on)} experts are on; a token has {model.top_k}")
+        if len(off) > model.n_experts - model.top_k:
+            left = model.n_experts - len(off)
+            raise InputError(f"layer {layer}: {left} experts are not off; a token needs {model.top_k}")
+        scores = rule == "steermoe" and bool(on or off)
+        if added or scores:
+            pushed = (on, off) if scores else ([], [])
+            hooks.append((names.mlp(names.ROUTER_LOGITS, layer), _logits(model, selection, added, *pushed)))
+        if not scores:
+            hooks += [
+                _wish(model, layer, _everywhere(model, selection, experts, value))
+                for experts, value in ((on, 1), (off, -1))
+                if experts
+            ]
+    tokens = "" if selection.where is None else f" {where_text(selection.where)}"
+    return Intervention(model, f"steer_experts {dict(steering)}{tokens}, {rule}", tuple(hooks))
+
+
+def _everywhere(
+    model: HookedModel, selection: Selection, experts: list[int], value: int
+) -> Callable[[Tensor], tuple[Tensor, int]]:
+    def wish(indices: Tensor) -> tuple[Tensor, int]:
+        where = positions(model, selection, indices)
+        which = torch.zeros(*indices.shape[:2], model.n_experts, dtype=torch.bool, device=indices.device)
+        which[..., experts] = True
+        return which if where is None else which & where[..., None], value
+
+    return wish
+
+
+def _logits(
+    model: HookedModel, selection: Selection, added: dict[int, float], on: list[int], off: list[int]
+) -> Callable[..., Tensor]:
+    def pushed(logits: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        new = logits.log_softmax(-1) if on or off else logits.clone()
+        high, low = new.amax(-1, keepdim=True), new.amin(-1, keepdim=True)
+        for expert, value in added.items():
+            new[..., expert] += value
+        new[..., on] = high + EPSILON
+        new[..., off] = low - EPSILON
+        where = positions(model, selection, logits)
+        return new if where is None else torch.where(where[..., None], new, logits)
+
+    return pushed

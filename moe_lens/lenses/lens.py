@@ -1,0 +1,97 @@
+"""What all lenses share: from a point of the residual stream to logits, and from a cache to what is read there."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moe_lens import names
+from moe_lens.lenses.decoding import Decoding
+from moe_lens.lenses.lens_result import LensResult
+from moe_lens.partial_sum import PartialSum
+
+
+class Lens(ABC):
+    """Reads points of the residual stream as next-token distributions, through the model's final norm and unembedding.
+
+    A lens says how a point is translated into the basis that the final norm reads; everything else is common.
+
+    Args:
+        model: A `HookedMoE`.
+    """
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    @abstractmethod
+    def translate(self, resid: Float[Tensor, "*axes d_model"], layer: int) -> Float[Tensor, "*axes d_model"]:
+        """A point of the stream at a layer, in the basis of the stream that leaves the last one."""
+
+    def logits(self, resid: Float[Tensor, "*axes d_model"], layer: int) -> Float[Tensor, "*axes d_vocab"]:
+        """FinalNorm(translate(resid)) W_U; differentiable."""
+        return self.unembed(self.translate(resid, layer))
+
+    def unembed(self, resid: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_vocab"]:
+        """FinalNorm(resid) W_U, and what the family does to logits: the model's own, of the stream leaving it."""
+        logits = self.model.unembed(self.model.ln_final(resid))
+        return self.model.adapter.apply_output_logits_transform(logits)
+
+    def hooks(self, layers: Collection[int] | None = None, sums: Collection[PartialSum] | None = None) -> list[str]:
+        """The names that a cache must hold so that `decode` can read these layers.
+
+        Args:
+            layers: Which layers; all if not given.
+            sums: What will be read; anything, if not given, which takes several times the memory.
+        """
+        model = self.model
+        residual = {which.residual for which in sums or ()} | ({"pre"} if sums is None else set())
+        wanted = [names.block(names.RESID_POST, model.cfg.n_layers - 1)]
+        for layer in range(model.cfg.n_layers) if layers is None else layers:
+            wanted.append(names.block(names.RESID_MID, layer))
+            wanted += [names.block(names.RESID_PRE, layer)] if "pre" in residual else []
+            if layer not in model.moe_layers:
+                wanted.append(names.block(names.BLOCK_MLP_OUT, layer))
+                continue
+            parts = [names.EXPERT_INDICES, names.ROUTING_WEIGHTS, names.ROUTED_OUT]
+            parts += [names.SHARED_OUT] if model.has_shared(layer) else []
+            slots = [which for which in sums or () if which.picks and which.drawn != "unselected"]
+            parts += [names.EXPERT_WEIGHTED] if sums is None or any(which.weighted for which in slots) else []
+            plain = any(not which.weighted and (which.picks or not which.restricted) for which in sums or ())
+            parts += [names.EXPERT_OUT] if sums is None or plain else []
+            unselected = any(which.drawn == "unselected" for which in sums or ())
+            parts += [names.MLP_IN] if sums is None or unselected else []
+            wanted += [names.mlp(name, layer) for name in parts]
+        return list(dict.fromkeys(wanted))
+
+    @torch.no_grad()
+    def decode(
+        self,
+        cache: Any,
+        sums: PartialSum | Sequence[PartialSum],
+        *,
+        layers: Sequence[int] | None = None,
+        positions: Sequence[int] | None = None,
+        targets: Int[Tensor, "batch pos"] | None = None,
+        top: int = 5,
+    ) -> LensResult:
+        """Read partial sums of a cache, a few rows of logits at a time.
+
+        Args:
+            cache: A `MoECache` of this model that holds `hooks(layers, sums)`.
+            sums: What to read in every layer: one sum or several.
+            layers: Which layers; all if not given. A dense layer has no ranks and no experts to read.
+            positions: Which positions of the cache, negative ones from its end; all if not given.
+            targets: The token to find at each of the positions, −1 for none; what follows in the text if not given.
+            top: How many of the most likely tokens to keep.
+
+        Raises:
+            HookError: The cache lacks activations (the message names all of them), or a sum of some experts is asked
+                for in dense layers only.
+            InputError: The cache of another model, no sum, or ranks, experts, layers or positions that do not exist.
+        """
+        return Decoding(self, cache, [sums] if isinstance(sums, PartialSum) else sums, layers, positions).run(
+            targets, top
+        )

@@ -1,0 +1,135 @@
+"""What the rows of a router point at: tokens of the embedding, and the inputs of experts."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize, pad
+
+from moe_lens import names
+from moe_lens.errors import HookError, InputError
+from moe_lens.lenses.token_rows import batched, rows
+
+_CHUNK = 2**12
+"""Tokens of the vocabulary at a time."""
+
+
+@dataclass(frozen=True, eq=False)
+class RouterGeometry:
+    """Router rows of one layer beside what they may point at. The mean row is taken off: it moves all logits alike.
+
+    Controls come with the cosines: the rows of the other experts (off the diagonal), and `random`.
+    """
+
+    layer: int
+    tokens: Int[Tensor, "n_experts top"]
+    """The tokens that each expert attracts most."""
+    attraction: Float[Tensor, "n_experts top"]
+    """Its router logit less the mean over experts, where the stream is nothing but the token's embedding."""
+    neurons: Float[Tensor, "n_experts n_experts"]
+    """[row, expert]: root mean square cosine between the row and the input directions of the expert's neurons; NaN for
+    identity experts, which have none."""
+    random: float
+    """What `neurons` would be for random directions, 1/√d_model."""
+    inputs: Float[Tensor, "n_experts n_experts"] | None
+    """[row, expert]: cosine between the row and the expert's mean input less that of all tokens, on a corpus; NaN for
+    experts that no token chose."""
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per expert and measure (`neurons`, `inputs`): own, and the mean over the other experts' rows."""
+        lines = []
+        for name, values in (("neurons", self.neurons), ("inputs", self.inputs)):
+            if values is None:
+                continue
+            own = values.diagonal()
+            others = (values.sum(0) - own) / max(1, len(own) - 1)
+            pairs = zip(own.tolist(), others.tolist(), strict=True)
+            lines += [(expert, name, *pair) for expert, pair in enumerate(pairs)]
+        return pd.DataFrame(lines, columns=["expert", "measure", "own", "others"])
+
+
+@torch.no_grad()
+def router_geometry(
+    model: Any, layer: int, texts: Iterable[Any] | None = None, *, top: int = 10, batch: int = 8
+) -> RouterGeometry:
+    """Compare a router's rows with token embeddings and with what experts read.
+
+    Args:
+        model: A `HookedMoE`.
+        layer: A layer with experts.
+        texts: A corpus, as for `expert_vocabulary`; without one, there are no mean inputs.
+        top: How many tokens to keep for each expert.
+        batch: Rows of text at a time.
+
+    Raises:
+        HookError: A dense layer.
+        InputError: The corpus holds no token, or something else than text; no norm stands before the experts; or router
+            and experts read different inputs.
+    """
+    if layer not in model.moe_layers:
+        raise HookError(f"layer {layer} has no router; the layers with experts are {list(model.moe_layers)}")
+    if model.family.reads_own or model.family.narrows:
+        raise InputError(
+            f"routers of {model.family.model_type} do not read what its experts read: the two cannot be compared"
+        )
+    wide = torch.promote_types(model.W_router[layer].dtype, torch.float32)
+    whole = model.W_router[layer].detach().to(wide)
+    centred = whole - whole.mean(0)
+    tokens, attraction = _attraction(model, layer, centred, top)
+    directions = normalize(centred, dim=-1)
+    branches = [model.W_gate[layer]] + ([model.W_in[layer]] if model.W_in[layer] is not model.W_gate[layer] else [])
+    squares = [(directions @ normalize(branch.detach().to(wide), dim=1)).square().mean(-1) for branch in branches]
+    neurons = torch.stack(squares).mean(0).sqrt().T  # [expert, row] so far
+    neurons = pad(neurons, (0, len(whole) - neurons.shape[1]), value=torch.nan)
+    found = None if texts is None else _inputs(model, layer, directions, texts, batch)
+    return RouterGeometry(layer, tokens, attraction, neurons.cpu(), model.cfg.d_model**-0.5, found)
+
+
+def _attraction(model: Any, layer: int, centred: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """Tokens whose embedding, alone and normed as the layer norms its stream, gives an expert the largest logits."""
+    embedding = model.original_model.get_input_embeddings().weight.detach()
+    norm, place = getattr(model.blocks[layer], "ln2", None), centred.device
+    if norm is None:
+        raise InputError(
+            f"layer {layer} has no norm of its own before its experts: embeddings cannot be read through it"
+        )
+    best, which = torch.full((2, len(centred), 0), 0.0, device=place)
+    which = which.long()
+    for start in range(0, len(embedding), _CHUNK):
+        part = embedding[start : start + _CHUNK]
+        unit = part / part.float().square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30).to(part)
+        logits = centred @ norm(unit[None].to(place)).to(centred)[0].T
+        ids = torch.arange(start, start + len(part), device=place).expand_as(logits)
+        best, order = torch.cat([best, logits], -1).topk(min(top, best.shape[-1] + len(part)), dim=-1)
+        which = torch.cat([which, ids], -1).gather(-1, order)
+    return which.cpu(), best.float().cpu()
+
+
+def _inputs(model: Any, layer: int, directions: Tensor, texts: Iterable[Any], batch: int) -> Tensor:
+    """[row, expert]: cosines with the centred mean inputs, over a stream of text."""
+    d_model, n_experts = model.cfg.d_model, model.n_experts
+    sums, total = torch.zeros(n_experts, d_model, dtype=torch.float64), torch.zeros(d_model, dtype=torch.float64)
+    counts, tokens = torch.zeros(n_experts, dtype=torch.long), 0
+    wanted = [names.mlp(name, layer) for name in (names.MLP_IN, names.EXPERT_INDICES)]
+    place = model.original_model.get_input_embeddings().weight.device
+    for part in batched(rows(model, texts), batch):
+        _, cache = model.run_with_cache(
+            part.tokens.to(place),
+            names_filter=wanted,
+            stop_at_layer=layer + 1,
+            attention_mask=part.mask.long().to(place),
+        )
+        read, chosen = (cache[name].cpu()[part.mask] for name in wanted)
+        read = read.double()
+        total += read.sum(0)
+        tokens += len(read)
+        counts += torch.bincount(chosen.flatten(), minlength=n_experts)
+        sums.index_add_(0, chosen.flatten(), read.repeat_interleave(chosen.shape[-1], dim=0))
+    if not tokens:
+        raise InputError("the corpus holds no token")
+    means = sums / counts[:, None] - total / tokens  # NaN where no token came
+    return (directions.cpu().double() @ normalize(means, dim=-1).T).float()

@@ -1,0 +1,230 @@
+"""The TunedLens: one affine translator a layer, from the basis of that layer to that of the last."""
+
+import hashlib
+import importlib.resources
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moe_lens.errors import InputError
+from moe_lens.hooked_moe import HookedMoE
+from moe_lens.lenses.lens import Lens
+from moe_lens.lenses.training_summary import Tuning
+from moe_lens.model.loading.pretrained import EMBEDDED
+from moe_lens.storage import load_tensors, save_tensors, written_whole
+
+_CONFIG, _TENSORS, _KIND = "config.json", "lens.safetensors", "TunedLens"
+
+
+class TunedLens(Lens):
+    """Reads a point of the residual stream at layer l as FinalNorm(h + A_l h + b_l) W_U (Belrose et al. 2023).
+
+    The translators (A_l, b_l) are trained so that what is read at `resid_post` of layer l is near what the model
+    predicts in the end: they minimise KL(final ‖ lens) in nats (arXiv 2303.08112, section 3). A new lens has
+    A = 0 and b = 0, and is then the LogitLens; so is every TunedLens at the last layer, whose stream the model itself
+    reads. Translators are kept and applied in float32 at least, whatever the model's dtype.
+
+    They are trained on `resid_post`: what they make of a partial sum, which they never saw, is extrapolation. `mid`, if
+    trained, is a second lens whose translators are those of `resid_mid`, for reading the stream before the experts:
+    `lens.mid.decode(cache, PartialSum(ranks=[]))`.
+
+    Args:
+        model: A `HookedMoE`.
+        weights: A_l of each layer; zeros if not given.
+        biases: b_l of each layer; zeros if not given.
+        mid: The lens of `resid_mid`.
+        tuning: How the translators were trained.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        weights: Sequence[Float[Tensor, "d_model d_model"]] | None = None,
+        biases: Sequence[Float[Tensor, " d_model"]] | None = None,
+        *,
+        mid: "TunedLens | None" = None,
+        tuning: Tuning | None = None,
+    ):
+        super().__init__(model)
+        n_layers, d_model, device = model.cfg.n_layers, model.cfg.d_model, model.W_U.device
+        wide = torch.promote_types(model.W_U.dtype, torch.float32)
+        zeros = [torch.zeros(d_model, d_model, dtype=wide, device=device) for _ in range(n_layers)]
+        self.weights = list(zeros if weights is None else (weight.to(device, wide) for weight in weights))
+        self.biases = list(
+            [zero[0].clone() for zero in zeros] if biases is None else (b.to(device, wide) for b in biases)
+        )
+        self.mid, self.tuning = mid, tuning
+        shapes = {tuple(weight.shape) for weight in self.weights} | {(*bias.shape, d_model) for bias in self.biases}
+        if {len(self.weights), len(self.biases)} != {n_layers} or shapes != {(d_model, d_model)}:
+            raise InputError(
+                f"{len(self.weights)} weights and {len(self.biases)} biases of shapes {sorted(shapes)}; the model has "
+                f"{n_layers} layers of width {d_model}"
+            )
+
+    def translate(self, resid: Float[Tensor, "*axes d_model"], layer: int) -> Float[Tensor, "*axes d_model"]:
+        """The stream at a layer in the basis of the last: h + A_l h + b_l, in the dtype of h."""
+        weight, bias = self.weights[layer], self.biases[layer]
+        wide = resid.to(torch.promote_types(resid.dtype, weight.dtype))
+        change = torch.nn.functional.linear(wide, weight.to(wide), bias.to(wide))
+        return (wide + change).to(resid.dtype)
+
+    @classmethod
+    def fit(
+        cls,
+        model: Any,
+        texts: Iterable[Any],
+        *,
+        held_out: Iterable[Any] | None = None,
+        mid: bool = False,
+        steps: int = 250,
+        batch: int = 16,
+        context: int | None = None,
+        lr: float = 0.3,
+        seed: int = 0,
+        checkpoint: str | Path | None = None,
+        every: int = 50,
+        progress: bool = True,
+    ) -> "TunedLens":
+        """Train translators on a corpus, by Adam on KL(final ‖ lens) averaged over tokens.
+
+        The corpus is streamed: items are read as they are needed, again from the start when it ends, and their rows
+        shuffled in a buffer. Interrupted and called again with the same arguments, training goes on from the checkpoint
+        and ends with the same translators; the corpus must then give the same items again.
+
+        Args:
+            model: A `HookedMoE`.
+            texts: Texts, token ids [pos] or [batch, pos], or batches with `tokens` and `mask`.
+            held_out: What is evaluated at start and end, read once and kept. If not given, the first items of `texts`
+                that make up 32 rows; they are then never trained on.
+            mid: Whether to train a second lens on `resid_mid`.
+            steps: Optimisation steps.
+            batch: Rows a step.
+            context: Greatest length of a row; the model's if not given.
+            lr: Size of a step: d_model times the rate of the weights. Warmed up over 5 % of the steps, then falls
+                linearly to zero.
+            seed: Of the order of the rows.
+            checkpoint: A file for the state of the training, written every `every` steps and taken up if it exists.
+            every: Steps between two checkpoints.
+            progress: Whether to show a progress bar, on stderr.
+
+        Returns:
+            The lens; `lens.tuning` says what its held-out KL was before and after.
+
+        Raises:
+            InputError: A corpus that ends too early or holds something else, or a checkpoint of another training.
+        """
+        from moe_lens.lenses.tuned_training import Settings, train  # it makes lenses, and so stands below this module
+
+        settings = Settings(
+            steps=steps, batch=batch, context=context or int(model.cfg.n_ctx), lr=lr, seed=seed, mid=mid
+        )
+        file = None if checkpoint is None else Path(checkpoint)
+        return train(model, texts, held_out, settings, checkpoint=file, every=every, progress=progress)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `lens.safetensors`, each under a temporary name first.
+
+        Raises:
+            InputError: The folder cannot be written.
+        """
+        target = Path(folder)
+        sites = {"post": self} if self.mid is None else {"post": self, "mid": self.mid}
+        tensors = {}
+        for name, lens in sites.items():
+            tensors[f"{name}.weight"] = torch.stack([weight.detach().cpu() for weight in lens.weights])
+            tensors[f"{name}.bias"] = torch.stack([bias.detach().cpu() for bias in lens.biases])
+        config = {
+            "kind": _KIND,
+            "model_name": self.model.cfg.model_name,
+            "fingerprint": fingerprint(self.model),
+            "n_layers": self.model.cfg.n_layers,
+            "d_model": self.model.cfg.d_model,
+            "tuning": None if self.tuning is None else asdict(self.tuning),
+        }
+        save_tensors(target / _TENSORS, _KIND, tensors, {"fingerprint": config["fingerprint"]})
+        with written_whole(target / _CONFIG) as temporary:
+            temporary.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, model: Any = None, *, strict: bool = True) -> "TunedLens":
+        """Load a lens for a model.
+
+        Args:
+            name_or_path: A folder that `save_pretrained` wrote, or "tiny-deepseekmoe": the embedded model's lens.
+            model: The model to read; if not given, the one that the lens was trained for is loaded by its name.
+            strict: Whether to refuse a model of another name, or with another final norm or unembedding, than the one
+                the lens was trained for. Names are compared without what stands before their last slash.
+
+        Raises:
+            InputError: No lens there, a broken one, or one of another model.
+        """
+        folder = Path(name_or_path)
+        if name_or_path == EMBEDDED:
+            folder = Path(str(importlib.resources.files("moe_lens") / "assets" / f"{EMBEDDED}-lens"))
+        config = _read_config(folder)
+        if model is None:
+            model = HookedMoE.from_pretrained(config["model_name"])
+        _check_model(folder, config, model, strict)
+        tensors, header = load_tensors(folder / _TENSORS, _KIND)
+        if header.get("fingerprint") != config["fingerprint"]:
+            raise InputError(f"{folder}: {_CONFIG} and {_TENSORS} are not of the same lens")
+        if set(tensors) not in ({"post.weight", "post.bias"}, {"post.weight", "post.bias", "mid.weight", "mid.bias"}):
+            raise InputError(f"{folder / _TENSORS} holds {sorted(tensors)}; expected post.weight and post.bias")
+        mid = cls(model, list(tensors["mid.weight"]), list(tensors["mid.bias"])) if "mid.bias" in tensors else None
+        tuning = None if config["tuning"] is None else Tuning.from_json(config["tuning"])
+        return cls(model, list(tensors["post.weight"]), list(tensors["post.bias"]), mid=mid, tuning=tuning)
+
+
+def fingerprint(model: Any) -> str:
+    """SHA-256 of the final norm and the unembedding, in bfloat16: the same in whatever precision a model is loaded."""
+    digest = hashlib.sha256()
+    for module in (model.ln_final, model.unembed):
+        for parameter in module.parameters():
+            rounded = parameter.detach().to(torch.bfloat16).cpu().contiguous()
+            digest.update(rounded.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / _CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"there is no lens at {folder}: {file.name} cannot be read. Expected a folder that "
+            f"TunedLens.save_pretrained wrote, or {EMBEDDED!r}"
+        ) from error
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON: {error}") from error
+    needed = {"kind", "model_name", "fingerprint", "n_layers", "d_model", "tuning"}
+    if not isinstance(config, dict) or config.get("kind") != _KIND or not needed <= config.keys():
+        raise InputError(f"{file} is not the configuration of a TunedLens; it may be a model's")
+    return config
+
+
+def _check_model(folder: Path, config: dict[str, Any], model: Any, strict: bool) -> None:
+    name = str(model.cfg.model_name)
+    shape, expected = (model.cfg.n_layers, model.cfg.d_model), (config["n_layers"], config["d_model"])
+    if shape != expected:
+        raise InputError(
+            f"the lens at {folder} is of {config['model_name']} ({expected[0]} layers of width {expected[1]}); this "
+            f"model is {name} ({shape[0]} of {shape[1]})"
+        )
+    if not strict:
+        return
+    if fingerprint(model) != config["fingerprint"]:
+        raise InputError(
+            f"the lens at {folder} was trained for {config['model_name']}; the final norm or the unembedding of this "
+            f"model ({name}) is another. Fit a lens for it, or pass strict=False to read it with this one all the same"
+        )
+    if name.rstrip("/").split("/")[-1] != config["model_name"].rstrip("/").split("/")[-1]:
+        raise InputError(
+            f"the lens at {folder} was trained for {config['model_name']}; this model is called {name}, though its "
+            "unembedding is the same. If it is the same model, pass strict=False"
+        )

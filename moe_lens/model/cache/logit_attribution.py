@@ -1,0 +1,118 @@
+"""Direct attribution to logits, right for a model whose norms keep their gain."""
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moe_lens import names
+from moe_lens.errors import InputError
+from moe_lens.model.cache.hook_cache import Cut, HookCache, as_slice
+
+
+class AttributionCache(HookCache):
+    """TransformerLens's attribution, mended: it divides by a norm's scale and forgets its gain."""
+
+    def apply_ln_to_stack(
+        self,
+        residual_stack: Float[Tensor, "component *tokens d_model"],
+        layer: int | None = None,
+        mlp_input: bool = False,
+        pos_slice: Cut = None,
+        batch_slice: Cut = None,
+        has_batch_dim: bool = True,
+        recompute_ln: bool = False,
+    ) -> Float[Tensor, "component *sliced d_model"]:
+        """What each component adds to what a block, or the unembedding, reads: TransformerLens's method, with the gain.
+
+        TransformerLens leaves the gain out, which is right only after folding it into the weights behind the norm.
+        """
+        n_layers = self.model.cfg.n_layers
+        final = layer in (None, -1, n_layers)
+        scaled = super().apply_ln_to_stack(
+            residual_stack, layer, mlp_input, as_slice(pos_slice), as_slice(batch_slice), has_batch_dim, recompute_ln
+        )
+        if final and recompute_ln:
+            return scaled  # computed by the norm itself, gain included
+        block = None if final else self.model.blocks[layer]
+        norm = self.model.ln_final if block is None else block.ln2 if mlp_input else block.ln1
+        return scaled * _gain(norm).to(scaled)
+
+    def logit_attrs(
+        self,
+        residual_stack: Float[Tensor, "component *tokens d_model"],
+        tokens: str | int | Int[Tensor, "..."],
+        incorrect_tokens: str | int | Int[Tensor, "..."] | None = None,
+        pos_slice: Cut = None,
+        batch_slice: Cut = None,
+        has_batch_dim: bool = True,
+    ) -> Float[Tensor, "component *sliced"]:
+        """What each component adds to a token's logit, or to the difference of two logits, with the final norm frozen.
+
+        (component ⊙ gain / scale) · W_U[:, token], with the scale that the run had. Over all components of
+        `decompose_experts()` it sums to the logit (without the unembedding's bias, where a model has one).
+        Computed on the stack's device, in float32 at least.
+
+        Args:
+            residual_stack: components of the final residual stream.
+            tokens: a token (string or id) for all positions, or ids [batch], [pos] or [batch, pos], in this order.
+            incorrect_tokens: tokens, of the same shape, whose logits are subtracted.
+            pos_slice: positions that `residual_stack` has been cut to.
+            batch_slice: items of the batch to take.
+            has_batch_dim: whether `residual_stack` has a batch axis.
+
+        Raises:
+            HookError: the scale of the final norm was not cached.
+            InputError: tokens and incorrect tokens differ in shape.
+        """
+        wide = torch.promote_types(residual_stack.dtype, torch.float32)
+        direction = self._directions(tokens).to(residual_stack.device, wide)
+        if incorrect_tokens is not None:
+            other = self._directions(incorrect_tokens).to(direction)
+            if other.shape != direction.shape:
+                shapes = tuple(direction.shape[:-1]), tuple(other.shape[:-1])
+                raise InputError(f"tokens and incorrect_tokens have shapes {shapes}; expected the same")
+            direction = direction - other
+        items = as_slice(batch_slice)
+        where = as_slice(pos_slice)
+        stack = items.apply(residual_stack, dim=1) if has_batch_dim else residual_stack
+        batched = has_batch_dim and items.mode != "int"
+        if batched and stack.ndim == 4 and direction.ndim == 2 and len(direction) == stack.shape[1]:
+            direction = direction.unsqueeze(-2)  # one token per item, at all its positions
+        if not _broadcasts(direction.shape, stack.shape[1:]):
+            shapes = tuple(direction.shape[:-1]), tuple(stack.shape[1:-1])
+            raise InputError(
+                f"tokens have shape {shapes[0]}; expected one, or what fits components of {shapes[1]} tokens"
+            )
+        scale = where.apply(self[names.FINAL_SCALE], dim=-2)
+        scale = (items.apply(scale) if self.has_batch_dim else scale).squeeze(-1).to(direction)
+        # (c ⊙ gain / scale) · w = c · (gain ⊙ w) / scale: nothing of the stack's size is made.
+        direction = direction * _gain(self.model.ln_final).to(direction)
+        direction = direction * getattr(self.model.adapter, "logits_factor", 1.0)
+        if self._uses_ln_centering(None):
+            direction = direction - direction.mean(-1, keepdim=True)
+        return torch.stack([(part.to(wide) * direction).sum(-1) / scale for part in stack])
+
+    def _directions(self, tokens: str | int | Int[Tensor, "..."]) -> Float[Tensor, "... d_model"]:
+        """Columns of the unembedding."""
+        ids = torch.as_tensor(self.model.to_single_token(tokens) if isinstance(tokens, str) else tokens)
+        d_vocab = self.model.cfg.d_vocab
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < d_vocab:
+            raise InputError(f"tokens go from {ids.min()} to {ids.max()}; expected ids from 0 to {d_vocab - 1}")
+        W_U = self.model.W_U.detach()
+        return rearrange(W_U[:, ids.to(W_U.device)], "d_model ... -> ... d_model")
+
+
+def _gain(norm: Any) -> Float[Tensor, " d_model"]:
+    """What a norm multiplies by."""
+    weight = norm.original_component.weight.detach()
+    return 1 + weight if norm.uses_weight_offset else weight
+
+
+def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
+    try:
+        return torch.broadcast_shapes(shape, target) == target
+    except RuntimeError:
+        return False

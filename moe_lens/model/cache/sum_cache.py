@@ -1,0 +1,223 @@
+"""Points of the residual stream between "before the experts" and "after all of them", from cached activations."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from moe_lens import names
+from moe_lens.errors import HookError, InputError
+from moe_lens.model.cache.logit_attribution import AttributionCache
+from moe_lens.partial_sum import PartialSum
+from moe_lens.routing import output_factors
+
+At = tuple[Int[Tensor, " n"], ...]
+"""Some tokens: indices of their batch items and positions, or of positions alone where there is no batch axis."""
+
+
+@dataclass(frozen=True, eq=False)
+class ResidualSum:
+    """A `PartialSum` of one layer, computed."""
+
+    values: Float[Tensor, "*tokens d_model"]
+    """A new tensor: changing it leaves the cache alone."""
+    layer: int
+    """The layer in the model."""
+    which: PartialSum
+    """The sum that was asked for."""
+    dense: bool
+    """Whether the layer has no experts, so that its whole MLP stands where the experts would."""
+
+
+class Picked(NamedTuple):
+    """What a sum has of routed experts at each token."""
+
+    expert: Int[Tensor, "*tokens"]
+    """The expert, if the sum is of a single one, by rank, id or drawn, and the token has it; −1 otherwise."""
+    weight: Float[Tensor, "*tokens"]
+    """Its routing weight, 1 in a sum that is not weighted; NaN where there is no single expert."""
+    present: Bool[Tensor, "*tokens"]
+    """False where a sum names experts and the token selected none of them."""
+
+
+class SumCache(AttributionCache):
+    """Partial sums over a layer's experts."""
+
+    def partial_sum(
+        self, layer: int, which: PartialSum | None = None, *, at: At | None = None, **chosen: Any
+    ) -> ResidualSum:
+        """A point of the residual stream: `partial_sum(3, PartialSum(ranks=[0]))`, or just `partial_sum(3, ranks=[0])`.
+
+        In a dense layer a sum over all experts is the residual plus the whole MLP and is flagged `dense`; shared
+        experts add nothing there. Weighted outputs that were not cached are made as weights × outputs, without what a
+        hook may have changed in the weighted ones.
+
+        Args:
+            layer: the layer.
+            which: the sum.
+            at: only these tokens, as index tensors of the axes before the last, (batch, pos): values are [n, d_model].
+            chosen: keywords of a `PartialSum`, instead of one.
+
+        Raises:
+            HookError: something needed was not cached, a dense layer is asked for ranks or experts, or the sum is empty
+                there, for want of shared experts.
+            InputError: ranks or experts that the model does not have, or both a PartialSum and keywords.
+        """
+        if which is not None and chosen:
+            raise InputError(f"got {which} and {sorted(chosen)}; expected a PartialSum or its keywords, not both")
+        which = which or PartialSum(**chosen)
+        layer = self._layer(layer)
+        dense = layer not in self.model.moe_layers
+        self._check(which)
+        terms = list(self._terms(layer, which, dense, at))
+        if not terms:
+            raise HookError(f"layer {layer} has no shared experts: the sum {which.label!r} is empty there")
+        values = terms[0].clone() if len(terms) == 1 else sum(terms[1:], start=terms[0])
+        return ResidualSum(values, layer, which, dense)
+
+    def picked(self, layer: int, which: PartialSum, *, at: At | None = None) -> Picked:
+        """Which routed expert a sum has at each token, if it is one.
+
+        Raises:
+            HookError: the layer is dense, or indices or weights were not cached.
+            InputError: ranks or experts that the model does not have, or no unselected expert to draw, because all are
+                always active.
+        """
+        layer = self._moe_layer(layer, "experts")
+        self._check(which)
+        indices = self._taken(names.mlp(names.EXPERT_INDICES, layer), at)
+        weights = self._taken(names.mlp(names.ROUTING_WEIGHTS, layer), at)
+        present = torch.ones_like(indices[..., 0], dtype=torch.bool)
+        if which.drawn == "unselected":
+            expert, weight = self._unselected(layer, which.seed, at), weights[..., 0]
+        else:
+            chosen = self._chosen(layer, which, indices, at)
+            present = chosen.any(-1) if which.experts else present
+            single = which.drawn or len(which.ranks or which.experts or ()) == 1
+            expert = (indices * chosen).sum(-1).masked_fill(~chosen.any(-1) | (not single), -1)
+            weight = (weights * chosen).sum(-1)
+        weight = weight if which.weighted else torch.ones_like(weight)
+        return Picked(expert, weight.masked_fill(expert < 0, torch.nan), present)
+
+    def require(self, wanted: Iterable[str]) -> None:
+        """Check that activations are cached, or can be made of others that are.
+
+        Raises:
+            HookError: some are lacking; the message names all of them.
+        """
+        lacking = [name for name in wanted if name not in self and not self._can_make(name)]
+        if lacking:
+            raise HookError(self._why_missing(lacking))
+
+    def _can_make(self, name: str) -> bool:
+        found = names.parse_mlp(name)
+        if found is None or found[1] not in (names.EXPERT_WEIGHTED, names.ROUTED_OUT):
+            return False
+        layer, hook = found
+        if hook == names.ROUTED_OUT and names.mlp(names.EXPERT_WEIGHTED, layer) in self:
+            return True
+        return all(names.mlp(part, layer) in self for part in (names.EXPERT_OUT, names.ROUTING_WEIGHTS))
+
+    def _terms(self, layer: int, which: PartialSum, dense: bool, at: At | None) -> Iterator[Tensor]:
+        if dense and which.picks:
+            raise HookError(self._dense(layer, repr(which.label)))
+        if which.residual != "none":
+            yield self._taken(names.block(names.RESID_MID if which.residual == "mid" else names.RESID_PRE, layer), at)
+        if dense:
+            if not which.restricted:
+                yield self._taken(names.block(names.BLOCK_MLP_OUT, layer), at)
+            return
+        whole = names.mlp(names.ROUTED_OUT, layer)
+        every = not which.restricted or len(which.ranks or ()) == self.model.top_k
+        if every and which.weighted and whole in self:
+            yield self._taken(whole, at)
+        elif every:
+            yield self._slots(layer, which.weighted, at).sum(-2)
+        elif which.drawn == "unselected":
+            yield self._unselected_out(layer, which, at)
+        elif which.ranks:
+            yield self._slots(layer, which.weighted, at)[..., list(which.ranks), :].sum(-2)
+        elif which.picks:
+            slots = self._slots(layer, which.weighted, at)
+            indices = self._taken(names.mlp(names.EXPERT_INDICES, layer), at)
+            wanted = self._chosen(layer, which, indices, at)
+            yield slots.masked_fill(~wanted[..., None], 0).sum(-2)
+        if which.shared and self.model.has_shared(layer):
+            yield self._taken(names.mlp(names.SHARED_OUT, layer), at)
+
+    def _taken(self, name: str, at: At | None) -> Tensor:
+        return self[name] if at is None else self[name][at]
+
+    def _slots(self, layer: int, weighted: bool, at: At | None = None) -> Float[Tensor, "*tokens top_k d_model"]:
+        """Expert outputs by rank; weighted ones are made from unweighted ones if they have to be."""
+        plain, ready = names.mlp(names.EXPERT_OUT, layer), names.mlp(names.EXPERT_WEIGHTED, layer)
+        weights = names.mlp(names.ROUTING_WEIGHTS, layer)
+        if not weighted:
+            return self._taken(plain, at)
+        if ready in self or plain not in self or weights not in self:
+            return self._taken(ready, at)
+        outputs, factors = self._taken(plain, at), output_factors(self._taken(weights, at), self.model.family)
+        return (outputs * factors[..., None]).to(outputs.dtype)
+
+    def _chosen(self, layer: int, which: PartialSum, indices: Tensor, at: At | None) -> Tensor:
+        """True in the slots, [*tokens, top_k], of the experts that a sum picks out."""
+        if which.experts:
+            return torch.isin(indices, torch.tensor(list(which.experts), device=indices.device))
+        ranks = torch.arange(self.model.top_k, device=indices.device)
+        if which.drawn:
+            return ranks == self._draw(layer, which.seed, self.model.top_k, at).to(ranks.device)[..., None]
+        return torch.isin(ranks, torch.tensor(list(which.ranks or ()), device=ranks.device)).expand_as(indices)
+
+    def _draw(self, layer: int, seed: int, below: int, at: At | None) -> Int[Tensor, "*tokens"]:
+        """A number for every token. All tokens draw, so that a token's number does not depend on who else is read."""
+        tokens = self[names.mlp(names.EXPERT_INDICES, layer)].shape[:-1]
+        generator = torch.Generator().manual_seed(seed * 100_003 + layer)
+        drawn = torch.randint(below, tokens, generator=generator)
+        return drawn if at is None else drawn[tuple(axis.cpu() for axis in at)]
+
+    def _unselected(self, layer: int, seed: int, at: At | None) -> Int[Tensor, "*tokens"]:
+        """For each token, an expert that it did not select; each of them is equally likely."""
+        free = self.model.n_experts - self.model.top_k
+        if not free:
+            raise InputError(f"all {self.model.n_experts} experts are always active: none is left unselected to draw")
+        indices = self._taken(names.mlp(names.EXPERT_INDICES, layer), at)
+        expert = self._draw(layer, seed, free, at).to(indices.device)
+        for selected in indices.sort(-1).values.unbind(-1):  # the n-th of those that are left
+            expert = expert + (expert >= selected).long()
+        return expert
+
+    def _unselected_out(self, layer: int, which: PartialSum, at: At | None) -> Float[Tensor, "*tokens d_model"]:
+        x = self._taken(names.mlp(names.MLP_IN, layer), at)
+        expert = self._unselected(layer, which.seed, at)
+        weight = self._taken(names.mlp(names.ROUTING_WEIGHTS, layer), at)[..., :1]
+        if getattr(self.model.family, "weighs_input", False):
+            return self.model.expert_outputs(layer, x * weight.to(x), expert[..., None]).squeeze(-2).to(x)
+        out = self.model.expert_outputs(layer, x, expert[..., None]).squeeze(-2).to(x)
+        return out * weight.to(out) if which.weighted else out
+
+    def _terms_of_a_sum(self) -> None:
+        """What experts give must be added to the residual stream as it is.
+
+        Raises:
+            HookError: the family puts a norm between, or rescales the stream.
+        """
+        family = self.model.family
+        if not getattr(family, "adds_as_computed", True):
+            raise HookError(
+                f"in {family.model_type}, what experts give is not added to the residual stream as it is "
+                f"({family.note or 'a norm follows the MoE block'}): it is no term of a sum. "
+                "hook_expert_weighted and hook_routed_out can be read and edited all the same"
+            )
+
+    def _check(self, which: PartialSum) -> None:
+        self._terms_of_a_sum()
+        self._check_ids("rank", which.ranks or (), self.model.top_k)
+        self._check_ids("expert", which.experts or (), self.model.n_experts)
+
+    def _check_ids(self, what: str, ids: Any, count: int) -> None:
+        wrong = [number for number in ids if not 0 <= number < count]
+        if wrong:
+            raise InputError(f"there is no {what} {wrong[0]}; the model has {what}s 0 to {count - 1}")

@@ -1,0 +1,456 @@
+"""Which families are supported, and what differs between them: a table, and a closed world.
+
+A family is supported when its MoE block follows the contract of transformers 5: a router module that returns
+`(logits, weights, indices)` after one linear product, and an experts module with packed parameters that is called as
+`experts(hidden, indices, weights)`. What is not in the table is refused by name.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from moe_lens.errors import UnsupportedModelError
+from moe_lens.model.families.family import Family, Layout
+from moe_lens.model.families.refusals import refusal
+
+__all__ = ["FAMILIES", "Family", "Layout", "family_of"]
+
+LLAMA = Layout()
+"""Norm, attention, add; norm, MLP, add: what most families have."""
+OFFSET = Layout(offset=True)
+SANDWICH = Layout(ln1_post="post_attention_layernorm", ln2="pre_mlp_layernorm", ln2_post="post_mlp_layernorm")
+GRANITE = Layout(
+    mlp="block_sparse_moe",
+    multiplier="residual_multiplier",
+    embed_multiplier="embedding_multiplier",
+    logits_divisor="logits_scaling",
+)
+STREAMS = Layout(stream="other", streams=True)
+# DeepSeek-V3's rule: sigmoid, a bias and groups for the choice, then normalisation and a scale.
+V3: dict[str, Any] = {
+    "score": "sigmoid",
+    "bias": True,
+    "groups": True,
+    "normalised": "config",
+    "scaled": "routed_scaling_factor",
+}
+V3_SHARED: dict[str, Any] = {**V3, "shared": "shared_experts", "layout": LLAMA}
+QWEN: dict[str, Any] = {"shared": "shared_expert", "shared_gate": "shared_expert_gate"}
+NARROW = (
+    "experts compute in a narrower space: hook_expert_out, hook_expert_weighted and hook_routed_out are as wide as that"
+)
+MANY_STREAMS = "several residual streams, mixed anew by every part: no hook_resid_*, hook_attn_out or hook_mlp_out"
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family(
+            "afmoe",
+            router="router",
+            router_weight="gate.weight",
+            shared="shared_experts",
+            score="sigmoid",
+            bias=True,
+            normalised="always",
+            scaled="route_scale",
+            layout=SANDWICH,
+        ),
+        Family("aria_text", router="router", shared="shared_experts", normalised="always", layout=LLAMA),
+        Family(
+            "axk1",
+            **{**V3_SHARED, "layout": Layout(ln2_post="mlp.post_mlp_layernorm")},
+            note="a norm at the end of the MoE block: mlp.hook_out is what it reads, hook_mlp_out what it returns",
+        ),
+        Family("axk2", **V3_SHARED),
+        Family("bailing_hybrid", **V3_SHARED),
+        Family(
+            "beam",
+            score="sigmoid",
+            bias=True,
+            groups=True,
+            normalised="config",
+            scaled="routed_scaling_factor",
+            scaled_after=True,
+            layout=Layout(
+                ln1_post="post_attention_layernorm",
+                ln2="pre_feedforward_layernorm",
+                ln2_post="post_feedforward_layernorm",
+                stream="other",
+            ),
+            note="every addition shrinks the residual stream: no hook_resid_mid, hook_attn_out or hook_mlp_out",
+        ),
+        Family(
+            "cohere2_moe",
+            shared="shared_experts",
+            averaged="shared_expert_combination_strategy",
+            score_field="expert_selection_fn",
+            normalised="config",
+            layout=Layout(ln2=None, stream="parallel", logits_multiplier="logit_scale"),
+            note="attention and experts read the same norm and are added together: no hook_resid_mid",
+        ),
+        Family(
+            "dbrx",
+            router="router",
+            router_weight="layer.weight",
+            experts="dbrx",
+            normalised="always",
+            layout=Layout(
+                decoder="transformer",
+                layers="blocks",
+                embed="wte",
+                final_norm="norm_f",
+                ln1="norm_attn_norm.norm_1",
+                attn="norm_attn_norm.attn",
+                ln2="norm_attn_norm.norm_2",
+                mlp="ffn",
+            ),
+            note="weights are divided by their norm of order moe_normalize_expert_weights; 1, their sum, by default",
+        ),
+        Family("deepseek", shared="shared_experts", normalised="config"),
+        # V2 rotates by complex numbers: there are no cosines and sines to hook.
+        Family(
+            "deepseek_v2",
+            shared="shared_experts",
+            groups=True,
+            scaled="routed_scaling_factor",
+            dead=(".hook_cos", ".hook_sin"),
+        ),
+        Family("deepseek_v3", shared="shared_experts", **V3),
+        Family("deepseek_v32", **V3_SHARED),
+        Family(
+            "deepseek_v4",
+            shared="shared_experts",
+            score="sqrtsoftplus",
+            score_field="scoring_func",
+            bias=True,
+            normalised="always",
+            scaled="routed_scaling_factor",
+            select="token",
+            layout=STREAMS,
+            note=MANY_STREAMS + "; the first layers choose experts by the token's id: logits set their weights alone",
+        ),
+        Family("dots1", **V3_SHARED),
+        Family("dots3_note_text", **V3_SHARED),
+        Family("ernie4_5_moe", shared="shared_experts", bias=True, normalised="always", layout=LLAMA),
+        Family(
+            "ernie4_5_vl_moe",
+            shared="shared_experts",
+            bias=True,
+            normalised="always",
+            layout=Layout(decoder="model.language_model", inner="text_moe"),
+            note="multimodal: the text part is hooked, and in it the experts for text; images have experts of their "
+            "own, and hooks on routing and experts refuse input that holds images",
+        ),
+        Family("exaone_moe", **V3_SHARED),
+        Family(
+            "flex_olmo",
+            normalised="config",
+            layout=Layout(
+                ln1=None, ln1_post="post_attention_layernorm", ln2=None, ln2_post="post_feedforward_layernorm"
+            ),
+        ),
+        Family("flint", shared="shared_expert", score="sigmoid", normalised="config", layout=LLAMA),
+        Family(
+            "gemma4_text",
+            router="router",
+            router_weight="proj.weight",
+            normalised="always",
+            scaled="per_expert_scale",
+            top_k="top_k_experts",
+            reads_own=True,
+            layout=Layout(
+                mlp="experts",
+                bare=True,
+                ln1_post="post_attention_layernorm",
+                ln2="pre_feedforward_layernorm",
+                ln2_post="post_feedforward_layernorm",
+                others=(
+                    ("dense_mlp", "mlp"),
+                    ("ln_dense", "post_feedforward_layernorm_1"),
+                    ("ln_experts", "post_feedforward_layernorm_2"),
+                ),
+                stream="rescaled",
+            ),
+            note="experts run beside a dense MLP (dense_mlp), both are normed (ln_experts, ln_dense), added and normed "
+            "again (ln2_post), and the layer rescales its output: no hook_mlp_out or hook_shared_out; mlp.hook_in is "
+            "what the experts read, the router reads the residual stream through a norm of its own",
+        ),
+        Family("glm4_moe", **V3_SHARED),
+        Family("glm4_moe_lite", **V3_SHARED),
+        Family("glm_moe_dsa", **V3_SHARED),
+        # gpt-oss applies its softmax to the selected logits alone: the affinity of all, renormalised over the selected.
+        Family("gpt_oss", router="router", interleaved=True, normalised="always"),
+        Family("granitemoe", router="router", normalised="always", layout=GRANITE),
+        Family("granitemoe_swa", router="router", shared="shared_mlp", normalised="always", layout=GRANITE),
+        Family("granitemoehybrid", router="router", shared="shared_mlp", normalised="always", layout=GRANITE),
+        Family("granitemoeshared", router="router", shared="shared_mlp", normalised="always", layout=GRANITE),
+        Family("hunyuan_v1_moe", router_weight="wg.weight", shared="shared_mlp", normalised="always", layout=LLAMA),
+        Family(
+            "hy_v3",
+            shared="shared_experts",
+            score="sigmoid",
+            bias=True,
+            normalised="always",
+            scaled="router_scaling_factor",
+            layout=LLAMA,
+        ),
+        Family("hy_v4", **{**V3_SHARED, "layout": STREAMS}, note=MANY_STREAMS),
+        Family(
+            "inkling_text",
+            shared="shared_experts",
+            score="sigmoid",
+            bias=True,
+            normalised="always",
+            scaled="route_scale",
+            shared_logits=True,
+            layout=Layout(ln1_post="attn_sconv", ln2_post="mlp_sconv", logits_divisor="logits_mup_width_multiplier"),
+            note="weights are normalised together with those of the shared experts; a short convolution follows the "
+            "MoE block: mlp.hook_out is what it reads, hook_mlp_out what it returns",
+        ),
+        Family(
+            "inkling2_text",
+            score="sqrtsoftplus",
+            score_field="scoring_func",
+            bias=True,
+            normalised="always",
+            scaled="routed_scaling_factor",
+            layout=Layout(
+                ln1_post="post_attention_convolution",
+                ln2_post="post_mlp_convolution",
+                stream="other",
+                streams=True,
+            ),
+            note="every part reads a mixture of earlier streams: no hook_resid_*, hook_attn_out or hook_mlp_out",
+        ),
+        Family(
+            "jamba",
+            router="router",
+            layout=Layout(mlp="feed_forward", ln2="pre_ff_layernorm", final_norm="final_layernorm"),
+        ),
+        Family(
+            "jetmoe",
+            router="router",
+            router_weight="layer.weight",
+            experts="jetmoe",
+            normalised="always",
+            constant="bias",
+            layout=Layout(attn="self_attention"),
+            note="the MoE block ends in a bias: hook_shared_out is that constant, and there are no shared experts; "
+            "attention heads are experts too, which have no hooks",
+        ),
+        Family("kimi_linear", **V3_SHARED),
+        Family(
+            "kolibri1",
+            shared="shared_experts",
+            score="sigmoid",
+            bias=True,
+            normalised="config",
+            layout=Layout(ln1_post="post_self_attn_layernorm", ln2_post="post_mlp_layernorm"),
+        ),
+        Family(
+            "laguna",
+            shared="shared_experts",
+            score="sigmoid",
+            bias=True,
+            normalised="always",
+            scaled="routed_scaling_factor",
+            scaled_after=True,
+            logits_factor="router_logit_softcapping",
+            layout=LLAMA,
+        ),
+        Family(
+            "lfm2_moe",
+            score="sigmoid",
+            bias=True,
+            normalised="config",
+            scaled="routed_scaling_factor",
+            layout=Layout(mlp="feed_forward", ln1="operator_norm", ln2="ffn_norm", final_norm="embedding_norm"),
+        ),
+        Family(
+            "llama4_text",
+            router="router",
+            shared="shared_expert",
+            score="sigmoid",
+            experts="llama4",
+            weighs_input=True,
+            layout=Layout(mlp="feed_forward"),
+            note="weights multiply what an expert reads: hook_expert_out is E(g x), and hook_expert_weighted equals it",
+        ),
+        Family(
+            "longcat_flash",
+            router="router",
+            router_weight="classifier.weight",
+            experts="longcat",
+            bias=True,
+            scaled="routed_scaling_factor",
+            layout=Layout(
+                attn="self_attn.0",
+                ln1="input_layernorm.0",
+                ln2="post_attention_layernorm.0",
+                others=(
+                    ("dense", "mlps.0"),
+                    ("ln1_second", "input_layernorm.1"),
+                    ("attn_second", "self_attn.1"),
+                    ("ln2_second", "post_attention_layernorm.1"),
+                    ("dense_second", "mlps.1"),
+                ),
+                added=("dense", "attn_second", "dense_second"),
+                stream="shortcut",
+            ),
+            note="the last ids are identity experts, n_identity_experts of n_experts: they give back what they read, "
+            "and have zeros where others have neurons; a layer has two attentions and two dense MLPs (attn, dense, "
+            "attn_second, dense_second), and what its experts give is added behind them: no hook_resid_mid, "
+            "hook_attn_out or hook_mlp_out",
+        ),
+        Family("mellum", normalised="config", layout=LLAMA),
+        Family("mimo_v2_flash", **V3, layout=LLAMA),
+        Family(
+            "minimax",
+            normalised="always",
+            layout=Layout(stream="other"),
+            note="norms stand in the residual stream itself: no hook_resid_mid, hook_attn_out or hook_mlp_out",
+        ),
+        Family("minimax_m2", score="sigmoid", bias=True, normalised="always", layout=LLAMA),
+        Family(
+            "minimax_m3_vl_text",
+            shared="shared_experts",
+            score="sigmoid",
+            bias=True,
+            normalised="always",
+            scaled="routed_scaling_factor",
+            scaled_after=True,
+            layout=OFFSET,
+        ),
+        Family(
+            "mistral4",
+            shared="shared_experts",
+            groups=True,
+            normalised="config",
+            scaled="routed_scaling_factor",
+            layout=LLAMA,
+        ),
+        Family("mixtral", normalised="always"),
+        Family(
+            "muse_spark",
+            score="sigmoid",
+            bias=True,
+            normalised="always",
+            scaled="routed_scaling_factor",
+            logits_factor="output_multiplier",
+            narrows=("pre_expert_proj", "pre_expert_norm"),
+            widens="post_expert_proj",
+            layout=Layout(
+                decoder="model.language_model",
+                ln1_post="post_attention_layernorm",
+                ln2="pre_feedforward_layernorm",
+                ln2_post="post_feedforward_layernorm",
+                logits_multiplier="output_multiplier",
+                offset=True,
+                stream="other",
+            ),
+            note=f"multimodal: the text part is hooked; {NARROW}; learned gates mix what a layer adds into the stream: "
+            "no hook_resid_mid, hook_attn_out or hook_mlp_out",
+        ),
+        Family(
+            "nemotron_h",
+            **V3,
+            shared="shared_experts",
+            layout=Layout(mlp="mixer", embed="embeddings", ln1="norm", ln2="norm", final_norm="norm_f"),
+            narrows=("fc1_latent_proj",),
+            widens="fc2_latent_proj",
+            narrow_field="moe_latent_size",
+            note="a layer either mixes positions or is an MLP; only MoE layers have hook_resid_mid and hook_mlp_out; "
+            f"with moe_latent_size, {NARROW}",
+        ),
+        Family("olmoe", normalised="config"),
+        Family(
+            "phimoe",
+            router="router",
+            select="sparsemixer",
+            layout=LLAMA,
+            note="experts are chosen one after the other; each weight is a softmax over the logits near the largest "
+            "of those left, and a forced expert counts as near",
+        ),
+        Family("qwen2_moe", **QWEN, normalised="config"),
+        Family("qwen3_5_moe_text", **QWEN, normalised="always", layout=OFFSET),
+        Family("qwen3_moe", normalised="config"),
+        Family("qwen3_next", **QWEN, normalised="config", layout=OFFSET),
+        Family(
+            "qwen4_exp_text",
+            **QWEN,
+            normalised="config",
+            layout=Layout(
+                stream="other", streams=True, offset=True, ln1=None, ln2=None, final_norm="hyper_connection_mixer"
+            ),
+            note=MANY_STREAMS,
+        ),
+        Family("solar_open", **V3_SHARED),
+        Family(
+            "step3p7",
+            shared="shared_experts",
+            score="sigmoid",
+            experts="looped",
+            bias=True,
+            normalised="always",
+            scaled="routed_scaling_factor",
+            scaled_after=True,
+            layout=Layout(decoder="model.language_model", offset=True),
+            note="multimodal: the text part is hooked",
+        ),
+    )
+}
+
+
+def _multimodal(
+    model_type: str, text: str, inside: str = "model.language_model", head: str = "lm_head", **changes: Any
+) -> Family:
+    """A model type whose text part, at the path `inside`, is that of another family."""
+    family = FAMILIES[text]
+    layout = replace(family.layout or LLAMA, decoder=inside, head=head)
+    note = "; ".join(part for part in ("multimodal: the text part is hooked", family.note) if part)
+    return replace(family, model_type=model_type, layout=layout, dead=(), note=note, **changes)
+
+
+FAMILIES |= {
+    family.model_type: family
+    for family in (
+        _multimodal("aria", "aria_text"),
+        _multimodal("deepseek_ocr2", "deepseek_v2"),
+        _multimodal("gemma4", "gemma4_text"),
+        _multimodal("glm4v_moe", "glm4_moe"),
+        _multimodal("glm5_next", "hy_v4"),
+        _multimodal("inkling2", "inkling2_text"),
+        _multimodal("inkling_mm_model", "inkling_text"),
+        _multimodal("kimi_k25", "deepseek_v3"),
+        _multimodal("llama4", "llama4_text", inside="language_model.model", head="language_model.lm_head"),
+        _multimodal("minimax_m3_vl", "minimax_m3_vl_text"),
+        _multimodal("mistral_large4", "mistral4", normalised="always"),
+        _multimodal("qwen3_5_moe", "qwen3_5_moe_text"),
+        _multimodal("qwen3_vl_moe", "qwen3_moe", normalised="always"),
+        _multimodal("qwen4_exp", "qwen4_exp_text"),
+        _multimodal("unlimited_ocr", "deepseek_v2"),
+    )
+}
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """The family of a transformers config.
+
+    Raises:
+        UnsupportedModelError: its model type is not in the table, or a field of it says what is not known.
+    """
+    model_type = getattr(config, "model_type", None)
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(refusal(str(model_type), FAMILIES))
+    family, text = FAMILIES[model_type], config.get_text_config()
+    if family.narrow_field is not None and getattr(text, family.narrow_field) is None:
+        family = replace(family, narrows=(), widens=None)
+    if family.score_field is None:
+        return family
+    score = getattr(text, family.score_field)
+    if score not in ("softmax", "sigmoid", "sqrtsoftplus"):
+        raise UnsupportedModelError(
+            f"{family.score_field} of this {model_type} is {score!r}; expected softmax, sigmoid or sqrtsoftplus"
+        )
+    return replace(family, score=score)

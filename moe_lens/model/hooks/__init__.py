@@ -1,0 +1,1 @@
+"""Where hook points fire: routers, experts and layers, and the bridge that runs a model with them."""

@@ -1,0 +1,130 @@
+"""From a transformers model to the component tree of a HookedMoE."""
+
+from typing import Any
+
+from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+from transformer_lens.model_bridge.generalized_components import (
+    BlockBridge,
+    EmbeddingBridge,
+    LinearBridge,
+    MoEBridge,
+    PositionEmbeddingsAttentionBridge,
+    RMSNormalizationBridge,
+    RotaryEmbeddingBridge,
+    UnembeddingBridge,
+)
+from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
+from transformer_lens.model_bridge.generalized_components.normalization import NormalizationBridge
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
+from transformers import PreTrainedModel
+
+from moe_lens.errors import UnsupportedModelError
+from moe_lens.model.families.table import Family, family_of
+from moe_lens.model.hooks.components import Attention, Norm, Unembedding, adapt
+from moe_lens.model.hooks.generic_adapter import GenericAdapter
+from moe_lens.model.hooks.moe_block import MoEBlock
+
+
+class DeepseekArchitectureAdapter(ArchitectureAdapter):
+    """DeepSeekMoE (`model_type "deepseek"`): Llama's attention and norms, first layers dense."""
+
+    def __init__(self, cfg: Any):
+        super().__init__(cfg)
+        self._set_rms_rotary_defaults()
+        self.weight_processing_conversions = {**self._qkvo_weight_conversions()}
+        attention = {key: LinearBridge(name=f"{key}_proj") for key in "qkvo"}
+        dense = {"dense_gate": "gate_proj", "dense_in": "up_proj", "dense_out": "down_proj"}
+        self.component_mapping = {
+            "embed": EmbeddingBridge(name="model.embed_tokens"),
+            "rotary_emb": RotaryEmbeddingBridge(name="model.rotary_emb", config=self.cfg),
+            "blocks": BlockBridge(
+                name="model.layers",
+                submodules={
+                    "ln1": RMSNormalizationBridge(name="input_layernorm", config=self.cfg),
+                    "ln2": RMSNormalizationBridge(name="post_attention_layernorm", config=self.cfg),
+                    "attn": PositionEmbeddingsAttentionBridge(name="self_attn", config=self.cfg, submodules=attention),
+                    "mlp": MoEBridge(
+                        name="mlp",
+                        config=self.cfg,
+                        submodules={
+                            "shared_experts": self._gated_mlp(name="shared_experts", optional=True),
+                            **{key: LinearBridge(name=name, optional=True) for key, name in dense.items()},
+                        },
+                    ),
+                },
+            ),
+            "ln_final": RMSNormalizationBridge(name="model.norm", config=self.cfg),
+            "unembed": UnembeddingBridge(name="lm_head"),
+        }
+
+
+ArchitectureAdapterFactory.register_adapter("DeepseekForCausalLM", DeepseekArchitectureAdapter)
+
+
+def build_adapter(model: PreTrainedModel, name: str) -> tuple[ArchitectureAdapter, Family]:
+    """TransformerLens's adapter for a model, mended, and the model's family.
+
+    Raises:
+        UnsupportedModelError: the family is unknown, or its layers differ in their number of experts or of experts of a
+            token.
+    """
+    family = family_of(model.config)
+    experts: list[Any] = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "experts"]
+    counts = {int(module.num_experts) for module in experts if isinstance(getattr(module, "num_experts", None), int)}
+    if len(counts) > 1:
+        raise UnsupportedModelError(
+            f"layers of this {family.model_type} have different numbers of experts, {sorted(counts)}; "
+            "expected the same number in every layer that has experts"
+        )
+    routers: list[Any] = [m for name, m in model.named_modules() if name.rpartition(".")[2] == family.router]
+    top_ks = {int(router.top_k) for router in routers if isinstance(getattr(router, "top_k", None), int)}
+    if len(top_ks) > 1:
+        raise UnsupportedModelError(
+            f"layers of this {family.model_type} give a token different numbers of experts, {sorted(top_ks)}; "
+            "expected the same number in every layer that has experts"
+        )
+    parameter = next(model.parameters())
+    cfg = build_bridge_config_from_hf(model.config, type(model).__name__, name, parameter.dtype)
+    if family.layout is not None:
+        adapter = GenericAdapter(cfg, family, model)
+        adapter.cfg.device = str(parameter.device)
+        return adapter, family
+    try:
+        adapter = ArchitectureAdapterFactory.select_architecture_adapter(cfg)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no adapter; expected the causal language model of {family.model_type}"
+        ) from error
+    adapter.cfg.device = str(parameter.device)
+    attention = model.config._attn_implementation
+    adapter.prepare_model(model)
+    # Some adapters force eager attention for every run; here it is chosen when somebody listens to it.
+    if attention is not None and model.config._attn_implementation != attention:
+        model.set_attn_implementation(attention)
+    _mend(adapter, family)
+    return adapter, family
+
+
+def _mend(adapter: ArchitectureAdapter, family: Family) -> None:
+    mapping: dict[str, Any] = adapter.component_mapping  # pyright: ignore[reportAssignmentType]
+    blocks = mapping["blocks"]
+    attention = [c for c in blocks.submodules.values() if isinstance(c, AttentionBridge)]
+    within = [component for part in attention for component in part.submodules.values()]  # norms of queries and keys
+    for component in (*mapping.values(), *blocks.submodules.values(), *within):
+        if isinstance(component, NormalizationBridge):
+            adapt(component, Norm)
+        elif isinstance(component, AttentionBridge):
+            adapt(component, Attention)
+    adapt(mapping["unembed"], Unembedding)
+    blocks.hook_aliases = {key: value for key, value in blocks.hook_aliases.items() if key != "hook_resid_mid"}
+    blocks.hook_resid_mid = HookPoint()
+    mlp = adapt(blocks.submodules["mlp"], MoEBlock)
+    mlp.family = family
+    # Router and experts are opened by the MoE block itself; TransformerLens's wrappers would add hooks that edits miss.
+    for key in [k for k, c in mlp.submodules.items() if c.name in (family.router, "experts", family.shared_gate)]:
+        del mlp.submodules[key]
+    mlp._sparse_required = ()
+    mlp._router_hook_aliases = {}
+    mlp.hook_aliases = {}

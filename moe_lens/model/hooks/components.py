@@ -1,0 +1,153 @@
+"""TransformerLens's components, mended where they are slow, inexact or deaf.
+
+`adapt` gives a component of an adapter's template one of the classes below on top of its own. Norms and attention call
+transformers' own forward unless somebody listens inside them; `hook_resid_mid` is the residual stream itself.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+from moe_lens.model.hooks.layer_hooks import call_hook
+from moe_lens.model.hooks.scaling import ExactForward, unscaled
+
+
+@cache
+def combined(mended: type, original: type) -> type:
+    """A class that is both, the mended one first."""
+    return type(f"{mended.__name__}{original.__name__}", (mended, original), {})
+
+
+def adapt(component: GeneralizedComponent, mended: type) -> Any:
+    """Put `mended` in front of the component's class."""
+    component.__class__ = combined(mended, type(component))
+    return component
+
+
+def edit_stream(point: HookPoint | None, stream: Tensor) -> None:
+    """Let the hooks of `hook_resid_mid` read and edit the stream that a part reads and the block adds to afterwards.
+
+    transformers' blocks keep no other reference to it than this tensor, so an edit is copied into it. Hooks get a
+    copy: what their graph has saved stays as it was.
+    """
+    if point is None or not point.has_hooks():
+        return
+    seen, edited = call_hook(point, stream.clone(), "hook_resid_mid")
+    if edited:
+        stream.copy_(seen)
+
+
+class Part(GeneralizedComponent):
+    """A part of a layer that transformers computes: hooks at its input and its output, nothing inside.
+
+    What it computes is shown as it is added to the residual stream: times the layer's multiplier, where there is one.
+    """
+
+    residual_point: HookPoint | None = None
+    """`hook_resid_mid` of the block, on the part that reads the stream after attention."""
+    multiplier: float = 1.0
+    shows_output: bool = True
+    """Whether its output is shown here, and not at the input of a norm that it ends with."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the part between its two hooks."""
+        named = not args
+        x = kwargs["hidden_states"] if named else args[0]
+        edit_stream(self.residual_point, x)
+        if self.hook_in.has_hooks():
+            x = self.hook_in(x.clone())  # a copy: a change in place is not one of the stream, which others read too
+        component: Any = self.original_component
+        out = component(**{**kwargs, "hidden_states": x}) if named else component(x, *args[1:], **kwargs)
+        out = self._finish(out, x)
+        return (self._shown(out[0]), *out[1:]) if isinstance(out, tuple) else self._shown(out)
+
+    def _finish(self, out: Any, x: Tensor) -> Any:  # noqa: ARG002
+        """What is left to do before the output is shown."""
+        return out
+
+    def _shown(self, out: Tensor) -> Tensor:
+        point = self.hook_out
+        if not point.has_hooks() or not self.shows_output:
+            return out
+        if self.multiplier == 1.0:
+            return point(out)
+        seen, edited = call_hook(point, out * self.multiplier, point.name or "hook_out")
+        return unscaled(seen, out, self.multiplier) if edited else out
+
+
+class Norm(GeneralizedComponent):
+    """A norm that runs once, as transformers computes it; an edit of `hook_scale` or `hook_normalized` rebuilds it."""
+
+    residual_point: HookPoint | None = None
+    """`hook_resid_mid` of the block, on the norm before its MLP."""
+    summed_point: HookPoint | None = None
+    """`mlp.hook_out` of a MoE block that this norm ends."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:  # noqa: ARG002
+        """Normalise, firing hooks on the way."""
+        edit_stream(self.residual_point, hidden_states)
+        if self.summed_point is not None and self.summed_point.has_hooks():
+            hidden_states = self.summed_point(hidden_states.clone())
+        # A copy for hooks: a change in place is one of what the norm reads, not of the residual stream.
+        x = self.hook_in(hidden_states.clone()) if self.hook_in.has_hooks() else hidden_states
+        component: Any = self.original_component
+        native = component(x)
+        scale_point, normalized_point = self.hook_scale, self.hook_normalized
+        if not scale_point.has_hooks() and not normalized_point.has_hooks():
+            return self.hook_out(native)
+        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        centred = wide if self.uses_rms_norm else wide - wide.mean(-1, keepdim=True)
+        eps = component.variance_epsilon if hasattr(component, "variance_epsilon") else component.eps
+        scale, scaled = call_hook(scale_point, (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt(), "hook_scale")
+        normalized, edited = call_hook(normalized_point, centred / scale, "hook_normalized")
+        rebuilt = self._rebuilt(normalized, x.dtype)
+        if not (scaled or edited):
+            return self.hook_out(native)
+        if not scale_point.fwd_hooks and not normalized_point.fwd_hooks:
+            return self.hook_out(ExactForward.apply(rebuilt, native))
+        # Forward and backward hooks together cannot be told from an edit but by the value.
+        unedited = self._rebuilt((centred / (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt()).detach(), x.dtype)
+        same = torch.equal(rebuilt.detach(), unedited)
+        return self.hook_out(ExactForward.apply(rebuilt, native) if same else rebuilt)
+
+    def _rebuilt(self, normalized: Tensor, dtype: torch.dtype) -> Tensor:
+        component: Any = self.original_component
+        with align_module_device(component):  # accelerate keeps the weights of offloaded layers elsewhere
+            return self._apply_weight_and_bias(normalized, dtype)
+
+
+class Attention(GeneralizedComponent):
+    """Attention by transformers' own forward, unless somebody listens to scores, pattern or rotated keys and queries.
+
+    Then TransformerLens's eager reconstruction runs (float32: within 1e-5).
+    """
+
+    def _reconstructs(self) -> bool:
+        inner = (p for n, p in self._modules.items() if isinstance(p, HookPoint) and n not in ("hook_in", "hook_out"))
+        flags = ("use_split_qkv_input", "use_attn_in", "use_attn_result")
+        return any(p.has_hooks() for p in inner) or any(getattr(self.config, flag, False) for flag in flags)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Attend, firing hooks on the way."""
+        if self._reconstructs():
+            return super().forward(*args, **kwargs)
+        if args:
+            args = (self.hook_in(args[0]), *args[1:])
+        else:
+            kwargs["hidden_states"] = self.hook_in(kwargs["hidden_states"])
+        component: Any = self.original_component
+        out = component(*args, **kwargs)
+        return (self.hook_out(out[0]), *out[1:]) if isinstance(out, tuple) else self.hook_out(out)
+
+
+class Unembedding(GeneralizedComponent):
+    """The unembedding without the bias of zeros that TransformerLens adds: it costs time, and would be saved."""
+
+    def set_original_component(self, original_component: nn.Module) -> None:
+        """Wrap the module as it is."""
+        GeneralizedComponent.set_original_component(self, original_component)

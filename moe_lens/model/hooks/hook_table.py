@@ -1,0 +1,193 @@
+"""The hook points of a model by name, those of its experts among them, and the sizes of what they hook."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedModel
+
+from moe_lens import names
+from moe_lens.errors import HookError, UnsupportedModelError
+from moe_lens.model.experts.expert_weights_view import Experts, top_k_of
+from moe_lens.model.families.table import Family
+from moe_lens.model.hooks.layer_hooks import LayerHooks
+from moe_lens.model.hooks.moe_block import MoEBlock
+
+
+class HookTable(TransformerBridge):
+    """A TransformerBridge that knows the hooks of experts and leaves the weights alone."""
+
+    family: Family
+
+    def __init__(self, model: PreTrainedModel, adapter: Any, tokenizer: Any, family: Family):
+        if not any(name.endswith(".experts") for name, _ in model.named_modules()):
+            raise UnsupportedModelError(
+                f"this {family.model_type} has no layer with experts; "
+                "dense models belong in TransformerLens's TransformerBridge"
+            )
+        self.__dict__.update(family=family, _original_names=tuple(model.state_dict()))
+        super().__init__(model, adapter, tokenizer)
+        for layer, block in enumerate(self.blocks):
+            # Not modules of the norm: a reference, so that each hook point has one owner and one name.
+            parts: Any = block._modules
+            reader = parts.get("ln2") or parts.get("mlp")
+            if "hook_resid_mid" in parts and reader is not None:
+                reader.__dict__["residual_point"] = parts["hook_resid_mid"]
+            hooks = getattr(parts.get("mlp"), "hooks", None)
+            if isinstance(hooks, LayerHooks):
+                hooks.layer = layer
+                for name in names.ALIASED:
+                    if name in hooks.points:
+                        object.__setattr__(block, name, hooks.points[name])
+                        self._hook_registry[names.block(name, layer)] = hooks.points[name]
+        dead = (*names.DEAD, *family.dead)
+        for name in [name for name in self._hook_registry if name.endswith(dead)]:
+            del self._hook_registry[name]
+        self.__dict__["_all_hooks"] = {n: p for n, p in super().hook_dict.items() if not n.endswith(dead)}
+
+    def _layer_hooks(self) -> Iterator[tuple[int, LayerHooks]]:
+        for layer, block in enumerate(self.blocks):
+            mlp = block._modules.get("mlp")
+            if isinstance(mlp, MoEBlock) and mlp.hooks is not None:
+                yield layer, mlp.hooks
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Layers that have experts."""
+        return tuple(layer for layer, _ in self._layer_hooks())
+
+    def _moe(self, layer: int) -> Any:
+        """The module of transformers that holds a layer's router and experts."""
+        blocks: Any = self.blocks
+        return blocks[layer].mlp.moe
+
+    def widened(self, layer: int, routed: Tensor) -> Tensor:
+        """The experts' sum as wide as the residual stream, in families whose experts compute in a narrower space."""
+        widens = self.family.widens
+        return routed if widens is None else self._moe(layer).get_submodule(widens)(routed)
+
+    def _experts(self, layer: int) -> Experts:
+        """The experts of a layer, whatever modules hold them."""
+        blocks: Any = self.blocks
+        return blocks[layer].mlp.contract
+
+    @property
+    def _hf_config(self) -> Any:
+        return self.original_model.config
+
+    @property
+    def n_experts(self) -> int:
+        """Routed experts of a MoE layer, `n_identity_experts` among them."""
+        return self._experts(self.moe_layers[0]).n_experts
+
+    @property
+    def n_identity_experts(self) -> int:
+        """Routed experts, the last ids, that give back what they read: they have no neurons and no parameters."""
+        return self._experts(self.moe_layers[0]).n_identities
+
+    def has_shared(self, layer: int) -> bool:
+        """Whether a MoE layer has shared experts, or a constant in their place (JetMoE's bias)."""
+        return any(at == layer and names.SHARED_OUT in hooks.points for at, hooks in self._layer_hooks())
+
+    @property
+    def top_k(self) -> int:
+        """Routed experts active for a token."""
+        moe = self._moe(self.moe_layers[0])
+        router, config = getattr(moe, self.family.router), self._hf_config.get_text_config()
+        return top_k_of(moe, router, config, self.family.top_k)
+
+    @property
+    def n_shared_experts(self) -> int:
+        """Shared experts of a MoE layer; they are fused into one MLP."""
+        if not self.has_shared(self.moe_layers[0]) or self.family.shared is None:
+            return 0
+        return int(getattr(self._hf_config.get_text_config(), "n_shared_experts", None) or 1)
+
+    # --- hook points by name ---
+
+    @property
+    def hook_dict(self) -> dict[str, HookPoint]:
+        """Every hook point by each of its names; hooks of single experts are there once they have been asked for."""
+        return dict(self._all_hooks) if "_all_hooks" in self.__dict__ else super().hook_dict
+
+    def expert_hooks(self, layer: int, expert: int) -> dict[str, HookPoint]:
+        """Make and return the hook points of one expert, whose tensors hold that expert's rows alone.
+
+        Raises:
+            HookError: a dense layer, or no such expert.
+        """
+        hooks = self._hooks_of(layer)
+        if not 0 <= expert < self.n_experts:
+            raise HookError(f"expert {expert} does not exist; expected 0 to {self.n_experts - 1}")
+        made = {}
+        for hook in names.EXPERT_HOOKS:
+            if hook.name == "hook_pre_linear" and names.EXPERT_PRE_LINEAR not in hooks.points:
+                continue
+            if hook.name != "hook_out" and expert >= self.n_experts - self.n_identity_experts:
+                continue  # an identity has no neurons
+            name = names.expert(hook.name, layer, expert)
+            point = hooks.experts.setdefault((expert, hook.name), HookPoint())
+            point.name = name
+            self._all_hooks[name] = self._hook_registry[name] = made[name] = point
+        return made
+
+    def _find(self, name: str) -> HookPoint:
+        """The hook point of a name, made on demand for one expert; a helpful error for anything else."""
+        if name in self._all_hooks:
+            return self._all_hooks[name]
+        if (one := names.parse_expert(name)) is not None:
+            made = self.expert_hooks(one[0], one[1])
+            if name in made:
+                return made[name]
+        if (found := names.parse_mlp(name)) is not None and found[0] not in self.moe_layers:
+            raise HookError(f"{name}: layer {found[0]} has no experts; MoE layers are {list(self.moe_layers)}")
+        raise HookError(f"hook {name!r} does not exist on this model; model.hook_dict lists those that do")
+
+    def _resolve_hook_point(
+        self,
+        name: str,
+        aliases: dict[str, str],  # noqa: ARG002
+        hook_dict: dict[str, HookPoint],  # noqa: ARG002
+    ) -> tuple[str, HookPoint]:
+        point = self._find(name)
+        return point.name or name, point
+
+    def get_hook_point(self, hook_name: str) -> HookPoint | None:
+        """The hook point of a name, or None."""
+        try:
+            return self._find(hook_name)
+        except HookError:
+            return None
+
+    def add_hook(
+        self,
+        name: str | Callable[[str], bool],
+        hook_fn: Any,
+        dir: Literal["fwd", "bwd"] = "fwd",
+        is_permanent: bool = False,
+    ) -> None:
+        """Add a hook to a point, or to all whose name satisfies a predicate."""
+        if isinstance(name, str):
+            name = self._find(name).name or name
+        super().add_hook(name, hook_fn, dir=dir, is_permanent=is_permanent)
+
+    def _hooks_of(self, layer: int) -> LayerHooks:
+        hooks = dict(self._layer_hooks()).get(layer)
+        if hooks is None:
+            raise HookError(f"layer {layer} has no experts; MoE layers are {list(self.moe_layers)}")
+        return hooks
+
+    # --- what TransformerLens offers and we refuse ---
+
+    def enable_compatibility_mode(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Refused: it folds and centres weights, which is wrong for packed experts."""
+        raise UnsupportedModelError(
+            "HookedMoE keeps the model's own weights: folding norms into packed experts is wrong for some families and "
+            "inexact in bfloat16. Hook names and logit attribution work without compatibility mode"
+        )
+
+    def process_weights(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Refused, see `enable_compatibility_mode`."""
+        self.enable_compatibility_mode()

@@ -1,0 +1,213 @@
+"""Hook points of a MoE layer, and what its running forward pass tells them: shapes, ranks, choices."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from moe_lens import names
+from moe_lens.errors import HookError
+from moe_lens.model.hooks.scaling import unscaled
+
+
+def rank_order(
+    indices: Int[Tensor, "tokens top_k"], weights: Float[Tensor, "tokens top_k"]
+) -> Int[Tensor, "tokens top_k"]:
+    """Slots of each token by routing weight, largest first; ties go to the lower expert index."""
+    by_index = indices.argsort(-1)
+    by_weight = weights.detach().gather(-1, by_index).sort(dim=-1, descending=True, stable=True).indices
+    return by_index.gather(-1, by_weight)
+
+
+def call_hook(point: HookPoint, value: Tensor, name: str) -> tuple[Tensor, bool]:
+    """Run the hooks of a point on `value`, which nobody else holds; the result and whether it must replace the value.
+
+    An edit is a returned tensor or a change in place. Backward hooks need the result in the graph, edited or not.
+    """
+    version = None if value.is_inference() else value._version
+    seen = point(value)
+    if seen is value and version is not None and value._version == version and not point.bwd_hooks:
+        return value, False
+    if not isinstance(seen, Tensor) or seen.shape != value.shape:
+        came = f"shape {tuple(seen.shape)}" if isinstance(seen, Tensor) else type(seen).__name__
+        raise HookError(f"a hook on {name} returned {came}; expected a tensor of shape {tuple(value.shape)}, or None")
+    kinds = [(tensor.dtype.is_floating_point, tensor.dtype == torch.bool) for tensor in (seen, value)]
+    if kinds[0] != kinds[1]:
+        raise HookError(f"a hook on {name} returned {seen.dtype}; expected {value.dtype}")
+    return seen.to(value.dtype), True
+
+
+class Choice(NamedTuple):
+    """What a layer selects its experts from, in one forward pass."""
+
+    scores: Float[Tensor, "batch pos n_experts"]
+    """The family takes the largest: affinities, for most; −inf in expert groups that are left out."""
+    wishes: Int[Tensor, "batch pos n_experts"]
+    """1 where an expert is to be chosen, −1 where it must not be; interventions of the pass add theirs in place."""
+
+
+class LayerHooks:
+    """The hook points of one MoE layer and the layout of the tokens that are passing through it."""
+
+    def __init__(self, layer: int, linear_branch: bool, shared: bool):
+        self.layer = layer
+        absent = {names.MLP_IN, names.MLP_OUT}
+        absent |= set() if linear_branch else {names.EXPERT_PRE_LINEAR}
+        absent |= set() if shared else {names.SHARED_OUT}
+        self.points = {hook.name: HookPoint() for hook in names.MLP_HOOKS if hook.name not in absent}
+        for point in self.points.values():
+            point.private = True  # pyright: ignore[reportArgumentType]  # hooks get a copy of their own: see run_with_cache
+        self.experts: dict[tuple[int, str], HookPoint] = {}
+        self.batch = self.pos = 0
+        self._routing: tuple[Tensor, Tensor] | None = None
+        self._slots: Tensor | None = None
+        self._used: Tensor | None = None
+        self._kept: Tensor | None = None
+        self._scores: Callable[[], Tensor] | None = None
+        self._choice: Choice | None = None
+        self.factors: dict[str, float] = {}
+        """What the family multiplies by after the experts, by hook; hooks show the product."""
+
+    def start(self, batch: int, pos: int) -> None:
+        """A forward pass enters the layer with `batch` × `pos` tokens."""
+        self.batch, self.pos = batch, pos
+        self.finish()
+
+    def finish(self) -> None:
+        """Let go of the pass's tensors."""
+        self._routing = self._slots = self._used = self._kept = self._scores = self._choice = None
+
+    def check_all_come(self, x: Tensor) -> None:
+        """Hooks show every token.
+
+        Raises:
+            HookError: somebody listens, and only some of the tokens come to this layer's router.
+        """
+        came, points = x.numel() // x.shape[-1], (*self.points.values(), *self.experts.values())
+        if came != self.batch * self.pos and any(point.has_hooks() for point in points):
+            raise HookError(
+                f"{came} of {self.batch * self.pos} tokens come to the experts of layer {self.layer}: those of images "
+                "have experts of their own. Give it text alone, or remove the hooks on routing and experts"
+            )
+
+    def routed(self, indices: Tensor, weights: Tensor) -> None:
+        """Note the model's own, unedited routing: it defines the ranks."""
+        self._routing, self._used = (indices, weights), indices
+
+    def selecting(self, scores: Callable[[], Tensor]) -> None:
+        """Note how to find the scores of which the model has taken its largest."""
+        self._scores = scores
+
+    def choice(self) -> Choice:
+        """What the pass now running selects from.
+
+        Raises:
+            HookError: the layer is not selecting.
+        """
+        if self._choice is None:
+            if self._scores is None:
+                raise HookError(f"layer {self.layer} is not selecting: ask from a hook on {names.EXPERT_INDICES}")
+            scores = self._scores().view(self.batch, self.pos, -1)
+            self._choice = Choice(scores, torch.zeros_like(scores, dtype=torch.int8))
+        return self._choice
+
+    def forced(self, indices: Tensor) -> None:
+        """Note the experts that a hook has put into the slots."""
+        self._used = indices
+
+    def experts_in_slots(self) -> Int[Tensor, "batch pos top_k"]:
+        """Ids of the experts that the pass now running computes, by rank; −1 in slots that are left out.
+
+        Raises:
+            HookError: no pass is between this layer's selection and its end.
+        """
+        if self._used is None:
+            raise HookError(
+                f"layer {self.layer} has not selected its experts: ask from a hook on what comes after that"
+            )
+        used = self._used.flatten()
+        if self._kept is not None:
+            used = used.masked_fill(~self._kept, -1)
+        return used[self.slots].view(self.batch, self.pos, -1)
+
+    def heard(self, name: str) -> bool:
+        """Whether anybody listens to the hook."""
+        point = self.points.get(name)
+        return point is not None and point.has_hooks()
+
+    @property
+    def slots(self) -> Int[Tensor, " slots"]:
+        """Where, in the model's order of slots, the slot of each (token, rank) is."""
+        if self._slots is None:
+            assert self._routing is not None, "experts ran before their router"
+            order = rank_order(*self._routing)
+            first = torch.arange(0, order.numel(), order.shape[1], device=order.device)
+            self._slots = (first[:, None] + order).flatten()
+        return self._slots
+
+    def over_tokens(self, name: str, value: Tensor) -> Tensor:
+        """Pass [tokens, …] through a hook that sees [batch, pos, …]."""
+        if not self.heard(name):
+            return value
+        factor = self.factors.get(name, 1.0)
+        view = value.reshape(self.batch, self.pos, value.shape[-1])
+        seen, edited = call_hook(
+            self.points[name], view.clone() if factor == 1.0 else view * factor, names.mlp(name, self.layer)
+        )
+        if not edited:
+            return value
+        return (seen if factor == 1.0 else unscaled(seen, view, factor)).reshape(value.shape)
+
+    def over_slots(self, name: str, value: Tensor, place: Tensor | None = None) -> Tensor:
+        """Pass values of slots through a hook that sees [batch, pos, rank, …].
+
+        `value` is [tokens, top_k, …] in the model's order, or [rows, …] in the order for which `place` gives each slot
+        of the model's order its row; slots that are left out have the row after the last.
+        """
+        if not self.heard(name):
+            return value
+        rows = self.slots if place is None else place[self.slots]
+        flat = value if place is not None else value.reshape(rows.numel(), *value.shape[2:])
+        view = flat if len(flat) == len(rows) else F.pad(flat, (0, 0) * (flat.dim() - 1) + (0, 1))
+        view = view.index_select(0, rows).view(self.batch, self.pos, -1, *flat.shape[1:])
+        factor = self.factors.get(name, 1.0)
+        shown = view if factor == 1.0 else view * factor
+        seen, edited = call_hook(self.points[name], shown, names.mlp(name, self.layer))
+        if not edited:
+            return value
+        seen = seen if factor == 1.0 else unscaled(seen, view, factor)
+        back = rows.new_empty(len(flat) + 1)
+        back[rows] = torch.arange(rows.numel(), device=rows.device)
+        return seen.reshape(-1, *flat.shape[1:]).index_select(0, back[: len(flat)]).view(value.shape)
+
+    def keep(self, tokens: int, top_k: int, device: torch.device) -> Bool[Tensor, " slots"] | None:
+        """The slots to compute, in the model's order; None for all of them."""
+        if not self.heard(names.EXPERT_KEPT):
+            return None
+        kept = torch.ones(tokens, top_k, dtype=torch.bool, device=device)
+        edited = self.over_slots(names.EXPERT_KEPT, kept)
+        if edited is kept or bool(edited.all()):
+            return None
+        self._kept = edited.flatten()
+        return self._kept
+
+    def over_expert(self, name: str, value: Tensor, permutation: Tensor, ends: Tensor) -> Tensor:
+        """Pass the rows of each listened-to expert through its own hook; `value` is [slots, …] sorted by expert."""
+        for (expert, hook), point in self.experts.items():
+            if hook != name or not point.has_hooks():
+                continue
+            start, end = (int(ends[expert - 1]) if expert else 0), int(ends[expert])
+            slot = permutation[start:end]
+            top_k = self.slots.numel() // (self.batch * self.pos)
+            rank = torch.empty_like(self.slots)
+            rank[self.slots] = torch.arange(rank.numel(), device=rank.device) % top_k
+            token = slot // top_k
+            point.ctx.update(batch=token // self.pos, pos=token % self.pos, rank=rank[slot], n_pos=self.pos)
+            seen, edited = call_hook(point, value[start:end].clone(), names.expert(name, self.layer, expert))
+            if edited:
+                value = torch.cat([value[:start], seen, value[end:]])
+        return value

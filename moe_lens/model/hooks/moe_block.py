@@ -1,0 +1,182 @@
+"""The MoE block as a component: its router and experts are opened, its hooks are those of `names.MLP_HOOKS`."""
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+from moe_lens import names
+from moe_lens.model.experts.expert_weights_view import Experts
+from moe_lens.model.experts.nonstandard_experts import BLOCKS, block_forward, experts_of
+from moe_lens.model.families.table import Family
+from moe_lens.model.hooks.components import combined
+from moe_lens.model.hooks.expert_kernel import experts_forward
+from moe_lens.model.hooks.layer_hooks import LayerHooks
+from moe_lens.model.hooks.router import route, rule_of
+
+
+def _on_device(experts: Experts, *arguments: Any) -> Tensor:
+    with experts.on_device():
+        return experts_forward(experts, *arguments)
+
+
+class MoEBlock(GeneralizedComponent):
+    """The MLP of a block; a layer with experts gets its hook points here, a dense layer keeps those it has."""
+
+    family: Family
+    hooks: LayerHooks | None = None
+    contract: Experts
+    """Its experts, where it has any, whatever modules hold them."""
+    layer: Any = None
+    """The decoder layer around it, where shared experts may be."""
+    moe: Any = None
+    """The module of transformers that holds router and experts."""
+    beside: Callable[..., Tensor] | None = None
+    """What computes shared experts that are not in the block but beside it."""
+
+    def set_original_component(self, original_component: nn.Module) -> None:
+        """Wrap the block and, when it has experts, take the router and the experts apart."""
+        super().set_original_component(original_component)
+        moe = self._holder(original_component)
+        if moe is not None and moe is not original_component and self.family.layout and self.family.layout.inner:
+            # Such a layer asks whether its MLP is of the class that holds experts: what wraps it is.
+            self.__class__ = combined(type(self), type(original_component))
+        experts = experts_of(moe, self.family)
+        if experts is not None:
+            self.__dict__.update(moe=moe, contract=experts)
+            self._open(moe, getattr(moe, self.family.router), experts)
+
+    def _holder(self, original_component: nn.Module) -> Any:
+        inner = self.family.layout.inner if self.family.layout else None
+        return getattr(original_component, inner, None) if inner else original_component
+
+    def _open(self, moe: Any, router: Any, experts: Experts) -> None:
+        family, block = self.family, self.original_component
+        shared = getattr(block, family.shared, None) if family.shared else None
+        beside = getattr(self.layer, family.shared, None) if family.shared and shared is None else None
+        has_shared = shared is not None or beside is not None or family.constant is not None
+        self.__dict__["hooks"] = hooks = LayerHooks(-1, linear_branch=experts.has_gate, shared=has_shared)
+        hooks.factors = _factors(family, moe, router, self.layer)
+        if isinstance(self._modules.get("hook_router_scores"), HookPoint):
+            self._hook_registry.pop("hook_router_scores")
+            del self.hook_router_scores
+        self.hook_aliases = {}
+        for name, point in hooks.points.items():
+            setattr(self, name, point)
+        # partials, not closures: a deep copy of the model then has hooks of its own
+        rule = rule_of(family, router, experts.n_experts)
+        compute = partial(_on_device, experts, hooks)
+        if family.experts in BLOCKS:
+            own = BLOCKS[family.experts]
+            select = partial(route, partial(own.route, moe), hooks, rule)
+            others = partial(_constant, moe, family.constant, hooks) if family.constant else shared
+            moe.forward = partial(block_forward, select, compute, others, own.returns_logits)
+        else:
+            router.forward = partial(route, router.forward, hooks, rule)
+            experts.module.forward = compute
+        if shared is not None:
+            self._open_shared(block, shared, hooks)
+        elif beside is not None:
+            # The layer adds it to what the block returns: the block does so itself, and the layer then adds zero.
+            self.__dict__["beside"] = partial(_shared, beside.forward, None, hooks)
+            beside.forward = _nothing
+
+    def _open_shared(self, moe: Any, shared: Any, hooks: LayerHooks) -> None:
+        """Hook the shared experts' output, after their own sigmoid gate where the family has one.
+
+        The block multiplies by the gate after both have run. While somebody listens, the product is made here and the
+        gate then answers +∞, whose sigmoid is exactly 1.
+        """
+        shared_gate = getattr(moe, self.family.shared_gate, None) if self.family.shared_gate else None
+        if shared_gate is None:
+            shared.forward = partial(_shared, shared.forward, None, hooks)
+            return
+        shared.forward = partial(_shared, shared.forward, shared_gate.forward, hooks)
+        shared_gate.forward = partial(_shared_gate, shared_gate.forward, hooks)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block, having told its hooks how many tokens come."""
+        if self.hooks is None:
+            return super().forward(*args, **kwargs)
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        with self.passing(*hidden_states.shape[:2]):
+            return super().forward(*args, **kwargs)
+
+    @contextmanager
+    def passing(self, batch: int, pos: int) -> Generator[None]:
+        """While tokens pass, the hooks know how they are laid out."""
+        assert self.hooks is not None
+        self.hooks.start(batch, pos)
+        try:
+            yield
+        finally:
+            self.hooks.finish()
+
+    def _finish(self, out: Any, x: Tensor) -> Any:
+        return out if self.beside is None else out + self.beside(x)
+
+
+class BareExperts(MoEBlock):
+    """The experts of a layer whose router stands beside them: there is no block around the two.
+
+    The layer gives them flat tokens; `hook_in` and `hook_out` show them by batch and position, as everything does.
+    """
+
+    def _holder(self, original_component: nn.Module) -> Any:  # noqa: ARG002
+        return self.layer
+
+    def _open(self, moe: Any, router: Any, experts: Experts) -> None:
+        super()._open(moe, router, experts)
+        assert self.hooks is not None
+        self.hooks.points |= {names.MLP_IN: self.hook_in, names.MLP_OUT: self.hook_out}
+
+    def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """The routed sum."""
+        component, hooks = self.original_component, self.hooks
+        assert component is not None and hooks is not None
+        out = component(hooks.over_tokens(names.MLP_IN, x), indices, weights)
+        return hooks.over_tokens(names.MLP_OUT, out)
+
+
+def _factors(family: Family, moe: Any, router: Any, layer: Any) -> dict[str, float]:
+    """What the family multiplies by after the experts, by hook: hooks show the product."""
+    multiplier = family.layout.multiplier if family.layout else None
+    both = float(getattr(layer, multiplier)) if multiplier else 1.0
+    if family.averaged and getattr(moe, family.averaged) == "average":
+        both /= 2
+    owner = moe if hasattr(moe, family.scaled or "") else router
+    routed = both * (float(getattr(owner, family.scaled)) if family.scaled and family.scaled_after else 1.0)
+    of_routed = dict.fromkeys((names.ROUTING_WEIGHTS, names.EXPERT_WEIGHTED, names.ROUTED_OUT), routed)
+    return {name: factor for name, factor in {**of_routed, names.SHARED_OUT: both}.items() if factor != 1.0}
+
+
+def _constant(moe: Any, name: str, hooks: LayerHooks, x: Tensor) -> Tensor:
+    return hooks.over_tokens(names.SHARED_OUT, getattr(moe, name).expand_as(x))
+
+
+def _nothing(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x.new_zeros(())
+
+
+def _shared(
+    compute: Callable[..., Tensor],
+    openness: Callable[..., Tensor] | None,
+    hooks: LayerHooks,
+    x: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    out = compute(x, *args, **kwargs)
+    if openness is not None and hooks.heard(names.SHARED_OUT):
+        out = openness(x).sigmoid() * out
+    return hooks.over_tokens(names.SHARED_OUT, out)
+
+
+def _shared_gate(openness: Callable[..., Tensor], hooks: LayerHooks, x: Tensor) -> Tensor:
+    logits = openness(x)
+    return torch.full_like(logits, torch.inf) if hooks.heard(names.SHARED_OUT) else logits

@@ -1,0 +1,136 @@
+"""What a model is, from its config alone: no weights are read or made."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import moe_lens.model.families.deepseek as _registers  # noqa: F401  # pyright: ignore[reportUnusedImport]
+from moe_lens.errors import CheckpointError, MoELensError, UnsupportedModelError
+from moe_lens.model.experts.expert_weights_view import top_k_of
+from moe_lens.model.experts.nonstandard_experts import experts_of
+from moe_lens.model.families.table import Layout, family_of
+from moe_lens.model.loading.checkpoint import read_config
+from moe_lens.model.loading.pretrained import resolve_name
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The sizes of a Mixture-of-Experts model."""
+
+    model_type: str
+    n_layers: int
+    moe_layers: tuple[int, ...]
+    """Layers that have experts."""
+    d_model: int
+    n_experts: int
+    """Routed experts of a layer, `n_identities` among them."""
+    n_identities: int
+    """Routed experts without parameters, which give back what they read."""
+    top_k: int
+    """Routed experts active for a token."""
+    has_shared: bool
+    """Whether shared experts run for every token."""
+    d_expert: int
+    """Hidden width of one routed expert."""
+    rule: str
+    """How experts are chosen and weighted."""
+    parameters: int
+    """All of them; tied ones are counted once, buffers are not."""
+    active: int
+    """All but those of the routed experts that a token does not use. Embeddings count whole; some authors, those of
+    gpt-oss for example, leave the input embedding out."""
+    note: str
+    """What is particular to the family's hooks."""
+
+    def memory(self, dtype: torch.dtype) -> int:
+        """Bytes that the parameters take; activations and caches come on top."""
+        return self.parameters * dtype.itemsize
+
+
+def model_info(name_or_path: str | Path, **hub: Any) -> ModelInfo:
+    """Sizes of a model by hub name, folder, config.json, or `"tiny-deepseekmoe"`; no weights are read.
+
+    Raises:
+        CheckpointError: there is no config.json, or it cannot be understood.
+        UnsupportedModelError: the family is not supported, or the model has no experts.
+    """
+    source = resolve_name(str(name_or_path))
+    if Path(source).name == "config.json" and Path(source).is_file():
+        source = str(Path(source).parent)
+    path, raw = read_config(source, hub)
+    if raw["model_type"] not in CONFIG_MAPPING:
+        raise UnsupportedModelError(
+            f"{path}: model_type {raw['model_type']!r} is unknown to transformers {transformers.__version__}"
+        )
+    try:
+        return config_info(AutoConfig.from_pretrained(source, **hub))
+    except MoELensError:
+        raise
+    except Exception as error:  # a config can be wrong in as many ways as there are models that read it
+        raise CheckpointError(
+            f"{path} is no config that transformers understands: {type(error).__name__}: {error}"
+        ) from error
+
+
+def config_info(config: PreTrainedConfig) -> ModelInfo:
+    """Sizes of the model that a transformers config describes.
+
+    Raises:
+        UnsupportedModelError: the family is not supported, or the model has no experts.
+        CheckpointError: a token cannot have as many experts as the config asks for.
+    """
+    family = family_of(config)
+    # Building a model writes to its config, and quantised parameters are counted as what they stand for.
+    config = copy.deepcopy(config)
+    vars(config).pop("quantization_config", None)
+    decoder = family.layout.decoder if family.layout else "model"
+    listed = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.model_type == "deepseek"
+    causal = listed and "language_model" not in decoder
+    with torch.device("meta"):
+        model = (AutoModelForCausalLM if causal else AutoModelForImageTextToText).from_config(config)
+    layout = family.layout or Layout()
+    layers: Any = model.get_submodule(f"{decoder}.{layout.layers}")
+    blocks = {at: layer if layout.bare else getattr(layer, layout.mlp, None) for at, layer in enumerate(layers)}
+    if layout.inner:
+        blocks = {at: getattr(block, layout.inner, None) for at, block in blocks.items()}
+    found = {at: experts for at, moe in blocks.items() if (experts := experts_of(moe, family)) is not None}
+    if not found:
+        raise UnsupportedModelError(f"this {config.model_type} has no layer with experts")
+    text = config.get_text_config()
+    first = next(iter(found))
+    experts, moe = found[first], blocks[first]
+    top_k = top_k_of(moe, getattr(moe, family.router), text, family.top_k)
+    if not 1 <= top_k <= experts.n_experts:
+        raise CheckpointError(
+            f"this {config.model_type} has {experts.n_experts} experts, and its config asks for {top_k} a token"
+        )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    sizes = [of_layer.sizes() for of_layer in found.values()]
+    idle = sum(every - one * min(top_k, experts.n_matrices) for every, one in sizes)
+    for at, experts_of_text in found.items() if layout.inner else ():  # no token of text uses the others
+        modules = [module for name, module in layers[at].named_modules() if name.endswith(".experts")]
+        others = [module for module in modules if module is not experts_of_text.module]
+        idle += sum(parameter.numel() for module in others for parameter in module.parameters())
+    return ModelInfo(
+        model_type=config.model_type,
+        n_layers=len(layers),
+        moe_layers=tuple(found),
+        d_model=int(text.hidden_size),
+        n_experts=experts.n_experts,
+        n_identities=experts.n_identities,
+        top_k=top_k,
+        has_shared=bool(family.shared) and any(family.shared in name for name, _ in model.named_modules()),
+        d_expert=int(experts.second()[0].shape[1]),
+        rule=family.rule(top_k, bool(getattr(text, "norm_topk_prob", True))),
+        parameters=parameters,
+        active=parameters - idle,
+        note=family.note,
+    )

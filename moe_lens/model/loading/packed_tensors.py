@@ -1,0 +1,101 @@
+"""The original's tensors, one per expert and matrix, read straight into transformers' packed parameters.
+
+Transformers' own loader collects a layer's matrices and concatenates copies of them, which costs up to 70 % of the
+weights in extra memory. Here every parameter of the model is a lazy tensor that, when transformers asks for it, is
+allocated once, in its final dtype, and filled one stored tensor at a time; transformers still decides where it goes
+(`device_map`).
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moe_lens.errors import CheckpointError
+from moe_lens.model.loading.checkpoint import Checkpoint, StoredTensor
+
+_PACKED = re.compile(r"(?P<experts>.*\.mlp\.experts)\.(?P<matrix>gate_up_proj|down_proj)")
+
+
+class Part(NamedTuple):
+    """A stored tensor and the block of a parameter that it fills."""
+
+    name: str
+    place: Any
+    """Index of the block in the parameter."""
+    shape: tuple[int, ...]
+
+
+def parts_of(name: str, shape: tuple[int, ...]) -> list[Part]:
+    """The stored tensors that make up the parameter `name`: itself, or one or two matrices for each expert."""
+    match = _PACKED.fullmatch(name)
+    if match is None:
+        return [Part(name, ..., shape)]
+    n_experts, rows, columns = shape
+    if match["matrix"] == "down_proj":
+        matrices = [("down_proj", slice(0, rows))]
+    else:
+        matrices = [("gate_proj", slice(0, rows // 2)), ("up_proj", slice(rows // 2, rows))]
+    return [
+        Part(f"{match['experts']}.{e}.{matrix}.weight", (e, block), (block.stop - block.start, columns))
+        for e in range(n_experts)
+        for matrix, block in matrices
+    ]
+
+
+def parameter_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Every stored parameter of a model; a tied one is stored once, under the name it is tied to."""
+    tied = model.all_tied_weights_keys
+    return {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
+
+
+def stored_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that the original checkpoint format has for parameters of `shapes`."""
+    return {part.name: part.shape for name, shape in shapes.items() for part in parts_of(name, shape)}
+
+
+@dataclass(frozen=True)
+class LazyParameter:
+    """A parameter that is read when it is indexed by `...`, as transformers does with a slice of a safetensors file."""
+
+    checkpoint: Checkpoint
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __getitem__(self, _: Any) -> Tensor:
+        out = torch.empty(self.shape, dtype=self.dtype)
+        file, handle = None, None
+        for part in parts_of(self.name, self.shape):
+            stored = self.checkpoint.tensors[part.name]
+            if stored.file != file:  # at most a few files per parameter: a layer's experts may straddle two shards
+                file, handle = stored.file, safe_open(stored.file, framework="pt")
+            assert handle is not None
+            out[part.place].copy_(_finite(handle.get_tensor(part.name), part.name, stored, self.dtype))
+        return out
+
+
+def _finite(value: Tensor, name: str, stored: StoredTensor, dtype: torch.dtype) -> Tensor:
+    """The tensor itself, unless it has NaN, Inf or numbers that `dtype` cannot hold."""
+    low, high = value.aminmax()
+    largest = max(-low.item(), high.item()) if bool(torch.isfinite(low) & torch.isfinite(high)) else float("nan")
+    if largest <= torch.finfo(dtype).max:
+        return value
+    if largest != largest:
+        bad = (~torch.isfinite(value)).sum().item()
+        raise CheckpointError(f"{stored.file}: {name} has {bad} numbers that are NaN or infinite, of {value.numel()}.")
+    raise CheckpointError(
+        f"{stored.file}: {name} reaches {largest:.4g}, more than {dtype} can hold. Load it as bfloat16 or float32."
+    )
+
+
+def lazy_state_dict(
+    checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> dict[str, LazyParameter]:
+    """All parameters of a model, in transformers' packed names, each to be read when asked for."""
+    return {name: LazyParameter(checkpoint, name, shape, dtype) for name, shape in shapes.items()}

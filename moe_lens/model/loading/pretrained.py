@@ -1,0 +1,216 @@
+"""Models by name or folder: whole, or an error that names file and tensor."""
+
+import contextlib
+import copy
+import importlib.resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.utils.hub import resolve_revision
+
+from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
+from moe_lens.model.families.deepseek import DeepseekConfig, DeepseekForCausalLM
+from moe_lens.model.loading.checkpoint import HUB_ARGUMENTS, Checkpoint, not_whole, read_config
+from moe_lens.model.loading.packed_tensors import lazy_state_dict, parameter_shapes, stored_shapes
+from moe_lens.model.loading.tokenizer import check_vocabulary, has_tokenizer, load_tokenizer
+
+__all__ = ["EMBEDDED", "load_pretrained", "load_tokenizer", "resolve_name"]
+
+EMBEDDED = "tiny-deepseekmoe"
+"""Name of the model that is part of the package."""
+
+# A config.json without one of these would silently get the defaults of another size of model.
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "n_routed_experts",
+    "num_experts_per_tok",
+)
+
+# What these ask for happens inside transformers' own loader.
+_OWN_LOADER = frozenset(
+    {"quantization_config", "key_mapping", "distributed_config", "tp_plan", "tp_size", "device_mesh", "gguf_file"}
+)
+
+
+def resolve_name(name_or_path: str) -> str:
+    """The folder of the embedded model for its name; any other name or path as it is."""
+    if name_or_path != EMBEDDED:
+        return name_or_path
+    folder = importlib.resources.files("moe_lens") / "assets" / EMBEDDED
+    if not folder.is_dir():
+        raise CheckpointError(f"This installation of moe_lens lacks its embedded model {EMBEDDED}; install it again.")
+    return str(folder)
+
+
+def load_pretrained(
+    name_or_path: str, *, trust_remote_code: bool = False, **kwargs: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load a causal language model and its tokenizer, refusing a checkpoint that is not whole.
+
+    Args:
+        name_or_path: name on the hub, folder, or "tiny-deepseekmoe" for the embedded model.
+        trust_remote_code: whether to run code that comes with the checkpoint. DeepSeekMoE never needs it.
+        kwargs: the loading arguments of transformers (`dtype`, `device_map`, `attn_implementation`, `revision`, …).
+
+    Returns:
+        The model in evaluation mode, and its tokenizer or None where the checkpoint has none.
+
+    Raises:
+        CheckpointError: something is missing, unexpected, misshapen, unreadable, NaN or infinite.
+        UnsupportedModelError: a model_type, or a feature of its config, that is not known.
+    """
+    source = resolve_name(str(name_or_path))
+    hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS & kwargs.keys()}
+    hub["revision"] = resolve_revision(
+        source,
+        hub.get("revision"),
+        token=hub.get("token"),
+        local_files_only=hub.get("local_files_only", False),
+        cache_dir=hub.get("cache_dir"),
+    )
+    path, raw = read_config(source, hub)
+    if raw["model_type"] == DeepseekConfig.model_type:
+        model = _load_deepseek(source, path, raw, hub, kwargs)
+    elif raw["model_type"] in CONFIG_MAPPING or trust_remote_code:
+        model = _load_other(source, raw, hub, {**kwargs, "trust_remote_code": trust_remote_code})
+    else:
+        raise UnsupportedModelError(
+            f"{path}: model_type {raw['model_type']!r} is unknown to this version of transformers. If the checkpoint "
+            "brings its own code and you trust it, pass trust_remote_code=True."
+        )
+    model.config.name_or_path = model.name_or_path = str(name_or_path)
+    tokenizer = None
+    if has_tokenizer(source, hub):
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code, **hub)
+        check_vocabulary(tokenizer, model.config.get_text_config().vocab_size, source)
+    return model, tokenizer
+
+
+def _load_deepseek(
+    source: str, path: Path, raw: dict[str, Any], hub: dict[str, Any], kwargs: dict[str, Any]
+) -> PreTrainedModel:
+    """Check every header, then let transformers place parameters that are read one stored tensor at a time."""
+    config, kwargs = _deepseek_config(path, raw, kwargs)
+    own_loader = bool(_OWN_LOADER & kwargs.keys()) or hasattr(config, "quantization_config")
+    if kwargs.get("use_safetensors") is False or own_loader:
+        if kwargs.get("use_safetensors") is not False and not hasattr(config, "quantization_config"):
+            _deepseek_checkpoint(source, config, hub, kwargs)
+        return _load_through_transformers(DeepseekForCausalLM, source, {**hub, **kwargs, "config": config})
+    checkpoint, shapes = _deepseek_checkpoint(source, config, hub, kwargs)
+    dtype = _dtype(kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or "auto", config, checkpoint)
+    parameters = lazy_state_dict(checkpoint, shapes, dtype)
+    for name in ("variant", "use_safetensors"):
+        kwargs.pop(name, None)
+    model = DeepseekForCausalLM.from_pretrained(None, config=config, state_dict=parameters, dtype=dtype, **kwargs)
+    del model._weight_conversions  # none were needed to read; to write, transformers then takes the registered ones
+    if kwargs.get("generation_config") is None:
+        with contextlib.suppress(OSError):  # it has none: the one that was made from the model's config stays
+            model.generation_config = GenerationConfig.from_pretrained(source, **hub)
+    return model
+
+
+def _deepseek_config(path: Path, raw: dict[str, Any], kwargs: dict[str, Any]) -> tuple[DeepseekConfig, dict[str, Any]]:
+    """The config that was passed, or config.json changed by what was passed; and the arguments that are left."""
+    if (config := kwargs.get("config")) is not None:
+        if not isinstance(config, DeepseekConfig):
+            raise InputError(f"config is a {type(config).__name__}; {path} needs a DeepseekConfig.")
+        return config, {key: value for key, value in kwargs.items() if key != "config"}
+    if absent := [key for key in _REQUIRED if raw.get(key) is None]:
+        raise CheckpointError(f"{path} lacks {', '.join(absent)}, without which the model's shape is unknown.")
+    dtypes = {key: kwargs[key] for key in ("dtype", "torch_dtype") if key in kwargs}
+    others = {key: value for key, value in kwargs.items() if key not in (*dtypes, "quantization_config")}
+    try:
+        loaded: Any = DeepseekConfig.from_dict(dict(raw), return_unused_kwargs=True, **others)
+        config, left = loaded
+        config.validate()
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{path}: {error}") from error
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} is no config of a DeepSeekMoE: {error}") from error
+    if "quantization_config" in kwargs:
+        left["quantization_config"] = kwargs["quantization_config"]
+    return config, {**left, **dtypes}
+
+
+def _deepseek_checkpoint(
+    source: str, config: DeepseekConfig, hub: dict[str, Any], kwargs: dict[str, Any]
+) -> tuple[Checkpoint, dict[str, tuple[int, ...]]]:
+    """The checkpoint, proved to hold what `config` asks for, and the shapes of the model's parameters."""
+    checkpoint = Checkpoint.locate(source, hub, kwargs.get("variant"))
+    there = len(checkpoint.tensors)
+    for name in ("num_hidden_layers", "n_routed_experts"):  # a model of that many would take for ever to build
+        if (asked := getattr(config, name)) > there:
+            raise not_whole(source, [f"{checkpoint.places}: {name} is {asked}, but all tensors are {there}"])
+    with torch.device("meta"):
+        shapes = parameter_shapes(DeepseekForCausalLM(copy.deepcopy(config)))  # building a model writes to its config
+    checkpoint.check(stored_shapes(shapes))
+    return checkpoint, shapes
+
+
+def _dtype(asked: str | torch.dtype, config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+    """What was asked for; "auto" is what config.json says, or else what holds every stored tensor."""
+    if asked == "auto":
+        asked = config.dtype or checkpoint.dtype
+    dtype = getattr(torch, asked, None) if isinstance(asked, str) else asked
+    allowed = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    if dtype not in allowed:
+        raise InputError(f"dtype is {asked!r}; expected 'auto' or one of {', '.join(map(str, allowed))}.")
+    return dtype
+
+
+def _load_other(source: str, raw: dict[str, Any], hub: dict[str, Any], kwargs: dict[str, Any]) -> PreTrainedModel:
+    """A family that is transformers' own: headers are checked for contradictions, the model for what was not loaded."""
+    if kwargs.get("use_safetensors") is not False and "gguf_file" not in kwargs:
+        Checkpoint.locate(source, hub, kwargs.get("variant"))
+        kwargs = {**kwargs, "use_safetensors": True}
+    model_type = raw["model_type"]
+    whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
+    own = whole is None or (model_type in CAUSAL and whole not in (raw.get("architectures") or ()))
+    loader = AutoModelForCausalLM if own else AutoModelForImageTextToText
+    return _load_through_transformers(loader, source, {**hub, **kwargs})
+
+
+def _load_through_transformers(loader: Any, source: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Load by `loader.from_pretrained`; whatever it would fill with random numbers is an error here."""
+    try:
+        model, info = loader.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
+        raise CheckpointError(f"transformers cannot load {source}: {error}") from error
+    problems = [f"{name} is missing" for name in sorted(info["missing_keys"])]
+    problems += [f"{name} is unexpected" for name in sorted(info["unexpected_keys"])]
+    problems += [
+        f"{name} has shape {tuple(there)}, config.json asks for {tuple(here)}"
+        for name, there, here in sorted(info["mismatched_keys"])
+    ]
+    problems += [str(message) for message in info.get("error_msgs", [])]
+    problems += [f"{name} is NaN or infinite in places" for name, p in model.named_parameters() if not _is_finite(p)]
+    if problems:
+        raise not_whole(source, problems)
+    return model
+
+
+def _is_finite(parameter: torch.Tensor) -> bool:
+    if parameter.is_meta or not parameter.is_floating_point() or parameter.element_size() < 2 or not parameter.numel():
+        return True  # offloaded or quantised: not readable here
+    low, high = parameter.detach().aminmax()
+    return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -1,0 +1,96 @@
+"""Whether what is to be wrapped is a language model of transformers: not around or beside one, not a shard of one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moe_lens.errors import InputError, UnsupportedModelError
+
+_INSTEAD = (
+    "Load the model whole on every process (torchrun -m moe_lens … shares out the texts), or spread its layers over "
+    'devices with device_map="auto"'
+)
+
+
+def check_wrappable(model: Any) -> None:
+    """Refuse what is no language model of transformers, or is wrapped already.
+
+    Raises:
+        InputError: no model of transformers, or one inside another module.
+        UnsupportedModelError: no head that predicts tokens, or wrapped before.
+    """
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    if any(isinstance(module, GeneralizedComponent) for module in modules):
+        raise UnsupportedModelError(
+            "this model is already wrapped: wrapping changes a transformers model in place, and once. "
+            "Use the HookedMoE that wraps it, or load the model anew"
+        )
+    if not isinstance(model, PreTrainedModel):
+        inside = next((type(module).__name__ for module in modules if isinstance(module, PreTrainedModel)), None)
+        raise InputError(
+            f"expected a causal language model of transformers, got {type(model).__name__}"
+            + (f" around a {inside}: pass that one itself. " if inside else ". ")
+            + (
+                "Of a compiled model it is _orig_mod, of a parallel one module, of a PEFT model what "
+                "merge_and_unload() returns"
+                if inside
+                else "HookedMoE.from_pretrained loads a model by its name or folder"
+            )
+        )
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not predict tokens: it has no unembedding. Expected the causal language "
+            "model of its family, as AutoModelForCausalLM loads it"
+        )
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuse what TransformerLens cannot use as a tokenizer.
+
+    Raises:
+        InputError: no tokenizer of transformers, or one that was not loaded from anywhere.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise InputError(
+            f"expected a tokenizer of transformers, as AutoTokenizer.from_pretrained loads it, got "
+            f"{type(tokenizer).__name__}"
+        )
+    if "name_or_path" not in tokenizer.init_kwargs:
+        raise InputError(
+            "this tokenizer was not loaded from anywhere, and TransformerLens loads tokenizers again to add the "
+            "BOS token: save it with its save_pretrained, and pass what AutoTokenizer loads from there"
+        )
+
+
+def refuse_plan(arguments: Mapping[str, Any]) -> None:
+    """Refuse to load with tensor or expert parallelism, or fully sharded.
+
+    Raises:
+        UnsupportedModelError: the arguments of `from_pretrained` ask for it.
+    """
+    asked = [name for name in ("tp_plan", "tp_size", "distributed_config") if arguments.get(name) is not None]
+    if asked:
+        raise UnsupportedModelError(
+            f"{asked[0]} splits layers and experts over processes, and a hook would see one process's shard of them. "
+            f"{_INSTEAD}"
+        )
+
+
+def refuse_shards(model: Any) -> None:
+    """Refuse a model that was loaded in that way.
+
+    Raises:
+        UnsupportedModelError: its parameters are shards.
+    """
+    split = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
+    size = getattr(model, "_tp_size", None) or 1
+    if split or size > 1:
+        what = f"{split[0]} is a shard" if split else f"it is split over {size} processes"
+        raise UnsupportedModelError(
+            f"this model was loaded with tensor or expert parallelism, or fully sharded ({what}), and a hook would see "
+            f"one process's part of what it names. {_INSTEAD}"
+        )

@@ -1,0 +1,137 @@
+"""Pruning from beginning to end: what `moe-lens prune` does."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from moe_lens.data import Domain, tokenize
+from moe_lens.model.loading.pretrained import load_pretrained, resolve_name
+from moe_lens.pruning.export import export, expressible, folder_size
+from moe_lens.pruning.frontier import ALL, Frontier, frontier, halved
+from moe_lens.pruning.merging import merge
+from moe_lens.pruning.plans import Budget, Plan, plan
+from moe_lens.pruning.scores import Method, Scores
+from moe_lens.pruning.scoring import score
+from moe_lens.pruning.speed import memory, speed
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for."""
+
+    model: str
+    keep: float
+    method: Method
+    merged: bool
+    budget: Budget
+    uniform: bool
+    """Whether a global budget is spread evenly over layers in the end."""
+    domain: str | None
+    """The domain that a specialist is for."""
+    top_k: int | None
+    compare: tuple[Method, ...]
+    """Methods on the frontier."""
+    tokens: int
+    """Of text, per domain."""
+    seed: int
+    context: int = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """A smaller model that was written, and what was measured."""
+
+    settings: Settings
+    scores: Scores
+    plan: Plan
+    frontier: Frontier
+    """Cross-fitted: plans made like the one that was written, but from half of the texts, and judged on the rest."""
+    size: pd.DataFrame
+    """Bytes on disk and in memory, before and after."""
+    speed: pd.DataFrame
+    """Tokens per second in plain transformers, before and after."""
+
+
+def shares(keep: float) -> list[float]:
+    """Where the frontier is measured: what was asked for, and places around it."""
+    return sorted({share for share in (0.25, 0.5, 0.75, keep) if 0 < share < 1})
+
+
+def prune(
+    model: Any,
+    domains: Sequence[Domain],
+    settings: Settings,
+    folder: Path,
+    *,
+    watch: Callable[[str], None] = lambda what: None,  # noqa: ARG005
+) -> Pruned:
+    """Score, plan, measure, write, and measure what was written.
+
+    Args:
+        model: A `HookedMoE`, loaded from `settings.model`, whose stored weights are what is written.
+        domains: Texts.
+        settings: What is asked for.
+        folder: Where the smaller model goes; empty or not there.
+        watch: Called with what is being done.
+
+    Raises:
+        InputError, UnsupportedModelError: see `score`, `plan` and `export`.
+    """
+    context = min(settings.context, int(model.cfg.n_ctx))
+    batches = [
+        tokenize(domain, model, n_tokens=settings.tokens, context=context, seed=settings.seed) for domain in domains
+    ]
+    watch(f"scoring experts by {settings.method}")
+    scores = score(model, batches, settings.method, seed=settings.seed)
+    made = plan(scores, settings.keep, budget=settings.budget, domain=settings.domain, top_k=settings.top_k)
+    made = made.uniform() if settings.uniform else made
+    expressible(model.original_model.config.to_dict(), made)  # before the long part
+    if settings.merged:
+        watch("merging experts")
+        made = merge(made, model, batches)
+    watch("measuring the frontier")
+    halves = halved(domains, model, n_tokens=settings.tokens, context=context, seed=settings.seed)
+    methods: list[Method] = list(dict.fromkeys([settings.method, *settings.compare]))
+    found = frontier(
+        model,
+        halves,
+        methods,
+        [share for share in shares(settings.keep) if round(share * model.n_experts) >= model.top_k],
+        merged=[settings.method] if settings.merged else [],
+        specialists=settings.method if settings.domain else None,
+        top_k=[settings.top_k] if settings.top_k and settings.top_k < model.top_k else [],
+    )
+    watch("writing the smaller model")
+    export(settings.model, made, folder, measurements={"Perplexity": _card_table(found, settings, len(made.kept[0]))})
+    watch("timing both models")
+    size, times = compare(settings.model, folder)
+    return Pruned(settings, scores, made, found, size, times)
+
+
+def compare(original: str, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Size and speed of two checkpoints in plain transformers, both in the dtype that they are stored in."""
+    models: dict[str, Any] = {"original": load_pretrained(original)[0], "pruned": load_pretrained(str(folder))[0]}
+    disk = {"original": resolve_name(original), "pruned": str(folder)}
+    rows = [
+        {
+            "model": name,
+            "parameters": sum(parameter.numel() for parameter in one.parameters()),
+            "disk_bytes": folder_size(disk[name]) if Path(disk[name]).is_dir() else memory(one),
+            "memory_bytes": memory(one),
+        }
+        for name, one in models.items()
+    ]
+    return pd.DataFrame(rows), speed(models)
+
+
+def _card_table(found: Frontier, settings: Settings, kept: int) -> pd.DataFrame:
+    """The whole model, and smaller ones made as the one that is written was."""
+    frame: Any = found.to_frame()
+    treatment = "merged" if settings.merged else "dropped"
+    alike = (frame["method"] == settings.method) & (frame["calibrated"] == (settings.domain or ALL))
+    alike &= (frame["treatment"] == treatment) & (frame["kept"] == kept)
+    columns = ["method", "kept", "top_k", "domain", "perplexity", "low", "high", "ratio", "tokens", "sources"]
+    return frame[(frame["method"] == found.points[0][0]) | alike][columns]

@@ -1,0 +1,95 @@
+"""`StudyResult`: what a study found, with all that is needed to know how it was found."""
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from moe_lens.errors import InputError
+from moe_lens.stats import Result
+from moe_lens.storage import stored_kind
+from moe_lens.studies.study_folder import read_manifest
+
+
+@dataclass(frozen=True, eq=False)
+class StudyResult:
+    """The result of a study: tables to read, and the sums by source that they, and comparisons, are computed from."""
+
+    manifest: Mapping[str, Any]
+    """Plan (study, settings, reading, model, domains), versions, command, and what was read of each domain."""
+    tables: Mapping[str, pd.DataFrame]
+    """In long form, with the domain in the first column, by the name of their parquet file."""
+    results: Mapping[str, Mapping[str, Result]]
+    """By domain and name."""
+
+    @property
+    def study(self) -> str:
+        """Which study it is."""
+        return str(self.manifest["plan"]["study"])
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The domains, in the order that they were given."""
+        return tuple(self.results)
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Write everything but the manifest into a folder; the manifest that goes with it.
+
+        Tables are parquet files; results by domain are safetensors files in the folder `results`. The manifest has a
+        digest of each of them, so that a file which was changed is never taken for a result.
+        """
+        for name, table in self.tables.items():
+            table.to_parquet(folder / f"{name}.parquet", index=False)
+        results: dict[str, dict[str, str]] = {}
+        for number, (domain, found) in enumerate(self.results.items()):
+            for name, result in found.items():
+                file = f"results/{number:02d}-{re.sub('[^A-Za-z0-9]+', '-', domain)}-{name}.safetensors"
+                result.save(folder / file)
+                results.setdefault(domain, {})[name] = file
+        files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+        return {**self.manifest, "tables": sorted(self.tables), "results": results, "files": digests}
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "StudyResult":
+        """Read what a study saved.
+
+        Raises:
+            InputError: The folder holds no result of a study, or a file of it is missing or was changed.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        if "files" not in manifest:
+            study = manifest["plan"]["study"]
+            raise InputError(f"{folder}: holds what {study} saved, of which there is nothing to show or compare")
+        for name, digest in manifest["files"].items():
+            try:
+                same = hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+            except OSError as error:
+                raise InputError(f"{folder}: {name} cannot be read ({error.strerror or error})") from None
+            if not same:
+                raise InputError(f"{folder}: {name} is not as the study wrote it; run its command again")
+        tables = {name: pd.read_parquet(folder / f"{name}.parquet") for name in manifest["tables"]}
+        results = {
+            domain: {name: _load(folder / file) for name, file in files.items()}
+            for domain, files in manifest["results"].items()
+        }
+        return cls(manifest, tables, results)
+
+
+def _load(path: Path) -> Result:
+    kinds = {kind.__name__: kind for kind in _kinds(Result)}
+    kind = stored_kind(path)
+    if kind not in kinds:
+        raise InputError(f"{path} holds {kind}, which is no result that moe_lens knows; import its module first")
+    return kinds[kind].load(path)
+
+
+def _kinds(base: type[Result]) -> Iterator[type[Result]]:
+    for kind in base.__subclasses__():
+        yield kind
+        yield from _kinds(kind)
