@@ -29,6 +29,10 @@ class Rows(NamedTuple):
     """Where each expert's rows end."""
     n_tokens: int
 
+    def counts(self) -> list[int]:
+        """How many rows each expert has."""
+        return self.ends.diff(prepend=self.ends.new_zeros(1)).tolist()
+
     def first(self, n_experts: int, n_rows: int) -> "Rows":
         """Those of the first experts alone."""
         return Rows(self.ids[:n_rows], self.tokens[:n_rows], self.ends[:n_experts], self.n_tokens)
@@ -134,7 +138,7 @@ class Experts:
         """The slots, in the order in which an expert's rows come; None as they are."""
         return None
 
-    def activate(self, projected: Float[Tensor, "rows width"]) -> Float[Tensor, "rows d_expert"]:
+    def activate(self, projected: Float[Tensor, "rows width"], rows: Rows) -> Float[Tensor, "rows d_expert"]:  # noqa: ARG002
         """Neurons, of the products with what experts read."""
         return self.module._apply_gate(projected) if self.has_gate else self.module.act_fn(projected)
 
@@ -169,9 +173,10 @@ def grouped_product(x: Tensor, matrix: Tensor, rows: Rows) -> Tensor:
 
 def looped_product(x: Tensor, matrix: Tensor, rows: Rows) -> Tensor:
     """The same, one expert after the other."""
-    counts = rows.ends.diff(prepend=rows.ends.new_zeros(1)).tolist()
     # split, not slices: its backward is one concatenation instead of a full-size scatter for every expert
-    return torch.cat([part @ m for part, m in zip(x.to(matrix.dtype).split(counts), matrix.unbind(), strict=True)])
+    return torch.cat(
+        [part @ m for part, m in zip(x.to(matrix.dtype).split(rows.counts()), matrix.unbind(), strict=True)]
+    )
 
 
 def split_branches(projected: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:

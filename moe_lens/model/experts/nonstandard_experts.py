@@ -34,8 +34,16 @@ class Looped(Experts):
         return True
 
     def visits(self, slots: Int[Tensor, "tokens top_k"]) -> Int[Tensor, " slots"] | None:
-        """An expert's rows are first those of which it is the first choice; activation functions round by position."""
+        """An expert's rows are first those of which it is the first choice."""
         return slots.T.flatten()
+
+    def activate(self, projected: Float[Tensor, "rows width"], rows: Rows) -> Float[Tensor, "rows d_expert"]:
+        """One expert after the other: activation functions round the end of a tensor otherwise than its middle."""
+        return torch.cat([self.activate_one(part) for part in projected.split(rows.counts())])
+
+    def activate_one(self, projected: Float[Tensor, "rows width"]) -> Float[Tensor, "rows d_expert"]:
+        """Neurons of one expert."""
+        return self.module._apply_gate(projected)
 
     def product(self, x: Tensor, matrix: Tensor, rows: Rows) -> Tensor:
         """One expert after the other."""
@@ -65,7 +73,7 @@ class LongcatExperts(Looped):
         """As the config's `zero_expert_num`."""
         return int(self.module.zero_expert_num)
 
-    def activate(self, projected: Tensor) -> Tensor:
+    def activate_one(self, projected: Tensor) -> Tensor:
         """Gated."""
         return _gated(self.module.act_fn, projected)
 
@@ -91,8 +99,8 @@ class DbrxExperts(Looped):
         """A module within."""
         return [self.module.mlp]
 
-    def activate(self, projected: Tensor) -> Tensor:
-        """Gated; the branches stand apart in memory, where activation functions may round otherwise."""
+    def activate_one(self, projected: Tensor) -> Tensor:
+        """Gated; the branches stand apart in memory."""
         activated, linear = projected.chunk(2, -1)
         return self.module.mlp.activation_fn(activated.contiguous()) * linear.contiguous()
 
@@ -112,7 +120,7 @@ class JetmoeExperts(Looped):
         """Two modules of the block."""
         return [self.module.input_linear, self.module.output_linear]
 
-    def activate(self, projected: Tensor) -> Tensor:
+    def activate_one(self, projected: Tensor) -> Tensor:
         """Gated."""
         return _gated(self.module.activation, projected)
 
@@ -133,7 +141,7 @@ class Llama4Experts(Experts):
         self.has_gate, self.has_bias, self.transposed, self.post_norm = True, False, True, False
         return True
 
-    def activate(self, projected: Tensor) -> Tensor:
+    def activate(self, projected: Tensor, rows: Rows) -> Tensor:  # noqa: ARG002
         """Gated."""
         return _gated(self.module.act_fn, projected)
 

@@ -82,7 +82,7 @@ def _outputs(
     parts = [times(given, *first) for first in experts.first()]
     projected = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     projected = _neurons(experts, hooks, projected, place, permutation, rows.ends)
-    post = experts.activate(projected)
+    post = experts.activate(projected, rows)
     # One expert's hooks first: those of all experts then show what the model goes on with.
     post = hooks.over_expert("hook_post", post, permutation, rows.ends)
     post = hooks.over_slots(names.EXPERT_POST, post, place)
