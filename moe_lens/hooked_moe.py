@@ -27,7 +27,7 @@ from moe_lens.model.hooks.layer_hooks import LayerHooks
 from moe_lens.model.hooks.self_check import self_check
 from moe_lens.model.loading.pretrained import load_pretrained
 from moe_lens.model.loading.saving import save_pretrained
-from moe_lens.model.loading.validate import check_tokenizer, check_wrappable, refuse_plan, refuse_shards
+from moe_lens.model.loading.validate import check_kernel, check_tokenizer, check_wrappable, refuse_plan, refuse_shards
 from moe_lens.routing import Routing
 from moe_lens.selection import Experts, Selection, Where
 
@@ -86,6 +86,7 @@ class HookedMoE(ExpertBridge):
         if tokenizer is not None:
             tokenizer = configure_tokenizer(tokenizer, adapter.cfg)
         hooked = cls(model, adapter, tokenizer, family)
+        check_kernel(hooked._experts(hooked.moe_layers[0]).module)
         if check and not any(p.is_meta for p in model.parameters()):
             self_check(hooked)
         return hooked

@@ -1,7 +1,8 @@
 """What must hold for every family, each law a function of one wrapped tiny model that raises AssertionError."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -30,6 +31,16 @@ def compute_experts(hf: Any, how: str) -> None:
     next(part for part in parts if part._can_set_experts_implementation()).set_experts_implementation(how)
 
 
+@contextmanager
+def two_threads() -> Generator[None]:
+    """Products are divided among two threads, in which the order of rows may decide the last bits."""
+    torch.set_num_threads(2)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)
+
+
 @dataclass(eq=False)
 class Case:
     """One model type: logits of plain transformers, taken before wrapping, and the wrapped model."""
@@ -40,6 +51,7 @@ class Case:
 
     def __post_init__(self) -> None:
         self.tokens: Tensor = tokens()
+        self.longer: Tensor = tokens(pos=47, seed=3)
         self.hf: Any = build(self.model_type, **self.changes)
         self.hf.requires_grad_(True)
         packed = FAMILIES[self.model_type].experts == "packed"  # others know no implementation but their own
@@ -50,6 +62,8 @@ class Case:
             if packed:
                 compute_experts(self.hf, "grouped_mm")
             self.logits = self.hf(self.tokens).logits
+            with two_threads():
+                self.longer_logits = self.hf(self.longer).logits
         self.gradients = self.backward(self.hf)
         self.hf.generation_config.eos_token_id = None
         self.generated = self.hf.generate(self.tokens, max_new_tokens=4, do_sample=False, pad_token_id=0)
@@ -107,9 +121,13 @@ def close(ours: Tensor, theirs: Tensor, bound: float = FP32, what: str = "") -> 
 
 
 def parity(case: Case) -> None:
-    """Logits are those of transformers before wrapping, to the bit, and those of its eager experts."""
+    """Logits are those of transformers' grouped_mm before wrapping, to the bit, with one thread and with two; those of
+    its eager experts to rounding.
+    """
     with torch.no_grad():
         assert torch.equal(case.model(case.tokens), case.logits)
+        with two_threads():
+            assert torch.equal(case.model(case.longer), case.longer_logits), "two threads"
         last = case.model(case.tokens, logits_to_keep=1)  # statistics of routing leave out the others
     close(last, case.logits[:, -1:])
     close(case.logits, case.eager)

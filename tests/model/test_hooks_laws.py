@@ -12,6 +12,8 @@ from torch import Tensor
 
 from moe_lens import names
 from moe_lens.hooked_moe import HookedMoE
+from moe_lens.model.hooks.expert_kernel import experts_forward
+from moe_lens.model.hooks.layer_hooks import LayerHooks
 from tests.families import CONFIGS, build, tokens
 from tests.wrapped import deviation, listening, untouched, wrapped
 
@@ -39,6 +41,89 @@ def test_logits_are_those_of_transformers_before_wrapping_to_the_bit(family: str
             case.hf.set_experts_implementation("grouped_mm")
     assert deviation(case.logits, eager) <= 1e-5
     assert not torch.equal(case.logits, eager), "the two implementations are expected to round differently"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@families
+def test_logits_are_transformers_own_with_one_thread_and_with_two(family: str, threads: int) -> None:
+    case, longer = wrapped(family), tokens(pos=47, seed=3)
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            assert torch.equal(case.model(longer), case.hf(longer).logits)
+    finally:
+        torch.set_num_threads(1)
+
+
+def rows_and_outputs(monkeypatch: pytest.MonkeyPatch, compute: Callable[[], Tensor]) -> tuple[list[Tensor], Tensor]:
+    """What the grouped products of a computation are given, in order, and what it returns."""
+    given: list[Tensor] = []
+    product = torch.nn.functional.grouped_mm
+
+    def note(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        given.append(x.detach()[: int(kwargs["offs"][-1])].clone())  # behind them are slots of no expert
+        return product(x, *args, **kwargs)
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(torch.nn.functional, "grouped_mm", note)
+        return given, compute()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("left_out", [False, True])
+@families
+def test_rows_come_in_transformers_own_order(
+    family: str, left_out: bool, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which its sort decides, and which decides the last bits where a product is divided among threads.
+
+    A slot that is left out is what transformers gives an expert that is on another device: the id behind the last.
+    """
+    case, x = wrapped(family), tokens(pos=47, seed=3)
+    plain: Any = case.hf.model.layers[case.last].mlp.experts
+    hidden = torch.randn(x.numel(), case.model.cfg.d_model)
+    slots = (x.numel(), case.model.top_k)
+    chosen = torch.rand(x.numel(), case.model.n_experts).argsort(-1)[:, : case.model.top_k]
+    weights = torch.rand(slots)
+    kept = torch.rand(slots) < 0.6 if left_out else torch.ones(slots, dtype=torch.bool)
+    sent = chosen.masked_fill(~kept, case.model.n_experts)
+    monkeypatch.setattr(plain, "_is_expert_parallel", left_out)
+    hooks = LayerHooks(case.last, linear_branch=True, shared=False)
+    hooks.start(*x.shape)
+    hooks.routed(chosen, weights)
+    hooks.points["hook_expert_kept"].add_hook(lambda tensor, hook: by_rank(kept, hooks).view(tensor.shape))
+    torch.set_num_threads(threads)
+    try:
+        ours = rows_and_outputs(
+            monkeypatch,
+            lambda: experts_forward(case.model._experts(case.last), hooks, hidden, chosen, weights),
+        )
+        theirs = rows_and_outputs(monkeypatch, lambda: plain(hidden, sent, weights))
+    finally:
+        torch.set_num_threads(1)
+    assert len(ours[0]) == len(theirs[0]) == 2
+    assert torch.equal(ours[0][0], theirs[0][0])
+    if left_out and family == "gpt_oss":  # a sigmoid may round the last numbers of a tensor otherwise than those within
+        close(ours[1], theirs[1], 1e-6)
+    else:
+        assert torch.equal(ours[0][1], theirs[0][1])
+        assert torch.equal(ours[1], theirs[1])
+
+
+def by_rank(slots: Tensor, hooks: LayerHooks) -> Tensor:
+    return slots.flatten()[hooks.slots]
+
+
+def test_another_kernel_than_that_whose_bits_are_computed_is_warned_of() -> None:
+    hf = build("mixtral")
+    hf.set_experts_implementation("eager")
+    with pytest.warns(UserWarning, match="experts_implementation='eager' is not used.*'grouped_mm'"):
+        model = HookedMoE.from_hf(hf, check=False)
+    with torch.no_grad():
+        assert torch.equal(model(tokens()), wrapped("mixtral").logits)
+    with pytest.warns(UserWarning, match="'batched_mm' is not used"):
+        HookedMoE.from_pretrained("tiny-deepseekmoe", experts_implementation="batched_mm")
+    HookedMoE.from_pretrained("tiny-deepseekmoe", experts_implementation="grouped_mm")  # which is what it computes
 
 
 @families

@@ -134,9 +134,14 @@ class Experts:
 
     # --- how they compute ---
 
-    def visits(self, slots: Int[Tensor, "tokens top_k"]) -> Int[Tensor, " slots"] | None:  # noqa: ARG002
-        """The slots, in the order in which an expert's rows come; None as they are."""
-        return None
+    def sort(self, ids: Int[Tensor, "tokens top_k"]) -> tuple[Int[Tensor, " slots"], Int[Tensor, " slots"]]:
+        """Ids of all slots by expert, and the slot of each: in the order in which transformers computes them.
+
+        That order decides the last bits where a product is divided among threads, so it is transformers' own sort,
+        which is not stable.
+        """
+        sorted_ids, slots = torch.sort(ids.flatten())
+        return sorted_ids, slots
 
     def activate(self, projected: Float[Tensor, "rows width"], rows: Rows) -> Float[Tensor, "rows d_expert"]:  # noqa: ARG002
         """Neurons, of the products with what experts read."""

@@ -33,9 +33,11 @@ class Looped(Experts):
         self.has_gate, self.has_bias, self.transposed, self.post_norm = True, False, False, False
         return True
 
-    def visits(self, slots: Int[Tensor, "tokens top_k"]) -> Int[Tensor, " slots"] | None:
+    def sort(self, ids: Int[Tensor, "tokens top_k"]) -> tuple[Int[Tensor, " slots"], Int[Tensor, " slots"]]:
         """An expert's rows are first those of which it is the first choice."""
-        return slots.T.flatten()
+        slots = torch.arange(ids.numel(), device=ids.device).view(ids.shape).T.flatten()
+        sorted_ids, order = ids.T.flatten().sort(stable=True)
+        return sorted_ids, slots[order]
 
     def activate(self, projected: Float[Tensor, "rows width"], rows: Rows) -> Float[Tensor, "rows d_expert"]:
         """One expert after the other: activation functions round the end of a tensor otherwise than its middle."""
@@ -124,8 +126,9 @@ class JetmoeExperts(Looped):
         """Gated."""
         return _gated(self.module.activation, projected)
 
-    def visits(self, slots: Int[Tensor, "tokens top_k"]) -> None:
-        """As they are."""
+    def sort(self, ids: Int[Tensor, "tokens top_k"]) -> tuple[Int[Tensor, " slots"], Int[Tensor, " slots"]]:
+        """As the router sorts them."""
+        return Experts.sort(self, ids)
 
     def total(
         self, weighted: Float[Tensor, "tokens top_k d_model"], indices: Int[Tensor, "tokens top_k"], dtype: torch.dtype

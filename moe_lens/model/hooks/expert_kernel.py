@@ -30,12 +30,12 @@ def experts_forward(
     """
     tokens, top_k = indices.shape
     kept = hooks.keep(tokens, top_k, indices.device)
-    visited = experts.visits(torch.arange(indices.numel(), device=indices.device).view(tokens, top_k))
+    # A slot that is left out goes behind all experts, as transformers sorts those of experts on other devices.
+    flat = indices if kept is None else indices.masked_fill(~kept.view_as(indices), experts.n_experts)
+    ids, permutation = experts.sort(flat)
     if kept is not None:
-        visited = kept.nonzero().squeeze(-1) if visited is None else visited[kept[visited]]
-    flat = indices.reshape(-1)
-    ids, order = (flat if visited is None else flat[visited]).sort(stable=True)
-    permutation = order if visited is None else visited[order]
+        n_rows = int(kept.sum())
+        ids, permutation = ids[:n_rows], permutation[:n_rows]
     ends = torch.searchsorted(ids, torch.arange(experts.n_experts, device=ids.device), right=True).to(torch.int32)
     # place[s]: the row, among the rows sorted by expert, of slot s of the model's order; past the last where left out
     place = permutation.new_full((tokens * top_k,), permutation.numel())

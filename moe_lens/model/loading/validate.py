@@ -1,8 +1,10 @@
 """Whether what is to be wrapped is a language model of transformers: not around or beside one, not a shard of one."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
@@ -93,4 +95,20 @@ def refuse_shards(model: Any) -> None:
         raise UnsupportedModelError(
             f"this model was loaded with tensor or expert parallelism, or fully sharded ({what}), and a hook would see "
             f"one process's part of what it names. {_INSTEAD}"
+        )
+
+
+def check_kernel(experts: nn.Module) -> None:
+    """Warn where transformers was asked for another kernel than the one whose bits the wrapped model computes.
+
+    Args:
+        experts: those of a layer. Of float64, and of families that know one way alone, nothing else can be asked.
+    """
+    asked = getattr(getattr(experts, "config", None), "_experts_implementation", None)
+    dtype = next((parameter.dtype for parameter in experts.parameters()), None)
+    if hasattr(experts, "is_concatenated") and asked not in (None, "grouped_mm") and dtype != torch.float64:
+        warnings.warn(
+            f"experts_implementation={asked!r} is not used: HookedMoE computes the experts itself, with the bits of "
+            f"transformers' 'grouped_mm'. Logits of {asked!r} differ by rounding, in bfloat16 visibly",
+            stacklevel=3,
         )
