@@ -1,7 +1,7 @@
 """HookedMoE: a TransformerBridge in which every Mixture-of-Experts layer is taken apart."""
 
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,8 +21,8 @@ from moe_lens.model.cache.moe_cache import MoECache
 from moe_lens.model.experts.expert_weights_view import grouped_product
 from moe_lens.model.experts.layer_parameters import LayerParameters
 from moe_lens.model.hooks.adapter import build_adapter
-from moe_lens.model.hooks.bridge import ExpertBridge
 from moe_lens.model.hooks.expert_kernel import experts_forward
+from moe_lens.model.hooks.generation import GeneratingBridge
 from moe_lens.model.hooks.layer_hooks import LayerHooks
 from moe_lens.model.hooks.self_check import self_check
 from moe_lens.model.loading.pretrained import load_pretrained
@@ -32,7 +32,7 @@ from moe_lens.routing import Routing
 from moe_lens.selection import Experts, Selection, Where
 
 
-class HookedMoE(ExpertBridge):
+class HookedMoE(GeneratingBridge):
     """A transformers MoE language model whose routers and experts are hook points.
 
     Use it as a TransformerBridge: `run_with_cache`, `run_with_hooks`, `hooks`, `generate`, `to_tokens`. The hook table
@@ -132,11 +132,11 @@ class HookedMoE(ExpertBridge):
 
     # --- routing ---
 
-    def routing(self, input: str | list[str] | Tensor, **kwargs: Any) -> Routing:
+    def routing(self, input: Any, **kwargs: Any) -> Routing:
         """Routing of every MoE layer on a text or on tokens; nothing else is kept.
 
         Args:
-            input: text, texts or tokens.
+            input: what `forward` takes: text, texts, tokens, what a tokenizer returns, …
             kwargs: of `forward`: `attention_mask`, `prepend_bos`, …
         """
         kept = {names.ROUTER_LOGITS, names.EXPERT_INDICES, names.ROUTING_WEIGHTS}
@@ -275,21 +275,60 @@ class HookedMoE(ExpertBridge):
         """
         return steer_experts(self, steering, rule=rule, where=where)
 
-    def generate(self, *args: Any, interventions: Iterable[Intervention] = (), **kwargs: Any) -> Any:
+    def generate(self, input: Any = "", *args: Any, interventions: Iterable[Intervention] = (), **kwargs: Any) -> Any:
         """As TransformerLens's, with interventions in force: the first is outermost.
 
+        A forward pass for every token, so that hooks see each. Transformers' other ways of generating (beams,
+        constraints, …) are in `hf_generate`, inside `with intervention:`.
+
         Args:
-            args: the prompt and so on, as in TransformerLens.
+            input: what `forward` takes. Padding is moved to the left: generation continues what stands last.
+            args: `max_new_tokens` and so on, in TransformerLens's order.
             interventions: what `ablate`, `keep_top`, `force_routing` and `steer_experts` return.
-            kwargs: `max_new_tokens`, `do_sample`, …
+            kwargs: `max_new_tokens`, `do_sample`, `temperature`, `return_type`, …; and what only some transformers
+                models take, such as `pixel_values`.
 
         Raises:
-            InputError: something that is no intervention on this model.
+            InputError: something that is no intervention on this model, a prompt that cannot be read, or an argument
+                that TransformerLens's `generate` does not have.
         """
         with ExitStack() as stack:
             for intervention in check_interventions(self, interventions):
                 stack.enter_context(intervention)
-            return super().generate(*args, **kwargs)
+            return super().generate(input, *args, **kwargs)
+
+    def generate_stream(
+        self, input: Any = "", *args: Any, interventions: Iterable[Intervention] = (), **kwargs: Any
+    ) -> Generator[Any]:
+        """As `generate`, piece by piece as it comes, the prompt with the first piece.
+
+        Interventions are in force while a piece is made, not between pieces: what else runs meanwhile is not changed.
+
+        Args:
+            input: see `generate`.
+            args: see `generate`.
+            interventions: see `generate`.
+            kwargs: see `generate`; `max_tokens_per_yield`, how many tokens a piece has.
+
+        Raises:
+            InputError: see `generate`; at the call, not at the first piece.
+        """
+        checked = check_interventions(self, interventions)
+        pieces = super().generate_stream(input, *args, **kwargs)
+
+        def stream() -> Generator[Any]:
+            with closing(pieces):
+                while True:
+                    with ExitStack() as stack:
+                        for intervention in checked:
+                            stack.enter_context(intervention)
+                        try:
+                            piece = next(pieces)
+                        except StopIteration:
+                            return
+                    yield piece
+
+        return stream()
 
     # --- experts ---
 

@@ -3,7 +3,7 @@
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from moe_lens.errors import InputError
@@ -16,6 +16,26 @@ class RouterFamily(Protocol):
     @property
     def score(self) -> str:
         """Affinity of all experts as a function of the router logits, such as "softmax"."""
+        ...
+
+
+@runtime_checkable
+class PaddedTokens(Protocol):
+    """Rows of ids with what is padding in them, as `moe_lens.data.TokenBatch` has them."""
+
+    @property
+    def tokens(self) -> Int[Tensor, "batch pos"]:
+        """The ids."""
+        ...
+
+    @property
+    def mask(self) -> Bool[Tensor, "batch pos"]:
+        """True at real tokens."""
+        ...
+
+    @property
+    def packing(self) -> Any:
+        """How the rows may be laid in fewer ones; None where they are not."""
         ...
 
 

@@ -9,16 +9,20 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.bridge_core import BridgeCore
-from transformer_lens.utilities import Slice, get_attention_mask
+from transformer_lens.utilities import Slice
 
 from moe_lens.errors import HookError, InputError
 from moe_lens.model.cache.caching_hook import Keep
 from moe_lens.model.cache.hook_cache import following_tokens
 from moe_lens.model.cache.moe_cache import MoECache
+from moe_lens.model.hooks.arguments import forward_words, further_words, refuse_unknown
 from moe_lens.model.hooks.hook_table import HookTable
 from moe_lens.model.hooks.layer_hooks import Choice
+from moe_lens.model.hooks.model_input import ModelInput, Reading
 from moe_lens.selection import Step
 
+OF_INPUT = frozenset({"attention_mask", "prepend_bos", "padding_side"})
+"""Keywords of `forward` that say how the input is read."""
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 
 
@@ -26,8 +30,7 @@ NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 class _Running:
     """What `forward` was called with."""
 
-    input: Any
-    kwargs: dict[str, Any]
+    given: ModelInput
     past: int
     step: Step | None = None
 
@@ -35,17 +38,81 @@ class _Running:
 class ExpertBridge(HookTable):
     """The running half of `HookedMoE`: it copies what it caches, and tells hook functions what is running."""
 
-    # --- text ---
+    # --- what is given to it ---
 
-    def to_tokens(self, input: str | list[str], prepend_bos: bool | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    def to_tokens(
+        self,
+        input: Any,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        move_to_device: bool = True,
+        truncate: bool = True,
+    ) -> Int[Tensor, "batch pos"]:
         """Tokens of a text or of texts [batch, pos], BOS once.
 
-        A text that opens with the BOS token's own text (a rendered chat template) gets no second one; the other
-        arguments are TransformerLens's.
+        A text that opens with the BOS token's own text (a rendered chat template) gets no second one.
+
+        Args:
+            input: what `forward` takes; ids stay as they are.
+            prepend_bos: whether a text is opened by BOS; None: as `cfg.default_prepend_bos` says.
+            padding_side: of texts that differ in length; None: as the tokenizer says.
+            move_to_device: to the model's device.
+            truncate: whether to cut texts that are longer than the model's context.
 
         Raises:
-            InputError: the model has no tokenizer.
+            InputError: the model has no tokenizer, or the input cannot be read.
         """
+        tokens = self._reading(prepend_bos, padding_side, truncate, None)(input).tokens
+        if tokens is None:
+            raise InputError("the input is floating-point: embeddings have no tokens")
+        return tokens.to(self.cfg.device) if move_to_device else tokens
+
+    def read(
+        self,
+        input: Any,
+        attention_mask: Any = None,
+        *,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        truncate: bool = True,
+        residual: bool = False,
+    ) -> ModelInput:
+        """Whatever people give a model to read, as a forward pass takes it.
+
+        Args:
+            input: a text, texts, ids [batch, pos] or [pos] (a tensor, an array, lists), embeddings, what a tokenizer of
+                transformers returns (from `apply_chat_template` too), or a `TokenBatch`.
+            attention_mask: 1 at real tokens and 0 at padding, [batch, pos], or [batch, heads, query, key]; wins over
+                one that the input brings. Ids without a mask are all real, whatever token is used for padding.
+            prepend_bos: see `to_tokens`.
+            padding_side: see `to_tokens`.
+            truncate: see `to_tokens`.
+            residual: whether a residual stream is given, as with `start_at_layer`.
+
+        Raises:
+            InputError: it cannot be read; says what came and what was expected.
+        """
+        device = self.original_model.get_input_embeddings().weight.device  # pyright: ignore[reportCallIssue]
+        reading = self._reading(prepend_bos, padding_side, truncate, None if device.type == "meta" else device)
+        return reading(input, attention_mask, residual=residual)
+
+    def _reading(
+        self, prepend_bos: bool | None, padding_side: str | None, truncate: bool, device: torch.device | None
+    ) -> Reading:
+        tokenizer: Any = self.tokenizer
+        pads = (getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "eos"))
+        return Reading(
+            encode=lambda text: self._encode(text, prepend_bos, truncate),
+            padding_side=padding_side or getattr(tokenizer, "padding_side", "right"),
+            pad=next((pad for pad in pads if pad is not None), 0),
+            d_vocab=len(self.original_model.get_input_embeddings().weight),  # pyright: ignore[reportCallIssue]
+            d_model=self.cfg.d_model,
+            device=device,
+            keep=self._prepare_loss_attention_mask,
+        )
+
+    def _encode(self, text: str, prepend_bos: bool | None, truncate: bool) -> list[int]:
+        """The ids of one text."""
         if self.tokenizer is None:
             raise InputError(
                 "this model has no tokenizer, so text cannot be read: pass token ids, or wrap it with its tokenizer, "
@@ -53,8 +120,9 @@ class ExpertBridge(HookTable):
             )
         bos = getattr(self.tokenizer, "bos_token", None)
         if bos and (getattr(self.cfg, "default_prepend_bos", True) if prepend_bos is None else prepend_bos):
-            input = input.removeprefix(bos) if isinstance(input, str) else [text.removeprefix(bos) for text in input]
-        return super().to_tokens(input, prepend_bos, *args, **kwargs)
+            text = text.removeprefix(bos)
+        ids = super().to_tokens(text, prepend_bos, move_to_device=False, truncate=truncate)
+        return ids[0].tolist()
 
     # --- caches ---
 
@@ -99,7 +167,7 @@ class ExpertBridge(HookTable):
 
     def run_with_cache(
         self,
-        input: str | list[str] | Tensor,
+        input: Any,
         return_cache_object: bool = True,
         remove_batch_dim: bool = False,
         names_filter: NamesFilter = None,
@@ -116,7 +184,7 @@ class ExpertBridge(HookTable):
         """Run the model and keep activations: `(output, cache)`.
 
         Args:
-            input: text, texts or tokens.
+            input: what `forward` takes.
             return_cache_object: a `MoECache`; otherwise a dict of tensors.
             remove_batch_dim: for a batch of one.
             names_filter: a name, names or a predicate; None keeps everything, which selects eager attention.
@@ -138,44 +206,25 @@ class ExpertBridge(HookTable):
         kept, fwd_hooks, bwd_hooks = self.get_caching_hooks(
             names_filter, incl_bwd, device, pos_slice=pos_slice, dtype=dtype
         )
+        given = self.read(
+            input,
+            **{word: kwargs.pop(word) for word in OF_INPUT & kwargs.keys()},
+            residual=start_at_layer is not None,
+        )
         first, last = (self._layer_index(at) for at in (start_at_layer or 0, stop_at_layer))
         runs = [name for name, _ in fwd_hooks if self._runs(name, first, last)]
         fwd_hooks, bwd_hooks = ([(n, keep) for n, keep in hooks if n in runs] for hooks in (fwd_hooks, bwd_hooks))
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
-            output = self.forward(input, stop_at_layer=stop_at_layer, start_at_layer=start_at_layer, **kwargs)
+            output = self.forward(given, stop_at_layer=stop_at_layer, start_at_layer=start_at_layer, **kwargs)
             if incl_bwd:
                 self._backward(output)
-        tokens, mask = self._tokens_and_mask(input, pos_slice, **kwargs)
-        following = following_tokens(*self._tokens_and_mask(input, **kwargs))
-        following = None if following is None else Slice.unwrap(pos_slice).apply(following, dim=1)
+        positions = Slice.unwrap(pos_slice)
+        parts = (given.tokens, given.mask, following_tokens(given.tokens, given.mask))
+        tokens, mask, following = (None if part is None else positions.apply(part, dim=1) for part in parts)
         cache = MoECache(kept, self, has_batch_dim=True, tokens=tokens, mask=mask, following=following)
         if remove_batch_dim:
             cache.remove_batch_dim()
         return output, cache if return_cache_object else cache.cache_dict
-
-    def _tokens_and_mask(
-        self,
-        input: str | list[str] | Tensor,
-        pos_slice: Any = None,
-        attention_mask: Tensor | None = None,
-        prepend_bos: bool | None = None,
-        padding_side: Any = None,
-        **_: Any,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The tokens of an input, and where they are real rather than padding; None where unknown or not needed."""
-        if not isinstance(input, Tensor):
-            tokens = self.to_tokens(input, prepend_bos=prepend_bos, padding_side=padding_side)
-            if attention_mask is None and isinstance(input, list) and len(input) > 1:
-                bos = getattr(self.cfg, "default_prepend_bos", True) if prepend_bos is None else prepend_bos
-                attention_mask = get_attention_mask(self.tokenizer, tokens, bos, padding_side=padding_side)
-        elif input.is_floating_point():
-            return None, None
-        else:
-            tokens = input if input.dim() == 2 else input[None]
-        mask = None if attention_mask is None else attention_mask[:, -tokens.shape[1] :].bool()
-        positions = Slice.unwrap(pos_slice)
-        cut = [None if value is None else positions.apply(value, dim=1) for value in (tokens, mask)]
-        return cut[0], cut[1]
 
     def _layer_index(self, layer: int | None) -> int:
         n_layers = len(self.blocks)
@@ -200,21 +249,80 @@ class ExpertBridge(HookTable):
 
     # --- the forward pass that is running, for hook functions that ask ---
 
-    def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # what follows is by name here
+        self,
+        input: Any,
+        return_type: str | None = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        attention_mask: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         """As TransformerLens's; hook functions can ask `step()` meanwhile which tokens are passing.
 
+        The loss is a mean over tokens that follow a real token; padding has no part in it. Ids that come without a mask
+        are all real, as in TransformerLens, whatever token was used for padding.
+
         Args:
-            input: text, texts, tokens, or embeddings.
-            args: `return_type` and so on, as in TransformerLens.
-            kwargs: `attention_mask`, `start_at_layer`, `stop_at_layer`, `past_key_values`, …
+            input: a text, texts, ids, embeddings, what a tokenizer of transformers returns, or a `TokenBatch`; see
+                `read`.
+            return_type: `"logits"`, `"loss"`, `"both"`, `"logits_and_cache"`, or None for nothing.
+            loss_per_token: the loss at every token but the first, [batch, pos - 1], 0 where padding has a part in it.
+            prepend_bos: see `to_tokens`.
+            padding_side: see `to_tokens`.
+            attention_mask: see `read`.
+            kwargs: `start_at_layer`, `stop_at_layer`, `past_key_values`, `labels`, …, and what the transformers model
+                takes, such as `position_ids`.
+
+        Raises:
+            InputError: an input that cannot be read, an argument that nobody reads, or the loss of a single token.
         """
-        outer = self.__dict__.get("_running")
-        past = kwargs.get("past_key_values")
-        self.__dict__["_running"] = _Running(input, kwargs, 0 if past is None else past.get_seq_length())
+        kind = type(self.original_model)
+        refuse_unknown("forward", kwargs, forward_words(kind))
+        residual = kwargs.get("start_at_layer") is not None
+        given = self.read(input, attention_mask, prepend_bos=prepend_bos, padding_side=padding_side, residual=residual)
+        words = {name: value for name, value in given.words.items() if name not in kwargs}
+        if "token_type_ids" not in further_words(kind):
+            words.pop("token_type_ids", None)
+        refuse_unknown("the input, for forward,", words, forward_words(kind))
+        outer, past = self.__dict__.get("_running"), kwargs.get("past_key_values")
+        self.__dict__["_running"] = _Running(given, 0 if past is None else past.get_seq_length())
         try:
-            return super().forward(input, *args, **kwargs)
+            return super().forward(
+                given.values,
+                return_type,
+                loss_per_token,
+                attention_mask=given.attention_mask,
+                **words,
+                **kwargs,
+            )
         finally:
             self.__dict__["_running"] = outer
+
+    def _finalize_return(
+        self, return_type: str | None, logits: Any, input_ids: Any, *, attention_mask: Any = None, **kwargs: Any
+    ) -> Any:
+        """TransformerLens's, with the padding that attention was not told of left out of the loss, too."""
+        running: _Running | None = self.__dict__.get("_running")
+        if running is not None and attention_mask is None:
+            attention_mask = running.given.mask
+        if return_type in ("loss", "both") and not kwargs.get("loss_per_token"):
+            self._require_pairs(input_ids, attention_mask, kwargs.get("labels"))
+        return super()._finalize_return(return_type, logits, input_ids, attention_mask=attention_mask, **kwargs)
+
+    def _require_pairs(self, values: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> None:
+        """Raise where no token follows a real one: the mean of no losses is no number."""
+        follows = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
+        if attention_mask is not None:
+            follows = self._prepare_loss_attention_mask(attention_mask, values[..., 0] if values.dim() == 3 else values)
+        pairs = follows[:, :-1] & follows[:, 1:]
+        if labels is not None:
+            pairs = pairs & (labels[:, 1:] != -100).to(pairs.device)
+        if not pairs.any():
+            raise InputError(
+                f"there is no loss in {values.shape[0]} × {values.shape[1]} tokens: no token follows another"
+            )
 
     def step(self) -> Step | None:
         """The tokens of the forward pass that is running; None where `forward` does not run."""
@@ -225,15 +333,14 @@ class ExpertBridge(HookTable):
             running.step = self._step(running)
         return running.step
 
-    def _step(self, running: "_Running") -> Step:
-        attention_mask = running.kwargs.get("attention_mask")
-        tokens, mask = self._tokens_and_mask(running.input, **running.kwargs)
-        batch, pos = running.input.shape[:2] if tokens is None else tokens.shape
-        if attention_mask is not None:
-            mask = attention_mask.bool() if attention_mask.dim() == 2 else None
-        if mask is not None and mask.shape[1] == pos and running.past:
-            mask = torch.cat([mask.new_ones(batch, running.past), mask], 1)
-        return Step(int(batch), int(pos), tokens, mask, running.past)
+    @staticmethod
+    def _step(running: "_Running") -> Step:
+        given = running.given
+        batch, pos = given.values.shape[:2]
+        seen = given.seen
+        if seen is not None and seen.shape[1] == pos and running.past:
+            seen = torch.cat([seen.new_ones(batch, running.past), seen], 1)
+        return Step(int(batch), int(pos), given.tokens, seen, running.past)
 
     def experts_in_slots(self, layer: int) -> Int[Tensor, "batch pos top_k"]:
         """Ids of the experts that the forward pass now running computes in a layer, by rank.

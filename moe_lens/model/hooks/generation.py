@@ -1,0 +1,114 @@
+"""Generating text: prompts are read as `forward` reads them, and what the loop does not do is refused."""
+
+import inspect
+from collections.abc import Generator
+from typing import Any
+
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from moe_lens.errors import InputError
+from moe_lens.model.hooks.arguments import further_words, named, refuse_unknown
+from moe_lens.model.hooks.bridge import OF_INPUT, ExpertBridge
+from moe_lens.model.hooks.model_input import ModelInput
+
+_RETURNED = ("input", "str", "tokens", None)
+
+
+class GeneratingBridge(ExpertBridge):
+    """The generating half of `HookedMoE`."""
+
+    def generate(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
+        """As TransformerLens's: a forward pass for every token, so that hooks see each.
+
+        Args:
+            input: what `forward` takes. Padding is moved to the left: generation continues what stands last.
+            args: `max_new_tokens` and so on, in TransformerLens's order.
+            kwargs: `max_new_tokens`, `do_sample`, `temperature`, `return_type`, …; and what only some transformers
+                models take, such as `pixel_values`. Transformers' other ways of generating (beams, constraints, …) are
+                in `hf_generate`.
+
+        Raises:
+            InputError: a prompt that cannot be read, or an argument that is not TransformerLens's.
+        """
+        words = self._prompted("generate", input, args, kwargs)
+        out = super().generate(**words)
+        # On TransformerLens's way around its own loop, for some recurrent models, tokens come back.
+        return self._decoded(out, False) if words.get("return_type") == "str" and isinstance(out, Tensor) else out
+
+    def generate_stream(self, input: Any = "", *args: Any, **kwargs: Any) -> Generator[Any]:
+        """As TransformerLens's: yields what was generated piece by piece, the prompt with the first.
+
+        Args:
+            input: see `generate`.
+            args: see `generate`.
+            kwargs: see `generate`; `max_tokens_per_yield`.
+
+        Raises:
+            InputError: see `generate`.
+        """
+        return super().generate_stream(**self._prompted("generate_stream", input, args, kwargs))
+
+    def hf_generate(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
+        """Transformers' own generation, with all it has (beams, constraints, assistants); hooks that are in place fire.
+
+        Args:
+            input: see `generate`.
+            args: `max_new_tokens` and so on, in TransformerLens's order.
+            kwargs: of transformers' `generate`; `return_type`.
+
+        Raises:
+            InputError: a prompt that cannot be read.
+            ValueError: transformers', for an argument that it does not have.
+        """
+        if self.tokenizer is None:
+            raise InputError("hf_generate asks the tokenizer for EOS; model.original_model.generate(tokens) needs none")
+        words = _bound(TransformerBridge.hf_generate, input, args, kwargs)
+        given, returned = self._prompt(words), words.pop("return_type", "input")
+        _check_returned("hf_generate", returned)
+        if given.attention_mask is not None:
+            words["attention_mask"] = given.attention_mask
+        out = super().hf_generate(given.values, return_type="tokens", **given.words, **words)
+        if returned == "tokens" or (returned in ("input", None) and not given.was_text):
+            return out
+        return self._decoded(getattr(out, "sequences", out), given.was_text == "texts")
+
+    def _decoded(self, tokens: Any, several: bool) -> str | list[str]:
+        texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
+        return texts[0] if len(texts) == 1 and not several else texts
+
+    def _prompted(self, what: str, input: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of one of TransformerLens's generating functions, with the prompt as tokens."""
+        function = getattr(TransformerBridge, what)
+        words = _bound(function, input, args, kwargs)
+        kind, known = type(self.original_model), named(function) - {"self"}
+        refuse_unknown(what, words, known | (further_words(kind) if what == "generate" else frozenset()))
+        _check_returned(what, words.get("return_type", "input"))
+        given = self._prompt(words)
+        if given.attention_mask is not None:
+            words["attention_mask"] = given.attention_mask
+        if given.was_text and words.get("return_type", "input") == "input":
+            words["return_type"] = "str"
+        return {"input": given.values, **given.words, **words}
+
+    def _prompt(self, words: dict[str, Any]) -> ModelInput:
+        """The prompt, padded on the left, taken off the arguments with all that says how to read it."""
+        how = {word: words.pop(word) for word in OF_INPUT & words.keys()}
+        given = self.read(words.pop("input"), truncate=False, **how).laid_left()
+        further = further_words(type(self.original_model))
+        refuse_unknown("the prompt", {name: 0 for name in given.words if name != "token_type_ids"}, further)
+        return given
+
+
+def _bound(function: Any, input: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    order = [name for name in inspect.signature(function).parameters if name != "self"]
+    placed = dict(zip(order, (input, *args), strict=False))
+    if len(args) >= len(order) or placed.keys() & kwargs.keys():
+        raise TypeError(f"{function.__name__} got {len(args) + 1} arguments in order and {sorted(kwargs)} by name")
+    return {**placed, **kwargs}
+
+
+def _check_returned(what: str, returned: Any) -> None:
+    if returned not in _RETURNED:
+        raise InputError(f"{what}: return_type is {returned!r}; expected 'input', 'str' or 'tokens'")

@@ -1,0 +1,265 @@
+"""What people bring: every form of an input gives the same numbers, without padding; oddities are refused."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import BatchEncoding
+
+from moe_lens import HookedMoE
+from moe_lens.data import Domain, Passage, TokenBatch, tokenize
+from moe_lens.errors import InputError
+
+TEXTS = ["The old man looked at the sea and thought of the fish.", "Der Hund", "Le chat dort sur la table."]
+GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "verbose": False}
+
+
+@pytest.fixture(scope="module")
+def model() -> HookedMoE:
+    return HookedMoE.from_pretrained("tiny-deepseekmoe", dtype=torch.float32, check=False)
+
+
+def single_losses(model: HookedMoE) -> tuple[float, list[torch.Tensor]]:
+    """The token-weighted mean of the texts' own losses, and each text's losses by token."""
+    with torch.no_grad():
+        losses = [model(text, return_type="loss", loss_per_token=True)[0] for text in TEXTS]
+    return float(torch.cat(losses).mean()), losses
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_loss_of_texts_leaves_padding_out(model: HookedMoE, side: str) -> None:
+    right, losses = single_losses(model)
+    how: dict[str, Any] = {"return_type": "loss", "padding_side": side}
+    with torch.no_grad():
+        found = [
+            model(TEXTS, **how),
+            model.run_with_hooks(TEXTS, fwd_hooks=[], **how),
+            model.run_with_cache(TEXTS, names_filter=[], **how)[0],
+            model(TEXTS, **{**how, "return_type": "both"})[1],
+        ]
+        by_token = model(TEXTS, loss_per_token=True, **how)
+        counted = model(model.to_tokens(TEXTS, padding_side=side), return_type="loss")
+    assert [float(loss) for loss in found] == pytest.approx([right] * 4, abs=1e-5)
+    for row, alone in zip(by_token, losses, strict=True):
+        n = len(alone)
+        kept, padding = (row[-n:], row[:-n]) if side == "left" else (row[:n], row[n:])
+        assert torch.allclose(kept, alone, atol=1e-4) and not padding.any()
+    assert abs(float(counted) - right) > 1, "negative control: ids without a mask are all real"
+
+
+def routed(name: str) -> bool:
+    return name.endswith(("expert_indices", "routing_weights"))
+
+
+def forms(model: HookedMoE) -> dict[str, Any]:
+    tokenizer: Any = model.tokenizer
+    encoding = tokenizer(TEXTS, return_tensors="pt", padding=True)
+    rows = tokenizer(TEXTS)["input_ids"]
+    passages = tuple(Passage(text, f"{at}", f"{at}") for at, text in enumerate(TEXTS))
+    batch = next(iter(tokenize(Domain("texts", passages), model, n_tokens=10**6, context=64)))
+    order = np.argsort([int(source) for source in batch.sources])
+    return {
+        "texts": TEXTS,
+        "tuple": tuple(TEXTS),
+        "array": np.array(TEXTS),
+        "series": pd.Series(TEXTS),
+        "encoding": encoding,
+        "dict": dict(encoding),
+        "encoding of lists": tokenizer(TEXTS),
+        "ragged lists of ids": rows,
+        "padded on the left": tokenizer(TEXTS, return_tensors="pt", padding=True, padding_side="left"),
+        "numpy": {name: value.numpy() for name, value in encoding.items()},
+        "batch": TokenBatch(batch.tokens[order], batch.mask[order], batch.counted[order], ("",) * 3),
+    }
+
+
+FORMS = ["texts", "tuple", "array", "series", "encoding", "dict", "encoding of lists", "ragged lists of ids"]
+FORMS += ["padded on the left", "numpy", "batch"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_an_input_is_read_alike(model: HookedMoE, form: str) -> None:
+    given, (right, _) = forms(model)[form], single_losses(model)
+    with torch.no_grad():
+        loss, cache = model.run_with_cache(given, names_filter=routed, return_type="loss")
+        routing, alone = model.routing(given), [model.routing(text) for text in TEXTS]
+    assert float(loss) == pytest.approx(right, abs=1e-5)
+    mask = cache.routing(2).mask
+    assert mask is not None and routing.mask is not None and torch.equal(mask, routing.mask)
+    for row, one in enumerate(alone):
+        assert torch.equal(routing.indices[:, row][:, mask[row]], one.indices[:, 0])
+    together = model.generate(given, return_type="str", **GREEDY)
+    assert together == [model.generate(text, **GREEDY) for text in TEXTS]
+    assert model.hf_generate(given, 4, do_sample=False, return_type="str") == together
+    pieces = list(model.generate_stream(given, return_type="str", **GREEDY))
+    assert ["".join(row) for row in zip(*pieces, strict=True)] == together
+    assert [model.tokenizer.decode(row, skip_special_tokens=True) for row in model.to_tokens(given)] == TEXTS
+
+
+def test_a_text_is_read_alike_in_every_form(model: HookedMoE) -> None:
+    tokenizer: Any = model.tokenizer
+    tokens = model.to_tokens(TEXTS[0])
+    ids = tokens[0].tolist()
+    right = model(tokens)
+    for given in (TEXTS[0], [TEXTS[0]], ids, [ids], tuple(ids), np.array(ids, dtype=np.int32), tokens[0], tokens.int()):
+        assert torch.equal(model(given), right)
+    for encoding in (tokenizer(TEXTS[0]), tokenizer(TEXTS[0], return_tensors="pt"), {"input_ids": tokens}):
+        assert torch.equal(model(encoding), right)
+    hf: Any = model.original_model
+    assert torch.equal(model(hf.get_input_embeddings()(tokens)), right)
+
+
+def test_chats_are_inputs(model: HookedMoE) -> None:
+    tokenizer: Any = model.tokenizer
+    template = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    chat = [{"role": "user", "content": "Who sleeps?"}, {"role": "assistant", "content": "Le chat."}]
+    encoding = tokenizer.apply_chat_template(chat, chat_template=template, return_tensors="pt", return_dict=True)
+    assert isinstance(encoding, BatchEncoding)
+    rendered = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
+    assert torch.equal(model(encoding), model(rendered))
+    with pytest.raises(InputError, match="apply_chat_template"):
+        model(chat)
+
+
+def test_a_mask_of_four_axes_says_what_is_padding(model: HookedMoE) -> None:
+    encoding = dict(model.tokenizer(TEXTS, return_tensors="pt", padding=True))
+    real = encoding["attention_mask"].bool()
+    causal = torch.ones(real.shape[1], real.shape[1], dtype=torch.bool).tril()
+    allowed = causal[None, None] & real[:, None, None, :]
+    additive = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    flat = model.routing(encoding)
+    with torch.no_grad():
+        loss, cache = model.run_with_cache(
+            encoding["input_ids"], names_filter=routed, attention_mask=additive, return_type="loss"
+        )
+    mask = cache.routing(2).mask
+    assert mask is not None and torch.equal(mask, real), "the axes of batch and position, as the indices have"
+    assert torch.equal(cache.routing(2).indices[real], flat.layer(2).indices[real])
+    assert float(loss) == pytest.approx(single_losses(model)[0], abs=1e-5)
+
+
+ODD: dict[str, tuple[Any, str]] = {
+    "floats": (torch.rand(1, 4), "no token ids"),
+    "floats of embeddings' rank": (torch.rand(1, 4, 7), "embeddings, which are"),
+    "negative": (torch.tensor([[1, -1]]), "from -1 to 1; the model embeds 0 to 4095"),
+    "out of range": ([4096], "from 4096 to 4096"),
+    "three axes": (torch.zeros(1, 2, 3, dtype=torch.long), "expected \\[batch, pos\\]"),
+    "no axis": (torch.tensor(3), "shape \\(\\)"),
+    "booleans": (torch.tensor([[True]]), "torch.bool"),
+    "booleans in a list": ([True, 1], "list of bool, int"),
+    "complex": (torch.tensor([[1j]]), "complex"),
+    "no batch": (torch.zeros(0, 4, dtype=torch.long), "empty"),
+    "no position": (torch.zeros(1, 0, dtype=torch.long), "empty"),
+    "an empty list": ([], "empty list"),
+    "no shape but a place": (torch.zeros(1, 4, dtype=torch.long, device="meta"), "meta device"),
+    "nothing": (None, "NoneType"),
+    "a number": (5, "type int"),
+    "bytes": (b"text", "type bytes"),
+    "a mixture": (["text", 3], "list of int, str"),
+    "a row among ids": ([1, [2]], "list of int, list"),
+    "texts in lists": ([["a"], ["b"]], "list of str"),
+    "a dictionary of something else": ({"text": "a"}, "expected input_ids"),
+    "a dictionary with a word of nobody": ({"input_ids": [1, 2], "colour": 3}, "no argument 'colour'"),
+    "a huge number": ([2**70], "no token ids"),
+}
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("what", ODD)
+def test_an_odd_input_is_one_clear_error(model: HookedMoE, what: str) -> None:
+    given, match = ODD[what]
+    with pytest.raises(InputError, match=match):
+        model(given)
+    with pytest.raises(InputError, match="colour" if "nobody" in what else match):
+        model.generate(given, **GREEDY)
+    if "colour" not in match:
+        with pytest.raises(InputError, match=match):
+            model.routing(given)
+
+
+def test_an_empty_text_is_its_bos_or_refused(model: HookedMoE) -> None:
+    assert model("").shape == (1, 1, 4096), "as in TransformerLens: generation may begin from BOS alone"
+    with pytest.raises(InputError, match="text 1 of 2 is empty"):
+        model(["a", ""], prepend_bos=False)
+    for nothing_follows in ("", torch.tensor([[3]]), ["", ""]):
+        with pytest.raises(InputError, match="no token follows another"):
+            model(nothing_follows, return_type="loss")
+
+
+@pytest.mark.parametrize(
+    ("mask", "match"),
+    [
+        (torch.ones(2, 4), "expected \\[1, 4\\]"),
+        (torch.ones(1, 3), "expected \\[1, 4\\]"),
+        (torch.tensor([[0.0, 0, -1e9, -1e9]]), "other numbers than 1"),
+        (torch.ones(1, 1, 2, 4, dtype=torch.bool), "query row"),
+        ("1111", "type str"),
+    ],
+)
+def test_an_odd_mask_is_refused(model: HookedMoE, mask: Any, match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        model(torch.tensor([[1, 2, 3, 4]]), attention_mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("word", "match"),
+    [
+        ("nonsense", "no argument 'nonsense'"),
+        ("temprature", "did you mean 'temperature'"),
+        ("num_beams", r"model\.hf_generate\(…, num_beams=…\)"),
+        ("position_ids", "no argument"),
+    ],
+)
+def test_generation_refuses_what_it_does_not_do(model: HookedMoE, word: str, match: str) -> None:
+    for generate in (model.generate, model.generate_stream):
+        with pytest.raises(InputError, match=match):
+            generate("The old", **{**GREEDY, word: 2})
+    with pytest.raises(InputError, match="return_type is 'logits'"):
+        model.generate("The old", return_type="logits")
+
+
+def test_beams_are_transformers_own(model: HookedMoE) -> None:
+    tokens = model.to_tokens("The old")
+    beams = model.hf_generate(tokens, 6, num_beams=4, do_sample=False)
+    hf: Any = model.original_model
+    assert torch.equal(beams, hf.generate(tokens, max_new_tokens=6, num_beams=4, do_sample=False))
+    with model.keep_top(1):
+        assert not torch.equal(model.hf_generate(tokens, 6, num_beams=4, do_sample=False), beams), "hooks fire"
+    with pytest.raises(ValueError, match="nonsense"):
+        model.hf_generate(tokens, nonsense=3)
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        ({"nonsense": 1}, "forward has no argument 'nonsense'"),
+        ({"atention_mask": 1}, "did you mean 'attention_mask'"),
+        ({"past_kv_cache": 1}, "past_key_values"),
+        ({"fwd_hooks": []}, "run_with_hooks"),
+    ],
+)
+def test_forward_refuses_what_it_does_not_read(model: HookedMoE, words: dict[str, Any], match: str) -> None:
+    for run in (model, model.routing, model.run_with_cache):
+        with pytest.raises(InputError, match=match):
+            run("The old", **words)
+    assert torch.equal(model("The old", output_router_logits=False, use_cache=False), model("The old"))
+
+
+@pytest.mark.untyped
+def test_interventions_hold_in_a_stream_and_nowhere_else(model: HookedMoE) -> None:
+    free, top = model.generate("The old", **GREEDY), model.keep_top(1)
+    ablated, logits = model.generate("The old", interventions=[top], **GREEDY), model("The old")
+    assert ablated != free
+    pieces = []
+    for piece in model.generate_stream("The old", interventions=[top], max_tokens_per_yield=1, **GREEDY):
+        pieces.append(piece)
+        assert torch.equal(model("The old"), logits), "between two pieces nothing is ablated"
+    assert len(pieces) == 4 and "".join(pieces) == ablated
+    unfinished = model.generate_stream("The old", interventions=[top], max_tokens_per_yield=1, **GREEDY)
+    next(unfinished)
+    unfinished.close()
+    assert torch.equal(model("The old"), logits)
+    with pytest.raises(InputError, match="interventions holds a str"):
+        model.generate_stream("The old", interventions=["top"], **GREEDY)  # pyright: ignore[reportArgumentType]
