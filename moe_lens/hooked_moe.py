@@ -25,6 +25,7 @@ from moe_lens.model.hooks.expert_kernel import experts_forward
 from moe_lens.model.hooks.generation import GeneratingBridge
 from moe_lens.model.hooks.layer_hooks import LayerHooks
 from moe_lens.model.hooks.self_check import self_check
+from moe_lens.model.hooks.transaction import undone_on_error
 from moe_lens.model.loading.pretrained import load_pretrained
 from moe_lens.model.loading.saving import save_pretrained
 from moe_lens.model.loading.validate import check_kernel, check_tokenizer, check_wrappable, refuse_plan, refuse_shards
@@ -71,7 +72,7 @@ class HookedMoE(GeneratingBridge):
         name: str | None = None,
         check: bool = True,
     ) -> Self:
-        """Wrap a loaded transformers model, in place and for good.
+        """Wrap a loaded transformers model, in place and for good; where that fails, model and tokenizer stay as they were.
 
         Raises:
             UnsupportedModelError: the family is not supported, the model predicts no tokens, or is wrapped already.
@@ -82,14 +83,16 @@ class HookedMoE(GeneratingBridge):
         if tokenizer is not None:
             check_tokenizer(tokenizer)
         refuse_shards(model)
-        adapter, family = build_adapter(model, name or getattr(model.config, "_name_or_path", "") or family_name(model))
-        if tokenizer is not None:
-            tokenizer = configure_tokenizer(tokenizer, adapter.cfg)
-        hooked = cls(model, adapter, tokenizer, family)
-        check_kernel(hooked._experts(hooked.moe_layers[0]).module)
-        if check and not any(p.is_meta for p in model.parameters()):
-            self_check(hooked)
-        return hooked
+        known_as = name or getattr(model.config, "_name_or_path", "") or family_name(model)
+        with undone_on_error(model):
+            adapter, family = build_adapter(model, known_as)
+            if tokenizer is not None:
+                tokenizer = configure_tokenizer(tokenizer, adapter.cfg)
+            hooked = cls(model, adapter, tokenizer, family)
+            check_kernel(hooked._experts(hooked.moe_layers[0]).module)
+            if check and not any(p.is_meta for p in model.parameters()):
+                self_check(hooked)
+            return hooked
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
         """Write the model (and tokenizer) as transformers does, in the family's original format.

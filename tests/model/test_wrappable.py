@@ -1,5 +1,9 @@
 """What `from_hf` is given: something else than a language model is refused with what to do; odd states are kept."""
 
+import copy
+import gc
+import random
+import sys
 from typing import Any
 
 import pytest
@@ -15,7 +19,7 @@ from transformers import (
     Qwen3NextModel,
 )
 
-from moe_lens.errors import InputError, UnsupportedModelError
+from moe_lens.errors import InputError, SelfCheckError, UnsupportedModelError
 from moe_lens.hooked_moe import HookedMoE
 from tests.matrix.configs import build, config, tokens
 
@@ -119,3 +123,86 @@ def test_a_model_on_the_meta_device_is_wrapped_unchecked() -> None:
     hooked = HookedMoE.from_hf(hf)
     assert (hooked.moe_layers, hooked.n_experts) == ((0, 1, 2, 3), 8)
     assert hooked.W_out[2].is_meta and hooked.W_out[2].shape == (8, 56, 40)
+
+
+def everything(hf: Any) -> list[Any]:
+    """What a model is, by identity: its modules and configs, their classes, attributes, and what those hold."""
+    objects = [*hf.modules(), hf.config, hf.config.get_text_config(), hf.generation_config]
+    state: list[Any] = [torch.get_rng_state().tolist()]
+    for each in objects:
+        state += [id(each), type(each)]
+        for name, value in vars(each).items():
+            state += [name, id(value), copy.copy(value) if isinstance(value, dict | list | set) else repr(type(value))]
+    return state
+
+
+def interrupted(hf: Any, at: int) -> tuple[int, bool]:
+    """Wrap a model with a Ctrl-C at the n-th call of a function: the calls that were made, and whether it came through.
+
+    (Where the call is one of the garbage collector's, Python swallows what is raised.)
+    """
+    calls = 0
+
+    def count(frame: Any, event: str, _: Any) -> None:
+        nonlocal calls
+        calls += event == "call"
+        if event == "call" and calls == at:
+            raise KeyboardInterrupt
+
+    gc.disable()
+    sys.setprofile(count)
+    try:
+        HookedMoE.from_hf(hf)
+    except KeyboardInterrupt:
+        return calls, True
+    finally:
+        sys.setprofile(None)
+        gc.enable()
+    return calls, False
+
+
+SEVERAL = ["mixtral", "deepseek_v3", "gpt_oss", "qwen2_moe", "jetmoe", "granitemoehybrid", "llama4_text"]
+"""Families that are opened in different ways."""
+
+
+@pytest.mark.parametrize("model_type", SEVERAL)
+def test_a_refusal_leaves_a_model_as_it_was(model_type: str) -> None:
+    hf: Any = build(model_type)
+    with torch.no_grad():
+        before, logits = everything(hf), hf(tokens()).logits
+        odd = hf.get_output_embeddings().register_forward_hook(lambda m, a, out: out * torch.nan)
+        with pytest.raises(SelfCheckError, match="NaN"):
+            HookedMoE.from_hf(hf)
+        odd.remove()
+        assert everything(hf) == before
+        assert torch.equal(hf(tokens()).logits, logits)
+        assert torch.equal(HookedMoE.from_hf(hf)(tokens()), logits)
+        assert everything(hf) != before, "negative control: it is wrapped now"
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_next"])
+def test_ctrl_c_leaves_a_model_as_it_was(model_type: str) -> None:
+    hf: Any = build(model_type)
+    with torch.no_grad():
+        before, logits = everything(hf), hf(tokens()).logits
+        calls, _ = interrupted(build(model_type), -1)
+        generator = random.Random(0)
+        came = 0
+        for at in [generator.randrange(1, calls) for _ in range(10)]:
+            if not interrupted(hf, at)[1]:
+                hf = build(model_type)
+                before = everything(hf)
+                continue
+            came += 1
+            assert everything(hf) == before, at
+        assert came > 5
+        assert torch.equal(HookedMoE.from_hf(hf)(tokens()), logits)
+
+
+def test_what_cannot_be_wrapped_stays_a_model_of_transformers() -> None:
+    hf: Any = build("mixtral")
+    hf.model.layers[1].mlp.experts = nn.Identity()  # of no contract
+    before = everything(hf)
+    with pytest.raises(UnsupportedModelError, match="not under transformers' experts contract"):
+        HookedMoE.from_hf(hf)
+    assert everything(hf) == before
