@@ -72,7 +72,7 @@ class HookedMoE(GeneratingBridge):
         name: str | None = None,
         check: bool = True,
     ) -> Self:
-        """Wrap a loaded transformers model, in place and for good; where that fails, model and tokenizer stay as they were.
+        """Wrap a loaded transformers model, in place and for good; where that fails, it stays as it was.
 
         Raises:
             UnsupportedModelError: the family is not supported, the model predicts no tokens, or is wrapped already.

@@ -4,7 +4,9 @@
 transformers' own forward unless somebody listens inside them; `hook_resid_mid` is the residual stream itself.
 """
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -13,14 +15,46 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
+from moe_lens.model.hooks.head_views import name_conversion
 from moe_lens.model.hooks.layer_hooks import call_hook
 from moe_lens.model.hooks.scaling import ExactForward, unscaled
+
+
+class Mended:
+    """What every class that `combined` makes has, so that its instances can be pickled."""
+
+    mends: tuple[type, type]
+    """The classes that it is made of."""
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        """Of which classes it is, and what it holds."""
+        return _empty, (_made_of(type(self)),), vars(self)
 
 
 @cache
 def combined(mended: type, original: type) -> type:
     """A class that is both, the mended one first."""
-    return type(f"{mended.__name__}{original.__name__}", (mended, original), {})
+    return type(f"{mended.__name__}{original.__name__}", (Mended, mended, original), {"mends": (mended, original)})
+
+
+def _made_of(kind: type) -> Any:
+    """A class as pickle can name it."""
+    return tuple(_made_of(each) for each in vars(kind)["mends"]) if "mends" in vars(kind) else kind
+
+
+def _empty(made_of: Any) -> Any:
+    """An instance of a class that `_made_of` describes, without its attributes."""
+    kind = _class_of(made_of)
+    return kind.__new__(kind)
+
+
+def _class_of(made_of: Any) -> type:
+    return combined(*(_class_of(each) for each in made_of)) if isinstance(made_of, tuple) else made_of
+
+
+def method_of(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A bound method in a form that pickle restores: by name it would find what stands in its place by then."""
+    return partial(forward.__func__, forward.__self__) if isinstance(forward, MethodType) else forward
 
 
 def adapt(component: GeneralizedComponent, mended: type) -> Any:
@@ -126,6 +160,12 @@ class Attention(GeneralizedComponent):
 
     Then TransformerLens's eager reconstruction runs (float32: within 1e-5).
     """
+
+    def _setup_qkv_hook_reshaping(self) -> None:
+        super()._setup_qkv_hook_reshaping()
+        for module in self.modules():
+            if isinstance(module, HookPoint):
+                name_conversion(module)
 
     def _reconstructs(self) -> bool:
         inner = (p for n, p in self._modules.items() if isinstance(p, HookPoint) and n not in ("hook_in", "hook_out"))

@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
 from moe_lens import names
@@ -14,9 +13,10 @@ from moe_lens.model.experts.expert_weights_view import Experts, top_k_of
 from moe_lens.model.families.table import Family
 from moe_lens.model.hooks.layer_hooks import LayerHooks
 from moe_lens.model.hooks.moe_block import MoEBlock
+from moe_lens.model.hooks.whole_state import WholeState
 
 
-class HookTable(TransformerBridge):
+class HookTable(WholeState):
     """A TransformerBridge that knows the hooks of experts and leaves the weights alone."""
 
     family: Family

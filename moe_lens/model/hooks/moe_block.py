@@ -14,7 +14,7 @@ from moe_lens import names
 from moe_lens.model.experts.expert_weights_view import Experts
 from moe_lens.model.experts.nonstandard_experts import BLOCKS, block_forward, experts_of
 from moe_lens.model.families.table import Family
-from moe_lens.model.hooks.components import combined
+from moe_lens.model.hooks.components import combined, method_of
 from moe_lens.model.hooks.expert_kernel import experts_forward
 from moe_lens.model.hooks.layer_hooks import LayerHooks
 from moe_lens.model.hooks.router import route, rule_of
@@ -77,13 +77,13 @@ class MoEBlock(GeneralizedComponent):
             others = partial(_constant, moe, family.constant, hooks) if family.constant else shared
             moe.forward = partial(block_forward, select, compute, others, own.returns_logits)
         else:
-            router.forward = partial(route, router.forward, hooks, rule)
+            router.forward = partial(route, method_of(router.forward), hooks, rule)
             experts.module.forward = compute
         if shared is not None:
             self._open_shared(block, shared, hooks)
         elif beside is not None:
             # The layer adds it to what the block returns: the block does so itself, and the layer then adds zero.
-            self.__dict__["beside"] = partial(_shared, beside.forward, None, hooks)
+            self.__dict__["beside"] = partial(_shared, method_of(beside.forward), None, hooks)
             beside.forward = _nothing
 
     def _open_shared(self, moe: Any, shared: Any, hooks: LayerHooks) -> None:
@@ -94,10 +94,10 @@ class MoEBlock(GeneralizedComponent):
         """
         shared_gate = getattr(moe, self.family.shared_gate, None) if self.family.shared_gate else None
         if shared_gate is None:
-            shared.forward = partial(_shared, shared.forward, None, hooks)
+            shared.forward = partial(_shared, method_of(shared.forward), None, hooks)
             return
-        shared.forward = partial(_shared, shared.forward, shared_gate.forward, hooks)
-        shared_gate.forward = partial(_shared_gate, shared_gate.forward, hooks)
+        shared.forward = partial(_shared, method_of(shared.forward), method_of(shared_gate.forward), hooks)
+        shared_gate.forward = partial(_shared_gate, method_of(shared_gate.forward), hooks)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block, having told its hooks how many tokens come."""

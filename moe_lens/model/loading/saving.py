@@ -4,16 +4,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
-WRAPPER = "_original_component."
-
-
-def original_state(model: PreTrainedModel, original_names: Collection[str]) -> dict[str, Tensor]:
-    """The state of a wrapped model under the names it had before it was wrapped."""
-    found = {name.replace(WRAPPER, ""): value for name, value in model.state_dict().items()}
-    return {name: found[name] for name in original_names}
+from moe_lens.model.hooks.whole_state import original_state
 
 
 def save_pretrained(

@@ -1,0 +1,50 @@
+"""TransformerLens's views of attention by heads, as classes that pickle finds: its own are local to a function."""
+
+from typing import Any
+
+from torch import Tensor
+from transformer_lens.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
+from transformer_lens.hook_points import HookPoint
+
+
+class ReshapeForAttentionHeads(BaseTensorConversion):
+    """[batch, pos, d_model] shown as [batch, pos, head, d_head]."""
+
+    splits_attention_heads = True
+    """Read by TransformerLens: the position axis is two from the end."""
+    n_heads: int
+    d_head: int
+
+    def handle_conversion(self, input_value: Tensor, *_: Any) -> Tensor:
+        """To heads."""
+        if input_value.dim() == 3 and input_value.shape[-1] == self.n_heads * self.d_head:
+            return input_value.view(*input_value.shape[:2], self.n_heads, self.d_head)
+        return input_value
+
+    def revert(self, input_value: Tensor, *_: Any) -> Tensor:
+        """From heads."""
+        if input_value.dim() == 4 and input_value.shape[-2:] == (self.n_heads, self.d_head):
+            return input_value.flatten(2)
+        return input_value
+
+
+class TransposeRotaryHeads(BaseTensorConversion):
+    """[batch, head, pos, d_head] shown as [batch, pos, head, d_head]."""
+
+    def handle_conversion(self, input_value: Tensor, *_: Any) -> Tensor:
+        """Swap the axes of heads and positions."""
+        return input_value.transpose(1, 2) if input_value.dim() == 4 else input_value
+
+    def revert(self, input_value: Tensor, *_: Any) -> Tensor:
+        """Swap them back."""
+        return self.handle_conversion(input_value)
+
+
+_KINDS = {kind.__name__: kind for kind in (ReshapeForAttentionHeads, TransposeRotaryHeads)}
+
+
+def name_conversion(point: HookPoint) -> None:
+    """Give a hook point's conversion the class here that does what its local one does."""
+    conversion = point.hook_conversion
+    if conversion is not None and "<locals>" in type(conversion).__qualname__:
+        conversion.__class__ = _KINDS[type(conversion).__name__]

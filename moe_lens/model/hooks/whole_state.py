@@ -1,0 +1,207 @@
+"""The parameters of a wrapped model by the names that they have in transformers: all of them, and each once."""
+
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedModel
+
+from moe_lens.errors import MoELensError, UnsupportedModelError
+
+WRAPPER = "_original_component."
+
+
+class StateError(MoELensError, RuntimeError):
+    """A `state_dict` that is not this model's: names what is missing, unexpected or misshapen. Nothing was loaded."""
+
+
+def original_state(
+    model: PreTrainedModel, original_names: Collection[str], *, keep_vars: bool = False
+) -> dict[str, Tensor]:
+    """The state of a wrapped model under the names it had before it was wrapped."""
+    found = _by_clean_names(model.state_dict(keep_vars=keep_vars))
+    return {name: found[name] for name in original_names}
+
+
+def check_readable(model: PreTrainedModel, *, assign: bool = False) -> None:
+    """Refuse a model whose parameters are not there as numbers.
+
+    Args:
+        model: of transformers.
+        assign: whether new tensors are to take the place of those that hold no numbers yet.
+
+    Raises:
+        UnsupportedModelError: it is offloaded, quantised, or on the meta device.
+    """
+    offloaded = bool(getattr(model, "hf_device_map", None))
+    for name, parameter in model.named_parameters():
+        clean = name.replace(WRAPPER, "")
+        if parameter.is_meta and (offloaded or not assign):
+            where = "offloaded: save_pretrained writes it" if offloaded else "on the meta device: load it with numbers"
+            raise UnsupportedModelError(
+                f"{clean} is not in memory, and a state_dict holds nothing of it: it is {where}"
+            )
+        if not parameter.is_floating_point() or parameter.element_size() < 2:
+            raise UnsupportedModelError(
+                f"{clean} is quantised ({parameter.dtype}): a state_dict would hold packed numbers, which mean nothing "
+                "without their scales. Load the model in 16 bits"
+            )
+    if (quantiser := getattr(model, "hf_quantizer", None)) is not None:
+        method = getattr(quantiser.quantization_config.quant_method, "value", "unknown")
+        raise UnsupportedModelError(
+            f"this model is quantised ({method}): a state_dict would hold packed numbers. Load the model in 16 bits"
+        )
+
+
+class WholeState(TransformerBridge):
+    """A TransformerBridge whose `state_dict` holds the whole model: routers and experts, too."""
+
+    def _own(self) -> dict[str, Tensor]:
+        """Every parameter and persistent buffer under its own name; a tied one under the name that it is stored as."""
+        model: Any = self.original_model
+        state = original_state(model, self.__dict__["_original_names"], keep_vars=True)
+        by_identity: dict[int, str] = {}
+        for name in sorted(state, key=lambda name: name in model.all_tied_weights_keys):
+            by_identity.setdefault(id(state[name]), name)
+        return {name: value for name, value in state.items() if by_identity[id(value)] == name}
+
+    def named_parameters(
+        self,
+        prefix: str = "",
+        recurse: bool = True,
+        remove_duplicate: bool = True,  # noqa: ARG002  # one parameter has many places in the bridge, and one name
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter under its name in `state_dict`."""
+        names = {id(value): name for name, value in self._own().items()}
+        for parameter in self.parameters(recurse):
+            yield f"{prefix}.{names[id(parameter)]}" if prefix else names[id(parameter)], parameter
+
+    def state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """Every parameter and persistent buffer, once, under the name that it has in the transformers model.
+
+        Tied parameters are held once, as in a checkpoint. `save_pretrained` writes a model with its config; this is for
+        optimisers, averages of weights, and `torch.save(model.state_dict(), …)`.
+
+        Args:
+            destination: a dict to fill.
+            prefix: put before every name.
+            keep_vars: the parameters themselves instead of detached tensors.
+
+        Raises:
+            UnsupportedModelError: the model is offloaded or quantised.
+        """
+        check_readable(self.original_model)  # pyright: ignore[reportArgumentType]
+        destination = OrderedDict() if destination is None else destination
+        for name, value in self._own().items():
+            destination[prefix + name] = value if keep_vars else value.detach()
+        return destination
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what `state_dict` gave; all is checked before anything is changed.
+
+        Names may also be TransformerLens's (`blocks.0.attn.q.weight`), or have `_original_component` in them.
+
+        Args:
+            state_dict: tensors by name.
+            strict: refuse names that are missing or unknown; otherwise they are returned, as torch does.
+            assign: take the tensors themselves instead of copying them into the model's.
+
+        Raises:
+            StateError: tensors are missing, unknown, misshapen, or given twice with different numbers.
+            UnsupportedModelError: the model is offloaded or quantised.
+        """
+        missing, unexpected, problems = self._load(state_dict, assign, strict)
+        if strict:
+            problems = [*(f"{name} is unexpected" for name in unexpected), *problems]
+            problems = [*(f"{name} is missing" for name in missing), *problems]
+        if problems:
+            raise _refusal(problems)
+        return _IncompatibleKeys(missing, unexpected)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load as part of a module that holds this model."""
+        given = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+        missing, unexpected, problems = self._load(given, local_metadata.get("assign_to_params_buffers", False), strict)
+        missing_keys += [prefix + name for name in missing]
+        unexpected_keys += [prefix + name for name in unexpected] if strict else []
+        error_msgs += [prefix + problem for problem in problems]
+        # torch goes on to the modules inside, whose names are others: they find what they hold already.
+        state_dict |= self._tree(prefix)
+
+    def _tree(self, prefix: str = "") -> dict[str, Tensor]:
+        """What the modules of the bridge hold, by their places in it."""
+        return nn.Module.state_dict(self, destination=OrderedDict(), prefix=prefix, keep_vars=True)
+
+    def _load(
+        self, state_dict: Mapping[str, Any], assign: bool, strict: bool
+    ) -> tuple[list[str], list[str], list[str]]:
+        """Load if nothing stands against it; the names that are missing and unknown, and what is wrong with others."""
+        own, given, problems = self._own(), dict[str, Tensor](), list[str]()
+        names = {id(value): name for name, value in own.items()}
+        known: dict[str, Tensor] = {**_by_clean_names(self._tree()), **_by_clean_names(self._raw())}
+        unexpected = [name for name in state_dict if name.replace(WRAPPER, "") not in known]
+        for key, value in state_dict.items():
+            if key in unexpected:
+                continue
+            name = names[id(known[key.replace(WRAPPER, "")])]
+            if not isinstance(value, Tensor):
+                problems.append(f"{key} is a {type(value).__name__}, expected a tensor")
+            elif value.shape != own[name].shape:
+                problems.append(f"{key} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}")
+            elif value.is_meta:
+                problems.append(f"{key} is on the meta device and holds no numbers")
+            elif name in given and not (given[name] is value or torch.equal(given[name], value)):
+                problems.append(f"{key} differs from another tensor that was given for {name}")
+            else:
+                given[name] = value
+        missing = [name for name in own if name not in given]
+        if problems or (strict and (missing or unexpected)):
+            return missing, unexpected, problems
+        check_readable(self.original_model, assign=assign)  # pyright: ignore[reportArgumentType]
+        if assign:
+            self._assign({id(own[name]): value for name, value in given.items()})
+            return missing, unexpected, problems
+        with torch.no_grad():
+            for name, value in given.items():
+                own[name].copy_(value)
+        return missing, unexpected, problems
+
+    def _raw(self) -> dict[str, Tensor]:
+        return self.original_model.state_dict(keep_vars=True)
+
+    def _assign(self, values: Mapping[int, Tensor]) -> None:
+        """Put tensors in the place of others, given by identity, wherever those are: tied parameters stay tied."""
+        made: dict[int, Tensor] = {}
+        for module in {*self.modules(), *self.original_model.modules()}:
+            for held in (module._parameters, module._buffers):
+                for name, old in held.items():
+                    if old is None or id(old) not in values:
+                        continue
+                    value = values[id(old)]
+                    if id(old) not in made and isinstance(old, nn.Parameter) and not isinstance(value, nn.Parameter):
+                        value = nn.Parameter(value, old.requires_grad)
+                    held[name] = made.setdefault(id(old), value)  # pyright: ignore[reportArgumentType]
+
+
+def _by_clean_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.replace(WRAPPER, ""): value for name, value in state.items()}
+
+
+def _refusal(problems: list[str], limit: int = 8) -> StateError:
+    lines = problems[:limit] + ([f"and {len(problems) - limit} more"] if len(problems) > limit else [])
+    return StateError(
+        "this state_dict is not this model's, and nothing was loaded:" + "".join(f"\n  {line}" for line in lines)
+    )
