@@ -18,7 +18,8 @@ from moe_lens.hooked_moe import HookedMoE
 from moe_lens.model.hooks.whole_state import StateError
 from tests.matrix.configs import build, tokens
 
-FAMILIES = ["deepseek", "deepseek_v3", "gpt_oss", "mixtral", "qwen3_next", "dbrx", "longcat_flash", "granitemoehybrid"]
+FAMILIES = ["deepseek", "gpt_oss", "qwen3_next", "granitemoehybrid"]
+"""By TransformerLens's adapters and by ours, with buffers and shared experts of several kinds."""
 families = pytest.mark.parametrize("model_type", FAMILIES)
 
 
@@ -84,7 +85,7 @@ def test_as_part_of_another_module(model_type: str) -> None:
     assert list(state) == [f"lm.{name}" for name in own] + ["probe.weight", "probe.bias"]
     other.load_state_dict(state, strict=True)
     assert torch.equal(logits(other["lm"]), logits(held["lm"]))
-    assert torch.equal(other["probe"].weight, held["probe"].weight)
+    assert torch.equal(state["probe.weight"], other.state_dict()["probe.weight"])
     filled: dict[str, Tensor] = OrderedDict(before=torch.zeros(1))
     assert other["lm"].state_dict(destination=filled, prefix="a.b.") is filled
     assert list(filled) == ["before", *(f"a.b.{name}" for name in own)]
@@ -180,7 +181,8 @@ def test_averages_of_weights_are_models_of_their_own() -> None:
     again = AveragedModel(wrapped("deepseek", seed=3))
     again.load_state_dict(average.state_dict())
     assert torch.equal(logits(again), logits(third))
-    _, cache = again.module.run_with_cache(tokens())
+    copied_model: Any = again.module
+    _, cache = copied_model.run_with_cache(tokens())
     assert cache["expert_out", 2].shape[:2] == tokens().shape, "its hooks are its own"
 
 

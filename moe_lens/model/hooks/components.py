@@ -44,7 +44,7 @@ def _made_of(kind: type) -> Any:
 
 def _empty(made_of: Any) -> Any:
     """An instance of a class that `_made_of` describes, without its attributes."""
-    kind = _class_of(made_of)
+    kind: Any = _class_of(made_of)
     return kind.__new__(kind)
 
 
@@ -162,7 +162,7 @@ class Attention(GeneralizedComponent):
     """
 
     def _setup_qkv_hook_reshaping(self) -> None:
-        super()._setup_qkv_hook_reshaping()
+        super()._setup_qkv_hook_reshaping()  # pyright: ignore[reportAttributeAccessIssue]
         for module in self.modules():
             if isinstance(module, HookPoint):
                 name_conversion(module)
