@@ -9,12 +9,15 @@ from moe_lens.data.domain_specs import domains_from_table as domains_from_table
 from moe_lens.data.domain_specs import parse_domains as parse_domains
 from moe_lens.data.domains import EMBEDDED as EMBEDDED
 from moe_lens.data.domains import Domain as Domain
-from moe_lens.data.domains import Passage as Passage
 from moe_lens.data.domains import embedded_domain as embedded_domain
 from moe_lens.data.domains import embedded_domains as embedded_domains
 from moe_lens.data.domains import load_domain as load_domain
+from moe_lens.data.given import Domains as Domains
+from moe_lens.data.given import as_domains as as_domains
+from moe_lens.data.given import in_memory as in_memory
 from moe_lens.data.paper_presets import PRESETS as PRESETS
 from moe_lens.data.paper_presets import Preset as Preset
+from moe_lens.data.rows import Passage as Passage
 from moe_lens.data.shards import Reading as Reading
 from moe_lens.data.shards import Shard as Shard
 from moe_lens.data.shards import shards as shards

@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moe_lens.data.domains import Passage, read_lines, read_row
+from moe_lens.data.files import read_passages
+from moe_lens.data.rows import Passage, read_row
 from moe_lens.errors import InputError
 
 SHUFFLED = 10_000
@@ -76,23 +77,24 @@ def from_generator(name: str, generate: Callable[[], Iterable[str | dict[str, An
     return Corpus(name, partial(_iterable, rows), {"generator": getattr(generate, "__qualname__", str(generate))})
 
 
-def from_file(name: str, path: Path, *, text: str = "text", source: str | None = "source") -> Corpus:
-    """A corpus from a .jsonl, .txt or .parquet file, or a folder that `datasets` saved, without loading it whole.
+def from_file(name: str, path: str | Path, *, text: str = "text", source: str | None = None) -> Corpus:
+    """A corpus from a file or a folder, without loading it whole (but for a list in a .json file).
 
     Args:
         name: What the domain is called.
         path: As for `load_domain`.
         text: The column (or key) with the text, or several joined by +.
-        source: The column that says which document a text was taken from.
+        source: As for `load_domain`.
 
     Raises:
-        InputError: There is no such file, or it is of another kind.
+        InputError: There is no such file.
     """
+    path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: cannot be read (No such file or directory)")
 
     def rows() -> Iterator[dict[str, Any]]:
-        for passage in read_lines(path, text=text, source=source):
+        for passage in read_passages(path, text=text, source=source):
             yield vars(passage)
 
     return Corpus(name, partial(_iterable, rows), {"file": path.name, "digest": digest(path), "text": text})
@@ -143,7 +145,8 @@ def from_hub(
         def read() -> Iterator[dict[str, Any]]:
             for number, row in enumerate(rows, start=1):
                 origin = f"{repository}:{number}"
-                yield vars(read_row(row, origin, origin, text=text, source=source, empty=True))
+                found = read_row(row, origin, origin, text=text, source=source, implied=False, empty=True)
+                yield vars(found)
 
         return _iterable(read)
 

@@ -19,7 +19,7 @@ class DomainSpec:
 
     name: str
     path: str | None = None
-    """A .jsonl, .txt or .parquet file, or a folder that `datasets` saved."""
+    """A file or a folder; see `load_domain`."""
     hub: str | None = None
     """A dataset on the hub, streamed."""
     config: str | None = None
@@ -41,7 +41,7 @@ class DomainSpec:
         if self.path is not None and self.hub is not None:
             raise InputError(f"domain {self.name!r} has a path and a name on the hub; give one of them")
         if self.path is not None:
-            columns = {"text": self.text, "source": self.source or "source"}
+            columns = {"text": self.text, "source": self.source}
             read = from_file if self.streaming else load_domain
             return read(self.name, Path(self.path), **columns)
         if self.hub is not None:

@@ -24,6 +24,8 @@ class Window:
     """Where in the passage's tokens, BOS not counted, the window begins."""
     counted: int
     """How many of its tokens are text: no special tokens."""
+    opening: int = 0
+    """How many of its first tokens the tokenizer put before the text."""
 
 
 def too_short(passage: Passage, length: int) -> None:
@@ -68,7 +70,7 @@ def windows_of(
         window = text[start : start + room]
         if len(window) >= 2:  # a single left-over token predicts nothing
             counted = sum(token not in special for token in window)
-            yield Window((*opening, *window), passage.source, number, start, counted)
+            yield Window((*opening, *window), passage.source, number, start, counted, len(opening))
 
 
 def in_turns(

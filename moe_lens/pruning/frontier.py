@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moe_lens.data import Domain, Tokens, tokenize
+from moe_lens.data import Domains, Tokens, in_memory, tokenize
 from moe_lens.errors import InputError
 from moe_lens.pruning.merging import merge
 from moe_lens.pruning.plans import Plan, plan
@@ -99,7 +99,7 @@ class Frontier(Result):
 
 
 def halved(
-    domains: Sequence[Domain], model: Any, *, n_tokens: int, context: int, seed: int = 0
+    domains: Domains, model: Any, *, n_tokens: int, context: int, seed: int = 0
 ) -> tuple[tuple[Tokens, ...], tuple[Tokens, ...]]:
     """Each domain's texts, dealt by source into two halves of about `n_tokens` / 2 each.
 
@@ -107,7 +107,7 @@ def halved(
         InputError: a domain has a single source: nothing in it is independent of the rest.
     """
     parts: tuple[list[Tokens], list[Tokens]] = [], []
-    for domain in domains:
+    for domain in in_memory(domains):
         if domain.n_sources < 2:
             raise InputError(
                 f"domain {domain.name!r} has a single source, so that there is no other to measure on; give passages "

@@ -1,13 +1,13 @@
 """Pruning from beginning to end: what `moe-lens prune` does."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from moe_lens.data import Domain, tokenize
+from moe_lens.data import Domains, in_memory, tokenize
 from moe_lens.model.loading.pretrained import load_pretrained, resolve_name
 from moe_lens.pruning.export import export, expressible, folder_size
 from moe_lens.pruning.frontier import ALL, Frontier, frontier, halved
@@ -62,7 +62,7 @@ def shares(keep: float) -> list[float]:
 
 def prune(
     model: Any,
-    domains: Sequence[Domain],
+    domains: Domains,
     settings: Settings,
     folder: Path,
     *,
@@ -80,6 +80,7 @@ def prune(
     Raises:
         InputError, UnsupportedModelError: see `score`, `plan` and `export`.
     """
+    domains = in_memory(domains)
     context = min(settings.context, int(model.cfg.n_ctx))
     batches = [
         tokenize(domain, model, n_tokens=settings.tokens, context=context, seed=settings.seed) for domain in domains

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from moe_lens.data import Domain, Tokens, tokenize
+from moe_lens.data import Domains, Tokens, in_memory, tokenize
 from moe_lens.studies import (
     LensExample,
     SingleExpert,
@@ -57,11 +57,12 @@ class Report:
         }
 
 
-def batched(model: Any, domains: Sequence[Domain], settings: Settings) -> tuple[Tokens, ...]:
+def batched(model: Any, domains: Domains, settings: Settings) -> tuple[Tokens, ...]:
     """The token batches of every domain."""
     context = min(settings.context, int(model.cfg.n_ctx))
     return tuple(
-        tokenize(domain, model, n_tokens=settings.tokens, context=context, seed=settings.seed) for domain in domains
+        tokenize(domain, model, n_tokens=settings.tokens, context=context, seed=settings.seed)
+        for domain in in_memory(domains)
     )
 
 
@@ -71,7 +72,7 @@ def n_steps(model: Any, batches: Sequence[Tokens]) -> int:
 
 
 def run(
-    model: Any, domains: Sequence[Domain], batches: Sequence[Tokens], settings: Settings, on_batch: Callable[[], None]
+    model: Any, domains: Domains, batches: Sequence[Tokens], settings: Settings, on_batch: Callable[[], None]
 ) -> Report:
     """Run the studies.
 

@@ -1,7 +1,7 @@
 """The paper's experiments: a model and domains in, a frozen result out; nothing is drawn or printed here."""
 
-from moe_lens.studies.collect_activations import Collected as Collected
 from moe_lens.studies.collect_activations import collect as collect
+from moe_lens.studies.collected import Collected as Collected
 from moe_lens.studies.comparison import Comparison as Comparison
 from moe_lens.studies.comparison import compare as compare
 from moe_lens.studies.lens import LensStudy as LensStudy

@@ -3,85 +3,32 @@
 import fnmatch
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Int
 from torch import Tensor
 
 from moe_lens import distributed, names
-from moe_lens.data import Corpus, Domain, Reading, Shard, TokenBatch, batched, shards
+from moe_lens.data import Domains, Reading, Shard, TokenBatch, as_domains, batched, shards
 from moe_lens.errors import InputError
 from moe_lens.routing import LayerRouting
 from moe_lens.stats.observation import Hooks, routing_hooks
-from moe_lens.storage import load_tensors, save_tensors
 from moe_lens.studies.batch_halving import Halving
+from moe_lens.studies.collected import DOCUMENTS, Collected, Format, rows_of, write_shard
 from moe_lens.studies.forward_passes import forward
 from moe_lens.studies.model_facts import model_facts
-from moe_lens.studies.study import agreed, one_by_one, pinned, versions
-from moe_lens.studies.study_folder import SPACE, StudyFolder, read_manifest
-
-Format = Literal["safetensors", "parquet"]
-KIND = "collected shard"
-PER_TOKEN = ("token", "document", "position", "counted")
-"""What every shard has of each token: id; number of the passage in its domain; place in the passage, BOS at the place
-of the token that follows it; whether it is text, and no special token."""
-
-
-@dataclass(frozen=True)
-class Collected:
-    """What `collect` saved: shards of tokens, read one at a time."""
-
-    folder: Path
-    manifest: Mapping[str, Any]
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "Collected":
-        """Open a folder.
-
-        Raises:
-            InputError: It holds something else.
-        """
-        folder = Path(folder)
-        manifest = read_manifest(folder)
-        if manifest["plan"]["study"] != "collect":
-            raise InputError(f"{folder} holds the result of the study {manifest['plan']['study']}; expected of collect")
-        return cls(folder, manifest)
-
-    @property
-    def n_tokens(self) -> int:
-        """Of all shards."""
-        return sum(shard["tokens"] for shard in self.manifest["shards"])
-
-    def documents(self) -> pd.DataFrame:
-        """A row per passage that was read: domain, document, source, tokens."""
-        return pd.read_parquet(self.folder / "documents.parquet")
-
-    def shards(self, domain: str | None = None) -> Iterator[dict[str, Tensor]]:
-        """The shards of a domain, or of all, as tensors by name with a token in each row.
-
-        Names are `PER_TOKEN`, `indices` and `weights` [token, layer, rank], and those of the hooks.
-        """
-        for shard in self.manifest["shards"]:
-            if domain is None or shard["domain"] == domain:
-                yield _read(self.folder / shard["file"])
-
-    def dataset(self, domain: str | None = None) -> Any:
-        """The tokens of a domain, or of all, as a `datasets.IterableDataset` with the same columns, and the domain."""
-        import datasets
-
-        wanted = [shard for shard in self.manifest["shards"] if domain is None or shard["domain"] == domain]
-        return datasets.IterableDataset.from_generator(_rows, gen_kwargs={"folder": self.folder, "wanted": wanted})
+from moe_lens.studies.study import agreed, pinned, versions
+from moe_lens.studies.study_folder import SPACE, StudyFolder, file_digest
 
 
 def collect(
     model: Any,
-    domains: Sequence[Domain | Corpus],
-    out: Path,
+    domains: Domains,
+    out: str | Path,
     *,
     hooks: Sequence[str] = (),
     reading: Reading | None = None,
@@ -97,9 +44,10 @@ def collect(
 
     Args:
         model: A `HookedMoE`.
-        domains: Texts in memory or corpora, each with a name of its own.
+        domains: Texts in memory or corpora, each with a name of its own; or a dictionary `{name: texts}`.
         out: The folder that appears when all shards are there.
         hooks: Names of hook points whose tensors are [batch, pos, …], or patterns such as `blocks.*.hook_resid_mid`.
+            Single experts are named or matched as `blocks.5.mlp.experts.*.hook_out`, which keeps their rows only.
         reading: How texts are read; a shard of `reading.shard_tokens` tokens is a file, and is held in memory.
         dtype: Of activations and weights on disk.
         kind: safetensors, or parquet, which `datasets` reads as well; that has no bfloat16.
@@ -108,14 +56,17 @@ def collect(
         watch: Called with what is being read and how many tokens were, after every shard.
 
     Raises:
-        InputError: No such hook, too little space on the disk, or a folder with something else in it.
+        InputError: No such hook, too little space on the disk, a folder with something else in it, or one that
+            vanished during the work.
     """
     reading = Reading() if reading is None else reading
-    one_by_one(domains)
-    domains = pinned(domains)
+    out = Path(out)
+    domains = pinned(as_domains(domains))
     points = hook_points(model, hooks)
     if kind == "parquet" and dtype == torch.bfloat16:
         raise InputError("parquet has no bfloat16; choose float16 or float32, or safetensors")
+    if kind == "parquet" and (single := [name for name in points if names.parse_expert(name)]):
+        raise InputError(f"parquet has a row for each token, and {single[0]} for some only; choose safetensors")
     plan = {
         "study": "collect",
         "settings": {"hooks": points, "dtype": str(dtype).removeprefix("torch."), "format": kind},
@@ -129,23 +80,33 @@ def collect(
         return Collected.load(out)
     per_token = bytes_per_token(model, points, dtype)
     agreed(lambda: folder.begin(SPACE + per_token * (reading.tokens or 0) * len(domains)))
+    made: list[str] = []
     for number, domain in enumerate(domains):
-        done = len(list(folder.unfinished.glob(f"{number:02d}-{distributed.rank():03d}-*.json")))
+        mine = f"{number:02d}-{distributed.rank():03d}"
+        done = 0
+        while folder.has(f"{mine}-{done:06d}"):
+            done += 1
         collector = _Collector(model, points, dtype, reading, batch_tokens)
         places = {"rank": distributed.rank(), "world_size": distributed.world_size()}
         for shard in shards(domain, model, reading, start=done, **places):
             tensors = collector.shard(shard)
-            stem = f"{number:02d}-{distributed.rank():03d}-{shard.number:06d}"
+            stem = f"{mine}-{shard.number:06d}"
             file = f"{stem}.{kind}"
-            _write(folder.unfinished / file, tensors)
+            folder.there()
+            write_shard(folder.unfinished / file, tensors, model.moe_layers)
             # The note is written last: a shard without one is made again.
-            folder.note(
-                stem, {"file": file, "domain": domain.name, "tokens": len(tensors["token"]), **_passages(shard)}
-            )
+            about = {"file": file, "domain": domain.name, "tokens": len(tensors["token"])}
+            folder.note(stem, {**about, "digest": file_digest(folder.unfinished / file), **_passages(shard)})
             watch(domain.name, sum(window.counted for window in shard.windows))
-    distributed.barrier()
-    agreed(lambda: _assemble(folder))
+            done = shard.number + 1
+        made += [f"{mine}-{shard:06d}" for shard in range(done)]
+    every = [stem for stems in distributed.gather(made) for stem in stems]
+    agreed(lambda: _assemble(folder, sorted(every)))
     return Collected.load(out)
+
+
+Experts = dict[tuple[int, int], dict[str, Tensor]]
+"""By layer and expert: its rows by the name of the hook, and of each the `token` and the `rank`."""
 
 
 class _Collector:
@@ -159,18 +120,20 @@ class _Collector:
         """Every token of a shard, in the order of its windows."""
         parts = self.halving.run(self._batches, shard)
         number = {(window.document, window.start): place for place, window in enumerate(shard.windows)}
-        windows = [window for batch, _ in parts for window in batch.windows]
+        windows = [window for batch, _, _ in parts for window in batch.windows]
         place = torch.cat([torch.full((len(window.ids),), number[window.document, window.start]) for window in windows])
         order = place.argsort(stable=True)
-        return {name: torch.cat([tensors[name] for _, tensors in parts])[order] for name in parts[0][1]}
+        whole = {name: torch.cat([tensors[name] for _, tensors, _ in parts])[order] for name in parts[0][1]}
+        return whole | _in_order([(len(tensors["token"]), experts) for _, tensors, experts in parts], order)
 
-    def _batches(self, batch_tokens: int, shard: Shard) -> list[tuple[TokenBatch, dict[str, Tensor]]]:
+    def _batches(self, batch_tokens: int, shard: Shard) -> list[tuple[TokenBatch, dict[str, Tensor], Experts]]:
         packed = min(self.reading.context, int(self.model.cfg.n_ctx)) if self.reading.packed else None
         found = []
         for batch in batched(shard.windows, self.model, batch_tokens=batch_tokens, packed=packed):
             layers: dict[int, LayerRouting] = {}
             kept: dict[str, Tensor] = {}
-            forward(self.model, batch, [*routing_hooks(self.model, layers), *_keep(self.points, batch, kept)])
+            experts: Experts = {}
+            forward(self.model, batch, [*routing_hooks(self.model, layers), *_keep(self.points, batch, kept, experts)])
             chosen = {"indices": torch.int16, "weights": self.dtype}
             routing = {
                 name: torch.stack([batch.unpack(getattr(layers[at], name)).cpu() for at in self.model.moe_layers], 2)
@@ -181,24 +144,18 @@ class _Collector:
                 **{name: value[batch.mask].to(chosen[name]) for name, value in routing.items()},
                 **{name: value[batch.mask].to(self.dtype) for name, value in kept.items()},
             }
-            found.append((batch, tensors))
+            for rows in experts.values():
+                rows.update({name: value.to(self.dtype) for name, value in rows.items() if value.is_floating_point()})
+            found.append((batch, tensors, experts))
         return found
 
 
-def _rows(folder: Path, wanted: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The tokens of shards, one by one. Not a closure: `datasets` pickles what it calls."""
-    for shard in wanted:
-        tensors = {
-            name: value.float() if value.dtype == torch.bfloat16 else value
-            for name, value in _read(folder / shard["file"]).items()
-        }
-        arrays = {name: value.numpy() for name, value in tensors.items()}
-        for row in range(shard["tokens"]):
-            yield {"domain": shard["domain"], **{name: array[row] for name, array in arrays.items()}}
-
-
-def _keep(points: Sequence[str], batch: TokenBatch, into: dict[str, Tensor]) -> Hooks:
+def _keep(points: Sequence[str], batch: TokenBatch, into: dict[str, Tensor], experts: Experts) -> Hooks:
+    """Hooks that put activations into `into`, and the rows of single experts, of real tokens only, into `experts`."""
     read = batch.tokens.shape if batch.packing is None else batch.packing.tokens.shape
+    number = torch.full(read, -1)  # of each token that is read among the real ones of the batch
+    real = batch.mask.flatten().nonzero()[:, 0] if batch.packing is None else batch.packing.at[batch.mask]
+    number.view(-1)[real] = torch.arange(len(real))
 
     def keep(value: Tensor, hook: Any, name: str) -> None:  # noqa: ARG001
         if value.shape[:2] != read:
@@ -207,47 +164,96 @@ def _keep(points: Sequence[str], batch: TokenBatch, into: dict[str, Tensor]) -> 
             )
         into[name] = batch.unpack(value.detach()).cpu()
 
-    return [(name, lambda value, hook, name=name: keep(value, hook, name)) for name in points]
+    def keep_rows(value: Tensor, hook: Any, name: str, at: tuple[int, int]) -> None:
+        token = number[hook.ctx["batch"].cpu(), hook.ctx["pos"].cpu()]
+        rows = {"token": token, "rank": hook.ctx["rank"].cpu(), name: value.detach().cpu()}
+        experts.setdefault(at, {}).update({key: column[token >= 0] for key, column in rows.items()})
+
+    hooks: Hooks = []
+    for name in points:
+        if (one := names.parse_expert(name)) is not None:
+            hooks.append((name, lambda value, hook, name=name, at=one[:2]: keep_rows(value, hook, name, at)))
+        else:
+            hooks.append((name, lambda value, hook, name=name: keep(value, hook, name)))
+    return hooks
+
+
+def _in_order(parts: Sequence[tuple[int, Experts]], order: Int[Tensor, " token"]) -> dict[str, Tensor]:
+    """The rows of single experts in all batches of a shard, in the order of its tokens.
+
+    Args:
+        parts: Of each batch, how many tokens it has, and the rows.
+        order: The tokens of all batches, in the order of the shard.
+    """
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order))
+    starts = torch.tensor([0, *(length for length, _ in parts)]).cumsum(0).tolist()
+    found = {}
+    for layer, expert in parts[0][1]:
+        rows = [experts[layer, expert] for _, experts in parts]
+        together = {name: torch.cat([one[name] for one in rows]) for name in rows[0]}
+        token = torch.cat([place[one["token"] + start] for one, start in zip(rows, starts, strict=False)])
+        by_token = token.argsort()
+        together["token"] = token
+        for name, value in together.items():
+            key = rows_of(layer, expert, name) if name in ("token", "rank") else name
+            found[key] = value[by_token]
+    return found
 
 
 def _about(batch: TokenBatch) -> dict[str, Tensor]:
     """The columns `PER_TOKEN`."""
     shape, mask = batch.tokens.shape, batch.mask
-    document = torch.tensor([window.document for window in batch.windows])[:, None].expand(shape)
-    start = torch.tensor([window.start for window in batch.windows])[:, None]
-    place = start + (batch.counted.cumsum(-1) - 1).clamp(min=0)
+    of = {name: torch.tensor([getattr(window, name) for window in batch.windows])[:, None] for name in _OF_WINDOWS}
+    place = of["start"] + (torch.arange(shape[1]) - of["opening"]).clamp(min=0)
     return {
         "token": batch.tokens[mask],
-        "document": document[mask],
+        "document": of["document"].expand(shape)[mask],
         "position": place[mask],
         "counted": batch.counted[mask],
     }
 
 
+_OF_WINDOWS = ("document", "start", "opening")
+
+
 def hook_points(model: Any, patterns: Sequence[str]) -> list[str]:
-    """The names of hook points that match, each once, in the model's order.
+    """The names of hook points that match, each once, in the model's order; those of single experts last.
+
+    A pattern finds hooks of single experts if it speaks of experts (`.experts.`).
 
     Raises:
         InputError: A pattern matches none.
     """
+    whole = [name for name in model.hook_dict if names.parse_expert(name) is None]
+    single: list[str] = []
+    if any(_EXPERTS in pattern for pattern in patterns):
+        places = [(layer, expert) for layer in model.moe_layers for expert in range(model.n_experts)]
+        single = [names.expert(hook.name, *at) for at in places for hook in names.EXPERT_HOOKS]
     found: set[str] = set()
-    known = list(model.hook_dict)
     for pattern in patterns:
-        matching = fnmatch.filter(known, pattern)
+        matching = fnmatch.filter(single if _EXPERTS in pattern else whole, pattern)
+        matching = [name for name in matching if _EXPERTS not in pattern or model.get_hook_point(name) is not None]
         if not matching:
             raise InputError(f"--hook {pattern!r}: no such hook point; for example {names.block(names.RESID_MID, 0)}")
         found |= set(matching)
-    return [name for name in known if name in found]
+    return [name for name in (*whole, *single) if name in found]
+
+
+_EXPERTS = ".experts."
 
 
 @torch.no_grad()
 def bytes_per_token(model: Any, points: Sequence[str], dtype: torch.dtype) -> int:
-    """What a token takes on disk, seen on a text of two tokens."""
+    """What a token takes on disk, seen on a text of two tokens; of single experts, what it takes on average."""
     kept: dict[str, Tensor] = {}
+    experts: Experts = {}
     one = TokenBatch(torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2).bool(), torch.ones(1, 2).bool(), ("",))
-    forward(model, one, _keep(points, one, kept))
+    forward(model, one, _keep(points, one, kept, experts))
     routing = len(model.moe_layers) * model.top_k
     numbers = sum(value[0, 0].numel() for value in kept.values()) + routing
+    rows = sum(value.shape[-1] for rows in experts.values() for value in rows.values() if value.ndim > 1)
+    numbers += -(-rows * model.top_k // model.n_experts)
     return numbers * dtype.itemsize + routing * 2 + 8 * 3 + 1
 
 
@@ -258,33 +264,12 @@ def _passages(shard: Shard) -> dict[str, Any]:
     return {"documents": [[number, source, tokens] for number, (source, tokens) in counts.items()]}
 
 
-def _write(path: Path, tensors: Mapping[str, Shaped[Tensor, "token *rest"]]) -> None:
-    if path.suffix == ".safetensors":
-        save_tensors(path, KIND, tensors, {})
-        return
-    import datasets
-
-    columns = {name: value.numpy() for name, value in tensors.items()}
-    try:
-        datasets.Dataset.from_dict(columns).to_parquet(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error}") from error
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        return load_tensors(path, KIND)[0]
-    import datasets
-
-    rows: Any = datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
-    return dict(rows.with_format("torch")[:])
-
-
-def _assemble(folder: StudyFolder) -> None:
+def _assemble(folder: StudyFolder, stems: Sequence[str]) -> None:
     """Put all shards into the folder, with what is known of them."""
-    notes = [folder.noted(stem) for stem in sorted(path.stem for path in folder.unfinished.glob("[0-9]*-*-*.json"))]
-    if not notes:
+    if not stems:
         raise InputError("the texts hold no passage of two tokens or more")
+    folder.there()
+    notes = [folder.noted(stem) for stem in stems]
     counts: dict[tuple[str, int, str], int] = {}
     for note in notes:
         for number, source, tokens in note.pop("documents"):
@@ -296,5 +281,6 @@ def _assemble(folder: StudyFolder) -> None:
     documents = pd.DataFrame(
         [(*key, tokens) for key, tokens in counts.items()], columns=["domain", "document", "source", "tokens"]
     )
-    documents.to_parquet(scratch / "documents.parquet", index=False)
-    folder.finish(scratch, {"versions": versions(), "command": shlex.join(sys.argv), "shards": notes})
+    documents.to_parquet(scratch / DOCUMENTS, index=False)
+    whole = {"documents": file_digest(scratch / DOCUMENTS), "shards": notes}
+    folder.finish(scratch, {"versions": versions(), "command": shlex.join(sys.argv), **whole})

@@ -1,12 +1,12 @@
 """The extended LogitLens at one position of an example text (arXiv 2603.05806, Figure 2)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from moe_lens.data import Domain
+from moe_lens.data import Domain, Domains, in_memory
 from moe_lens.lenses import LensResult, LogitLens
 from moe_lens.partial_sum import PartialSum
 from moe_lens.studies.forward_passes import input_device
@@ -33,7 +33,7 @@ class LensExample:
     """What the tokens of the prompt, the target and the predicted one read as."""
 
 
-def lens_table(model: Any, domains: Sequence[Domain], *, top: int = 5) -> list[LensExample]:
+def lens_table(model: Any, domains: Domains, *, top: int = 5) -> list[LensExample]:
     """Figure 2 for one example of each domain, chosen by a fixed rule and not by how it looks.
 
     The rule: the first passage in the file that has more than `EXAMPLE_TOKENS` tokens (the longest if none has), and in
@@ -46,7 +46,7 @@ def lens_table(model: Any, domains: Sequence[Domain], *, top: int = 5) -> list[L
     """
     lens, sums = LogitLens(model), PartialSum.figure2(model.top_k)
     examples = []
-    for domain in domains:
+    for domain in in_memory(domains):
         prompt, target, origin = _example(model, domain)
         with torch.no_grad():
             logits, cache = model.run_with_cache(

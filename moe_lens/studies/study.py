@@ -18,7 +18,7 @@ import pandas as pd
 from torch import Tensor
 
 from moe_lens import distributed
-from moe_lens.data import Corpus, Domain, Reading, Shard, TokenBatch, batched, shards
+from moe_lens.data import Corpus, Domain, Domains, Reading, Shard, TokenBatch, as_domains, batched, shards
 from moe_lens.errors import InputError
 from moe_lens.stats import Accumulator, Result
 from moe_lens.studies.batch_halving import Halving
@@ -92,10 +92,10 @@ class Study(ABC):
 def run(
     study: Study,
     model: Any,
-    domains: Sequence[Domain | Corpus],
+    domains: Domains,
     *,
     reading: Reading | None = None,
-    out: Path | None = None,
+    out: str | Path | None = None,
     name: str | None = None,
     batch_tokens: int = 2048,
     command: str | None = None,
@@ -108,7 +108,7 @@ def run(
     Args:
         study: Which.
         model: A `HookedMoE`.
-        domains: Texts in memory or corpora, each with a name of its own.
+        domains: Texts in memory or corpora, each with a name of its own; or a dictionary `{name: texts}`.
         reading: How texts are read.
         out: The folder that will hold the result; progress is kept beside it. None: nothing is written.
         name: What the model was loaded as.
@@ -120,7 +120,7 @@ def run(
         InputError: The texts, the settings or the folder cannot be worked with.
     """
     reading = Reading() if reading is None else reading
-    one_by_one(domains)
+    domains = as_domains(domains)
     study.check(model)
     domains = pinned(domains)
     plan = {
@@ -131,7 +131,7 @@ def run(
         "domains": [{"name": domain.name, **domain.identity} for domain in domains],
         "processes": distributed.world_size(),
     }
-    folder = None if out is None else StudyFolder(out, plan)
+    folder = None if out is None else StudyFolder(Path(out), plan)
     if folder is not None and out is not None:
         if agreed(folder.finished):
             return StudyResult.load(out)
@@ -165,16 +165,6 @@ def run(
         agreed(lambda: _finish(folder, result))
         return StudyResult.load(out)
     return result
-
-
-def one_by_one(domains: Sequence[Domain | Corpus]) -> None:
-    """Refuse no domains, and two of one name."""
-    given = [domain.name for domain in domains]
-    if not given:
-        raise InputError("there is no domain; give at least one")
-    for domain in given:
-        if given.count(domain) > 1:
-            raise InputError(f"two domains are called {domain!r}; give each a name of its own")
 
 
 def pinned(domains: Sequence[Domain | Corpus]) -> list[Domain | Corpus]:

@@ -11,7 +11,7 @@ from uuid import uuid4
 from torch import Tensor
 
 from moe_lens.errors import InputError
-from moe_lens.storage import load_tensors, save_tensors
+from moe_lens.storage import load_tensors, read_json, save_tensors
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
@@ -25,12 +25,12 @@ class StudyFolder:
     """A folder that appears when it is complete; until then what was done is kept in `NAME.unfinished` beside it.
 
     Args:
-        path: The folder; it must not exist, be empty, or hold the finished result of the same plan.
+        path: The folder, which has a name; it must not exist, be empty, or hold the finished result of the same plan.
         plan: What is to be done, as plain values: work that was begun is gone on with if its plan is the same.
     """
 
     def __init__(self, path: Path, plan: Mapping[str, Any]):
-        self.path = path
+        self.path = named(path)
         self.plan = json.loads(json.dumps(plan))
         self.unfinished = path.with_name(f"{path.name}.unfinished")
 
@@ -82,6 +82,15 @@ class StudyFolder:
             reason = error.strerror or str(error)
             raise InputError(f"{self.path}: cannot be written ({reason}); choose another --out") from None
 
+    def there(self) -> None:
+        """Make sure that the progress so far is still there.
+
+        Raises:
+            InputError: It vanished meanwhile.
+        """
+        if not (self.unfinished / PLAN).is_file():
+            raise InputError(f"{self.unfinished}: vanished while it was being filled; run the command again")
+
     def save(self, name: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
         """Keep progress, in place of what was kept under the name; complete or not at all."""
         save_tensors(self.unfinished / f"{name}.safetensors", "progress", tensors, header)
@@ -94,6 +103,10 @@ class StudyFolder:
     def note(self, name: str, values: Mapping[str, Any]) -> None:
         """Keep plain values."""
         _write(self.unfinished / f"{name}.json", json.dumps(values, ensure_ascii=False))
+
+    def has(self, name: str) -> bool:
+        """Whether something was kept by `note`."""
+        return (self.unfinished / f"{name}.json").exists()
 
     def noted(self, name: str) -> dict[str, Any]:
         """What was kept by `note`."""
@@ -137,12 +150,24 @@ class StudyFolder:
             raise InputError(f"{where}: {what} – {told}. Choose another --out, or remove it")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def named(path: Path) -> Path:
+    """The path of a folder that can have a neighbour of a like name.
+
+    Raises:
+        InputError: It is the working directory, a folder above it, or a root.
+    """
+    if path.name in ("", ".."):
+        raise InputError(f"{path}: progress is kept beside the result, and so it needs a name; choose a folder in it")
+    return path
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
     """What a finished result says of itself.
 
     Raises:
         InputError: The folder holds no result of a study, one of another format, or one that was changed.
     """
+    folder = Path(folder)
     path = folder / MANIFEST
     if not path.exists():
         unfinished = folder.with_name(f"{folder.name}.unfinished")
@@ -150,16 +175,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: holds no result of a study (there is no {MANIFEST}){more}")
     manifest = _read(path, "the manifest of a study")
     _known(path, manifest.get("format"))
-    if manifest.pop("seal", None) != _seal(manifest):
+    if manifest.pop("seal", None) != _seal(manifest) or not isinstance(manifest.get("plan"), dict):
         raise InputError(f"{path}: is not as the study wrote it; run its command again, with another --out")
     return manifest
 
 
 def _read(path: Path, what: str) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "broken"
+        found = read_json(path)
+    except (OSError, ValueError) as error:
+        reason = (error.strerror or "unreadable") if isinstance(error, OSError) else f"broken: {error}"
         raise InputError(f"{path}: cannot be read as {what} ({reason})") from None
     if not isinstance(found, dict):
         raise InputError(f"{path}: cannot be read as {what} (it holds a {type(found).__name__})")
@@ -171,6 +196,12 @@ def _known(path: Path, found: Any) -> None:
         newer = isinstance(found, int) and found > FORMAT
         what = "a newer moe_lens: install that" if newer else "an earlier moe_lens: run the command again, elsewhere"
         raise InputError(f"{path}: has format {found!r}, and this moe_lens reads {FORMAT}. It is of {what}")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """`StudyResult`: what a study found, with all that is needed to know how it was found."""
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import pandas as pd
 from moe_lens.errors import InputError
 from moe_lens.stats import Result
 from moe_lens.storage import stored_kind
-from moe_lens.studies.study_folder import read_manifest
+from moe_lens.studies.study_folder import file_digest, read_manifest
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +50,7 @@ class StudyResult:
                 result.save(folder / file)
                 results.setdefault(domain, {})[name] = file
         files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-        digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+        digests = {name: file_digest(path) for name, path in files.items()}
         return {**self.manifest, "tables": sorted(self.tables), "results": results, "files": digests}
 
     @classmethod
@@ -68,7 +67,7 @@ class StudyResult:
             raise InputError(f"{folder}: holds what {study} saved, of which there is nothing to show or compare")
         for name, digest in manifest["files"].items():
             try:
-                same = hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+                same = file_digest(folder / name) == digest
             except OSError as error:
                 raise InputError(f"{folder}: {name} cannot be read ({error.strerror or error})") from None
             if not same:

@@ -218,7 +218,7 @@ def test_tables_that_are_wrong(table, message):
     [
         ("few.txt", "expected NAME=FILE"),
         ("=few.txt", "expected NAME=FILE"),
-        ("a=b.docx", "must be a .jsonl, .txt or .parquet file"),
+        ("a=b.docx", "must be a .jsonl, .json, .csv, .tsv, .txt or .parquet file .*not .docx"),
         ("paper/none", "one of english, french, german, math, code, paper/github"),
     ],
 )

@@ -1,12 +1,19 @@
 """Reading domains: what is there is read, and what cannot be read is named with file and line."""
 
+import bz2
+import gzip
+import itertools
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import datasets
+import pandas as pd
+import pyarrow as pa
 import pytest
 
-from moe_lens.data import embedded_domains, load_domain
+from moe_lens.data import Domain, as_domains, embedded_domains, files, from_generator, in_memory, load_domain
 from moe_lens.errors import InputError
 
 
@@ -47,7 +54,27 @@ def test_txt_is_cut_at_blank_lines_and_is_one_source(tmp_path):
         ("a.jsonl", "", "holds no text"),
         ("a.txt", "\n \n", "holds no text"),
         ("a.txt", b"one\ntwo \xff\n", "a.txt:2: not UTF-8 (byte 0xff)"),
-        ("a.csv", "text\na b", "must be a .jsonl, .txt or .parquet file or a dataset, not .csv"),
+        ("a.docx", "text\na b", "must be a .jsonl, .json, .csv, .tsv, .txt or .parquet file"),
+        (
+            "a.jsonl",
+            '{"text": "a b"}\n{"text": "cut \\ud83d"}',
+            "a.jsonl:2: the text holds half of a character (\\ud83d",
+        ),
+        ("a.jsonl", '{"text": "a b", "source": "\\udc00"}', "a.jsonl:1: the source holds half of a character"),
+        (
+            "a.jsonl",
+            '{"text": "a b", "n": ' + "1" * 5000 + "}",
+            "a.jsonl:1: not JSON (a number of thousands",
+        ),
+        ("a.jsonl", '{"text": "a b", "source": ["x"]}', "a.jsonl:1: the source is a list"),
+        ("a.json", "[" * 100_000, "a.json: not JSON (nested too deeply)"),
+        ("a.json", '[{"text": "a b"}, 3]', "a.json: item 2: expected an object or a text, got a JSON int"),
+        ("a.json", '{"text": ["a b"]}', 'a.json:1: "text" must be a text that is not empty, and is list'),
+        ("a.csv", "text,source\na b,x\nc d\n", "a.csv:3: 1 cells; the first line names 2 columns"),
+        ("a.csv", "text,text\na,b\n", 'a.csv:1: two columns are called "text"'),
+        ("a.csv", 'text\n"a b\n', "a.csv:2: not comma-separated values"),
+        ("a.csv", 'text\n"a\nb"\n""\n', 'a.csv:4: "text" must be a text that is not empty'),
+        ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: cannot be read"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
@@ -62,7 +89,7 @@ def test_missing_file_and_folder(tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         load_domain("a", tmp_path / "none.jsonl")
     (tmp_path / "folder.txt").mkdir()
-    with pytest.raises(InputError, match="not a dataset"):
+    with pytest.raises(InputError, match="holds no text"):
         load_domain("a", tmp_path / "folder.txt")
 
 
@@ -96,7 +123,7 @@ def test_a_dataset_that_cannot_be_used_is_named(tmp_path):
     splits.save_to_disk(tmp_path / "splits")
     datasets.Dataset.from_list([{"body": "one"}]).to_parquet(tmp_path / "d.parquet")
     for name, message in (
-        ("empty", "not a dataset"),
+        ("empty", "holds no text"),
         ("broken.parquet", "not a dataset"),
         ("splits", "holds the splits ['train']"),
         ("d.parquet", "got keys ['body']"),
@@ -105,3 +132,155 @@ def test_a_dataset_that_cannot_be_used_is_named(tmp_path):
             load_domain("d", tmp_path / name)
         assert message in str(error.value)
         assert "\n" not in str(error.value)
+
+
+ROWS = [{"text": f"one, two\n{i}", "source": f"s{i % 3}", "n": i} for i in range(7)]
+
+
+def test_every_kind_of_file_gives_the_same_passages(tmp_path):
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    frame = pd.DataFrame(ROWS)
+    frame.to_csv(tmp_path / "d.csv", index=False)
+    frame.to_csv(tmp_path / "d.tsv", index=False, sep="\t")
+    frame.to_parquet(tmp_path / "d.parquet")
+    (tmp_path / "lines.json").write_bytes(lines)
+    written(tmp_path, "d.json", json.dumps(ROWS, indent=1))
+    written(tmp_path, "d.jsonl.gz", gzip.compress(lines))
+    written(tmp_path, "d.jsonl.bz2", bz2.compress(lines))
+    written(tmp_path, "d.csv.gz", gzip.compress((tmp_path / "d.csv").read_bytes()))
+    with pa.output_stream(str(tmp_path / "d.jsonl.zst"), compression="zstd") as file:
+        file.write(lines)
+    for path in sorted(tmp_path.iterdir()):
+        found = load_domain("d", str(path))
+        assert [(p.text, p.source) for p in found.passages] == [(r["text"], r["source"]) for r in ROWS], path.name
+
+
+def test_a_folder_of_texts_has_a_source_a_file(tmp_path):
+    (tmp_path / "b").mkdir()
+    for name, text in (("a.txt", "one\n\ntwo"), ("b/c.txt", "three"), (".hidden.txt", "never")):
+        written(tmp_path, name, text)
+    found = load_domain("d", tmp_path).passages
+    assert [(p.text, p.source) for p in found] == [("one", "a.txt"), ("two", "a.txt"), ("three", "b/c.txt")]
+    written(tmp_path, "README.md", "what")
+    with pytest.raises(InputError, match="README.md: texts must be"):  # it may be one, so it is not passed over
+        load_domain("d", tmp_path)
+
+
+def test_what_never_ends_is_refused_at_once(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
+    for name in ("pipe.jsonl", "zero.jsonl"):
+        with pytest.raises(InputError, match=f"{name}: is a pipe or a device"):
+            load_domain("d", tmp_path / name)
+    monkeypatch.setattr(files, "LINE", 100)
+    with pytest.raises(InputError, match="long.txt:2: a line of more than"):
+        load_domain("d", written(tmp_path, "long.txt", "short\n" + "a" * 101))
+    assert load_domain("d", written(tmp_path, "short.txt", "short\n" + "a" * 100)).passages
+
+
+def test_a_source_column_that_is_named_must_be_there(tmp_path):
+    path = written(
+        tmp_path, "d.jsonl", '{"text": "a b", "meta": {"book": "x"}}\n{"text": "c d", "meta": {"book": null}}'
+    )
+    assert [p.source for p in load_domain("d", path, source="meta.book").passages] == ["x", "d.jsonl"]
+    assert {p.source for p in load_domain("d", path).passages} == {"d.jsonl"}  # none was named
+    for wrong in ("meta.bok", "book", "text.book"):
+        with pytest.raises(InputError, match=f'd.jsonl:1: there is no "{wrong}"') as error:
+            load_domain("d", path, source=wrong)
+        assert "'meta.book'" in str(error.value)
+    with pytest.raises(InputError, match='did you mean "meta.book"'):
+        load_domain("d", path, source="meta.bok")
+    # A column with a dot in its own name is that column.
+    dotted = written(tmp_path, "e.jsonl", '{"a.b": "text here", "a": {"b": "not this"}}')
+    assert load_domain("d", dotted, text="a.b").passages[0].text == "text here"
+
+
+TEXTS = [row["text"] for row in ROWS]
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ROWS,
+        pd.DataFrame(ROWS, index=[5] * len(ROWS)),
+        datasets.Dataset.from_list(ROWS),
+        datasets.Dataset.from_list(ROWS).to_iterable_dataset(),
+        iter(ROWS),
+    ],
+)
+def test_rows_at_hand_give_the_passages_of_a_file(texts, tmp_path):
+    path = written(tmp_path, "d.jsonl", "".join(json.dumps(row) + "\n" for row in ROWS))
+    found, there = Domain.of("d", texts), load_domain("d", path)
+    assert [(p.text, p.source) for p in found.passages] == [(p.text, p.source) for p in there.passages]
+    assert found.identity == there.identity
+
+
+def test_plain_texts_take_one_source_or_one_for_each():
+    for texts in (TEXTS, tuple(TEXTS), pd.Series(TEXTS, index=range(9, 16)), (text for text in TEXTS)):
+        found = Domain.of("d", texts)
+        assert [p.text for p in found.passages] == TEXTS and {p.source for p in found.passages} == {"d"}
+    assert Domain.of("d", datasets.Dataset.from_list(ROWS)["text"]).n_sources == 1
+    for sources in (range(7), pd.Series(range(7)), (i for i in range(7))):
+        assert [p.source for p in Domain.of("d", TEXTS, sources=sources).passages] == list("0123456")
+    frame = pd.DataFrame({"body": TEXTS, "by": [*"abcabc", None]})
+    assert [p.source for p in Domain.of("d", frame, text="body", sources="by").passages] == [*"abcabc", "d"]
+    assert Domain.of("d", frame, text="body").n_sources == 1
+
+
+@pytest.mark.parametrize(
+    ("texts", "more", "message"),
+    [
+        ("one text", {}, r"are one str \('one text'\); expected several"),
+        (Path("a.txt"), {}, "load_domain"),
+        ({"text": TEXTS}, {}, r"a dictionary with the keys \['text'\]"),
+        (datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}), {}, "keys \\['train'\\]"),
+        (3, {}, "are a int; expected a list"),
+        ([], {}, "holds no text"),
+        (["a b", 3], {}, r'd\[1\]: "text" must be a text that is not empty, and is int'),
+        (["a b", None], {}, r"d\[1\].*missing"),
+        (pd.Series(["a b", None]), {}, r"d\[1\].*missing"),
+        (["a b", " "], {}, r"d\[1\].*empty"),
+        (["a b", "\ud800"], {}, r"d\[1\]: the text holds half of a character"),
+        (TEXTS, {"sources": range(6)}, "has 6 sources, and more texts"),
+        (TEXTS, {"sources": itertools.count()}, "has 7 texts, and more sources"),
+        (TEXTS, {"sources": "book"}, "names a column, and the texts"),
+        (TEXTS, {"sources": 3}, "sources of domain 'd' are 3"),
+        (pd.DataFrame(ROWS), {"sources": "sourc"}, 'did you mean "source"'),
+        (pd.DataFrame(ROWS), {"text": "body"}, "expected an object with \"body\""),
+        (pd.DataFrame([[1, 2]], columns=["text", "text"]), {}, "have one name"),
+    ],
+)  # fmt: skip
+@pytest.mark.untyped
+def test_what_is_no_collection_of_texts_is_said(texts: Any, more, message):
+    with pytest.raises(InputError, match=message):
+        Domain.of("d", texts, **more)
+
+
+def test_a_dictionary_is_a_set_of_domains():
+    stream = from_generator("s", lambda: TEXTS)
+    found = as_domains({"a": TEXTS, "b": Domain.of("other", ROWS), "c": stream})
+    assert [domain.name for domain in found] == ["a", "b", "c"]
+    assert found[0] == Domain.of("a", TEXTS) and isinstance(found[1], Domain) and found[1].n_sources == 3
+    assert as_domains(found[0]) == [found[0]] and as_domains(tuple(found)) == found
+    assert in_memory({"a": TEXTS}) == [found[0]]
+    with pytest.raises(InputError, match="'c' is a stream"):
+        in_memory(found)
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "there is no domain"),
+        ({}, "there is no domain"),
+        (TEXTS, r"domain 0 is a str; expected Domain.of\(name, texts\)"),
+        ("english", "domains are a str"),
+        (3, "domains are a int"),
+        ([Domain.of("a", TEXTS)] * 2, "two domains are called 'a'"),
+        ({1: TEXTS}, "is called 1; its name must be a text"),
+        ({"a": "one text"}, "are one str"),
+    ],
+)
+def test_what_is_no_set_of_domains_is_said(given: Any, message):
+    with pytest.raises(InputError, match=message):
+        as_domains(given)

@@ -1,0 +1,121 @@
+"""Rows: the text and the source that a row of a file, a table or a stream holds."""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from moe_lens.errors import InputError
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text that is read on its own: no attention reaches from one passage to another."""
+
+    text: str
+    source: str
+    """The document it was taken from. Passages of one source are dependent, so intervals resample sources."""
+    origin: str
+    """File and line, for messages."""
+
+
+def read_row(
+    row: Mapping[Any, Any],
+    origin: str,
+    file: str,
+    *,
+    text: str = "text",
+    source: str | None = None,
+    implied: bool = True,
+    empty: bool = False,
+) -> Passage:
+    """A row of a dataset as a passage.
+
+    Args:
+        row: By column. Columns inside columns are named with dots: `meta.book`.
+        origin: File and line, for messages.
+        file: What counts as the source where the row's own is missing.
+        text: The column with the text, or several joined by +, whose texts then follow one another.
+        source: The column with the source. None: `source`, in rows that have it.
+        implied: Whether it is so; otherwise None means that no column has the source.
+        empty: Whether an empty text will do: it then counts among those that are too short to be read.
+
+    Raises:
+        InputError: There is no such text in it, no such column, or half of a character.
+    """
+    found = []
+    for column in [text] if text in row else text.split("+"):
+        value = _find(row, column)
+        if value is _NOTHING:
+            raise InputError(f'{origin}: expected an object with "{column}", got {_keys(row, column)}')
+        if not isinstance(value, str) or not (empty or value.strip()):
+            came = "empty" if isinstance(value, str) else "missing" if is_missing(value) else type(value).__name__
+            raise InputError(f'{origin}: "{column}" must be a text that is not empty, and is {came}')
+        found.append(value)
+    given = None
+    if source is not None:
+        given = _find(row, source)
+        if given is _NOTHING:
+            raise InputError(f'{origin}: there is no "{source}" that says the source; got {_keys(row, source)}')
+    elif implied:
+        given = row.get("source")
+    return passage("\n".join(found), given, origin, file)
+
+
+def passage(text: str, source: Any, origin: str, file: str) -> Passage:
+    """A text and the source it is said to have, or else the file's.
+
+    Raises:
+        InputError: The source is no plain value, or one of the two holds half of a character.
+    """
+    if isinstance(source, Mapping | list | tuple | set):
+        raise InputError(f"{origin}: the source is a {type(source).__name__}; expected a text or a number")
+    of = str(file if is_missing(source) or source == "" else source)
+    for what, value in (("text", text), ("source", of)):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            half = value[error.start].encode("unicode_escape").decode()
+            raise InputError(
+                f"{origin}: the {what} holds half of a character ({half}, a lone surrogate), which no tokenizer can "
+                "read; texts that were cut inside an emoji do"
+            ) from None
+    return Passage(text, of, origin)
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell holds nothing, in any of the ways that tables have for it."""
+    return value is None or bool(pd.api.types.is_scalar(value) and pd.isna(value))
+
+
+_NOTHING = object()
+
+
+def _find(row: Mapping[Any, Any], column: str) -> Any:
+    """The value of a column by its own name, or else of a column inside a column by a name with dots."""
+    if column in row:
+        return row[column]
+    value: Any = row
+    for part in column.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return _NOTHING
+        value = value[part]
+    return value
+
+
+def _keys(row: Mapping[Any, Any], wanted: str, limit: int = 20) -> str:
+    """What there is instead, and which of it may have been meant."""
+    names = sorted(_names(row))
+    shown = f"keys {names[:limit]}" + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    close = difflib.get_close_matches(wanted, names, n=1)
+    return f'{shown}; did you mean "{close[0]}"?' if close else shown
+
+
+def _names(row: Mapping[Any, Any]) -> Iterator[str]:
+    for key, value in row.items():
+        if isinstance(value, Mapping) and value:
+            yield from (f"{key}.{name}" for name in _names(value))
+        else:
+            yield str(key)

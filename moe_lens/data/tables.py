@@ -1,0 +1,66 @@
+"""Texts that are at hand in Python: lists, frames, datasets, generators."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from moe_lens.data.rows import Passage, passage, read_row
+from moe_lens.errors import InputError
+
+
+def read_given(name: str, texts: Any, *, text: str, sources: str | Iterable[Any] | None) -> Iterator[Passage]:
+    """The passages of texts as `Domain.of` takes them."""
+    column = sources if isinstance(sources, str) else None
+    rows = _rows(name, texts)
+    if sources is None or column is not None:
+        for number, row in enumerate(rows):
+            yield _passage(name, number, row, text, column)
+        return
+    if isinstance(sources, Mapping | bytes) or not isinstance(sources, Iterable):
+        raise InputError(
+            f"sources of domain {name!r} are {sources!r:.80}; expected a column's name, or one for each text"
+        )
+    nothing = object()
+    for number, (row, source) in enumerate(zip_longest(rows, sources, fillvalue=nothing)):
+        if row is nothing or source is nothing:
+            fewer, more = ("texts", "sources") if row is nothing else ("sources", "texts")
+            raise InputError(f"domain {name!r} has {number} {fewer}, and more {more}; give each text one source")
+        found = _passage(name, number, row, text, None)
+        yield passage(found.text, source, found.origin, name)
+
+
+def _rows(name: str, texts: Any) -> Iterable[Any]:
+    """Texts or rows, one by one."""
+    if isinstance(texts, str | bytes | Path):
+        raise InputError(
+            f"the texts of domain {name!r} are one {type(texts).__name__} ({str(texts)!r:.60}); expected several: "
+            "[text], or load_domain(name, path) for a file"
+        )
+    if isinstance(texts, Mapping):
+        raise InputError(
+            f"the texts of domain {name!r} are a dictionary with the keys {list(texts)[:10]}; expected a list, a "
+            "frame or a dataset: give one of its values"
+        )
+    if isinstance(texts, pd.DataFrame):
+        if not texts.columns.is_unique:
+            raise InputError(f"domain {name!r}: two columns of the frame have one name: {list(texts.columns)}")
+        return texts.to_dict("records")
+    if not isinstance(texts, Iterable):
+        raise InputError(
+            f"the texts of domain {name!r} are a {type(texts).__name__}; expected a list, a frame or a dataset"
+        )
+    return texts
+
+
+def _passage(name: str, number: int, row: Any, text: str, column: str | None) -> Passage:
+    origin = f"{name}[{number}]"
+    if isinstance(row, Mapping):
+        return read_row(row, origin, name, text=text, source=column)
+    if column is not None and isinstance(row, str):
+        raise InputError(
+            f"sources={column!r} names a column, and the texts of {name!r} have none; give one for each text"
+        )
+    return read_row({"text": row}, origin, name)
