@@ -1,0 +1,143 @@
+"""What `collect` saves: every token at its place, single experts' rows, and nothing that was changed or lost since."""
+
+import shutil
+
+import pyarrow.parquet
+import pytest
+import torch
+from safetensors import safe_open
+
+from moe_lens import HookedMoE
+from moe_lens.data import Domain, Reading
+from moe_lens.errors import InputError
+from moe_lens.studies import Collected, collect
+from tests.studies.tiny import domain, passages, tiny_model
+
+READING = Reading(tokens=None, context=24, shard_tokens=100)
+EXPERTS = "blocks.1.mlp.experts.{}.{}"
+
+
+@pytest.fixture(scope="module")
+def model() -> HookedMoE:
+    return tiny_model()
+
+
+def test_positions_are_places_among_the_texts_own_ids(model, tmp_path):
+    end = model.tokenizer.eos_token
+    text = f"one two{end}three four{end}{end}five six " * 6
+    ids = model.tokenizer(text, add_special_tokens=False).input_ids
+    shard = next(collect(model, {"d": [text]}, tmp_path / "c", reading=Reading(tokens=None, context=9)).shards())
+    opened = shard["token"] == model.tokenizer.bos_token_id
+    assert int((~shard["counted"]).sum()) == int(opened.sum()) + ids.count(model.tokenizer.eos_token_id)
+    places = shard["position"][~opened]
+    assert sorted(places.tolist()) == list(range(len(ids)))  # also behind special tokens inside the text
+    assert [ids[place] for place in places.tolist()] == shard["token"][~opened].tolist()
+    after = opened.nonzero()[:, 0] + 1
+    assert torch.equal(shard["position"][after], shard["position"][opened])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_single_experts_keep_their_rows_only(model, packed, tmp_path):
+    reading = Reading(tokens=None, context=24, shard_tokens=100, packed=packed)
+    hooks = ["blocks.1.mlp.experts.*.hook_out", "blocks.1.mlp.experts.2.hook_post", "blocks.1.mlp.hook_expert_out"]
+    made = collect(model, domain("d"), tmp_path / "c", reading=reading, hooks=hooks, batch_tokens=60)
+    assert len(made.manifest["shards"]) > 2
+    row = model.moe_layers.index(1)
+    for shard in made.shards():
+        chosen = shard["indices"][:, row].long()
+        for expert in range(model.n_experts):
+            token, rank = (shard[EXPERTS.format(expert, what)].long() for what in ("token", "rank"))
+            assert torch.equal(token, (chosen == expert).any(-1).nonzero()[:, 0])
+            assert bool((chosen[token, rank] == expert).all())
+            there = shard["blocks.1.mlp.hook_expert_out"][token, rank]
+            assert torch.equal(shard[EXPERTS.format(expert, "hook_out")], there)
+        assert shard[EXPERTS.format(2, "hook_post")].shape[0] == int((chosen == 2).sum())
+    # As a dataset: nothing where the expert got nothing.
+    shard, names = next(made.shards()), [EXPERTS.format(e, "hook_out") for e in range(model.n_experts)]
+    for at, found in zip(range(5), made.dataset(), strict=False):
+        assert {e for e, name in enumerate(names) if found[name] is not None} == set(shard["indices"][at, row].tolist())
+    with pytest.raises(InputError, match="has a row for each token"):
+        collect(model, domain("d"), tmp_path / "p", hooks=hooks, kind="parquet")
+    with pytest.raises(InputError, match="no such hook point"):
+        collect(model, domain("d"), tmp_path / "n", hooks=["blocks.1.mlp.experts.99.hook_out"])
+
+
+def test_a_pattern_finds_the_same_hooks_whatever_was_asked_before(model, tmp_path):
+    model.expert_hooks(1, 0)
+    made = collect(model, domain("d"), tmp_path / "c", reading=READING, hooks=["blocks.1.mlp.*hook_out"])
+    hooks = made.manifest["plan"]["settings"]["hooks"]
+    assert "blocks.1.mlp.hook_out" in hooks and not [name for name in hooks if ".experts." in name]
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "parquet"])
+def test_layers_are_labelled(model, kind, tmp_path):
+    made = collect(model, domain("d"), str(tmp_path / "c"), reading=READING, kind=kind)
+    assert made.layers == tuple(model.moe_layers) and len(made.layers) == next(made.shards())["indices"].shape[1]
+    path = made.folder / made.manifest["shards"][0]["file"]
+    if kind == "parquet":
+        told = (pyarrow.parquet.read_schema(path).metadata or {})[b"moe_lens"].decode()
+    else:
+        with safe_open(path, "pt") as file:
+            told = file.metadata()["moe_lens"]
+    assert f'"layers": {list(model.moe_layers)}' in told
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "parquet"])
+def test_what_was_changed_since_is_not_read(model, kind, tmp_path):
+    out = tmp_path / "c"
+    made = collect(model, domain("d"), out, reading=READING, kind=kind)
+    files = [out / shard["file"] for shard in made.manifest["shards"]]
+    shutil.copyfile(files[0], files[1])
+    reading = Collected.load(out).shards()
+    next(reading)
+    with pytest.raises(InputError, match=f"{files[1].name}: is not as collect wrote it"):
+        next(reading)
+    with pytest.raises(InputError, match="is not as collect wrote it"):
+        list(Collected.load(out).dataset())
+    files[0].unlink()
+    with pytest.raises(InputError, match=f"{files[0].name}: cannot be read"):
+        next(made.shards())
+    documents = made.documents()
+    documents.assign(source="another").to_parquet(out / "documents.parquet", index=False)
+    with pytest.raises(InputError, match=r"documents.parquet: is not as collect"):
+        made.documents()
+    with pytest.raises(InputError, match="has no domain 'x'; it has d"):
+        next(made.shards("x"))
+
+
+def test_progress_that_vanishes_is_said_and_nothing_is_dropped(model, tmp_path):
+    out, unfinished = tmp_path / "c", tmp_path / "c.unfinished"
+    whole = collect(model, domain("d"), tmp_path / "whole", reading=READING).n_tokens
+    seen = 0
+
+    def lose(what: str, tokens: int) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 2:
+            shutil.rmtree(unfinished)
+
+    with pytest.raises(InputError, match=r"c.unfinished: vanished while it was being filled"):
+        collect(model, domain("d"), out, reading=READING, watch=lose)
+    assert not out.exists() and not unfinished.exists()
+    # One shard of several is made again, wherever it stood.
+    with pytest.raises(KeyboardInterrupt):
+        seen = 0
+
+        def stop(what: str, tokens: int) -> None:
+            nonlocal seen
+            seen += 1
+            if seen == 3:
+                raise KeyboardInterrupt
+
+        collect(model, domain("d"), out, reading=READING, watch=stop)
+    (unfinished / "00-000-000001.json").unlink()
+    assert collect(model, domain("d"), out, reading=READING).n_tokens == whole
+
+
+def test_texts_by_name_are_domains(model, tmp_path):
+    texts = [row["text"] for row in passages(n=8)]
+    made = collect(model, {"a": texts, "b": texts[:4]}, tmp_path / "c", reading=READING)
+    assert [one["name"] for one in made.manifest["plan"]["domains"]] == ["a", "b"]
+    assert set(made.documents()["domain"]) == {"a", "b"}
+    same = collect(model, [Domain.of("a", texts), Domain.of("b", texts[:4])], tmp_path / "c", reading=READING)
+    assert same.manifest == made.manifest
