@@ -1,4 +1,4 @@
-"""Errors that are the user's to read: each says what came, what was expected, and what to do."""
+"""Errors and warnings that are the user's to read: each says what came, what was expected, and what to do."""
 
 
 class MoELensError(Exception):
@@ -23,3 +23,11 @@ class InputError(MoELensError):
 
 class SelfCheckError(MoELensError):
     """The parts of a freshly loaded model do not make up the whole; the message names layer and deviation."""
+
+
+class IncompatibleVersionError(MoELensError, ImportError):
+    """The installed release of a library lacks what moe_lens uses of it; the message names what."""
+
+
+class UntestedVersionWarning(UserWarning):
+    """The installed release of a library is newer than those that moe_lens is tested with."""

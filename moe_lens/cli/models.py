@@ -31,7 +31,8 @@ def families_text() -> str:
     """The supported families, one a line, and those that are refused."""
     wide = max(map(len, FAMILIES))
     lines = [f"{len(FAMILIES)} supported model types, and how their routers choose and weigh experts:"]
-    lines += [f"  {name:<{wide}}  {family.rule()}" for name, family in sorted(FAMILIES.items())]
+    for name, family in sorted(FAMILIES.items()):
+        lines.append("  ".join(filter(None, (f"  {name:<{wide}}", family.rule(), family.releases()))))
     lines += ["", f"{len(REFUSED)} refused:"]
     lines += [f"  {name:<{wide}}  {why}" for name, why in sorted(REFUSED.items())]
     return "\n".join(lines)

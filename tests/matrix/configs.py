@@ -137,6 +137,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "swa_qk_nope_head_dim": 12,
         "swa_v_head_dim": 16,
     },
+    "hy_v4_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+    "lara_mini": {
+        **DELTA,
+        "layer_types": ["linear_attention", "sliding_attention", "full_attention", "sliding_attention"],
+    },
     "ernie4_5_vl_moe_text": {
         "moe_intermediate_size": [24, 16],
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 1]},
@@ -227,6 +232,7 @@ TEXT = {
     "gemma4": "gemma4_text",
     "glm4v_moe": "glm4v_moe_text",
     "glm5_next": "glm5_next_text",
+    "hy_v4_vl": "hy_v4_vl_text",
     "inkling2": "inkling2_text",
     "inkling_mm_model": "inkling_text",
     "kimi_k25": "deepseek_v3",

@@ -28,7 +28,7 @@ from moe_lens.cli.main import main
 from moe_lens.errors import UnsupportedModelError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.model.families.refusals import REFUSED
-from moe_lens.model.families.table import FAMILIES, family_of
+from moe_lens.model.families.table import FAMILIES, family_of, here
 from moe_lens.model.loading.model_info import config_info, model_info
 from tests.matrix.configs import build, config, tokens
 
@@ -161,7 +161,7 @@ def test_a_format_whose_library_is_absent_is_an_error_in_one_line(
 # --- what a model is ---
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@pytest.mark.parametrize("model_type", here())
 def test_a_config_tells_the_sizes_that_the_model_has(model_type: str) -> None:
     info = config_info(config(model_type))
     hf = build(model_type)

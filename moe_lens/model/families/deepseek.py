@@ -14,16 +14,19 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers import initialization as init
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
-from transformers.utils.output_capturing import OutputRecorder
 
 from moe_lens.model.families.deepseek_config import DeepseekConfig
+from moe_lens.model.hf_compat import (
+    GradientCheckpointingLayer,
+    OutputRecorder,
+    dynamic_rope_update,
+    get_checkpoint_conversion_mapping,
+    initialization,
+    register_checkpoint_conversion_mapping,
+)
 
 __all__ = ["DeepseekConfig", "DeepseekForCausalLM", "DeepseekModel"]
 
@@ -135,7 +138,7 @@ class DeepseekPreTrainedModel(v2.DeepseekV2PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, DeepseekRouter):
-            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            initialization.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
 
 
 class DeepseekModel(DeepseekPreTrainedModel, v2.DeepseekV2Model):

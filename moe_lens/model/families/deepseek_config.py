@@ -4,9 +4,9 @@ from typing import Any, ClassVar, no_type_check
 
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
 
 from moe_lens.errors import UnsupportedModelError
+from moe_lens.model.hf_compat import RopeParameters
 
 _ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from moe_lens.model.hf_compat import OLDEST
+
 Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 
 
@@ -120,6 +122,10 @@ class Family:
     """How experts are chosen: the largest scores, one after the other (PhiMoE), or by the token's id in some layers."""
     note: str = ""
     """What a user should know beyond the fields: which hooks are lacking, and why."""
+    since: tuple[int, ...] = OLDEST
+    """The first release of transformers on which every law holds."""
+    until: tuple[int, ...] | None = None
+    """The first release of transformers, if there is one, on which they hold no more."""
 
     @property
     def adds_as_computed(self) -> bool:
@@ -133,6 +139,20 @@ class Family:
     def adds_last(self) -> bool:
         """Whether what experts give is the last that a layer adds, to a stream that no hook shows."""
         return self.layout is not None and self.layout.stream == "shortcut"
+
+    def holds_on(self, release: tuple[int, ...]) -> bool:
+        """Whether the laws hold on a release of transformers."""
+        return self.since <= release and (self.until is None or release < self.until)
+
+    def releases(self) -> str:
+        """The releases of transformers that it needs, in words; empty if any that moe_lens allows will do."""
+        parts = [f"{dotted(self.since)} or newer"] if self.since > OLDEST else []
+        parts += [f"older than {dotted(self.until)}"] if self.until else []
+        return f"transformers {', '.join(parts)}" if parts else ""
+
+    def specifier(self) -> str:
+        """The same, as pip reads it."""
+        return f">={dotted(self.since)}" + (f",<{dotted(self.until)}" if self.until else "")
 
     def rule(self, top_k: int | None = None, normalises: bool | None = None) -> str:
         """How experts are chosen and weighted, in words.
@@ -152,3 +172,8 @@ class Family:
         divided = {"always": "normalised", "config": says, "never": ""}[self.normalised]
         parts = [score, chosen, divided, f"× {self.scaled}" if self.scaled else ""]
         return ", ".join(part for part in parts if part)
+
+
+def dotted(release: tuple[int, ...]) -> str:
+    """A release as it is written."""
+    return ".".join(map(str, release))

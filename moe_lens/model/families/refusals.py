@@ -3,12 +3,18 @@
 from collections.abc import Iterable
 
 NO_TABLE = "its multimodal wrapper is not in the table: wrap its text model"
+LOOPED = (
+    "it runs some of its layers several times in one forward pass, and the hook table has one place for a layer: what "
+    "is cached or counted there would be the last pass alone"
+)
 ENCODER = "it has an encoder and a decoder; only models that are a decoder alone are wrapped"
 
 REFUSED = {
     "diffusion_gemma": "it denoises blocks of text instead of predicting the next token",
     "doge": "its experts are rows of embeddings, retrieved by product keys: they have no matrices",
     "dots3_note": "its image encoder has experts of its own; load its text model, dots3_note_text",
+    "inkling2_loop": LOOPED,
+    "inkling2_loop_text": LOOPED,
     "nemo_speechlm": f"{NO_TABLE}, nemotron_h",
     "nemotron_h_omni": f"{NO_TABLE}, nemotron_h",
     "nllb-moe": ENCODER,

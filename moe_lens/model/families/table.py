@@ -11,8 +11,9 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from moe_lens.errors import UnsupportedModelError
-from moe_lens.model.families.family import Family, Layout
+from moe_lens.model.families.family import Family, Layout, dotted
 from moe_lens.model.families.refusals import refusal
+from moe_lens.model.hf_compat import RELEASE
 
 __all__ = ["FAMILIES", "Family", "Layout", "family_of"]
 
@@ -56,7 +57,7 @@ FAMILIES = {
             scaled="route_scale",
             layout=SANDWICH,
         ),
-        Family("aria_text", router="router", shared="shared_experts", normalised="always", layout=LLAMA),
+        Family("aria_text", router="router", shared="shared_experts", normalised="always", layout=LLAMA, since=(5, 21)),
         Family(
             "axk1",
             **{**V3_SHARED, "layout": Layout(ln2_post="mlp.post_mlp_layernorm")},
@@ -79,6 +80,7 @@ FAMILIES = {
                 stream="other",
             ),
             note="every addition shrinks the residual stream: no hook_resid_mid, hook_attn_out or hook_mlp_out",
+            since=(5, 20, 1),
         ),
         Family(
             "cohere2_moe",
@@ -131,7 +133,7 @@ FAMILIES = {
             note=MANY_STREAMS + "; the first layers choose experts by the token's id: logits set their weights alone",
         ),
         Family("dots1", **V3_SHARED),
-        Family("dots3_note_text", **V3_SHARED),
+        Family("dots3_note_text", **V3_SHARED, since=(5, 23)),
         Family("ernie4_5_moe", shared="shared_experts", bias=True, normalised="always", layout=LLAMA),
         Family(
             "ernie4_5_vl_moe",
@@ -150,7 +152,7 @@ FAMILIES = {
                 ln1=None, ln1_post="post_attention_layernorm", ln2=None, ln2_post="post_feedforward_layernorm"
             ),
         ),
-        Family("flint", shared="shared_expert", score="sigmoid", normalised="config", layout=LLAMA),
+        Family("flint", shared="shared_expert", score="sigmoid", normalised="config", layout=LLAMA, since=(5, 21)),
         Family(
             "gemma4_text",
             router="router",
@@ -181,10 +183,14 @@ FAMILIES = {
         Family("glm_moe_dsa", **V3_SHARED),
         # gpt-oss applies its softmax to the selected logits alone: the affinity of all, renormalised over the selected.
         Family("gpt_oss", router="router", interleaved=True, normalised="always"),
-        Family("granitemoe", router="router", normalised="always", layout=GRANITE),
+        Family("granitemoe", router="router", normalised="always", layout=GRANITE, since=(5, 21)),
         Family("granitemoe_swa", router="router", shared="shared_mlp", normalised="always", layout=GRANITE),
-        Family("granitemoehybrid", router="router", shared="shared_mlp", normalised="always", layout=GRANITE),
-        Family("granitemoeshared", router="router", shared="shared_mlp", normalised="always", layout=GRANITE),
+        Family(
+            "granitemoehybrid", router="router", shared="shared_mlp", normalised="always", layout=GRANITE, since=(5, 21)
+        ),
+        Family(
+            "granitemoeshared", router="router", shared="shared_mlp", normalised="always", layout=GRANITE, since=(5, 21)
+        ),
         Family("hunyuan_v1_moe", router_weight="wg.weight", shared="shared_mlp", normalised="always", layout=LLAMA),
         Family(
             "hy_v3",
@@ -222,11 +228,13 @@ FAMILIES = {
                 streams=True,
             ),
             note="every part reads a mixture of earlier streams: no hook_resid_*, hook_attn_out or hook_mlp_out",
+            since=(5, 23),
         ),
         Family(
             "jamba",
             router="router",
             layout=Layout(mlp="feed_forward", ln2="pre_ff_layernorm", final_norm="final_layernorm"),
+            since=(5, 21),
         ),
         Family(
             "jetmoe",
@@ -259,6 +267,7 @@ FAMILIES = {
             logits_factor="router_logit_softcapping",
             layout=LLAMA,
         ),
+        Family("lara_mini", shared="shared_expert", normalised="config", layout=LLAMA, since=(5, 24)),
         Family(
             "lfm2_moe",
             score="sigmoid",
@@ -420,12 +429,20 @@ FAMILIES |= {
         _multimodal("gemma4", "gemma4_text"),
         _multimodal("glm4v_moe", "glm4_moe"),
         _multimodal("glm5_next", "hy_v4"),
+        _multimodal("hy_v4_vl", "hy_v4", since=(5, 24)),
         _multimodal("inkling2", "inkling2_text"),
         _multimodal("inkling_mm_model", "inkling_text"),
         _multimodal("kimi_k25", "deepseek_v3"),
-        _multimodal("llama4", "llama4_text", inside="language_model.model", head="language_model.lm_head"),
+        # On 5.24 transformers fails in its own forward, which asks its text model for images.
+        _multimodal(
+            "llama4",
+            "llama4_text",
+            inside="language_model.model",
+            head="language_model.lm_head",
+            until=(5, 24),
+        ),
         _multimodal("minimax_m3_vl", "minimax_m3_vl_text"),
-        _multimodal("mistral_large4", "mistral4", normalised="always"),
+        _multimodal("mistral_large4", "mistral4", normalised="always", since=(5, 22)),
         _multimodal("qwen3_5_moe", "qwen3_5_moe_text"),
         _multimodal("qwen3_vl_moe", "qwen3_moe", normalised="always"),
         _multimodal("qwen4_exp", "qwen4_exp_text"),
@@ -434,15 +451,36 @@ FAMILIES |= {
 }
 
 
+def here(release: tuple[int, ...] = RELEASE) -> list[str]:
+    """The model types that are supported on a release of transformers, the installed one if none is given."""
+    return sorted(name for name, family in FAMILIES.items() if family.holds_on(release))
+
+
+def check_release(model_type: str) -> None:
+    """Refuse a family where the installed transformers is too old or too new for it; other model types pass.
+
+    Raises:
+        UnsupportedModelError: with the releases that will do.
+    """
+    family = FAMILIES.get(model_type)
+    if family is not None and not family.holds_on(RELEASE):
+        raise UnsupportedModelError(
+            f"model_type {model_type!r} needs {family.releases()}, and {dotted(RELEASE)} is installed: "
+            f"pip install 'transformers{family.specifier()}'"
+        )
+
+
 def family_of(config: PretrainedConfig) -> Family:
     """The family of a transformers config.
 
     Raises:
-        UnsupportedModelError: its model type is not in the table, or a field of it says what is not known.
+        UnsupportedModelError: its model type is not in the table, or needs another transformers, or a field of it says
+            what is not known.
     """
     model_type = getattr(config, "model_type", None)
     if model_type not in FAMILIES:
-        raise UnsupportedModelError(refusal(str(model_type), FAMILIES))
+        raise UnsupportedModelError(refusal(str(model_type), here()))
+    check_release(model_type)
     family, text = FAMILIES[model_type], config.get_text_config()
     if family.narrow_field is not None and getattr(text, family.narrow_field) is None:
         family = replace(family, narrows=(), widens=None)

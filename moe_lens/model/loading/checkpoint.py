@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.utils.hub import cached_file, is_offline_mode
 
 from moe_lens.errors import CheckpointError
+from moe_lens.model.hf_compat import cached_file, is_offline_mode
 
 HUB_ARGUMENTS = frozenset(
     {"cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder"}

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import moe_lens.model.families.deepseek as _registers  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from moe_lens.errors import CheckpointError, MoELensError, UnsupportedModelError
 from moe_lens.model.experts.expert_weights_view import top_k_of
 from moe_lens.model.experts.nonstandard_experts import experts_of
-from moe_lens.model.families.table import Layout, family_of
+from moe_lens.model.families.table import Layout, check_release, family_of
+from moe_lens.model.hf_compat import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from moe_lens.model.loading.checkpoint import read_config
 from moe_lens.model.loading.pretrained import resolve_name
 
@@ -66,6 +66,7 @@ def model_info(name_or_path: str | Path, **hub: Any) -> ModelInfo:
     if Path(source).name == "config.json" and Path(source).is_file():
         source = str(Path(source).parent)
     path, raw = read_config(source, hub)
+    check_release(raw["model_type"])
     if raw["model_type"] not in CONFIG_MAPPING:
         raise UnsupportedModelError(
             f"{path}: model_type {raw['model_type']!r} is unknown to transformers {transformers.__version__}"

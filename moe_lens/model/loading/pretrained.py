@@ -17,12 +17,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-from transformers.utils.hub import resolve_revision
 
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
 from moe_lens.model.families.deepseek import DeepseekConfig, DeepseekForCausalLM
+from moe_lens.model.families.table import check_release
+from moe_lens.model.hf_compat import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+from moe_lens.model.hf_compat import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, resolve_revision
 from moe_lens.model.loading.checkpoint import HUB_ARGUMENTS, Checkpoint, not_whole, read_config
 from moe_lens.model.loading.packed_tensors import lazy_state_dict, parameter_shapes, stored_shapes
 from moe_lens.model.loading.tokenizer import check_vocabulary, has_tokenizer, load_tokenizer
@@ -87,6 +87,7 @@ def load_pretrained(
         cache_dir=hub.get("cache_dir"),
     )
     path, raw = read_config(source, hub)
+    check_release(raw["model_type"])
     if raw["model_type"] == DeepseekConfig.model_type:
         model = _load_deepseek(source, path, raw, hub, kwargs)
     elif raw["model_type"] in CONFIG_MAPPING or trust_remote_code:

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from moe_lens.errors import CheckpointError
+from moe_lens.model.hf_compat import get_tokenizer_config
 from moe_lens.model.loading.checkpoint import find_file
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")

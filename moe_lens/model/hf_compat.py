@@ -1,0 +1,86 @@
+"""What moe_lens uses of transformers below its public surface, checked at import, and the releases that are tested.
+
+Other modules import these names from here. Of the models of `transformers.models`, families/deepseek.py alone uses
+the source; what it uses is listed here too.
+"""
+
+import re
+import warnings
+from importlib.metadata import version
+
+from moe_lens.errors import UntestedVersionWarning
+from moe_lens.model.touchpoints import require
+
+OLDEST, NEWEST = (5, 20), (5, 24)
+"""The minor releases of transformers that are tested, from the first to the last."""
+RELEASE = tuple(int(part) for part in re.findall(r"\d+", version("transformers"))[:3])
+"""The one that is installed."""
+
+_V2 = "transformers.models.deepseek_v2.modeling_deepseek_v2:DeepseekV2"
+_LLAMA = "transformers.models.llama.modeling_llama:Llama"
+TOUCHPOINTS = (
+    "transformers.initialization:normal_",
+    "transformers.conversion_mapping:get_checkpoint_conversion_mapping",
+    "transformers.conversion_mapping:register_checkpoint_conversion_mapping",
+    "transformers.core_model_loading:convert_and_load_state_dict_in_model._weight_conversions=",
+    "transformers.generation:GenerationConfig._get_default_generation_params",
+    "transformers.modeling_layers:GradientCheckpointingLayer",
+    "transformers.modeling_rope_utils:RopeParameters",
+    "transformers.modeling_rope_utils:dynamic_rope_update",
+    "transformers.configuration_utils:PreTrainedConfig._attn_implementation",
+    "transformers.models.auto.modeling_auto:MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "transformers.models.auto.modeling_auto:MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "transformers.models.auto.tokenization_auto:get_tokenizer_config",
+    "transformers.utils.hub:cached_file",
+    "transformers.utils.hub:is_offline_mode",
+    "transformers.utils.hub:resolve_revision",
+    "transformers.utils.output_capturing:OutputRecorder",
+    *(f"{_V2}{name}" for name in ("RMSNorm", "Experts", "MLP", "DecoderLayer", "PreTrainedModel", "Model")),
+    f"{_V2}ForCausalLM",
+    f"{_LLAMA}Attention",
+    f"{_LLAMA}RotaryEmbedding",
+)
+require("transformers", TOUCHPOINTS, [".".join(map(str, minor)) for minor in (OLDEST, NEWEST)])
+
+if RELEASE[:2] > NEWEST:
+    warnings.warn(
+        f"transformers {version('transformers')} is newer than {'.'.join(map(str, NEWEST))}, the newest that moe_lens "
+        "is tested with. Every model is checked when it is wrapped, unless check=False; what has changed beyond that "
+        "check is not known",
+        UntestedVersionWarning,
+        stacklevel=2,
+    )
+
+from transformers import initialization  # noqa: E402
+from transformers.conversion_mapping import (  # noqa: E402
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E402
+from transformers.modeling_rope_utils import RopeParameters, dynamic_rope_update  # noqa: E402
+from transformers.models.auto.modeling_auto import (  # noqa: E402
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config  # noqa: E402
+from transformers.utils.hub import cached_file, is_offline_mode, resolve_revision  # noqa: E402
+from transformers.utils.output_capturing import OutputRecorder  # noqa: E402
+
+__all__ = [
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "NEWEST",
+    "OLDEST",
+    "RELEASE",
+    "GradientCheckpointingLayer",
+    "OutputRecorder",
+    "RopeParameters",
+    "cached_file",
+    "dynamic_rope_update",
+    "get_checkpoint_conversion_mapping",
+    "get_tokenizer_config",
+    "initialization",
+    "is_offline_mode",
+    "register_checkpoint_conversion_mapping",
+    "resolve_revision",
+]
