@@ -16,6 +16,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from moe_lens.model.hooks.head_views import name_conversion
+from moe_lens.model.hooks.latent_cache import check_keys_are_stored, latents_of
 from moe_lens.model.hooks.layer_hooks import call_hook
 from moe_lens.model.hooks.scaling import ExactForward, unscaled
 
@@ -174,13 +175,22 @@ class Attention(GeneralizedComponent):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Attend, firing hooks on the way."""
+        component: Any = self.original_component
+        past = kwargs.get("past_key_values")
+        latent = past is not None and hasattr(component, "expand_kv")
+        if latent:
+            check_keys_are_stored(past, component.layer_idx)
         if self._reconstructs():
-            return super().forward(*args, **kwargs)
+            if not latent:
+                return super().forward(*args, **kwargs)
+            points = (self.hook_k, self.hook_v, self.kv_b_proj.hook_in, self.kv_b_proj.hook_out)
+            listens = any(point.has_hooks() for point in points)
+            with latents_of(component, self.hook_rot_k, past, listens) as view:
+                return super().forward(*args, **{**kwargs, "past_key_values": view})
         if args:
             args = (self.hook_in(args[0]), *args[1:])
         else:
             kwargs["hidden_states"] = self.hook_in(kwargs["hidden_states"])
-        component: Any = self.original_component
         out = component(*args, **kwargs)
         return (self.hook_out(out[0]), *out[1:]) if isinstance(out, tuple) else self.hook_out(out)
 
