@@ -28,6 +28,7 @@ from moe_lens.model.hooks.self_check import self_check
 from moe_lens.model.hooks.transaction import undone_on_error
 from moe_lens.model.loading.pretrained import load_pretrained
 from moe_lens.model.loading.saving import save_pretrained
+from moe_lens.model.loading.transformer_lens_words import read_words
 from moe_lens.model.loading.validate import check_kernel, check_tokenizer, check_wrappable, refuse_plan, refuse_shards
 from moe_lens.routing import Routing
 from moe_lens.selection import Experts, Selection, Where
@@ -52,16 +53,46 @@ class HookedMoE(GeneratingBridge):
             name_or_path: what transformers' `from_pretrained` takes.
             check: run the self-check on a few tokens.
             trust_remote_code: run code that comes with the checkpoint; DeepSeekMoE does not need it.
-            kwargs: `dtype`, `device_map`, `revision`, `cache_dir`, … as in transformers.
+            kwargs: `dtype`, `device_map`, `revision`, `cache_dir`, … as in transformers; of TransformerLens's words,
+                `device`, `tokenizer`, `first_n_layers`, `default_prepend_bos`, `default_padding_side`, and processing
+                of weights that is turned off (`fold_ln=False`).
 
         Raises:
             CheckpointError: the checkpoint is not whole; names file and tensor.
-            UnsupportedModelError: the family is not supported.
+            UnsupportedModelError: the family is not supported, or weights are to be processed.
             SelfCheckError: the parts do not make up the whole.
+            InputError: an argument that nobody reads, or a word of TransformerLens's that has another name here.
         """
         refuse_plan(kwargs)
+        asked = read_words(kwargs)
         model, tokenizer = load_pretrained(str(name_or_path), trust_remote_code=trust_remote_code, **kwargs)
-        return cls.from_hf(model, tokenizer, name=str(name_or_path), check=check)
+        hooked = cls.from_hf(model, asked.tokenizer or tokenizer, name=str(name_or_path), check=check)
+        if asked.prepend_bos is not None:
+            hooked.cfg.default_prepend_bos = asked.prepend_bos
+        hooked.__dict__["default_padding_side"] = asked.padding_side
+        return hooked
+
+    @classmethod
+    def from_pretrained_no_processing(cls, name_or_path: str | Path, **kwargs: Any) -> Self:
+        """TransformerLens's name for `from_pretrained`, which never processes weights.
+
+        Args:
+            name_or_path: see `from_pretrained`.
+            kwargs: see `from_pretrained`.
+
+        Raises:
+            MoELensError: see `from_pretrained`.
+        """
+        return cls.from_pretrained(name_or_path, **kwargs)
+
+    @staticmethod
+    def boot_transformers(*args: Any, **kwargs: Any) -> Any:  # noqa: ARG004
+        """Refused: what TransformerLens's function of this name makes is no `HookedMoE`.
+
+        Raises:
+            InputError: always; says what to write.
+        """
+        raise InputError("boot_transformers makes a plain TransformerBridge: write HookedMoE.from_pretrained(name, …)")
 
     @classmethod
     def from_hf(

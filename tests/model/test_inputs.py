@@ -181,6 +181,7 @@ def test_an_odd_input_is_one_clear_error(model: HookedMoE, what: str) -> None:
 
 def test_an_empty_text_is_its_bos_or_refused(model: HookedMoE) -> None:
     assert model("").shape == (1, 1, 4096), "as in TransformerLens: generation may begin from BOS alone"
+    assert model.to_tokens("", prepend_bos=False).shape == (1, 0)
     with pytest.raises(InputError, match="text 1 of 2 is empty"):
         model(["a", ""], prepend_bos=False)
     for nothing_follows in ("", torch.tensor([[3]]), ["", ""]):

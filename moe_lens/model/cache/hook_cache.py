@@ -14,6 +14,7 @@ from transformer_lens.utilities import Slice, get_act_name
 
 from moe_lens import names
 from moe_lens.errors import HookError, InputError
+from moe_lens.model.unknown_hooks import instead_of
 from moe_lens.protocols import HookedModel
 from moe_lens.storage import load_tensors, save_tensors
 
@@ -90,9 +91,14 @@ class HookCache(ActivationCache):
             if found and found[0] not in self.model.moe_layers:
                 return self._dense(found[0], name)
         forward = sorted({name.removesuffix(_GRAD) for name in missing})
+        known = getattr(self.model, "hook_dict", None)
+        for name in forward if known is not None else ():
+            if name not in known and names.parse_expert(name) is None:
+                instead = instead_of(name, known, self.model.moe_layers)
+                return f"the cache does not hold {name!r}, and the model has no such hook; {instead}"
         with_grad = ", incl_bwd=True" if any(name.endswith(_GRAD) for name in missing) else ""
         return (
-            f"the cache does not hold {', '.join(missing)}. If the model has such a hook, "
+            f"the cache does not hold {', '.join(missing)}; "
             f"run_with_cache(…, names_filter={forward}{with_grad}) caches it"
         )
 

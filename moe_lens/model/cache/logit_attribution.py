@@ -38,7 +38,7 @@ class AttributionCache(HookCache):
             return scaled  # computed by the norm itself, gain included
         block = None if final else self.model.blocks[layer]
         norm = self.model.ln_final if block is None else block.ln2 if mlp_input else block.ln1
-        return scaled * _gain(norm).to(scaled)
+        return scaled * gain(norm).to(scaled)
 
     def logit_attrs(
         self,
@@ -89,7 +89,7 @@ class AttributionCache(HookCache):
         scale = where.apply(self[names.FINAL_SCALE], dim=-2)
         scale = (items.apply(scale) if self.has_batch_dim else scale).squeeze(-1).to(direction)
         # (c ⊙ gain / scale) · w = c · (gain ⊙ w) / scale: nothing of the stack's size is made.
-        direction = direction * _gain(self.model.ln_final).to(direction)
+        direction = direction * gain(self.model.ln_final).to(direction)
         direction = direction * getattr(self.model.adapter, "logits_factor", 1.0)
         if self._uses_ln_centering(None):
             direction = direction - direction.mean(-1, keepdim=True)
@@ -105,7 +105,7 @@ class AttributionCache(HookCache):
         return rearrange(W_U[:, ids.to(W_U.device)], "d_model ... -> ... d_model")
 
 
-def _gain(norm: Any) -> Float[Tensor, " d_model"]:
+def gain(norm: Any) -> Float[Tensor, " d_model"]:
     """What a norm multiplies by."""
     weight = norm.original_component.weight.detach()
     return 1 + weight if norm.uses_weight_offset else weight

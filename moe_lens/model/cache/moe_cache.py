@@ -13,7 +13,7 @@ from transformer_lens.utilities import Slice
 from moe_lens import names
 from moe_lens.errors import InputError
 from moe_lens.model.cache.hook_cache import Cut, as_slice
-from moe_lens.model.cache.sum_cache import SumCache
+from moe_lens.model.cache.residual_parts import ResidualPartsCache
 from moe_lens.routing import LayerRouting, affinity
 from moe_lens.selection import SelectedRows, Selection, Step
 
@@ -37,7 +37,7 @@ class _Part(NamedTuple):
     """For routed experts, the layer they are in."""
 
 
-class MoECache(SumCache):
+class MoECache(ResidualPartsCache):
     """Activations of one run, by hook name, with what routing and experts need on top of TransformerLens.
 
     `cache[…]` returns the stored tensor itself, as in TransformerLens: changing it in place changes the cache. What the

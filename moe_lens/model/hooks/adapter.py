@@ -25,6 +25,7 @@ from moe_lens.model.families.table import Family, family_of
 from moe_lens.model.hooks.components import Attention, Norm, Unembedding, adapt
 from moe_lens.model.hooks.generic_adapter import GenericAdapter
 from moe_lens.model.hooks.moe_block import MoEBlock
+from moe_lens.model.loading.transformer_lens_words import PROCESSING, refuse_processing
 
 
 class DeepseekArchitectureAdapter(ArchitectureAdapter):
@@ -58,6 +59,11 @@ class DeepseekArchitectureAdapter(ArchitectureAdapter):
             "ln_final": RMSNormalizationBridge(name="model.norm", config=self.cfg),
             "unembed": UnembeddingBridge(name="lm_head"),
         }
+
+    def preprocess_weights(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Refuse what a plain TransformerBridge would do next: it misses readers of the norms that it folds."""
+        refuse_processing(PROCESSING)
+        return state_dict
 
 
 ArchitectureAdapterFactory.register_adapter("DeepseekForCausalLM", DeepseekArchitectureAdapter)

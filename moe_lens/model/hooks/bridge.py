@@ -38,6 +38,9 @@ class _Running:
 class ExpertBridge(HookTable):
     """The running half of `HookedMoE`: it copies what it caches, and tells hook functions what is running."""
 
+    default_padding_side: str | None = None
+    """Of texts that differ in length; None: as the tokenizer says."""
+
     # --- what is given to it ---
 
     def to_tokens(
@@ -62,7 +65,7 @@ class ExpertBridge(HookTable):
         Raises:
             InputError: the model has no tokenizer, or the input cannot be read.
         """
-        tokens = self._reading(prepend_bos, padding_side, truncate, None)(input).tokens
+        tokens = self._reading(prepend_bos, padding_side, truncate, None, may_be_empty=True)(input).tokens
         if tokens is None:
             raise InputError("the input is floating-point: embeddings have no tokens")
         return tokens.to(self.cfg.device) if move_to_device else tokens
@@ -97,17 +100,23 @@ class ExpertBridge(HookTable):
         return reading(input, attention_mask, residual=residual)
 
     def _reading(
-        self, prepend_bos: bool | None, padding_side: str | None, truncate: bool, device: torch.device | None
+        self,
+        prepend_bos: bool | None,
+        padding_side: str | None,
+        truncate: bool,
+        device: torch.device | None,
+        may_be_empty: bool = False,
     ) -> Reading:
         tokenizer: Any = self.tokenizer
         pads = (getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "eos"))
         return Reading(
             encode=lambda text: self._encode(text, prepend_bos, truncate),
-            padding_side=padding_side or getattr(tokenizer, "padding_side", "right"),
+            padding_side=padding_side or self.default_padding_side or getattr(tokenizer, "padding_side", "right"),
             pad=next((pad for pad in pads if pad is not None), 0),
             d_vocab=len(self.original_model.get_input_embeddings().weight),  # pyright: ignore[reportCallIssue]
             d_model=self.cfg.d_model,
             device=device,
+            may_be_empty=may_be_empty,
             keep=self._prepare_loss_attention_mask,
         )
 

@@ -11,9 +11,12 @@ from moe_lens import names
 from moe_lens.errors import HookError, UnsupportedModelError
 from moe_lens.model.experts.expert_weights_view import Experts, top_k_of
 from moe_lens.model.families.table import Family
+from moe_lens.model.hooks.arguments import refuse_unknown
 from moe_lens.model.hooks.layer_hooks import LayerHooks
 from moe_lens.model.hooks.moe_block import MoEBlock
 from moe_lens.model.hooks.whole_state import WholeState
+from moe_lens.model.loading.transformer_lens_words import PROCESSING, refuse_processing
+from moe_lens.model.unknown_hooks import instead_of
 
 
 class HookTable(WholeState):
@@ -143,7 +146,8 @@ class HookTable(WholeState):
                 return made[name]
         if (found := names.parse_mlp(name)) is not None and found[0] not in self.moe_layers:
             raise HookError(f"{name}: layer {found[0]} has no experts; MoE layers are {list(self.moe_layers)}")
-        raise HookError(f"hook {name!r} does not exist on this model; model.hook_dict lists those that do")
+        instead = instead_of(name, self._all_hooks, self.moe_layers)
+        raise HookError(f"hook {name!r} does not exist on this model; {instead}")
 
     def _resolve_hook_point(
         self,
@@ -181,13 +185,42 @@ class HookTable(WholeState):
 
     # --- what TransformerLens offers and we refuse ---
 
-    def enable_compatibility_mode(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Refused: it folds and centres weights, which is wrong for packed experts."""
-        raise UnsupportedModelError(
-            "HookedMoE keeps the model's own weights: folding norms into packed experts is wrong for some families and "
-            "inexact in bfloat16. Hook names and logit attribution work without compatibility mode"
-        )
+    def enable_compatibility_mode(  # pyright: ignore[reportIncompatibleMethodOverride]  # processing is by name
+        self,
+        disable_warnings: bool = False,  # noqa: ARG002
+        no_processing: bool = False,
+        **processing: bool,
+    ) -> None:
+        """Nothing is done where nothing is asked for; processing is refused.
 
-    def process_weights(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Refused, see `enable_compatibility_mode`."""
-        self.enable_compatibility_mode()
+        TransformerLens's names of hooks are there without this mode. Its processing folds and centres weights, which is
+        wrong for packed experts, whose norm other parts read too.
+
+        Args:
+            disable_warnings: as in TransformerLens; there are none.
+            no_processing: leave all weights as they are.
+            processing: `fold_ln`, `center_writing_weights`, `center_unembed`, `fold_value_biases` (on unless they are
+                turned off) and `refactor_factored_attn_matrices`.
+
+        Raises:
+            UnsupportedModelError: some processing is asked for.
+            InputError: a word that TransformerLens does not have.
+        """
+        refuse_unknown("enable_compatibility_mode", processing, PROCESSING)
+        if not no_processing:
+            refuse_processing({**PROCESSING, **processing})
+
+    def process_weights(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, verbose: bool = False, **processing: bool
+    ) -> None:
+        """Nothing where all is turned off, and refused otherwise; see `enable_compatibility_mode`.
+
+        Args:
+            verbose: as in TransformerLens; there is nothing to tell.
+            processing: what to do, by name.
+
+        Raises:
+            UnsupportedModelError: some processing is asked for.
+            InputError: a word that TransformerLens does not have.
+        """
+        self.enable_compatibility_mode(verbose, False, **processing)

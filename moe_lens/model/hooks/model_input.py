@@ -74,6 +74,8 @@ class Reading:
     d_model: int
     device: torch.device | None
     """Where it wants its input; None where that is not to be changed."""
+    may_be_empty: bool
+    """Whether a text may have no tokens: a model cannot run on it."""
     keep: Callable[[Tensor, Tensor], Tensor]
     """From a mask of attention, [batch, heads, query, key], and values [batch, pos] to where tokens are real."""
 
@@ -116,10 +118,10 @@ class Reading:
     def _texts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         rows = [self.encode(text) for text in texts]
         for number, row in enumerate(rows):
-            if not row:
+            if not row and not self.may_be_empty:
                 which = "the text" if len(rows) == 1 else f"text {number} of {len(rows)}"
                 raise InputError(f"{which} is empty: it has no token to run a model on")
-        return self._padded([torch.tensor(row) for row in rows])
+        return self._padded([torch.tensor(row, dtype=torch.long) for row in rows])
 
     def _numbers(self, value: Any, residual: bool) -> tuple[Tensor, Tensor | None]:
         """Ids or embeddings, and where they are real if their rows differ in length."""

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import importlib.resources
+import re
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ def load_pretrained(
     Raises:
         CheckpointError: something is missing, unexpected, misshapen, unreadable, NaN or infinite.
         UnsupportedModelError: a model_type, or a feature of its config, that is not known.
+        InputError: an argument that neither transformers nor the model reads.
     """
     source = resolve_name(str(name_or_path))
     hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS & kwargs.keys()}
@@ -88,15 +90,22 @@ def load_pretrained(
     )
     path, raw = read_config(source, hub)
     check_release(raw["model_type"])
-    if raw["model_type"] == DeepseekConfig.model_type:
-        model = _load_deepseek(source, path, raw, hub, kwargs)
-    elif raw["model_type"] in CONFIG_MAPPING or trust_remote_code:
-        model = _load_other(source, raw, hub, {**kwargs, "trust_remote_code": trust_remote_code})
-    else:
+    own = raw["model_type"] == DeepseekConfig.model_type
+    if not own and raw["model_type"] not in CONFIG_MAPPING and not trust_remote_code:
         raise UnsupportedModelError(
             f"{path}: model_type {raw['model_type']!r} is unknown to this version of transformers. If the checkpoint "
             "brings its own code and you trust it, pass trust_remote_code=True."
         )
+    try:
+        if own:
+            model = _load_deepseek(source, path, raw, hub, kwargs)
+        else:
+            model = _load_other(source, raw, hub, {**kwargs, "trust_remote_code": trust_remote_code})
+    except TypeError as error:  # transformers hands what it does not read to the model's own __init__
+        word = re.search(r"got an unexpected keyword argument '(\w+)'", str(error))
+        if word is None or word[1] not in kwargs:
+            raise
+        raise InputError(f"from_pretrained has no argument {word[1]!r}, and {path} no such setting") from error
     model.config.name_or_path = model.name_or_path = str(name_or_path)
     tokenizer = None
     if has_tokenizer(source, hub):

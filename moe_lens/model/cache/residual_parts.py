@@ -1,0 +1,106 @@
+"""The whole residual stream as a stack of heads, neurons and the rest: TransformerLens's methods, held to their sum."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_lens import names
+from moe_lens.errors import HookError
+from moe_lens.model.cache.hook_cache import Cut, as_slice
+from moe_lens.model.cache.neuron_cache import NeuronCache
+
+
+class ResidualPartsCache(NeuronCache):
+    """Components that sum to the residual stream."""
+
+    def get_full_resid_decomposition(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        expand_neurons: bool = True,
+        apply_ln: bool = False,
+        pos_slice: Cut = None,
+        return_labels: bool = False,
+        project_output_onto: Tensor | None = None,
+    ) -> Any:
+        """The residual stream that a layer reads, as a stack of components that sum to it.
+
+        Attention heads, neurons (of experts by rank, see `stack_neuron_results`) or whole MLPs, the embedding, and
+        biases. In DeepSeekMoE 16B, neurons of one layer are 8,448 components: 69 MB a token in float32, unless they are
+        projected. `decompose_experts` takes whole experts.
+
+        Args:
+            layer: components before this layer; None or -1 for the whole model.
+            mlp_input: up to the layer's MLP, its attention heads included.
+            expand_neurons: neurons, and not MLPs or MoE layers as a whole.
+            apply_ln: divide by the cached scale of the norm that follows and multiply by its gain.
+            pos_slice: positions to take.
+            return_labels: whether to return the labels, too.
+            project_output_onto: directions, [d_model] or [d_model, out]; saves memory.
+
+        Raises:
+            HookError: something was not cached, or components do not sum to the residual stream: a hook has edited one
+                after it was cached, or the family adds something else.
+        """
+        self._terms_of_a_sum()
+        end = self.model.cfg.n_layers if layer in (None, -1) else int(layer)
+        where, onto = as_slice(pos_slice), project_output_onto
+        stack, labels = super().get_full_resid_decomposition(
+            end, mlp_input, expand_neurons, apply_ln, where, True, onto
+        )
+        whole = self._reader(end, where, apply_ln, mlp_input, onto)(self._stream(end, mlp_input, where)[None])[0]
+        off = (stack.sum(0) - (whole.squeeze(-1) if onto is not None and onto.ndim == 1 else whole)).abs().amax().item()
+        if off > 16 * torch.finfo(stack.dtype).eps * stack.abs().sum(0).amax().item():
+            raise HookError(
+                f"components do not sum to the residual stream, but miss it by {off:.3g}: a hook edited one "
+                f"after it was cached, or {self.model.family.model_type} adds something that is none of them"
+            )
+        return (stack, labels) if return_labels else stack
+
+    def stack_head_results(
+        self,
+        layer: int | None = -1,
+        return_labels: bool = False,
+        incl_remainder: bool = False,
+        pos_slice: Cut = None,
+        apply_ln: bool = False,
+    ) -> Any:
+        """TransformerLens's; in families whose attention has no hooks of heads, attention as a whole, `L0attn`.
+
+        Args:
+            layer: layers before this one; None or -1 for the whole model.
+            return_labels: whether to return the labels, too.
+            incl_remainder: whether a last component, `remainder`, is what else the residual stream there holds.
+            pos_slice: positions to take.
+            apply_ln: divide by the cached scale of the norm that follows and multiply by its gain.
+
+        Raises:
+            HookError: something was not cached.
+        """
+        end, where = self.model.cfg.n_layers if layer in (None, -1) else int(layer), as_slice(pos_slice)
+        hooks, layout = self.model.hook_dict, getattr(self.model.family, "layout", None)
+        if layout is None and all(f"blocks.{at}.attn.hook_z" in hooks for at in range(end)):
+            return super().stack_head_results(end, return_labels, incl_remainder, where, apply_ln)
+        parts = ("attn", *layout.added) if layout is not None and layout.stream == "shortcut" else ()
+        found = {f"L{at}attn": names.block(names.ATTN_OUT, at) for at in range(end)}
+        found |= {f"L{at}{part}": names.block(f"{part}.hook_out", at) for at in range(end) for part in parts}
+        found = {label: hook for label, hook in found.items() if hook in hooks}
+        stream = self._stream(end, False, where)
+        stack = torch.stack([where.apply(self[hook], dim=-2) for hook in found.values()] or [stream])[: len(found)]
+        if incl_remainder:
+            stack = torch.cat([stack, (stream - stack.sum(0))[None]])
+        stack = self._reader(end, where, apply_ln, False, None)(stack)
+        return (stack, [*found, *["remainder"] * incl_remainder]) if return_labels else stack
+
+    def _ensure_head_results(self) -> bool:
+        """TransformerLens's, for heads whose values are of another width than their keys (DeepSeek-V2, V3), too."""
+        for layer in range(self.model.cfg.n_layers):
+            key, attention = f"blocks.{layer}.attn.hook_result", getattr(self.model.blocks[layer], "attn", None)
+            if key in self.cache_dict or attention is None or ("z", layer, "attn") not in self:
+                continue
+            z, weights = self["z", layer, "attn"], attention.W_O
+            if tuple(z.shape[-2:]) != tuple(weights.shape[:2]):
+                z = z.flatten(-2).unflatten(-1, weights.shape[:2])
+                self.cache_dict[key] = torch.einsum("...hd,hdm->...hm", z, weights.to(z))
+        return super()._ensure_head_results()

@@ -1,0 +1,110 @@
+"""TransformerLens's words for loading a model: each is done as it means, or answered by what to write instead."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from moe_lens.errors import InputError, UnsupportedModelError
+
+PROCESSING: dict[str, bool] = {
+    "fold_ln": True,
+    "center_writing_weights": True,
+    "center_unembed": True,
+    "fold_value_biases": True,
+    "refactor_factored_attn_matrices": False,
+}
+"""What TransformerLens does to weights, and whether it does so by default."""
+
+_DTYPES = {"fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+_INSTEAD = {
+    "hf_model": "HookedMoE.from_hf(hf_model, tokenizer) wraps a model that is loaded",
+    "model_class": "the class follows from config.json; HookedMoE.from_hf(model, tokenizer) wraps a model of any other",
+    "hf_config_overrides": "pass what it holds as arguments, as transformers' from_pretrained takes them",
+    "n_ctx": "attention here is as long as the text; max_position_embeddings=… changes the model's own config",
+    "checkpoint_index": "a checkpoint of the training is a revision: revision=…",
+    "checkpoint_value": "a checkpoint of the training is a revision: revision=…",
+    "checkpoint_label": "a checkpoint of the training is a revision: revision=…",
+    "load_weights": "HookedMoE.from_hf(AutoModelForCausalLM.from_config(config)) wraps a model with random weights",
+    "model_name": "the name is the first argument",
+    "local_path": "a folder is the first argument",
+}
+
+
+class Asked(NamedTuple):
+    """What was asked of a loaded model, beside what transformers does."""
+
+    tokenizer: Any
+    """To use instead of the checkpoint's; None for that."""
+    padding_side: str | None
+    prepend_bos: bool | None
+
+
+def read_words(kwargs: dict[str, Any]) -> Asked:
+    """Take TransformerLens's words off the arguments of `from_pretrained`, and put transformers' in their place.
+
+    Args:
+        kwargs: The arguments; changed.
+
+    Raises:
+        UnsupportedModelError: Weights are to be processed.
+        InputError: A word that has another name here, or a value that it cannot have.
+    """
+    refuse_processing({name: kwargs.pop(name) for name in PROCESSING.keys() & kwargs.keys()})
+    for word, instead in _INSTEAD.items():
+        if kwargs.get(word) is not None:
+            raise InputError(f"from_pretrained: {word}={kwargs[word]!r} is not taken; {instead}")
+        kwargs.pop(word, None)
+    n_devices = kwargs.pop("n_devices", None)
+    if n_devices not in (None, 1):
+        raise InputError(f'from_pretrained: n_devices={n_devices!r} is not taken; device_map="auto" spreads the layers')
+    if kwargs.pop("move_to_device", True) is False:
+        raise InputError('from_pretrained: move_to_device=False is not taken; device="cpu" keeps the model where it is')
+    _read_device(kwargs)
+    for word in ("dtype", "torch_dtype"):
+        if isinstance(kwargs.get(word), str):
+            kwargs[word] = _DTYPES.get(kwargs[word], kwargs[word])
+    if (layers := kwargs.pop("first_n_layers", None)) is not None:
+        kwargs["num_hidden_layers"] = layers
+    side, bos = kwargs.pop("default_padding_side", None), kwargs.pop("default_prepend_bos", None)
+    if side not in (None, "left", "right"):
+        raise InputError(f"from_pretrained: default_padding_side is {side!r}; expected 'left' or 'right'")
+    if bos not in (None, True, False):
+        raise InputError(f"from_pretrained: default_prepend_bos is {bos!r}; expected True or False")
+    return Asked(kwargs.pop("tokenizer", None), side, bos)
+
+
+def _read_device(kwargs: dict[str, Any]) -> None:
+    device = kwargs.pop("device", None)
+    if device is None:
+        return
+    if kwargs.get("device_map") is not None:
+        raise InputError(f"from_pretrained: got device={device!r} and device_map; expected one of them")
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(
+            f"from_pretrained: device is {device!r}; expected one such as 'cuda', 'cuda:1' or 'cpu'"
+        ) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"from_pretrained: device is '{device}', but torch finds no CUDA device here")
+    if device.type != "cpu":
+        kwargs["device_map"] = {"": device}
+
+
+def refuse_processing(asked: Mapping[str, Any]) -> None:
+    """Raise where something is to be done to weights.
+
+    Args:
+        asked: Names of `PROCESSING`, and whether they are asked for.
+
+    Raises:
+        UnsupportedModelError: One is.
+    """
+    on = sorted(name for name, wanted in asked.items() if wanted)
+    if on:
+        raise UnsupportedModelError(
+            f"{', '.join(on)}: the weights here are the model's own. Folding norms into packed experts is wrong for "
+            "some families and inexact in bfloat16; hook names and logit attribution work without it. Leave it out, or "
+            "say enable_compatibility_mode(no_processing=True)"
+        )

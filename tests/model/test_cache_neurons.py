@@ -1,0 +1,109 @@
+"""Neurons of experts as components of the residual stream: each as the equation says, and all sum to the stream."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from moe_lens import HookedMoE, MoECache, names
+from moe_lens.errors import HookError
+from tests.families import CONFIGS
+from tests.matrix import configs
+from tests.wrapped import wrapped
+
+WHOLE = ["granitemoe", "glm4_moe", "llama4_text", "longcat_flash", "qwen3_next"]
+"""Families whose attention has no hooks of heads: multipliers, dense layers, weighed inputs, identities, hybrids."""
+
+
+@cache
+def run(family: str) -> tuple[HookedMoE, MoECache]:
+    if family in CONFIGS:
+        model, tokens = wrapped(family).model, wrapped(family).tokens
+    else:
+        model, tokens = HookedMoE.from_hf(configs.build(family), check=False), configs.tokens()
+    with torch.no_grad():
+        return model, model.run_with_cache(tokens)[1]
+
+
+def close(found: torch.Tensor, right: torch.Tensor) -> bool:
+    return torch.allclose(found, right, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", [*CONFIGS, *WHOLE])
+def test_neurons_take_the_residual_apart(family: str) -> None:
+    model, kept = run(family)
+    last = model.cfg.n_layers
+    for end, mlp_input in ((None, False), (2, False), (2, True), (1, False)):
+        if mlp_input and names.block(names.RESID_MID, 2) not in kept:
+            continue
+        stack, labels = kept.get_full_resid_decomposition(end, mlp_input, return_labels=True)
+        right = kept["resid_mid", 2] if mlp_input else kept["resid_post", (end or last) - 1]
+        assert close(stack.sum(0), right) and len(labels) == len(stack) == len(set(labels))
+    assert f"L{model.moe_layers[-1]}R0N0" in kept.get_full_resid_decomposition(return_labels=True)[1]
+
+
+@pytest.mark.parametrize("family", ["deepseek", "gpt_oss", "qwen2_moe"])
+def test_a_neuron_adds_its_row_times_activation_and_weight(family: str) -> None:
+    model, kept = run(family)
+    layer, batch, pos, rank, neuron = model.moe_layers[-1], 1, 7, 2, 5
+    expert = int(kept["expert_indices", layer][batch, pos, rank])
+    weight, post = (
+        kept["routing_weights", layer][batch, pos, rank],
+        kept["expert_post", layer][batch, pos, rank, neuron],
+    )
+    right = weight * post * model.W_out[layer, expert][neuron]
+    width = model.W_out[layer].shape[1]
+    found = kept.get_neuron_results(layer)
+    assert found.shape == (2, 12, model.top_k * width, model.cfg.d_model)
+    assert close(found[batch, pos, rank * width + neuron], right)
+    some = kept.get_neuron_results(layer, neuron_slice=[neuron, 0], pos_slice=(6, 9))
+    assert close(some[batch, 1, rank * 2], right) and some.shape[:3] == (2, 3, model.top_k * 2)
+    stack, labels = kept.stack_neuron_results(None, return_labels=True, neuron_slice=neuron)
+    assert close(stack[labels.index(f"L{layer}R{rank}N{neuron}")][batch, pos], right)
+    assert not close(stack[labels.index(f"L{layer}R0N{neuron}")][batch, pos], right), "negative control: another rank"
+
+
+@pytest.mark.parametrize("family", ["deepseek", "gpt_oss"])
+@pytest.mark.parametrize("apply_ln", [False, True])
+def test_projecting_first_is_projecting_afterwards(family: str, apply_ln: bool) -> None:
+    model, kept = run(family)
+    onto = torch.randn(model.cfg.d_model, 3)
+    for how in ({}, {"layer": 2}, {"layer": 2, "mlp_input": True}):
+        words: dict[str, Any] = {"apply_ln": apply_ln, **how}
+        right = kept.get_full_resid_decomposition(**words) @ onto
+        assert close(kept.get_full_resid_decomposition(project_output_onto=onto, **words), right)
+        assert close(kept.get_full_resid_decomposition(project_output_onto=onto[:, 0], **words), right[..., 0])
+
+
+def test_the_remainder_is_what_neurons_do_not_give() -> None:
+    model, kept = run("deepseek")
+    every: list[dict[str, Any]] = [{}, {"neuron_slice": 3}, {"neuron_slice": (2, 6)}, {"apply_ln": True}]
+    for words in every:
+        stack, labels = kept.stack_neuron_results(2, return_labels=True, incl_remainder=True, **words)
+        right = kept["resid_post", 1]
+        right = kept.apply_ln_to_stack(right[None], 2)[0] if "apply_ln" in words else right
+        assert labels[-1] == "remainder" and close(stack.sum(0), right)
+    empty = kept.stack_neuron_results(0)
+    assert empty.shape == (0, 2, 12, model.cfg.d_model)
+
+
+def test_a_cache_without_its_batch_axis_is_taken_apart_alike() -> None:
+    model, kept = run("deepseek")
+    with torch.no_grad():
+        one = model.run_with_cache(wrapped("deepseek").tokens[:1], remove_batch_dim=True)[1]
+    every: list[dict[str, Any]] = [{}, {"apply_ln": True}]
+    for words in every:
+        assert close(one.get_full_resid_decomposition(**words), kept.get_full_resid_decomposition(**words)[:, 0])
+
+
+def test_what_does_not_sum_to_the_residual_is_refused() -> None:
+    model, _ = run("deepseek")
+    name, tokens = names.mlp(names.EXPERT_OUT, 1), wrapped("deepseek").tokens
+    with torch.no_grad(), model.hooks(fwd_hooks=[(name, lambda value, hook: value * 2)]):
+        edited = model.run_with_cache(tokens)[1]
+    with pytest.raises(HookError, match="do not sum to the residual stream"):
+        edited.get_full_resid_decomposition()
+    assert close(edited.decompose_experts(return_labels=False).sum(0), edited["resid_post", 2]), "whole experts do"
+    with pytest.raises(HookError, match="hook_expert_post"):
+        model.run_with_cache(tokens, names_filter=lambda n: "expert_post" not in n)[1].get_neuron_results(1)
