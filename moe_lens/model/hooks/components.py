@@ -35,7 +35,8 @@ class Mended:
 @cache
 def combined(mended: type, original: type) -> type:
     """A class that is both, the mended one first."""
-    return type(f"{mended.__name__}{original.__name__}", (Mended, mended, original), {"mends": (mended, original)})
+    bases = (mended, original) if issubclass(mended, Mended) else (Mended, mended, original)
+    return type(f"{mended.__name__}{original.__name__}", bases, {"mends": (mended, original)})
 
 
 def _made_of(kind: type) -> Any:
