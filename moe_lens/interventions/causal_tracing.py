@@ -1,5 +1,6 @@
 """Causal tracing: corrupt what the model reads about a subject, restore one activation, see the answer come back."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -64,7 +65,8 @@ def trace(
         answer: What should come next: one token as text (mind the space in front) or its id.
         foil: Another token. Without it the score is the answer's probability, as in Meng et al.; with it, the logit of
             the answer minus that of the foil, as in arXiv 2606.03780.
-        noise: Standard deviation of the noise, as a multiple of that of all entries of the embedding matrix.
+        noise: Standard deviation of the noise, as a multiple of that of all numbers that `hook_embed` holds of the
+            whole vocabulary: of the embedding matrix, times what the family multiplies it by.
         draws: How many times noise is drawn; they are run as one batch.
         seed: Of the noise.
         at: Positions at which experts and coalitions are restored, together; the subject's last token if not given.
@@ -89,7 +91,7 @@ def trace(
     keep = {name for site in sites for layer in site.layers(model) for name in site.names(layer)}
     keep |= {name for layer in model.moe_layers for name in SITES["expert_weighted"].names(layer)}
     copies = tokens.expand(draws, -1).contiguous()
-    std = noise * float(model.W_E.float().std())
+    std = noise * embedding_deviation(model)
     source = CleanRun.of(model, copies, keep=sorted(keep))
     base = CleanRun.of(model, copies, keep=sorted(keep), fwd_hooks=[(EMBEDDING, _noisy(corrupted, std, seed))])
     clean, floor = (_at_the_end(run, score) for run in (source, base))
@@ -122,6 +124,22 @@ def _score(model: Any, answer: str | int, foil: str | int | None) -> TokenMetric
     if foil is None:
         return Probability(wanted)
     return LogitDifference(wanted, single_token(model, "foil", foil))
+
+
+def embedding_deviation(model: Any, at_once: int = 8192) -> float:
+    """Standard deviation of all numbers that `hook_embed` holds of the whole vocabulary."""
+    matrix = model.W_E
+    sums = torch.zeros(2, dtype=torch.float64)
+
+    def add(embeddings: Tensor, hook: Any) -> None:  # noqa: ARG001
+        wide = embeddings.double()
+        sums.add_(torch.stack([wide.sum(), wide.square().sum()]).cpu())
+
+    with model.hooks(fwd_hooks=[(EMBEDDING, add)]):
+        for ids in torch.arange(len(matrix), device=matrix.device).split(at_once):
+            model.embed(ids[None])
+    total, squares = sums.tolist()
+    return math.sqrt((squares - total**2 / matrix.numel()) / (matrix.numel() - 1))
 
 
 def _at_the_end(run: CleanRun, score: TokenMetric) -> Float[Tensor, " draw"]:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from moe_lens import HookedMoE, names
 from moe_lens.errors import InputError
-from moe_lens.interventions.causal_tracing import trace
+from moe_lens.interventions.causal_tracing import embedding_deviation, trace
 from moe_lens.interventions.trace_result import SiteEffects, TraceResult
+from tests.matrix.configs import build as build_family
 from tests.test_docs import DOCS, code_of
 from tests.wrapped import untouched
 
@@ -197,3 +198,30 @@ def test_bad_input_is_named(model: HookedMoE, changes: dict[str, Any], message: 
     call: dict[str, Any] = {"prompt": PROMPT, "subject": ", b", "answer": " b", "draws": 1, **changes}
     with untouched(model), pytest.raises(InputError, match=message):
         trace(model, **call)
+
+
+def test_noise_is_that_of_the_stream_however_one_function_is_spelled(model: HookedMoE):
+    """Granite multiplies after its embedding: the matrix alone says nothing of what the blocks read."""
+
+    def traced(factor: float, matrix: float) -> TraceResult:
+        hf: Any = build_family("granitemoe", vocab_size=len(model.W_E), embedding_multiplier=factor)
+        with torch.no_grad():
+            hf.get_input_embeddings().weight.mul_(matrix)
+        return trace(HookedMoE.from_hf(hf, model.tokenizer, check=False), PROMPT, ", b", " b", draws=2)
+
+    one, other = traced(12.0, 1.0), traced(1.0, 12.0)
+    assert one.noise_std == pytest.approx(other.noise_std, rel=1e-6)
+    for site, effects in one.sites.items():
+        assert torch.allclose(effects.values, other.sites[site].values, atol=1e-5), site
+    assert one.noise_std > 10 * traced(1.0, 1.0).noise_std
+
+
+@pytest.mark.parametrize(("model_type", "by"), [("granitemoe", 2.5), ("gemma4_text", 40**0.5), ("mixtral", 1.0)])
+def test_the_embeddings_deviation_is_that_of_the_hook(model_type: str, by: float):
+    hooked = HookedMoE.from_hf(build_family(model_type), check=False)
+    every = torch.arange(len(hooked.W_E))[:, None]
+    with torch.no_grad(), untouched(hooked):
+        _, cache = hooked.run_with_cache(every, names_filter="hook_embed", stop_at_layer=1)
+        found = embedding_deviation(hooked, at_once=7)
+    assert found == pytest.approx(cache["hook_embed"].double().std().item(), rel=1e-6)
+    assert found == pytest.approx(by * hooked.W_E.double().std().item(), rel=1e-6)
