@@ -8,7 +8,6 @@ from typing import Any, Self
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.model_bridge.sources._bridge_builder import configure_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_lens import names
@@ -30,6 +29,7 @@ from moe_lens.model.loading.pretrained import load_pretrained
 from moe_lens.model.loading.saving import save_pretrained
 from moe_lens.model.loading.transformer_lens_words import read_words
 from moe_lens.model.loading.validate import check_kernel, check_tokenizer, check_wrappable, refuse_plan, refuse_shards
+from moe_lens.model.tl_compat import configure_tokenizer
 from moe_lens.routing import Routing
 from moe_lens.selection import Experts, Selection, Where
 

@@ -13,7 +13,7 @@ import transformers
 import moe_lens
 from moe_lens import HookedMoE
 from moe_lens.errors import IncompatibleVersionError, UnsupportedModelError, UntestedVersionWarning
-from moe_lens.model import hf_compat, touchpoints
+from moe_lens.model import hf_compat, tl_compat, touchpoints
 from moe_lens.model.families import table
 from moe_lens.model.families.table import FAMILIES, family_of, here
 from moe_lens.model.loading.model_info import model_info
@@ -97,6 +97,13 @@ def test_what_is_missing_of_a_library_is_named_at_import(monkeypatch: pytest.Mon
     )
 
 
+def test_what_is_missing_of_transformer_lens_is_named_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    runpy.run_path(tl_compat.__file__)
+    monkeypatch.delattr("transformer_lens.model_bridge.bridge_core.BridgeCore._pos_slice_dim")
+    with pytest.raises(IncompatibleVersionError, match="transformer-lens 4.* has no .*Bridge._pos_slice_dim, which"):
+        runpy.run_path(tl_compat.__file__)
+
+
 class Owner:
     kept = 1
 
@@ -131,12 +138,19 @@ def imports(path: Path) -> set[str]:
     }
 
 
-@pytest.mark.parametrize(("library", "room"), [("transformers", "hf_compat.py")])
+PUBLIC = {
+    "transformers": set[str](),
+    "transformer_lens": {f"transformer_lens.{name}" for name in ("hook_points", "model_bridge", "ActivationCache")}
+    | {"transformer_lens.utilities", "transformer_lens.utilities.statistics"},
+}
+
+
+@pytest.mark.parametrize(("library", "room"), [("transformers", "hf_compat.py"), ("transformer_lens", "tl_compat.py")])
 def test_what_is_below_a_librarys_public_surface_is_imported_in_one_module(library: str, room: str) -> None:
     where = {
         path.relative_to(PACKAGE).as_posix(): found
         for path in PACKAGE.rglob("*.py")
-        if (found := {name for name in imports(path) if name.startswith(f"{library}.")})
+        if (found := {name for name in imports(path) if name.startswith(f"{library}.")} - PUBLIC[library])
     }
     assert len(where.pop(f"model/{room}")) > 4
     where.pop("model/families/deepseek.py", None)  # a model, made of transformers' own

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.model_bridge.bridge_core import BridgeCore
 
 from moe_lens import names
+from moe_lens.model.tl_compat import BridgeCore
 
 
 @dataclass(frozen=True, eq=False)

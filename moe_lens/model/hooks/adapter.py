@@ -2,22 +2,7 @@
 
 from typing import Any
 
-from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
-from transformer_lens.model_bridge.generalized_components import (
-    BlockBridge,
-    EmbeddingBridge,
-    LinearBridge,
-    MoEBridge,
-    PositionEmbeddingsAttentionBridge,
-    RMSNormalizationBridge,
-    RotaryEmbeddingBridge,
-    UnembeddingBridge,
-)
-from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
-from transformer_lens.model_bridge.generalized_components.normalization import NormalizationBridge
-from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
 from transformers import PreTrainedModel
 
 from moe_lens.errors import UnsupportedModelError
@@ -26,6 +11,21 @@ from moe_lens.model.hooks.components import Attention, Norm, Unembedding, adapt
 from moe_lens.model.hooks.generic_adapter import GenericAdapter
 from moe_lens.model.hooks.moe_block import MoEBlock
 from moe_lens.model.loading.transformer_lens_words import PROCESSING, refuse_processing
+from moe_lens.model.tl_compat import (
+    ArchitectureAdapter,
+    ArchitectureAdapterFactory,
+    AttentionBridge,
+    BlockBridge,
+    EmbeddingBridge,
+    LinearBridge,
+    MoEBridge,
+    NormalizationBridge,
+    PositionEmbeddingsAttentionBridge,
+    RMSNormalizationBridge,
+    RotaryEmbeddingBridge,
+    UnembeddingBridge,
+    build_bridge_config_from_hf,
+)
 
 
 class DeepseekArchitectureAdapter(ArchitectureAdapter):

@@ -9,9 +9,9 @@ from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import GenerationConfig
-from transformers.utils.generic import TransformersKwargs
 
 from moe_lens.errors import InputError
+from moe_lens.model.hf_compat import TransformersKwargs
 
 _ANY_MODEL = frozenset(TransformersKwargs.__annotations__) | {"return_dict", "cache_position", "use_past_kv_cache"}
 """What any model of transformers passes on or takes off, and TransformerLens's word for `use_cache`."""

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.model_bridge.bridge_core import BridgeCore
 from transformer_lens.utilities import Slice
 
 from moe_lens.errors import HookError, InputError
@@ -19,6 +18,7 @@ from moe_lens.model.hooks.arguments import forward_words, further_words, refuse_
 from moe_lens.model.hooks.hook_table import HookTable
 from moe_lens.model.hooks.layer_hooks import Choice
 from moe_lens.model.hooks.model_input import ModelInput, Reading
+from moe_lens.model.tl_compat import BridgeCore
 from moe_lens.selection import Step
 
 OF_INPUT = frozenset({"attention_mask", "prepend_bos", "padding_side"})

@@ -13,12 +13,12 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from moe_lens.model.hooks.head_views import name_conversion
 from moe_lens.model.hooks.latent_cache import check_keys_are_stored, latents_of
 from moe_lens.model.hooks.layer_hooks import call_hook
 from moe_lens.model.hooks.scaling import ExactForward, unscaled
+from moe_lens.model.tl_compat import GeneralizedComponent
 
 
 class Mended:

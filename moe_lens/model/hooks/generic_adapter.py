@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
-from transformer_lens.model_bridge.generalized_components import (
-    BlockBridge,
-    EmbeddingBridge,
-    NormalizationBridge,
-    UnembeddingBridge,
-)
-from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from moe_lens.model.families.family import Family, Layout
 from moe_lens.model.hooks.components import Norm, Part, Unembedding, adapt
 from moe_lens.model.hooks.moe_block import BareExperts, MoEBlock
+from moe_lens.model.tl_compat import (
+    ArchitectureAdapter,
+    BlockBridge,
+    EmbeddingBridge,
+    GeneralizedComponent,
+    NormalizationBridge,
+    UnembeddingBridge,
+)
 
 MIXERS = {"self_attn": "attn", "linear_attn": "linear_attn", "mamba": "mamba", "conv": "conv"}
 """Modules of a layer that mix positions, and the names of their components; a layer has one of them."""

@@ -3,8 +3,9 @@
 from typing import Any
 
 from torch import Tensor
-from transformer_lens.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from transformer_lens.hook_points import HookPoint
+
+from moe_lens.model.tl_compat import BaseTensorConversion
 
 
 class ReshapeForAttentionHeads(BaseTensorConversion):

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from moe_lens import names
 from moe_lens.model.experts.expert_weights_view import Experts
@@ -18,6 +17,7 @@ from moe_lens.model.hooks.components import combined, method_of
 from moe_lens.model.hooks.expert_kernel import experts_forward
 from moe_lens.model.hooks.layer_hooks import LayerHooks
 from moe_lens.model.hooks.router import route, rule_of
+from moe_lens.model.tl_compat import GeneralizedComponent
 
 
 def _on_device(experts: Experts, *arguments: Any) -> Tensor:

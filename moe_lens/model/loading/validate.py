@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_lens.errors import InputError, UnsupportedModelError
+from moe_lens.model.tl_compat import GeneralizedComponent
 
 _INSTEAD = (
     "Load the model whole on every process (torchrun -m moe_lens … shares out the texts), or spread its layers over "
