@@ -1,6 +1,6 @@
 """`ExpertMeans`: every expert's mean output over a reference, what "replaced by its mean" refers to."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,12 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.errors import InputError
 from moe_lens.model.cache.moe_cache import MoECache
-from moe_lens.protocols import HookedModel, require_stream_width
+from moe_lens.protocols import HookedModel, PaddedTokens, require_stream_width
 from moe_lens.selection import Selection
 from moe_lens.storage import load_tensors, save_tensors
+
+Batch = Mapping[str, Any] | PaddedTokens
+"""Tokens and which of them are padding: what a tokenizer of transformers returns, or a `TokenBatch`."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -113,13 +116,18 @@ class ExpertMeans:
     @classmethod
     @torch.no_grad()
     def measure(
-        cls, model: HookedModel, input: str | Sequence[str | Tensor] | Tensor, *, layers: Iterable[int] | None = None
+        cls,
+        model: HookedModel,
+        input: str | Sequence[str | Tensor] | Tensor | Batch,
+        *,
+        layers: Iterable[int] | None = None,
     ) -> "ExpertMeans":
         """Run a model over reference texts or tokens, text by text, and keep the means alone.
 
         Args:
             model: A `HookedMoE`.
-            input: A text, texts, tokens [batch, pos] or [pos] without padding, or tokens of one text after another.
+            input: A text, texts, tokens [batch, pos] or [pos] without padding, tokens of one text after another, or a
+                batch with a mask: what a tokenizer returns, or a `TokenBatch`.
             layers: Which; all that have experts if not given.
         """
         require_stream_width(model, "means of their outputs")
@@ -127,13 +135,14 @@ class ExpertMeans:
         kept = [names.mlp(name, at) for at in wanted for name in (names.EXPERT_INDICES, names.EXPERT_OUT)]
         kept += [names.mlp(names.SHARED_OUT, at) for at in wanted if model.has_shared(at)]
         sums = ExpertSums(wanted, model.n_experts, model.cfg.d_model)
-        alone = isinstance(input, str) or (isinstance(input, Tensor) and input.ndim == 1)
+        alone = isinstance(input, str | Mapping | PaddedTokens) or (isinstance(input, Tensor) and input.ndim == 1)
         for text in [input] if alone else input:
             _, cache = model.run_with_cache(text, names_filter=kept)
             for layer in wanted:
                 indices, outputs = (cache[names.mlp(n, layer)] for n in (names.EXPERT_INDICES, names.EXPERT_OUT))
                 shared = cache[names.mlp(names.SHARED_OUT, layer)] if model.has_shared(layer) else None
-                sums.update(layer, indices, outputs, torch.ones(indices.shape[:-1], dtype=torch.bool), shared)
+                real = torch.ones(indices.shape[:-1], dtype=torch.bool) if cache.mask is None else cache.mask.cpu()
+                sums.update(layer, indices, outputs, real, shared)
         return sums.result()
 
     def save(self, path: str | Path) -> None:
@@ -214,8 +223,8 @@ class ExpertSums:
         return ExpertMeans.of_sums(self.seen, self._sums[rows], self._counts[rows], shared)
 
 
-Reference = ExpertMeans | MoECache | Path | str | Sequence[str | Tensor] | Tensor
-"""Means, a cache, the file of saved means, a text, texts, or tokens."""
+Reference = ExpertMeans | MoECache | Path | str | Sequence[str | Tensor] | Tensor | Batch
+"""Means, a cache, the file of saved means, a text, texts, tokens, or a batch with a mask."""
 
 
 def means_for(model: HookedModel, reference: Reference, selection: Selection) -> ExpertMeans:
@@ -226,7 +235,7 @@ def means_for(model: HookedModel, reference: Reference, selection: Selection) ->
         means = ExpertMeans.of_cache(reference)
     elif isinstance(reference, ExpertMeans):
         means = reference
-    elif isinstance(reference, str | Sequence | Tensor) and len(reference):
+    elif isinstance(reference, str | Sequence | Tensor | Mapping | PaddedTokens) and _holds_any(reference):
         means = ExpertMeans.measure(model, reference, layers=selection.layers_of(model))
     else:
         came = repr(reference) if isinstance(reference, Sequence) else type(reference).__name__
@@ -242,3 +251,7 @@ def means_for(model: HookedModel, reference: Reference, selection: Selection) ->
             means.require(layer, expert)
         means.of(layer)
     return means
+
+
+def _holds_any(reference: Any) -> bool:
+    return isinstance(reference, PaddedTokens) or len(reference) > 0

@@ -11,6 +11,7 @@ from transformers import BatchEncoding
 from moe_lens import HookedMoE
 from moe_lens.data import Domain, Passage, TokenBatch, tokenize
 from moe_lens.errors import InputError
+from moe_lens.interventions.expert_means import ExpertMeans
 
 TEXTS = ["The old man looked at the sea and thought of the fish.", "Der Hund", "Le chat dort sur la table."]
 GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "verbose": False}
@@ -232,9 +233,21 @@ def test_beams_are_transformers_own(model: HookedMoE) -> None:
         model.hf_generate(tokens, nonsense=3)
 
 
+def test_a_reference_is_read_alike(model: HookedMoE) -> None:
+    given, right = forms(model), ExpertMeans.measure(model, TEXTS)
+    for form in ("encoding", "padded on the left", "batch"):
+        means = ExpertMeans.measure(model, given[form])
+        assert torch.equal(means.counts, right.counts)
+        assert torch.allclose(means.experts, right.experts, atol=1e-4, equal_nan=True)
+        assert model.ablate({3: [int(right.counts[2].argmax())]}, how="mean", reference=given[form])
+    padded = ExpertMeans.measure(model, given["encoding"]["input_ids"])
+    assert padded.counts.sum() > right.counts.sum(), "negative control: ids without a mask are all real"
+
+
 @pytest.mark.parametrize(
     ("words", "match"),
     [
+        ({"return_type": "logit"}, "return_type is 'logit'; expected one of 'logits'"),
         ({"nonsense": 1}, "forward has no argument 'nonsense'"),
         ({"atention_mask": 1}, "did you mean 'attention_mask'"),
         ({"past_kv_cache": 1}, "past_key_values"),
@@ -243,8 +256,12 @@ def test_beams_are_transformers_own(model: HookedMoE) -> None:
 )
 def test_forward_refuses_what_it_does_not_read(model: HookedMoE, words: dict[str, Any], match: str) -> None:
     for run in (model, model.routing, model.run_with_cache):
+        if run == model.routing and "return_type" in words:
+            continue
         with pytest.raises(InputError, match=match):
             run("The old", **words)
+    with pytest.raises(InputError, match=r"model\(encoding\)"):
+        model(**model.tokenizer("The old", return_tensors="pt"))
     assert torch.equal(model("The old", output_router_logits=False, use_cache=False), model("The old"))
 
 

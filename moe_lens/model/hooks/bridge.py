@@ -23,6 +23,8 @@ from moe_lens.selection import Step
 
 OF_INPUT = frozenset({"attention_mask", "prepend_bos", "padding_side"})
 """Keywords of `forward` that say how the input is read."""
+RETURNED = ("logits", "loss", "both", "logits_and_cache", None)
+"""What `forward` gives back: TransformerLens's words, but for `"predictions"`, which are of masked language models."""
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 
 
@@ -260,7 +262,7 @@ class ExpertBridge(HookTable):
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # what follows is by name here
         self,
-        input: Any,
+        input: Any = None,
         return_type: str | None = "logits",
         loss_per_token: bool = False,
         prepend_bos: bool | None = None,
@@ -285,10 +287,13 @@ class ExpertBridge(HookTable):
                 takes, such as `position_ids`.
 
         Raises:
-            InputError: an input that cannot be read, an argument that nobody reads, or the loss of a single token.
+            InputError: an input that cannot be read, an argument that nobody reads or that has no such value, or the
+                loss of a single token.
         """
         kind = type(self.original_model)
         refuse_unknown("forward", kwargs, forward_words(kind))
+        if return_type not in RETURNED:
+            raise InputError(f"return_type is {return_type!r}; expected one of {', '.join(map(repr, RETURNED))}")
         residual = kwargs.get("start_at_layer") is not None
         given = self.read(input, attention_mask, prepend_bos=prepend_bos, padding_side=padding_side, residual=residual)
         words = {name: value for name, value in given.words.items() if name not in kwargs}
