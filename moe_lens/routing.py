@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens.errors import InputError
-from moe_lens.storage import load_tensors, save_tensors
+from moe_lens.storage import believed, load_tensors, save_tensors, whole_numbers
 
 
 def affinity(logits: Float[Tensor, "*axes n_experts"], score: str) -> Float[Tensor, "*axes n_experts"]:
@@ -245,10 +245,25 @@ class Routing(_Chosen):
         routing._check_values()
         return routing
 
+    def _check_ids(self) -> None:
+        """Ids must be of experts that there are."""
+        if self.indices.is_floating_point() or self.indices.dtype == torch.bool:
+            raise InputError(f"indices are {self.indices.dtype}; expected whole numbers")
+        if self.indices.numel():
+            low, high = int(self.indices.min()), int(self.indices.max())
+            if low < 0 or high >= self.n_experts:
+                raise InputError(f"indices go from {low} to {high}; expected expert ids from 0 to {self.n_experts - 1}")
+
+    def _check_numbers(self) -> None:
+        """Numbers must be numbers, wherever there is a token."""
+        real = slice(None) if self.mask is None else self.mask
+        for name in ("weights", "logits", "probs"):
+            value = getattr(self, name)
+            if value is not None and value[:, real].isnan().any():
+                raise InputError(f"{name} hold NaN")
+
     def _check_values(self) -> None:
-        low, high = int(self.indices.min()), int(self.indices.max())
-        if low < 0 or high >= self.n_experts:
-            raise InputError(f"indices go from {low} to {high}; expected expert ids from 0 to {self.n_experts - 1}")
+        self._check_ids()
         real = torch.ones_like(self.indices[..., 0], dtype=torch.bool)
         if self.mask is not None:
             real &= self.mask
@@ -300,4 +315,10 @@ class Routing(_Chosen):
         tensors, header = load_tensors(path, "Routing")
         if not {"indices", "weights"} <= tensors.keys():
             raise InputError(f"{path} holds {sorted(tensors)}; expected at least indices and weights")
-        return cls(layers=tuple(header["layers"]), n_experts=header["n_experts"], **tensors)
+        with believed(path, "Routing"):
+            layers = whole_numbers("layers", header["layers"], least=0)
+            (n_experts,) = whole_numbers("n_experts", [header["n_experts"]], least=1)
+            routing = cls(layers=layers, n_experts=n_experts, **tensors)
+            routing._check_ids()
+            routing._check_numbers()
+        return routing

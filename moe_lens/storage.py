@@ -98,18 +98,54 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
     """
     try:
         with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            header = json.loads(metadata.get(_HEADER, "{}"))
+            header = _header(file.metadata())
             found = header.get("kind", "something that moe_lens did not write")
             if found != kind:
                 raise InputError(f"{path} holds {found}; expected a {kind}")
-            if header["version"] != _VERSION:
-                raise InputError(f"{path} has format version {header['version']}; this moe_lens reads {_VERSION}")
+            if (version := header.get("version")) != _VERSION:
+                raise InputError(f"{path} has format version {version}; this moe_lens reads {_VERSION}")
             return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (not a mapping)
     except FileNotFoundError as error:
         raise InputError(f"there is no file {path}") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+@contextmanager
+def believed(path: str | Path, kind: str) -> Generator[None]:
+    """Making something of what `load_tensors` gave: a header that was edited by hand is an error that names the file.
+
+    Raises:
+        InputError: what is made inside the block lacks a value, or has one of the wrong kind.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path} holds no {kind} that can be: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
+        lacks = isinstance(error, KeyError)
+        raise InputError(
+            f"{path} holds no {kind} as moe_lens writes it ({'lacks ' if lacks else ''}{error}); was it edited?"
+        ) from error
+
+
+def whole_numbers(name: str, values: Any, *, least: int) -> tuple[int, ...]:
+    """Whole numbers of a header, none of them less than `least`.
+
+    Raises:
+        InputError: they are something else.
+    """
+    fine = isinstance(values, list) and all(type(value) is int and value >= least for value in values)
+    if not fine:
+        raise InputError(f"{name} is {values!r:.80}; expected whole numbers, {least} or more")
+    return tuple(values)
+
+
+def _header(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    header = parse_json((metadata or {}).get(_HEADER, "{}"))
+    if not isinstance(header, dict):
+        raise ValueError("its header is no object")
+    return header
 
 
 def stored_kind(path: str | Path) -> str:
@@ -120,7 +156,7 @@ def stored_kind(path: str | Path) -> str:
     """
     try:
         with safe_open(str(path), framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+            header = _header(file.metadata())
             return str(header.get("kind", "something that moe_lens did not write"))
     except FileNotFoundError as error:
         raise InputError(f"there is no file {path}") from error

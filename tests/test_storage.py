@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from moe_lens.errors import InputError
-from moe_lens.storage import load_tensors, save_tensors, written_whole
+from moe_lens.storage import load_tensors, parse_json, read_json, save_tensors, stored_kind, written_whole
 
 
 def test_tensors_and_header_come_back_bit_for_bit(tmp_path: Path):
@@ -85,3 +85,36 @@ def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.undo()
     with pytest.raises(InputError, match="format version 2; this moe_lens reads 1"):
         load_tensors(tmp_path / "file", "Test")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ("1" * 5000, "a number of thousands of digits"),
+        ('{"a": 1,}', "in line 1"),
+        (b'"\xff"', "not UTF-8"),
+    ],
+)
+def test_json_that_cannot_be_read_is_one_kind_of_error(content, message):
+    with pytest.raises(ValueError, match=message) as error:
+        parse_json(content)
+    assert "\n" not in str(error.value)
+
+
+def test_a_json_file_is_a_file_and_ends(tmp_path: Path):
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "long").write_text(" " * 100 + "1")
+    for name, message in (("zero", "a pipe or a device"), ("", "a folder"), ("long", "more than 0 MiB")):
+        with pytest.raises(ValueError, match=message):
+            read_json(tmp_path / name, limit=100)
+    assert read_json(tmp_path / "long", limit=101) == 1
+
+
+def test_a_header_that_is_no_object_is_named(tmp_path: Path):
+    for header in ("3", "[" * 100_000, "not JSON"):
+        save_file({"a": torch.ones(2)}, tmp_path / "file", {"moe_lens": header})
+        with pytest.raises(InputError, match="cannot be read as safetensors"):
+            load_tensors(tmp_path / "file", "Test")
+        with pytest.raises(InputError, match="cannot be read as safetensors"):
+            stored_kind(tmp_path / "file")

@@ -10,6 +10,7 @@ from moe_lens.data import DomainSpec, domains_from_table
 from moe_lens.errors import InputError
 
 _DOMAINS = "domains"
+_LARGEST = 2**24
 _ELSEWHERE = {"config", "domain"}
 """Options that are no keys: the file itself, and what has tables of its own."""
 
@@ -62,9 +63,20 @@ def _path(arguments: Sequence[str]) -> Path | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if path.exists() and not path.is_file():
+        raise InputError(f"--config {path}: is {'a folder' if path.is_dir() else 'a pipe or a device'}, and no file")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
+            raise InputError(f"--config {path}: more than {_LARGEST // 2**20} MiB; it is no list of options")
+        found = tomllib.loads(content.decode())
     except OSError as error:
         raise InputError(f"--config {path}: cannot be read ({error.strerror or error})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise InputError(f"--config {path}: not TOML (nested too deeply)") from None
+    except ValueError as error:  # TOML's own, not UTF-8, a number of thousands of digits
         raise InputError(f"--config {path}: not TOML ({error})") from None
+    if "\\u0000" in json.dumps(found, default=str):
+        raise InputError(f"--config {path}: a value holds the character 0, which no name can have")
+    return found

@@ -1,8 +1,12 @@
-"""Arguments in, exit code out: 0 done, 2 something to put right (one line says what), 130 interrupted."""
+"""Arguments in, exit code out: 0 done, 2 something to put right (in one line), 130 interrupted, 143 terminated."""
 
+import contextlib
+import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Generator, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +19,7 @@ from moe_lens.cli import report as _report
 from moe_lens.cli import studies as _studies
 from moe_lens.cli.app import app
 from moe_lens.cli.config_file import defaults
-from moe_lens.errors import MoELensError
+from moe_lens.errors import InputError, MoELensError
 
 __all__ = [
     "_models",
@@ -25,7 +29,7 @@ __all__ = [
     "main",
 ]  # the modules of commands are imported to add them to the application
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,23 +42,83 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        program: Any = typer.main.get_command(app)
-        code = program.main(
-            arguments or ["--help"],
-            prog_name="moe-lens",
-            standalone_mode=False,
-            default_map=defaults(arguments, program.commands),
-        )
-    except (TyperException, MoELensError, OSError) as error:
-        said = getattr(error, "format_message", error.__str__)()
-        _say(f"error: {' '.join(said.split())}")
-        return 2
-    except (typer.Abort, KeyboardInterrupt):
-        code = INTERRUPTED
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter is no reason to fail
+    with _termination() as terminated:
+        try:
+            _readable(arguments)
+            program: Any = typer.main.get_command(app)
+            code = program.main(
+                arguments or ["--help"],
+                prog_name="moe-lens",
+                standalone_mode=False,
+                default_map=defaults(arguments, program.commands),
+            )
+            sys.stdout.flush()
+        except BrokenPipeError:  # `moe-lens models | head`: whoever read has read enough
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except (TyperException, MoELensError, OSError) as error:
+            said = getattr(error, "format_message", error.__str__)()
+            _say(f"error: {' '.join(said.split())}")
+            return 2
+        except Exception as error:
+            if not _out_of_memory(error):
+                raise
+            _say(f"error: out of memory ({str(error).splitlines()[0][:200] if str(error) else 'no more is known'})")
+            return 2
+        except (typer.Abort, KeyboardInterrupt):
+            code = INTERRUPTED
     if code == INTERRUPTED:
-        _say("interrupted; no result was written. A study keeps what it did: the same command goes on from there")
+        what, code = ("terminated", TERMINATED) if terminated else ("interrupted", INTERRUPTED)
+        _say(
+            f"{what}; no result was written. Studies and prune keep what they did: the same command goes on from there"
+        )
     return code if isinstance(code, int) else 0
+
+
+@contextlib.contextmanager
+def _termination() -> Generator[list[bool]]:
+    """SIGTERM ends the program as Ctrl-C does, so that it cleans up; what is yielded then holds True."""
+    found: list[bool] = []
+
+    def end(number: int, frame: Any) -> None:  # noqa: ARG001
+        found.append(True)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield found
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield found
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+
+
+def _readable(arguments: Sequence[str]) -> None:
+    """Refuse arguments in another encoding, which no result could be saved with.
+
+    Raises:
+        InputError: One of them; says which.
+    """
+    for number, argument in enumerate(arguments, start=1):
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            shown = argument.encode(errors="surrogateescape").decode(errors="backslashreplace")
+            raise InputError(
+                f"argument {number} ({shown}) is not UTF-8; rename the file, or give a link to it"
+            ) from None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, of the machine or of a device."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's: it may not be imported
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _say(what: str) -> None:

@@ -17,7 +17,7 @@ from moe_lens.hooked_moe import HookedMoE
 from moe_lens.lenses.lens import Lens
 from moe_lens.lenses.training_summary import Tuning
 from moe_lens.model.loading.pretrained import EMBEDDED
-from moe_lens.storage import load_tensors, save_tensors, written_whole
+from moe_lens.storage import load_tensors, read_json, save_tensors, written_whole
 
 _CONFIG, _TENSORS, _KIND = "config.json", "lens.safetensors", "TunedLens"
 
@@ -194,7 +194,7 @@ def fingerprint(model: Any) -> str:
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / _CONFIG
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
     except OSError as error:
         raise InputError(
             f"there is no lens at {folder}: {file.name} cannot be read. Expected a folder that "

@@ -1,7 +1,7 @@
 """How checkpoints name routers and experts, and what a family's config can say: a table, and a closed world."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,10 @@ _PACKED = re.compile(r".*\.layers\.(?P<n>\d+)\.mlp\.experts\.(?:gate_up_proj|dow
 _ROUTER = re.compile(
     r".*\.layers\.(?P<n>\d+)\.(?:mlp|block_sparse_moe)\.(?:gate|router)\.(?:weight|bias|e_score_correction_bias)"
 )
+
+
+_LAYER = re.compile(r"(?:model\.)?layers\.(?P<n>\d+)\.")
+_MTP = re.compile(r"(?:model\.)?mtp\.")
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,25 @@ _COUNTS = ("n_routed_experts", "num_experts", "num_local_experts")
 """Names that configs have for the number of routed experts."""
 
 
+_ACTIVE = ("experts_per_token",)
+"""Further names that configs have for the number of experts a token uses: gpt-oss's says it twice."""
+
+_PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers")
+"""Names that configs have for the number of layers that predict several tokens ahead, behind the last layer."""
+
+
+def split_prediction(names: Iterable[str], n_layers: int) -> tuple[set[str], set[str]]:
+    """The names of stored tensors: those of the model, and those of layers that predict several tokens ahead.
+
+    transformers does not load the latter: they stand behind the last of `n_layers` layers, or under `mtp`.
+    """
+    every = set(names)
+    numbered = {name: found for name in every if (found := _LAYER.match(name))}
+    ahead = {name for name, found in numbered.items() if int(found["n"]) >= n_layers}
+    ahead |= {name for name in every if _MTP.match(name)}
+    return every - ahead, ahead
+
+
 def format_of(model_type: str) -> Format:
     """The format of a model type.
 
@@ -98,7 +121,10 @@ def smaller_config(raw: Mapping[str, Any], n_experts: int, top_k: int) -> dict[s
     counts = [name for name in _COUNTS if name in raw]
     if not counts:
         raise UnsupportedModelError(f"config.json says the number of experts under none of {', '.join(_COUNTS)}")
-    changed = {**raw, **dict.fromkeys(counts, n_experts), "num_experts_per_tok": top_k}
+    active = ["num_experts_per_tok", *(name for name in _ACTIVE if name in raw)]
+    predicting = [name for name in _PREDICTING if name in raw]
+    changed = {**raw, **dict.fromkeys(counts, n_experts), **dict.fromkeys(active, top_k)}
+    changed |= dict.fromkeys(predicting, 0)  # `split_prediction` drops the layers
     # The original repository's own code knows nothing of fewer experts, and is not copied.
     changed.pop("auto_map", None)
     return changed

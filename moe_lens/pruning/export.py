@@ -6,8 +6,10 @@ Files are read tensor by tensor and written shard by shard: no more than one sha
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -20,7 +22,7 @@ from torch import Tensor
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
 from moe_lens.model.loading.checkpoint import Checkpoint, read_config
 from moe_lens.model.loading.pretrained import resolve_name
-from moe_lens.pruning.checkpoint_formats import format_of, parse_expert, parse_rows, smaller_config
+from moe_lens.pruning.checkpoint_formats import format_of, parse_expert, parse_rows, smaller_config, split_prediction
 from moe_lens.pruning.merging import StoredMerges
 from moe_lens.pruning.model_card import model_card
 from moe_lens.pruning.plans import Plan
@@ -44,6 +46,7 @@ def export(
 ) -> Path:
     """Write the smaller model, in the format that its family's checkpoints have.
 
+    Layers that predict several tokens ahead are left out, with a warning, and config.json says that there are none.
     It loads in plain transformers where the family is transformers' own, and after `import moe_lens` for
     `model_type "deepseek"`.
 
@@ -70,7 +73,7 @@ def export(
     with _source(model, target, hub) as (source, hub_):
         path, raw = read_config(source, hub_)
         expressible(raw, plan)
-        checkpoint = Checkpoint.locate(source, hub_)
+        checkpoint, ahead = _without_prediction(Checkpoint.locate(source, hub_), raw)
         _holds(checkpoint, plan)
         _room(checkpoint, plan, target)
         temporary = target.with_name(f".{target.name}.{uuid4().hex}")
@@ -80,7 +83,7 @@ def export(
             config = smaller_config(raw, len(plan.kept[0]), plan.top_k)
             (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             _copy_rest(path.parent, temporary)
-            (temporary / "README.md").write_text(model_card(plan, raw, measurements or {}), encoding="utf-8")
+            (temporary / "README.md").write_text(model_card(plan, raw, measurements or {}, ahead), encoding="utf-8")
             if target.exists():
                 target.rmdir()
             temporary.replace(target)
@@ -88,7 +91,22 @@ def export(
             raise InputError(f"{target} cannot be written: {error}") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+    if ahead:
+        warnings.warn(
+            f"the layers {', '.join(ahead)} of the checkpoint predict several tokens ahead; they were left out of "
+            f"{target}, as plans are for the model's own layers",
+            stacklevel=2,
+        )
     return target
+
+
+def _without_prediction(checkpoint: Checkpoint, raw: Mapping[str, Any]) -> tuple[Checkpoint, list[str]]:
+    """A checkpoint without the layers that predict several tokens ahead, and what those are called."""
+    own, ahead = split_prediction(checkpoint.tensors, int(raw["num_hidden_layers"]))
+    layers = sorted({".".join(name.split(".")[:3]) if ".layers." in f".{name}" else "mtp" for name in ahead})
+    return replace(
+        checkpoint, tensors={name: checkpoint.tensors[name] for name in checkpoint.tensors if name in own}
+    ), layers
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The README of a pruned checkpoint: what was done to it, and what was measured."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -9,13 +9,16 @@ import pandas as pd
 from moe_lens.pruning.plans import Plan
 
 
-def model_card(plan: Plan, config: Mapping[str, Any], measurements: Mapping[str, Any]) -> str:
+def model_card(
+    plan: Plan, config: Mapping[str, Any], measurements: Mapping[str, Any], left_out: Sequence[str] = ()
+) -> str:
     """Markdown.
 
     Args:
         plan: What was done.
         config: The original's config.json.
         measurements: Tables (`pandas.DataFrame`) or texts, by title.
+        left_out: Layers of the original that predict several tokens ahead, by their names in the checkpoint.
     """
     kept = sorted({len(experts) for experts in plan.kept})
     name = plan.model.get("name", "a model")
@@ -40,6 +43,11 @@ def model_card(plan: Plan, config: Mapping[str, Any], measurements: Mapping[str,
         "",
         *_loading(config["model_type"]),
     ]
+    if left_out:
+        lines += [
+            "",
+            f"Layers of the original that predict several tokens ahead ({', '.join(left_out)}) were left out.",
+        ]
     for title, content in measurements.items():
         text = _table(content) if isinstance(content, pd.DataFrame) else str(content)
         lines += ["", f"## {title}", "", text]

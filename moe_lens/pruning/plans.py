@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_lens.errors import InputError
 from moe_lens.interventions.intervention import Intervention
 from moe_lens.pruning.scores import Scores
-from moe_lens.storage import load_tensors, save_tensors
+from moe_lens.storage import believed, load_tensors, save_tensors, whole_numbers
 
 Budget = Literal["layer", "global"]
 
@@ -43,6 +43,24 @@ class Plan:
     """Layers in which fewer than `top_k` experts are active, and how many."""
 
     def __post_init__(self) -> None:
+        if self.values.ndim != 2 or len(self.values) != len(self.layers) or len(self.kept) != len(self.layers):
+            raise InputError(
+                f"a plan for the layers {self.layers} keeps experts in {len(self.kept)}, with scores of shape "
+                f"{tuple(self.values.shape)}; expected a row for each layer"
+            )
+        if self.values.isnan().any() or (self.shares is not None and self.shares.isnan().any()):
+            raise InputError("values or shares hold NaN, and experts cannot be ranked by it")
+        if not isinstance(self.model, Mapping):
+            raise InputError(f"model is {self.model!r:.60}; expected its name and sizes")
+        for layer, number in [("every layer", self.top_k), *self.fewer.items()]:
+            if not 1 <= number <= self.n_experts or (layer != "every layer" and layer not in self.layers):
+                raise InputError(f"{number} experts are to be active in {layer}; expected 1 to {self.n_experts}")
+        for layer, experts in zip(self.layers, self.kept, strict=True):
+            if any(not 0 <= expert < self.n_experts for expert in experts):
+                raise InputError(f"layer {layer} would keep {experts}; expected ids from 0 to {self.n_experts - 1}")
+        for (layer, expert), into in (self.merged or {}).items():
+            if expert in self.of(layer) or into not in self.of(layer):
+                raise InputError(f"layer {layer} would merge expert {expert} into {into}; expected one that stays")
         for layer, experts in zip(self.layers, self.kept, strict=True):
             if len(experts) < (needed := self.active(layer)):
                 raise InputError(
@@ -145,21 +163,24 @@ class Plan:
             InputError: the file is missing, broken or holds something else.
         """
         tensors, header = load_tensors(path, "Plan")
-        layers = tuple(header["layers"])
-        merged = None
-        if "into" in tensors:
-            merged = {(layers[i], e): int(tensors["into"][i, e]) for i, e in (tensors["into"] >= 0).nonzero().tolist()}
-        return cls(
-            model=header["model"],
-            layers=layers,
-            kept=tuple(tuple(row.nonzero()[:, 0].tolist()) for row in tensors["kept"]),
-            top_k=header["top_k"],
-            fewer=dict(header["fewer"]),
-            values=tensors["values"],
-            method=header["method"],
-            merged=merged,
-            shares=tensors.get("shares"),
-        )
+        with believed(path, "Plan"):
+            layers = whole_numbers("layers", header["layers"], least=0)
+            (top_k,) = whole_numbers("top_k", [header["top_k"]], least=1)
+            fewer = dict(whole_numbers("fewer", pair, least=0) for pair in header["fewer"])
+            merged = None
+            if (into := tensors.get("into")) is not None:
+                merged = {(layers[i], e): int(into[i, e]) for i, e in (into >= 0).nonzero().tolist()}
+            return cls(
+                model=header["model"],
+                layers=layers,
+                kept=tuple(tuple(row.nonzero()[:, 0].tolist()) for row in tensors["kept"]),
+                top_k=top_k,
+                fewer=fewer,
+                values=tensors["values"],
+                method=header["method"],
+                merged=merged,
+                shares=tensors.get("shares"),
+            )
 
 
 def plan(

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe_lens.errors import InputError
-from moe_lens.storage import load_tensors, save_tensors
+from moe_lens.storage import believed, load_tensors, save_tensors, whole_numbers
 
 Method = Literal[
     "frequency", "summed_weight", "ean", "weighted_ean", "reap", "naee", "gradient", "knockout", "random", "selected"
@@ -50,6 +50,20 @@ class Scores:
     """Fingerprint of the calibration data: SHA-256 of its tokens."""
     values: Float[Tensor, "domain layer n_experts"]
 
+    def __post_init__(self) -> None:
+        shape = tuple(self.values.shape)
+        if len(shape) != 3 or shape[:2] != (len(self.domains), len(self.layers)):
+            raise InputError(
+                f"values have shape {shape}; expected {len(self.domains)} domains × {len(self.layers)} layers × experts"
+            )
+        if len(self.tokens) != len(self.domains) or not isinstance(self.model, Mapping):
+            told = f"tokens are {self.tokens} for the domains {self.domains}, and model is {self.model!r:.60}"
+            raise InputError(told)
+        if not 1 <= self.top_k <= shape[-1]:
+            raise InputError(f"top_k is {self.top_k}; expected 1 to {shape[-1]}, the number of experts")
+        if self.values.isnan().any():
+            raise InputError("values hold NaN, and experts cannot be ranked by it")
+
     def of(self, domain: str | None = None) -> Float[Tensor, "layer n_experts"]:
         """Scores in one domain, or the mean over domains, each counting the same.
 
@@ -87,7 +101,9 @@ class Scores:
             InputError: the file is missing, broken or holds something else.
         """
         tensors, header = load_tensors(path, "Scores")
-        fields = {name: header[name] for name in ("method", "model", "top_k", "texts")}
-        for name in ("layers", "domains", "tokens"):
-            fields[name] = tuple(header[name])
-        return cls(**fields, values=tensors["values"])
+        with believed(path, "Scores"):
+            fields = {name: header[name] for name in ("method", "model", "texts")}
+            fields["layers"] = whole_numbers("layers", header["layers"], least=0)
+            fields["tokens"] = whole_numbers("tokens", header["tokens"], least=0)
+            (fields["top_k"],) = whole_numbers("top_k", [header["top_k"]], least=1)
+            return cls(**fields, domains=tuple(header["domains"]), values=tensors["values"])

@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_lens.distributed import world_size
 from moe_lens.errors import InputError
 from moe_lens.stats.sums import Part, from_bytes, to_bytes
-from moe_lens.storage import load_tensors, save_tensors
+from moe_lens.storage import believed, load_tensors, save_tensors
 
 ResultT = TypeVar("ResultT", bound="Result")
 
@@ -123,7 +123,8 @@ class Result(ABC):
             InputError: the file is missing, broken or holds something else.
         """
         tensors, header = load_tensors(path, cls.__name__)
-        return cls(**tensors, **{name: _frozen(value) for name, value in header["fields"].items()})
+        with believed(path, cls.__name__):
+            return cls(**tensors, **{name: _frozen(value) for name, value in header["fields"].items()})
 
 
 def _frozen(value: Any) -> Any:

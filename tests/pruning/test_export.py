@@ -192,3 +192,32 @@ def test_a_broken_checkpoint_or_a_full_disk_leaves_nothing_behind(hooked, tmp_pa
     with pytest.raises(CheckpointError, match=r"expert 4 of layer 1 lacks up_proj\.weight"):
         export(str(tmp_path / "whole"), plan, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+def test_layers_that_predict_ahead_are_left_out_and_said(tmp_path):
+    """Checkpoints of DeepSeek-V3 hold them behind the last layer; transformers loads none of them."""
+    whole("deepseek_v3").save_pretrained(tmp_path / "whole")
+    hooked = HookedMoE.from_pretrained(tmp_path / "whole", check=False)
+    plan = make_plan(hooked, kept_of(hooked), 2)
+    export(str(tmp_path / "whole"), plan, tmp_path / "without")
+    file = tmp_path / "whole" / "model.safetensors"
+    stored, last = load_file(file), hooked.cfg.n_layers - 1
+    ahead = {name.replace(f".{last}.", f".{last + 1}."): value.clone() for name, value in stored.items()}
+    save_file(stored | {name: value for name, value in ahead.items() if name not in stored}, file, {"format": "pt"})
+    with pytest.warns(UserWarning, match=rf"model.layers.{last + 1} of the checkpoint predict several tokens ahead"):
+        export(str(tmp_path / "whole"), plan, tmp_path / "with")
+    assert f"(model.layers.{last + 1}) were left out" in (tmp_path / "with" / "README.md").read_text()
+    assert "were left out" not in (tmp_path / "without" / "README.md").read_text()
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("without", "with"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert json.loads((tmp_path / "with" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+
+
+def test_both_names_of_gpt_oss_for_active_experts_follow(tmp_path):
+    whole("gpt_oss").save_pretrained(tmp_path / "whole")
+    path = tmp_path / "whole" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "experts_per_token": 3}))
+    hooked = HookedMoE.from_hf(whole("gpt_oss"), check=False, name=str(tmp_path / "whole"))
+    export(str(tmp_path / "whole"), make_plan(hooked, kept_of(hooked), 2), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["experts_per_token"], config["num_experts_per_tok"]) == (2, 2)

@@ -4,7 +4,7 @@ Only headers are read here (names, shapes, dtypes). Transformers loads several k
 with random numbers for what is missing; whatever headers can tell is refused here, naming file and tensor.
 """
 
-import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from moe_lens import storage
 from moe_lens.errors import CheckpointError
 from moe_lens.model.hf_compat import cached_file, is_offline_mode
 
@@ -55,7 +56,7 @@ def find_file(source: str, name: str, hub: Mapping[str, Any]) -> Path | None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = storage.read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
@@ -78,7 +79,40 @@ def read_config(source: str, hub: Mapping[str, Any]) -> tuple[Path, dict[str, An
     config = read_json(path)
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{path} has no model_type, so which model it belongs to is unknown.")
+    _believable(path, config)
     return path, config
+
+
+_GREATEST = {re.compile(r"(num|n)_(\w+_)?layers?|n_layer|(?!max_)\w+_layers|depth"): 4096,
+             re.compile(r"(num|n)_(\w+_)?experts"): 2**16}  # fmt: skip
+"""By names of sizes that are built one by one, in whatever part of a config: more than any model has."""
+_DEEPEST = 50
+"""Levels of values inside values, many more than any config has."""
+
+
+def _believable(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse sizes that a model would take for ever to be built in, before transformers begins.
+
+    Raises:
+        CheckpointError: such a size; names it.
+    """
+    waiting: list[tuple[str, Any, int]] = [("", config, 0)]
+    while waiting:
+        name, value, depth = waiting.pop()
+        if depth > _DEEPEST:
+            raise CheckpointError(f"{path}: its values are nested more than {_DEEPEST} deep; it is no model's config.")
+        if isinstance(value, Mapping):
+            waiting += [(str(key), inner, depth + 1) for key, inner in value.items()]
+        elif isinstance(value, list):
+            waiting += [(name, inner, depth + 1) for inner in value if isinstance(inner, Mapping | list)]
+        elif isinstance(value, int):
+            limits = [limit for pattern, limit in _GREATEST.items() if pattern.fullmatch(name)]
+            if abs(value) > min([2**63 - 1, *limits]):
+                raise CheckpointError(f"{path}: {name} is {_short(value)}, which is more than any model has.")
+
+
+def _short(value: int) -> str:
+    return f"{value:,}" if abs(value) < 10**18 else f"a number of {len(str(abs(value)))} digits"
 
 
 @dataclass(frozen=True)
