@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help report install test test-latest .latest test-oldest .oldest check docs docs-serve examples notebooks picture clean
+.PHONY: help report install test test-latest .latest test-oldest .oldest test-python .python test-wheel .wheel check docs docs-serve examples notebooks picture clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 | \2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
@@ -43,6 +43,28 @@ test-oldest:  ## every family and the quick tests against the lowest versions th
 	@$(PIP) install --quiet --constraint $(VENV)/oldest.txt --editable '.[dev]'
 	@$(BIN)/pytest -m 'not slow' --ignore tests/test_packaging.py $(PYTEST_ARGS)
 
+# Without constraints.txt, which holds wheels for one Python: the newest of everything, torch's newest build too.
+test-python:  ## a part of the tests on another Python, with the newest dependencies: make test-python PYTHON=python3.13
+	@$(MAKE) --no-print-directory .python \
+	    VENV=.venv-$$($(PYTHON) -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
+
+SMOKE := tests/test_public_api.py tests/test_storage.py tests/test_routing.py tests/model/test_embedded.py \
+	tests/model/test_versions.py tests/model/test_hooks_experts.py
+
+.python: | $(BIN)/python
+	@$(PIP) install --quiet --upgrade --editable '.[dev]'
+	@$(BIN)/pytest -m 'not slow' $(SMOKE) $(PYTEST_ARGS)
+	@$(BIN)/python scripts/families.py --check deepseek deepseek_v3 gpt_oss mixtral olmoe qwen3_moe
+
+test-wheel:  ## build the wheel; install it, with the newest dependencies, where nothing is; run what users run
+	@rm -rf .venv-wheel dist
+	@$(MAKE) --no-print-directory VENV=.venv-wheel .wheel
+
+.wheel: | $(BIN)/python
+	@$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+	@$(PIP) install --quiet dist/*.whl
+	@$(BIN)/python scripts/try_wheel.py
+
 # The cache of lint-imports does not notice that a module which others import has been added.
 check: $(VENV)/.installed-dev  ## all of `make test` but the tests
 	$(BIN)/ruff check .
@@ -66,7 +88,7 @@ picture: $(VENV)/.installed  ## draw the README's picture again, from the embedd
 	$(BIN)/python scripts/picture.py
 
 clean:  ## remove .venv and everything that was built
-	rm -rf $(VENV) .venv-latest .venv-oldest site build dist .pytest_cache .ruff_cache .hypothesis .coverage htmlcov
+	rm -rf $(VENV) .venv-latest .venv-oldest .venv-python* .venv-wheel site build dist .pytest_cache .ruff_cache .hypothesis .coverage htmlcov
 
 # Debian's python3 comes without ensurepip unless python3-venv is installed; pip can then fill the environment from outside.
 $(BIN)/python:

@@ -1,9 +1,12 @@
 """The runner of examples notices a cell that fails and a notebook that is out of step with its script."""
 
+from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
 import pytest
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 from scripts.run_examples import EXAMPLES, cells, run
 
@@ -27,6 +30,31 @@ def test_an_example_is_executed_and_kept_in_step(tmp_path: Path):
     assert "out of step" in str(run(script, write=False))
     script.write_text(SCRIPT.replace("1 + 1", "1 + None"))
     assert "TypeError" in str(run(script, write=True))
+
+
+HOSTED = EXAMPLES / "hosted" / "start.ipynb"
+
+
+def test_the_hosted_notebook_keeps_the_torch_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its install cell, with pip's line as IPython would read it."""
+    (cell,) = [cell for cell in nbformat.read(HOSTED, as_version=4).cells if "install" in cell.metadata.get("tags", ())]
+    *python, pip = cell.source.splitlines()
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(python), {})
+    assert pip == "%pip install --quiet --constraint torch.txt moe-lens"
+    assert (tmp_path / "torch.txt").read_text() == f"torch=={version('torch')}\n"
+
+
+@pytest.mark.slow
+def test_the_hosted_notebook_runs_as_it_is_but_for_the_installation(tmp_path: Path):
+    notebook = nbformat.read(HOSTED, as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if "install" not in cell.metadata.get("tags", ())]
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    (last,) = notebook.cells[-1].outputs
+    assert "without it" in last.text
+    notebook.cells[1].source += "\nraise RuntimeError('control')"
+    with pytest.raises(CellExecutionError, match="control"):
+        NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
 
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda script: script.stem)

@@ -33,6 +33,7 @@ TOUCHPOINTS = (
     "transformers.models.auto.tokenization_auto:get_tokenizer_config",
     "transformers.utils.generic:TransformersKwargs",
     "transformers.utils.generic:TransformersKwargs",
+    "transformers.utils.generic:TransformersKwargs",
     "transformers.utils.hub:cached_file",
     "transformers.utils.hub:is_offline_mode",
     "transformers.utils.hub:resolve_revision",
@@ -65,6 +66,7 @@ from transformers.models.auto.modeling_auto import (  # noqa: E402
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config  # noqa: E402
+from transformers.utils.generic import TransformersKwargs  # noqa: E402
 from transformers.utils.generic import TransformersKwargs  # noqa: E402
 from transformers.utils.hub import cached_file, is_offline_mode, resolve_revision  # noqa: E402
 from transformers.utils.output_capturing import OutputRecorder  # noqa: E402
