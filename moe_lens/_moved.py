@@ -6,7 +6,7 @@ A name that a package has taken over (`moe_lens.model.cache`) hands on what the 
 import importlib
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -142,6 +142,18 @@ def handed_on(package: str, module: str) -> Callable[[str], Any]:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         _warn(f"{package}.{name}", f"{module}.{name}")
         return getattr(found, name)
+
+    return look_up
+
+
+def renamed(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """A `__getattr__` for a package some of whose names are others now, from the former one to today's."""
+
+    def look_up(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        _warn(f"{package}.{name}", f"{package}.{names[name]}")
+        return getattr(importlib.import_module(package), names[name])
 
     return look_up
 

@@ -93,7 +93,7 @@ class HookedModel(Protocol):
         """Run the model and keep activations."""
         ...
 
-    def step(self) -> Any:
+    def current_tokens(self) -> Any:
         """The tokens of the forward pass that is running, a `Step`; None where the model was not told."""
         ...
 
@@ -101,8 +101,8 @@ class HookedModel(Protocol):
         """Experts that the forward pass now running computes in a layer, by rank; −1 in slots that are left out."""
         ...
 
-    def choice(self, layer: int) -> Any:
-        """What the forward pass now running selects a layer's experts from, a `Choice`."""
+    def selection_state(self, layer: int) -> Any:
+        """What the forward pass now running selects a layer's experts from, a `SelectionState`."""
         ...
 
     def to_single_token(self, string: str) -> int:

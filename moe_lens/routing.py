@@ -44,7 +44,7 @@ def output_factors(weights: Float[Tensor, "*axes top_k"], family: Any) -> Float[
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class _Chosen:
+class _RoutedSlots:
     """What routing is, whatever axes stand before the last one."""
 
     n_experts: int
@@ -107,7 +107,7 @@ class _Chosen:
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class LayerRouting(_Chosen):
+class LayerRouting(_RoutedSlots):
     """Routing of one layer: tensors are [batch, pos, …], or [pos, …] from a cache without a batch axis."""
 
     layer: int
@@ -120,7 +120,7 @@ class LayerRouting(_Chosen):
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Routing(_Chosen):
+class Routing(_RoutedSlots):
     """Routing of several layers: tensors are [layer, batch, pos, …]; `mask` is [batch, pos].
 
     Made by `HookedMoE.routing`, by `Routing.stack` from one layer after another, or by `Routing.from_arrays` from what

@@ -72,3 +72,14 @@ def test_the_warning_points_at_the_users_line():
         [sys.executable, "-W", "always::DeprecationWarning", "-c", code], capture_output=True, text=True, check=True
     )
     assert "<string>:1: DeprecationWarning: moe_lens.model.deepseek is now" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "package, former, now", [("lenses", "Tuning", "TrainingSummary"), ("data", "batched", "batch_windows")]
+)
+def test_renamed_things_are_todays_and_say_so(package: str, former: str, now: str):
+    module = importlib.import_module(f"moe_lens.{package}")
+    with pytest.warns(DeprecationWarning, match=rf"moe_lens\.{package}\.{former} is now moe_lens\.{package}\.{now}"):
+        assert getattr(module, former) is getattr(module, now)
+    with pytest.raises(AttributeError, match="nonsense"):
+        module.nonsense  # noqa: B018

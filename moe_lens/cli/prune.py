@@ -14,7 +14,7 @@ from moe_lens.cli.app import app
 from moe_lens.cli.model_loading import load_model, quiet
 from moe_lens.data import Domain
 from moe_lens.errors import InputError
-from moe_lens.pruning.prune_job import Settings
+from moe_lens.pruning.prune_job import PruneSettings
 from moe_lens.pruning.prune_job import prune as run
 from moe_lens.report import OutputFolder
 from moe_lens.report.pruning_page import write_pruning
@@ -97,7 +97,7 @@ def prune(
     if (out / "model").exists() and any((out / "model").iterdir()):
         raise InputError(f"{out / 'model'} is not an empty folder; choose another --out, or remove it")
     chosen: Any = [one.value for one in against] if against else ["frequency", "random"]
-    settings = Settings(
+    settings = PruneSettings(
         model=model,
         keep=keep,
         method=method.value,

@@ -14,7 +14,7 @@ from moe_lens.cli.app import app
 from moe_lens.cli.model_loading import load_model, quiet
 from moe_lens.data import Corpus, Domain
 from moe_lens.errors import InputError
-from moe_lens.report import OutputFolder, Settings, batched, n_steps, run, write, write_saved
+from moe_lens.report import OutputFolder, ReportSettings, n_steps, report_batches, run, write, write_saved
 from moe_lens.studies import StudyResult
 
 
@@ -52,11 +52,11 @@ def report(
         print(page.resolve())
         return
     domains = _in_memory(options.open_domains(domain, config))
-    settings = Settings(model, tokens, seed, dtype.value, device)
+    settings = ReportSettings(model, tokens, seed, dtype.value, device)
     with OutputFolder(out) as folder:
         with console.status(f"loading {model}"):
             loaded = load_model(model, dtype.value, device)
-        batches = batched(loaded, domains, settings)
+        batches = report_batches(loaded, domains, settings)
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, console=console) as progress:
             steps = progress.add_task("reading the domains", total=n_steps(loaded, batches))

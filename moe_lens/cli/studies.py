@@ -103,7 +103,7 @@ def single_expert(
     return SingleExpertStudy(treatments=chosen, layers=layers.value, k=tuple(k) if k else None)
 
 
-@command("lens", "moe-lens-lens")
+@command("lens", "moe-lens-logit-lens")
 def lens(
     lens: Annotated[
         str, typer.Option(help="logit, or the folder of a tuned lens (or tiny-deepseekmoe, the embedded one).")

@@ -1,5 +1,6 @@
 """Domains of text, and the token batches made from them."""
 
+from moe_lens._moved import renamed
 from moe_lens.data.corpus import Corpus as Corpus
 from moe_lens.data.corpus import from_file as from_file
 from moe_lens.data.corpus import from_generator as from_generator
@@ -23,6 +24,8 @@ from moe_lens.data.shards import Shard as Shard
 from moe_lens.data.shards import shards as shards
 from moe_lens.data.token_batches import TokenBatch as TokenBatch
 from moe_lens.data.token_batches import Tokens as Tokens
-from moe_lens.data.token_batches import batched as batched
+from moe_lens.data.token_batches import batch_windows as batch_windows
 from moe_lens.data.token_batches import tokenize as tokenize
 from moe_lens.data.windows import Window as Window
+
+__getattr__ = renamed(__name__, {"batched": "batch_windows"})

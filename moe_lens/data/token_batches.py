@@ -125,7 +125,7 @@ def tokenize(
             message names file and line.
     """
     windows = up_to(in_turns(domain, encoder, context, seed), n_tokens)
-    return Tokens(domain.name, tuple(batched(list(windows), encoder, batch_tokens=batch_tokens)))
+    return Tokens(domain.name, tuple(batch_windows(list(windows), encoder, batch_tokens=batch_tokens)))
 
 
 def up_to(windows: Iterable[Window], n_tokens: int | None) -> Iterator[Window]:
@@ -138,7 +138,7 @@ def up_to(windows: Iterable[Window], n_tokens: int | None) -> Iterator[Window]:
             return
 
 
-def batched(
+def batch_windows(
     windows: Iterable[Window], encoder: Encoder, *, batch_tokens: int, packed: int | None = None
 ) -> Iterator[TokenBatch]:
     """Windows as batches, those of like length together so that there is little padding.

@@ -28,7 +28,9 @@ class Stack:
         """Item of the clean run's batch that each row stands for."""
         self.changed: Bool[Tensor, "rows pos"] = torch.cat([c[p] for c, p in zip(changed, of_each, strict=True)])
         self.first = variants[0].layer
-        self.heard = {layer for layer in self._layers if any(inside(n, layer) for v in variants for n, _ in v.hooks)}
+        self.hooked_layers = {
+            layer for layer in self._layers if any(inside(n, layer) for v in variants for n, _ in v.hooks)
+        }
         """Layers in which a variant has hooks."""
         self.only: Bool[Tensor, "rows pos"] | None = None
         """The tokens that the MLP computes in the block that is now run; None for all."""
@@ -52,11 +54,11 @@ class Stack:
         if routing == "frozen":
             frozen = [layer for layer in self._layers if layer in model.moe_layers]
             added += [(names.mlp(names.EXPERT_INDICES, layer), self._frozen(layer)) for layer in frozen]
-        heard: dict[str, list[tuple[slice, HookFunction]]] = {}
+        functions_at: dict[str, list[tuple[slice, HookFunction]]] = {}
         for variant, part in zip(self.variants, self.parts, strict=True):
             for name, function in variant.hooks:
-                heard.setdefault(name, []).append((part, function))
-        added += [(name, _dispatch(name, functions)) for name, functions in heard.items()]
+                functions_at.setdefault(name, []).append((part, function))
+        added += [(name, _dispatch(name, functions)) for name, functions in functions_at.items()]
         with model.hooks(added):
             yield
 

@@ -114,7 +114,7 @@ def this_pass(model: HookedModel, like: Tensor, what: str) -> Step:
 
 
 def _step(model: HookedModel, like: Tensor) -> Step | None:
-    step: Step | None = model.step()
+    step: Step | None = model.current_tokens()
     return step if step is not None and (step.batch, step.pos) == tuple(like.shape[:2]) else None
 
 

@@ -78,7 +78,7 @@ class Loss(TokenMetric):
         return cross_entropy(_wide(logits), self.tokens[at].to(logits.device), reduction="none")
 
 
-class _Chosen(TokenMetric):
+class _AtPositions(TokenMetric):
     """What the metrics of chosen positions and tokens share."""
 
     def __init__(self, positions: Positions, *tokens: int | Int[Tensor, "..."]):
@@ -102,7 +102,7 @@ class _Chosen(TokenMetric):
         return torch.arange(pos, device=one.device) == (one % pos)[:, None]
 
 
-class Logit(_Chosen):
+class Logit(_AtPositions):
     """The logit of a token, mean over the positions.
 
     Args:
@@ -120,7 +120,7 @@ class Logit(_Chosen):
         return _pick(_wide(logits), self._tokens[0], batch, pos)
 
 
-class LogitDifference(_Chosen):
+class LogitDifference(_AtPositions):
     """Logit of one token minus that of another, mean over the positions.
 
     Args:

@@ -66,7 +66,7 @@ def _wish(
     """A hook that adds a wish to those of the pass and selects again; a later wish outweighs an earlier one."""
 
     def choose(indices: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        choice = model.choice(layer)
+        choice = model.selection_state(layer)
         which, value = wish(indices)
         choice.wishes[which] = value
         return reselect(layer, indices, choice.scores, choice.wishes)

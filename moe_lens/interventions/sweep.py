@@ -215,7 +215,7 @@ class _Sweep:
                 last = layer == self.n_layers - 1
                 changed = changed.cumsum(1) > 0  # attention carries a change to all later positions
                 only = changed & needed if last else changed
-                stack.only = None if only.all() or layer in stack.heard | self.foreign else only
+                stack.only = None if only.all() or layer in stack.hooked_layers | self.foreign else only
                 resid = self.clean.replay.block(layer, resid, stack.items, stack.only)
                 if stack.only is not None and not last:
                     clean = self.clean.stream(layer + 1, stack.items).to(resid)

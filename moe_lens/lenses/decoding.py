@@ -119,7 +119,7 @@ class Decoding:
                 continue
             rows = torch.arange(len(chunk))
             if layer not in self.dense:
-                picked = self.cache.picked(layer, which, at=at)
+                picked = self.cache.selected_expert(layer, which, at=at)
                 rows = picked.present.cpu().nonzero().squeeze(-1)
                 cells["expert"][j, chunk] = picked.expert.cpu()
                 cells["weight"][j, chunk] = picked.weight.cpu().to(cells["weight"])

@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.errors import HookError, InputError
 from moe_lens.lenses.logit_lens import LogitLens
-from moe_lens.lenses.token_rows import Rows, batched, rows
+from moe_lens.lenses.token_rows import Rows, row_batches, rows
 from moe_lens.protocols import require_stream_width
 from moe_lens.routing import output_factors
 
@@ -145,7 +145,7 @@ def expert_vocabulary(
     model.expert_hooks(layer, expert)
     sums = _Sums(model, layer, expert, inputs)
     if texts is not None:
-        for part in batched(rows(model, texts), batch):
+        for part in row_batches(rows(model, texts), batch):
             sums.update(part)
         if not sums.routed:
             raise InputError(

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize, pad
 
 from moe_lens import names
 from moe_lens.errors import HookError, InputError
-from moe_lens.lenses.token_rows import batched, rows
+from moe_lens.lenses.token_rows import row_batches, rows
 
 _CHUNK = 2**12
 """Tokens of the vocabulary at a time."""
@@ -116,7 +116,7 @@ def _inputs(model: Any, layer: int, directions: Tensor, texts: Iterable[Any], ba
     counts, tokens = torch.zeros(n_experts, dtype=torch.long), 0
     wanted = [names.mlp(name, layer) for name in (names.MLP_IN, names.EXPERT_INDICES)]
     place = model.original_model.get_input_embeddings().weight.device
-    for part in batched(rows(model, texts), batch):
+    for part in row_batches(rows(model, texts), batch):
         _, cache = model.run_with_cache(
             part.tokens.to(place),
             names_filter=wanted,

@@ -126,7 +126,7 @@ def shuffled(stream: Iterator[list[int]], seed: int, size: int = BUFFER) -> Iter
     yield from held
 
 
-def batched(stream: Iterator[list[int]], size: int) -> Iterator[Rows]:
+def row_batches(stream: Iterator[list[int]], size: int) -> Iterator[Rows]:
     """Batches of `size` rows; the last may be smaller."""
     part: list[list[int]] = []
     for row in stream:

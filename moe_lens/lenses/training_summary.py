@@ -1,4 +1,4 @@
-"""`Tuning`: how a TunedLens was trained, and what it came to."""
+"""`TrainingSummary`: how a TunedLens was trained, and what it came to."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +7,7 @@ import pandas as pd
 
 
 @dataclass(frozen=True)
-class Tuning:
+class TrainingSummary:
     """Settings of a training, and KL(final ‖ lens) on held-out tokens before and after it, in nats a token.
 
     Before it, the lens is the LogitLens.
@@ -39,7 +39,7 @@ class Tuning:
         return pd.DataFrame(rows, columns=["layer", "site", "logit_lens", "tuned_lens"])
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Tuning":
+    def from_json(cls, values: dict[str, Any]) -> "TrainingSummary":
         """From what `dataclasses.asdict` and JSON make of it."""
         plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return cls(**plain)

@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_lens.errors import InputError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.lenses.lens import Lens
-from moe_lens.lenses.training_summary import Tuning
+from moe_lens.lenses.training_summary import TrainingSummary
 from moe_lens.model.loading.pretrained import EMBEDDED
 from moe_lens.storage import load_tensors, read_json, save_tensors, written_whole
 
@@ -49,7 +49,7 @@ class TunedLens(Lens):
         biases: Sequence[Float[Tensor, " d_model"]] | None = None,
         *,
         mid: "TunedLens | None" = None,
-        tuning: Tuning | None = None,
+        tuning: TrainingSummary | None = None,
     ):
         super().__init__(model)
         n_layers, d_model, device = model.cfg.n_layers, model.cfg.d_model, model.W_U.device
@@ -119,9 +119,12 @@ class TunedLens(Lens):
         Raises:
             InputError: A corpus that ends too early or holds something else, or a checkpoint of another training.
         """
-        from moe_lens.lenses.tuned_training import Settings, train  # it makes lenses, and so stands below this module
+        from moe_lens.lenses.tuned_training import (  # it makes lenses, and so stands below this module
+            TrainingSettings,
+            train,
+        )
 
-        settings = Settings(
+        settings = TrainingSettings(
             steps=steps, batch=batch, context=context or int(model.cfg.n_ctx), lr=lr, seed=seed, mid=mid
         )
         file = None if checkpoint is None else Path(checkpoint)
@@ -142,7 +145,7 @@ class TunedLens(Lens):
         config = {
             "kind": _KIND,
             "model_name": self.model.cfg.model_name,
-            "fingerprint": fingerprint(self.model),
+            "fingerprint": unembedding_digest(self.model),
             "n_layers": self.model.cfg.n_layers,
             "d_model": self.model.cfg.d_model,
             "tuning": None if self.tuning is None else asdict(self.tuning),
@@ -177,11 +180,11 @@ class TunedLens(Lens):
         if set(tensors) not in ({"post.weight", "post.bias"}, {"post.weight", "post.bias", "mid.weight", "mid.bias"}):
             raise InputError(f"{folder / _TENSORS} holds {sorted(tensors)}; expected post.weight and post.bias")
         mid = cls(model, list(tensors["mid.weight"]), list(tensors["mid.bias"])) if "mid.bias" in tensors else None
-        tuning = None if config["tuning"] is None else Tuning.from_json(config["tuning"])
+        tuning = None if config["tuning"] is None else TrainingSummary.from_json(config["tuning"])
         return cls(model, list(tensors["post.weight"]), list(tensors["post.bias"]), mid=mid, tuning=tuning)
 
 
-def fingerprint(model: Any) -> str:
+def unembedding_digest(model: Any) -> str:
     """SHA-256 of the final norm and the unembedding, in bfloat16: the same in whatever precision a model is loaded."""
     digest = hashlib.sha256()
     for module in (model.ln_final, model.unembed):
@@ -218,7 +221,7 @@ def _check_model(folder: Path, config: dict[str, Any], model: Any, strict: bool)
         )
     if not strict:
         return
-    if fingerprint(model) != config["fingerprint"]:
+    if unembedding_digest(model) != config["fingerprint"]:
         raise InputError(
             f"the lens at {folder} was trained for {config['model_name']}; the final norm or the unembedding of this "
             f"model ({name}) is another. Fit a lens for it, or pass strict=False to read it with this one all the same"

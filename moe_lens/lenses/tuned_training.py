@@ -14,9 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from moe_lens.errors import InputError
-from moe_lens.lenses.token_rows import batched, endless, of_item, padded, rows, shuffled
-from moe_lens.lenses.training_summary import Tuning
-from moe_lens.lenses.tuned_lens import TunedLens, fingerprint
+from moe_lens.lenses.token_rows import endless, of_item, padded, row_batches, rows, shuffled
+from moe_lens.lenses.training_summary import TrainingSummary
+from moe_lens.lenses.tuned_lens import TunedLens, unembedding_digest
 from moe_lens.lenses.tuned_loss import Streams, divergences, sites
 from moe_lens.storage import load_tensors, save_tensors
 
@@ -27,7 +27,7 @@ _KIND = "TunedLens training"
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainingSettings:
     """What the result of a training depends on, beside the texts."""
 
     steps: int
@@ -53,7 +53,7 @@ def train(
     model: Any,
     texts: Iterable[Any],
     held_out: Iterable[Any] | None,
-    settings: Settings,
+    settings: TrainingSettings,
     *,
     checkpoint: Path | None = None,
     every: int = 50,
@@ -68,12 +68,12 @@ def train(
     evaluation = [padded(kept[i : i + settings.batch]) for i in range(0, len(kept), settings.batch)]
     before, scale, held_out_tokens = divergences(lens, evaluation)
     optimizer = _optimizer(lens, scale.tolist(), settings)
-    run = {**asdict(settings), "fingerprint": fingerprint(model), "held_out_tokens": held_out_tokens}
+    run = {**asdict(settings), "fingerprint": unembedding_digest(model), "held_out_tokens": held_out_tokens}
     step = tokens = 0
     if checkpoint is not None and checkpoint.exists():
         step, tokens = _resume(checkpoint, optimizer, run)
     stream = (row for item in endless(texts, skip) for row in of_item(model, item, settings.context) if row)
-    batches = islice(batched(shuffled(stream, settings.seed), settings.batch), step, settings.steps)
+    batches = islice(row_batches(shuffled(stream, settings.seed), settings.batch), step, settings.steps)
     with _bar(progress, step, settings.steps) as show:
         for batch in batches:
             streams = Streams(lens, batch)
@@ -105,7 +105,7 @@ def _held_out(model: Any, texts: Iterable[Any], context: int) -> tuple[int, list
     raise InputError(f"the corpus has {len(kept)} rows, too few to hold {HELD_OUT} out of it: pass held_out")
 
 
-def _optimizer(lens: TunedLens, scale: list[float], settings: Settings) -> torch.optim.Adam:
+def _optimizer(lens: TunedLens, scale: list[float], settings: TrainingSettings) -> torch.optim.Adam:
     """Adam. A step moves a translated stream by about `lr` of its size, whatever the width and size of the stream."""
     groups = []
     for site, rms in zip(sites(lens), scale, strict=True):
@@ -136,7 +136,9 @@ def _gradients(lens: TunedLens, streams: Streams) -> float:
     return total / len(every)
 
 
-def _tuning(model: Any, settings: Settings, tokens: int, held_out_tokens: int, before: Tensor, after: Tensor) -> Tuning:
+def _tuning(
+    model: Any, settings: TrainingSettings, tokens: int, held_out_tokens: int, before: Tensor, after: Tensor
+) -> TrainingSummary:
     n_layers = model.cfg.n_layers
 
     def split(values: Tensor) -> tuple[tuple[float, ...], tuple[float, ...] | None]:
@@ -144,7 +146,7 @@ def _tuning(model: Any, settings: Settings, tokens: int, held_out_tokens: int, b
         return (*numbers[: n_layers - 1], 0.0), tuple(numbers[n_layers - 1 :]) if settings.mid else None
 
     (post_before, mid_before), (post_after, mid_after) = split(before), split(after)
-    return Tuning(
+    return TrainingSummary(
         steps=settings.steps,
         tokens=tokens,
         batch=settings.batch,

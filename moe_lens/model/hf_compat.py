@@ -67,7 +67,6 @@ from transformers.models.auto.modeling_auto import (  # noqa: E402
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config  # noqa: E402
 from transformers.utils.generic import TransformersKwargs  # noqa: E402
-from transformers.utils.generic import TransformersKwargs  # noqa: E402
 from transformers.utils.hub import cached_file, is_offline_mode, resolve_revision  # noqa: E402
 from transformers.utils.output_capturing import OutputRecorder  # noqa: E402
 

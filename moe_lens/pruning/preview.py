@@ -60,7 +60,7 @@ def _fewer(model: Any, layer: int, top_k: int) -> list[Hook]:
     chosen: list[Bool[Tensor, "batch pos top_k"]] = []
 
     def note(indices: Tensor, hook: Any) -> None:  # noqa: ARG001
-        scores = model.choice(layer).scores.gather(-1, indices)
+        scores = model.selection_state(layer).scores.gather(-1, indices)
         first = scores.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
         chosen[:] = [torch.ones_like(indices, dtype=torch.bool).scatter(-1, first, False)]
 

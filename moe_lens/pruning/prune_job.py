@@ -19,7 +19,7 @@ from moe_lens.pruning.speed import memory, speed
 
 
 @dataclass(frozen=True)
-class Settings:
+class PruneSettings:
     """What was asked for."""
 
     model: str
@@ -44,7 +44,7 @@ class Settings:
 class Pruned:
     """A smaller model that was written, and what was measured."""
 
-    settings: Settings
+    settings: PruneSettings
     scores: Scores
     plan: Plan
     frontier: Frontier
@@ -63,7 +63,7 @@ def shares(keep: float) -> list[float]:
 def prune(
     model: Any,
     domains: Domains,
-    settings: Settings,
+    settings: PruneSettings,
     folder: Path,
     *,
     watch: Callable[[str], None] = lambda what: None,  # noqa: ARG005
@@ -128,7 +128,7 @@ def compare(original: str, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.DataFrame(rows), speed(models)
 
 
-def _card_table(found: Frontier, settings: Settings, kept: int) -> pd.DataFrame:
+def _card_table(found: Frontier, settings: PruneSettings, kept: int) -> pd.DataFrame:
     """The whole model, and smaller ones made as the one that is written was."""
     frame: Any = found.to_frame()
     treatment = "merged" if settings.merged else "dropped"

@@ -66,12 +66,12 @@ def score(
         top_k=model.top_k,
         domains=tuple(tokens.domain for tokens in domains),
         tokens=tuple(tokens.n_tokens for tokens in domains),
-        texts=fingerprint(domains),
+        texts=texts_digest(domains),
         values=torch.stack(values),
     )
 
 
-def fingerprint(domains: Sequence[Tokens]) -> str:
+def texts_digest(domains: Sequence[Tokens]) -> str:
     """SHA-256 of the names and tokens of domains, in order; padding left out."""
     found = hashlib.sha256()
     for tokens in domains:

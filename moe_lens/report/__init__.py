@@ -3,8 +3,8 @@
 from moe_lens.report.report_files import OutputFolder as OutputFolder
 from moe_lens.report.report_files import write as write
 from moe_lens.report.run_report import Report as Report
-from moe_lens.report.run_report import Settings as Settings
-from moe_lens.report.run_report import batched as batched
+from moe_lens.report.run_report import ReportSettings as ReportSettings
 from moe_lens.report.run_report import n_steps as n_steps
+from moe_lens.report.run_report import report_batches as report_batches
 from moe_lens.report.run_report import run as run
 from moe_lens.report.study_page import write_saved as write_saved

@@ -20,7 +20,7 @@ from moe_lens.studies.report_specialisation import PASSES
 
 
 @dataclass(frozen=True)
-class Settings:
+class ReportSettings:
     """What was asked for."""
 
     model: str
@@ -37,7 +37,7 @@ class Settings:
 class Report:
     """The results, and what is needed to read them."""
 
-    settings: Settings
+    settings: ReportSettings
     model: dict[str, Any]
     domains: tuple[Tokens, ...]
     specialisation: Specialisation
@@ -57,7 +57,7 @@ class Report:
         }
 
 
-def batched(model: Any, domains: Domains, settings: Settings) -> tuple[Tokens, ...]:
+def report_batches(model: Any, domains: Domains, settings: ReportSettings) -> tuple[Tokens, ...]:
     """The token batches of every domain."""
     context = min(settings.context, int(model.cfg.n_ctx))
     return tuple(
@@ -72,14 +72,14 @@ def n_steps(model: Any, batches: Sequence[Tokens]) -> int:
 
 
 def run(
-    model: Any, domains: Domains, batches: Sequence[Tokens], settings: Settings, on_batch: Callable[[], None]
+    model: Any, domains: Domains, batches: Sequence[Tokens], settings: ReportSettings, on_batch: Callable[[], None]
 ) -> Report:
     """Run the studies.
 
     Args:
         model: A `HookedMoE`.
         domains: The texts.
-        batches: What `batched` made of them.
+        batches: What `report_batches` made of them.
         settings: For the record.
         on_batch: Called after every batch of every pass, `n_steps` times.
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_lens.distributed import world_size
 from moe_lens.errors import InputError
-from moe_lens.stats.sums import Part, from_bytes, to_bytes
+from moe_lens.stats.sums import Aggregate, from_bytes, to_bytes
 from moe_lens.storage import believed, load_tensors, save_tensors
 
 ResultT = TypeVar("ResultT", bound="Result")
@@ -24,7 +24,7 @@ class Accumulator(ABC, Generic[ResultT]):
     tokens: what is kept by source grows with the number of sources, and counts of a vocabulary with the vocabulary.
     """
 
-    def __init__(self, about: Mapping[str, Any], parts: Mapping[str, Part]):
+    def __init__(self, about: Mapping[str, Any], parts: Mapping[str, Aggregate]):
         self._about = {"kind": type(self).__name__, **about}
         self._parts = dict(parts)
         self._shared = False

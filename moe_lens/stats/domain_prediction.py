@@ -15,7 +15,7 @@ from moe_lens.stats.accumulator import Accumulator, Result
 from moe_lens.stats.resampling import Interval, bootstrap, folds
 from moe_lens.stats.routed_batch import RoutedBatch
 from moe_lens.stats.routing_stats import check_sizes
-from moe_lens.stats.top_rows import Best, row_keys
+from moe_lens.stats.top_rows import TopRows, row_keys
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 """Strengths of the L2 penalty that are tried, on sources apart."""
@@ -55,7 +55,7 @@ class PassageSample(Accumulator[PassageResult]):
             raise InputError(f"got length = {length} and n = {n}; expected at least 1")
         self.layers, self.n_experts, self.top_k = tuple(layers), n_experts, top_k
         self.length, self.n = length, n
-        self._best = Best(n, length + len(self.layers) * n_experts)
+        self._best = TopRows(n, length + len(self.layers) * n_experts)
         about = {"layers": self.layers, "n_experts": n_experts, "top_k": top_k, "length": length, "n": n}
         super().__init__(about, {"best": self._best})
 

@@ -129,7 +129,7 @@ def compare_domains(
     # What was observed comes first; the others are as good as it if domains mean nothing.
     greatest, mi, jsd = [], [], []
     parts = order.split(max(1, CHUNK // counts.numel()))
-    for shares in (deviations.shares()[None], *map(deviations.dealt, parts)):
+    for shares in (deviations.shares()[None], *map(deviations.reassigned, parts)):
         greatest.append(standardised(shares).abs().flatten(1).amax(-1))
         load = shares.clamp(min=0)
         load = load / load.sum(-1, keepdim=True)

@@ -78,7 +78,7 @@ def conditional_information(
         units = _units(list(results.values()), layer)
         values[0, i] = units.information(units.counts)
         for j in range(permutations if len(units.token) else 0):
-            values[j + 1, i] = units.information(units.dealt(units.permuted(generator)))
+            values[j + 1, i] = units.information(units.reassigned(units.permuted(generator)))
         shared = units.shared  # the same in every layer
     return ConditionalInformation(
         domains=domains,
@@ -134,7 +134,7 @@ class _Units:
         relative = ((1 - 1 / units) / (1 - leverage)).sqrt()
         return share * size, deviation / spread * relative, spread
 
-    def dealt(self, order: Int[Tensor, " unit"]) -> Float[Tensor, "unit n_experts"]:
+    def reassigned(self, order: Int[Tensor, " unit"]) -> Float[Tensor, "unit n_experts"]:
         """Counts if each unit deviated as much as the one in its place in `order`; may be a little below 0."""
         expected, standard, spread = self.deviations
         return expected + standard[order] * spread

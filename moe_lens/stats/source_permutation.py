@@ -95,7 +95,7 @@ class Deviations:
         """Of each domain, as observed."""
         return _summed(self.member, self.counts)
 
-    def dealt(self, order: Int[Tensor, "some source"]) -> Float[Tensor, "some domain layer n_experts"]:
+    def reassigned(self, order: Int[Tensor, "some source"]) -> Float[Tensor, "some domain layer n_experts"]:
         """Shares if each source deviated as much as the one that `order` puts in its place; may be a little below 0."""
         return self.share + _summed(self.member, self.standard[order] * self.spread)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_lens.distributed import all_reduce, gather
 
 
-class Part(ABC):
+class Aggregate(ABC):
     """A piece of an accumulator's state."""
 
     @abstractmethod
@@ -35,7 +35,7 @@ class Part(ABC):
         """Become what `state_dict` was taken from."""
 
 
-class Total(Part):
+class Total(Aggregate):
     """One running sum of tensors of one shape."""
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Total(Part):
 
     def add(self, value: Shaped[Tensor, "*shape"]) -> None:
         """Add to the sum."""
-        wide = widened(value)
+        wide = to_wide_cpu(value)
         self._value = wide.clone() if self._value is None else self._value + wide
 
     def merge(self, other: Self) -> None:
@@ -78,7 +78,7 @@ class Total(Part):
         self._value = state["sum"].clone() if "sum" in state else None
 
 
-class Maximum(Part):
+class Maximum(Aggregate):
     """The elementwise greatest of tensors of one shape."""
 
     def __init__(self, shape: Sequence[int]):
@@ -105,7 +105,7 @@ class Maximum(Part):
         self.value = state["max"].clone()
 
 
-class BySource(Part):
+class BySource(Aggregate):
     """One running sum per source, so that what is computed from them can be resampled by source."""
 
     def __init__(self) -> None:
@@ -113,7 +113,7 @@ class BySource(Part):
 
     def add(self, rows: Shaped[Tensor, " batch *shape"], sources: Sequence[str]) -> Self:
         """Add each row to the sum of its source."""
-        for row, source in zip(widened(rows), sources, strict=True):
+        for row, source in zip(to_wide_cpu(rows), sources, strict=True):
             self._sums[source] = self._sums[source] + row if source in self._sums else row.clone()
         return self
 
@@ -153,7 +153,7 @@ class BySource(Part):
         self._sums = dict(zip(from_bytes(state["sources"]), state["sums"].clone(), strict=True)) if state else {}
 
 
-class Counts(Part):
+class Counts(Aggregate):
     """How often each key was seen: memory grows with the number of different keys, not with how many are counted."""
 
     COMPACT_AT = 2**18
@@ -205,7 +205,7 @@ def _summed(keys: Sequence[Tensor], counts: Sequence[Tensor]) -> tuple[Tensor, T
     return unique, torch.zeros_like(unique).index_add_(0, place, torch.cat(list(counts)))
 
 
-def widened(value: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+def to_wide_cpu(value: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     """Float64 or int64, on the CPU."""
     return value.detach().to("cpu", torch.float64 if value.dtype.is_floating_point else torch.long)
 

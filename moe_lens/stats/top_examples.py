@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_lens.errors import InputError
 from moe_lens.stats.accumulator import Accumulator, Result
 from moe_lens.stats.routed_batch import RoutedBatch
-from moe_lens.stats.top_rows import Best
+from moe_lens.stats.top_rows import TopRows
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ class TopExamples(Accumulator[TopExamplesResult]):
         if min(n_targets, n) < 1 or min(before, after) < 0:
             raise InputError(f"got {n_targets} targets, n = {n}, before = {before}, after = {after}")
         self.n_targets, self.n, self.before, self.after = n_targets, n, before, after
-        self._best = Best(n, before + after + 2)
+        self._best = TopRows(n, before + after + 2)
         about = {"n_targets": n_targets, "n": n, "before": before, "after": after}
         super().__init__(about, {"best": self._best})
 

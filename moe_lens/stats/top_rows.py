@@ -1,4 +1,4 @@
-"""`Best`: for each of many targets the rows of greatest score, whatever the order they come in."""
+"""`TopRows`: for each of many targets the rows of greatest score, whatever the order they come in."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -9,10 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lens.distributed import gather
-from moe_lens.stats.sums import Part, from_bytes, to_bytes
+from moe_lens.stats.sums import Aggregate, from_bytes, to_bytes
 
 
-class Best(Part):
+class TopRows(Aggregate):
     """Keeps `n` rows for each target, each with whole numbers of its own and the name of a source.
 
     Among equal scores the content of a row decides, never the order of arrival: merging in any order and grouping keeps
@@ -63,7 +63,7 @@ class Best(Part):
             if i == 0:
                 self.load_state_dict(state)
             else:
-                other = Best(self.n, self.content.shape[1])
+                other = TopRows(self.n, self.content.shape[1])
                 other.load_state_dict(state)
                 self.merge(other)
 

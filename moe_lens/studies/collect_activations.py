@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from moe_lens import distributed, names
-from moe_lens.data import Domains, Reading, Shard, TokenBatch, as_domains, batched, shards
+from moe_lens.data import Domains, Reading, Shard, TokenBatch, as_domains, batch_windows, shards
 from moe_lens.errors import InputError
 from moe_lens.routing import LayerRouting
 from moe_lens.stats.observation import Hooks, routing_hooks
@@ -129,7 +129,7 @@ class _Collector:
     def _batches(self, batch_tokens: int, shard: Shard) -> list[tuple[TokenBatch, dict[str, Tensor], Experts]]:
         packed = min(self.reading.context, int(self.model.cfg.n_ctx)) if self.reading.packed else None
         found = []
-        for batch in batched(shard.windows, self.model, batch_tokens=batch_tokens, packed=packed):
+        for batch in batch_windows(shard.windows, self.model, batch_tokens=batch_tokens, packed=packed):
             layers: dict[int, LayerRouting] = {}
             kept: dict[str, Tensor] = {}
             experts: Experts = {}

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 SAMPLED = 64
-"""Values of each parameter that the fingerprint looks at."""
+"""Values of each parameter that the digest looks at."""
 
 
 def model_facts(model: Any, name: str) -> dict[str, Any]:
-    """Name, sizes and fingerprint of a `HookedMoE`, as plain values.
+    """Name, sizes and digest of parameters of a `HookedMoE`, as plain values.
 
     Args:
         model: The model.
@@ -21,7 +21,7 @@ def model_facts(model: Any, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "type": hf.config.model_type,
-        "fingerprint": fingerprint(hf),
+        "fingerprint": parameters_digest(hf),
         "dtype": str(next(hf.parameters()).dtype).removeprefix("torch."),
         "parameters": sum(parameter.numel() for parameter in hf.parameters()),
         "layers": int(model.cfg.n_layers),
@@ -34,7 +34,7 @@ def model_facts(model: Any, name: str) -> dict[str, Any]:
     }
 
 
-def fingerprint(hf: Any) -> str:
+def parameters_digest(hf: Any) -> str:
     """A hash of a transformers model's config and of `SAMPLED` evenly spaced values of every parameter.
 
     It tells checkpoints apart at once even if they are large; two that differ in other values alone look the same to

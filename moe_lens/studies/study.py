@@ -18,7 +18,7 @@ import pandas as pd
 from torch import Tensor
 
 from moe_lens import distributed
-from moe_lens.data import Corpus, Domain, Domains, Reading, Shard, TokenBatch, as_domains, batched, shards
+from moe_lens.data import Corpus, Domain, Domains, Reading, Shard, TokenBatch, as_domains, batch_windows, shards
 from moe_lens.errors import InputError
 from moe_lens.stats import Accumulator, Result
 from moe_lens.studies.batch_halving import Halving
@@ -208,7 +208,7 @@ class _Pass:
         # Where memory runs out this is called again, and the batches that were counted must not count twice.
         self._restore(self._before)
         packed = min(self.reading.context, int(self.model.cfg.n_ctx)) if self.reading.packed else None
-        for batch in batched(shard.windows, self.model, batch_tokens=batch_tokens, packed=packed):
+        for batch in batch_windows(shard.windows, self.model, batch_tokens=batch_tokens, packed=packed):
             self.study.step(self.model, self.name, batch, self.into, self.prepared)
             if isinstance(texts := self.into.get(_TEXTS), TextStats):
                 texts.update(batch)

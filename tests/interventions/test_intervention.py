@@ -261,7 +261,7 @@ def test_no_hook_is_left_however_an_intervention_ends(family: str, data: st.Data
             assert name in experts, "an expert that nobody uses may not fire"
         assert torch.equal(case.model(case.tokens), case.logits)
         assert all(hooks._routing is None and hooks._slots is None for _, hooks in case.model._layer_hooks())
-        assert case.model.step() is None
+        assert case.model.current_tokens() is None
 
 
 def test_what_is_refused_while_running_leaves_nothing_either() -> None:

@@ -78,14 +78,14 @@ def test_controls_are_what_they_say(residual: Any, weighted: bool):
     routing = kept.routing(2)
     options: Any = {"residual": residual, "weighted": weighted}
     active = PartialSum(drawn="active", **options)
-    picked = kept.picked(2, active)
+    picked = kept.selected_expert(2, active)
     rank = (routing.indices == picked.expert[..., None]).int().argmax(-1)
     weight = routing.weights.gather(-1, rank[..., None])
     out = kept["expert_out", 2].take_along_dim(rank[..., None, None], -2).squeeze(-2)
     assert bool((routing.indices == picked.expert[..., None]).any(-1).all()) and len(rank.unique()) == 3
     assert close(kept.partial_sum(2, active).values, point + out * (weight if weighted else 1))
     unselected = PartialSum(drawn="unselected", **options)
-    picked = kept.picked(2, unselected)
+    picked = kept.selected_expert(2, unselected)
     assert not bool((routing.indices == picked.expert[..., None]).any())
     weight = routing.weights[..., :1] if weighted else torch.ones(1, dtype=torch.float64)
     assert torch.equal(picked.weight, weight[..., 0].expand_as(picked.weight))
@@ -99,7 +99,7 @@ def test_draws_are_even_seeded_and_each_tokens_own():
 
     def drawn(which: PartialSum, layer: int) -> tuple[Tensor, Tensor]:
         """The experts, and their places among those that could be drawn."""
-        expert, indices = many.picked(layer, which).expert, many["expert_indices", layer]
+        expert, indices = many.selected_expert(layer, which).expert, many["expert_indices", layer]
         active = (indices[..., None] == ids).any(-2)
         could = active if which.drawn == "active" else ~active
         assert bool(could.gather(-1, expert[..., None]).all())
@@ -114,11 +114,11 @@ def test_draws_are_even_seeded_and_each_tokens_own():
         counts = place.flatten().bincount(minlength=among).double()
         expected = 2000 / among
         assert float(((counts - expected) ** 2 / expected).sum()) < 20  # χ² with 4 degrees exceeds 20 in 0.05 %
-        assert torch.equal(expert, many.picked(1, PartialSum(drawn=kind)).expert)
+        assert torch.equal(expert, many.selected_expert(1, PartialSum(drawn=kind)).expert)
         for other in (drawn(PartialSum(drawn=kind, seed=1), 1), drawn(which, 2)):  # another seed, another layer
             assert abs(float((other[1] == place).double().mean()) - 1 / among) < 0.06  # five standard deviations
         some = torch.tensor([3, 17]), torch.tensor([49, 0])
-        assert torch.equal(many.picked(1, which, at=some).expert, expert[some])
+        assert torch.equal(many.selected_expert(1, which, at=some).expert, expert[some])
         assert close(many.partial_sum(1, which, at=some).values, many.partial_sum(1, which).values[some])
 
 

@@ -170,7 +170,7 @@ def parts(case: Case) -> None:
         close(out if family.weighs_input else out * weights[..., None], weighted)
         close(weighted.sum(2), routed)
         with torch.no_grad():
-            whole = model.widened(layer, routed)
+            whole = model.to_model_width(layer, routed)
         whole = whole + case.at(names.SHARED_OUT, layer) if model.has_shared(layer) else whole
         close(whole, case.at(names.MLP_OUT, layer))
         chosen = case.at(names.EXPERT_INDICES, layer)
@@ -234,7 +234,7 @@ def rule(case: Case) -> None:
 
     def force(value: Tensor, hook: Any) -> Tensor:
         if family.select != "token":
-            scores.append(case.model.choice(layer).scores)
+            scores.append(case.model.selection_state(layer).scores)
         return forced
 
     def note(value: Tensor, hook: Any) -> None:

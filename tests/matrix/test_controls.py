@@ -43,7 +43,7 @@ def unconnected_stream(case: Case) -> None:
 def rounded_hook(case: Case) -> None:
     hooks: Any = case.model.blocks[case.layer].mlp.hooks
     shown = hooks.over_tokens
-    hooks.over_tokens = lambda name, value: shown(name, value * 1.0001 if hooks.heard(name) else value)
+    hooks.over_tokens = lambda name, value: shown(name, value * 1.0001 if hooks.has_listeners(name) else value)
 
 
 def detached(case: Case) -> None:

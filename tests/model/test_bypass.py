@@ -208,7 +208,7 @@ def model_with(model: Any, **changes: Any) -> Any:
 def test_an_unselected_expert_reads_what_the_top_one_reads() -> None:
     model = model_of("llama4_text")
     layer, kept = model.moe_layers[0], cached(model)
-    drawn = kept.picked(layer, which := partial_sum_of("unselected")).expert
+    drawn = kept.selected_expert(layer, which := partial_sum_of("unselected")).expert
     x = kept[names.mlp(names.MLP_IN, layer)] * kept["routing_weights", layer][..., :1]
     with torch.no_grad():
         out = model.expert_outputs(layer, x, drawn[..., None]).squeeze(-2)

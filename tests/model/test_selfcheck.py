@@ -89,7 +89,7 @@ def test_a_kernel_that_depends_on_who_listens_is_found(monkeypatch: pytest.Monke
 
     def listens(self: LayerHooks, name: str, value: Tensor, place: Tensor | None = None) -> Tensor:
         out = honest(self, name, value, place)
-        return out * 1.001 if self.heard(name) and name == names.EXPERT_WEIGHTED else out
+        return out * 1.001 if self.has_listeners(name) and name == names.EXPERT_WEIGHTED else out
 
     monkeypatch.setattr(LayerHooks, "over_slots", listens)
     with pytest.raises(SelfCheckError, match="observing changed the logits by"):

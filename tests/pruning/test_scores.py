@@ -7,7 +7,7 @@ from moe_lens import HookedMoE, names
 from moe_lens.data import TokenBatch, Tokens
 from moe_lens.errors import InputError
 from moe_lens.pruning import METHODS, score
-from moe_lens.pruning.scoring import fingerprint
+from moe_lens.pruning.scoring import texts_digest
 from tests.families import build, tokens
 
 
@@ -156,11 +156,11 @@ def test_random_scores_follow_the_seed_and_domains_differ(model):
 
 
 def test_calibration_data_has_a_fingerprint():
-    assert fingerprint([texts()]) == fingerprint([texts()])
-    assert fingerprint([texts()]) != fingerprint([texts(2)])
-    assert fingerprint([texts()]) != fingerprint([texts(name="b")])
+    assert texts_digest([texts()]) == texts_digest([texts()])
+    assert texts_digest([texts()]) != texts_digest([texts(2)])
+    assert texts_digest([texts()]) != texts_digest([texts(name="b")])
     longer = texts(padded=3)
-    assert fingerprint([texts()]) != fingerprint([longer])
+    assert texts_digest([texts()]) != texts_digest([longer])
 
 
 def test_too_little_text_and_unknown_methods_are_refused(model):

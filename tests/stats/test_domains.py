@@ -74,11 +74,11 @@ def test_with_sources_of_one_size_labels_are_permuted():
     order = torch.rand(50, 19, generator=generator).argsort(-1)
     expected = torch.stack([counts[order][:, labels == d].sum(1) / (labels == d).sum() / 30 for d in (0, 1)], 1)
     alike = Deviations.of(counts, torch.full((19,), 30.0).double(), labels)
-    assert torch.allclose(alike.dealt(order), expected, rtol=0, atol=1e-12)
+    assert torch.allclose(alike.reassigned(order), expected, rtol=0, atol=1e-12)
     tokens = torch.full((19,), 30.0).double()
     # A control: with one of another size something else is dealt, which differs by more than rounding.
     tokens[0], counts[0] = 3000, 100 * counts[0]
-    assert not torch.allclose(Deviations.of(counts, tokens, labels).dealt(order), expected, rtol=0, atol=1e-3)
+    assert not torch.allclose(Deviations.of(counts, tokens, labels).reassigned(order), expected, rtol=0, atol=1e-3)
 
 
 def test_errors_are_those_of_shares():

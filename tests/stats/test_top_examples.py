@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moe_lens.errors import InputError
 from moe_lens.stats import TopExamples, TopExamplesResult
-from moe_lens.stats.top_rows import Best, row_keys
+from moe_lens.stats.top_rows import TopRows, row_keys
 from tests.stats.routed import random_batch
 
 TARGETS, N = 3, 4
@@ -80,7 +80,7 @@ def test_row_keys_are_spread():
 
 
 def test_names_of_sources_that_are_no_longer_kept_are_forgotten():
-    best = Best(1, 1)
+    best = TopRows(1, 1)
     for i in range(50):
         best.add(torch.tensor([0]), torch.tensor([float(i)]), torch.tensor([[i]]), [f"s{i}"])
     assert best.names() == ("s49",)

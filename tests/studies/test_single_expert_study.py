@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from moe_lens import HookedMoE, names
-from moe_lens.data import Reading, batched, shards
+from moe_lens.data import Reading, batch_windows, shards
 from moe_lens.errors import InputError
 from moe_lens.studies import SingleExpertStudy, run
 from moe_lens.studies.single_expert import half_of, random_places
@@ -109,7 +109,7 @@ def test_replaced_puts_the_means_of_the_other_half_of_the_sources(model, windows
 
 
 def test_random_experts_are_drawn_for_each_token_and_do_not_depend_on_the_batch(model, windows, result):
-    (batch,) = batched(windows, model, batch_tokens=10**6)
+    (batch,) = batch_windows(windows, model, batch_tokens=10**6)
     places = random_places(model, batch, seed=0)
     drawn = torch.stack(list(places.values()))[:, batch.mask]
     assert (drawn.sort(-1).values == torch.arange(model.top_k)).all()

@@ -12,7 +12,7 @@ from moe_lens.model.tl_compat import BridgeCore
 
 
 @dataclass(frozen=True, eq=False)
-class Keep:
+class CachingHook:
     """A hook function that stores a copy of what it sees; a later change in place does not reach the copy."""
 
     cache: dict[str, Tensor]
@@ -26,7 +26,7 @@ class Keep:
     remove_batch_dim: bool = False
     suffix: str = ""
 
-    def gradients(self) -> "Keep":
+    def gradients(self) -> "CachingHook":
         """The same for backward hooks."""
         return replace(self, suffix="_grad")
 
@@ -63,4 +63,4 @@ class Keep:
         """
         private = getattr(hook, "private", False) and not self.suffix and not hook.bwd_hooks
         whole = kept.numel() == value.numel()
-        return private and whole and all(isinstance(handle.user_hook, Keep) for handle in hook.fwd_hooks)
+        return private and whole and all(isinstance(handle.user_hook, CachingHook) for handle in hook.fwd_hooks)

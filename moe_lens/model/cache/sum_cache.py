@@ -32,7 +32,7 @@ class ResidualSum:
     """Whether the layer has no experts, so that its whole MLP stands where the experts would."""
 
 
-class Picked(NamedTuple):
+class SelectedExpert(NamedTuple):
     """What a sum has of routed experts at each token."""
 
     expert: Int[Tensor, "*tokens"]
@@ -78,7 +78,7 @@ class SumCache(AttributionCache):
         values = terms[0].clone() if len(terms) == 1 else sum(terms[1:], start=terms[0])
         return ResidualSum(values, layer, which, dense)
 
-    def picked(self, layer: int, which: PartialSum, *, at: At | None = None) -> Picked:
+    def selected_expert(self, layer: int, which: PartialSum, *, at: At | None = None) -> SelectedExpert:
         """Which routed expert a sum has at each token, if it is one.
 
         Raises:
@@ -100,7 +100,7 @@ class SumCache(AttributionCache):
             expert = (indices * chosen).sum(-1).masked_fill(~chosen.any(-1) | (not single), -1)
             weight = (weights * chosen).sum(-1)
         weight = weight if which.weighted else torch.ones_like(weight)
-        return Picked(expert, weight.masked_fill(expert < 0, torch.nan), present)
+        return SelectedExpert(expert, weight.masked_fill(expert < 0, torch.nan), present)
 
     def require(self, wanted: Iterable[str]) -> None:
         """Check that activations are cached, or can be made of others that are.

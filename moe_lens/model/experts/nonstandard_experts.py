@@ -196,7 +196,7 @@ def experts_of(moe: Any, family: Family) -> Experts | None:
 # --- routers, and blocks ---
 
 
-class _Chosen(TorchFunctionMode):
+class _WatchTopk(TorchFunctionMode):
     """Remember the last choice that a router makes."""
 
     indices: Tensor
@@ -216,14 +216,14 @@ def _dbrx(moe: Any, x: Tensor) -> Routed:
 
 def _llama4(moe: Any, x: Tensor) -> Routed:
     """The router returns scores of all experts, zero for those not chosen."""
-    with _Chosen() as choice:
+    with _WatchTopk() as choice:
         scores, logits = moe.router(x)
     return logits, scores.gather(1, choice.indices), choice.indices
 
 
 def _jetmoe(moe: Any, x: Tensor) -> Routed:
     """The router returns weights in the order of experts, and where they belong."""
-    with _Chosen() as choice:
+    with _WatchTopk() as choice:
         order, _, weights, _, logits = moe.router(x)
     return logits, weights.index_copy(0, order, weights).view_as(choice.indices), choice.indices
 

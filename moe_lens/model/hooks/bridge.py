@@ -1,5 +1,6 @@
 """Running a model with hook functions and caches."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +12,12 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice
 
 from moe_lens.errors import HookError, InputError
-from moe_lens.model.cache.caching_hook import Keep
+from moe_lens.model.cache.caching_hook import CachingHook
 from moe_lens.model.cache.hook_cache import following_tokens
 from moe_lens.model.cache.moe_cache import MoECache
 from moe_lens.model.hooks.arguments import forward_words, further_words, refuse_unknown
 from moe_lens.model.hooks.hook_table import HookTable
-from moe_lens.model.hooks.layer_hooks import Choice
+from moe_lens.model.hooks.layer_hooks import SelectionState
 from moe_lens.model.hooks.model_input import ModelInput, Reading
 from moe_lens.model.tl_compat import BridgeCore
 from moe_lens.selection import Step
@@ -171,7 +172,7 @@ class ExpertBridge(HookTable):
         cache = {} if cache is None else cache
         positions = Slice.unwrap(pos_slice)
         fwd_hooks = [
-            (keys[0], Keep(cache, tuple(keys), device, dtype, positions, remove_batch_dim))
+            (keys[0], CachingHook(cache, tuple(keys), device, dtype, positions, remove_batch_dim))
             for _, keys in self._selected(names_filter)
         ]
         return cache, fwd_hooks, [(name, keep.gradients()) for name, keep in fwd_hooks] if incl_bwd else []
@@ -270,7 +271,7 @@ class ExpertBridge(HookTable):
         attention_mask: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """As TransformerLens's; hook functions can ask `step()` meanwhile which tokens are passing.
+        """As TransformerLens's; hook functions can ask `current_tokens()` meanwhile which tokens are passing.
 
         The loss is a mean over tokens that follow a real token; padding has no part in it. Ids that come without a mask
         are all real, as in TransformerLens, whatever token was used for padding.
@@ -338,7 +339,7 @@ class ExpertBridge(HookTable):
                 f"there is no loss in {values.shape[0]} × {values.shape[1]} tokens: no token follows another"
             )
 
-    def step(self) -> Step | None:
+    def current_tokens(self) -> Step | None:
         """The tokens of the forward pass that is running; None where `forward` does not run."""
         running: _Running | None = self.__dict__.get("_running")
         if running is None:
@@ -346,6 +347,11 @@ class ExpertBridge(HookTable):
         if running.step is None:
             running.step = self._step(running)
         return running.step
+
+    def step(self) -> Step | None:
+        """The former name of `current_tokens`, for one release."""
+        warnings.warn("model.step() is now model.current_tokens()", DeprecationWarning, stacklevel=2)
+        return self.current_tokens()
 
     @staticmethod
     def _step(running: "_Running") -> Step:
@@ -367,10 +373,10 @@ class ExpertBridge(HookTable):
         """
         return self._hooks_of(layer).experts_in_slots()
 
-    def choice(self, layer: int) -> Choice:
+    def selection_state(self, layer: int) -> SelectionState:
         """What the forward pass now running selects a layer's experts from; for hook functions on the selection.
 
         Raises:
             HookError: a dense layer, or a layer that is not selecting.
         """
-        return self._hooks_of(layer).choice()
+        return self._hooks_of(layer).selection_state()

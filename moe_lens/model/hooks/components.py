@@ -1,4 +1,4 @@
-"""TransformerLens's components, mended where they are slow, inexact or deaf.
+"""TransformerLens's components, patched where they are slow, inexact, or not reached by an edit.
 
 `adapt` gives a component of an adapter's template one of the classes below on top of its own. Norms and attention call
 transformers' own forward unless somebody listens inside them; `hook_resid_mid` is the residual stream itself.
@@ -33,10 +33,10 @@ class Mended:
 
 
 @cache
-def combined(mended: type, original: type) -> type:
-    """A class that is both, the mended one first."""
-    bases = (mended, original) if issubclass(mended, Mended) else (Mended, mended, original)
-    return type(f"{mended.__name__}{original.__name__}", bases, {"mends": (mended, original)})
+def combined(patched: type, original: type) -> type:
+    """A class that is both, the patched one first."""
+    bases = (patched, original) if issubclass(patched, Mended) else (Mended, patched, original)
+    return type(f"{patched.__name__}{original.__name__}", bases, {"mends": (patched, original)})
 
 
 def _made_of(kind: type) -> Any:
@@ -59,9 +59,9 @@ def method_of(forward: Callable[..., Any]) -> Callable[..., Any]:
     return partial(forward.__func__, forward.__self__) if isinstance(forward, MethodType) else forward
 
 
-def adapt(component: GeneralizedComponent, mended: type) -> Any:
-    """Put `mended` in front of the component's class."""
-    component.__class__ = combined(mended, type(component))
+def adapt(component: GeneralizedComponent, patched: type) -> Any:
+    """Put `patched` in front of the component's class."""
+    component.__class__ = combined(patched, type(component))
     return component
 
 
@@ -78,7 +78,7 @@ def edit_stream(point: HookPoint | None, stream: Tensor) -> None:
         stream.copy_(seen)
 
 
-class Part(GeneralizedComponent):
+class LayerPart(GeneralizedComponent):
     """A part of a layer that transformers computes: hooks at its input and its output, nothing inside.
 
     What it computes is shown as it is added to the residual stream: times the layer's multiplier, where there is one.

@@ -100,7 +100,7 @@ def _neurons(
 ) -> Tensor:
     """Hooks before the activation function; nothing is split unless somebody listens."""
     wanted = {name for (_, name), point in hooks.experts.items() if point.has_hooks()} & {"hook_pre", "hook_pre_linear"}
-    if not wanted and not hooks.heard(names.EXPERT_PRE) and not hooks.heard(names.EXPERT_PRE_LINEAR):
+    if not wanted and not hooks.has_listeners(names.EXPERT_PRE) and not hooks.has_listeners(names.EXPERT_PRE_LINEAR):
         return projected
     if not experts.has_gate:
         activated = hooks.over_expert("hook_pre", projected, permutation, ends)

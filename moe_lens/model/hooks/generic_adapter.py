@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from moe_lens.model.families.family import Family, Layout
-from moe_lens.model.hooks.components import Norm, Part, Unembedding, adapt
+from moe_lens.model.hooks.components import LayerPart, Norm, Unembedding, adapt
 from moe_lens.model.hooks.moe_block import BareExperts, MoEBlock
 from moe_lens.model.tl_compat import (
     ArchitectureAdapter,
@@ -40,7 +40,7 @@ def norm_of(name: str, module: nn.Module, layout: Layout, cfg: Any) -> Generaliz
     ordinary = hasattr(module, "weight") and not any(word in kind for word in ("Gated", "InputScaled"))
     if kind.endswith("RMSNorm") and ordinary:
         return adapt(NormalizationBridge(name, cfg, uses_rms_norm=True, uses_weight_offset=layout.offset), Norm)
-    return Part(name)
+    return LayerPart(name)
 
 
 class Layer(BlockBridge):
@@ -78,9 +78,9 @@ class Layer(BlockBridge):
             if name is not None and module is not None:
                 parts[key] = norm_of(name, module, layout, self.__dict__["cfg"])
         if mixer is not None:
-            parts[MIXERS.get(mixer, "attn")] = Part(mixer)
+            parts[MIXERS.get(mixer, "attn")] = LayerPart(mixer)
         if mlp is not None:
-            block = adapt(Part(layout.mlp), BareExperts if layout.bare else MoEBlock)
+            block = adapt(LayerPart(layout.mlp), BareExperts if layout.bare else MoEBlock)
             block.__dict__.update(family=self.family, layer=layer)
             parts["mlp"] = block
         for key, name in layout.others:

@@ -66,7 +66,7 @@ class HookTable(WholeState):
         blocks: Any = self.blocks
         return blocks[layer].mlp.moe
 
-    def widened(self, layer: int, routed: Tensor) -> Tensor:
+    def to_model_width(self, layer: int, routed: Tensor) -> Tensor:
         """The experts' sum as wide as the residual stream, in families whose experts compute in a narrower space."""
         widens = self.family.widens
         return routed if widens is None else self._moe(layer).get_submodule(widens)(routed)

@@ -41,7 +41,7 @@ def call_hook(point: HookPoint, value: Tensor, name: str) -> tuple[Tensor, bool]
     return seen.to(value.dtype), True
 
 
-class Choice(NamedTuple):
+class SelectionState(NamedTuple):
     """What a layer selects its experts from, in one forward pass."""
 
     scores: Float[Tensor, "batch pos n_experts"]
@@ -68,7 +68,7 @@ class LayerHooks:
         self._used: Tensor | None = None
         self._kept: Tensor | None = None
         self._scores: Callable[[], Tensor] | None = None
-        self._choice: Choice | None = None
+        self._choice: SelectionState | None = None
         self.factors: dict[str, float] = {}
         """What the family multiplies by after the experts, by hook; hooks show the product."""
 
@@ -102,7 +102,7 @@ class LayerHooks:
         """Note how to find the scores of which the model has taken its largest."""
         self._scores = scores
 
-    def choice(self) -> Choice:
+    def selection_state(self) -> SelectionState:
         """What the pass now running selects from.
 
         Raises:
@@ -112,7 +112,7 @@ class LayerHooks:
             if self._scores is None:
                 raise HookError(f"layer {self.layer} is not selecting: ask from a hook on {names.EXPERT_INDICES}")
             scores = self._scores().view(self.batch, self.pos, -1)
-            self._choice = Choice(scores, torch.zeros_like(scores, dtype=torch.int8))
+            self._choice = SelectionState(scores, torch.zeros_like(scores, dtype=torch.int8))
         return self._choice
 
     def forced(self, indices: Tensor) -> None:
@@ -134,7 +134,7 @@ class LayerHooks:
             used = used.masked_fill(~self._kept, -1)
         return used[self.slots].view(self.batch, self.pos, -1)
 
-    def heard(self, name: str) -> bool:
+    def has_listeners(self, name: str) -> bool:
         """Whether anybody listens to the hook."""
         point = self.points.get(name)
         return point is not None and point.has_hooks()
@@ -151,7 +151,7 @@ class LayerHooks:
 
     def over_tokens(self, name: str, value: Tensor) -> Tensor:
         """Pass [tokens, …] through a hook that sees [batch, pos, …]."""
-        if not self.heard(name):
+        if not self.has_listeners(name):
             return value
         factor = self.factors.get(name, 1.0)
         view = value.reshape(self.batch, self.pos, value.shape[-1])
@@ -168,7 +168,7 @@ class LayerHooks:
         `value` is [tokens, top_k, …] in the model's order, or [rows, …] in the order for which `place` gives each slot
         of the model's order its row; slots that are left out have the row after the last.
         """
-        if not self.heard(name):
+        if not self.has_listeners(name):
             return value
         rows = self.slots if place is None else place[self.slots]
         flat = value if place is not None else value.reshape(rows.numel(), *value.shape[2:])
@@ -186,7 +186,7 @@ class LayerHooks:
 
     def keep(self, tokens: int, top_k: int, device: torch.device) -> Bool[Tensor, " slots"] | None:
         """The slots to compute, in the model's order; None for all of them."""
-        if not self.heard(names.EXPERT_KEPT):
+        if not self.has_listeners(names.EXPERT_KEPT):
             return None
         kept = torch.ones(tokens, top_k, dtype=torch.bool, device=device)
         edited = self.over_slots(names.EXPERT_KEPT, kept)

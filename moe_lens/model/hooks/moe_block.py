@@ -172,11 +172,11 @@ def _shared(
     **kwargs: Any,
 ) -> Tensor:
     out = compute(x, *args, **kwargs)
-    if openness is not None and hooks.heard(names.SHARED_OUT):
+    if openness is not None and hooks.has_listeners(names.SHARED_OUT):
         out = openness(x).sigmoid() * out
     return hooks.over_tokens(names.SHARED_OUT, out)
 
 
 def _shared_gate(openness: Callable[..., Tensor], hooks: LayerHooks, x: Tensor) -> Tensor:
     logits = openness(x)
-    return torch.full_like(logits, torch.inf) if hooks.heard(names.SHARED_OUT) else logits
+    return torch.full_like(logits, torch.inf) if hooks.has_listeners(names.SHARED_OUT) else logits

@@ -220,8 +220,8 @@ def check_indices(indices: Tensor, n_experts: int, name: str) -> None:
 def route(router: Callable[..., Any], hooks: LayerHooks, rule: Rule, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Run a router of transformers' contract, `(logits, weights, indices, …)`, with its three hooks."""
     hooks.check_all_come(x)
-    forcing = hooks.heard(names.EXPERT_INDICES)
-    watch = _EditLogits(rule, hooks) if forcing or hooks.heard(names.ROUTER_LOGITS) else None
+    forcing = hooks.has_listeners(names.EXPERT_INDICES)
+    watch = _EditLogits(rule, hooks) if forcing or hooks.has_listeners(names.ROUTER_LOGITS) else None
     with watch or nullcontext():
         logits, weights, indices, *rest = router(x, *args, **kwargs)
     hooks.routed(indices, weights)

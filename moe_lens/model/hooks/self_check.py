@@ -66,7 +66,7 @@ def self_check(model: Any) -> dict[str, float]:
         if layer in model.moe_layers:
             routed, mlp_out = (cache[names.mlp(name, layer)] for name in (names.ROUTED_OUT, names.MLP_OUT))
             ranks = cache[names.mlp(names.EXPERT_WEIGHTED, layer)].sum(2)
-            whole = model.widened(layer, routed)
+            whole = model.to_model_width(layer, routed)
             whole = whole + cache[names.mlp(names.SHARED_OUT, layer)] if model.has_shared(layer) else whole
             laws += [
                 ("routed_out", ranks, routed, "Σ expert_weighted = routed_out"),

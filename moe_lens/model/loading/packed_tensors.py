@@ -22,7 +22,7 @@ from moe_lens.model.loading.checkpoint import Checkpoint, StoredTensor
 _PACKED = re.compile(r"(?P<experts>.*\.mlp\.experts)\.(?P<matrix>gate_up_proj|down_proj)")
 
 
-class Part(NamedTuple):
+class StoredPart(NamedTuple):
     """A stored tensor and the block of a parameter that it fills."""
 
     name: str
@@ -31,18 +31,18 @@ class Part(NamedTuple):
     shape: tuple[int, ...]
 
 
-def parts_of(name: str, shape: tuple[int, ...]) -> list[Part]:
+def parts_of(name: str, shape: tuple[int, ...]) -> list[StoredPart]:
     """The stored tensors that make up the parameter `name`: itself, or one or two matrices for each expert."""
     match = _PACKED.fullmatch(name)
     if match is None:
-        return [Part(name, ..., shape)]
+        return [StoredPart(name, ..., shape)]
     n_experts, rows, columns = shape
     if match["matrix"] == "down_proj":
         matrices = [("down_proj", slice(0, rows))]
     else:
         matrices = [("gate_proj", slice(0, rows // 2)), ("up_proj", slice(rows // 2, rows))]
     return [
-        Part(f"{match['experts']}.{e}.{matrix}.weight", (e, block), (block.stop - block.start, columns))
+        StoredPart(f"{match['experts']}.{e}.{matrix}.weight", (e, block), (block.stop - block.start, columns))
         for e in range(n_experts)
         for matrix, block in matrices
     ]
