@@ -136,7 +136,8 @@ class ExpertMeans:
         kept += [names.mlp(names.SHARED_OUT, at) for at in wanted if model.has_shared(at)]
         sums = ExpertSums(wanted, model.n_experts, model.cfg.d_model)
         alone = isinstance(input, str | Mapping | PaddedTokens) or (isinstance(input, Tensor) and input.ndim == 1)
-        for text in [input] if alone else input:
+        texts: Any = [input] if alone else input
+        for text in texts:
             _, cache = model.run_with_cache(text, names_filter=kept)
             for layer in wanted:
                 indices, outputs = (cache[names.mlp(n, layer)] for n in (names.EXPERT_INDICES, names.EXPERT_OUT))

@@ -122,10 +122,3 @@ def test_what_is_not_supported_is_refused_by_name() -> None:
         HookedMoE.from_hf(LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)))
     with pytest.raises(UnsupportedModelError, match="no layer with experts"):
         HookedMoE.from_hf(build("deepseek", first_k_dense_replace=3))
-
-
-def test_compatibility_mode_is_refused() -> None:
-    model = wrapped("deepseek").model
-    for call in (model.enable_compatibility_mode, model.process_weights):
-        with pytest.raises(UnsupportedModelError, match="keeps the model's own weights"):
-            call()
