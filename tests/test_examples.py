@@ -52,8 +52,8 @@ def test_the_hosted_notebook_runs_as_it_is_but_for_the_installation(tmp_path: Pa
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     (last,) = notebook.cells[-1].outputs
     assert "without it" in last.text
-    notebook.cells[1].source += "\nraise RuntimeError('control')"
-    with pytest.raises(CellExecutionError, match="control"):
+    notebook.cells = notebook.cells[-1:]  # which needs those before it
+    with pytest.raises(CellExecutionError, match="NameError"):
         NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
 
 
