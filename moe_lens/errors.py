@@ -1,5 +1,9 @@
 """Errors and warnings that are the user's to read: each says what came, what was expected, and what to do."""
 
+from typing import TypeVar
+
+T = TypeVar("T")
+
 
 class MoELensError(Exception):
     """Base of every error that moe_lens raises on purpose."""
@@ -27,6 +31,21 @@ class SelfCheckError(MoELensError):
 
 class IncompatibleVersionError(MoELensError, ImportError):
     """The installed release of a library lacks what moe_lens uses of it; the message names what."""
+
+
+def several(given: T, what: str) -> T:
+    """Those that were given, unless they are one text, which Python would take for its letters.
+
+    Args:
+        given: What is about to be gone through.
+        what: What they are, in the plural: "texts".
+
+    Raises:
+        InputError: it is one text.
+    """
+    if isinstance(given, str | bytes):
+        raise InputError(f"got one text, {given[:40]!r}, for {what}; expected several {what}: put it in a list")
+    return given
 
 
 class UntestedVersionWarning(UserWarning):

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from moe_lens import __version__
 from moe_lens.cli import options
@@ -54,10 +55,15 @@ def report(
     domains = _in_memory(options.open_domains(domain, config))
     settings = ReportSettings(model, tokens, seed, dtype.value, device)
     with OutputFolder(out) as folder:
-        with console.status(f"loading {model}"):
+        with console.status(Text(f"loading {model}")):
             loaded = load_model(model, dtype.value, device)
         batches = report_batches(loaded, domains, settings)
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=console) as progress:
             steps = progress.add_task("reading the domains", total=n_steps(loaded, batches))
             made = run(loaded, domains, batches, settings, lambda: progress.advance(steps))

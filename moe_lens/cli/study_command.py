@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from moe_lens import distributed
 from moe_lens.cli import options
@@ -108,9 +109,9 @@ def _run(work: Work, out: Path, given: Arguments) -> None:
     join_processes(given.device)
     try:
         console = Console(stderr=True, quiet=distributed.rank() > 0)
-        with console.status(f"loading {given.model}"):
+        with console.status(Text(f"loading {given.model}")):
             model = load_model(given.model, given.dtype.value, given.device)
-        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
         with Progress(*columns, console=console, transient=True) as progress:
             task, read = progress.add_task("reading"), 0
 

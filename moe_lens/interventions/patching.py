@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, several
 from moe_lens.interventions.clean_run import CleanRun, Variant
 from moe_lens.interventions.metrics import Metric, describe, evaluate
 from moe_lens.interventions.patch_result import PatchResult
@@ -178,7 +178,7 @@ def _check(model: Any, site: str, over: Sequence[str], direction: str, chosen: S
         raise InputError(f"there is no site {site!r}; expected one of {', '.join(SITES)}")
     units = SITES[site].units
     valid = [("layer", *unit, *pos) for unit in ((), *((u,) for u in units)) for pos in ((), ("pos",))]
-    if tuple(over) not in valid:
+    if tuple(several(over, "axes")) not in valid:
         raise InputError(f"{site} cannot be swept over {tuple(over)}; expected one of {', '.join(map(str, valid))}")
     if direction not in get_args(Direction):
         raise InputError(f'direction is {direction!r}; expected "denoising" or "noising"')

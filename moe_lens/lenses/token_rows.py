@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, several
 
 BUFFER = 1024
 """Rows among which the order is shuffled."""
@@ -47,8 +47,7 @@ def rows(model: Any, texts: Texts, context: int | None = None) -> Iterator[list[
     Raises:
         InputError: An item is neither text nor tokens, or holds a token that the model does not have.
     """
-    if isinstance(texts, str):
-        raise InputError("got one text; expected an iterable of texts: put it in a list")
+    texts = several(texts, "texts")
     length = int(context or model.cfg.n_ctx)
     for item in texts:
         yield from (row for row in of_item(model, item, length) if row)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, several
 from moe_lens.lenses.token_rows import endless, of_item, padded, row_batches, rows, shuffled
 from moe_lens.lenses.training_summary import TrainingSummary
 from moe_lens.lenses.tuned_lens import TunedLens, unembedding_digest
@@ -60,6 +60,7 @@ def train(
     progress: bool = True,
 ) -> TunedLens:
     """See `TunedLens.fit`."""
+    texts = several(texts, "texts")
     lens = TunedLens(model, mid=TunedLens(model) if settings.mid else None)
     skip, kept = (
         _held_out(model, texts, settings.context) if held_out is None else (0, rows(model, held_out, settings.context))

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, several
 from moe_lens.stats.accumulator import Accumulator, Result
 from moe_lens.stats.activation_means import Means
 from moe_lens.stats.resampling import bootstrap
@@ -177,7 +177,7 @@ class SimilarityStats(Accumulator[SimilarityResult]):
         i = self.layers.index(layer)
         u, a = resid.float().cpu(), parts.float().cpu()
         counted = counted.cpu()
-        for row, (source, centre) in enumerate(zip(sources, centres, strict=True)):
+        for row, (source, centre) in enumerate(zip(several(sources, "sources"), centres, strict=True)):
             kept = counted[row]
             at = centre.layers.index(layer)
             values = measure(u[row, kept], a[row, kept], centre.resid[at], centre.weighted[at])

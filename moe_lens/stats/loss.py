@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, several
 from moe_lens.stats.accumulator import Accumulator, Result
 from moe_lens.stats.resampling import Interval, bootstrap
 from moe_lens.stats.sums import BySource
@@ -92,6 +92,7 @@ class LossStats(Accumulator[LossResult]):
         Raises:
             InputError: A counted loss is not finite.
         """
+        sources = several(sources, "sources")
         nats = losses.double().masked_fill(~counted, 0)
         if not nats.isfinite().all():
             raise InputError("a loss is not finite: the logits hold NaN, or infinities where the true token is")

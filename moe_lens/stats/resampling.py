@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int, Real
 from torch import Tensor
 
+from moe_lens.errors import several
+
 MIN_SOURCES = 10
 """Below this many sources no interval is given: so few say too little of how much sources differ."""
 
@@ -96,7 +98,7 @@ def tail(sizes: Real[Tensor, " source"], level: float = 0.95) -> float:
 
 def halves(sources: Iterable[str], seed: int = 0) -> dict[str, int]:
     """Deal sources into two halves, 0 and 1, at random; the same sources and seed give the same halves."""
-    order = sorted(set(sources))
+    order = sorted(set(several(sources, "sources")))
     random.Random(seed).shuffle(order)
     return {source: i % 2 for i, source in enumerate(order)}
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, several
 from moe_lens.routing import Routing
 
 
@@ -48,7 +48,7 @@ class RoutedBatch:
         if self.routing.mask is not None:
             counted = counted & self.routing.mask.to(device)
         object.__setattr__(self, "counted", counted)
-        sources = tuple(self.sources) or ("unnamed",) * shape[0]
+        sources = tuple(several(self.sources, "sources")) or ("unnamed",) * shape[0]
         if len(sources) != shape[0]:
             raise InputError(f"{len(sources)} sources for a batch of {shape[0]} rows; expected one for each row")
         object.__setattr__(self, "sources", sources)

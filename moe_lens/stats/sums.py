@@ -13,6 +13,7 @@ from jaxtyping import Int, Shaped, UInt8
 from torch import Tensor
 
 from moe_lens.distributed import all_reduce, gather
+from moe_lens.errors import several
 
 
 class Aggregate(ABC):
@@ -113,7 +114,7 @@ class BySource(Aggregate):
 
     def add(self, rows: Shaped[Tensor, " batch *shape"], sources: Sequence[str]) -> Self:
         """Add each row to the sum of its source."""
-        for row, source in zip(to_wide_cpu(rows), sources, strict=True):
+        for row, source in zip(to_wide_cpu(rows), several(sources, "sources"), strict=True):
             self._sums[source] = self._sums[source] + row if source in self._sums else row.clone()
         return self
 

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lens.distributed import gather
+from moe_lens.errors import several
 from moe_lens.stats.sums import Aggregate, from_bytes, to_bytes
 
 
@@ -49,7 +50,7 @@ class TopRows(Aggregate):
         sources: Sequence[str],
     ) -> None:
         """Take in rows."""
-        keys = {name: name_key(name) for name in set(sources)}
+        keys = {name: name_key(name) for name in set(several(sources, "sources"))}
         source = torch.tensor([keys[name] for name in sources], dtype=torch.long)
         self._take(target.cpu(), score.double().cpu(), content.cpu(), source, {key: name for name, key in keys.items()})
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_lens import distributed, names
 from moe_lens.data import Domains, Reading, Shard, TokenBatch, as_domains, batch_windows, shards
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, several
 from moe_lens.routing import LayerRouting
 from moe_lens.stats.observation import Hooks, routing_hooks
 from moe_lens.studies.batch_halving import Halving
@@ -62,7 +62,7 @@ def collect(
     reading = Reading() if reading is None else reading
     out = Path(out)
     domains = pinned(as_domains(domains))
-    points = hook_points(model, hooks)
+    points = hook_points(model, several(hooks, "hooks"))
     if kind == "parquet" and dtype == torch.bfloat16:
         raise InputError("parquet has no bfloat16; choose float16 or float32, or safetensors")
     if kind == "parquet" and (single := [name for name in points if names.parse_expert(name)]):

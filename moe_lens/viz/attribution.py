@@ -6,6 +6,7 @@ import pandas as pd
 
 from moe_lens.interventions import ExpertAttribution
 from moe_lens.viz.style import colour, error_bars, styled
+from moe_lens.viz.token_text import as_text
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -33,14 +34,14 @@ def attribution_map(result: ExpertAttribution) -> "Figure":
             colorscale=DIVERGING,
             zmin=-largest,
             zmax=largest,
-            colorbar={"title": {"text": result.metric}, "thickness": 12},
+            colorbar={"title": {"text": as_text(result.metric)}, "thickness": 12},
             hoverongaps=False,
             hovertemplate=f"%{{y}}, {result.unit} %{{x}}: %{{z:.4g}}<br>%{{customdata}} tokens<extra></extra>",
         )
     )
     figure.update_xaxes(title_text=result.unit, showgrid=False)
     figure.update_yaxes(autorange="reversed", showgrid=False)
-    title = f"{result.method}, {result.routing} routing: what each {result.unit} adds to {result.metric}"
+    title = f"{result.method}, {result.routing} routing: what each {result.unit} adds to {as_text(result.metric)}"
     return styled(figure, height=140 + 32 * len(result.layers), title={"text": title, "font": {"size": 13}})
 
 

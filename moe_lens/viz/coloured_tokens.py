@@ -1,17 +1,42 @@
 """A text coloured by its routing, with circuitsvis."""
 
+import html
+import re
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
 
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, several
 from moe_lens.routing import LayerRouting
 from moe_lens.viz.token_text import readable
 
-_LESS_THAN = "\ufdd0"
-"""Stands for "<" until the tokens are JSON inside a script, where `</script>` must not appear; no text has it."""
+_OPENED = re.compile(r"<div ([^>]*)/>")
 
 
-def routing_tokens(tokens: Sequence[str], routing: LayerRouting, *, expert: int | None = None, batch: int = 0) -> Any:
+@dataclass(frozen=True)
+class TokensHTML:
+    """A text coloured token by token, as HTML that needs no network."""
+
+    local_src: str
+    """An element and the script that draws it, whole in itself."""
+
+    def _repr_html_(self) -> str:
+        return self.local_src
+
+    __html__ = __str__ = _repr_html_
+
+    def __repr__(self) -> str:
+        return f"TokensHTML({len(self.local_src):,} characters)"
+
+    def save(self, path: str | Path) -> None:
+        """Write a page of its own."""
+        page = f'<!doctype html>\n<meta charset="utf-8">\n<title>tokens</title>\n{self.local_src}\n'
+        Path(path).write_text(page, encoding="utf-8")
+
+
+def routing_tokens(
+    tokens: Sequence[str], routing: LayerRouting, *, expert: int | None = None, batch: int = 0
+) -> TokensHTML:
     """A text coloured by routing weight in one layer.
 
     Args:
@@ -22,11 +47,14 @@ def routing_tokens(tokens: Sequence[str], routing: LayerRouting, *, expert: int 
         batch: Which row of the batch.
 
     Returns:
-        circuitsvis' rendered HTML: a notebook shows it, and `str(…)` is HTML that needs the network.
+        HTML that a notebook shows, `save` writes and `str` gives; nothing of it asks the network.
+
+    Raises:
+        InputError: One text instead of tokens, tokens of another text, or no such expert.
     """
     from circuitsvis.tokens import colored_tokens
-    from circuitsvis.utils.render import RenderedHTML
 
+    tokens = several(tokens, "tokens")
     row = (lambda values: values[batch] if values.ndim == 3 else values) if routing.indices.ndim == 3 else lambda v: v
     indices, weights = row(routing.indices), row(routing.weights).float()
     if len(tokens) != len(indices):
@@ -37,7 +65,10 @@ def routing_tokens(tokens: Sequence[str], routing: LayerRouting, *, expert: int 
         values = (weights * (indices == expert)).sum(-1)
     else:
         raise InputError(f"expert {expert}; the layer has 0 to {routing.n_experts - 1}")
-    shown = [readable(token).replace("<", _LESS_THAN) for token in tokens]
+    # circuitsvis writes tokens into the page as HTML.
+    shown = [html.escape(readable(token)) for token in tokens]
     rendered = colored_tokens(shown, values.tolist(), min_value=0.0, max_value=float(max(values.max(), 1e-6)))
-    escape = "\\ufdd0", "\\u003c"
-    return RenderedHTML(rendered.local_src.replace(*escape), rendered.cdn_src.replace(*escape))
+    # It closes its element as only XML may: what follows on a page would be inside, and be drawn over.
+    closed, found = _OPENED.subn(r"<div \1></div>", rendered.local_src, count=1)
+    assert found == 1, "circuitsvis begins with one element"
+    return TokensHTML(closed)

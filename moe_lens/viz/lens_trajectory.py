@@ -9,6 +9,7 @@ from torch import Tensor
 from moe_lens.lenses import LensResult
 from moe_lens.viz.lens_cells import place, title
 from moe_lens.viz.style import MUTED, PALETTE, styled
+from moe_lens.viz.token_text import as_text
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -69,12 +70,12 @@ def lens_trajectory(result: LensResult, *, position: int | None = None, batch: i
                     x=list(result.layers),
                     y=[None if value != value else value + rank for value in middle[:, j].tolist()],
                     customdata=list(zip(middle[:, j].tolist(), counted[:, j].tolist(), strict=True)),
-                    name=title(which),
+                    name=as_text(title(which)),
                     legendgroup=str(j),
                     showlegend=number == 0,
                     mode="lines+markers",
                     hovertemplate=f"layer %{{x}}: %{{customdata[0]:{panel.shown}}}"
-                    f"<br>%{{customdata[1]}} tokens<extra>{title(which)}</extra>",
+                    f"<br>%{{customdata[1]}} tokens<extra>{as_text(title(which))}</extra>",
                     **looks[j],
                 ),
                 row=1 + number // 2,

@@ -92,9 +92,9 @@ def trace_map(result: TraceResult) -> "Figure":
     styled(figure, height=sum(heights) + 80)
     floor = result.corrupted.mean().item()
     figure.update_layout(
-        coloraxis=_colours(largest, f"effect on the<br>{result.score}<br>({result.n} draws)"),
+        coloraxis=_colours(largest, f"effect on the<br>{escaped(result.score)}<br>({result.n} draws)"),
         title={
-            "text": f"{result.score}: {result.clean:.3f} clean, {floor:.3f} corrupted",
+            "text": f"{escaped(result.score)}: {result.clean:.3f} clean, {floor:.3f} corrupted",
             "font": {"size": 13},
         },
         margin={"t": 70},

@@ -1,10 +1,10 @@
 """Figures of smaller models."""
 
-import html
 from typing import TYPE_CHECKING, Any
 
 from moe_lens.pruning.frontier import ALL, Frontier
 from moe_lens.viz.style import MUTED, colour, error_bars, styled
+from moe_lens.viz.token_text import as_text
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -25,7 +25,7 @@ def frontier(result: Frontier) -> "Figure":
         rows=1,
         cols=len(result.domains),
         shared_yaxes=True,
-        subplot_titles=[html.escape(name, quote=False) for name in result.domains],
+        subplot_titles=[as_text(name) for name in result.domains],
         horizontal_spacing=0.015,
     )
     lines = frame[frame["method"] != result.points[0][0]].groupby(["method", "treatment"], sort=False)
@@ -76,8 +76,8 @@ def specialists(result: Frontier, kept: int) -> "Figure":
     figure = go.Figure(
         go.Heatmap(
             z=table.to_numpy(),
-            x=[html.escape(name, quote=False) for name in table.columns],
-            y=[html.escape(name, quote=False) for name in table.index],
+            x=[as_text(name) for name in table.columns],
+            y=[as_text(name) for name in table.index],
             text=[[f"× {value:.2f}" for value in row] for row in table.to_numpy()],
             texttemplate="%{text}",
             colorscale="RdBu_r",

@@ -1,11 +1,11 @@
 """Figures of the study of one expert against the ensemble."""
 
-import html
 from typing import TYPE_CHECKING
 
 from moe_lens.stats import MIN_SOURCES
 from moe_lens.studies import SingleExpert
 from moe_lens.viz.style import MUTED, error_bars, rgba, styled
+from moe_lens.viz.token_text import as_text
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -43,7 +43,7 @@ def similarity_by_layer(result: SingleExpert, *, residual: bool) -> "Figure":
         rows=1,
         cols=len(domains),
         shared_yaxes=True,
-        subplot_titles=[html.escape(name, quote=False) for name in domains],
+        subplot_titles=[as_text(name) for name in domains],
         horizontal_spacing=0.015,
     )
     for column, domain in enumerate(domains, start=1):
@@ -83,7 +83,7 @@ def perplexity_by_k(result: SingleExpert) -> "Figure":
         rows=1,
         cols=len(domains),
         shared_yaxes=True,
-        subplot_titles=[html.escape(name, quote=False) for name in domains],
+        subplot_titles=[as_text(name) for name in domains],
         horizontal_spacing=0.015,
     )
     looks = {"dropped": ("others dropped", "#2563a8"), "replaced": ("others replaced by their mean", "#b7791f")}

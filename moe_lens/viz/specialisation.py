@@ -1,10 +1,10 @@
 """Figures of the specialisation study."""
 
-import html
 from typing import TYPE_CHECKING
 
 from moe_lens.studies import Specialisation
 from moe_lens.viz.style import MUTED, SCALE, colour, error_bars, styled
+from moe_lens.viz.token_text import as_text
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -16,7 +16,7 @@ def specialisation_map(result: Specialisation) -> "Figure":
     from plotly.subplots import make_subplots
 
     domains = list(result.domains.items())
-    titles = [html.escape(name, quote=False) for name, _ in domains]
+    titles = [as_text(name) for name, _ in domains]
     row_height = max(110, 16 * len(domains[0][1].layers) + 30)
     height = row_height * len(domains) + 80
     figure = make_subplots(
@@ -33,7 +33,7 @@ def specialisation_map(result: Specialisation) -> "Figure":
                 xgap=1,
                 ygap=1,
                 hovertemplate="layer %{y}, expert %{x}<br>%{z:.1%} of tokens, %{customdata:.1f} × uniform"
-                f"<extra>{html.escape(name, quote=False)}</extra>",
+                f"<extra>{as_text(name)}</extra>",
             ),
             row=row,
             col=1,
@@ -79,7 +79,7 @@ def most_specialised(result: Specialisation) -> "Figure":
                 textposition="middle right",
                 textfont={"size": 9, "color": MUTED},
                 marker={"color": colour(number), "size": 8},
-                name=html.escape(str(name), quote=False),
+                name=as_text(str(name)),
                 customdata=rows[["layer", "expert"]],
                 hovertemplate="layer %{customdata[0]}, expert %{customdata[1]}: %{y:.1%} of tokens",
             )
@@ -108,7 +108,7 @@ def experts_for_half(result: Specialisation) -> "Figure":
                 y=rows["experts"],
                 mode="lines+markers",
                 line={"color": colour(number), "width": 2},
-                name=html.escape(str(name), quote=False),
+                name=as_text(str(name)),
                 hovertemplate="layer %{x}: %{y} experts",
             )
         )

@@ -24,6 +24,11 @@ def _printable(character: str) -> str:
     return character
 
 
+def as_text(name: str) -> str:
+    """A name that plotly shows as it is: no markup, no formula where MathJax is loaded, no place of a template."""
+    return html.escape(name, quote=False).replace("$", "&#36;").replace("%{", "&#37;{")
+
+
 def escaped(token: str) -> str:
     """`readable`, with what plotly and HTML would take for markup escaped."""
-    return html.escape(readable(token), quote=False)
+    return as_text(readable(token))

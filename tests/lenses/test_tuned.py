@@ -360,3 +360,12 @@ def test_tokens_are_taken_as_they_are(model):
 def test_what_is_no_corpus_is_refused(model, corpus, message):
     with pytest.raises(InputError, match=message):
         list(rows(model, corpus))
+
+
+def test_one_text_is_not_many_letters() -> None:
+    model = HookedMoE.from_pretrained("tiny-deepseekmoe")
+    text = "The sea was calm and the old man slept. " * 3
+    cases: list[Any] = [{"texts": text}, {"texts": [text], "held_out": text}, {"texts": text, "held_out": [text]}]
+    for given in cases:
+        with pytest.raises(InputError, match="got one text, 'The sea .*expected several texts"):
+            TunedLens.fit(model, **given, steps=1, batch=4, context=32, progress=False)

@@ -2,6 +2,8 @@
 
 import json
 import re
+from html import escape
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from moe_lens.errors import InputError
 from moe_lens.routing import LayerRouting
 from moe_lens.stats import RoutingStats
 from moe_lens.studies import Specialisation
-from moe_lens.viz.token_text import escaped
+from moe_lens.viz.token_text import as_text, escaped
 from tests.stats.routed import routed
 
 NASTY = "</script><b>&amp;[red]"
@@ -88,7 +90,7 @@ def routing(batch: bool = True) -> LayerRouting:
 
 
 def values_of(rendered) -> list[float]:
-    return json.loads(re.findall(r'"values": (\[.*?\])', rendered.cdn_src)[0])
+    return json.loads(re.findall(r'"values": (\[.*?\])', rendered.local_src)[0])
 
 
 @pytest.mark.parametrize("batch", [True, False])
@@ -100,10 +102,37 @@ def test_text_is_coloured_by_an_expert_or_by_the_first_ones_share(batch):
 
 def test_tokens_cannot_break_out_of_circuitsvis():
     rendered = viz.routing_tokens(["a", NASTY, " c"], routing())
-    for source in (rendered.local_src, rendered.cdn_src):
-        assert source.count("</script>") == 1
-        (tokens,) = re.findall(r'"tokens": (\[.*?\]), "values"', source)
-        assert json.loads(tokens) == ["a", NASTY, "␣c"]
+    source = rendered.local_src
+    assert source.count("</script>") == 1
+    (tokens,) = re.findall(r'"tokens": (\[.*?\]), "values"', source)
+    assert json.loads(tokens) == ["a", escape(NASTY), "␣c"]
+
+
+def test_what_is_shown_and_saved_is_offline_and_leaves_the_page_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    rendered = viz.routing_tokens(["a", "b", "c"], routing())
+    rendered.save(tmp_path / "page.html")
+    saved = (tmp_path / "page.html").read_text(encoding="utf-8")
+    for source in (rendered._repr_html_(), rendered.__html__(), str(rendered), saved):
+        assert not re.search(r"<script[^>]*src=|<link|unpkg.com/circuitsvis", source)
+    opened = re.match(r"<div [^>]*>", rendered.local_src)
+    assert opened and not opened[0].endswith("/>") and rendered.local_src[opened.end() :].startswith("</div>")
+    assert len(repr(rendered)) < 80
+
+
+def test_one_text_is_not_tokens():
+    with pytest.raises(InputError, match="got one text, 'abc', for tokens"):
+        viz.routing_tokens("abc", routing())
+
+
+def test_names_are_no_formulas_and_no_places_of_a_template():
+    assert as_text("$x$ <b> %{y} 5%") == "&#36;x&#36; &lt;b&gt; &#37;{y} 5%"
 
 
 def test_what_does_not_fit_is_refused():
