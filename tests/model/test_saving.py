@@ -2,15 +2,23 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+from transformers.core_model_loading import revert_weight_conversion
 
+from moe_lens.errors import InputError, UnsupportedModelError
 from moe_lens.hooked_moe import HookedMoE
+from moe_lens.model.loading import saving
+from moe_lens.pruning import Plan, export
 from tests.families import CONFIGS, build
+from tests.matrix.configs import build as matrix_build
+from tests.matrix.configs import tokens as matrix_tokens
 from tests.wrapped import wrapped
 
 families = pytest.mark.parametrize("family", CONFIGS)
@@ -72,3 +80,164 @@ def test_several_shards(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     with torch.no_grad():
         assert torch.equal(HookedMoE.from_pretrained(tmp_path)(case.tokens), case.logits)
+
+
+# --- however a model was loaded, what is saved is the whole of it, or nothing is written ---
+
+
+def rewritten(folder: Path, change: Any, **config: Any) -> Path:
+    """A checkpoint with tensors and config changed on disk."""
+    file = folder / "model.safetensors"
+    tensors = change(stored(folder))
+    save_file({name: value.contiguous() for name, value in tensors.items()}, file, metadata={"format": "pt"})
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, **config}))
+    return folder
+
+
+def in_fp8(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every matrix of the layers in eight bits, with a scale for each block of 8 × 8."""
+    found = {}
+    for name, value in tensors.items():
+        found[name] = value
+        if "proj" in name or ".w1." in name or ".w2." in name or ".w3." in name:
+            rows, columns = value.shape
+            scale = torch.rand(rows // 8, columns // 8, generator=torch.Generator().manual_seed(rows)) + 0.5
+            found[name] = value.to(torch.float8_e4m3fn)
+            found[f"{name}_scale_inv"] = scale
+    return found
+
+
+def in_mxfp4(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Experts as gpt-oss stores them: blocks of 32 numbers in 4 bits, and their scales."""
+    generator, found = torch.Generator().manual_seed(0), {}
+    for name, value in tensors.items():
+        found[name] = value.to(torch.bfloat16)
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            experts, rows, columns = found.pop(name).shape
+            shape = experts, columns, rows // 32
+            found[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
+            found[f"{name}_scales"] = torch.randint(120, 124, shape, generator=generator, dtype=torch.uint8)
+    return found
+
+
+def fp8(folder: Path) -> HookedMoE:
+    rewritten(folder, in_fp8, quantization_config={"quant_method": "fp8", "weight_block_size": [8, 8]})
+    how = FineGrainedFP8Config(dequantize=True, weight_block_size=(8, 8))
+    return HookedMoE.from_pretrained(folder, quantization_config=how, dtype=torch.float32)
+
+
+def mxfp4(folder: Path) -> HookedMoE:
+    rewritten(folder, in_mxfp4, quantization_config={"quant_method": "mxfp4"}, dtype="bfloat16")
+    return HookedMoE.from_pretrained(folder, quantization_config=Mxfp4Config(dequantize=True))
+
+
+def renamed(folder: Path) -> HookedMoE:
+    rewritten(folder, lambda tensors: {name.replace("model.", "trunk."): value for name, value in tensors.items()})
+    hf = AutoModelForCausalLM.from_pretrained(folder, key_mapping={r"^trunk\.": "model."})
+    return HookedMoE.from_hf(hf)
+
+
+def on_disk(folder: Path) -> HookedMoE:
+    last = json.loads((folder / "config.json").read_text())["num_hidden_layers"] - 1
+    places = {f"model.layers.{layer}": "cpu" for layer in range(last)} | {f"model.layers.{last}": "disk"}
+    places |= dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), "cpu")
+    return HookedMoE.from_pretrained(folder, device_map=places, offload_folder=folder / "offload")
+
+
+def as_it_is(folder: Path) -> HookedMoE:
+    return HookedMoE.from_pretrained(folder)
+
+
+def in_a_base_model(folder: Path) -> HookedMoE:
+    """Stored without the prefix of the model around it."""
+    change: Any = lambda tensors: {name.removeprefix("model."): value for name, value in tensors.items()}  # noqa: E731
+    return HookedMoE.from_hf(AutoModelForCausalLM.from_pretrained(rewritten(folder, change)))
+
+
+WIDE = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 64, "moe_intermediate_size": 32}
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
+@pytest.mark.parametrize(
+    ("model_type", "way"),
+    [
+        *[(model_type, way) for model_type in ("mixtral", "qwen3_moe") for way in (as_it_is, fp8, renamed, on_disk)],
+        ("deepseek_v3", fp8),
+        ("deepseek_v3", on_disk),
+        ("deepseek", on_disk),
+        ("gpt_oss", mxfp4),
+        ("gpt_oss", on_disk),
+        ("mixtral", in_a_base_model),
+    ],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_saved_however_it_was_loaded(model_type: str, way: Any, tied: bool, tmp_path: Path) -> None:
+    sizes = {} if way is on_disk else WIDE
+    matrix_build(model_type, tie_word_embeddings=tied, **sizes).save_pretrained(tmp_path / "stored")
+    model = way(tmp_path / "stored")
+    with torch.no_grad():
+        logits = model(matrix_tokens())
+    assert logits.isfinite().all()
+    model.save_pretrained(tmp_path / "saved")
+    assert not {"quantization_config"} & json.loads((tmp_path / "saved" / "config.json").read_text()).keys()
+    plain: Any
+    plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(info.values()), info
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(matrix_tokens()).logits, logits)
+        assert torch.equal(HookedMoE.from_pretrained(tmp_path / "saved")(matrix_tokens()), logits)
+    model.save_pretrained(tmp_path / "again")
+    saved, again = stored(tmp_path / "saved"), stored(tmp_path / "again")
+    assert saved.keys() == again.keys() and all(torch.equal(again[name], saved[name]) for name in saved)
+
+
+def test_a_dequantised_model_can_be_pruned(tmp_path: Path) -> None:
+    matrix_build("gpt_oss", **WIDE).save_pretrained(tmp_path / "stored")
+    model = mxfp4(tmp_path / "stored")
+    kept = tuple(tuple(range(6)) for _ in model.moe_layers)
+    values = torch.zeros(len(kept), model.n_experts)
+    plan = Plan({"name": "gpt-oss"}, model.moe_layers, kept, model.top_k, values, "by hand")
+    export(model, plan, tmp_path / "smaller")
+    smaller = HookedMoE.from_pretrained(tmp_path / "smaller")
+    assert smaller.n_experts == 6
+    assert torch.equal(smaller.W_out[0], model.W_out[0][:6])
+
+
+def test_what_would_not_be_read_again_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: undoing the dequantisation, as transformers does, loses every expert."""
+    matrix_build("gpt_oss", **WIDE).save_pretrained(tmp_path / "stored")
+    model = mxfp4(tmp_path / "stored")
+    hf: Any = model.original_model
+    undone = revert_weight_conversion(hf, model.state_dict())
+    assert any(name.endswith("_blocks") for name in undone)
+    monkeypatch.setattr(saving, "revert_weight_conversion", lambda *_: undone)
+    with pytest.raises(UnsupportedModelError, match=r"write model\.layers\.0.*_blocks and 7 more under names"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    conversions = hf._weight_conversions
+    assert conversions is not None, "as it was"
+    monkeypatch.undo()
+    model.save_pretrained(tmp_path / "saved")
+    assert hf._weight_conversions is conversions
+
+
+class Quantiser:
+    """As one of transformers says of itself."""
+
+    class quantization_config:
+        quant_method = "bitsandbytes_4bit"
+
+
+def test_a_quantised_model_is_not_written(tmp_path: Path) -> None:
+    model = HookedMoE.from_hf(build("mixtral"), check=False)
+    object.__setattr__(model.original_model, "hf_quantizer", Quantiser())
+    with pytest.raises(UnsupportedModelError, match="quantised .by bitsandbytes_4bit"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "saved").write_text("")
+    with pytest.raises(InputError, match="is a file; expected a folder"):
+        HookedMoE.from_hf(build("mixtral"), check=False).save_pretrained(tmp_path / "saved")

@@ -27,6 +27,26 @@ def original_state(
     return {name: found[name] for name in original_names}
 
 
+def check_numbers(model: PreTrainedModel) -> None:
+    """Refuse a model whose parameters are packed.
+
+    Raises:
+        UnsupportedModelError: it is quantised.
+    """
+    method = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    packed = [
+        f"{name.replace(WRAPPER, '')} is {parameter.dtype}"
+        for name, parameter in model.named_parameters()
+        if not parameter.is_floating_point() or parameter.element_size() < 2
+    ]
+    if packed or method is not None:
+        what = packed[0] if packed else f"by {getattr(method.quant_method, 'value', method.quant_method)}"
+        raise UnsupportedModelError(
+            f"this model is quantised ({what}): packed numbers mean nothing without their scales. The checkpoint it "
+            "was loaded from holds it; load it in 16 bits to have its parameters"
+        )
+
+
 def check_readable(model: PreTrainedModel, *, assign: bool = False) -> None:
     """Refuse a model whose parameters are not there as numbers.
 
@@ -37,24 +57,14 @@ def check_readable(model: PreTrainedModel, *, assign: bool = False) -> None:
     Raises:
         UnsupportedModelError: it is offloaded, quantised, or on the meta device.
     """
+    check_numbers(model)
     offloaded = bool(getattr(model, "hf_device_map", None))
     for name, parameter in model.named_parameters():
-        clean = name.replace(WRAPPER, "")
         if parameter.is_meta and (offloaded or not assign):
             where = "offloaded: save_pretrained writes it" if offloaded else "on the meta device: load it with numbers"
             raise UnsupportedModelError(
-                f"{clean} is not in memory, and a state_dict holds nothing of it: it is {where}"
+                f"{name.replace(WRAPPER, '')} is not in memory, and a state_dict would not hold it: it is {where}"
             )
-        if not parameter.is_floating_point() or parameter.element_size() < 2:
-            raise UnsupportedModelError(
-                f"{clean} is quantised ({parameter.dtype}): a state_dict would hold packed numbers, which mean nothing "
-                "without their scales. Load the model in 16 bits"
-            )
-    if (quantiser := getattr(model, "hf_quantizer", None)) is not None:
-        method = getattr(quantiser.quantization_config.quant_method, "value", "unknown")
-        raise UnsupportedModelError(
-            f"this model is quantised ({method}): a state_dict would hold packed numbers. Load the model in 16 bits"
-        )
 
 
 class WholeState(TransformerBridge):

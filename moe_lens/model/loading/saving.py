@@ -1,18 +1,87 @@
-"""Saving a wrapped model under the names that its family's checkpoints have."""
+"""Saving a wrapped model under the names that its family's checkpoints have, so that it loads again as it is."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
 
-from moe_lens.model.hooks.whole_state import original_state
+from moe_lens.errors import InputError, UnsupportedModelError
+from moe_lens.model.hooks.whole_state import check_numbers, original_state
 
 
 def save_pretrained(
     model: PreTrainedModel, original_names: Collection[str], tokenizer: Any, folder: Path, **kwargs: Any
 ) -> None:
-    """Transformers' `save_pretrained`, of the model as it was before it was wrapped."""
-    model.save_pretrained(folder, state_dict=original_state(model, original_names), **kwargs)
+    """Transformers' `save_pretrained`, of the model as it was before it was wrapped.
+
+    Raises:
+        UnsupportedModelError: what would be written does not load as this model; nothing is written.
+        InputError: the folder is a file.
+    """
+    if folder.is_file():
+        raise InputError(f"{folder} is a file; expected a folder, which need not exist")
+    check_numbers(model)
+    state = original_state(model, original_names)
+    with _readable(model, state) if kwargs.get("save_original_format", True) else _as_it_is():
+        model.save_pretrained(folder, state_dict=state, **kwargs)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _as_it_is() -> Generator[None]:
+    yield
+
+
+@contextmanager
+def _readable(model: PreTrainedModel, state: Mapping[str, Tensor]) -> Generator[None]:
+    """While it is saved, the model has a way back to stored names from which transformers finds its parameters again.
+
+    Transformers writes by undoing what it did at loading. After loading with dequantisation it would write the packed
+    format's names (of a gpt-oss, `…_blocks`) for numbers that are no longer packed, and read none of them again.
+    """
+    model_: Any = model
+    loaded = vars(model).get("_weight_conversions")
+    try:
+        for conversions in (loaded, None):  # None: as a model that was not loaded at all
+            model_._weight_conversions = conversions
+            lost = _unreadable(model, state)
+            if not lost:
+                yield
+                return
+    finally:
+        if loaded is None:
+            vars(model).pop("_weight_conversions", None)
+        else:
+            model_._weight_conversions = loaded
+    raise UnsupportedModelError(
+        f"transformers would write {lost[0]} and {len(lost) - 1} more under names that it does not read again; nothing "
+        "was written. model.state_dict() holds all parameters"
+    )
+
+
+def _unreadable(model: PreTrainedModel, state: Mapping[str, Tensor]) -> list[str]:
+    """Names that saving would write and loading would not read, found without touching a number."""
+    every = {name: value.to("meta") for name, value in state.items()}
+    stored = revert_weight_conversion(
+        model, {name: value for name, value in every.items() if name not in model.all_tied_weights_keys}
+    )
+    ways = get_model_conversion_mapping(model)
+    renamings = [way for way in ways if isinstance(way, WeightRenaming)]
+    converters = [way for way in ways if isinstance(way, WeightConverter)]
+    return [name for name in stored if not {_read_as(name, model, every, renamings, converters), name} & every.keys()]
+
+
+def _read_as(name: str, model: PreTrainedModel, every: dict[str, Tensor], *ways: Any) -> str:
+    """The parameter that transformers' loader takes a stored tensor for."""
+    return rename_source_key(name, *ways, model.base_model_prefix, every)[0]
