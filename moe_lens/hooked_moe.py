@@ -29,7 +29,6 @@ from moe_lens.model.loading.pretrained import load_pretrained
 from moe_lens.model.loading.saving import save_pretrained
 from moe_lens.model.loading.transformer_lens_words import read_words
 from moe_lens.model.loading.validate import check_kernel, check_tokenizer, check_wrappable, refuse_plan, refuse_shards
-from moe_lens.model.tl_compat import configure_tokenizer
 from moe_lens.routing import Routing
 from moe_lens.selection import Experts, Selection, Where
 
@@ -105,9 +104,11 @@ class HookedMoE(GeneratingBridge):
     ) -> Self:
         """Wrap a loaded transformers model, in place and for good; where that fails, it stays as it was.
 
+        The tokenizer is used as it is and never changed: what was added to it, its pad, BOS and EOS, its chat template.
+
         Raises:
             UnsupportedModelError: the family is not supported, the model predicts no tokens, or is wrapped already.
-            InputError: no model or no tokenizer of transformers, or the tokenizer was not loaded from anywhere.
+            InputError: no model or no tokenizer of transformers.
             SelfCheckError: the parts do not make up the whole.
         """
         check_wrappable(model)
@@ -117,8 +118,6 @@ class HookedMoE(GeneratingBridge):
         known_as = name or getattr(model.config, "_name_or_path", "") or family_name(model)
         with undone_on_error(model):
             adapter, family = build_adapter(model, known_as)
-            if tokenizer is not None:
-                tokenizer = configure_tokenizer(tokenizer, adapter.cfg)
             hooked = cls(model, adapter, tokenizer, family)
             check_kernel(hooked._experts(hooked.moe_layers[0]).module)
             if check and not any(p.is_meta for p in model.parameters()):

@@ -19,8 +19,8 @@ class Encoder(Protocol):
     cfg: Any
     tokenizer: Any
 
-    def to_tokens(self, text: str, /, *, truncate: bool) -> Int[Tensor, "1 pos"]:
-        """The ids of a text, opened by BOS if the model has one."""
+    def own_ids(self, text: str, /) -> tuple[list[int], list[int]]:
+        """A text as the tokenizer itself encodes it: the special tokens that it puts first, and the text's ids."""
         ...
 
 
@@ -108,9 +108,9 @@ def tokenize(
 ) -> Tokens:
     """Choose passages until there are `n_tokens` of text, and batch them.
 
-    A passage longer than `context` is cut into windows, each opened by BOS if the model has one. Sources take turns in
-    a random order, a window each time, so that a small budget still sees as many sources as it can; within a source,
-    passages come in a random order.
+    A passage longer than `context` is cut into windows, each opened by BOS if the tokenizer itself opens texts so.
+    Sources take turns in a random order, a window each time, so that a small budget still sees as many sources as it
+    can; within a source, passages come in a random order.
 
     Args:
         domain: The texts.

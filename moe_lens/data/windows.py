@@ -15,13 +15,13 @@ class Window:
     """A piece of a passage that is read on its own."""
 
     ids: tuple[int, ...]
-    """Opened by BOS if the model has one."""
+    """Opened by what the tokenizer itself puts before a text: BOS, if anything."""
     source: str
     """Of the passage."""
     document: int
     """Number of the passage in its domain, from 0."""
     start: int
-    """Where in the passage's tokens, BOS not counted, the window begins."""
+    """Where in the passage's tokens, what opens it not counted, the window begins."""
     counted: int
     """How many of its tokens are text: no special tokens."""
     opening: int = 0
@@ -46,20 +46,17 @@ def windows_of(
         number: Of the passage in its domain.
         passage: The text.
         encoder: The model that it is tokenised for.
-        context: The greatest length of a window, BOS included.
+        context: The greatest length of a window, what opens it included.
         short: Called with a passage of fewer than two tokens and their number; raises if not given.
 
     Raises:
         InputError: The tokenizer gives tokens that the model does not have; names file and line.
     """
-    ids = encoder.to_tokens(passage.text, truncate=False)[0].tolist()
-    bos = encoder.tokenizer.bos_token_id
-    opening = [bos] if bos is not None and ids[:1] == [bos] else []
-    text = ids[len(opening) :]
+    opening, text = encoder.own_ids(passage.text)
     if len(text) < 2:
         short(passage, len(text))
         return
-    if (unknown := max(ids)) >= encoder.cfg.d_vocab:
+    if (unknown := max(*opening, *text)) >= encoder.cfg.d_vocab:
         raise InputError(
             f"{passage.origin}: the tokenizer gives token {unknown}, and the model has {encoder.cfg.d_vocab};"
             " is it the tokenizer of another model?"

@@ -41,7 +41,7 @@ class Rows:
 def rows(model: Any, texts: Texts, context: int | None = None) -> Iterator[list[int]]:
     """Rows of at most `context` token ids (default: the model's), in order; empty ones are left out.
 
-    A longer text is cut into windows, each opened by the model's BOS token if it has one; rows of token ids are cut as
+    A longer text is cut into windows, each opened by BOS if the tokenizer opens texts so; rows of token ids are cut as
     they are.
 
     Raises:
@@ -56,10 +56,8 @@ def rows(model: Any, texts: Texts, context: int | None = None) -> Iterator[list[
 def of_item(model: Any, item: Any, length: int) -> Iterator[list[int]]:
     """The rows of one item of a corpus."""
     if isinstance(item, str):
-        ids = model.to_tokens(item, truncate=False)[0].tolist()
-        bos = getattr(model.tokenizer, "bos_token_id", None)
-        opening = ids[:1] if bos is not None and ids[:1] == [bos] else []
-        yield from _cut(model, ids[len(opening) :], length, opening)
+        opening, ids = model.own_ids(item)
+        yield from _cut(model, ids, length, opening)
     elif isinstance(item, MaskedTokens):
         for row, real in zip(item.tokens, item.mask, strict=True):
             yield from _cut(model, row[real.to(row.device)].tolist(), length, [])

@@ -60,16 +60,13 @@ def lens_table(model: Any, domains: Domains, *, top: int = 5) -> list[LensExampl
 
 
 def _example(model: Any, domain: Domain) -> tuple[list[int], int, str]:
-    longest: tuple[list[int], str] = ([], "")
+    longest: tuple[list[int], list[int], str] = ([], [], "")
     for passage in domain.passages:
-        ids = model.to_tokens(passage.text, truncate=False)[0].tolist()
-        if len(ids) > len(longest[0]):
-            longest = ids, passage.origin
-        opened = ids[:1] == [model.tokenizer.bos_token_id]
-        if len(ids) - opened > EXAMPLE_TOKENS:
+        opening, text = model.own_ids(passage.text)
+        if len(text) > len(longest[1]):
+            longest = opening, text, passage.origin
+        if len(text) > EXAMPLE_TOKENS:
             break
-    else:
-        ids = longest[0]
-        opened = ids[:1] == [model.tokenizer.bos_token_id]
-    end = min(EXAMPLE_TOKENS + opened, len(ids) - 1)
-    return ids[:end], ids[end], longest[1]
+    opening, text, origin = longest
+    end = min(EXAMPLE_TOKENS, len(text) - 1)
+    return [*opening, *text[:end]], text[end], origin

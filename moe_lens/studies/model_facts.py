@@ -11,13 +11,13 @@ SAMPLED = 64
 
 
 def model_facts(model: Any, name: str) -> dict[str, Any]:
-    """Name, sizes and digest of parameters of a `HookedMoE`, as plain values.
+    """Name, sizes and digest of parameters of a `HookedMoE`, and what opens the texts that it reads, as plain values.
 
     Args:
         model: The model.
         name: What it was loaded as.
     """
-    hf = model.original_model
+    hf, tokenizer = model.original_model, model.tokenizer
     return {
         "name": name,
         "type": hf.config.model_type,
@@ -31,6 +31,7 @@ def model_facts(model: Any, name: str) -> dict[str, Any]:
         "shared_experts": int(model.n_shared_experts),
         "d_model": int(model.cfg.d_model),
         "vocabulary": int(model.cfg.d_vocab),
+        "texts_open_with": [] if tokenizer is None else tokenizer.convert_ids_to_tokens(model.own_ids("")[0]),
     }
 
 

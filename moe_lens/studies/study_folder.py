@@ -15,7 +15,7 @@ from moe_lens.storage import load_tensors, read_json, save_tensors
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
-FORMAT = 1
+FORMAT = 2
 """Of manifests, progress, tables and results: raised by one whenever what is written changes, so that this is said."""
 SPACE = 2**26
 """Bytes that must be free before a study that does not know better begins."""

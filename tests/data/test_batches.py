@@ -26,9 +26,8 @@ class Letters:
         self.cfg = SimpleNamespace(d_vocab=128)
         self.bos = bos
 
-    def to_tokens(self, text: str, *, truncate: bool) -> torch.Tensor:
-        assert not truncate
-        return torch.tensor([[BOS] * self.bos + [ord(letter) for letter in text]])
+    def own_ids(self, text: str) -> tuple[list[int], list[int]]:
+        return [BOS] * self.bos, [ord(letter) for letter in text]
 
 
 def domain(*texts: tuple[str, str]) -> Domain:

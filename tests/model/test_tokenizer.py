@@ -1,16 +1,22 @@
 """BOS is added as tokenizer_config.json says: once, also around chat messages."""
 
+import copy
 import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from moe_lens.errors import CheckpointError
+from moe_lens.data import Domain, Passage, tokenize
+from moe_lens.errors import CheckpointError, InputError, SelfCheckError
+from moe_lens.hooked_moe import HookedMoE
 from moe_lens.model.loading.pretrained import load_pretrained, load_tokenizer
+from moe_lens.studies.model_facts import model_facts
+from tests.matrix.configs import build
 from tests.model.tiny import TINY, random_tensors, write_checkpoint
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -183,3 +189,142 @@ def test_remote_tokenizer_code_is_not_run(tmp_path: Path) -> None:
     write_tokenizer(folder, backend(), auto_map=auto_map, tokenizer_class="EvilTokenizer")
     with pytest.raises(CheckpointError, match="trust_remote_code"):
         load_tokenizer(str(folder))
+
+
+# --- the tokenizer of a model: the one that was passed, as it is ---
+
+
+def in_memory(opening: list[str] | None = None, closing: list[str] | None = None, **settings: Any) -> Any:
+    """A tokenizer that was loaded from nowhere, with what it puts around a text."""
+    raw = backend()
+    raw.add_special_tokens(["[gMASK]", "<sop>"])
+    around = [*(opening or []), "$A", *(closing or [])]
+    special = [(token, raw.token_to_id(token)) for token in (BOS, EOS, "[gMASK]", "<sop>")]
+    raw.post_processor = processors.TemplateProcessing(single=around, special_tokens=special)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **settings)
+
+
+def holding(tokenizer: Any) -> HookedMoE:
+    return HookedMoE.from_hf(build("mixtral", vocab_size=320), tokenizer, check=False).requires_grad_(False)
+
+
+def known_of(tokenizer: Any) -> list[Any]:
+    """All that a tokenizer is."""
+    state = {name: copy.copy(value) for name, value in vars(tokenizer).items() if name != "_tokenizer"}
+    return [id(tokenizer), type(tokenizer), tokenizer.backend_tokenizer.to_str(), repr(state)]
+
+
+TEXTS = ["The experts of 2024 route", "x = [1, 22", "été"]
+
+
+def test_a_tokenizer_is_used_as_it_is_and_never_changed(tmp_path: Path) -> None:
+    tokenizer = in_memory(padding_side="left", chat_template="{{ messages[0]['content'] }}!")
+    tokenizer.add_tokens(["<think>"])
+    assert [tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token] == [None] * 3
+    before = known_of(tokenizer)
+    model = holding(tokenizer)
+    assert model.tokenizer is tokenizer
+    thought = tokenizer("<think> a", add_special_tokens=False).input_ids
+    assert model.to_tokens("<think> a").tolist() == [thought] and thought[0] == len(tokenizer) - 1
+    model(TEXTS), model(TEXTS, padding_side="right", return_type="loss"), model.to_str_tokens("a b")
+    model.generate(TEXTS, max_new_tokens=2, eos_token_id=5, verbose=False)
+    model.run_with_cache(TEXTS), model.routing(TEXTS), model.input_to_embed(TEXTS)
+    model.save_pretrained(tmp_path)
+    assert known_of(tokenizer) == before
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again("<think> a").input_ids == thought
+    assert (again.pad_token, again.chat_template) == (None, tokenizer.chat_template)
+
+
+def test_a_refused_model_leaves_its_tokenizer_alone() -> None:
+    tokenizer = in_memory(padding_side="left")
+    before, hf = known_of(tokenizer), build("mixtral", vocab_size=320)
+    hf.get_output_embeddings().register_forward_hook(lambda m, a, out: out * torch.nan)
+    with pytest.raises(SelfCheckError):
+        HookedMoE.from_hf(hf, tokenizer)
+    assert known_of(tokenizer) == before
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("own", [{}, {"eos_token": EOS}, {"pad_token": EOS, "bos_token": EOS}])
+def test_padding_needs_no_pad_token_and_is_seen_by_nothing(side: str, own: dict[str, str]) -> None:
+    model = holding(in_memory(padding_side=side, **own))
+    single = [model(text)[0] for text in TEXTS]
+    together = model(TEXTS)
+    for row, alone in zip(together, single, strict=True):
+        real = row[-len(alone) :] if side == "left" else row[: len(alone)]
+        assert torch.allclose(real, alone, atol=2e-5)
+    said = {"max_new_tokens": 3, "do_sample": False, "stop_at_eos": False, "verbose": False, "return_type": "tokens"}
+    for row, text in zip(model.generate(TEXTS, **said), TEXTS, strict=True):
+        assert torch.equal(row[-3:], model.generate(text, **said)[0, -3:])
+    embedded, tokens, _, mask = model.input_to_embed(TEXTS)
+    assert embedded.shape[:2] == tokens.shape and (mask is None) == (side == "right")
+
+
+def test_another_tokenizer_can_take_its_place_as_it_is() -> None:
+    model, other = holding(in_memory(bos_token=BOS)), in_memory(eos_token=EOS)
+    before = known_of(other)
+    model.tokenizer = other
+    assert model.tokenizer is other and known_of(other) == before and model.cfg.d_vocab == 320
+    assert model.to_tokens(TEXT).tolist() == [other(TEXT).input_ids]
+    with pytest.raises(InputError, match="expected a tokenizer of transformers"):
+        model.tokenizer = "gpt2"
+
+
+OPENINGS = [
+    # what the tokenizer names, what it puts around a text, what to_tokens opens a text with, what studies do
+    ({}, [], [], [], []),
+    ({"eos_token": EOS, "pad_token": EOS}, [], [], [], []),  # OLMoE, GLM, Qwen3-Next
+    ({"eos_token": EOS}, [], [EOS], [], []),
+    ({"bos_token": BOS}, [BOS], [], [BOS], [BOS]),  # Mixtral, DeepSeek
+    ({"bos_token": BOS, "eos_token": EOS}, [BOS], [EOS], [BOS], [BOS]),
+    ({"bos_token": BOS}, [], [], [BOS], []),  # gpt-oss
+    ({"bos_token": EOS, "eos_token": EOS}, [], [], [EOS], []),
+    ({"eos_token": EOS}, ["[gMASK]", "<sop>"], [], ["[gMASK]", "<sop>"], ["[gMASK]", "<sop>"]),  # GLM-4
+]
+
+
+@pytest.mark.parametrize(("own", "opening", "closing", "opened", "studied"), OPENINGS)
+def test_bos_opens_a_text_where_there_is_one_and_studies_read_as_the_tokenizer_does(
+    own: dict[str, str], opening: list[str], closing: list[str], opened: list[str], studied: list[str]
+) -> None:
+    tokenizer = in_memory(opening, closing, **own)
+    model = holding(tokenizer)
+    plain = tokenizer(TEXT, add_special_tokens=False).input_ids
+    first, instead = (tokenizer.convert_tokens_to_ids(tokens) for tokens in (opened, studied))
+    assert model.to_tokens(TEXT).tolist() == [first + plain]
+    assert model.to_tokens(TEXT, prepend_bos=False).tolist() == [plain]
+    assert model.to_single_token("x") == tokenizer.convert_tokens_to_ids("x")
+    if "bos_token" in own:
+        assert model.to_tokens(TEXT, prepend_bos=True).tolist() == [first + plain]
+    else:
+        with pytest.raises(InputError, match="has no BOS token; leave prepend_bos out"):
+            model(TEXT, prepend_bos=True)
+    assert model.own_ids(TEXT) == (instead, plain)
+    assert instead + plain + tokenizer.convert_tokens_to_ids(closing) == tokenizer(TEXT).input_ids
+    tokens = tokenize(Domain("d", (Passage(TEXT, "s", "f:1"),)), model, n_tokens=10**6, context=8)
+    rows = [list(window.ids) for batch in tokens.batches for window in batch.windows]
+    assert all(row[: len(instead)] == instead for row in rows)
+    assert sum((row[len(instead) :] for row in sorted(rows, key=lambda row: -len(row))), [])[:4] == plain[:4]
+    assert model_facts(model, "m")["texts_open_with"] == studied
+    model.cfg.default_prepend_bos = False
+    assert model.to_tokens(TEXT).tolist() == [plain]
+
+
+@pytest.mark.parametrize(("own", "opening", "closing", "opened", "studied"), OPENINGS)
+def test_a_text_that_opens_itself_is_not_opened_twice(
+    own: dict[str, str], opening: list[str], closing: list[str], opened: list[str], studied: list[str]
+) -> None:
+    tokenizer = in_memory(opening, closing, **own)
+    model = holding(tokenizer)
+    rendered = "".join(opened) + TEXT
+    assert model.to_tokens(rendered).tolist() == [tokenizer(rendered, add_special_tokens=False).input_ids]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_long_text_is_cut_where_the_tokenizer_says_and_keeps_its_bos(side: str) -> None:
+    model = holding(in_memory([BOS], bos_token=BOS, truncation_side=side))
+    model.cfg.n_ctx = 5
+    whole = model.to_tokens(TEXT, truncate=False)[0].tolist()
+    kept = whole[-4:] if side == "left" else whole[1:5]
+    assert model.to_tokens(TEXT).tolist() == [[whole[0], *kept]]

@@ -19,6 +19,7 @@ from moe_lens.model.hooks.arguments import forward_words, further_words, refuse_
 from moe_lens.model.hooks.hook_table import HookTable
 from moe_lens.model.hooks.layer_hooks import SelectionState
 from moe_lens.model.hooks.model_input import ModelInput, Reading
+from moe_lens.model.loading.tokenizer import encode, own_ids
 from moe_lens.model.tl_compat import BridgeCore
 from moe_lens.selection import Step
 
@@ -60,13 +61,15 @@ class ExpertBridge(HookTable):
 
         Args:
             input: what `forward` takes; ids stay as they are.
-            prepend_bos: whether a text is opened by BOS; None: as `cfg.default_prepend_bos` says.
+            prepend_bos: whether a text is opened by BOS. None: where the tokenizer has one (and
+                `cfg.default_prepend_bos` is not off); TransformerLens would put EOS in its place. False adds nothing.
             padding_side: of texts that differ in length; None: as the tokenizer says.
             move_to_device: to the model's device.
             truncate: whether to cut texts that are longer than the model's context.
 
         Raises:
-            InputError: the model has no tokenizer, or the input cannot be read.
+            InputError: the model has no tokenizer, or one without the BOS that was asked for, or the input cannot be
+                read.
         """
         tokens = self._reading(prepend_bos, padding_side, truncate, None, may_be_empty=True)(input).tokens
         if tokens is None:
@@ -125,16 +128,47 @@ class ExpertBridge(HookTable):
 
     def _encode(self, text: str, prepend_bos: bool | None, truncate: bool) -> list[int]:
         """The ids of one text."""
+        tokenizer = self._need_tokenizer()
+        asked = None if prepend_bos is None and getattr(self.cfg, "default_prepend_bos", True) else bool(prepend_bos)
+        return encode(tokenizer, text, bos=asked, limit=self.cfg.n_ctx if truncate else None)
+
+    def _need_tokenizer(self) -> Any:
         if self.tokenizer is None:
             raise InputError(
                 "this model has no tokenizer, so text cannot be read: pass token ids, or wrap it with its tokenizer, "
                 "HookedMoE.from_hf(model, tokenizer); from_pretrained takes the tokenizer that is beside the weights"
             )
-        bos = getattr(self.tokenizer, "bos_token", None)
-        if bos and (getattr(self.cfg, "default_prepend_bos", True) if prepend_bos is None else prepend_bos):
-            text = text.removeprefix(bos)
-        ids = super().to_tokens(text, prepend_bos, move_to_device=False, truncate=truncate)
-        return ids[0].tolist()
+        return self.tokenizer
+
+    def own_ids(self, text: str) -> tuple[list[int], list[int]]:
+        """A text as the model's own tokenizer encodes it: the special tokens that it puts first, and the text's ids.
+
+        Studies, statistics and lenses read texts in this way. `to_tokens` adds BOS where there is one, as
+        TransformerLens does, even if the tokenizer itself would not.
+
+        Raises:
+            InputError: the model has no tokenizer.
+        """
+        return own_ids(self._need_tokenizer(), text)
+
+    def input_to_embed(
+        self,
+        input: Any,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        attention_mask: Any = None,
+    ) -> tuple[Tensor, Tensor, None, Tensor | None]:
+        """The residual stream before the first block, the tokens, None and the mask, as TransformerLens gives them.
+
+        Args:
+            input: see `forward`.
+            prepend_bos: see `to_tokens`.
+            padding_side: see `to_tokens`.
+            attention_mask: see `read`.
+        """
+        given = self.read(input, attention_mask, prepend_bos=prepend_bos, padding_side=padding_side)
+        residual = self.forward(given, stop_at_layer=0)
+        return residual, given.values, None, given.attention_mask
 
     # --- caches ---
 

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge.sources._bridge_builder import detect_tokenizer_bos_eos
 from transformers import PreTrainedModel
 
 from moe_lens import names
@@ -16,6 +17,7 @@ from moe_lens.model.hooks.layer_hooks import LayerHooks
 from moe_lens.model.hooks.moe_block import MoEBlock
 from moe_lens.model.hooks.whole_state import WholeState
 from moe_lens.model.loading.transformer_lens_words import PROCESSING, refuse_processing
+from moe_lens.model.loading.validate import check_tokenizer
 from moe_lens.model.unknown_hooks import instead_of
 
 
@@ -49,6 +51,18 @@ class HookTable(WholeState):
         for name in [name for name in self._hook_registry if name.endswith(dead)]:
             del self._hook_registry[name]
         self.__dict__["_all_hooks"] = {n: p for n, p in super().hook_dict.items() if not n.endswith(dead)}
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer that was passed, as it is (TransformerLens loads it again, and sets its pad, BOS and EOS)."""
+        return self.__dict__["_tokenizer"]
+
+    @tokenizer.setter
+    def tokenizer(self, value: Any) -> None:
+        if value is not None:
+            check_tokenizer(value)
+            self.cfg.tokenizer_prepends_bos, self.cfg.tokenizer_appends_eos = detect_tokenizer_bos_eos(value)
+        self.__dict__["_tokenizer"] = value
 
     def _layer_hooks(self) -> Iterator[tuple[int, LayerHooks]]:
         for layer, block in enumerate(self.blocks):

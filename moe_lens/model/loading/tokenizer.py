@@ -1,4 +1,4 @@
-"""Tokenizers that add BOS and EOS as their tokenizer_config.json says."""
+"""Tokenizers that add BOS and EOS as their tokenizer_config.json says, and what they put around a text."""
 
 import warnings
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from moe_lens.errors import CheckpointError
+from moe_lens.errors import CheckpointError, InputError
 from moe_lens.model.hf_compat import get_tokenizer_config
 from moe_lens.model.loading.checkpoint import find_file
 
@@ -55,3 +55,61 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, d_vocab: int, source: s
             f"The tokenizer of {source} has ids up to {largest}, the model embeds {d_vocab}: larger ids will fail.",
             stacklevel=3,
         )
+
+
+def opening_of(tokenizer: Any) -> list[int]:
+    """The special tokens that a tokenizer puts before every text; what it puts behind one is left out everywhere."""
+    whole, bos = _ids(tokenizer, "a", special=True), getattr(tokenizer, "bos_token_id", None)
+    text = _ids(tokenizer, "a", special=False)
+    for start in range(len(whole) - len(text) + 1):
+        if text and whole[start : start + len(text)] == text:
+            return whole[:start]
+    return whole[:1] if whole[:1] == [bos] else []
+
+
+def own_ids(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+    """A text as the tokenizer itself reads it: what it puts before the text, and the text.
+
+    A text that opens with that itself (a rendered chat template) gets no second one.
+    """
+    return _opened(opening_of(tokenizer), _ids(tokenizer, text, special=False))
+
+
+def encode(tokenizer: Any, text: str, *, bos: bool | None, limit: int | None) -> list[int]:
+    """The ids of a text, opened by BOS or not; nothing is put behind it.
+
+    Args:
+        tokenizer: of transformers; it is not changed.
+        text: to read.
+        bos: None opens the text with BOS where the tokenizer has one, and with whatever it puts there itself; False
+            adds no special token; True insists on BOS.
+        limit: how many ids there may be, BOS among them; the side that is cut is the tokenizer's own.
+
+    Raises:
+        InputError: BOS is asked of a tokenizer that has none.
+    """
+    ids, opening = _ids(tokenizer, text, special=False), list[int]()
+    token = getattr(tokenizer, "bos_token_id", None)
+    if bos and token is None:
+        raise InputError(
+            "prepend_bos=True, and this model's tokenizer has no BOS token; leave prepend_bos out: texts are then read "
+            "as the model was trained on them"
+        )
+    if bos is not False:
+        before = opening_of(tokenizer)
+        opening, ids = _opened(before if token is None or token in before else [token, *before], ids)
+    room = len(ids) if limit is None else max(limit - len(opening), 0)
+    left = getattr(tokenizer, "truncation_side", "right") == "left"
+    return opening + (ids[max(len(ids) - room, 0) :] if left else ids[:room])
+
+
+def _opened(opening: list[int], ids: list[int]) -> tuple[list[int], list[int]]:
+    """The opening is the text's own where the text begins with it."""
+    if opening and ids[:1] == opening[:1]:
+        same = len(opening) if ids[: len(opening)] == opening else 1
+        return ids[:same], ids[same:]
+    return opening, ids
+
+
+def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])

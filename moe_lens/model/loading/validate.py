@@ -51,20 +51,15 @@ def check_wrappable(model: Any) -> None:
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Refuse what TransformerLens cannot use as a tokenizer.
+    """Refuse what is no tokenizer of transformers.
 
     Raises:
-        InputError: no tokenizer of transformers, or one that was not loaded from anywhere.
+        InputError: it is something else.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise InputError(
             f"expected a tokenizer of transformers, as AutoTokenizer.from_pretrained loads it, got "
             f"{type(tokenizer).__name__}"
-        )
-    if "name_or_path" not in tokenizer.init_kwargs:
-        raise InputError(
-            "this tokenizer was not loaded from anywhere, and TransformerLens loads tokenizers again to add the "
-            "BOS token: save it with its save_pretrained, and pass what AutoTokenizer loads from there"
         )
 
 
