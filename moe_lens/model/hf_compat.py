@@ -22,7 +22,12 @@ TOUCHPOINTS = (
     "transformers.initialization:normal_",
     "transformers.conversion_mapping:get_checkpoint_conversion_mapping",
     "transformers.conversion_mapping:register_checkpoint_conversion_mapping",
+    "transformers.conversion_mapping:get_model_conversion_mapping",
     "transformers.core_model_loading:convert_and_load_state_dict_in_model._weight_conversions=",
+    "transformers.core_model_loading:WeightConverter",
+    "transformers.core_model_loading:WeightRenaming",
+    "transformers.core_model_loading:rename_source_key",
+    "transformers.core_model_loading:revert_weight_conversion",
     "transformers.generation:GenerationConfig._get_default_generation_params",
     "transformers.modeling_layers:GradientCheckpointingLayer",
     "transformers.modeling_rope_utils:RopeParameters",
@@ -57,7 +62,14 @@ if RELEASE[:2] > NEWEST:
 from transformers import initialization  # noqa: E402
 from transformers.conversion_mapping import (  # noqa: E402
     get_checkpoint_conversion_mapping,
+    get_model_conversion_mapping,
     register_checkpoint_conversion_mapping,
+)
+from transformers.core_model_loading import (  # noqa: E402
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E402
 from transformers.modeling_rope_utils import RopeParameters, dynamic_rope_update  # noqa: E402
@@ -82,6 +94,11 @@ __all__ = [
     "TransformersKwargs",
     "cached_file",
     "dynamic_rope_update",
+    "WeightConverter",
+    "WeightRenaming",
+    "rename_source_key",
+    "revert_weight_conversion",
+    "get_model_conversion_mapping",
     "get_checkpoint_conversion_mapping",
     "get_tokenizer_config",
     "initialization",

@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
+
+from moe_lens.errors import InputError, UnsupportedModelError
+from moe_lens.model.hf_compat import (
     WeightConverter,
     WeightRenaming,
+    get_model_conversion_mapping,
     rename_source_key,
     revert_weight_conversion,
 )
-
-from moe_lens.errors import InputError, UnsupportedModelError
 from moe_lens.model.hooks.whole_state import check_numbers, original_state
 
 
