@@ -226,9 +226,11 @@ def test_a_tokenizer_is_used_as_it_is_and_never_changed(tmp_path: Path) -> None:
     assert model.tokenizer is tokenizer
     thought = tokenizer("<think> a", add_special_tokens=False).input_ids
     assert model.to_tokens("<think> a").tolist() == [thought] and thought[0] == len(tokenizer) - 1
-    model(TEXTS), model(TEXTS, padding_side="right", return_type="loss"), model.to_str_tokens("a b")
+    for what in ({}, {"padding_side": "right", "return_type": "loss"}):
+        model(TEXTS, **what)
     model.generate(TEXTS, max_new_tokens=2, eos_token_id=5, verbose=False)
-    model.run_with_cache(TEXTS), model.routing(TEXTS), model.input_to_embed(TEXTS)
+    for reads in (model.run_with_cache, model.routing, model.input_to_embed, model.to_str_tokens):
+        reads(TEXTS)
     model.save_pretrained(tmp_path)
     assert known_of(tokenizer) == before
     again = AutoTokenizer.from_pretrained(tmp_path)
@@ -238,7 +240,8 @@ def test_a_tokenizer_is_used_as_it_is_and_never_changed(tmp_path: Path) -> None:
 
 def test_a_refused_model_leaves_its_tokenizer_alone() -> None:
     tokenizer = in_memory(padding_side="left")
-    before, hf = known_of(tokenizer), build("mixtral", vocab_size=320)
+    before = known_of(tokenizer)
+    hf: Any = build("mixtral", vocab_size=320)
     hf.get_output_embeddings().register_forward_hook(lambda m, a, out: out * torch.nan)
     with pytest.raises(SelfCheckError):
         HookedMoE.from_hf(hf, tokenizer)
@@ -247,7 +250,7 @@ def test_a_refused_model_leaves_its_tokenizer_alone() -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("own", [{}, {"eos_token": EOS}, {"pad_token": EOS, "bos_token": EOS}])
-def test_padding_needs_no_pad_token_and_is_seen_by_nothing(side: str, own: dict[str, str]) -> None:
+def test_padding_needs_no_pad_token_and_is_seen_by_nothing(side: str, own: dict[str, Any]) -> None:
     model = holding(in_memory(padding_side=side, **own))
     single = [model(text)[0] for text in TEXTS]
     together = model(TEXTS)
@@ -286,7 +289,7 @@ OPENINGS = [
 
 @pytest.mark.parametrize(("own", "opening", "closing", "opened", "studied"), OPENINGS)
 def test_bos_opens_a_text_where_there_is_one_and_studies_read_as_the_tokenizer_does(
-    own: dict[str, str], opening: list[str], closing: list[str], opened: list[str], studied: list[str]
+    own: dict[str, Any], opening: list[str], closing: list[str], opened: list[str], studied: list[str]
 ) -> None:
     tokenizer = in_memory(opening, closing, **own)
     model = holding(tokenizer)
@@ -313,7 +316,7 @@ def test_bos_opens_a_text_where_there_is_one_and_studies_read_as_the_tokenizer_d
 
 @pytest.mark.parametrize(("own", "opening", "closing", "opened", "studied"), OPENINGS)
 def test_a_text_that_opens_itself_is_not_opened_twice(
-    own: dict[str, str], opening: list[str], closing: list[str], opened: list[str], studied: list[str]
+    own: dict[str, Any], opening: list[str], closing: list[str], opened: list[str], studied: list[str]
 ) -> None:
     tokenizer = in_memory(opening, closing, **own)
     model = holding(tokenizer)

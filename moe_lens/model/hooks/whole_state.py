@@ -33,7 +33,7 @@ def check_numbers(model: PreTrainedModel) -> None:
     Raises:
         UnsupportedModelError: it is quantised.
     """
-    method = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    method: Any = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     packed = [
         f"{name.replace(WRAPPER, '')} is {parameter.dtype}"
         for name, parameter in model.named_parameters()

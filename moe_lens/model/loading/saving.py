@@ -73,15 +73,19 @@ def _readable(model: PreTrainedModel, state: Mapping[str, Tensor]) -> Generator[
 def _unreadable(model: PreTrainedModel, state: Mapping[str, Tensor]) -> list[str]:
     """Names that saving would write and loading would not read, found without touching a number."""
     every = {name: value.to("meta") for name, value in state.items()}
-    stored = revert_weight_conversion(
-        model, {name: value for name, value in every.items() if name not in model.all_tied_weights_keys}
-    )
+    own = {name: value for name, value in every.items() if name not in model.all_tied_weights_keys}
+    try:
+        stored = revert_weight_conversion(model, own)
+    except (ValueError, RuntimeError, KeyError, NotImplementedError):  # of FP8, for one, there is no way back
+        return list(own)
     ways = get_model_conversion_mapping(model)
     renamings = [way for way in ways if isinstance(way, WeightRenaming)]
     converters = [way for way in ways if isinstance(way, WeightConverter)]
     return [name for name in stored if not {_read_as(name, model, every, renamings, converters), name} & every.keys()]
 
 
-def _read_as(name: str, model: PreTrainedModel, every: dict[str, Tensor], *ways: Any) -> str:
+def _read_as(
+    name: str, model: PreTrainedModel, every: dict[str, Tensor], renamings: list[Any], converters: list[Any]
+) -> str:
     """The parameter that transformers' loader takes a stored tensor for."""
-    return rename_source_key(name, *ways, model.base_model_prefix, every)[0]
+    return rename_source_key(name, renamings, converters, model.base_model_prefix, every)[0]
