@@ -29,7 +29,7 @@ TOUCHPOINTS = (
     ),
     "transformer_lens.model_bridge.bridge_core:BridgeCore",
     "transformer_lens.model_bridge.sources._bridge_builder:build_bridge_config_from_hf",
-    "transformer_lens.model_bridge.sources._bridge_builder:configure_tokenizer",
+    "transformer_lens.model_bridge.sources._bridge_builder:detect_tokenizer_bos_eos",
     # adapters
     *(
         f"{_ADAPTER}.{name}"
@@ -94,7 +94,7 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 from transformer_lens.model_bridge.generalized_components.normalization import NormalizationBridge  # noqa: E402
 from transformer_lens.model_bridge.sources._bridge_builder import (  # noqa: E402
     build_bridge_config_from_hf,
-    configure_tokenizer,
+    detect_tokenizer_bos_eos,
 )
 
 __all__ = [
@@ -114,5 +114,5 @@ __all__ = [
     "RotaryEmbeddingBridge",
     "UnembeddingBridge",
     "build_bridge_config_from_hf",
-    "configure_tokenizer",
+    "detect_tokenizer_bos_eos",
 ]

@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.model_bridge.sources._bridge_builder import detect_tokenizer_bos_eos
 from transformers import PreTrainedModel
 
 from moe_lens import names
@@ -18,6 +17,7 @@ from moe_lens.model.hooks.moe_block import MoEBlock
 from moe_lens.model.hooks.whole_state import WholeState
 from moe_lens.model.loading.transformer_lens_words import PROCESSING, refuse_processing
 from moe_lens.model.loading.validate import check_tokenizer
+from moe_lens.model.tl_compat import detect_tokenizer_bos_eos
 from moe_lens.model.unknown_hooks import instead_of
 
 
