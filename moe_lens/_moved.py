@@ -94,7 +94,7 @@ MOVED = {
     "stats.vocabulary": "stats.vocabulary_specialisation",
     "studies.collect": "studies.collect_activations",
     "studies.compare": "studies.comparison",
-    "studies.ensemble": "studies.single_expert",
+    "studies.ensemble": "studies.single_expert_study",
     "studies.folder": "studies.study_folder",
     "studies.memory": "studies.batch_halving",
     "studies.model": "studies.model_facts",

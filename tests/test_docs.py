@@ -52,6 +52,12 @@ def test_interventions_run_as_written(
     assert values["swapped"] != values["loss"] != values["single"]
 
 
+def test_texts_run_as_written():
+    values: dict[str, Any] = {}
+    exec(compile(code_of(DOCS / "data.md"), "data.md", "exec"), values)
+    assert [passage.source for passage in values["code"].passages] == ["a", "a", "b"]
+
+
 def test_every_public_name_has_its_place_in_the_api_pages():
     pages = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
     shown = set(re.findall(r"^::: moe_lens\.(\w+)$", pages, re.MULTILINE))

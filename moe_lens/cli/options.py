@@ -35,14 +35,17 @@ Domains = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME=WHERE",
-        help="Texts to read; once for each domain. WHERE is a file or hub:OWNER/DATASET[@COMMIT]. FILE.jsonl: an "
-        "object a line with `text`, and `source` to say which texts are from one document. FILE.txt: passages "
-        "separated by blank lines, one source. FILE.parquet, or a folder that `datasets` saved: columns as keys of "
-        "jsonl. A name alone is an embedded domain (english, …) or one of the paper's (paper/gsm8k[@COMMIT], …). "
-        "Without --domain: the five embedded domains.",
+        help="Texts to read; once for each domain. WHERE is a file, a folder or hub:OWNER/DATASET[@COMMIT]. "
+        "FILE.jsonl: an object a line with `text`, and `source` to say which texts are from one document. "
+        "FILE.json: a list of them. FILE.csv, .tsv, .parquet, or a folder that `datasets` saved: columns as keys "
+        "of jsonl. FILE.txt: passages separated by blank lines, one source. All but parquet may be .gz, .zst or "
+        ".bz2. Another folder: all such files in it. A name alone is an embedded domain (english, …) or one of the "
+        "paper's (paper/gsm8k[@COMMIT], …). Without --domain: the five embedded domains.",
     ),
 ]
-TextColumn = Annotated[str, typer.Option(metavar="COLUMN", help="The column or key with the text; a+b joins two.")]
+TextColumn = Annotated[
+    str, typer.Option(metavar="COLUMN", help="The column or key with the text; a+b joins two, a.b is b inside a.")
+]
 SourceColumn = Annotated[
     str | None, typer.Option(metavar="COLUMN", help="The one that says which document a text is from.  [source]")
 ]

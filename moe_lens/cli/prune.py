@@ -12,7 +12,7 @@ from moe_lens import __version__
 from moe_lens.cli import options
 from moe_lens.cli.app import app
 from moe_lens.cli.model_loading import load_model, quiet
-from moe_lens.data import Domain
+from moe_lens.data import in_memory
 from moe_lens.errors import InputError
 from moe_lens.pruning.prune_job import PruneSettings
 from moe_lens.pruning.prune_job import prune as run
@@ -89,9 +89,7 @@ def prune(
     """
     started = time.monotonic()
     quiet()
-    domains = [one for one in options.open_domains(domain, config) if isinstance(one, Domain)]
-    if not domains:
-        raise InputError("prune reads its texts several times over, and cannot do so with streams; give files")
+    domains = in_memory(options.open_domains(domain, config))
     if specialist is not None and specialist not in [one.name for one in domains]:
         raise InputError(f"--specialist is {specialist!r}; the domains are {', '.join(one.name for one in domains)}")
     if (out / "model").exists() and any((out / "model").iterdir()):
@@ -113,7 +111,7 @@ def prune(
     console = Console(stderr=True)
     with OutputFolder(out) as folder, console.status(f"loading {model}") as status:
         loaded = load_model(model, dtype.value, device)
-        made = run(loaded, domains, settings, out / "model", watch=status.update)
+        made = run(loaded, domains, settings, folder.scratch / "model", watch=status.update)  # appears with the rest
         page = write_pruning(made, folder, version=__version__)
     console.print(f"done in {time.monotonic() - started:.0f} s", highlight=False)
     print(page.resolve())

@@ -13,8 +13,7 @@ from moe_lens import __version__
 from moe_lens.cli import options
 from moe_lens.cli.app import app
 from moe_lens.cli.model_loading import load_model, quiet
-from moe_lens.data import Corpus, Domain
-from moe_lens.errors import InputError
+from moe_lens.data import in_memory
 from moe_lens.report import OutputFolder, ReportSettings, n_steps, report_batches, run, write, write_saved
 from moe_lens.studies import StudyResult
 
@@ -52,7 +51,7 @@ def report(
             page = write_saved(results, folder, version=__version__)
         print(page.resolve())
         return
-    domains = _in_memory(options.open_domains(domain, config))
+    domains = in_memory(options.open_domains(domain, config))
     settings = ReportSettings(model, tokens, seed, dtype.value, device)
     with OutputFolder(out) as folder:
         with console.status(Text(f"loading {model}")):
@@ -71,13 +70,3 @@ def report(
             page = write(made, folder, version=__version__)
     console.print(f"done in {time.monotonic() - started:.0f} s", highlight=False)
     print(page.resolve())
-
-
-def _in_memory(domains: options.Opened) -> list[Domain]:
-    streamed = [domain.name for domain in domains if isinstance(domain, Corpus)]
-    if streamed:
-        raise InputError(
-            f"domain {streamed[0]!r} is a stream, and report reads files several times over; run the studies "
-            "(moe-lens routing …, moe-lens single-expert …) and give their folders to report"
-        )
-    return [domain for domain in domains if isinstance(domain, Domain)]

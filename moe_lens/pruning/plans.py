@@ -166,7 +166,8 @@ class Plan:
         with believed(path, "Plan"):
             layers = whole_numbers("layers", header["layers"], least=0)
             (top_k,) = whole_numbers("top_k", [header["top_k"]], least=1)
-            fewer = dict(whole_numbers("fewer", pair, least=0) for pair in header["fewer"])
+            pairs = [whole_numbers("fewer", pair, least=0) for pair in header["fewer"]]
+            fewer = {layer: number for layer, number in pairs}
             merged = None
             if (into := tensors.get("into")) is not None:
                 merged = {(layers[i], e): int(into[i, e]) for i, e in (into >= 0).nonzero().tolist()}

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 import pandas as pd
+from filelock import FileLock, Timeout
 
 from moe_lens.errors import InputError
 from moe_lens.report.report_page import render
@@ -24,7 +25,8 @@ SCHEMA = 1
 class OutputFolder:
     """A folder in which files appear when all of them are complete; nothing is left behind otherwise.
 
-    Entering checks that the folder can be written, so that this fails before the work and not after.
+    Entering checks that the folder can be written, so that this fails before the work and not after, and removes what a
+    run that was killed has left there.
 
     Args:
         path: The folder; made if it does not exist. Other files in it stay as they are.
@@ -33,7 +35,9 @@ class OutputFolder:
     def __init__(self, path: Path):
         self.path = path
         self._made: list[Path] = []
-        self._scratch = Path()
+        self.scratch = Path()
+        """Where files are kept until all of them are complete."""
+        self._lock: FileLock | None = None
 
     def __enter__(self) -> "OutputFolder":
         try:
@@ -41,7 +45,11 @@ class OutputFolder:
             for folder in reversed(missing):
                 folder.mkdir()
                 self._made.append(folder)
-            self._scratch = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=self.path))
+            for left in self.path.glob(f"{_UNFINISHED}*"):
+                _remove_if_dead(left)
+            self.scratch = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self.path))
+            self._lock = FileLock(self.scratch / _LOCK)  # the system releases it, however this process ends
+            self._lock.acquire()
         except OSError as error:
             self._unmake()
             raise InputError(
@@ -52,7 +60,9 @@ class OutputFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        if self._lock is not None:
+            self._lock.release()
+        shutil.rmtree(self.scratch, ignore_errors=True)
         if kind is not None:
             self._unmake()
 
@@ -70,10 +80,25 @@ class OutputFolder:
             InputError: The disk is full, or the folder is no longer writable.
         """
         try:
-            write_into(self._scratch)
-            return [made.replace(self.path / made.name) for made in sorted(self._scratch.iterdir())]
+            write_into(self.scratch)
+            complete = sorted(made for made in self.scratch.iterdir() if made.name != _LOCK)
+            return [made.replace(self.path / made.name) for made in complete]
         except OSError as error:
             raise InputError(f"{self.path}: the report could not be written ({error.strerror or error})") from None
+
+
+_UNFINISHED, _LOCK = ".unfinished-", ".lock"
+
+
+def _remove_if_dead(folder: Path) -> None:
+    """Remove what another run keeps its files in, unless that run is still at work."""
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except (Timeout, OSError):
+        return
+    lock.release()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def write(report: Report, folder: OutputFolder, *, version: str) -> Path:

@@ -12,8 +12,8 @@ from moe_lens.studies.report_single_expert import single_expert as single_expert
 from moe_lens.studies.report_specialisation import Specialisation as Specialisation
 from moe_lens.studies.report_specialisation import specialisation as specialisation
 from moe_lens.studies.routing import RoutingStudy as RoutingStudy
-from moe_lens.studies.single_expert import TREATMENTS as TREATMENTS
-from moe_lens.studies.single_expert import SingleExpertStudy as SingleExpertStudy
+from moe_lens.studies.single_expert_study import TREATMENTS as TREATMENTS
+from moe_lens.studies.single_expert_study import SingleExpertStudy as SingleExpertStudy
 from moe_lens.studies.study import Study as Study
 from moe_lens.studies.study import run as run
 from moe_lens.studies.study_result import StudyResult as StudyResult

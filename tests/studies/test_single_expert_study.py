@@ -8,7 +8,7 @@ from moe_lens import HookedMoE, names
 from moe_lens.data import Reading, batch_windows, shards
 from moe_lens.errors import InputError
 from moe_lens.studies import SingleExpertStudy, run
-from moe_lens.studies.single_expert import half_of, random_places
+from moe_lens.studies.single_expert_study import half_of, random_places
 from tests.studies.tiny import domain, tiny_model
 
 READING = Reading(tokens=None, context=24, shard_tokens=10**6)

@@ -1,0 +1,120 @@
+"""Whatever comes on the command line ends in one line and a code: no traceback, no waiting."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from moe_lens.cli import main
+
+command_line = sys.modules[main.__module__]
+
+
+def refused(capsys, *arguments: str) -> str:
+    assert main(list(arguments)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert line.startswith("moe-lens: error: "), line
+    return line
+
+
+def config(folder: Path, **changes: object) -> str:
+    embedded = json.loads((files("moe_lens") / "assets/tiny-deepseekmoe/config.json").read_text(encoding="utf-8"))
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**embedded, **changes}))
+    return str(folder)
+
+
+def test_a_config_that_would_take_for_ever_is_refused_before_it_is_tried(tmp_path, capsys):
+    for name in ("num_hidden_layers", "n_routed_experts", "num_nextn_predict_layers"):
+        said = refused(capsys, "info", config(tmp_path, **{name: 10**9}))
+        assert f"config.json: {name} is 1,000,000,000, which is more than any model has" in said
+    assert "depth is 1,000,000,000" in refused(capsys, "info", config(tmp_path, vision_config={"depth": 10**9}))
+    assert "a number of 30 digits" in refused(capsys, "info", config(tmp_path, vocab_size=10**29))
+    assert main(["info", config(tmp_path)]) == 0  # as it is, it is fine
+    capsys.readouterr()
+    for content, message in (
+        ("[" * 100_000, "nested too deeply"),
+        ('{"model_type": "deepseek", "x": ' + "[" * 60 + "]" * 60 + "}", "nested more than 50 deep"),
+        ('{"model_type": "deepseek", "vocab_size": ' + "1" * 5000 + "}", "a number of thousands of digits"),
+    ):
+        (tmp_path / "config.json").write_text(content)
+        assert message in refused(capsys, "info", str(tmp_path))
+
+
+def test_pipes_and_devices_are_no_files(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.toml")
+    (tmp_path / "zero.toml").symlink_to("/dev/zero")
+    for name in ("pipe.toml", "zero.toml"):
+        assert "is a pipe or a device" in refused(capsys, "routing", "--config", str(tmp_path / name))
+    assert "is a folder" in refused(capsys, "routing", "--config", str(tmp_path))
+    os.mkfifo(tmp_path / "config.json")
+    refused(capsys, "info", str(tmp_path))
+    os.mkfifo(tmp_path / "manifest.json")
+    assert "a pipe or a device" in refused(capsys, "compare", str(tmp_path), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("tokens = " + "1" * 5000, "not TOML"),
+        ("a = " + "[" * 100_000, "not TOML (nested too deeply)"),
+        ('[domains.a]\npath = "a\\u0000b.jsonl"', "the character 0"),
+        ("\ud800", "not TOML"),
+    ],
+)
+def test_a_config_file_that_cannot_be_read(content, message, tmp_path, capsys):
+    path = tmp_path / "study.toml"
+    path.write_bytes(content.encode(errors="surrogatepass"))
+    assert message in refused(capsys, "routing", "--config", str(path))
+
+
+@pytest.mark.parametrize("out", [".", "..", "/", "", "a/.."])
+def test_progress_needs_a_place_beside_the_result(out, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "so it needs a name" in refused(capsys, "routing", "--tokens", "50", "--domain", "english", "--out", out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_arguments_in_another_encoding_are_named(capsys):
+    assert "argument 2 (caf\\xe9) is not UTF-8" in refused(capsys, "info", "caf\udce9")
+
+
+def test_termination_is_a_line_and_cleans_up(capsys, monkeypatch):
+    def end(*arguments: object, **named: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(command_line, "defaults", end)
+    assert main(["models"]) == 143
+    assert capsys.readouterr().err.startswith("moe-lens: terminated; no result was written")
+    assert signal.getsignal(signal.SIGTERM) is before
+    monkeypatch.setattr(command_line, "defaults", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert main(["models"]) == 130
+    assert capsys.readouterr().err.startswith("moe-lens: interrupted")
+
+
+def test_memory_that_runs_out_is_a_line_and_a_bug_is_not_hidden(capsys, monkeypatch):
+    def fail(error: Exception) -> None:
+        def raise_it(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(command_line, "defaults", raise_it)
+
+    fail(MemoryError())
+    assert "out of memory" in refused(capsys, "models")
+    fail(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"))
+    assert "out of memory" in refused(capsys, "models")
+    fail(RuntimeError("a bug"))
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["models"])
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    code = f"{sys.executable} -m moe_lens models | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr == "" and "supported model types" in done.stdout
