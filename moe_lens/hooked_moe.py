@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from moe_lens import names
 from moe_lens.errors import HookError, InputError
@@ -117,6 +118,8 @@ class HookedMoE(GeneratingBridge):
         refuse_shards(model)
         known_as = name or getattr(model.config, "_name_or_path", "") or family_name(model)
         with undone_on_error(model):
+            # For output_router_logits and the like, once: through the wrapper every module would be found twice.
+            maybe_install_capturing_hooks(model)
             adapter, family = build_adapter(model, known_as)
             hooked = cls(model, adapter, tokenizer, family)
             check_kernel(hooked._experts(hooked.moe_layers[0]).module)

@@ -259,3 +259,19 @@ def test_a_fresh_model_has_no_hooks_and_no_single_expert() -> None:
     model = HookedMoE.from_hf(build("deepseek"), check=False)
     assert listening(model) == []
     assert not [name for name in model.hook_dict if ".experts." in name and "shared" not in name]
+
+
+@families
+def test_outputs_beside_the_logits_are_transformers_own(family: str) -> None:
+    hf, x = build(family), tokens()
+    asked = {"output_hidden_states": True, "output_router_logits": True, "output_attentions": True}
+    with torch.no_grad():
+        plain = build(family)(x, **asked)
+        wrapped_ = HookedMoE.from_hf(hf, check=False)
+        found = wrapped_.original_model(x, **asked)
+    for name in ("hidden_states", "router_logits", "attentions"):
+        theirs, ours = getattr(plain, name, None), getattr(found, name, None)
+        assert (ours is None) == (theirs is None)
+        if theirs is not None:
+            assert len(ours) == len(theirs), name
+            assert all(a is b is None or torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), name
