@@ -1,5 +1,6 @@
 """What all lenses share: from a point of the residual stream to logits, and from a cache to what is read there."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -38,6 +39,15 @@ class Lens(ABC):
         """FinalNorm(resid) W_U, and what the family does to logits: the model's own, of the stream leaving it."""
         logits = self.model.unembed(self.model.ln_final(resid))
         return self.model.adapter.apply_output_logits_transform(logits)
+
+    def unembedding_digest(self) -> str:
+        """SHA-256 of the final norm and the unembedding, in bfloat16: the same in whatever dtype a model is loaded."""
+        digest = hashlib.sha256()
+        for module in (self.model.ln_final, self.model.unembed):
+            for parameter in module.parameters():
+                rounded = parameter.detach().to(torch.bfloat16).cpu().contiguous()
+                digest.update(rounded.view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()
 
     def hooks(self, layers: Collection[int] | None = None, sums: Collection[PartialSum] | None = None) -> list[str]:
         """The names that a cache must hold so that `decode` can read these layers.

@@ -1,6 +1,5 @@
 """The TunedLens: one affine translator a layer, from the basis of that layer to that of the last."""
 
-import hashlib
 import importlib.resources
 import json
 from collections.abc import Iterable, Sequence
@@ -14,15 +13,17 @@ from torch import Tensor
 
 from moe_lens.errors import InputError
 from moe_lens.hooked_moe import HookedMoE
-from moe_lens.lenses.lens import Lens
+from moe_lens.lenses.logit_lens import LogitLens
 from moe_lens.lenses.training_summary import TrainingSummary
+from moe_lens.lenses.tuned_loss import TranslatedLens
+from moe_lens.lenses.tuned_training import TrainingSettings, train
 from moe_lens.model.loading.pretrained import EMBEDDED
 from moe_lens.storage import load_tensors, read_json, save_tensors, written_whole
 
 _CONFIG, _TENSORS, _KIND = "config.json", "lens.safetensors", "TunedLens"
 
 
-class TunedLens(Lens):
+class TunedLens(TranslatedLens):
     """Reads a point of the residual stream at layer l as FinalNorm(h + A_l h + b_l) W_U (Belrose et al. 2023).
 
     The translators (A_l, b_l) are trained so that what is read at `resid_post` of layer l is near what the model
@@ -59,7 +60,8 @@ class TunedLens(Lens):
         self.biases = list(
             [zero[0].clone() for zero in zeros] if biases is None else (b.to(device, wide) for b in biases)
         )
-        self.mid, self.tuning = mid, tuning
+        self.mid = mid
+        self.tuning = tuning
         shapes = {tuple(weight.shape) for weight in self.weights} | {(*bias.shape, d_model) for bias in self.biases}
         if {len(self.weights), len(self.biases)} != {n_layers} or shapes != {(d_model, d_model)}:
             raise InputError(
@@ -119,16 +121,13 @@ class TunedLens(Lens):
         Raises:
             InputError: A corpus that ends too early or holds something else, or a checkpoint of another training.
         """
-        from moe_lens.lenses.tuned_training import (  # it makes lenses, and so stands below this module
-            TrainingSettings,
-            train,
-        )
-
         settings = TrainingSettings(
             steps=steps, batch=batch, context=context or int(model.cfg.n_ctx), lr=lr, seed=seed, mid=mid
         )
         file = None if checkpoint is None else Path(checkpoint)
-        return train(model, texts, held_out, settings, checkpoint=file, every=every, progress=progress)
+        lens = cls(model, mid=cls(model) if mid else None)
+        lens.tuning = train(lens, texts, held_out, settings, checkpoint=file, every=every, progress=progress)
+        return lens
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `lens.safetensors`, each under a temporary name first.
@@ -145,7 +144,7 @@ class TunedLens(Lens):
         config = {
             "kind": _KIND,
             "model_name": self.model.cfg.model_name,
-            "fingerprint": unembedding_digest(self.model),
+            "fingerprint": self.unembedding_digest(),
             "n_layers": self.model.cfg.n_layers,
             "d_model": self.model.cfg.d_model,
             "tuning": None if self.tuning is None else asdict(self.tuning),
@@ -184,16 +183,6 @@ class TunedLens(Lens):
         return cls(model, list(tensors["post.weight"]), list(tensors["post.bias"]), mid=mid, tuning=tuning)
 
 
-def unembedding_digest(model: Any) -> str:
-    """SHA-256 of the final norm and the unembedding, in bfloat16: the same in whatever precision a model is loaded."""
-    digest = hashlib.sha256()
-    for module in (model.ln_final, model.unembed):
-        for parameter in module.parameters():
-            rounded = parameter.detach().to(torch.bfloat16).cpu().contiguous()
-            digest.update(rounded.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / _CONFIG
     try:
@@ -221,7 +210,7 @@ def _check_model(folder: Path, config: dict[str, Any], model: Any, strict: bool)
         )
     if not strict:
         return
-    if unembedding_digest(model) != config["fingerprint"]:
+    if LogitLens(model).unembedding_digest() != config["fingerprint"]:
         raise InputError(
             f"the lens at {folder} was trained for {config['model_name']}; the final norm or the unembedding of this "
             f"model ({name}) is another. Fit a lens for it, or pass strict=False to read it with this one all the same"

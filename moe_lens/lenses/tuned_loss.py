@@ -9,19 +9,27 @@ from torch import Tensor
 
 from moe_lens import names
 from moe_lens.errors import InputError
+from moe_lens.lenses.lens import Lens
 from moe_lens.lenses.token_rows import Rows
-from moe_lens.lenses.tuned_lens import TunedLens
 
 CHUNK = 256
 """Tokens whose logits are held at a time: few enough to stay in a CPU's cache with a small vocabulary (twice as fast as
 thousands), and 100 MB a tensor with one of 102,400."""
 
 
+class TranslatedLens(Lens):
+    """A lens with an affine translator a layer, as what trains and evaluates one needs it."""
+
+    weights: list[Float[Tensor, "d_model d_model"]]
+    biases: list[Float[Tensor, " d_model"]]
+    mid: "TranslatedLens | None"
+
+
 @dataclass(frozen=True)
 class Site:
     """Where a translator reads: `resid_post` or `resid_mid` of a layer."""
 
-    lens: TunedLens
+    lens: TranslatedLens
     layer: int
     hook: str
 
@@ -31,7 +39,7 @@ class Site:
         return self.lens.weights[self.layer], self.lens.biases[self.layer]
 
 
-def sites(lens: TunedLens) -> list[Site]:
+def sites(lens: TranslatedLens) -> list[Site]:
     """All translators that can differ from the identity: the stream that leaves the last layer needs none."""
     n_layers = lens.model.cfg.n_layers
     post = [Site(lens, layer, names.block(names.RESID_POST, layer)) for layer in range(n_layers - 1)]
@@ -44,7 +52,7 @@ class Streams:
     """The residual stream of a batch at every site, real tokens only, and what the model made of it."""
 
     @torch.no_grad()
-    def __init__(self, lens: TunedLens, batch: Rows):
+    def __init__(self, lens: TranslatedLens, batch: Rows):
         model = lens.model
         n_layers, device = model.cfg.n_layers, model.W_U.device
         self.last = names.block(names.RESID_POST, n_layers - 1)
@@ -77,7 +85,9 @@ class Streams:
 
 
 @torch.no_grad()
-def divergences(lens: TunedLens, batches: Iterable[Rows]) -> tuple[Float[Tensor, " site"], Float[Tensor, " site"], int]:
+def divergences(
+    lens: TranslatedLens, batches: Iterable[Rows]
+) -> tuple[Float[Tensor, " site"], Float[Tensor, " site"], int]:
     """Means over all tokens of the batches, at each of `sites(lens)`.
 
     Returns:

@@ -16,8 +16,7 @@ from torch import Tensor
 from moe_lens.errors import InputError, several
 from moe_lens.lenses.token_rows import endless, of_item, padded, row_batches, rows, shuffled
 from moe_lens.lenses.training_summary import TrainingSummary
-from moe_lens.lenses.tuned_lens import TunedLens, unembedding_digest
-from moe_lens.lenses.tuned_loss import Streams, divergences, sites
+from moe_lens.lenses.tuned_loss import Streams, TranslatedLens, divergences, sites
 from moe_lens.storage import load_tensors, save_tensors
 
 HELD_OUT = 32
@@ -50,7 +49,7 @@ class TrainingSettings:
 
 
 def train(
-    model: Any,
+    lens: TranslatedLens,
     texts: Iterable[Any],
     held_out: Iterable[Any] | None,
     settings: TrainingSettings,
@@ -58,10 +57,10 @@ def train(
     checkpoint: Path | None = None,
     every: int = 50,
     progress: bool = True,
-) -> TunedLens:
-    """See `TunedLens.fit`."""
+) -> TrainingSummary:
+    """Train a lens in place; see `TunedLens.fit`."""
+    model = lens.model
     texts = several(texts, "texts")
-    lens = TunedLens(model, mid=TunedLens(model) if settings.mid else None)
     skip, kept = (
         _held_out(model, texts, settings.context) if held_out is None else (0, rows(model, held_out, settings.context))
     )
@@ -69,7 +68,7 @@ def train(
     evaluation = [padded(kept[i : i + settings.batch]) for i in range(0, len(kept), settings.batch)]
     before, scale, held_out_tokens = divergences(lens, evaluation)
     optimizer = _optimizer(lens, scale.tolist(), settings)
-    run = {**asdict(settings), "fingerprint": unembedding_digest(model), "held_out_tokens": held_out_tokens}
+    run = {**asdict(settings), "fingerprint": lens.unembedding_digest(), "held_out_tokens": held_out_tokens}
     step = tokens = 0
     if checkpoint is not None and checkpoint.exists():
         step, tokens = _resume(checkpoint, optimizer, run)
@@ -90,8 +89,7 @@ def train(
     for site in sites(lens):
         for parameter in site.parameters:
             parameter.requires_grad_(False)
-    lens.tuning = _tuning(model, settings, tokens, held_out_tokens, before, after)
-    return lens
+    return _summary(model, settings, tokens, held_out_tokens, before, after)
 
 
 def _held_out(model: Any, texts: Iterable[Any], context: int) -> tuple[int, list[list[int]]]:
@@ -106,7 +104,7 @@ def _held_out(model: Any, texts: Iterable[Any], context: int) -> tuple[int, list
     raise InputError(f"the corpus has {len(kept)} rows, too few to hold {HELD_OUT} out of it: pass held_out")
 
 
-def _optimizer(lens: TunedLens, scale: list[float], settings: TrainingSettings) -> torch.optim.Adam:
+def _optimizer(lens: TranslatedLens, scale: list[float], settings: TrainingSettings) -> torch.optim.Adam:
     """Adam. A step moves a translated stream by about `lr` of its size, whatever the width and size of the stream."""
     groups = []
     for site, rms in zip(sites(lens), scale, strict=True):
@@ -118,7 +116,7 @@ def _optimizer(lens: TunedLens, scale: list[float], settings: TrainingSettings) 
     return torch.optim.Adam(groups)
 
 
-def _gradients(lens: TunedLens, streams: Streams) -> float:
+def _gradients(lens: TranslatedLens, streams: Streams) -> float:
     """Put the gradients of the mean KL into `.grad`; the mean over sites, in nats a token."""
     every = sites(lens)
     total = 0.0
@@ -137,7 +135,7 @@ def _gradients(lens: TunedLens, streams: Streams) -> float:
     return total / len(every)
 
 
-def _tuning(
+def _summary(
     model: Any, settings: TrainingSettings, tokens: int, held_out_tokens: int, before: Tensor, after: Tensor
 ) -> TrainingSummary:
     n_layers = model.cfg.n_layers

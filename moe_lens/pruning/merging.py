@@ -6,12 +6,12 @@ router as large as it was, so that a member's tokens find the merged expert; a c
 for the others, and the leader keeps its own.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor
 
@@ -21,14 +21,12 @@ from moe_lens.errors import InputError, UnsupportedModelError
 from moe_lens.model.cache.hook_cache import identity
 from moe_lens.model.loading.checkpoint import Checkpoint
 from moe_lens.pruning.checkpoint_formats import ExpertTensor
+from moe_lens.pruning.expert_averages import averaged, members
 from moe_lens.pruning.plans import Plan
 from moe_lens.studies.forward_passes import each_layer, losses, nothing
 
 _OUTWARD = ("down_proj", "w2")
 """What stored tensors call the matrix whose columns are neurons; in the others neurons are rows."""
-
-Matrices = Mapping[str, Float[Tensor, "neurons d_model"]]
-"""The matrices of one expert, all with neurons as rows."""
 
 
 def merge(plan: Plan, model: Any, domains: Sequence[Tokens], *, on_batch: Callable[[], None] = nothing) -> Plan:
@@ -90,39 +88,6 @@ def grouped(
     return replace(plan, merged=merged, shares=chosen.float())
 
 
-def members(plan: Plan, layer: int, kept: int) -> tuple[int, ...]:
-    """A kept expert and those that are averaged into it, the leader first."""
-    into = plan.merged or {}
-    return kept, *(expert for expert in plan.pruned(layer) if into.get((layer, expert)) == kept)
-
-
-def matching(leader: Matrices, other: Matrices) -> Int[Tensor, " neurons"]:
-    """The neuron of `other` that stands for each neuron of `leader`: the permutation with the greatest inner product.
-
-    Over all matrices together; permuting an expert's neurons does not change what it computes.
-    """
-    from scipy.optimize import linear_sum_assignment
-
-    likeness = sum((leader[name].double() @ other[name].double().T for name in leader), start=torch.zeros(()))
-    return torch.from_numpy(linear_sum_assignment(likeness.cpu().numpy(), maximize=True)[1])
-
-
-@torch.no_grad()
-def averaged(experts: Sequence[Matrices], shares: Float[Tensor, " experts"]) -> dict[str, Tensor]:
-    """The weighted mean of experts whose neurons are first put in the order of the first one's.
-
-    Experts that were never chosen count as little as can be; if none was, all count the same.
-    """
-    shares = shares.double()
-    shares = torch.ones_like(shares) if not shares.any() else shares
-    total = {name: value.double() * shares[0].item() for name, value in experts[0].items()}
-    for expert, share in zip(experts[1:], shares[1:].tolist(), strict=True):
-        order = matching(experts[0], expert)
-        for name, value in expert.items():
-            total[name] += value.double()[order.to(value.device)] * share
-    return {name: (value / shares.sum().item()).to(experts[0][name].dtype) for name, value in total.items()}
-
-
 class StoredMerges:
     """Merged experts of a checkpoint on disk, one at a time."""
 
@@ -154,11 +119,3 @@ class StoredMerges:
         with safe_open(stored.file, framework="pt") as handle:
             value = handle.get_tensor(name)
         return value.T if rest.startswith(_OUTWARD) else value
-
-
-def views(model: Any, layer: int, expert: int) -> dict[str, Float[Tensor, "neurons d_model"]]:
-    """One expert's parameters in memory, neurons as rows; writing to them edits the model."""
-    first = {"W_in": model.W_in[layer, expert].T}
-    if model._experts(layer).has_gate:
-        first["W_gate"] = model.W_gate[layer, expert].T
-    return {**first, "W_out": model.W_out[layer, expert]}

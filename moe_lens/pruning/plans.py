@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_lens.errors import InputError
 from moe_lens.interventions.intervention import Intervention
+from moe_lens.pruning.preview import preview
 from moe_lens.pruning.scores import Scores
 from moe_lens.storage import believed, load_tensors, save_tensors, whole_numbers
 
@@ -112,8 +113,6 @@ class Plan:
 
     def preview(self, model: Any) -> AbstractContextManager[Intervention]:
         """The plan in force on a `HookedMoE` inside `with`; see `moe_lens.pruning.preview`."""
-        from moe_lens.pruning.preview import preview
-
         return preview(self, model)
 
     def uniform(self) -> "Plan":

@@ -13,15 +13,14 @@ from moe_lens.interventions.ablation import _leave_out as leave_out
 from moe_lens.interventions.intervention import Hook, Intervention
 from moe_lens.model.cache.hook_cache import identity
 from moe_lens.pruning.checkpoint_formats import normalizes
-from moe_lens.pruning.merging import averaged, members, views
-from moe_lens.pruning.plans import Plan
+from moe_lens.pruning.expert_averages import Planned, averaged, members, views
 
 _BIAS = "e_score_correction_bias"
 """What some routers add to the affinities for the choice alone."""
 
 
 @contextmanager
-def preview(plan: Plan, model: Any) -> Generator[Intervention]:
+def preview(plan: Planned, model: Any) -> Generator[Intervention]:
     """The model as it would be: pruned experts cannot be chosen, and affinities are those of a router without them.
 
     No weights are copied, but for merged experts: those that others are averaged into are kept aside meanwhile.
@@ -69,7 +68,7 @@ def _fewer(model: Any, layer: int, top_k: int) -> list[Hook]:
 
 
 @contextmanager
-def _biases(plan: Plan, model: Any) -> Generator[None]:
+def _biases(plan: Planned, model: Any) -> Generator[None]:
     """A bias of −∞ for pruned experts, which without affinity might still be chosen for their bias."""
     before: list[tuple[Tensor, Tensor]] = []
     try:
@@ -85,7 +84,7 @@ def _biases(plan: Plan, model: Any) -> Generator[None]:
 
 
 @contextmanager
-def _merged(plan: Plan, model: Any) -> Generator[None]:
+def _merged(plan: Planned, model: Any) -> Generator[None]:
     """Merged experts in the place of those that lead their groups."""
     before: list[tuple[Tensor, Tensor]] = []
     try:

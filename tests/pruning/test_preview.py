@@ -4,7 +4,8 @@ import torch
 from moe_lens import HookedMoE, names
 from moe_lens.errors import InputError
 from moe_lens.pruning import plan, score
-from moe_lens.pruning.merging import averaged, grouped, matching, members, views
+from moe_lens.pruning.expert_averages import averaged, matching, members, views
+from moe_lens.pruning.merging import grouped
 from tests.families import CONFIGS, build, tokens
 from tests.pruning.smaller import by_hand, make_plan, whole
 from tests.pruning.test_scores import texts

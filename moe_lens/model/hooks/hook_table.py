@@ -14,9 +14,9 @@ from moe_lens.model.families.table import Family
 from moe_lens.model.hooks.arguments import refuse_unknown
 from moe_lens.model.hooks.layer_hooks import LayerHooks
 from moe_lens.model.hooks.moe_block import MoEBlock
-from moe_lens.model.hooks.whole_state import WholeState
 from moe_lens.model.loading.transformer_lens_words import PROCESSING, refuse_processing
 from moe_lens.model.loading.validate import check_tokenizer
+from moe_lens.model.loading.whole_state import WholeState
 from moe_lens.model.tl_compat import detect_tokenizer_bos_eos
 from moe_lens.model.unknown_hooks import instead_of
 

@@ -16,7 +16,7 @@ from moe_lens.model.hf_compat import (
     rename_source_key,
     revert_weight_conversion,
 )
-from moe_lens.model.hooks.whole_state import check_numbers, original_state
+from moe_lens.model.loading.whole_state import check_numbers, original_state
 
 
 def save_pretrained(
