@@ -92,7 +92,8 @@ class HookCache(ActivationCache):
                 return self._dense(found[0], name)
         forward = sorted({name.removesuffix(_GRAD) for name in missing})
         known = getattr(self.model, "hook_dict", None)
-        for name in forward if known is not None else ():
+        for name in [] if known is None else forward:
+            assert known is not None
             if name not in known and names.parse_expert(name) is None:
                 instead = instead_of(name, known, self.model.moe_layers)
                 return f"the cache does not hold {name!r}, and the model has no such hook; {instead}"
