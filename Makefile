@@ -5,13 +5,15 @@ PYTHON ?= python3
 VENV ?= .venv
 REPORT_ARGS ?=
 PYTEST_ARGS ?=
+SINCE ?= $(shell git merge-base HEAD main 2>/dev/null || echo HEAD)
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help report install test test-latest .latest test-oldest .oldest test-python .python test-wheel .wheel check docs docs-serve examples notebooks picture clean
+.PHONY: help report install test .plain .typed test-typed quick test-latest .latest test-oldest .oldest test-python .python \
+    test-wheel .wheel check docs docs-serve examples notebooks picture clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 | \2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
@@ -21,8 +23,24 @@ report: $(VENV)/.installed  ## the main job on the embedded model; REPORT_ARGS="
 
 install: $(VENV)/.installed  ## create .venv and install the package there, editable
 
-test: check  ## lint, formatting, types, import layers, tests; PYTEST_ARGS="-m 'not slow'" goes to pytest
-	$(BIN)/pytest $(PYTEST_ARGS)
+# Two processes of one thread each. Each begins with half of the tests, in order, and takes over some of the other's when
+# it is done: most of what tests share is built once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+test: check .plain .typed  ## lint, formatting, types, import layers, tests; PYTEST_ARGS="-m 'not slow'" goes to pytest
+
+.plain: $(VENV)/.installed-dev
+	$(PYTEST) --durations=20 $(PYTEST_ARGS)
+
+# A part of the tests once more, with annotations checked at every call, and with two threads.
+.typed: $(VENV)/.installed-dev
+	$(PYTEST) -m typed --typed --threads 2
+
+test-typed: $(VENV)/.installed-dev  ## all tests with annotations, shapes too, checked at every call: slow
+	$(PYTEST) --typed $(PYTEST_ARGS)
+
+quick: $(VENV)/.installed-dev  ## lint, types and tests of what changed since main, or since SINCE=commit: under a minute
+	@$(BIN)/python scripts/quick.py $(SINCE)
 
 # Into an environment of its own, past the bounds of pyproject.toml; torch stays as it is. Ends with what broke.
 test-latest:  ## every family against the newest transformers and transformer-lens that the registry has

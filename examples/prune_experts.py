@@ -65,7 +65,7 @@ with torch.no_grad(), plan.preview(model):
     previewed = model(prompt)
 
 # %% [markdown]
-# The checkpoint has the family's own format. (For DeepSeekMoE, which transformers does not know, `import moe_lens` comes
+# The checkpoint has the family's own format. (For DeepSeekMoE, which transformers does not know, `from moe_lens import HookedMoE` comes
 # first; Mixtral, OLMoE, Qwen-MoE and DeepSeek-V2 load without it.)
 
 # %%

@@ -146,11 +146,19 @@ def handed_on(package: str, module: str) -> Callable[[str], Any]:
     return look_up
 
 
-def renamed(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """A `__getattr__` for a package some of whose names are others now, from the former one to today's."""
+def renamed(package: str, names: Mapping[str, str], others: Callable[[str], Any] | None = None) -> Callable[[str], Any]:
+    """A `__getattr__` for a package some of whose names are others now, from the former one to today's.
+
+    Args:
+        package: Its `__name__`.
+        names: From former to today's.
+        others: The `__getattr__` for all other names, if the package has one.
+    """
 
     def look_up(name: str) -> Any:
         if name not in names:
+            if others is not None:
+                return others(name)
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         _warn(f"{package}.{name}", f"{package}.{names[name]}")
         return getattr(importlib.import_module(package), names[name])

@@ -12,43 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_lens.errors import InputError
+from moe_lens.json_files import parse_json as parse_json
+from moe_lens.json_files import read_json as read_json
 
 _HEADER = "moe_lens"
 _VERSION = 1
-
-
-def parse_json(content: str | bytes) -> Any:
-    """The value of a JSON text.
-
-    Raises:
-        ValueError: it is not JSON, or of a kind that Python's reader gives up on; says why, in a few words.
-    """
-    try:
-        return json.loads(content)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{error.msg} in line {error.lineno}, column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
-    except ValueError:
-        raise ValueError("a number of thousands of digits") from None
-
-
-def read_json(path: Path, limit: int = 2**28) -> Any:
-    """The value of a JSON file.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no file, larger than `limit` bytes, or not JSON; says why, in a few words.
-    """
-    if path.exists() and not path.is_file():
-        raise ValueError("a folder" if path.is_dir() else "a pipe or a device, and no file")
-    with path.open("rb") as content:
-        read = content.read(limit + 1)
-    if len(read) > limit:
-        raise ValueError(f"more than {limit // 2**20} MiB")
-    return parse_json(read)
 
 
 @contextmanager

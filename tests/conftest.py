@@ -1,4 +1,4 @@
-"""What every test shares: no network, one thread, a fixed seed, hypothesis without deadlines."""
+"""What every test shares: no network, one thread, a fixed seed, hypothesis without deadlines; and our own options."""
 
 import os
 
@@ -14,9 +14,6 @@ import jaxtyping
 import pytest
 import torch
 
-# The models are tiny: a second thread costs more than it brings, and one thread makes sums repeatable.
-torch.set_num_threads(1)
-
 # A first call compiles and loads; wall-clock limits per example would only measure the machine.
 hypothesis.settings.register_profile(
     "moe_lens",
@@ -31,6 +28,23 @@ hypothesis.settings.load_profile("moe_lens")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("moe_lens")
+    group.addoption("--typed", action="store_true", help="check every annotation of the package at every call")
+    group.addoption("--reach", action="store_true", help="with --typed: fail if a function was never checked")
+    group.addoption("--threads", type=int, default=1, help="of torch; a second costs tiny models more than it brings")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(config.option.threads)
+    if config.option.typed:  # before a test module imports the package
+        from tests import type_hook
+
+        jaxtyping.install_import_hook("moe_lens", f"{type_hook.__name__}.{type_hook.checked.__name__}")
+        if config.option.reach:
+            config.pluginmanager.register(type_hook.Reach(config))
 
 
 @pytest.fixture(autouse=True)

@@ -28,6 +28,7 @@ def test_get_started_runs_as_written(
     assert values["attribution"].max() == values["attribution"][values["best"]]
 
 
+@pytest.mark.typed
 @pytest.mark.slow
 def test_lenses_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.chdir(tmp_path)

@@ -58,6 +58,7 @@ def test_former_modules_are_todays_and_say_so(former: str):
     assert not Path(f"moe_lens/{former.replace('.', '/')}.py").exists(), "the table names a module that exists"
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize("former", REUSED)
 def test_packages_hand_on_what_the_module_of_their_name_held(former: str):
     name, now = REUSED[former]

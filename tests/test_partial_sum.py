@@ -94,6 +94,7 @@ def test_equal_labels_mean_equal_sums(one, other):
     assert one != other or hash(one) == hash(other)
 
 
+@pytest.mark.typed
 def test_families_of_sums():
     assert [s.ranks for s in PartialSum.each_rank(3)] == [(0,), (1,), (2,)]
     assert [s.ranks for s in PartialSum.cumulative(3)] == [(), (0,), (0, 1), (0, 1, 2)]

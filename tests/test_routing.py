@@ -215,6 +215,7 @@ def test_shapes_that_contradict_one_another_are_refused(monkeypatch: pytest.Monk
         Routing(layers=(0, 1), n_experts=7, indices=INDICES[:, 0], weights=WEIGHTS[:, 0])
 
 
+@pytest.mark.typed
 def test_repr_is_short():
     assert (
         repr(Routing.from_arrays(INDICES, WEIGHTS, 7, layers=[1, 4]))

@@ -1,21 +1,116 @@
-"""The tests' own safety net: annotations of the package are checked, unless a test asks for what a user would see."""
+"""The tests' own safety net: `--typed` checks annotations unless a test is `untyped`; `--reach` says what was not."""
 
+import ast
 from typing import Any
 
 import jaxtyping
 import pytest
 
 from moe_lens import names
+from tests import type_hook
 
 WRONG: Any = 3
 
 
-def test_a_wrong_argument_is_noticed():
-    with pytest.raises(jaxtyping.TypeCheckError, match="parse_mlp"):
+@pytest.mark.typed
+def test_a_wrong_argument_is_noticed_where_types_are_checked(pytestconfig: pytest.Config):
+    with pytest.raises(TypeError, match="parse_mlp" if pytestconfig.getoption("typed") else "expected string") as error:
         names.parse_mlp(WRONG)
+    assert isinstance(error.value, jaxtyping.TypeCheckError) == pytestconfig.getoption("typed")
 
 
+@pytest.mark.typed
 @pytest.mark.untyped
 def test_a_user_sees_the_error_of_the_code_itself():
     with pytest.raises(TypeError, match="expected string"):
         names.parse_mlp(WRONG)
+
+
+SOURCE = """
+from dataclasses import dataclass
+from typing import Protocol, no_type_check, overload
+from jaxtyping import Float as F
+Rows = F[Tensor, "rows d"]
+
+def public(): ...
+def _own(x: int): ...
+def _shaped(x: F[Tensor, ""]): ...
+def _aliased() -> Rows: ...
+def _imported(x: Elsewhere): ...
+@overload
+def public(x: Rows): ...
+@no_type_check
+def silent(): ...
+if True:
+    def chosen():
+        def inside(x: Rows): ...
+        def other(): ...
+
+@dataclass(frozen=True)
+class Plain:
+    x: int
+    def method(self): ...
+    def _method(self): ...
+    @property
+    def size(self): ...
+@dataclass
+class _Hidden:
+    x: Rows
+    def method(self): ...
+    def shaped(self, *, x: Rows): ...
+class Reader(Protocol):
+    def read(self) -> Rows: ...
+"""
+
+
+def test_what_has_to_be_reached_is_read_from_the_source():
+    tree = ast.parse(SOURCE)
+    shapes = type_hook.shape_names(tree)
+    assert shapes == {"F", "Rows"}
+    assert list(type_hook.demanded(tree, {*shapes, "Elsewhere"})) == [
+        "public",
+        "_shaped",
+        "_aliased",
+        "_imported",
+        "chosen",
+        "chosen.<locals>.inside",
+        "Plain.method",
+        "Plain.size",
+        "_Hidden.__init__",
+        "_Hidden.shaped",
+    ]
+
+
+def test_what_is_called_is_noted_where_types_are_checked(pytestconfig: pytest.Config):
+    called = f"{names.parse_mlp.__module__}:{names.parse_mlp.__qualname__}"
+    assert called in type_hook.package()
+    type_hook.REACHED.discard(called)
+    names.parse_mlp("blocks.0.hook_in")
+    assert (called in type_hook.REACHED) == pytestconfig.getoption("typed")
+
+
+def test_a_function_that_was_not_reached_fails_the_run(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config):
+    class Session:
+        exitstatus = pytest.ExitCode.OK
+
+    def run(reached: set[str]) -> tuple[int, list[str]]:
+        monkeypatch.setattr(type_hook, "REACHED", reached)
+        session, lines = Session(), []
+        reach = type_hook.Reach(Config())  # pyright: ignore[reportArgumentType]
+        node = type("Node", (), {"workeroutput": {"reached": ["moe_lens.m:far"]}})
+        reach.pytest_testnodedown(node)
+        reach.pytest_sessionfinish(session)  # pyright: ignore[reportArgumentType]
+        reach.pytest_terminal_summary(Terminal(lines))
+        return session.exitstatus, lines
+
+    class Config:
+        pass
+
+    class Terminal:
+        def __init__(self, lines):
+            self.section = self.line = lines.append
+
+    monkeypatch.setattr(type_hook, "package", lambda: ["moe_lens.m:near", "moe_lens.m:far"])
+    assert run({"moe_lens.m:near"}) == (pytest.ExitCode.OK, [])
+    status, lines = run(set())
+    assert status == pytest.ExitCode.TESTS_FAILED and lines[-1] == "  moe_lens.m:near"

@@ -1,4 +1,8 @@
-"""The application that commands are added to."""
+"""The application that commands are added to.
+
+Modules of the command line import torch, and what needs it, inside functions only: help, versions and mistakes on the
+command line are answered at once.
+"""
 
 import typer
 

@@ -3,23 +3,27 @@
 import logging
 import os
 import warnings
+from typing import TYPE_CHECKING
 
-import torch
-import transformers
-
-from moe_lens import HookedMoE
 from moe_lens.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from moe_lens import HookedMoE
 
 
 def quiet() -> None:
     """Keep libraries from talking: what the user has to know is raised."""
+    import transformers
+
     for library in ("transformers", "huggingface_hub", "datasets"):  # the hub's says each retry
         logging.getLogger(library).setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
 
 
-def load_model(name: str, dtype: str, device: str) -> HookedMoE:
+def load_model(name: str, dtype: str, device: str) -> "HookedMoE":
     """The model, for reading only.
 
     Args:
@@ -31,6 +35,10 @@ def load_model(name: str, dtype: str, device: str) -> HookedMoE:
         InputError: There is no such device, or the model has no layer with experts.
         MoELensError: The model cannot be loaded.
     """
+    import torch
+
+    from moe_lens import HookedMoE
+
     if device == "auto":
         model = HookedMoE.from_pretrained(name, dtype=getattr(torch, dtype), device_map="auto")
     else:
@@ -45,6 +53,8 @@ def load_model(name: str, dtype: str, device: str) -> HookedMoE:
 
 def join_processes(device: str) -> None:
     """Under torchrun, let this process find the others; without it, nothing."""
+    import torch
+
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
         if device == "auto":
             raise InputError("--device auto spreads one model over all devices; it does not go together with torchrun")
@@ -56,11 +66,15 @@ def join_processes(device: str) -> None:
 
 def leave_processes() -> None:
     """The end of `join_processes`."""
+    import torch
+
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def _place(device: str) -> torch.device:
+def _place(device: str) -> "torch.device":
+    import torch
+
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:

@@ -1,13 +1,14 @@
 """`moe-lens models` and `moe-lens info`: which families there are, and what a model is."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moe_lens.cli import options
 from moe_lens.cli.app import app
-from moe_lens.model.families.refusals import REFUSED
-from moe_lens.model.families.table import FAMILIES
-from moe_lens.model.loading.model_info import DTYPES, ModelInfo, model_info
+
+if TYPE_CHECKING:
+    from moe_lens.model.loading.model_info import ModelInfo
 
 
 @app.command()
@@ -20,7 +21,11 @@ def models() -> None:
 def info(
     model: Annotated[
         str,
-        typer.Argument(metavar="NAME_OR_PATH", help="On the hub, a folder, a config.json, or the embedded model."),
+        typer.Argument(
+            metavar="NAME_OR_PATH",
+            callback=options.model_name,
+            help="On the hub, a folder, a config.json, or the embedded model.",
+        ),
     ],
 ) -> None:
     """What a model is: layers, experts, router, parameters and memory. Reads its config alone, no weights."""
@@ -29,6 +34,9 @@ def info(
 
 def families_text() -> str:
     """The supported families, one a line, and those that are refused."""
+    from moe_lens.model.families.refusals import REFUSED
+    from moe_lens.model.families.table import FAMILIES
+
     wide = max(map(len, FAMILIES))
     lines = [f"{len(FAMILIES)} supported model types, and how their routers choose and weigh experts:"]
     for name, family in sorted(FAMILIES.items()):
@@ -40,11 +48,15 @@ def families_text() -> str:
 
 def info_text(name_or_path: str) -> str:
     """What a model is, from its config alone."""
+    from moe_lens.model.loading.model_info import model_info
+
     return "\n".join(f"{label:<12}{value}" for label, value in rows(model_info(name_or_path)))
 
 
-def rows(info: ModelInfo) -> list[tuple[str, str]]:
+def rows(info: "ModelInfo") -> list[tuple[str, str]]:
     """Labels and values to show."""
+    from moe_lens.model.loading.model_info import DTYPES
+
     memory = (f"{size(info.memory(dtype))} in {str(dtype).removeprefix('torch.')}" for dtype in DTYPES)
     shared = ", and shared experts" if info.has_shared else ""
     without = f" ({info.n_identities} of them the identity)" if info.n_identities else ""

@@ -1,5 +1,6 @@
 """Options that several commands have, and what is made of them."""
 
+import re
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -9,6 +10,7 @@ import typer
 
 from moe_lens.cli.config_file import config_domains
 from moe_lens.data import Corpus, Domain, embedded_domains, parse_domains
+from moe_lens.errors import CheckpointError, InputError
 
 
 class Dtype(StrEnum):
@@ -20,6 +22,26 @@ class Dtype(StrEnum):
     float64 = "float64"
 
 
+def leads_nowhere(name: str) -> bool:
+    """Whether this is the path of something, not a name on the hub, and there is no such thing."""
+    is_path = name.startswith((".", "~")) or name.count("/") > 1 or Path(name).is_absolute()
+    return is_path and not Path(name).exists()
+
+
+def model_name(name: str) -> str:
+    """Refuse a path that leads nowhere as soon as it is read, before anything is loaded for it."""
+    if leads_nowhere(name):
+        expected = "a folder with config.json and safetensors, or a name on the hub"
+        raise CheckpointError(f"{name}: there is no such folder. Expected {expected}.")
+    return name
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch("[a-z]+(:[0-9]+)?", name):
+        raise InputError(f"--device {name!r}: expected cpu, cuda, cuda:1, … or auto")
+    return name
+
+
 Config = Annotated[
     Path | None,
     typer.Option(
@@ -29,7 +51,10 @@ Config = Annotated[
     ),
 ]
 Model = Annotated[
-    str, typer.Option(metavar="NAME_OR_PATH", help="A model on the hub, a folder, or the embedded model.")
+    str,
+    typer.Option(
+        metavar="NAME_OR_PATH", help="A model on the hub, a folder, or the embedded model.", callback=model_name
+    ),
 ]
 Domains = Annotated[
     list[str] | None,
@@ -67,7 +92,9 @@ BatchTokens = Annotated[
 ShardTokens = Annotated[int, typer.Option(min=1, help="Tokens after which progress is saved.")]
 Seed = Annotated[int, typer.Option(help="Of the choice of texts.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="What the model computes in.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto spreads a large model over devices.")]
+Device = Annotated[
+    str, typer.Option(callback=_device, help="cpu, cuda, cuda:1, …; auto spreads a large model over devices.")
+]
 
 
 Opened = Sequence[Domain | Corpus]

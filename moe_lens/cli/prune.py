@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from moe_lens import __version__
 from moe_lens.cli import options
@@ -14,10 +13,6 @@ from moe_lens.cli.app import app
 from moe_lens.cli.model_loading import load_model, quiet
 from moe_lens.data import in_memory
 from moe_lens.errors import InputError
-from moe_lens.pruning.prune_job import PruneSettings
-from moe_lens.pruning.prune_job import prune as run
-from moe_lens.report import OutputFolder
-from moe_lens.report.pruning_page import write_pruning
 
 
 class Scoring(StrEnum):
@@ -88,12 +83,19 @@ def prune(
     Example: moe-lens prune --domain french --domain code --keep 0.5 --specialist french --out french-half
     """
     started = time.monotonic()
-    quiet()
     domains = in_memory(options.open_domains(domain, config))
     if specialist is not None and specialist not in [one.name for one in domains]:
         raise InputError(f"--specialist is {specialist!r}; the domains are {', '.join(one.name for one in domains)}")
     if (out / "model").exists() and any((out / "model").iterdir()):
         raise InputError(f"{out / 'model'} is not an empty folder; choose another --out, or remove it")
+    from rich.console import Console
+
+    from moe_lens.pruning.prune_job import PruneSettings
+    from moe_lens.pruning.prune_job import prune as run
+    from moe_lens.report import OutputFolder
+    from moe_lens.report.pruning_page import write_pruning
+
+    quiet()
     chosen: Any = [one.value for one in against] if against else ["frequency", "random"]
     settings = PruneSettings(
         model=model,

@@ -5,17 +5,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from moe_lens import __version__
 from moe_lens.cli import options
 from moe_lens.cli.app import app
 from moe_lens.cli.model_loading import load_model, quiet
 from moe_lens.data import in_memory
-from moe_lens.report import OutputFolder, ReportSettings, n_steps, report_batches, run, write, write_saved
-from moe_lens.studies import StudyResult
+from moe_lens.manifest import read_manifest
 
 
 @app.command()
@@ -43,6 +39,17 @@ def report(
     Example: moe-lens report runs/routing runs/single-expert --out page
     """
     started = time.monotonic()
+    for folder in saved or ():
+        read_manifest(folder)
+    domains = [] if saved else in_memory(options.open_domains(domain, config))
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    from moe_lens.report import OutputFolder, ReportSettings, n_steps, report_batches, run, write, write_saved
+    from moe_lens.studies import StudyResult
+
     quiet()
     console = Console(stderr=True)
     if saved:
@@ -51,7 +58,6 @@ def report(
             page = write_saved(results, folder, version=__version__)
         print(page.resolve())
         return
-    domains = in_memory(options.open_domains(domain, config))
     settings = ReportSettings(model, tokens, seed, dtype.value, device)
     with OutputFolder(out) as folder:
         with console.status(Text(f"loading {model}")):

@@ -3,26 +3,19 @@
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 
 from moe_lens.cli import options
 from moe_lens.cli.app import app
 from moe_lens.cli.model_loading import quiet
 from moe_lens.cli.study_command import Work, command
-from moe_lens.storage import written_whole
-from moe_lens.studies import (
-    TREATMENTS,
-    LensStudy,
-    RoutingStudy,
-    SingleExpertStudy,
-    Study,
-    StudyResult,
-    collect,
-    compare,
-)
+from moe_lens.errors import InputError
+from moe_lens.manifest import read_manifest
+
+if TYPE_CHECKING:
+    from moe_lens.studies import Study
 
 
 class Together(StrEnum):
@@ -55,7 +48,7 @@ def routing(
         bool,
         typer.Option("--nulls", help="Measure a random router, token-unigram and uniform routing, too: reads twice."),
     ] = False,
-) -> Study:
+) -> "Study":
     """Which experts each domain's tokens are sent to, with intervals over sources and tests between domains.
 
     Tables: specialisation (share of tokens that have the expert among their active ones), most_specialised, layers
@@ -66,6 +59,8 @@ def routing(
 
     Several processes: torchrun --nproc-per-node 4 -m moe_lens routing …
     """
+    from moe_lens.studies import RoutingStudy
+
     return RoutingStudy(nulls=nulls)
 
 
@@ -84,7 +79,7 @@ def single_expert(
         list[int] | None,
         typer.Option("--k", min=0, help="How many experts are kept; give it several times.  [0 … top-k]"),
     ] = None,
-) -> Study:
+) -> "Study":
     """One expert against all active ones: cosines with their controls, and what fewer experts cost.
 
     Treatments of the experts that are not kept: dropped; renormalised (dropped, and the kept weights rescaled to the
@@ -99,6 +94,8 @@ def single_expert(
 
     Example: moe-lens single-expert --k 1 --k 3 --treatment dropped --treatment random --out runs/single
     """
+    from moe_lens.studies import TREATMENTS, SingleExpertStudy
+
     chosen = tuple(each.value for each in treatment) if treatment else tuple(TREATMENTS)
     return SingleExpertStudy(treatments=chosen, layers=layers.value, k=tuple(k) if k else None)
 
@@ -108,7 +105,7 @@ def lens(
     lens: Annotated[
         str, typer.Option(help="logit, or the folder of a tuned lens (or tiny-deepseekmoe, the embedded one).")
     ] = "logit",
-) -> Study:
+) -> "Study":
     """What each layer would say next if it ended after one expert, all of them, or none: Figure 2, in numbers.
 
     Table: lens (by domain, layer and partial sum: cross-entropy, entropy, KL to the model's own prediction and to all
@@ -116,6 +113,11 @@ def lens(
 
     Example: moe-lens lens --domain code=code.jsonl --tokens 20000 --out runs/lens
     """
+    if options.leads_nowhere(lens):
+        raise InputError(f"--lens {lens}: there is no such folder; expected logit, or the folder of a tuned lens")
+
+    from moe_lens.studies import LensStudy
+
     return LensStudy(lens=lens)
 
 
@@ -136,6 +138,10 @@ def collect_activations(
 
     Example: moe-lens collect --hook 'blocks.*.hook_resid_mid' --store float16 --tokens 1000000 --out runs/activations
     """
+    import torch
+
+    from moe_lens.studies import collect
+
     return partial(collect, hooks=hook or (), dtype=getattr(torch, store.value), kind=kind.value)
 
 
@@ -155,6 +161,12 @@ def compare_studies(
 
     Example: moe-lens compare runs/base runs/chat --out difference.parquet
     """
+    for folder in (first, second):
+        read_manifest(folder)
+
+    from moe_lens.storage import written_whole
+    from moe_lens.studies import StudyResult, compare
+
     quiet()
     studies = StudyResult.load(first), StudyResult.load(second)
     with written_whole(out) as temporary:

@@ -6,19 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.text import Text
 
-from moe_lens import distributed
 from moe_lens.cli import options
 from moe_lens.cli.app import app
 from moe_lens.cli.model_loading import join_processes, leave_processes, load_model, quiet
 from moe_lens.data import Reading
-from moe_lens.studies import Study, run
+
+if TYPE_CHECKING:
+    from moe_lens.studies import Study
 
 Out = Annotated[
     Path,
@@ -69,8 +67,11 @@ class Arguments:
 Work = Callable[..., Any]
 """Takes a model, domains, and the rest by name: out, reading, name, batch_tokens, watch."""
 
+Make = Callable[..., "Study | Work"]
+"""From a command's own options to a study, or to other work."""
 
-def command(name: str, folder: str) -> Callable[[Callable[..., Study | Work]], Callable[..., Study | Work]]:
+
+def command(name: str, folder: str) -> Callable[[Make], Make]:
     """Make a command of a function from its own options to a study, or to other work on the same arguments.
 
     Args:
@@ -78,13 +79,14 @@ def command(name: str, folder: str) -> Callable[[Callable[..., Study | Work]], C
         folder: Where its result goes if --out is not given.
     """
 
-    def decorate(make: Callable[..., Study | Work]) -> Callable[..., Study | Work]:
+    def decorate(make: Make) -> Make:
         own = inspect.signature(make).parameters
 
         def called(**given: Any) -> None:
-            made = make(**{key: given.pop(key) for key in own})
-            work = partial(run, made) if isinstance(made, Study) else made
-            _run(work, given.pop("out"), Arguments(**given))
+            chosen = {key: given.pop(key) for key in own}
+            out, arguments = given.pop("out"), Arguments(**given)
+            domains = arguments.domains()  # before anything that imports torch: what is not there is said at once
+            _run(make(**chosen), domains, out, arguments)
 
         keyword = inspect.Parameter.KEYWORD_ONLY
         shared = [
@@ -102,10 +104,17 @@ def command(name: str, folder: str) -> Callable[[Callable[..., Study | Work]], C
     return decorate
 
 
-def _run(work: Work, out: Path, given: Arguments) -> None:
+def _run(made: "Study | Work", domains: options.Opened, out: Path, given: Arguments) -> None:
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.text import Text
+
+    from moe_lens import distributed
+    from moe_lens.studies import Study, run
+
     quiet()
     started = time.monotonic()
-    domains, reading = given.domains(), given.reading()
+    work = partial(run, made) if isinstance(made, Study) else made
     join_processes(given.device)
     try:
         console = Console(stderr=True, quiet=distributed.rank() > 0)
@@ -120,7 +129,7 @@ def _run(work: Work, out: Path, given: Arguments) -> None:
                 read += tokens
                 progress.update(task, description=f"{what} · {read:,} tokens read")
 
-            how = {"reading": reading, "name": given.model, "batch_tokens": given.batch_tokens}
+            how = {"reading": given.reading(), "name": given.model, "batch_tokens": given.batch_tokens}
             work(model, domains, out=out, watch=watch, **how)
         console.print(f"done in {time.monotonic() - started:.0f} s", highlight=False)
         if distributed.rank() == 0:

@@ -1,5 +1,8 @@
 """Domains of text, and the token batches made from them."""
 
+import typing
+
+from moe_lens import _late
 from moe_lens._moved import renamed
 from moe_lens.data.corpus import Corpus as Corpus
 from moe_lens.data.corpus import from_file as from_file
@@ -22,10 +25,15 @@ from moe_lens.data.rows import Passage as Passage
 from moe_lens.data.shards import Reading as Reading
 from moe_lens.data.shards import Shard as Shard
 from moe_lens.data.shards import shards as shards
-from moe_lens.data.token_batches import TokenBatch as TokenBatch
-from moe_lens.data.token_batches import Tokens as Tokens
-from moe_lens.data.token_batches import batch_windows as batch_windows
-from moe_lens.data.token_batches import tokenize as tokenize
 from moe_lens.data.windows import Window as Window
 
-__getattr__ = renamed(__name__, {"batched": "batch_windows"})
+if typing.TYPE_CHECKING:
+    from moe_lens.data.token_batches import TokenBatch as TokenBatch
+    from moe_lens.data.token_batches import Tokens as Tokens
+    from moe_lens.data.token_batches import batch_windows as batch_windows
+    from moe_lens.data.token_batches import tokenize as tokenize
+else:  # domains are read without torch
+    _look_up, __dir__ = _late.resolved_late(
+        __name__, {"moe_lens.data.token_batches": ["TokenBatch", "Tokens", "batch_windows", "tokenize"]}
+    )
+    __getattr__ = renamed(__name__, {"batched": "batch_windows"}, _look_up)

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 from moe_lens.data.rows import Passage, passage, read_row
 from moe_lens.errors import InputError
-from moe_lens.storage import parse_json
+from moe_lens.json_files import parse_json
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 """Suffixes of files of texts."""

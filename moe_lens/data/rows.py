@@ -5,8 +5,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
-
 from moe_lens.errors import InputError
 
 
@@ -87,7 +85,11 @@ def passage(text: str, source: Any, origin: str, file: str) -> Passage:
 
 def is_missing(value: Any) -> bool:
     """Whether a cell holds nothing, in any of the ways that tables have for it."""
-    return value is None or bool(pd.api.types.is_scalar(value) and pd.isna(value))
+    if value is None or isinstance(value, str):
+        return value is None
+    import pandas as pd
+
+    return bool(pd.api.types.is_scalar(value) and pd.isna(value))
 
 
 _NOTHING = object()

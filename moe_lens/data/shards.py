@@ -6,8 +6,7 @@ from typing import Any
 
 from moe_lens.data.corpus import Corpus
 from moe_lens.data.domains import Domain, Passage
-from moe_lens.data.token_batches import up_to
-from moe_lens.data.windows import Window, in_turns, windows_of
+from moe_lens.data.windows import Window, in_turns, up_to, windows_of
 from moe_lens.errors import InputError
 
 

@@ -5,8 +5,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from moe_lens.data.rows import Passage, passage, read_row
 from moe_lens.errors import InputError
 
@@ -44,6 +42,8 @@ def _rows(name: str, texts: Any) -> Iterable[Any]:
             f"the texts of domain {name!r} are a dictionary with the keys {list(texts)[:10]}; expected a list, a "
             "frame or a dataset: give one of its values"
         )
+    import pandas as pd
+
     if isinstance(texts, pd.DataFrame):
         if not texts.columns.is_unique:
             raise InputError(f"domain {name!r}: two columns of the frame have one name: {list(texts.columns)}")

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from moe_lens.data.domains import Domain
-from moe_lens.data.windows import Window, in_turns
+from moe_lens.data.windows import Window, in_turns, up_to
 
 
 @runtime_checkable
@@ -126,16 +126,6 @@ def tokenize(
     """
     windows = up_to(in_turns(domain, encoder, context, seed), n_tokens)
     return Tokens(domain.name, tuple(batch_windows(list(windows), encoder, batch_tokens=batch_tokens)))
-
-
-def up_to(windows: Iterable[Window], n_tokens: int | None) -> Iterator[Window]:
-    """Windows until they hold at least so many tokens of text; all of them if it is None."""
-    found = 0
-    for window in windows:
-        yield window
-        found += window.counted
-        if n_tokens is not None and found >= n_tokens:
-            return
 
 
 def batch_windows(

@@ -2,7 +2,7 @@
 
 import random
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,3 +94,13 @@ def in_turns(
         if window is not None:
             yield window
             waiting.append((source, windows))
+
+
+def up_to(windows: Iterable[Window], n_tokens: int | None) -> Iterator[Window]:
+    """Windows until they hold at least so many tokens of text; all of them if it is None."""
+    found = 0
+    for window in windows:
+        yield window
+        found += window.counted
+        if n_tokens is not None and found >= n_tokens:
+            return

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from moe_lens.errors import InputError
 from moe_lens.hooked_moe import HookedMoE
+from moe_lens.json_files import read_json
 from moe_lens.lenses.logit_lens import LogitLens
 from moe_lens.lenses.training_summary import TrainingSummary
 from moe_lens.lenses.tuned_loss import TranslatedLens
 from moe_lens.lenses.tuned_training import TrainingSettings, train
 from moe_lens.model.loading.pretrained import EMBEDDED
-from moe_lens.storage import load_tensors, read_json, save_tensors, written_whole
+from moe_lens.storage import load_tensors, save_tensors, written_whole
 
 _CONFIG, _TENSORS, _KIND = "config.json", "lens.safetensors", "TunedLens"
 

@@ -47,7 +47,7 @@ def export(
     """Write the smaller model, in the format that its family's checkpoints have.
 
     Layers that predict several tokens ahead are left out, with a warning, and config.json says that there are none.
-    It loads in plain transformers where the family is transformers' own, and after `import moe_lens` for
+    It loads in plain transformers where the family is transformers' own, and after `from moe_lens import HookedMoE` for
     `model_type "deepseek"`.
 
     Args:

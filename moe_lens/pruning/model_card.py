@@ -57,7 +57,11 @@ def model_card(
 
 
 def _loading(model_type: str) -> list[str]:
-    needs = 'import moe_lens  # knows model_type "deepseek"\n' if model_type == "deepseek" else ""
+    needs = (
+        'from moe_lens import HookedMoE  # tells transformers of model_type "deepseek"\n'
+        if model_type == "deepseek"
+        else ""
+    )
     return [
         f"```python\n{needs}from transformers import AutoModelForCausalLM\n",
         'AutoModelForCausalLM.from_pretrained("…")',

@@ -15,6 +15,7 @@ from torch import Tensor
 from moe_lens import distributed, names
 from moe_lens.data import Domains, Reading, Shard, TokenBatch, as_domains, batch_windows, shards
 from moe_lens.errors import InputError, several
+from moe_lens.manifest import file_digest
 from moe_lens.routing import LayerRouting
 from moe_lens.stats.observation import Hooks, routing_hooks
 from moe_lens.studies.batch_halving import Halving
@@ -22,7 +23,7 @@ from moe_lens.studies.collected import DOCUMENTS, Collected, Format, rows_of, wr
 from moe_lens.studies.forward_passes import forward
 from moe_lens.studies.model_facts import model_facts
 from moe_lens.studies.study import agreed, pinned, versions
-from moe_lens.studies.study_folder import SPACE, StudyFolder, file_digest
+from moe_lens.studies.study_folder import SPACE, StudyFolder
 
 
 def collect(

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from moe_lens import names
 from moe_lens.errors import InputError
+from moe_lens.manifest import file_digest, read_manifest
 from moe_lens.storage import load_tensors, save_tensors
-from moe_lens.studies.study_folder import file_digest, read_manifest
 
 Format = Literal["safetensors", "parquet"]
 KIND = "collected shard"

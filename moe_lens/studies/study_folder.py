@@ -1,6 +1,5 @@
 """Where a study writes: progress beside the folder it was asked for, which appears when everything is there."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -11,12 +10,10 @@ from uuid import uuid4
 from torch import Tensor
 
 from moe_lens.errors import InputError
-from moe_lens.storage import load_tensors, read_json, save_tensors
+from moe_lens.manifest import FORMAT, MANIFEST, known, read_manifest, read_object, seal
+from moe_lens.storage import load_tensors, save_tensors
 
-MANIFEST = "manifest.json"
 PLAN = "plan.json"
-FORMAT = 2
-"""Of manifests, progress, tables and results: raised by one whenever what is written changes, so that this is said."""
 SPACE = 2**26
 """Bytes that must be free before a study that does not know better begins."""
 
@@ -71,8 +68,8 @@ class StudyFolder:
             # A plan alone is no work, and what begins with a dot was never completed.
             begun = any(path.name != PLAN and path.name[0] != "." for path in self.unfinished.iterdir())
             if plan.exists() and begun:
-                found = _read(plan, "the beginning of a study")
-                _known(plan, found.pop("format", None))
+                found = read_object(plan, "the beginning of a study")
+                known(plan, found.pop("format", None))
                 self._same(found, self.unfinished, "holds the beginning of other work")
             elif begun:
                 raise InputError(f"{self.unfinished}: is in the way, and is not ours; choose another --out")
@@ -110,7 +107,7 @@ class StudyFolder:
 
     def noted(self, name: str) -> dict[str, Any]:
         """What was kept by `note`."""
-        return _read(self.unfinished / f"{name}.json", "what a study notes")
+        return read_object(self.unfinished / f"{name}.json", "what a study notes")
 
     def finish(self, scratch: Path, manifest: Mapping[str, Any]) -> None:
         """Let the files of a folder inside `unfinished` appear, with their manifest, and drop the progress.
@@ -120,7 +117,7 @@ class StudyFolder:
         """
         try:
             complete = {"format": FORMAT, "plan": self.plan, **json.loads(json.dumps(manifest, allow_nan=False))}
-            complete["seal"] = _seal(complete)
+            complete["seal"] = seal(complete)
             _write(scratch / MANIFEST, json.dumps(complete, indent=1, ensure_ascii=False))
             scratch.rename(self.path)  # takes the place of an empty folder, and of no other
         except OSError as error:
@@ -159,54 +156,6 @@ def named(path: Path) -> Path:
     if path.name in ("", ".."):
         raise InputError(f"{path}: progress is kept beside the result, and so it needs a name; choose a folder in it")
     return path
-
-
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """What a finished result says of itself.
-
-    Raises:
-        InputError: The folder holds no result of a study, one of another format, or one that was changed.
-    """
-    folder = Path(folder)
-    path = folder / MANIFEST
-    if not path.exists():
-        unfinished = folder.with_name(f"{folder.name}.unfinished")
-        more = f"; {unfinished} holds the beginning of one: run its command again" if unfinished.exists() else ""
-        raise InputError(f"{folder}: holds no result of a study (there is no {MANIFEST}){more}")
-    manifest = _read(path, "the manifest of a study")
-    _known(path, manifest.get("format"))
-    if manifest.pop("seal", None) != _seal(manifest) or not isinstance(manifest.get("plan"), dict):
-        raise InputError(f"{path}: is not as the study wrote it; run its command again, with another --out")
-    return manifest
-
-
-def _read(path: Path, what: str) -> dict[str, Any]:
-    try:
-        found = read_json(path)
-    except (OSError, ValueError) as error:
-        reason = (error.strerror or "unreadable") if isinstance(error, OSError) else f"broken: {error}"
-        raise InputError(f"{path}: cannot be read as {what} ({reason})") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: cannot be read as {what} (it holds a {type(found).__name__})")
-    return found
-
-
-def _known(path: Path, found: Any) -> None:
-    if found != FORMAT:
-        newer = isinstance(found, int) and found > FORMAT
-        what = "a newer moe_lens: install that" if newer else "an earlier moe_lens: run the command again, elsewhere"
-        raise InputError(f"{path}: has format {found!r}, and this moe_lens reads {FORMAT}. It is of {what}")
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _seal(manifest: Mapping[str, Any]) -> str:
-    """A digest of all that a manifest says."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _write(path: Path, content: str) -> None:

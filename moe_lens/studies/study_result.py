@@ -9,9 +9,9 @@ from typing import Any
 import pandas as pd
 
 from moe_lens.errors import InputError
+from moe_lens.manifest import file_digest, read_manifest
 from moe_lens.stats import Result
 from moe_lens.storage import stored_kind
-from moe_lens.studies.study_folder import file_digest, read_manifest
 
 
 @dataclass(frozen=True, eq=False)

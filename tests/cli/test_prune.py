@@ -23,6 +23,7 @@ def texts(tmp_path):
     return ["--domain", f"prose={prose}", "--domain", f"code={code}", "--tokens", "900"]
 
 
+@pytest.mark.typed
 @pytest.mark.slow
 def test_a_smaller_model_its_report_and_its_numbers_are_written(texts, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(speed, "ROUNDS", 1)
@@ -43,9 +44,9 @@ def test_a_smaller_model_its_report_and_its_numbers_are_written(texts, tmp_path,
     assert size.loc["pruned", "disk_bytes"] < 0.65 * size.loc["original", "disk_bytes"]
     page = (out / "report.html").read_text()
     assert "32 of 64 experts" in page and 'src="http' not in page
-    # in a process of its own, and for DeepSeek v1 after `import moe_lens` as the card says
+    # in a process of its own, and for DeepSeek v1 after `from moe_lens import HookedMoE` as the card says
     code = (
-        "import moe_lens, torch; from transformers import AutoModelForCausalLM as A, AutoTokenizer as T;"
+        "from moe_lens import HookedMoE; from transformers import AutoModelForCausalLM as A, AutoTokenizer as T;"
         f"m = A.from_pretrained({str(out / 'model')!r}); t = T.from_pretrained({str(out / 'model')!r});"
         "print(m.config.n_routed_experts, m(**t('A house', return_tensors='pt')).logits.isfinite().all().item())"
     )

@@ -66,6 +66,7 @@ def refused(capsys, *arguments: str) -> str:
     return lines[0]
 
 
+@pytest.mark.typed
 def test_numbers_are_complete_and_agree_with_the_tables(made):
     report = json.loads((made / "report.json").read_text(encoding="utf-8"))
     assert report["schema"] == 1

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from moe_lens.errors import InputError
+from moe_lens.manifest import FORMAT, MANIFEST, seal
 from moe_lens.studies import LensStudy, RoutingStudy, SingleExpertStudy, StudyResult, collect, run
-from moe_lens.studies.study_folder import FORMAT, MANIFEST, StudyFolder, _seal
+from moe_lens.studies.study_folder import StudyFolder
 from tests.cli.test_studies import refused
 from tests.studies.test_study import SMALL
 from tests.studies.tiny import domain, tiny_model
@@ -58,7 +59,7 @@ def rewritten(folder: Path, *, sealed: bool, **changes: object) -> None:
     manifest = {**json.loads(path.read_text(encoding="utf-8")), **changes}
     if sealed:
         manifest.pop("seal", None)
-        manifest["seal"] = _seal(manifest)
+        manifest["seal"] = seal(manifest)
     path.write_text(json.dumps(manifest), encoding="utf-8")
 
 

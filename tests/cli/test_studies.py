@@ -51,6 +51,7 @@ def refused(capsys, *arguments: str) -> str:
     return line
 
 
+@pytest.mark.typed
 def test_a_config_says_what_the_command_line_does_not(saved):
     result = StudyResult.load(saved / "routing")
     plan = result.manifest["plan"]
@@ -66,6 +67,7 @@ def test_a_config_says_what_the_command_line_does_not(saved):
     assert manifest["plan"]["study"] == "routing" and manifest["command"]
 
 
+@pytest.mark.typed
 def test_the_report_collects_saved_studies(saved, tmp_path, capsys):
     folders = [str(saved / name) for name in ("routing", "single-expert", "lens")]
     assert main(["report", *folders, "--out", str(tmp_path / "page")]) == 0
@@ -79,6 +81,7 @@ def test_the_report_collects_saved_studies(saved, tmp_path, capsys):
     assert (tmp_path / "page" / "2-single_expert-perplexity.parquet").exists()
 
 
+@pytest.mark.typed
 def test_the_authors_numbers():
     table = published_table()
     assert len(table) == 7 and list(table["domain"]) == list(PUBLISHED)
@@ -90,6 +93,7 @@ def test_the_authors_numbers():
     assert same_model(MODEL) and not same_model({**MODEL, "layers": 6})
 
 
+@pytest.mark.typed
 def test_compare_finds_what_was_changed_and_nothing_else(saved, tmp_path, capsys):
     single = str(saved / "single-expert")
     out = tmp_path / "same.parquet"
@@ -124,7 +128,7 @@ def test_compare_refuses_what_has_nothing_in_common(saved, tmp_path, capsys):
 
 
 def test_compare_says_before_the_work_where_it_cannot_write(saved, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("moe_lens.cli.studies.compare", lambda *_: pytest.fail("compared first"))
+    monkeypatch.setattr("moe_lens.studies.compare", lambda *_: pytest.fail("compared first"))
     (tmp_path / "file").touch()
     for out in (tmp_path, tmp_path / "file" / "table.parquet"):
         said = refused(capsys, "compare", str(saved / "routing"), str(saved / "routing"), "--out", str(out))
@@ -132,6 +136,7 @@ def test_compare_says_before_the_work_where_it_cannot_write(saved, tmp_path, cap
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize("kind", ["safetensors", "parquet"])
 def test_collect_saves_what_the_model_does(saved, kind, tmp_path):
     hooks = ["--hook", "blocks.*.hook_resid_mid", "--hook", "blocks.1.mlp.hook_expert_out", "--shard-tokens", "100"]

@@ -87,6 +87,7 @@ def test_same_seed_same_choice_and_another_seed_another():
     assert chosen[0] == chosen[1] != chosen[2]
 
 
+@pytest.mark.typed
 def test_text_of_one_token_is_named():
     with pytest.raises(InputError, match="f:2: a text of 1 token"):
         tokenize(domain(("ab", "x"), ("a", "y")), Letters(), n_tokens=100, context=16)

@@ -180,6 +180,7 @@ def test_a_dataset_on_the_hub_is_pinned_to_a_commit(hub):
     assert isinstance(named, Corpus) and named.pin is None  # nothing to ask the hub for
 
 
+@pytest.mark.typed
 def test_presets_are_the_papers_seven_domains(hub):
     assert set(PRESETS) == {
         f"paper/{name}" for name in ("github", "english", "french", "aime", "chinese", "arxiv", "gsm8k")

@@ -198,6 +198,7 @@ def test_a_source_column_that_is_named_must_be_there(tmp_path):
 TEXTS = [row["text"] for row in ROWS]
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize(
     "texts",
     [

@@ -288,6 +288,7 @@ def test_a_derangement_moves_every_row_within_its_group(groups: list[int], seed:
         assert bool(alone[row]) == single == (donor == row)
 
 
+@pytest.mark.typed
 def test_a_single_token_has_nobody_to_take_from() -> None:
     case = wrapped("deepseek")
     one = case.tokens[:1, :1]
@@ -309,6 +310,7 @@ def test_a_single_token_has_nobody_to_take_from() -> None:
             assert torch.equal(case.model(one), ours)
 
 
+@pytest.mark.typed
 @few
 def test_shared_experts_are_resampled_among_all_tokens(family: str) -> None:
     case = wrapped(family)
@@ -487,6 +489,7 @@ def test_k_is_a_number_of_active_experts(k: Any) -> None:
         wrapped("deepseek").model.keep_top(k)
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize("made", ["random", "resample", "shared", "recorded"])
 def test_what_depends_on_the_whole_batch_is_refused_in_the_stacked_runs_of_a_sweep(made: str) -> None:
     case = wrapped("deepseek")
@@ -520,6 +523,7 @@ def test_keep_top_refuses_other_ways_and_rescaling_nothing() -> None:
         model.keep_top(1, layers=[0])
 
 
+@pytest.mark.typed
 def test_rescaling_names_the_token_that_has_nothing_left() -> None:
     case = wrapped("deepseek")
     chosen = case.model.routing(case.tokens).layer(2).indices[1, 4].tolist()
@@ -581,6 +585,7 @@ def test_wrong_bounds_would_be_seen() -> None:
     assert deviation(run(case, case.model.ablate({2: [one]})), plain) > 100 * bound(plain, FP32)
 
 
+@pytest.mark.typed
 def test_a_cache_gives_the_rows_that_a_selection_means() -> None:
     case = wrapped("deepseek")
     with torch.no_grad():

@@ -160,6 +160,7 @@ def test_wishes_about_the_selection_add_up_whoever_has_them(family: str, data: s
     assert torch.equal(cache[name].sort(-1).values, once[name].sort(-1).values)
 
 
+@pytest.mark.typed
 def test_a_later_wish_outweighs_an_earlier_one() -> None:
     case = wrapped("deepseek")
     on, off = case.model.steer_experts({2: {4: "on"}}), case.model.ablate({2: [4]}, how="reroute")
@@ -173,6 +174,7 @@ def test_a_later_wish_outweighs_an_earlier_one() -> None:
         assert (cache[name] == 4).any(-1).all()
 
 
+@pytest.mark.typed
 def test_an_ablation_inside_forced_routing_sees_the_forced_experts() -> None:
     case = wrapped("deepseek")
     routing = case.model.routing(tokens(seed=7))
@@ -194,6 +196,7 @@ def test_an_ablation_inside_forced_routing_sees_the_forced_experts() -> None:
             assert torch.equal(cache[name][forced != expert], forced[forced != expert])
 
 
+@pytest.mark.typed
 def test_its_repr_says_what_it_does_and_where() -> None:
     model = wrapped("deepseek").model
 
@@ -264,6 +267,7 @@ def test_no_hook_is_left_however_an_intervention_ends(family: str, data: st.Data
         assert case.model.current_tokens() is None
 
 
+@pytest.mark.typed
 def test_what_is_refused_while_running_leaves_nothing_either() -> None:
     case = wrapped("deepseek")
     bad = case.model.ablate(ranks=[0], where=lambda ids: ids)

@@ -15,6 +15,7 @@ from tests.wrapped import wrapped
 TEXTS = tokens(5, 9, seed=4)
 
 
+@pytest.mark.typed
 def test_the_mean_of_an_expert_is_over_its_own_tokens() -> None:
     case = wrapped("deepseek")
     means = ExpertMeans.measure(case.model, TEXTS)
@@ -47,6 +48,7 @@ def test_padding_is_not_counted() -> None:
     assert torch.allclose(found.experts, expected.experts, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.typed
 def test_experts_without_tokens_get_the_layer_s_mean_when_asked() -> None:
     case = wrapped("deepseek")
     means = ExpertMeans.measure(case.model, TEXTS[:1, :2])
@@ -63,6 +65,7 @@ def test_experts_without_tokens_get_the_layer_s_mean_when_asked() -> None:
     assert "without tokens" in repr(means)
 
 
+@pytest.mark.typed
 def test_sums_merge_and_are_saved_as_they_are(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     parts = [ExpertSums([3, 5], 4, 6) for _ in range(3)]
@@ -86,6 +89,7 @@ def test_sums_merge_and_are_saved_as_they_are(tmp_path: Path) -> None:
     assert torch.equal(loaded.experts.nan_to_num(7), merged.experts.nan_to_num(7))
 
 
+@pytest.mark.typed
 def test_a_cache_without_outputs_and_another_file_are_refused(tmp_path: Path) -> None:
     case = wrapped("deepseek")
     with torch.no_grad():

@@ -58,6 +58,7 @@ def test_loss_is_the_mean_over_real_tokens_after_real_tokens(side: str | None) -
         assert abs(found - Loss(tokens)(given)) > 1e-3, "padding makes a difference"
 
 
+@pytest.mark.typed
 def test_chosen_logits_log_probabilities_and_differences() -> None:
     given, tokens = logits(), ids()
     assert Logit(4)(given) == given[:, -1, 4].mean()
@@ -106,6 +107,7 @@ def test_the_metric_is_the_mean_of_values_at_what_it_reads_in_any_order(name: st
     assert torch.autograd.gradcheck(metric, given)
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize("name", builtin())
 def test_half_precision_is_read_in_float32(name: str) -> None:
     metric, given = builtin()[name], logits().bfloat16()

@@ -196,6 +196,7 @@ def test_a_rank_is_a_slot_whatever_its_expert(family: str):
     assert not torch.equal(chosen.values, together.values)
 
 
+@pytest.mark.typed
 def test_single_router_logits_are_patched_and_the_router_chooses_again():
     model, clean, corrupted = pair("deepseek")
     naive = Naive(model, corrupted, clean)
@@ -242,6 +243,7 @@ def test_the_whole_stream_carries_everything(family: str, direction: Any):
     assert (last[:-1] - other).abs().max() <= bound(family) * scale, "and no other, after the last block"
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize("model_type", ["nemotron_h", "cohere2_moe"])
 def test_layers_that_lack_a_site_are_left_out_and_the_others_patched(model_type: str):
     """Layers of `nemotron_h` mix positions or are MLPs; `cohere2_moe` has no stream between attention and experts."""
@@ -266,6 +268,7 @@ def test_layers_that_lack_a_site_are_left_out_and_the_others_patched(model_type:
         patch(model, clean, corrupted, lacking[0], METRIC, over=("layer",), selection=Selection(layers=[lacking[1]]))
 
 
+@pytest.mark.typed
 def test_a_run_patched_with_itself_is_itself(monkeypatch: pytest.MonkeyPatch):
     model, clean, _ = pair("deepseek")
     seen: list[int] = []
@@ -317,6 +320,7 @@ def test_padding_is_never_patched():
     assert one.axes["pos"] == tuple(range(4, 12))
 
 
+@pytest.mark.typed
 def test_results_go_to_frames_and_files(tmp_path: Path):
     model, clean, corrupted = pair("deepseek")
     result = patch(model, clean, corrupted, "expert_weighted", METRIC, over=("layer", "expert"))

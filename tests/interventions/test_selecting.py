@@ -236,6 +236,7 @@ def test_other_rules_and_other_parts_are_refused() -> None:
     assert model.steer_experts({1: {1: np.float32(0.5)}}).hooks
 
 
+@pytest.mark.typed
 def test_routing_of_another_shape_model_or_layer_is_refused() -> None:
     case = wrapped("deepseek")
     routing = case.model.routing(OTHER)

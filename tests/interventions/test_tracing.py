@@ -155,6 +155,7 @@ def test_seeds_foils_positions_and_frozen_routing(model: HookedMoE, result: Trac
     assert foiled.at == (3, 4)
 
 
+@pytest.mark.typed
 def test_results_go_to_files(tmp_path: Path, result: TraceResult):
     result.save(tmp_path / "trace.safetensors")
     loaded = TraceResult.load(tmp_path / "trace.safetensors")
@@ -164,6 +165,7 @@ def test_results_go_to_files(tmp_path: Path, result: TraceResult):
     assert repr(loaded).endswith("3 draws; resid, attn, mlp, expert, coalition)")
 
 
+@pytest.mark.typed
 @pytest.mark.slow
 def test_the_guide_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.chdir(tmp_path)

@@ -267,6 +267,7 @@ def test_dense_layer_reads_as_a_whole_and_has_no_experts(model: HookedMoE, cache
             lens.decode(cache, [SUMS[0], which], layers=[0])
 
 
+@pytest.mark.typed
 def test_experts_are_read_where_they_were_selected_and_named_where_never(model: HookedMoE, cache: MoECache):
     lens = LogitLens(model)
     each = PartialSum.each_expert(8)
@@ -359,6 +360,7 @@ def test_frames_are_aligned(model: HookedMoE, cache: MoECache):
     assert row["text"] == f"#{int(result.top_tokens[2, 1, 1, 1, 1])}"
 
 
+@pytest.mark.typed
 def test_a_result_on_disk_comes_back(model: HookedMoE, cache: MoECache, tmp_path: Path):
     result = LogitLens(model).decode(cache, [*SUMS, PartialSum(experts=[3, 5])], layers=[0, 2])
     result.save(tmp_path / "lens.safetensors")

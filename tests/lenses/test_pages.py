@@ -24,6 +24,7 @@ def test_tuned_lens_page_runs_as_written(tmp_path, monkeypatch, capsys):
     assert (values["before"].kl_final >= 0).all()
 
 
+@pytest.mark.typed
 @pytest.mark.slow
 def test_expert_reading_page_runs_as_written(capsys):
     values = run("expert-reading.md")

@@ -143,6 +143,7 @@ def test_gradients_are_those_of_the_mean_divergence(model):
 # Training
 
 
+@pytest.mark.typed
 def test_training_brings_the_lens_nearer_at_every_site(model):
     lens = fitted(model, steps=30, batch=10)
     assert lens.tuning
@@ -229,6 +230,7 @@ def test_a_progress_bar_is_shown(model, capsys):
 # Files
 
 
+@pytest.mark.typed
 def test_what_is_saved_is_what_is_loaded(model, tmp_path):
     lens = fitted(model)
     lens.save_pretrained(tmp_path / "lens")

@@ -117,6 +117,7 @@ def test_nothing_is_left_behind(model):
     assert not any(point.has_hooks() for point in model.hook_dict.values())
 
 
+@pytest.mark.typed
 def test_the_frame_holds_every_reading(model):
     found = expert_vocabulary(model, LAYER, EXPERT, TOKENS, inputs=2, neurons=3, top=4)
     frame = found.to_frame()

@@ -82,6 +82,7 @@ def test_matrices_are_views_that_edit_the_model_and_no_copies(model_type: str, m
     assert torch.equal(run(model), plain)
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize("model_type", BYPASSING)
 def test_any_expert_computes_what_it_gives_where_it_is_chosen(model_type: str) -> None:
     model = model_of(model_type)
@@ -238,6 +239,7 @@ def test_importance_is_of_what_is_added() -> None:
     assert not torch.allclose(model_with(model, weighs_input=False)(measure), added, rtol=1e-2)
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize("site", ["expert_out", "expert_weighted"])
 def test_a_patched_output_is_that_edit_of_the_run(site: str) -> None:
     model = model_of("llama4_text")

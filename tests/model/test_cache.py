@@ -195,6 +195,7 @@ def test_another_experts_nan_stays_where_it_is():
     assert close(broken.partial_sum(1, chosen).values, kept.partial_sum(1, chosen).values)
 
 
+@pytest.mark.typed
 def test_padding_is_masked_from_an_experts_rows():
     case, _, kept = full("deepseek")
     mask = torch.ones(2, 12, dtype=torch.bool)
@@ -441,6 +442,7 @@ def test_a_cache_of_some_positions_is_the_same_there(pos_slice: Any):
         assert same(value, expected[name][:, at]), name
 
 
+@pytest.mark.typed
 def test_items_of_a_batch():
     case, _, whole = full("deepseek")
     tokens, mask = case.tokens, torch.rand(2, 12) > 0.3

@@ -57,6 +57,7 @@ def test_transformerlens_is_off_by_the_gain(name: str):
     assert close(theirs.apply_ln_to_stack(stack) * gain, kept.apply_ln_to_stack(stack), F64)
 
 
+@pytest.mark.typed
 def test_by_expert_and_by_rank_agree():
     _, _, kept = full("deepseek")
     ranks, experts = (kept.logit_attrs(kept.decompose_experts(by=by)[0], 3).sum(0) for by in ("rank", "expert"))

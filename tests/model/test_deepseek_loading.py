@@ -126,6 +126,7 @@ def test_remote_code_is_never_run(folder: Path) -> None:
     assert type(AutoModelForCausalLM.from_pretrained(folder)) is DeepseekForCausalLM
 
 
+@pytest.mark.typed
 def test_dtype_auto_is_the_config_s_or_else_the_tensors(tmp_path: Path) -> None:
     tensors = random_tensors(TINY, torch.bfloat16)
     assert load(write_checkpoint(tmp_path / "a", TINY, tensors), dtype="auto").dtype == torch.float32
@@ -343,6 +344,7 @@ def test_numbers_that_the_dtype_cannot_hold_are_refused(folder: Path) -> None:
         load(folder, dtype=torch.float16)
 
 
+@pytest.mark.typed
 def test_all_problems_are_counted(folder: Path) -> None:
     edit_json(folder / "config.json", lambda config: config.update(moe_intermediate_size=17))
     with pytest.raises(CheckpointError, match=r"(?s)has shape.*and 73 more"):

@@ -227,6 +227,7 @@ def test_a_model_without_experts_is_refused() -> None:
         config_info(LlamaConfig())
 
 
+@pytest.mark.typed
 def test_models_and_info_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models"]) == 0
     said = capsys.readouterr().out

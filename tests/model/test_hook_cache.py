@@ -32,6 +32,7 @@ def test_either_name_finds_what_is_stored_under_one(stored: str):
         assert (short, 2) not in kept
 
 
+@pytest.mark.typed
 def test_gradients_go_by_either_name():
     case = wrapped("deepseek", torch.float64)
     stored = names.mlp(names.EXPERT_OUT, 1)
@@ -43,6 +44,7 @@ def test_gradients_go_by_either_name():
         kept["blocks.1.hook_resid_mid_grad"]
 
 
+@pytest.mark.typed
 def test_what_is_missing_is_explained():
     kept = fresh("deepseek", names_filter="hook_embed")
     with pytest.raises(
@@ -93,6 +95,7 @@ def test_a_cache_on_disk_comes_back(tmp_path: Path, options: dict[str, Any]):
     assert [file.name for file in tmp_path.iterdir()] == ["cache.safetensors"]
 
 
+@pytest.mark.typed
 def test_two_names_of_one_tensor_are_written_once(tmp_path: Path):
     case = wrapped("deepseek", torch.float64)
     value = torch.randn(2, 12, 3, 32, dtype=torch.float64)
@@ -148,6 +151,7 @@ def test_another_models_cache_is_refused(tmp_path: Path):
     assert len(MoECache.from_disk(tmp_path / "cache", elsewhere)) == 1
 
 
+@pytest.mark.typed
 def test_a_file_that_is_no_cache_is_refused(tmp_path: Path):
     case = wrapped("deepseek", torch.float64)
     case.model.routing(case.tokens).save(tmp_path / "routing")
@@ -158,6 +162,7 @@ def test_a_file_that_is_no_cache_is_refused(tmp_path: Path):
         MoECache.from_disk(tmp_path / "absent", case.model)
 
 
+@pytest.mark.typed
 def test_what_follows_is_known_whatever_is_kept_of_a_cache():
     case = wrapped("deepseek", torch.float64)
     tokens, mask = case.tokens.clone(), torch.ones(2, 12, dtype=torch.bool)

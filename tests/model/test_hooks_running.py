@@ -216,6 +216,7 @@ def test_hooks_are_gone_after_every_exit(family: str, data: st.DataObject) -> No
         assert all(hooks._routing is None and hooks._slots is None for _, hooks in case.model._layer_hooks())
 
 
+@pytest.mark.typed
 def test_hooks_of_the_caller_stay_and_reset_hooks_takes_them() -> None:
     case = wrapped("deepseek")
     seen: list[str] = []

@@ -205,6 +205,7 @@ def test_an_odd_mask_is_refused(model: HookedMoE, mask: Any, match: str) -> None
         model(torch.tensor([[1, 2, 3, 4]]), attention_mask=mask)
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize(
     ("word", "match"),
     [
@@ -222,6 +223,7 @@ def test_generation_refuses_what_it_does_not_do(model: HookedMoE, word: str, mat
         model.generate("The old", return_type="logits")
 
 
+@pytest.mark.typed
 def test_beams_are_transformers_own(model: HookedMoE) -> None:
     tokens = model.to_tokens("The old")
     beams = model.hf_generate(tokens, 6, num_beams=4, do_sample=False)

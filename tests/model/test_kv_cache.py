@@ -68,6 +68,7 @@ def halve(value: Tensor) -> Tensor:
     return value * 0.5
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize("family", LATENT)
 @pytest.mark.parametrize("name", ["hook_kv_latent", "hook_rot_k"])
 def test_edits_of_what_is_stored_stay_in_the_cache(family: str, name: str) -> None:

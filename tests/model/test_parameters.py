@@ -16,6 +16,7 @@ from tests.wrapped import as_hook, deviation, listening, wrapped
 families = pytest.mark.parametrize("family", CONFIGS)
 
 
+@pytest.mark.typed
 @families
 def test_matrices_of_experts_are_oriented_as_in_transformer_lens(family: str) -> None:
     """x @ W_gate, x @ W_in and post @ W_out are what the hooks show, biases apart."""
@@ -113,6 +114,7 @@ def test_wrapping_twice_is_refused(family: str) -> None:
         assert torch.equal(first(tokens()), before), "and the first wrapper still works"
 
 
+@pytest.mark.typed
 def test_what_is_not_supported_is_refused_by_name() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 

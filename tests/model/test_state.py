@@ -36,6 +36,7 @@ def copied(state: Any) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in state.items()}
 
 
+@pytest.mark.typed
 @families
 def test_it_is_transformers_own_and_loads_into_both(model_type: str) -> None:
     plain: Any = build(model_type)

@@ -22,6 +22,7 @@ TOKENS = torch.tensor([[0, 5, 6, 7]])
 # --- loading ---
 
 
+@pytest.mark.typed
 def test_loading_words_do_what_they_mean() -> None:
     plain = HookedMoE.from_pretrained(EMBEDDED, check=False)
     words: dict[str, Any] = {"device": "cpu", "dtype": "fp32", "n_devices": 1, "move_to_device": True, **OFF}
@@ -62,6 +63,7 @@ def test_a_device_that_is_not_there_is_said() -> None:
         HookedMoE.from_pretrained(EMBEDDED, device="cuda")
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize("word", PROCESSING)
 def test_processing_is_refused_at_loading(word: str) -> None:
     with pytest.raises(UnsupportedModelError, match=word):

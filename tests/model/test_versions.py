@@ -120,6 +120,7 @@ def setter(owner: Any) -> None:
     owner.set = 3
 
 
+@pytest.mark.typed
 def test_touchpoints_are_names_methods_and_attributes_of_instances() -> None:
     here_ = f"{__name__}:"
     globals_ = ["Owner", "Heir.method", "Heir.kept", "Heir.made=", "setter.set="]

@@ -57,6 +57,7 @@ def test_gemma4_adds_the_normed_experts_to_the_normed_dense_mlp_and_rescales(gem
     close(out, cache["expert_out", LAYER])
 
 
+@pytest.mark.typed
 def test_gemma4_lacks_the_hooks_that_could_not_be_true(gemma: HookedMoE) -> None:
     for name in (names.block(names.BLOCK_MLP_OUT, LAYER), names.mlp(names.SHARED_OUT, LAYER)):
         assert name not in gemma.hook_dict
@@ -66,6 +67,7 @@ def test_gemma4_lacks_the_hooks_that_could_not_be_true(gemma: HookedMoE) -> None
         gemma.run_with_cache(tokens())[1].partial_sum(LAYER, ranks=[0])
 
 
+@pytest.mark.typed
 def test_what_sets_router_rows_beside_the_experts_input_is_refused_where_routers_read_another(
     gemma: HookedMoE,
 ) -> None:

@@ -26,6 +26,7 @@ def found(model):
     return halves, made
 
 
+@pytest.mark.typed
 def test_every_smaller_model_is_judged_where_it_was_not_calibrated(model, found):
     (first, second), made = found
     assert [Point(*point) for point in made.points] == [

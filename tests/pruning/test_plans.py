@@ -40,6 +40,7 @@ def test_a_specialist_keeps_what_its_domain_needs():
         plan(scores(), 2, domain="c")
 
 
+@pytest.mark.typed
 def test_a_global_budget_takes_the_best_of_all_layers():
     values = torch.tensor([[[1.0, 1, 1, 1], [97, 1, 1, 1]]])
     made = plan(scores(values, top_k=1), 0.5, budget="global")
@@ -102,6 +103,7 @@ def test_impossible_sizes_are_refused(keep, options, message):
         plan(scores(), keep, **options)
 
 
+@pytest.mark.typed
 def test_plans_and_scores_are_read_as_they_were_written(tmp_path):
     from moe_lens.pruning.merging import grouped
 

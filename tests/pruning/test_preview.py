@@ -130,6 +130,7 @@ def test_groups_follow_the_cosine_of_router_logits():
     assert set(merged.merged) == {(layer, e) for layer in plan.layers for e in plan.pruned(layer)}
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize("name", ["deepseek", "mixtral", "qwen2_moe"])
 def test_merged_experts_are_the_same_in_preview_and_checkpoint(name, tmp_path):
     from transformers import AutoModelForCausalLM

@@ -85,6 +85,7 @@ def without(moe, x, gone):
     return out
 
 
+@pytest.mark.typed
 @torch.no_grad()
 def test_naee_is_how_far_a_layer_moves_without_an_expert(model):
     """‖F(x) − F₋ₑ(x)‖² from the parameters; the shared expert is in both, and cancels."""
@@ -117,6 +118,7 @@ def nats(model, of, hooks):
     return total / n
 
 
+@pytest.mark.typed
 def test_knock_out_is_the_loss_without_the_expert(model):
     of = texts()
     found = score(model, [of], "knockout").values[0]
@@ -178,6 +180,7 @@ def test_unknown_methods_are_refused(model):
     assert len(METHODS) == 10
 
 
+@pytest.mark.typed
 def test_super_experts_can_be_protected(model):
     from moe_lens.pruning import plan, super_experts
 

@@ -95,6 +95,7 @@ def test_live_scores_are_those_of_a_cache(name):
         assert torch.equal(result.routed[i], torch.bincount(chosen.flatten(), minlength=model.n_experts))
 
 
+@pytest.mark.typed
 def test_all_experts_on_a_sample():
     case = wrapped("deepseek", torch.float64)  # how rows are grouped changes the last bits
     model, tokens = case.model, case.tokens
@@ -149,6 +150,7 @@ class Parameters:
         self.W_gate, self.W_in, self.W_out = ({0: torch.randn(n, *shape)} for shape in ((d, m), (d, m), (m, d)))
 
 
+@pytest.mark.typed
 def test_weights_that_are_alike_but_for_the_order_of_neurons():
     model = Parameters(40, 12, 3)
     order = torch.randperm(12)

@@ -40,6 +40,7 @@ def test_passages_have_equal_lengths_and_no_bos():
     assert len(found.to_frame()) == 48
 
 
+@pytest.mark.typed
 def test_the_domain_is_found_where_it_is():
     generator = torch.Generator().manual_seed(1)
     by_routing = predict_domain({"a": sample(generator), "b": sample(generator, routing=1.5)})

@@ -101,6 +101,7 @@ def test_merging_in_any_order_and_grouping_gives_the_whole(name, seed, data):
     same(parts[0].result(), whole.result())
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize("name", KINDS)
 def test_state_can_be_saved_and_resumed(name, tmp_path):
     whole, first = KINDS[name](), KINDS[name]()
@@ -126,6 +127,7 @@ def test_state_can_be_saved_and_resumed(name, tmp_path):
     assert len(result.to_frame())
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize("name", KINDS)
 def test_merging_leaves_the_other_alone(name):
     mine, other = KINDS[name](), KINDS[name]()
@@ -150,6 +152,7 @@ def test_what_counts_something_else_is_refused():
         RoutingStats(*SIZE).load_state_dict(PairStats(*SIZE).state_dict())
 
 
+@pytest.mark.typed
 def test_one_process_alone_may_reduce_as_often_as_it_likes():
     stats = RoutingStats(*SIZE)
     update("routing", stats, 0)

@@ -29,6 +29,7 @@ def batches(seed: int) -> list[RoutedBatch]:
     return [random_batch(generator) for _ in range(1 + seed % 4)]
 
 
+@pytest.mark.typed
 def test_by_hand():
     # One layer, three tokens of which the last is padding.
     batch = routed(
@@ -150,6 +151,7 @@ def test_padding_changes_nothing(seed):
     assert torch.allclose(short.sums, long.sums, rtol=0, atol=1e-12)
 
 
+@pytest.mark.typed
 def test_special_tokens_can_be_left_out():
     indices = torch.tensor([[[[0, 1], [2, 3], [2, 3]]]])
     batch = routed(indices, n_experts=EXPERTS, tokens=torch.tensor([[9, 5, 6]]))
@@ -160,6 +162,7 @@ def test_special_tokens_can_be_left_out():
         routed(indices, n_experts=EXPERTS).without([9])
 
 
+@pytest.mark.typed
 def test_interval_resamples_sources_and_not_tokens():
     # 20 sources of 50 tokens that always agree within a source: as many independent facts as there are sources.
     stats = RoutingStats([0], 2, 1)
@@ -212,6 +215,7 @@ def test_random_routing_looks_specialised_only_to_those_who_pick_and_measure_at_
     assert float(apart[0]) == pytest.approx(result.baseline, abs=0.02)
 
 
+@pytest.mark.typed
 def test_exported_routing_is_counted_like_any_other():
     indices = torch.rand(9, 2, EXPERTS).topk(TOP_K).indices  # [tokens, layers, top_k], as inference engines write it
     batch = RoutedBatch(routing=Routing.from_arrays(indices.numpy(), torch.rand(9, 2, TOP_K).numpy(), EXPERTS))

@@ -164,6 +164,7 @@ def test_frame_gives_intervals_over_sources():
     assert (top["tokens"], top["sources"], top["layer"]) == (60, 12, 4)
 
 
+@pytest.mark.typed
 def test_means_are_those_of_numpy_and_unseen_experts_get_the_layer_mean():
     stats, other = ActivationMeans([3], 5, K, D), ActivationMeans([3], 5, K, D)
     u, out, weights = torch.randn(2, 4, D), torch.randn(2, 4, K, D), torch.rand(2, 4, K)

@@ -80,6 +80,7 @@ def test_domains_are_compared_and_nulls_stand_beside(model):
     assert ((shares["share"] - model.top_k).abs() < 1e-9).all()
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize("study", [RoutingStudy(), SingleExpertStudy(k=(1,), layers="both")], ids=["routing", "single"])
 def test_packing_changes_nothing_because_no_attention_reaches_across(model, study, monkeypatch):
     texts = [domain("d")]
@@ -233,6 +234,7 @@ def test_out_of_memory_halves_the_batch(model, monkeypatch):
         run(RoutingStudy(), model, texts, reading=SMALL)
 
 
+@pytest.mark.typed
 def test_nan_is_traced_to_its_layer():
     hf = tiny_hf()
     with torch.no_grad():
@@ -242,6 +244,7 @@ def test_nan_is_traced_to_its_layer():
         run(RoutingStudy(), model, [domain("d")], reading=SMALL)
 
 
+@pytest.mark.typed
 def test_domains_without_text_or_with_one_name(model):
     empty = from_generator("e", lambda: iter(()))
     single = from_generator("s", lambda: iter([" ", "a"]))

@@ -1,5 +1,6 @@
 """Figures of attributions show the numbers of the result, and nothing where there is none."""
 
+import pytest
 import torch
 
 from moe_lens.interventions import Loss, expert_attribution
@@ -8,6 +9,7 @@ from tests.studies.test_attribution_fidelity import made
 from tests.wrapped import wrapped
 
 
+@pytest.mark.typed
 def test_the_map_shows_totals_where_anything_was_routed() -> None:
     case = wrapped("deepseek")
     for found in (
@@ -22,6 +24,7 @@ def test_the_map_shows_totals_where_anything_was_routed() -> None:
         assert list(heat["y"]) == [f"layer {layer}" for layer in found.layers]
 
 
+@pytest.mark.typed
 def test_agreement_shows_the_table_with_its_intervals() -> None:
     frame = made().fidelity(resamples=20)
     frame.insert(0, "domain", "all")

@@ -21,6 +21,7 @@ def patched(**axes: tuple[int, ...]) -> PatchResult:
     )  # fmt: skip
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize(
     "axes",
     [{"layer": (1, 2)}, {"layer": (1, 2), "pos": (1, 3)}, {"layer": (1, 2), "rank": (0, 1, 2)}],
@@ -37,6 +38,7 @@ def test_cells_are_effects(axes: dict[str, tuple[int, ...]]):
     assert figure.layout.coloraxis.cmax == result.effect.abs().max().item()
 
 
+@pytest.mark.typed
 def test_the_strongest_experts_are_shown_over_positions():
     result = patched(layer=(1, 2), expert=tuple(range(40)), pos=(0, 1, 2))
     figure: Any = patch_map(result)
