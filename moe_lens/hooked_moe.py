@@ -32,9 +32,10 @@ from moe_lens.model.loading.transformer_lens_words import read_words
 from moe_lens.model.loading.validate import check_kernel, check_tokenizer, check_wrappable, refuse_plan, refuse_shards
 from moe_lens.routing import Routing
 from moe_lens.selection import Experts, Selection, Where
+from moe_lens.summary import Summary
 
 
-class HookedMoE(GeneratingBridge):
+class HookedMoE(Summary, GeneratingBridge):
     """A transformers MoE language model whose routers and experts are hook points.
 
     Use it as a TransformerBridge: `run_with_cache`, `run_with_hooks`, `hooks`, `generate`, `to_tokens`. The hook table
@@ -138,6 +139,23 @@ class HookedMoE(GeneratingBridge):
         save_pretrained(model, self._original_names, self.tokenizer, Path(folder), **kwargs)
 
     # --- what the model is ---
+
+    def _facts(self) -> dict[str, Any]:
+        first = next(self.original_model.parameters())
+        layers = f"{self.cfg.n_layers}, of them {len(self.moe_layers)} with experts"
+        shared = any(self.has_shared(layer) for layer in self.moe_layers)
+        experts = f"{self.n_experts}, {self.top_k} active a token{', and shared ones' if shared else ''}"
+        parameters = sum(parameter.numel() for parameter in self.original_model.parameters())
+        return {
+            "name": self.cfg.model_name,
+            "model_type": self.family.model_type,
+            "layers": layers,
+            "experts": experts,
+            "d_model": self.cfg.d_model,
+            "parameters": f"{parameters:,}",
+            "dtype": str(first.dtype).removeprefix("torch."),
+            "device": str(first.device),
+        }
 
     @property
     def W_router(self) -> LayerParameters:

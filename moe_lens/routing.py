@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_lens.errors import InputError
 from moe_lens.storage import believed, load_tensors, save_tensors, whole_numbers
+from moe_lens.summary import Summary
 
 
 def affinity(logits: Float[Tensor, "*axes n_experts"], score: str) -> Float[Tensor, "*axes n_experts"]:
@@ -44,7 +45,7 @@ def output_factors(weights: Float[Tensor, "*axes top_k"], family: Any) -> Float[
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class _RoutedSlots:
+class _RoutedSlots(Summary):
     """What routing is, whatever axes stand before the last one."""
 
     n_experts: int

@@ -12,13 +12,14 @@ from typing import Any
 from moe_lens.data.files import read_passages
 from moe_lens.data.rows import Passage, read_row
 from moe_lens.errors import InputError
+from moe_lens.summary import Summary
 
 SHUFFLED = 10_000
 """Passages that are held at a time to be drawn from in a random order, where not all of a corpus is read."""
 
 
 @dataclass(frozen=True, eq=False)
-class Corpus:
+class Corpus(Summary):
     """A named stream of passages, of which only a few are in memory at a time."""
 
     name: str

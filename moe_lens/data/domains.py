@@ -12,13 +12,14 @@ from moe_lens.data.files import read_passages
 from moe_lens.data.rows import Passage
 from moe_lens.data.tables import read_given
 from moe_lens.errors import InputError
+from moe_lens.summary import Summary
 
 EMBEDDED = ("english", "french", "german", "math", "code")
 """The domains that ship with the package; `assets/domains/ATTRIBUTION.md` says where they come from."""
 
 
 @dataclass(frozen=True)
-class Domain:
+class Domain(Summary):
     """A named collection of passages."""
 
     name: str
@@ -49,6 +50,11 @@ class Domain:
         if not passages:
             raise InputError(f"domain {name!r} holds no text")
         return cls(name, passages)
+
+    def _facts(self) -> dict[str, Any]:
+        characters = sum(len(passage.text) for passage in self.passages)
+        sizes = {"passages": len(self.passages), "sources": self.n_sources, "characters": characters}
+        return {"name": self.name, **sizes}
 
     @property
     def n_sources(self) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_lens.data.domains import Domain
 from moe_lens.data.windows import Window, in_turns, up_to
+from moe_lens.summary import Summary
 
 
 @runtime_checkable
@@ -50,7 +51,7 @@ class Packing:
 
 
 @dataclass(frozen=True, eq=False)
-class TokenBatch:
+class TokenBatch(Summary):
     """Windows of text, one a row, padded on the right."""
 
     tokens: Int[Tensor, "batch pos"]
@@ -75,7 +76,7 @@ class TokenBatch:
 
 
 @dataclass(frozen=True)
-class Tokens:
+class Tokens(Summary):
     """The batches of a domain; can be read any number of times."""
 
     domain: str
@@ -86,6 +87,10 @@ class Tokens:
 
     def __len__(self) -> int:
         return len(self.batches)
+
+    def _facts(self) -> dict[str, Any]:
+        sizes = {"tokens": self.n_tokens, "batches": len(self), "windows": self.n_rows, "sources": len(self.sources)}
+        return {"domain": self.domain, **sizes}
 
     @property
     def n_tokens(self) -> int:

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from moe_lens.errors import InputError
 from moe_lens.storage import load_tensors, save_tensors
+from moe_lens.summary import Summary
 
 Unit = Literal["expert", "rank"]
 _HEADER = ("method", "routing", "baseline", "metric", "clean", "unit", "layers")
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class ExpertAttribution:
+class ExpertAttribution(Summary):
     """How much of a metric each expert accounts for: metric(run) − metric(run without the expert's contribution).
 
     Positive: the expert raises the metric; what lowers a loss is negative. In the metric's own unit, with the metric's

@@ -15,13 +15,14 @@ from moe_lens.model.cache.moe_cache import MoECache
 from moe_lens.protocols import HookedModel, PaddedTokens, require_stream_width
 from moe_lens.selection import Selection
 from moe_lens.storage import load_tensors, save_tensors
+from moe_lens.summary import Summary
 
 Batch = Mapping[str, Any] | PaddedTokens
 """Tokens and which of them are padding: what a tokenizer of transformers returns, or a `TokenBatch`."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ExpertMeans:
+class ExpertMeans(Summary):
     """Mean outputs E(x), not weighted, over the reference tokens that were routed to each expert."""
 
     layers: tuple[int, ...]

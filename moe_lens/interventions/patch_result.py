@@ -9,10 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe_lens.storage import load_tensors, save_tensors
+from moe_lens.summary import Summary
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class PatchResult:
+class PatchResult(Summary):
     """The metric after patching, for every cell of the sweep; a cell in which nothing changes holds the base's."""
 
     values: Float[Tensor, "..."]

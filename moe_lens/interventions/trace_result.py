@@ -11,10 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe_lens.storage import load_tensors, save_tensors
+from moe_lens.summary import Summary
 
 
 @dataclass(frozen=True, eq=False)
-class SiteEffects:
+class SiteEffects(Summary):
     """Effects of restoring one kind of activation, draw by draw."""
 
     values: Float[Tensor, "draw *axes"]
@@ -52,7 +53,7 @@ class SiteEffects:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class TraceResult:
+class TraceResult(Summary):
     """Effects of every site on one prompt."""
 
     sites: Mapping[str, SiteEffects]

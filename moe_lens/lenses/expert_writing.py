@@ -16,6 +16,7 @@ from moe_lens.lenses.logit_lens import LogitLens
 from moe_lens.lenses.token_rows import Rows, row_batches, rows
 from moe_lens.protocols import require_stream_width
 from moe_lens.routing import output_factors
+from moe_lens.summary import Summary
 
 _CHUNK = 2**24
 """Greatest number of logits held at a time: 64 MB in float32."""
@@ -74,7 +75,7 @@ class Neuron:
 
 
 @dataclass(frozen=True, eq=False)
-class ExpertVocabulary:
+class ExpertVocabulary(Summary):
     """What one expert writes. Without a corpus there are neurons alone."""
 
     layer: int

@@ -13,9 +13,10 @@ from moe_lens import names
 from moe_lens.lenses.decoding import Decoding
 from moe_lens.lenses.lens_result import LensResult
 from moe_lens.partial_sum import PartialSum
+from moe_lens.summary import Summary
 
 
-class Lens(ABC):
+class Lens(Summary, ABC):
     """Reads points of the residual stream as next-token distributions, through the model's final norm and unembedding.
 
     A lens says how a point is translated into the basis that the final norm reads; everything else is common.
@@ -26,6 +27,9 @@ class Lens(ABC):
 
     def __init__(self, model: Any):
         self.model = model
+
+    def _facts(self) -> dict[str, Any]:
+        return {"model": self.model.cfg.model_name, "layers": self.model.cfg.n_layers}
 
     @abstractmethod
     def translate(self, resid: Float[Tensor, "*axes d_model"], layer: int) -> Float[Tensor, "*axes d_model"]:

@@ -13,13 +13,14 @@ from torch import Tensor
 from moe_lens.errors import InputError
 from moe_lens.partial_sum import PartialSum
 from moe_lens.storage import load_tensors, save_tensors
+from moe_lens.summary import Summary
 
 QUANTITIES = ("entropy", "cross_entropy", "target_rank", "kl_final", "kl_ensemble", "agrees_final", "agrees_layer")
 """Numbers that a result has for every cell."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LensResult:
+class LensResult(Summary):
     """What a lens reads at some layers, sums and positions, all in nats. Tensors are on the CPU.
 
     "Final" is the model's own prediction, "ensemble" the lens on all routed experts + residual of the same layer, and

@@ -13,6 +13,7 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.errors import HookError, InputError
 from moe_lens.routing import LayerRouting
+from moe_lens.summary import Summary
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Greatest deviation of the sum of all components from the router logits, as a share of the largest component.
@@ -21,7 +22,7 @@ Norms of several families compute in float32 even in a float64 model."""
 
 
 @dataclass(frozen=True, eq=False)
-class RouterAttrs:
+class RouterAttrs(Summary):
     """The router logits of a layer, each the sum of what earlier parts of the model wrote."""
 
     layer: int

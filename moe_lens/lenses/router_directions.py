@@ -13,13 +13,14 @@ from torch.nn.functional import normalize, pad
 from moe_lens import names
 from moe_lens.errors import HookError, InputError
 from moe_lens.lenses.token_rows import row_batches, rows
+from moe_lens.summary import Summary
 
 _CHUNK = 2**12
 """Tokens of the vocabulary at a time."""
 
 
 @dataclass(frozen=True, eq=False)
-class RouterGeometry:
+class RouterGeometry(Summary):
     """Router rows of one layer beside what they may point at. The mean row is taken off: it moves all logits alike.
 
     Controls come with the cosines: the rows of the other experts (off the diagonal), and `random`.

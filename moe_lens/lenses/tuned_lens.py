@@ -77,6 +77,14 @@ class TunedLens(TranslatedLens):
         change = torch.nn.functional.linear(wide, weight.to(wide), bias.to(wide))
         return (wide + change).to(resid.dtype)
 
+    def _facts(self) -> dict[str, Any]:
+        trained = None if self.tuning is None else f"{self.tuning.steps} steps, {self.tuning.tokens:,} tokens"
+        return {
+            **super()._facts(),
+            "reads": "resid_post" if self.mid is None else "resid_post, resid_mid",
+            "trained": trained,
+        }
+
     @classmethod
     def fit(
         cls,

@@ -16,12 +16,13 @@ from moe_lens.interventions.intervention import Intervention
 from moe_lens.pruning.preview import preview
 from moe_lens.pruning.scores import Scores
 from moe_lens.storage import believed, load_tensors, save_tensors, whole_numbers
+from moe_lens.summary import Summary
 
 Budget = Literal["layer", "global"]
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Plan(Summary):
     """What a smaller model consists of. It changes nothing by itself: `preview` and `export` carry it out."""
 
     model: Mapping[str, Any]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_lens.errors import InputError
 from moe_lens.storage import believed, load_tensors, save_tensors, whole_numbers
+from moe_lens.summary import Summary
 
 Method = Literal[
     "frequency", "summed_weight", "ean", "weighted_ean", "reap", "naee", "gradient", "knockout", "random", "selected"
@@ -33,7 +34,7 @@ assert set(METHODS) == set(get_args(Method))
 
 
 @dataclass(frozen=True, eq=False)
-class Scores:
+class Scores(Summary):
     """Scores of every expert, by domain."""
 
     method: str

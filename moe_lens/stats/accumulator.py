@@ -13,6 +13,7 @@ from moe_lens.distributed import world_size
 from moe_lens.errors import InputError
 from moe_lens.stats.sums import Aggregate, from_bytes, to_bytes
 from moe_lens.storage import believed, load_tensors, save_tensors
+from moe_lens.summary import Summary
 
 ResultT = TypeVar("ResultT", bound="Result")
 
@@ -97,7 +98,7 @@ class Accumulator(ABC, Generic[ResultT]):
             raise InputError(f"cannot {what} an accumulator that counts something else: {told}")
 
 
-class Result(ABC):
+class Result(Summary, ABC):
     """A frozen dataclass of tensors and plain values that can be written and read."""
 
     @abstractmethod

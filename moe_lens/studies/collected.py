@@ -15,6 +15,7 @@ from moe_lens import names
 from moe_lens.errors import InputError
 from moe_lens.manifest import file_digest, read_manifest
 from moe_lens.storage import load_tensors, save_tensors
+from moe_lens.summary import Summary
 
 Format = Literal["safetensors", "parquet"]
 KIND = "collected shard"
@@ -26,7 +27,7 @@ whether it is text, and no special token."""
 
 
 @dataclass(frozen=True)
-class Collected:
+class Collected(Summary):
     """What `collect` saved: shards of tokens, read one at a time."""
 
     folder: Path

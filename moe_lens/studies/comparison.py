@@ -20,6 +20,7 @@ from moe_lens.storage import written_whole
 from moe_lens.studies.lens import QUANTITIES, LensTotals
 from moe_lens.studies.study_result import StudyResult
 from moe_lens.studies.variant_losses import VariantLosses
+from moe_lens.summary import Summary
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -51,7 +52,7 @@ class Means:
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
+class Comparison(Summary):
     """Differences between two studies, the second less the first."""
 
     study: str

@@ -12,10 +12,11 @@ from moe_lens.errors import InputError
 from moe_lens.manifest import file_digest, read_manifest
 from moe_lens.stats import Result
 from moe_lens.storage import stored_kind
+from moe_lens.summary import Summary
 
 
 @dataclass(frozen=True, eq=False)
-class StudyResult:
+class StudyResult(Summary):
     """The result of a study: tables to read, and the sums by source that they, and comparisons, are computed from."""
 
     manifest: Mapping[str, Any]
@@ -24,6 +25,15 @@ class StudyResult:
     """In long form, with the domain in the first column, by the name of their parquet file."""
     results: Mapping[str, Mapping[str, Result]]
     """By domain and name."""
+
+    def _facts(self) -> dict[str, Any]:
+        model = self.manifest["plan"].get("model", {})
+        return {
+            "study": self.study,
+            "model": model.get("name"),
+            "domains": self.domains,
+            **{f"table {name}": table for name, table in self.tables.items()},
+        }
 
     @property
     def study(self) -> str:

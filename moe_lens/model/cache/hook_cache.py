@@ -17,6 +17,7 @@ from moe_lens.errors import HookError, InputError
 from moe_lens.model.unknown_hooks import instead_of
 from moe_lens.protocols import HookedModel
 from moe_lens.storage import load_tensors, save_tensors
+from moe_lens.summary import Summary
 
 _GRAD = "_grad"
 Cut = Slice | int | np.integer[Any] | tuple[int, ...] | list[int] | Tensor | NDArray[Any] | None
@@ -31,7 +32,7 @@ def as_slice(where: Cut) -> Slice:
     return where if isinstance(where, Slice) else Slice(cast(Any, where))
 
 
-class HookCache(ActivationCache):
+class HookCache(Summary, ActivationCache):
     """Activations of one run by hook name: what `MoECache` has in common with any other cache."""
 
     model: Any
@@ -65,10 +66,15 @@ class HookCache(ActivationCache):
         return self._full_name(key) in self.cache_dict
 
     def __repr__(self) -> str:
-        size = sum(value.nbytes for value in self.cache_dict.values())
         batch = "" if self.has_batch_dim else ", no batch axis"
-        held = ", ".join(self.cache_dict)
-        return f"{type(self).__name__}({len(self)} activations, {size / 2**20:.1f} MiB{batch}: {held})"
+        held = [*self.cache_dict][:3] + ["…"] * (len(self) > 3)
+        return f"{type(self).__name__}({len(self)} activations, {self._size()}{batch}: {', '.join(held)})"
+
+    def _size(self) -> str:
+        return f"{sum(value.nbytes for value in self.cache_dict.values()) / 2**20:.1f} MiB"
+
+    def _facts(self) -> dict[str, Any]:
+        return {"activations": len(self), "size": self._size(), **self.cache_dict}
 
     def _full_name(self, key: Any) -> str:
         if isinstance(key, str):
