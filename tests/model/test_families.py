@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     DeepseekV3Config,
     FineGrainedFP8Config,
@@ -90,6 +91,42 @@ def test_quantised_experts_are_refused_and_the_way_back_is_named() -> None:
     mxfp4.model.layers[0].mlp.experts = Mxfp4GptOssExperts(mxfp4.config)
     with pytest.raises(UnsupportedModelError, match=r"Mxfp4GptOssExperts is not under.*Mxfp4Config\(dequantize=True\)"):
         HookedMoE.from_hf(mxfp4)
+
+
+class ParamWrapper(nn.Module):
+    """What PEFT puts around a module to change its parameters."""
+
+    __module__ = "peft.tuners.lora.layer"
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+
+
+@pytest.mark.parametrize(
+    ("family", "wrapped", "what"),
+    [
+        ("mixtral", "experts", "the experts"),
+        ("dbrx", "experts.mlp", "the experts"),
+        ("jetmoe", "input_linear", "the experts"),
+        ("mixtral", "gate", "the router"),
+    ],
+)
+def test_adapters_on_experts_and_routers_are_to_be_merged_first(family: str, wrapped: str, what: str) -> None:
+    model: Any = build(family)
+    layer = model.get_decoder().get_submodule("blocks.1.ffn" if family == "dbrx" else "layers.1.mlp")
+    layer.set_submodule(wrapped, ParamWrapper(layer.get_submodule(wrapped)))
+    with pytest.raises(UnsupportedModelError, match=rf"PEFT lies on {what} \(ParamWrapper\): merge first") as error:
+        HookedMoE.from_hf(model)
+    assert "uantise" not in str(error.value)
+    layer.set_submodule(wrapped, layer.get_submodule(wrapped).base_layer)
+    HookedMoE.from_hf(model)
+
+
+def test_adapters_elsewhere_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = build("mixtral")
+    monkeypatch.setattr(type(model.model.layers[1].self_attn.q_proj), "__module__", "peft.tuners.lora.layer")
+    HookedMoE.from_hf(model)
 
 
 def write(folder: Path, tensors: dict[str, torch.Tensor], quantization: dict[str, Any]) -> None:
