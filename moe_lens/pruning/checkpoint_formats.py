@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_lens.errors import UnsupportedModelError
+from moe_lens.model.loading.depth import PREDICTING
 
 _EXPERT = re.compile(
     r"(?P<layer>.*\.layers\.(?P<n>\d+)\.(?:mlp|block_sparse_moe))\.experts\.(?P<expert>\d+)\.(?P<rest>.+)"
@@ -80,9 +81,6 @@ _COUNTS = ("n_routed_experts", "num_experts", "num_local_experts")
 _ACTIVE = ("experts_per_token",)
 """Further names that configs have for the number of experts a token uses: gpt-oss's says it twice."""
 
-_PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers")
-"""Names that configs have for the number of layers that predict several tokens ahead, behind the last layer."""
-
 
 def split_prediction(names: Iterable[str], n_layers: int) -> tuple[set[str], set[str]]:
     """The names of stored tensors: those of the model, and those of layers that predict several tokens ahead.
@@ -122,7 +120,7 @@ def smaller_config(raw: Mapping[str, Any], n_experts: int, top_k: int) -> dict[s
     if not counts:
         raise UnsupportedModelError(f"config.json says the number of experts under none of {', '.join(_COUNTS)}")
     active = ["num_experts_per_tok", *(name for name in _ACTIVE if name in raw)]
-    predicting = [name for name in _PREDICTING if name in raw]
+    predicting = [name for name in PREDICTING if name in raw]
     changed = {**raw, **dict.fromkeys(counts, n_experts), **dict.fromkeys(active, top_k)}
     changed |= dict.fromkeys(predicting, 0)  # `split_prediction` drops the layers
     # The original repository's own code knows nothing of fewer experts, and is not copied.

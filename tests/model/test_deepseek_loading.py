@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, Mixtra
 
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
 from moe_lens.model.families.deepseek import DeepseekConfig, DeepseekForCausalLM, DeepseekModel
+from moe_lens.model.loading import pretrained
 from moe_lens.model.loading.checkpoint import Checkpoint
 from moe_lens.model.loading.packed_tensors import parameter_shapes, stored_shapes
 from moe_lens.model.loading.pretrained import EMBEDDED, load_pretrained, resolve_name
@@ -477,9 +478,14 @@ CONFIG_ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a billion layers": (
         {"num_hidden_layers": 10**9},
         CheckpointError,
-        "num_hidden_layers is 1000000000, but all tensors are 114",
+        "num_hidden_layers is 1,000,000,000, which is more than any model has",
     ),
-    "a billion experts": ({"n_routed_experts": 10**9}, CheckpointError, "n_routed_experts is 1000000000"),
+    "a billion experts": ({"n_routed_experts": 10**9}, CheckpointError, "n_routed_experts is 1,000,000,000"),
+    "a thousand layers": (
+        {"num_hidden_layers": 1000},
+        CheckpointError,
+        "num_hidden_layers is 1000, but all tensors are 114",
+    ),
     "a dtype that is none": ({"torch_dtype": "float31"}, CheckpointError, "float31"),
     "a size that is null": ({"n_routed_experts": None}, CheckpointError, "lacks n_routed_experts"),
     "sigmoid": ({"scoring_func": "sigmoid"}, UnsupportedModelError, "scoring_func = 'sigmoid'"),
@@ -641,6 +647,22 @@ def test_another_family_s_broken_files_and_configs_are_refused(mixtral: Path) ->
     (mixtral / "model.safetensors").rename(mixtral / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="pickled weights only"):
         load(mixtral)
+
+
+@pytest.mark.parametrize("peft", [True, False])
+def test_an_adapter_beside_the_weights_is_never_left_out(
+    folder: Path, mixtral: Path, monkeypatch: pytest.MonkeyPatch, peft: bool
+) -> None:
+    monkeypatch.setattr(pretrained, "is_peft_available", lambda: peft)
+    for family in (folder, mixtral):
+        (family / "adapter_config.json").write_text("{}")
+        if peft and family is mixtral:  # transformers applies it
+            load(family)
+        else:
+            with pytest.raises(UnsupportedModelError, match=r"adapter_config.json: .* Merge it first"):
+                load(family)
+        (family / "adapter_config.json").unlink()
+        load(family)
 
 
 def test_pickled_weights_load_when_asked_for(folder: Path) -> None:

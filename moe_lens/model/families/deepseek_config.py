@@ -49,6 +49,8 @@ _HOUSEKEEPING = frozenset(
         "model_type",
         "name_or_path",
         "num_labels",
+        "num_mtp_layers",
+        "num_nextn_predict_layers",
         "output_attentions",
         "prefix",
         "quantization_config",

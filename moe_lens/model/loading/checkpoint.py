@@ -175,16 +175,23 @@ class Checkpoint:
             tensors.update(header)
         return cls(tuple(files), tensors)
 
-    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+    def check(
+        self, expected: Mapping[str, tuple[int, ...]], left_out: Mapping[str, tuple[int, ...] | None] | None = None
+    ) -> None:
         """Refuse the checkpoint unless it has exactly the tensors of `expected`, in those shapes, as floating point.
+
+        Args:
+            expected: Shapes of the tensors that are needed, by name.
+            left_out: Shapes of those that may be there too; None for any.
 
         Raises:
             CheckpointError: tensors that are missing, unexpected, misshapen or not floating point, and their files.
         """
+        known = {**(left_out or {}), **expected}
         problems = [
-            f"{tensor.file.name}: {name} has shape {tensor.shape}, config.json asks for {expected[name]}"
+            f"{tensor.file.name}: {name} has shape {tensor.shape}, config.json asks for {shape}"
             for name, tensor in self.tensors.items()
-            if name in expected and tensor.shape != expected[name]
+            if (shape := known.get(name)) is not None and tensor.shape != shape
         ]
         problems += [
             f"{tensor.file.name}: {name} is {tensor.dtype}, expected one of {', '.join(_FLOATS)}"
@@ -194,7 +201,7 @@ class Checkpoint:
         problems += [
             f"{tensor.file.name}: {name} is unexpected, config.json has no place for it"
             for name, tensor in self.tensors.items()
-            if name not in expected
+            if name not in known
         ]
         problems += [f"{self.places}: {name} is missing" for name in expected if name not in self.tensors]
         if problems:

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     GenerationConfig,
@@ -18,13 +19,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import is_peft_available
 
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
 from moe_lens.model.families.deepseek import DeepseekConfig, DeepseekForCausalLM
 from moe_lens.model.families.table import check_release
 from moe_lens.model.hf_compat import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from moe_lens.model.hf_compat import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, resolve_revision
-from moe_lens.model.loading.checkpoint import HUB_ARGUMENTS, Checkpoint, not_whole, read_config
+from moe_lens.model.loading.checkpoint import HUB_ARGUMENTS, Checkpoint, find_file, not_whole, read_config
+from moe_lens.model.loading.depth import PREDICTING, layer_of, list_of_layers, read_depth
 from moe_lens.model.loading.packed_tensors import lazy_state_dict, parameter_shapes, stored_shapes
 from moe_lens.model.loading.tokenizer import check_vocabulary, has_tokenizer, load_tokenizer
 
@@ -88,9 +91,15 @@ def load_pretrained(
         local_files_only=hub.get("local_files_only", False),
         cache_dir=hub.get("cache_dir"),
     )
+    adapter = find_file(source, "adapter_config.json", hub)
     path, raw = read_config(source, hub)
     check_release(raw["model_type"])
     own = raw["model_type"] == DeepseekConfig.model_type
+    if adapter is not None and (own or not is_peft_available()):
+        raise UnsupportedModelError(
+            f"{adapter}: beside the weights lies an adapter of PEFT, which would be left out. Merge it first "
+            "(merge_and_unload) and load what save_pretrained then writes, or take it out of the folder"
+        )
     if not own and raw["model_type"] not in CONFIG_MAPPING and not trust_remote_code:
         raise UnsupportedModelError(
             f"{path}: model_type {raw['model_type']!r} is unknown to this version of transformers. If the checkpoint "
@@ -122,9 +131,9 @@ def _load_deepseek(
     own_loader = bool(_OWN_LOADER & kwargs.keys()) or hasattr(config, "quantization_config")
     if kwargs.get("use_safetensors") is False or own_loader:
         if kwargs.get("use_safetensors") is not False and not hasattr(config, "quantization_config"):
-            _deepseek_checkpoint(source, config, hub, kwargs)
-        return _load_through_transformers(DeepseekForCausalLM, source, {**hub, **kwargs, "config": config})
-    checkpoint, shapes = _deepseek_checkpoint(source, config, hub, kwargs)
+            _deepseek_checkpoint(source, config, raw, hub, kwargs)
+        return _load_through_transformers(DeepseekForCausalLM, source, hub, {**kwargs, "config": config})
+    checkpoint, shapes = _deepseek_checkpoint(source, config, raw, hub, kwargs)
     dtype = _dtype(kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or "auto", config, checkpoint)
     parameters = lazy_state_dict(checkpoint, shapes, dtype)
     for name in ("variant", "use_safetensors"):
@@ -161,18 +170,31 @@ def _deepseek_config(path: Path, raw: dict[str, Any], kwargs: dict[str, Any]) ->
 
 
 def _deepseek_checkpoint(
-    source: str, config: DeepseekConfig, hub: dict[str, Any], kwargs: dict[str, Any]
+    source: str, config: DeepseekConfig, raw: dict[str, Any], hub: dict[str, Any], kwargs: dict[str, Any]
 ) -> tuple[Checkpoint, dict[str, tuple[int, ...]]]:
     """The checkpoint, proved to hold what `config` asks for, and the shapes of the model's parameters."""
     checkpoint = Checkpoint.locate(source, hub, kwargs.get("variant"))
     there = len(checkpoint.tensors)
+    said = {name: raw[name] for name in ("num_hidden_layers", *PREDICTING) if isinstance(raw.get(name), int)}
+    depth = read_depth(config, PreTrainedConfig(**said))
     for name in ("num_hidden_layers", "n_routed_experts"):  # a model of that many would take for ever to build
         if (asked := getattr(config, name)) > there:
             raise not_whole(source, [f"{checkpoint.places}: {name} is {asked}, but all tensors are {there}"])
-    with torch.device("meta"):
-        shapes = parameter_shapes(DeepseekForCausalLM(copy.deepcopy(config)))  # building a model writes to its config
-    checkpoint.check(stored_shapes(shapes))
+    if depth.problems:
+        raise not_whole(source, depth.problems)
+    shapes = _shapes(config, depth.loaded)
+    ahead = [name for name in checkpoint.tensors if layer_of(name, "model.layers") in depth.predicting]
+    left_out = stored_shapes(_shapes(config, min(depth.own, there))) if depth.loaded < depth.own else {}
+    checkpoint.check(stored_shapes(shapes), {**left_out, **dict.fromkeys(ahead)})
     return checkpoint, shapes
+
+
+def _shapes(config: DeepseekConfig, n_layers: int) -> dict[str, tuple[int, ...]]:
+    """The parameters of a model of `config` that has `n_layers` layers."""
+    config = copy.deepcopy(config)  # building a model writes to its config
+    config.num_hidden_layers = n_layers
+    with torch.device("meta"):
+        return parameter_shapes(DeepseekForCausalLM(config))
 
 
 def _dtype(asked: str | torch.dtype, config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
@@ -195,19 +217,29 @@ def _load_other(source: str, raw: dict[str, Any], hub: dict[str, Any], kwargs: d
     whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
     own = whole is None or (model_type in CAUSAL and whole not in (raw.get("architectures") or ()))
     loader = AutoModelForCausalLM if own else AutoModelForImageTextToText
-    return _load_through_transformers(loader, source, {**hub, **kwargs})
+    return _load_through_transformers(loader, source, hub, kwargs)
 
 
-def _load_through_transformers(loader: Any, source: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+def _load_through_transformers(
+    loader: Any, source: str, hub: dict[str, Any], kwargs: dict[str, Any]
+) -> PreTrainedModel:
     """Load by `loader.from_pretrained`; whatever it would fill with random numbers is an error here."""
     try:
-        model, info = loader.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+        model, info = loader.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **hub, **kwargs
+        )
+        own = AutoConfig.from_pretrained(source, trust_remote_code=kwargs.get("trust_remote_code", False), **hub)
     except torch.OutOfMemoryError:
         raise
-    except (ImportError, OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
+    except (ImportError, OSError, ValueError, LookupError, RuntimeError, StrictDataclassError) as error:
         raise CheckpointError(f"transformers cannot load {source}: {error}") from error
-    problems = [f"{name} is missing" for name in sorted(info["missing_keys"])]
-    problems += [f"{name} is unexpected" for name in sorted(info["unexpected_keys"])]
+    depth, layers = read_depth(model.config, own), list_of_layers(model)
+    problems = [*depth.problems, *(f"{name} is missing" for name in sorted(info["missing_keys"]))]
+    problems += [
+        f"{name} is unexpected"
+        for name in sorted(info["unexpected_keys"])
+        if layers is None or layer_of(name, layers) not in depth.left_out
+    ]
     problems += [
         f"{name} has shape {tuple(there)}, config.json asks for {tuple(here)}"
         for name, there, here in sorted(info["mismatched_keys"])

@@ -1,0 +1,61 @@
+"""Layers that a checkpoint has behind those that are loaded: cut off, or such as predict several tokens ahead.
+
+transformers leaves both out. How many there can be is what config.json itself says, whatever was asked for.
+"""
+
+import re
+from typing import NamedTuple
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers")
+"""Names that configs have for the number of layers that predict several tokens ahead, behind the last layer."""
+
+
+class Depth(NamedTuple):
+    """Numbers of layers."""
+
+    loaded: int
+    own: int
+    """Of the model that config.json describes."""
+    ahead: int
+    """Behind those, predicting several tokens ahead."""
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong, as a line for an error: a layer that predicts ahead must not be taken for one of the model."""
+        if 0 <= self.loaded <= self.own:
+            return []
+        return [f"num_hidden_layers is {self.loaded}, but config.json's model has {self.own} layers"]
+
+    @property
+    def predicting(self) -> range:
+        """Numbers of the layers that predict ahead and are not loaded."""
+        return range(self.own, self.own + self.ahead)
+
+    @property
+    def left_out(self) -> range:
+        """Numbers of all layers behind those that are loaded."""
+        return range(self.loaded, self.own + self.ahead)
+
+
+def read_depth(config: PreTrainedConfig, own: PreTrainedConfig) -> Depth:
+    """How many layers there are of a model of `config`, in a checkpoint whose config.json says what `own` holds."""
+    loaded, text = config.get_text_config().num_hidden_layers, own.get_text_config()
+    ahead = max(0, *(getattr(text, name, None) or 0 for name in PREDICTING))
+    return Depth(loaded, getattr(text, "num_hidden_layers", loaded), ahead)
+
+
+def layer_of(name: str, blocks: str) -> int:
+    """The number of the layer that a tensor belongs to, in the list that is called `blocks`; -1 for none."""
+    found = re.match(rf"{re.escape(blocks)}\.(\d+)\.", name)
+    return int(found[1]) if found else -1
+
+
+def list_of_layers(model: PreTrainedModel) -> str | None:
+    """The name of a language model's list of layers, beside which a vision tower may have one of its own."""
+    decoder = model.get_decoder()
+    n_layers = model.config.get_text_config().num_hidden_layers
+    lists = [part for part in decoder.modules() if isinstance(part, nn.ModuleList) and len(part) == n_layers]
+    return next((name for name, module in model.named_modules() if any(module is part for part in lists)), None)

@@ -1,0 +1,145 @@
+"""What lies behind the last layer that is loaded is left out, as transformers does it, if config.json speaks of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import MixtralConfig, PreTrainedModel
+
+from moe_lens import HookedMoE
+from moe_lens.errors import CheckpointError
+from moe_lens.model.families.deepseek import DeepseekConfig
+from moe_lens.model.loading.depth import PREDICTING, list_of_layers
+from moe_lens.model.loading.pretrained import load_pretrained
+from tests.matrix.configs import LAYERS, build, tokens
+
+
+def saved(folder: Path, family: str) -> type[PreTrainedModel]:
+    model = build(family)
+    model.save_pretrained(folder)
+    return type(model)
+
+
+def add(folder: Path, tensors: dict[str, Tensor]) -> None:
+    file = folder / "model.safetensors"
+    save_file({**load_file(file), **tensors}, file, metadata={"format": "pt"})
+
+
+def say(folder: Path, **words: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in PREDICTING}
+    (folder / "config.json").write_text(json.dumps({**config, **words}))
+
+
+def predict_ahead(folder: Path, depth: int) -> None:
+    """Layers as DeepSeek-V3 has them behind its last: one more of the same kind, with projections of its own."""
+    stored = load_file(folder / "model.safetensors")
+    last = f"model.layers.{LAYERS - 1}."
+    for at in range(LAYERS, LAYERS + depth):
+        copies = {f"model.layers.{at}.{n.removeprefix(last)}": t.clone() for n, t in stored.items() if last in n}
+        add(folder, {**copies, f"model.layers.{at}.eh_proj.weight": torch.ones(40, 80)})
+
+
+def load(folder: Path, **kwargs: Any) -> PreTrainedModel:
+    return load_pretrained(str(folder), **kwargs)[0]
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        return model(tokens()).logits
+
+
+@pytest.mark.parametrize("family", ["deepseek", "deepseek_v3", "mixtral", "gpt_oss", "dbrx", "llama4_text"])
+def test_the_first_layers_load_as_transformers_loads_them(tmp_path: Path, family: str) -> None:
+    theirs: Any = saved(tmp_path, family).from_pretrained(tmp_path, num_hidden_layers=3)
+    right = logits(theirs.eval())
+    assert torch.equal(logits(load(tmp_path, num_hidden_layers=3)), right)
+    hooked = HookedMoE.from_pretrained(tmp_path, first_n_layers=3)
+    assert hooked.cfg.n_layers == 3 and torch.equal(hooked(tokens()), right)
+    assert not torch.equal(logits(load(tmp_path)), right)
+
+
+def test_a_config_that_is_passed_may_have_fewer_layers(tmp_path: Path) -> None:
+    for name, config in (("deepseek", DeepseekConfig), ("mixtral", MixtralConfig)):
+        saved(tmp_path / name, name)
+        shallow = config.from_pretrained(tmp_path / name, num_hidden_layers=2)
+        assert torch.equal(
+            logits(load(tmp_path / name, config=shallow)), logits(load(tmp_path / name, num_hidden_layers=2))
+        )
+
+
+@pytest.mark.parametrize("family", ["deepseek", "deepseek_v3", "glm4_moe", "mixtral"])
+@pytest.mark.parametrize("word", PREDICTING)
+@pytest.mark.parametrize("depth", [1, 2])
+def test_layers_that_predict_ahead_are_left_out_where_config_json_says_how_many(
+    tmp_path: Path, family: str, word: str, depth: int
+) -> None:
+    saved(tmp_path, family)
+    right, first = logits(load(tmp_path)), logits(load(tmp_path, num_hidden_layers=3))
+    predict_ahead(tmp_path, depth)
+    say(tmp_path, **{word: depth})
+    assert torch.equal(logits(load(tmp_path)), right)
+    assert torch.equal(logits(load(tmp_path, num_hidden_layers=3)), first)
+    with pytest.raises(CheckpointError, match=f"num_hidden_layers is 5, but config.json's model has {LAYERS} layers"):
+        load(tmp_path, num_hidden_layers=LAYERS + 1)  # the first of them is none of the model's
+    say(tmp_path, **{word: depth - 1})
+    with pytest.raises(CheckpointError, match=rf"model\.layers\.{LAYERS + depth - 1}\..* is unexpected"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["deepseek", "mixtral"])
+def test_what_config_json_contradicts_is_refused_with_fewer_layers_too(tmp_path: Path, family: str) -> None:
+    saved(tmp_path, family)
+    whole = load_file(tmp_path / "model.safetensors")
+    say(tmp_path, num_hidden_layers=3)
+    for layers in ({}, {"num_hidden_layers": 2}):
+        with pytest.raises(CheckpointError, match=r"model\.layers\.3\..* is unexpected"):
+            load(tmp_path, **layers)
+    say(tmp_path, num_hidden_layers=LAYERS)
+    for name in ("model.other.weight", "model.layers.1.other.weight", "model.tower.layers.3.weight", "layers.x.weight"):
+        save_file({**whole, name: torch.ones(3)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=f"{name} is unexpected"):
+            load(tmp_path, num_hidden_layers=2)
+    name = "model.layers.1.input_layernorm.weight"
+    save_file({n: t for n, t in whole.items() if n != name}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{name} is missing"):
+        load(tmp_path, num_hidden_layers=2)
+
+
+def test_a_deepseek_s_layers_that_are_left_out_are_config_json_s_too(tmp_path: Path) -> None:
+    saved(tmp_path, "deepseek")
+    stored = load_file(tmp_path / "model.safetensors")
+    expert = "model.layers.3.mlp.experts.7.down_proj.weight"
+    add(tmp_path, {expert.replace(".7.", ".8."): stored[expert]})
+    with pytest.raises(CheckpointError, match=r"experts\.8\.down_proj\.weight is unexpected"):
+        load(tmp_path, num_hidden_layers=2)
+    save_file({**stored, expert: stored[expert].T.contiguous()}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{expert} has shape"):
+        load(tmp_path, num_hidden_layers=2)
+
+
+@pytest.mark.parametrize("layers", [LAYERS + 1, -1])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek"])
+def test_other_numbers_of_layers_are_refused(tmp_path: Path, family: str, layers: int) -> None:
+    saved(tmp_path, family)
+    with pytest.raises(CheckpointError):
+        load(tmp_path, num_hidden_layers=layers)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("mixtral", "model.layers"),
+        ("dbrx", "transformer.blocks"),
+        ("glm4v_moe", "model.language_model.layers"),
+        ("llama4", "language_model.model.layers"),
+    ],
+)
+def test_layers_are_those_of_the_language_model(family: str, name: str) -> None:
+    with torch.device("meta"):
+        model = build(family)
+    assert list_of_layers(model) == name
