@@ -85,6 +85,13 @@ from transformers import FineGrainedFP8Config, Mxfp4Config
 model = HookedMoE.from_pretrained("openai/gpt-oss-20b", quantization_config=Mxfp4Config(dequantize=True))
 ```
 
+An adapter of PEFT on experts or routers is refused: merge it first (`merge_and_unload`). One that lies beside the
+weights in a checkpoint's folder is applied by transformers where PEFT is installed; for DeepSeekMoE, and without PEFT,
+it is refused.
+
+`num_hidden_layers=n` loads the first n layers alone, and layers behind the last that predict several tokens ahead are
+left out, as transformers does both.
+
 ## Refused
 
 A model type that is not in the table is refused by name. These have experts, and are refused because hooks would not be
