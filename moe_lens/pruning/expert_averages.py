@@ -1,7 +1,7 @@
 """Experts averaged, their neurons first put in the same order; and which experts a plan averages."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +11,7 @@ Matrices = Mapping[str, Float[Tensor, "neurons d_model"]]
 """The matrices of one expert, all with neurons as rows."""
 
 
+@runtime_checkable
 class Planned(Protocol):
     """What previewing and averaging read of a `Plan`."""
 
