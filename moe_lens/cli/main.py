@@ -134,7 +134,7 @@ def _say_version(wanted: bool) -> bool:
 @app.callback()
 def _program(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Say the version and exit.")
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Show the version and exit.")
     ] = False,
 ) -> None:
     del version  # the option's callback has said it

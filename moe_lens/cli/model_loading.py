@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def quiet() -> None:
-    """Keep libraries from talking: what the user has to know is raised."""
+    """Silence messages of libraries: what the user has to know is raised."""
     import transformers
 
     for library in ("transformers", "huggingface_hub", "datasets"):  # the hub's says each retry

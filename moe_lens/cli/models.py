@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def models() -> None:
-    """Which model types are supported, how their routers choose experts, and which are refused, and why."""
+    """List the supported model types and how their routers choose experts, and those that are refused, and why."""
     print(families_text())
 
 
@@ -24,11 +24,11 @@ def info(
         typer.Argument(
             metavar="NAME_OR_PATH",
             callback=options.model_name,
-            help="On the hub, a folder, a config.json, or the embedded model.",
+            help="The model: a name on the hub, a folder, a config.json, or the embedded one.",
         ),
     ],
 ) -> None:
-    """What a model is: layers, experts, router, parameters and memory. Reads its config alone, no weights."""
+    """Describe a model: layers, experts, router, parameters and memory. Reads its config alone, no weights."""
     print(info_text(model))
 
 

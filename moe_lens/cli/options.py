@@ -53,7 +53,7 @@ Config = Annotated[
 Model = Annotated[
     str,
     typer.Option(
-        metavar="NAME_OR_PATH", help="A model on the hub, a folder, or the embedded model.", callback=model_name
+        metavar="NAME_OR_PATH", help="The model: a name on the hub, a folder, or the embedded one.", callback=model_name
     ),
 ]
 Domains = Annotated[
@@ -61,7 +61,7 @@ Domains = Annotated[
     typer.Option(
         metavar="NAME=WHERE",
         help="Texts to read; once for each domain. WHERE is a file, a folder or hub:OWNER/DATASET[@COMMIT]. "
-        "FILE.jsonl: an object a line with `text`, and `source` to say which texts are from one document. "
+        "FILE.jsonl: one object per line with `text`, and `source` to say which texts are from one document. "
         "FILE.json: a list of them. FILE.csv, .tsv, .parquet, or a folder that `datasets` saved: columns as keys "
         "of jsonl. FILE.txt: passages separated by blank lines, one source. All but parquet may be .gz, .zst or "
         ".bz2. Another folder: all such files in it. A name alone is an embedded domain (english, …) or one of the "
@@ -69,14 +69,14 @@ Domains = Annotated[
     ),
 ]
 TextColumn = Annotated[
-    str, typer.Option(metavar="COLUMN", help="The column or key with the text; a+b joins two, a.b is b inside a.")
+    str, typer.Option(metavar="COLUMN", help="Column or key that holds the text; a+b joins two, a.b is b inside a.")
 ]
 SourceColumn = Annotated[
-    str | None, typer.Option(metavar="COLUMN", help="The one that says which document a text is from.  [source]")
+    str | None, typer.Option(metavar="COLUMN", help="Column or key that says which document a text is from.  [source]")
 ]
-Split = Annotated[str, typer.Option(help="Which split of a dataset on the hub.")]
+Split = Annotated[str, typer.Option(help="Split to read of a dataset on the hub.")]
 Streaming = Annotated[
-    bool, typer.Option("--streaming", help="Read files as they come: for those that are larger than memory.")
+    bool, typer.Option("--streaming", help="Read files piece by piece, for those that are larger than memory.")
 ]
 Tokens = Annotated[int, typer.Option(min=0, help="Tokens of text to read in each domain; 0 reads everything.")]
 Window = Annotated[int, typer.Option(min=3, help="Greatest length of a window of text, in tokens.")]
@@ -87,13 +87,16 @@ Packed = Annotated[
     ),
 ]
 BatchTokens = Annotated[
-    int, typer.Option(min=1, help="Tokens that the model reads at once; halved by itself where memory runs out.")
+    int, typer.Option(min=1, help="Tokens in one forward pass; halved automatically when memory runs out.")
 ]
-ShardTokens = Annotated[int, typer.Option(min=1, help="Tokens after which progress is saved.")]
-Seed = Annotated[int, typer.Option(help="Of the choice of texts.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="What the model computes in.")]
+ShardTokens = Annotated[int, typer.Option(min=1, help="Save progress each time that this many tokens were read.")]
+Seed = Annotated[int, typer.Option(help="Random seed for sampling texts.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Precision that the model is loaded and run in.")]
 Device = Annotated[
-    str, typer.Option(callback=_device, help="cpu, cuda, cuda:1, …; auto spreads a large model over devices.")
+    str,
+    typer.Option(
+        callback=_device, help="Device to run on: cpu, cuda, cuda:1, …; auto spreads a large model over several."
+    ),
 ]
 
 

@@ -31,7 +31,7 @@ class Scoring(StrEnum):
 
 
 class Budget(StrEnum):
-    """Over what experts are counted."""
+    """What the number of kept experts applies to: each layer, or the whole model."""
 
     layer = "layer"
     whole = "global"
@@ -41,25 +41,30 @@ class Budget(StrEnum):
 def prune(
     model: options.Model = "tiny-deepseekmoe",
     domain: options.Domains = None,
-    keep: Annotated[float, typer.Option(min=0.0, max=1.0, help="The share of experts that stays.")] = 0.5,
-    method: Annotated[Scoring, typer.Option(help="How the experts that stay are chosen.")] = Scoring.reap,
+    keep: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of experts to keep.")] = 0.5,
+    method: Annotated[Scoring, typer.Option(help="How the experts to keep are chosen.")] = Scoring.reap,
     specialist: Annotated[
-        str | None, typer.Option(metavar="DOMAIN", help="Keep what this domain needs, instead of all of them alike.")
+        str | None,
+        typer.Option(
+            metavar="DOMAIN", help="Keep the experts that this domain needs, instead of weighing all domains alike."
+        ),
     ] = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Average the other experts into those that stay, instead of dropping them.")
+        bool, typer.Option("--merge", help="Average pruned experts into kept ones, instead of dropping them.")
     ] = False,
     budget: Annotated[
-        Budget, typer.Option(help="The same number in every layer, or the best of all layers together.")
+        Budget, typer.Option(help="Keep the same number in every layer, or the best of all layers together.")
     ] = Budget.layer,
     uniform: Annotated[
         bool,
         typer.Option("--uniform", help="With --budget global: then the same number in every layer, as configs need."),
     ] = False,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Active experts per token, if fewer than before.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Lower the number of active experts per token to this.")
+    ] = None,
     against: Annotated[
         list[Scoring] | None,
-        typer.Option(help="Further methods on the frontier; give it several times.  [frequency, random]"),
+        typer.Option(help="Other methods to compare with; may be repeated.  [frequency, random]"),
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of text to read in each domain.")] = 8192,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the checkpoint and the report go.")] = Path(
@@ -70,7 +75,7 @@ def prune(
     device: options.Device = "cpu",
     config: options.Config = None,
 ) -> None:
-    """A smaller model that plain transformers loads, and what it costs.
+    """Write a smaller model that plain transformers loads, and measure what pruning costs.
 
     FOLDER/model is a checkpoint in the family's own format; FOLDER/report.html shows perplexity per domain against the
     number of experts kept for several methods, with intervals, memory and speed. Weights are written as

@@ -18,7 +18,7 @@ from moe_lens.manifest import read_manifest
 def report(
     saved: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[FOLDER]...", help="Results that studies saved, of any kind, to show instead."),
+        typer.Argument(metavar="[FOLDER]...", help="Saved studies, of any kind, to show instead."),
     ] = None,
     model: options.Model = "tiny-deepseekmoe",
     domain: options.Domains = None,
@@ -34,7 +34,7 @@ def report(
     """What the experts of a model do on real text: one HTML page that opens offline, its numbers as JSON and parquet.
 
     Which experts each domain is sent to; one expert against the ensemble, with controls; what fewer experts cost; and
-    what each expert would say next. With folders that studies saved: one page of all of them.
+    what each expert would predict next. With folders that studies saved: one page of all of them.
 
     Example: moe-lens report runs/routing runs/single-expert --out page
     """

@@ -46,7 +46,9 @@ class Kind(StrEnum):
 def routing(
     nulls: Annotated[
         bool,
-        typer.Option("--nulls", help="Measure a random router, token-unigram and uniform routing, too: reads twice."),
+        typer.Option(
+            "--nulls", help="Also measure a random router, token-unigram and uniform routing: 2 more forward passes."
+        ),
     ] = False,
 ) -> "Study":
     """Which experts each domain's tokens are sent to, with intervals over sources and tests between domains.
@@ -71,13 +73,11 @@ def single_expert(
     ] = (Together.together),
     treatment: Annotated[
         list[Treated] | None,
-        typer.Option(
-            help="What is done to the experts that are not kept; give it several times. Without it: all four."
-        ),
+        typer.Option(help="Treatment of the experts that are not kept; may be repeated. Without it: all four."),
     ] = None,
     k: Annotated[
         list[int] | None,
-        typer.Option("--k", min=0, help="How many experts are kept; give it several times.  [0 … top-k]"),
+        typer.Option("--k", min=0, help="Number of experts to keep; may be repeated.  [0 … top-k]"),
     ] = None,
 ) -> "Study":
     """One expert against all active ones: cosines with their controls, and what fewer experts cost.
@@ -103,10 +103,13 @@ def single_expert(
 @command("lens", "moe-lens-logit-lens")
 def lens(
     lens: Annotated[
-        str, typer.Option(help="logit, or the folder of a tuned lens (or tiny-deepseekmoe, the embedded one).")
+        str,
+        typer.Option(
+            help="Lens to read with: logit, or a tuned lens (its folder, or tiny-deepseekmoe, the embedded one)."
+        ),
     ] = "logit",
 ) -> "Study":
-    """What each layer would say next if it ended after one expert, all of them, or none: Figure 2, in numbers.
+    """What each layer would predict next if it ended after one expert, all of them, or none: Figure 2, in numbers.
 
     Table: lens (by domain, layer and partial sum: cross-entropy, entropy, KL to the model's own prediction and to all
     experts together, agreement), with controls: the residual alone, a random active expert, one that was not selected.
@@ -125,10 +128,14 @@ def lens(
 def collect_activations(
     hook: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="A hook point, or a pattern: 'blocks.*.hook_resid_mid'; may be repeated."),
+        typer.Option(
+            metavar="NAME", help="Hook point to save, or a pattern: 'blocks.*.hook_resid_mid'; may be repeated."
+        ),
     ] = None,
-    store: Annotated[options.Dtype, typer.Option(help="Activations and weights on disk.")] = options.Dtype.float32,
-    kind: Annotated[Kind, typer.Option("--format", help="What the shards are.")] = Kind.safetensors,
+    store: Annotated[
+        options.Dtype, typer.Option(help="Precision of activations and weights on disk.")
+    ] = options.Dtype.float32,
+    kind: Annotated[Kind, typer.Option("--format", help="File format of the shards.")] = Kind.safetensors,
 ) -> Work:
     """Activations and routing of every token, in shards: what probes, SAEs and transcoders are trained on.
 
@@ -147,14 +154,14 @@ def collect_activations(
 
 @app.command("compare")
 def compare_studies(
-    first: Annotated[Path, typer.Argument(metavar="FOLDER", help="What a study saved.")],
-    second: Annotated[Path, typer.Argument(metavar="FOLDER", help="What a study of the same kind saved.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The table, as parquet.")] = Path(
+    first: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a saved study.")],
+    second: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of another study of the same kind.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the table goes, as parquet.")] = Path(
         "moe-lens-compare.parquet"
     ),
-    show: Annotated[int, typer.Option(min=0, help="How many of the largest differences to print.")] = 10,
+    show: Annotated[int, typer.Option(min=0, help="Number of largest differences to print.")] = 10,
 ) -> None:
-    """Set two saved studies side by side: second less first, with 95 % intervals of the difference over sources.
+    """Set two saved studies side by side: second minus first, with 95 % intervals of the difference over sources.
 
     Two models on the same texts (base and chat, before and after pruning) are paired by source. Experts are compared by
     number, which means something only where one model was made from the other.

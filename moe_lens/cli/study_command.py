@@ -23,7 +23,7 @@ Out = Annotated[
     typer.Option(
         metavar="FOLDER",
         help="Where the result goes. It appears when it is complete; until then FOLDER.unfinished keeps what was done, "
-        "and the same command goes on from there.",
+        "and the same command resumes from there.",
     ),
 ]
 
