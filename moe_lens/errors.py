@@ -26,7 +26,7 @@ class InputError(MoELensError):
 
 
 class SelfCheckError(MoELensError):
-    """The parts of a freshly loaded model do not make up the whole; the message names layer and deviation."""
+    """The hooked parts of a freshly loaded model do not sum to the whole; the message names layer and deviation."""
 
 
 class IncompatibleVersionError(MoELensError, ImportError):

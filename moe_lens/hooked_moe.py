@@ -274,7 +274,7 @@ class HookedMoE(Summary, GeneratingBridge):
 
         Args:
             k: 0 … `top_k`.
-            by: those of largest weight, `"random"` ones (for every token anew), or the `"last"` by weight.
+            by: those of largest weight, `"random"` ones (drawn for every token), or the `"last"` by weight.
             layers: where; all that have experts if not given.
             renormalize: multiply the kept weights by (sum of all) / (sum of the kept).
             seed: of `"random"`.

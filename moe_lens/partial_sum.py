@@ -37,7 +37,7 @@ class PartialSum:
     drawn: Drawn | None = None
     """One expert drawn at random for every token and layer, as a control: one of the active ones with its own weight,
     or one that was not selected, computed for the purpose and given the weight of rank 0. An unselected expert's own
-    affinity would be small by construction; with rank 0's weight only *which* expert speaks differs from rank 0."""
+    affinity would be small by construction; with rank 0's weight only *which* expert is added differs from rank 0."""
     seed: int = 0
     """Of the drawing. Each token has its draw by its place in the cache, whatever other tokens are read."""
 

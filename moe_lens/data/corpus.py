@@ -63,7 +63,7 @@ class Corpus(Summary):
 
 
 def from_generator(name: str, generate: Callable[[], Iterable[str | dict[str, Any]]]) -> Corpus:
-    """A corpus from a function that generates texts, or rows with `text` and `source`, anew at every call.
+    """A corpus from a function that generates texts, or rows with `text` and `source`, afresh at every call.
 
     Args:
         name: What the domain is called.

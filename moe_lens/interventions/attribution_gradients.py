@@ -134,8 +134,8 @@ def integrated_gradient(
 ) -> tuple[Float[Tensor, "batch pos d_model"], float]:
     """Mean of Γ on the straight way from the layer's baseline to the run; and the metric at the baseline.
 
-    The mean over α in [0, 1] of Γ where the layer's experts add (1 − α) · removed less, by Gauss–Legendre quadrature
-    (integrated gradients: Sundararajan et al. 2017, arXiv 1703.01365).
+    The mean over α in [0, 1] of Γ where (1 − α) · removed is subtracted from the experts' sum, by Gauss–Legendre
+    quadrature (integrated gradients: Sundararajan et al. 2017, arXiv 1703.01365).
 
     Args:
         model: a `HookedMoE`.

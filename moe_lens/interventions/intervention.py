@@ -1,4 +1,4 @@
-"""`Intervention`: a change of a model's forward pass, as a value."""
+"""`Intervention`: a change of a model's forward pass, as an object."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -21,7 +21,7 @@ Hook = tuple[str, Callable[[Tensor, HookPoint], Tensor | None]]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Intervention:
-    """A change of a model's forward pass, in force inside `with`, in `generate(…, interventions=[…])`, or as hooks.
+    """A change of a model's forward pass, active inside `with`, in `generate(…, interventions=[…])`, or as hooks.
 
     Interventions nest. At one hook point the outer one acts first and the inner one sees what it has made; hook points
     act in the order in which the model computes: router logits, selection, routing weights, slots left out, outputs.

@@ -26,9 +26,9 @@ _CHUNK = 2**24
 class Writing:
     """What a direction does to the next-token distribution if it is all that the final norm reads.
 
-    Logits are FinalNorm(v) W_U less their mean over the vocabulary, since a shift of all changes nothing. The norm
-    takes the length of v away: they say which tokens, and how sharply, not how strongly the model hears v beside the
-    rest.
+    Logits are FinalNorm(v) W_U minus their mean over the vocabulary, since a shift of all changes nothing. The norm
+    takes the length of v away: they say which tokens, and how sharply, not how large v is beside the rest of the
+    stream.
     """
 
     promoted: tuple[str, ...]

@@ -34,7 +34,7 @@ class RouterAttrs(Summary):
     """The router logits of the run: the sum of the components to float tolerance."""
 
     def centred(self) -> "RouterAttrs":
-        """With the mean over experts taken off every component, and off the logits.
+        """With the mean over experts subtracted from every component, and from the logits.
 
         What raises all experts alike chooses none: this is what a softmax router decides by.
         """

@@ -21,7 +21,7 @@ _CHUNK = 2**12
 
 @dataclass(frozen=True, eq=False)
 class RouterGeometry(Summary):
-    """Router rows of one layer beside what they may point at. The mean row is taken off: it moves all logits alike.
+    """Router rows of one layer beside what they may point at. The mean row is subtracted: it moves all logits alike.
 
     Controls come with the cosines: the rows of the other experts (off the diagonal), and `random`.
     """
@@ -30,14 +30,14 @@ class RouterGeometry(Summary):
     tokens: Int[Tensor, "n_experts top"]
     """The tokens that each expert attracts most."""
     attraction: Float[Tensor, "n_experts top"]
-    """Its router logit less the mean over experts, where the stream is nothing but the token's embedding."""
+    """Its router logit minus the mean over experts, where the stream is nothing but the token's embedding."""
     neurons: Float[Tensor, "n_experts n_experts"]
     """[row, expert]: root mean square cosine between the row and the input directions of the expert's neurons; NaN for
     identity experts, which have none."""
     random: float
     """What `neurons` would be for random directions, 1/√d_model."""
     inputs: Float[Tensor, "n_experts n_experts"] | None
-    """[row, expert]: cosine between the row and the expert's mean input less that of all tokens, on a corpus; NaN for
+    """[row, expert]: cosine between the row and the expert's mean input minus that of all tokens, on a corpus; NaN for
     experts that no token chose."""
 
     def to_frame(self) -> pd.DataFrame:

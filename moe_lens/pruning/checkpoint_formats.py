@@ -1,4 +1,4 @@
-"""How checkpoints name routers and experts, and what a family's config can say: a table, and a closed world."""
+"""How checkpoints name routers and experts, and what a family's config can say; anything else is refused."""
 
 import re
 from collections.abc import Iterable, Mapping

@@ -163,7 +163,7 @@ def expressible(raw: Mapping[str, Any], plan: Plan) -> None:
 
 
 def _holds(checkpoint: Checkpoint, plan: Plan) -> None:
-    """The checkpoint must have the experts that the plan speaks of, no more and no fewer."""
+    """The checkpoint must have the experts that the plan names, no more and no fewer."""
     rows: dict[int, set[int]] = {}
     single: dict[int, dict[int, set[str]]] = {}
     for name, stored in checkpoint.tensors.items():

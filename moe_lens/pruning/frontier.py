@@ -101,7 +101,7 @@ class Frontier(Result):
 def halved(
     domains: Domains, model: Any, *, n_tokens: int, context: int, seed: int = 0
 ) -> tuple[tuple[Tokens, ...], tuple[Tokens, ...]]:
-    """Each domain's texts, dealt by source into two halves of about `n_tokens` / 2 each.
+    """Each domain's texts, divided by source into two halves of about `n_tokens` / 2 each.
 
     Raises:
         InputError: a domain has a single source: nothing in it is independent of the rest.

@@ -1,4 +1,4 @@
-"""A plan in force on the model it is for, so that quality is measured before anything is written."""
+"""A plan applied to the model it is for, so that quality is measured before anything is written."""
 
 from collections.abc import Generator
 from contextlib import contextmanager

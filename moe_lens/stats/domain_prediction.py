@@ -95,7 +95,7 @@ class PassageSample(Accumulator[PassageResult]):
 
 @dataclass(frozen=True, eq=False)
 class DomainPrediction(Result):
-    """Which passages' domains were told right, from routing and from tokens; sources are never in both sides."""
+    """Which passages' domains were predicted right, from routing and from tokens, in sources not trained on."""
 
     domains: tuple[str, ...]
     length: int
@@ -114,11 +114,11 @@ class DomainPrediction(Result):
         return 1 / len(self.domains)
 
     def accuracy(self, name: str) -> float:
-        """Share of passages whose domain "routing" or "unigram" tells right, in [0, 1]."""
+        """Share of passages whose domain "routing" or "unigram" predicts right, in [0, 1]."""
         return float((getattr(self, name) == self.domain).double().mean())
 
     def interval(self, *names: str) -> Interval | None:
-        """95 % interval over sources of the accuracy of one name, or of the first's less the second's, paired."""
+        """95 % interval over sources of the accuracy of one name, or of the first's minus the second's, paired."""
         correct = torch.stack([(getattr(self, name) == self.domain).double() for name in names])
         value = correct[0] if len(names) == 1 else correct[0] - correct[1]
         keys = sorted(set(self.source))
@@ -154,8 +154,8 @@ def predict_domain(samples: Mapping[str, PassageResult], *, n_folds: int = 5, se
     """Train two classifiers to tell a passage's domain, each the same multinomial logistic regression with L2 penalty.
 
     One sees how often each expert was chosen, the other how often each token occurs, both as square roots of shares.
-    Sources are dealt into folds; each fold is predicted by classifiers that were trained, and whose penalty was chosen,
-    on other sources. Each domain gives as many passages.
+    Sources are divided into folds; each fold is predicted by classifiers that were trained, and whose penalty was
+    chosen, on other sources. Each domain gives as many passages.
 
     Args:
         samples: Of each domain, taken with the same model and length.

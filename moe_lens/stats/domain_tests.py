@@ -36,7 +36,7 @@ class DomainComparison(Result):
     shares: Float[Tensor, "domain layer n_experts"]
     """Specialisation N_{E,D} / N_D."""
     differences: Float[Tensor, "domain layer n_experts"]
-    """Specialisation less its mean over the other domains."""
+    """Specialisation minus its mean over the other domains."""
     statistics: Float[Tensor, "domain layer n_experts"]
     """Differences in standard deviations; 0 where fewer than 10 tokens are expected in some domain: not tested."""
     p_values: Float[Tensor, "domain layer n_experts"]
@@ -77,12 +77,12 @@ class DomainComparison(Result):
         ).reset_index()
 
     def per_layer(self) -> pd.DataFrame:
-        """A row per layer: mi, null, excess (mi less null), p_value; nats."""
+        """A row per layer: mi, null, excess (mi minus null), p_value; nats."""
         columns = {"mi": self.mi, "null": self.mi_null, "excess": self.mi - self.mi_null, "p_value": self.mi_p_values}
         return pd.DataFrame({"layer": self.layers, **{name: value.numpy() for name, value in columns.items()}})
 
     def per_pair(self) -> pd.DataFrame:
-        """A row per layer and pair of domains: jsd, null, excess (jsd less null), p_value; nats."""
+        """A row per layer and pair of domains: jsd, null, excess (jsd minus null), p_value; nats."""
         columns = {
             "jsd": self.jsd,
             "null": self.jsd_null,
@@ -102,9 +102,10 @@ def compare_domains(
     """Test whether experts serve domains differently.
 
     Labels are permuted over sources, so that all tokens of a source keep together; sizes may differ, as deviations are
-    scaled to the size of the source that they are dealt to. The test of an expert compares its standardised difference
-    with the greatest one of all experts, layers and domains of each permutation (Westfall and Young's maxT): the chance
-    of even one false finding is the level. Few sources have few distinct permutations: then no p-value can be small.
+    scaled to the size of the source that they are assigned to. The test of an expert compares its standardised
+    difference with the greatest one of all experts, layers and domains of each permutation (Westfall and Young's maxT):
+    the chance of even one false finding is the level. Few sources have few distinct permutations: then no p-value can
+    be small.
 
     Args:
         results: Of each domain, counted with the same model.
@@ -201,7 +202,7 @@ def _of_difference(errors: Float[Tensor, "domain *rest"]) -> Float[Tensor, "doma
 
 
 def _information(load: Float[Tensor, "some domain layer n_experts"]) -> Float[Tensor, "some layer"]:
-    """I(E; D) with domains of equal weight: the entropy of the mean less the mean entropy."""
+    """I(E; D) with domains of equal weight: the entropy of the mean minus the mean entropy."""
     return torch.special.entr(load.mean(1)).sum(-1) - torch.special.entr(load).sum(-1).mean(1)
 
 

@@ -27,7 +27,7 @@ class OutputSimilarityResult(Result):
     cosine: Float[Tensor, "layer n_experts n_experts"]
     """Mean over tokens of cos(E_i(x), E_j(x))."""
     correlation: Float[Tensor, "layer n_experts n_experts"]
-    """⟨Ē_i, Ē_j⟩ / (‖Ē_i‖ ‖Ē_j‖) over tokens and dimensions, Ē the output less the expert's mean over tokens.
+    """⟨Ē_i, Ē_j⟩ / (‖Ē_i‖ ‖Ē_j‖) over tokens and dimensions, Ē the output minus the expert's mean over tokens.
 
     A direction that all experts add to every token makes cosines large and says nothing about what they do; here it is
     taken out.

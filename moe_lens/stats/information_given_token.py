@@ -33,7 +33,7 @@ class ConditionalInformation(Result):
     """Share of the text, in [0, 1], that is of tokens which occur in two domains at least."""
 
     def to_frame(self) -> pd.DataFrame:
-        """A row per layer: information, null, excess (information less null), p_value, shared."""
+        """A row per layer: information, null, excess (information minus null), p_value, shared."""
         columns = {
             "information": self.information,
             "null": self.null,
@@ -51,8 +51,8 @@ def conditional_information(
 
     Domain labels are permuted over groups of sources, among those in which a token occurs: routing keeps its dependence
     on the token, and tokens of a group keep together. As in `compare_domains`, deviations are permuted, from what the
-    token is sent to anywhere, scaled to how often it occurs in the group that they are dealt to: each domain keeps its
-    amount of text, and of each token.
+    token is sent to anywhere, scaled to how often it occurs in the group that they are assigned to: each domain keeps
+    its amount of text, and of each token.
 
     Args:
         results: Of each domain, counted by `VocabularyStats(…, groups=…)` with the same settings.

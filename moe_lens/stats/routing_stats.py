@@ -23,7 +23,7 @@ LAYER_MEASURES = {
     "experts_50": "how many experts take half of the assignments",
     "experts_80": "how many experts take 80 % of the assignments",
     "router_entropy": "entropy of a token's affinities for all experts, nats, mean over tokens: ln E if undecided",
-    "margin": "router logit of rank k less that of rank k + 1, mean over tokens: 0 is a tie",
+    "margin": "router logit of rank k minus that of rank k + 1, mean over tokens: 0 is a tie",
 }
 """What is measured of a layer, and what each is."""
 

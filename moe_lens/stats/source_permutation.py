@@ -1,11 +1,11 @@
-"""`Deviations`: how sources deviate from what all domains together do, dealt anew as if the domain did not matter.
+"""`Deviations`: how sources deviate from what all domains together do, permuted as if the domain did not matter.
 
 Labels of whole sources can be permuted as they are only where sources are of like size in all domains: a short text's
 shares vary more, so that a domain of short texts differs by chance more than a random set of sources does. What is
-permuted is therefore each source's deviation in units of its standard deviation, and where it is dealt to, it takes the
-size of the source whose place it has (Freedman and Lane 1983; Winkler et al. 2014, NeuroImage 92: residuals made
+permuted is therefore each source's deviation in units of its standard deviation, and is scaled to
+the size of the source whose place it takes (Freedman and Lane 1983; Winkler et al. 2014, NeuroImage 92: residuals made
 exchangeable before they are permuted). Where all sources have one size this is, to the last count, the permutation of
-labels, and the test is exact. `benchmarks/domain_tests.py` shows what it is worth where they have not.
+labels, and the test is exact. `benchmarks/domain_tests.py` shows how well it does where they have not.
 """
 
 from dataclasses import dataclass

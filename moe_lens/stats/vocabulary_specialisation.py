@@ -123,7 +123,7 @@ class VocabularyStats(Accumulator[VocabularyResult]):
         d_vocab: Size of the vocabulary.
         by: The token that is read ("input"), that truly follows ("next": the last one of a row has none), or that the
             model holds most likely to follow ("predicted").
-        groups: Sources are dealt into so many groups by a hash of their name, and counted apart: what
+        groups: Sources are divided into so many groups by a hash of their name, and counted apart: what
             `conditional_information` permutes. Memory grows with it.
     """
 

@@ -1,4 +1,4 @@
-"""The study `attribution-fidelity`: do cheap attributions of the loss to experts tell what knock-outs would do?"""
+"""The study `attribution-fidelity`: do cheap attributions of the loss to experts predict knock-outs?"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -39,7 +39,7 @@ def collect(
     batch_tokens: int = 2048,
     watch: Callable[[str, int], None] = lambda what, tokens: None,  # noqa: ARG005
 ) -> Collected:
-    """Save routing, and the activations at hook points, of every token; or go on with it.
+    """Save routing, and the activations at hook points, of every token; or resume an interrupted run.
 
     Interrupted, it goes on from its last shard. Under `torch.distributed` each process writes its own shards.
 
@@ -221,7 +221,7 @@ _OF_WINDOWS = ("document", "start", "opening")
 def hook_points(model: Any, patterns: Sequence[str]) -> list[str]:
     """The names of hook points that match, each once, in the model's order; those of single experts last.
 
-    A pattern finds hooks of single experts if it speaks of experts (`.experts.`).
+    A pattern finds hooks of single experts if it names experts (`.experts.`).
 
     Raises:
         InputError: A pattern matches none.

@@ -53,7 +53,7 @@ class Means:
 
 @dataclass(frozen=True, eq=False)
 class Comparison(Summary):
-    """Differences between two studies, the second less the first."""
+    """Differences between two studies, the second minus the first."""
 
     study: str
     first: Mapping[str, Any]

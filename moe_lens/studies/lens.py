@@ -1,4 +1,4 @@
-"""The study `lens`: what partial sums of experts say next, over a corpus (arXiv 2603.05806, section 3)."""
+"""The study `lens`: what partial sums of experts predict, over a corpus (arXiv 2603.05806, section 3)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -101,7 +101,7 @@ def run(
     command: str | None = None,
     watch: Callable[[str, int], None] = lambda what, tokens: None,  # noqa: ARG005
 ) -> StudyResult:
-    """Run a study, or go on with it.
+    """Run a study, or resume an interrupted one.
 
     Under `torch.distributed` each process reads its share and all return the same result; the first one writes it.
 

@@ -23,7 +23,7 @@ class StudyFolder:
 
     Args:
         path: The folder, which has a name; it must not exist, be empty, or hold the finished result of the same plan.
-        plan: What is to be done, as plain values: work that was begun is gone on with if its plan is the same.
+        plan: What is to be done, as plain values: unfinished work is resumed if its plan is the same.
     """
 
     def __init__(self, path: Path, plan: Mapping[str, Any]):
@@ -44,13 +44,13 @@ class StudyFolder:
         return True
 
     def begin(self, space: int = SPACE) -> None:
-        """Make sure that it can be written, and go on with what was begun.
+        """Make sure that it can be written, and resume unfinished work.
 
         Args:
             space: Bytes that the study will write.
 
         Raises:
-            InputError: The disk is too full or the folder cannot be written, or other work was begun there.
+            InputError: The disk is too full or the folder cannot be written, or holds other unfinished work.
         """
         try:
             self.unfinished.mkdir(parents=True, exist_ok=True)

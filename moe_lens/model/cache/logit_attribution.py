@@ -13,7 +13,7 @@ from moe_lens.model.cache.hook_cache import Cut, HookCache, as_slice
 
 
 class AttributionCache(HookCache):
-    """TransformerLens's attribution, mended: it divides by a norm's scale and forgets its gain."""
+    """TransformerLens's attribution, corrected: that divides by a norm's scale and omits its gain."""
 
     def apply_ln_to_stack(
         self,

@@ -1,4 +1,4 @@
-"""`MoECache`: TransformerLens's activation cache, with experts aligned to tokens and parts that make the whole."""
+"""`MoECache`: TransformerLens's activation cache, with experts aligned to tokens and parts that sum to the whole."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The config of DeepSeekMoE: the original's words and defaults, in a closed world."""
+"""The config of DeepSeekMoE: the original's names and defaults; anything else is refused."""
 
 from typing import Any, ClassVar, no_type_check
 

@@ -123,9 +123,9 @@ class Family:
     note: str = ""
     """What a user should know beyond the fields: which hooks are lacking, and why."""
     since: tuple[int, ...] = OLDEST
-    """The first release of transformers on which every law holds."""
+    """The first release of transformers on which every check passes."""
     until: tuple[int, ...] | None = None
-    """The first release of transformers, if there is one, on which they hold no more."""
+    """The first release of transformers, if there is one, on which they no longer pass."""
 
     @property
     def adds_as_computed(self) -> bool:
@@ -141,7 +141,7 @@ class Family:
         return self.layout is not None and self.layout.stream == "shortcut"
 
     def holds_on(self, release: tuple[int, ...]) -> bool:
-        """Whether the laws hold on a release of transformers."""
+        """Whether the checks pass on a release of transformers."""
         return self.since <= release and (self.until is None or release < self.until)
 
     def releases(self) -> str:

@@ -1,4 +1,4 @@
-"""Which families are supported, and what differs between them: a table, and a closed world.
+"""Which families are supported, and what differs between them: a table; what is not in it is refused.
 
 A family is supported when its MoE block follows the contract of transformers 5: a router module that returns
 `(logits, weights, indices)` after one linear product, and an experts module with packed parameters that is called as

@@ -1,4 +1,4 @@
-"""Keyword arguments that a wrapped model takes: what nobody reads is an error, and close misspellings are named."""
+"""Keyword arguments that a wrapped model takes: what nothing reads is an error, and close misspellings are named."""
 
 import inspect
 import typing

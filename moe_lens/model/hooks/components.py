@@ -158,7 +158,7 @@ class Norm(GeneralizedComponent):
 
 
 class Attention(GeneralizedComponent):
-    """Attention by transformers' own forward, unless somebody listens to scores, pattern or rotated keys and queries.
+    """Attention by transformers' own forward, unless hooks are on scores, pattern or rotated keys and queries.
 
     Then TransformerLens's eager reconstruction runs (float32: within 1e-5).
     """

@@ -1,4 +1,4 @@
-"""Keys and values of DeepSeek-V2 and V3 in a key-value cache: as latents, whether anybody listens or not.
+"""Keys and values of DeepSeek-V2 and V3 in a key-value cache: as latents, with hooks or without.
 
 transformers stores what `kv_b_proj` reads and the rotated part that all heads share. TransformerLens's attention, which
 runs while somebody listens inside, asks the cache for whole keys and values: it gets them from what is stored.

@@ -1,4 +1,4 @@
-"""Proof at load, on a few tokens, that the parts of a model make up the whole.
+"""Check at load, on a few tokens, that the parts of a model sum to the whole.
 
 A family may look like the contract and differ in one place: this finds it before a user's result does.
 """
@@ -16,10 +16,10 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, tor
 
 
 def self_check(model: Any) -> dict[str, float]:
-    """Check laws 1 and 2 of the hook table on random tokens; the largest relative deviation of each.
+    """Check properties 1 and 2 of the hook table on random tokens; the largest relative deviation of each.
 
     Raises:
-        SelfCheckError: names the law, the layer, and the deviation.
+        SelfCheckError: names the property, the layer, and the deviation.
     """
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.cfg.d_vocab, (1, TOKENS), generator=generator).to(model.cfg.device)
