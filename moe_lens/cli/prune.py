@@ -57,7 +57,9 @@ def prune(
     ] = Budget.layer,
     uniform: Annotated[
         bool,
-        typer.Option("--uniform", help="With --budget global: then the same number in every layer, as configs need."),
+        typer.Option(
+            "--uniform", help="With --budget global: give every layer the same number in the end, as configs need."
+        ),
     ] = False,
     top_k: Annotated[
         int | None, typer.Option(min=1, help="Lower the number of active experts per token to this.")
