@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from moe_lens import names
 from moe_lens.errors import HookError, InputError
@@ -20,6 +19,7 @@ from moe_lens.interventions.rerouting import Replayed, Steer, SteerRule, force_r
 from moe_lens.model.cache.moe_cache import MoECache
 from moe_lens.model.experts.expert_weights_view import grouped_product
 from moe_lens.model.experts.layer_parameters import LayerParameters
+from moe_lens.model.hf_compat import maybe_install_capturing_hooks
 from moe_lens.model.hooks.adapter import build_adapter
 from moe_lens.model.hooks.expert_kernel import experts_forward
 from moe_lens.model.hooks.generation import GeneratingBridge

@@ -36,13 +36,13 @@ TOUCHPOINTS = (
     "transformers.models.auto.modeling_auto:MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "transformers.models.auto.modeling_auto:MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
     "transformers.models.auto.tokenization_auto:get_tokenizer_config",
-    "transformers.utils.generic:TransformersKwargs",
-    "transformers.utils.generic:TransformersKwargs",
+    "transformers.utils:is_peft_available",
     "transformers.utils.generic:TransformersKwargs",
     "transformers.utils.hub:cached_file",
     "transformers.utils.hub:is_offline_mode",
     "transformers.utils.hub:resolve_revision",
     "transformers.utils.output_capturing:OutputRecorder",
+    "transformers.utils.output_capturing:maybe_install_capturing_hooks",
     *(f"{_V2}{name}" for name in ("RMSNorm", "Experts", "MLP", "DecoderLayer", "PreTrainedModel", "Model")),
     f"{_V2}ForCausalLM",
     f"{_LLAMA}Attention",
@@ -78,9 +78,10 @@ from transformers.models.auto.modeling_auto import (  # noqa: E402
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config  # noqa: E402
+from transformers.utils import is_peft_available  # noqa: E402
 from transformers.utils.generic import TransformersKwargs  # noqa: E402
 from transformers.utils.hub import cached_file, is_offline_mode, resolve_revision  # noqa: E402
-from transformers.utils.output_capturing import OutputRecorder  # noqa: E402
+from transformers.utils.output_capturing import OutputRecorder, maybe_install_capturing_hooks  # noqa: E402
 
 __all__ = [
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -103,6 +104,8 @@ __all__ = [
     "get_tokenizer_config",
     "initialization",
     "is_offline_mode",
+    "is_peft_available",
+    "maybe_install_capturing_hooks",
     "register_checkpoint_conversion_mapping",
     "resolve_revision",
 ]
