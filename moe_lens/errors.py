@@ -29,6 +29,10 @@ class SelfCheckError(MoELensError):
     """The hooked parts of a freshly loaded model do not sum to the whole; the message names layer and deviation."""
 
 
+class InUseError(MoELensError):
+    """A model is in use by another thread, or by another task of an event loop."""
+
+
 class IncompatibleVersionError(MoELensError, ImportError):
     """The installed release of a library lacks what moe_lens uses of it; the message names what."""
 

@@ -1,7 +1,7 @@
 """HookedMoE: a TransformerBridge in which every Mixture-of-Experts layer is taken apart."""
 
 from collections.abc import Generator, Iterable, Mapping
-from contextlib import ExitStack, closing
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Self
 
@@ -346,9 +346,7 @@ class HookedMoE(Summary, GeneratingBridge):
             InputError: something that is no intervention on this model, a prompt that cannot be read, or an argument
                 that TransformerLens's `generate` does not have.
         """
-        with ExitStack() as stack:
-            for intervention in check_interventions(self, interventions):
-                stack.enter_context(intervention)
+        with self.hooks([hook for one in check_interventions(self, interventions) for hook in one.hooks]):
             return super().generate(input, *args, **kwargs)
 
     def generate_stream(
@@ -367,15 +365,13 @@ class HookedMoE(Summary, GeneratingBridge):
         Raises:
             InputError: see `generate`; at the call, not at the first piece.
         """
-        checked = check_interventions(self, interventions)
+        hooks = [hook for one in check_interventions(self, interventions) for hook in one.hooks]
         pieces = super().generate_stream(input, *args, **kwargs)
 
         def stream() -> Generator[Any]:
             with closing(pieces):
                 while True:
-                    with ExitStack() as stack:
-                        for intervention in checked:
-                            stack.enter_context(intervention)
+                    with self.hooks(hooks):
                         try:
                             piece = next(pieces)
                         except StopIteration:

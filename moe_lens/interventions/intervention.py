@@ -1,9 +1,7 @@
 """`Intervention`: a change of a model's forward pass, as an object."""
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from types import TracebackType
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from moe_lens.errors import InputError
+from moe_lens.model.hooks.hook_scope import OpensScope
 from moe_lens.protocols import HookedModel
 from moe_lens.selection import Selection, Step
 
@@ -20,7 +19,7 @@ Hook = tuple[str, Callable[[Tensor, HookPoint], Tensor | None]]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Intervention:
+class Intervention(OpensScope):
     """A change of a model's forward pass, active inside `with`, in `generate(…, interventions=[…])`, or as hooks.
 
     Interventions nest. At one hook point the outer one acts first and the inner one sees what it has made; hook points
@@ -32,23 +31,19 @@ class Intervention:
     label: str
     """What it does, readable."""
     hooks: tuple[Hook, ...]
-    _open: list[AbstractContextManager[Any]] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        super().__init__()
 
     @property
     def fwd_hooks(self) -> list[tuple[str | Callable[..., Any], Callable[..., Any]]]:
         """For `run_with_hooks` and `hooks`."""
         return list(self.hooks)
 
-    def __enter__(self) -> "Intervention":
-        context = self.model.hooks(fwd_hooks=self.fwd_hooks)
-        context.__enter__()
-        self._open.append(context)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._open.pop().__exit__(kind, error, traceback)
+    def scope(self) -> Any:
+        """Its hooks, in place."""
+        context: Any = self.model.hooks(fwd_hooks=self.fwd_hooks)
+        return context.scope()
 
     def __repr__(self) -> str:
         return f"Intervention({self.label})"

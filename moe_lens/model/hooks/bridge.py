@@ -16,6 +16,7 @@ from moe_lens.model.cache.caching_hook import CachingHook
 from moe_lens.model.cache.hook_cache import following_tokens
 from moe_lens.model.cache.moe_cache import MoECache
 from moe_lens.model.hooks.arguments import forward_words, further_words, refuse_unknown
+from moe_lens.model.hooks.hook_scope import ForwardClaim, HookContext, Hooks, without_batch
 from moe_lens.model.hooks.hook_table import HookTable
 from moe_lens.model.hooks.layer_hooks import SelectionState
 from moe_lens.model.hooks.model_input import ModelInput, Reading
@@ -28,6 +29,10 @@ OF_INPUT = frozenset({"attention_mask", "prepend_bos", "padding_side"})
 RETURNED = ("logits", "loss", "both", "logits_and_cache", None)
 """What `forward` gives back: TransformerLens's words, but for `"predictions"`, which are of masked language models."""
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
+
+
+def _none_of(name: str) -> bool:  # noqa: ARG001
+    return False
 
 
 @dataclass
@@ -293,6 +298,84 @@ class ExpertBridge(HookTable):
             raise HookError("incl_bwd needs gradients: no parameter requires one, or autograd is off")
         output.backward()
 
+    # --- hooks ---
+
+    def hooks(
+        self,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> HookContext:
+        """Hooks that are in place inside a `with`: `with model.hooks([(name, function)]): …`.
+
+        The model belongs to the thread that is inside, from the first open context to the last.
+
+        Args:
+            fwd_hooks: pairs of a name, or a predicate on names, and a function `(activation, hook)`.
+            bwd_hooks: the same for gradients.
+            reset_hooks_end: take these hooks out at the end.
+            clear_contexts: clear `ctx` of their hook points at the end.
+
+        Raises:
+            HookError: when it is entered: a hook that does not exist.
+            InUseError: when it is entered: another thread uses the model.
+        """
+        return HookContext(self, (fwd_hooks, bwd_hooks), reset_hooks_end, clear_contexts)
+
+    def run_with_hooks(
+        self,
+        input: Any,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        return_type: str | None = "logits",
+        stop_at_layer: int | None = None,
+        start_at_layer: int | None = None,
+        remove_batch_dim: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the model with hooks that are in place for this run only.
+
+        Args:
+            input: what `forward` takes.
+            fwd_hooks: pairs of a name, or a predicate on names, and a function `(activation, hook)`.
+            bwd_hooks: the same for gradients.
+            reset_hooks_end: take these hooks out at the end.
+            clear_contexts: clear `ctx` of their hook points at the end.
+            return_type: `"logits"`, `"loss"`, `"both"`, …
+            stop_at_layer: run the blocks before it; the output is the residual stream there.
+            start_at_layer: see TransformerLens.
+            remove_batch_dim: show hooks activations without a batch axis, for a batch of one.
+            kwargs: of `forward`: `attention_mask`, `prepend_bos`, `padding_side`, …
+
+        Raises:
+            HookError: a hook that does not exist, or that returned what cannot be used.
+            InUseError: another thread uses the model.
+        """
+        if "names_filter" in kwargs:
+            raise InputError("run_with_hooks takes no names_filter: it caches nothing; run_with_cache does")
+        first, last = (self._layer_index(at) for at in (start_at_layer or 0, stop_at_layer))
+        fwd, bwd = (
+            [
+                (self._among(name, first, last), without_batch(function) if remove_batch_dim else function)
+                for name, function in hooks
+            ]
+            for hooks in (fwd_hooks, bwd_hooks)
+        )
+        with self.hooks(fwd, bwd, reset_hooks_end, clear_contexts):
+            limits = {"start_at_layer": start_at_layer, "stop_at_layer": stop_at_layer}
+            limits = {name: value for name, value in limits.items() if value is not None}
+            return self.forward(input, return_type=return_type, **limits, **kwargs)
+
+    def _among(self, name: str | Callable[[str], bool], first: int, last: int) -> str | Callable[[str], bool]:
+        """What a name or a predicate means when only the blocks from `first` to before `last` run."""
+        if not isinstance(name, str):
+            return lambda hook: name(hook) and self._runs(hook, first, last)
+        self.points_of(name, None, "fwd")
+        return name if self._runs(name, first, last) else _none_of
+
     # --- the forward pass that is running, for hook functions that ask ---
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # what follows is by name here
@@ -324,6 +407,7 @@ class ExpertBridge(HookTable):
         Raises:
             InputError: an input that cannot be read, an argument that nobody reads or that has no such value, or the
                 loss of a single token.
+            InUseError: another thread uses the model.
         """
         kind = type(self.original_model)
         refuse_unknown("forward", kwargs, forward_words(kind))
@@ -335,9 +419,9 @@ class ExpertBridge(HookTable):
         if "token_type_ids" not in further_words(kind):
             words.pop("token_type_ids", None)
         refuse_unknown("the input, for forward,", words, forward_words(kind))
-        outer, past = self.__dict__.get("_running"), kwargs.get("past_key_values")
-        self.__dict__["_running"] = _Running(given, 0 if past is None else past.get_seq_length())
-        try:
+        past = kwargs.get("past_key_values")
+        with ForwardClaim(self) as claim:
+            claim.running = _Running(given, 0 if past is None else past.get_seq_length())
             return super().forward(
                 given.values,
                 return_type,
@@ -346,14 +430,12 @@ class ExpertBridge(HookTable):
                 **words,
                 **kwargs,
             )
-        finally:
-            self.__dict__["_running"] = outer
 
     def _finalize_return(
         self, return_type: str | None, logits: Any, input_ids: Any, *, attention_mask: Any = None, **kwargs: Any
     ) -> Any:
         """TransformerLens's, with the padding that attention was not told of left out of the loss, too."""
-        running: _Running | None = self.__dict__.get("_running")
+        running: _Running | None = self.owner.running
         if running is not None and attention_mask is None:
             attention_mask = running.given.mask
         if return_type in ("loss", "both") and not kwargs.get("loss_per_token"):
@@ -375,7 +457,7 @@ class ExpertBridge(HookTable):
 
     def current_tokens(self) -> Step | None:
         """The tokens of the forward pass that is running; None where `forward` does not run."""
-        running: _Running | None = self.__dict__.get("_running")
+        running: _Running | None = self.owner.running
         if running is None:
             return None
         if running.step is None:

@@ -73,7 +73,7 @@ def edit_stream(point: HookPoint | None, stream: Tensor) -> None:
     """
     if point is None or not point.has_hooks():
         return
-    seen, edited = call_hook(point, stream.clone(), "hook_resid_mid")
+    seen, edited = call_hook(point, stream.clone())
     if edited:
         stream.copy_(seen)
 
@@ -112,7 +112,7 @@ class LayerPart(GeneralizedComponent):
             return out
         if self.multiplier == 1.0:
             return point(out)
-        seen, edited = call_hook(point, out * self.multiplier, point.name or "hook_out")
+        seen, edited = call_hook(point, out * self.multiplier)
         return unscaled(seen, out, self.multiplier) if edited else out
 
 
@@ -139,8 +139,8 @@ class Norm(GeneralizedComponent):
         wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
         centred = wide if self.uses_rms_norm else wide - wide.mean(-1, keepdim=True)
         eps = component.variance_epsilon if hasattr(component, "variance_epsilon") else component.eps
-        scale, scaled = call_hook(scale_point, (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt(), "hook_scale")
-        normalized, edited = call_hook(normalized_point, centred / scale, "hook_normalized")
+        scale, scaled = call_hook(scale_point, (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt())
+        normalized, edited = call_hook(normalized_point, centred / scale)
         rebuilt = self._rebuilt(normalized, x.dtype)
         if not (scaled or edited):
             return self.hook_out(native)

@@ -10,6 +10,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from moe_lens.errors import InputError
 from moe_lens.model.hooks.arguments import further_words, named, refuse_unknown
 from moe_lens.model.hooks.bridge import OF_INPUT, ExpertBridge
+from moe_lens.model.hooks.hook_scope import GenerationClaim
 from moe_lens.model.hooks.model_input import ModelInput
 
 _RETURNED = ("input", "str", "tokens", None)
@@ -32,7 +33,8 @@ class GeneratingBridge(ExpertBridge):
             InputError: a prompt that cannot be read, or an argument that is not TransformerLens's.
         """
         words = self._prompted("generate", input, args, kwargs)
-        out = super().generate(**words)
+        with GenerationClaim(self, "generate"):
+            out = super().generate(**words)
         # On TransformerLens's way around its own loop, for some recurrent models, tokens come back.
         return self._decoded(out, False) if words.get("return_type") == "str" and isinstance(out, Tensor) else out
 
@@ -47,7 +49,12 @@ class GeneratingBridge(ExpertBridge):
         Raises:
             InputError: see `generate`.
         """
-        return super().generate_stream(**self._prompted("generate_stream", input, args, kwargs))
+        return self._streamed(super().generate_stream(**self._prompted("generate_stream", input, args, kwargs)))
+
+    def _streamed(self, pieces: Generator[Any]) -> Generator[Any]:
+        """The pieces; the model belongs to the thread that asks for the first, until the last or until forgotten."""
+        with GenerationClaim(self, "generate_stream"):
+            yield from pieces
 
     def hf_generate(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
         """Transformers' own generation, with all it has (beams, constraints, assistants); hooks that are in place fire.
@@ -68,7 +75,8 @@ class GeneratingBridge(ExpertBridge):
         _check_returned("hf_generate", returned)
         if given.attention_mask is not None:
             words["attention_mask"] = given.attention_mask
-        out = super().hf_generate(given.values, return_type="tokens", **given.words, **words)
+        with GenerationClaim(self, "hf_generate"):
+            out = super().hf_generate(given.values, return_type="tokens", **given.words, **words)
         if returned == "tokens" or (returned in ("input", None) and not given.was_text):
             return out
         return self._decoded(getattr(out, "sequences", out), given.was_text == "texts")

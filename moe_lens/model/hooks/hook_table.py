@@ -12,8 +12,11 @@ from moe_lens.errors import HookError, UnsupportedModelError
 from moe_lens.model.experts.expert_weights_view import Experts, top_k_of
 from moe_lens.model.families.table import Family
 from moe_lens.model.hooks.arguments import refuse_unknown
+from moe_lens.model.hooks.checked_point import CheckedPoint, check_points
+from moe_lens.model.hooks.hook_scope import run_all_blocks
 from moe_lens.model.hooks.layer_hooks import LayerHooks
 from moe_lens.model.hooks.moe_block import MoEBlock
+from moe_lens.model.hooks.ownership import Owner
 from moe_lens.model.loading.transformer_lens_words import PROCESSING, refuse_processing
 from moe_lens.model.loading.validate import check_tokenizer
 from moe_lens.model.loading.whole_state import WholeState
@@ -25,6 +28,8 @@ class HookTable(WholeState):
     """A TransformerBridge that knows the hooks of experts and leaves the weights alone."""
 
     family: Family
+    owner: Owner
+    """Which thread the model belongs to at the moment."""
 
     def __init__(self, model: PreTrainedModel, adapter: Any, tokenizer: Any, family: Family):
         if not any(name.endswith(".experts") for name, _ in model.named_modules()):
@@ -32,8 +37,10 @@ class HookTable(WholeState):
                 f"this {family.model_type} has no layer with experts; "
                 "dense models belong in TransformerLens's TransformerBridge"
             )
-        self.__dict__.update(family=family, _original_names=tuple(model.state_dict()))
+        self.__dict__.update(family=family, _original_names=tuple(model.state_dict()), owner=Owner())
         super().__init__(model, adapter, tokenizer)
+        self.owner.bind(self)
+        check_points(self, self.owner)
         for layer, block in enumerate(self.blocks):
             # Not modules of the norm: a reference, so that each hook point has one owner and one name.
             parts: Any = block._modules
@@ -42,7 +49,7 @@ class HookTable(WholeState):
                 reader.__dict__["residual_point"] = parts["hook_resid_mid"]
             hooks = getattr(parts.get("mlp"), "hooks", None)
             if isinstance(hooks, LayerHooks):
-                hooks.layer = layer
+                hooks.layer, hooks.owner = layer, self.owner
                 for name in names.ALIASED:
                     if name in hooks.points:
                         object.__setattr__(block, name, hooks.points[name])
@@ -63,6 +70,11 @@ class HookTable(WholeState):
             check_tokenizer(value)
             self.cfg.tokenizer_prepends_bos, self.cfg.tokenizer_appends_eos = detect_tokenizer_bos_eos(value)
         self.__dict__["_tokenizer"] = value
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or a model read from a pickle, belongs to nobody."""
+        super().__setstate__(state)
+        self.owner.bind(self)
 
     def _layer_hooks(self) -> Iterator[tuple[int, LayerHooks]]:
         for layer, block in enumerate(self.blocks):
@@ -145,8 +157,8 @@ class HookTable(WholeState):
             if hook.name != "hook_out" and expert >= self.n_experts - self.n_identity_experts:
                 continue  # an identity has no neurons
             name = names.expert(hook.name, layer, expert)
-            point = hooks.experts.setdefault((expert, hook.name), HookPoint())
-            point.name = name
+            point = hooks.experts.setdefault((expert, hook.name), CheckedPoint())
+            point.name, point.__dict__["owner"] = name, self.owner
             self._all_hooks[name] = self._hook_registry[name] = made[name] = point
         return made
 
@@ -186,10 +198,57 @@ class HookTable(WholeState):
         dir: Literal["fwd", "bwd"] = "fwd",
         is_permanent: bool = False,
     ) -> None:
-        """Add a hook to a point, or to all whose name satisfies a predicate."""
+        """Add a hook to a point, or to all whose name satisfies a predicate.
+
+        Raises:
+            HookError: there is no such hook.
+            InUseError: the model belongs to another thread.
+        """
+        self.owner.check()
         if isinstance(name, str):
             name = self._find(name).name or name
         super().add_hook(name, hook_fn, dir=dir, is_permanent=is_permanent)
+
+    def remove_all_hook_fns(self, *args: Any, **kwargs: Any) -> None:
+        """As TransformerLens's.
+
+        Raises:
+            InUseError: the model belongs to another thread.
+        """
+        self.owner.check()
+        super().remove_all_hook_fns(*args, **kwargs)
+
+    def points_of(
+        self, name: str | Callable[[str], bool], function: Any, direction: Literal["fwd", "bwd"]
+    ) -> list[CheckedPoint]:
+        """The hook points that a name or a predicate on names means; those that would never fire are left out.
+
+        Raises:
+            HookError: there is no such hook.
+            ValueError: the hook named is switched off, as TransformerLens says.
+        """
+        if isinstance(name, str):
+            found: dict[str, Any] = {name: self._find(name)}
+        else:
+            found = {point.name or n: point for n, point in list(self._all_hooks.items()) if name(n)}
+            gated = [n for n in found if self._gated_hook_reason(n) is not None]
+            self._warn_gated_skipped("hooks", gated, stacklevel=2)
+            found = {n: point for n, point in found.items() if n not in gated}
+        for n, point in found.items():
+            self.check_hooks_to_add(point, n, function, dir=direction)
+        return list({id(point): point for point in found.values()}.values())
+
+    def remove_leftovers(self, known: list[Any]) -> None:
+        """Remove the hooks of contexts that were lost: those that no open one has added."""
+        ids = {id(handle) for handle in known}
+        for point in self._points():
+            point.remove_handles({id(handle) for handle in point.temporary()} - ids)
+        self.context_level = self.owner.depth
+        run_all_blocks(self)
+
+    def _points(self) -> list[CheckedPoint]:
+        points: Any = {id(point): point for point in self._all_hooks.values()}
+        return list(points.values())
 
     def _hooks_of(self, layer: int) -> LayerHooks:
         hooks = dict(self._layer_hooks()).get(layer)

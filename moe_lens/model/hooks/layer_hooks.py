@@ -11,6 +11,8 @@ from transformer_lens.hook_points import HookPoint
 
 from moe_lens import names
 from moe_lens.errors import HookError
+from moe_lens.model.hooks.checked_point import CheckedPoint
+from moe_lens.model.hooks.ownership import Owner
 from moe_lens.model.hooks.scaling import unscaled
 
 
@@ -23,7 +25,7 @@ def rank_order(
     return by_index.gather(-1, by_weight)
 
 
-def call_hook(point: HookPoint, value: Tensor, name: str) -> tuple[Tensor, bool]:
+def call_hook(point: HookPoint, value: Tensor) -> tuple[Tensor, bool]:
     """Run the hooks of a point on `value`, which nobody else holds; the result and whether it must replace the value.
 
     An edit is a returned tensor or a change in place. Backward hooks need the result in the graph, edited or not.
@@ -32,13 +34,7 @@ def call_hook(point: HookPoint, value: Tensor, name: str) -> tuple[Tensor, bool]
     seen = point(value)
     if seen is value and version is not None and value._version == version and not point.bwd_hooks:
         return value, False
-    if not isinstance(seen, Tensor) or seen.shape != value.shape:
-        came = f"shape {tuple(seen.shape)}" if isinstance(seen, Tensor) else type(seen).__name__
-        raise HookError(f"a hook on {name} returned {came}; expected a tensor of shape {tuple(value.shape)}, or None")
-    kinds = [(tensor.dtype.is_floating_point, tensor.dtype == torch.bool) for tensor in (seen, value)]
-    if kinds[0] != kinds[1]:
-        raise HookError(f"a hook on {name} returned {seen.dtype}; expected {value.dtype}")
-    return seen.to(value.dtype), True
+    return seen, True
 
 
 class SelectionState(NamedTuple):
@@ -58,11 +54,15 @@ class LayerHooks:
         absent = {names.MLP_IN, names.MLP_OUT}
         absent |= set() if linear_branch else {names.EXPERT_PRE_LINEAR}
         absent |= set() if shared else {names.SHARED_OUT}
-        self.points = {hook.name: HookPoint() for hook in names.MLP_HOOKS if hook.name not in absent}
+        self.points: dict[str, HookPoint] = {
+            hook.name: CheckedPoint() for hook in names.MLP_HOOKS if hook.name not in absent
+        }
         for point in self.points.values():
             point.private = True  # pyright: ignore[reportArgumentType]  # hooks get a copy of their own: see run_with_cache
         self.experts: dict[tuple[int, str], HookPoint] = {}
         self.batch = self.pos = 0
+        self.owner = Owner()
+        """That of the model, once it is wrapped."""
         self._routing: tuple[Tensor, Tensor] | None = None
         self._slots: Tensor | None = None
         self._used: Tensor | None = None
@@ -155,9 +155,7 @@ class LayerHooks:
             return value
         factor = self.factors.get(name, 1.0)
         view = value.reshape(self.batch, self.pos, value.shape[-1])
-        seen, edited = call_hook(
-            self.points[name], view.clone() if factor == 1.0 else view * factor, names.mlp(name, self.layer)
-        )
+        seen, edited = call_hook(self.points[name], view.clone() if factor == 1.0 else view * factor)
         if not edited:
             return value
         return (seen if factor == 1.0 else unscaled(seen, view, factor)).reshape(value.shape)
@@ -176,7 +174,7 @@ class LayerHooks:
         view = view.index_select(0, rows).view(self.batch, self.pos, -1, *flat.shape[1:])
         factor = self.factors.get(name, 1.0)
         shown = view if factor == 1.0 else view * factor
-        seen, edited = call_hook(self.points[name], shown, names.mlp(name, self.layer))
+        seen, edited = call_hook(self.points[name], shown)
         if not edited:
             return value
         seen = seen if factor == 1.0 else unscaled(seen, view, factor)
@@ -207,7 +205,7 @@ class LayerHooks:
             rank[self.slots] = torch.arange(rank.numel(), device=rank.device) % top_k
             token = slot // top_k
             point.ctx.update(batch=token // self.pos, pos=token % self.pos, rank=rank[slot], n_pos=self.pos)
-            seen, edited = call_hook(point, value[start:end].clone(), names.expert(name, self.layer, expert))
+            seen, edited = call_hook(point, value[start:end].clone())
             if edited:
                 value = torch.cat([value[:start], seen, value[end:]])
         return value

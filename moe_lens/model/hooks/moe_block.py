@@ -111,13 +111,18 @@ class MoEBlock(GeneralizedComponent):
 
     @contextmanager
     def passing(self, batch: int, pos: int) -> Generator[None]:
-        """While tokens pass, the hooks know how they are laid out."""
+        """While tokens pass, the hooks know how they are laid out.
+
+        Raises:
+            InUseError: another thread uses the model.
+        """
         assert self.hooks is not None
-        self.hooks.start(batch, pos)
-        try:
-            yield
-        finally:
-            self.hooks.finish()
+        with self.hooks.owner.passing():
+            self.hooks.start(batch, pos)
+            try:
+                yield
+            finally:
+                self.hooks.finish()
 
     def _finish(self, out: Any, x: Tensor) -> Any:
         return out if self.beside is None else out + self.beside(x)

@@ -1,0 +1,133 @@
+"""A hook point that refuses what a hook function may not return."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint, LensHandle
+
+from moe_lens.errors import HookError
+
+if TYPE_CHECKING:
+    from moe_lens.model.hooks.ownership import Owner
+
+_ADDED = f"{HookPoint.add_hook.__qualname__}.<locals>"
+"""Part of the names of the functions that TransformerLens gives to torch."""
+
+
+class CheckedPoint(HookPoint):
+    """A hook point whose hooks return a tensor of the shape, kind and device that they were given, or None.
+
+    torch broadcasts what another shape allows, so an edit of one position would become one of all. A copy of the point
+    has the hooks that outlive any `with`, and they see the copy.
+    """
+
+    owner: "Owner | None" = None
+
+    def add_hook(self, hook: Any, dir: Any = "fwd", *args: Any, **kwargs: Any) -> LensHandle:
+        """As TransformerLens's."""
+        handle = super().add_hook(_Checking(hook, self, backward=dir == "bwd"), dir, *args, **kwargs)
+        handle.user_hook = hook
+        return handle
+
+    def remove_handles(self, handles: set[int]) -> None:
+        """Remove hooks by the `id` of their handles, and what an interrupted removal or addition has left."""
+        of_torch: list[dict[int, Any]] = [self._forward_hooks, self._backward_hooks]
+        for torch_hooks, known in zip(of_torch, (self.fwd_hooks, self.bwd_hooks), strict=True):
+            known[:] = [handle for handle in known if id(handle) not in handles and handle.hook.id in torch_hooks]
+            ids = {handle.hook.id for handle in known}
+            for number in [n for n, hook in torch_hooks.items() if n not in ids and _ADDED in hook.__qualname__]:
+                del torch_hooks[number]
+
+    def temporary(self) -> list[LensHandle]:
+        """Hooks that some `with` is to remove."""
+        return [h for h in (*self.fwd_hooks, *self.bwd_hooks) if h.context_level is not None and not h.is_permanent]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the functions that torch calls: they hold the point that they were added to."""
+        state = {key: value for key, value in self.__dict__.items() if key not in ("fwd_hooks", "bwd_hooks")}
+        lasting = [
+            (direction, handle.user_hook, handle.is_permanent)
+            for direction, handles in (("fwd", self.fwd_hooks), ("bwd", self.bwd_hooks))
+            for handle in handles
+            if handle.context_level is None or handle.is_permanent
+        ]
+        empty = {key: type(value)() for key, value in state.items() if key.endswith("_hooks") and value}
+        return {**state, **empty, "lasting": lasting}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Add the hooks again."""
+        lasting = state.pop("lasting")
+        super().__setstate__(state)
+        self.fwd_hooks, self.bwd_hooks = [], []
+        for direction, hook, is_permanent in lasting:
+            self.add_hook(hook, dir=direction, is_permanent=is_permanent)
+
+
+def check_points(module: nn.Module, owner: "Owner") -> None:
+    """Make every hook point of a model a checked one."""
+    for point in module.modules():
+        if isinstance(point, HookPoint):
+            point.__class__ = CheckedPoint
+            point.__dict__["owner"] = owner
+
+
+class _Checking:
+    """A hook function that answers for what it returns."""
+
+    def __init__(self, hook: Callable[..., Any], point: CheckedPoint, backward: bool):
+        self.hook, self.point, self.backward = hook, point, backward
+
+    def __repr__(self) -> str:
+        return getattr(self.hook, "__qualname__", type(self.hook).__name__)  # not its own: that may print tensors
+
+    def __call__(self, tensor: Any, *, hook: Any) -> Any:
+        value = tensor
+        if self.point.owner is not None:
+            self.point.owner.check()
+        before = _layout(value)
+        seen = self.hook(value, hook=hook)
+        if seen is None or seen is value:
+            if _layout(value) != before:
+                raise HookError(f"a hook on {hook.name} changed {_words(before)} in place to {_words(_layout(value))}")
+            return seen
+        if self.backward and isinstance(seen, tuple) and len(seen) == 1:
+            seen = seen[0]
+        return _fitting(seen, value, hook.name)
+
+
+def _layout(value: Any) -> Any:
+    return (value.dtype, tuple(value.shape), value.device) if isinstance(value, Tensor) else None
+
+
+def _words(layout: Any) -> str:
+    return "no tensor" if layout is None else f"{layout[0]} of shape {layout[1]} on {layout[2]}"
+
+
+def _fitting(seen: Any, value: Any, name: str | None) -> Any:
+    """What a hook has returned, in the dtype of what it was given.
+
+    Raises:
+        HookError: it is something else.
+    """
+    if isinstance(value, tuple) and isinstance(seen, tuple) and len(seen) == len(value):
+        return tuple(_fitting(mine, given, name) for mine, given in zip(seen, value, strict=True))
+    if not isinstance(value, Tensor):
+        if type(seen) is not type(value):
+            raise HookError(
+                f"a hook on {name} returned {type(seen).__name__}; expected {type(value).__name__}, or None"
+            )
+        return seen
+    if not isinstance(seen, Tensor) or seen.shape != value.shape:
+        came = f"shape {tuple(seen.shape)}" if isinstance(seen, Tensor) else type(seen).__name__
+        raise HookError(f"a hook on {name} returned {came}; expected a tensor of shape {tuple(value.shape)}, or None")
+    if _kind(seen) != _kind(value):
+        raise HookError(f"a hook on {name} returned {seen.dtype}; expected {value.dtype}")
+    if seen.device != value.device:
+        raise HookError(f"a hook on {name} returned a tensor on {seen.device}; expected one on {value.device}")
+    return seen.to(value.dtype)
+
+
+def _kind(value: Tensor) -> tuple[bool, bool, bool]:
+    return value.dtype.is_floating_point, value.dtype.is_complex, value.dtype == torch.bool

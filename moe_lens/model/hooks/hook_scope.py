@@ -1,0 +1,204 @@
+"""Hooks that are in place inside a `with`, and leave the model whatever happens."""
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+from transformer_lens.hook_points import LensHandle
+
+from moe_lens.model.hooks.checked_point import CheckedPoint
+from moe_lens.model.hooks.interrupts import uninterrupted
+from moe_lens.model.hooks.ownership import Claim
+
+Hooks = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
+Direction = Literal["fwd", "bwd"]
+
+
+class HookScope(Claim):
+    """An open hook context: the claim on the model that its hooks are."""
+
+    __slots__ = ("clear_contexts", "handles", "model", "points", "remove")
+
+    def __init__(self, model: Any, what: str, *, remove: bool = True, clear_contexts: bool = False):
+        super().__init__(model.owner, what)
+        self.model, self.remove, self.clear_contexts = model, remove, clear_contexts
+        self.points: list[CheckedPoint] = []
+        self.handles: list[LensHandle] = []
+
+    @uninterrupted
+    def enter(self, fwd_hooks: Hooks, bwd_hooks: Hooks) -> None:
+        """Claim the model and add hooks to it.
+
+        Raises:
+            HookError: a hook point that does not exist.
+            InUseError: the model belongs to another thread.
+        """
+        with_hooks: list[tuple[Direction, Hooks]] = [("fwd", fwd_hooks), ("bwd", bwd_hooks)]
+        self.owner.take(self)
+        try:
+            self.model.context_level = level = self.owner.depth
+            for direction, hooks in with_hooks:
+                for name, function in hooks:
+                    for point in self.model.points_of(name, function, direction):
+                        self.points.append(point)
+                        self.handles.append(point.add_hook(function, dir=direction, level=level))
+        except BaseException:
+            self.leaving = True
+            self.owner.sweep(self)
+            self.owner.drop(self)
+            raise
+
+    def undo(self) -> None:
+        """Take the hooks out."""
+        ids = {id(handle) for handle in self.handles}
+        for point in self.points:
+            if self.remove:
+                point.remove_handles(ids)
+            if self.clear_contexts:
+                point.clear_context()
+        if not self.remove:
+            for handle in self.handles:
+                handle.context_level = None  # it stays, as one of `add_hook` does
+
+    @uninterrupted
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self.model.context_level = self.owner.depth
+
+
+class ForwardClaim(Claim):
+    """A forward pass: the claim on the model that it is."""
+
+    __slots__ = ("model",)
+
+    def __init__(self, model: Any):
+        super().__init__(model.owner, "a forward pass")
+        self.model = model
+
+    def undo(self) -> None:
+        """Let the next pass begin and end where it will: TransformerLens's own clearing can be interrupted."""
+        run_all_blocks(self.model)
+
+
+class GenerationClaim(Claim):
+    """A generation: the claim on the model that it is."""
+
+    __slots__ = ("model",)
+
+    def __init__(self, model: Any, what: str):
+        super().__init__(model.owner, what)
+        self.model = model
+
+    def undo(self) -> None:
+        """Forget the key-value cache, as TransformerLens does unless it is interrupted."""
+        self.model.__dict__.update(_capture_hf_cache=False)
+        self.model.__dict__.pop("_last_hf_cache", None)
+
+
+def run_all_blocks(model: Any) -> None:
+    """Clear where a forward pass was to start and stop."""
+    for block in model.blocks:
+        state = block.__dict__
+        if state.get("_stop_at_layer_idx") is not None or state.get("_start_at_layer_idx") is not None:
+            state.update(_stop_at_layer_idx=None, _start_at_layer_idx=None, _start_residual=None)
+
+
+def without_batch(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook function that is shown activations of a batch of one without their batch axis."""
+
+    def inner(value: Any, hook: Any) -> Any:
+        if value.shape[0] != 1:
+            return function(value, hook)
+        one = value.squeeze(0)
+        seen = function(one, hook)
+        return seen.unsqueeze(0) if isinstance(seen, Tensor) and seen.dim() == one.dim() else seen
+
+    return inner
+
+
+class _Leave:
+    """What one `with` statement, or one `ExitStack`, calls at the end."""
+
+    __slots__ = ("__weakref__", "opener", "scope")
+
+    def __init__(self, opener: "OpensScope | None"):
+        self.opener, self.scope = opener, None
+
+    @uninterrupted
+    def __call__(self, *arguments: Any) -> None:
+        opener = arguments[0] if self.opener is None else self.opener
+        scope = opener._open.pop() if self.scope is None else self.scope
+        scope.__exit__()
+
+
+class _Exit:
+    """`__exit__` of what can be entered again and again.
+
+    A `with` statement looks `__exit__` up before it calls `__enter__`, an `ExitStack` does so on the class; each gets a
+    `_Leave` of its own, which alone holds the scope. If an exception strikes before the first line of leaving, it is
+    dropped, and the scope is known to be lost.
+    """
+
+    def __get__(self, opener: "OpensScope | None", owner: type) -> Any:
+        leave = _Leave(opener)
+        _next[threading.get_ident()] = weakref.ref(leave)
+        return leave
+
+
+_next: dict[int, Any] = {}
+"""Of each thread, what was looked up last."""
+
+
+class OpensScope:
+    """Something that opens a scope of hooks in each `with`, also inside itself."""
+
+    if TYPE_CHECKING:
+
+        def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+            """Close the scope."""
+    else:
+        __exit__ = _Exit()
+
+    _open: list[HookScope]
+    """Scopes that no `with` holds, innermost last."""
+
+    def __init__(self) -> None:
+        self.__dict__["_open"] = []
+
+    def scope(self) -> HookScope:
+        """A scope, entered."""
+        raise NotImplementedError
+
+    def entered(self) -> Any:
+        """What `with … as` gives."""
+        return self
+
+    @uninterrupted
+    def __enter__(self) -> Any:
+        waiting = _next.pop(threading.get_ident(), None)
+        leave = None if waiting is None else waiting()
+        if leave is not None and leave.opener in (None, self):
+            leave.scope = self.scope()
+        else:
+            self._open.append(self.scope())
+        return self.entered()
+
+
+class HookContext(OpensScope):
+    """What `model.hooks(…)` returns."""
+
+    def __init__(self, model: Any, hooks: tuple[Hooks, Hooks], remove: bool, clear_contexts: bool):
+        super().__init__()
+        self.model, self._hooks, self._how = model, hooks, {"remove": remove, "clear_contexts": clear_contexts}
+
+    def scope(self) -> HookScope:
+        """A scope, entered."""
+        scope = HookScope(self.model, "an open hook context", **self._how)
+        scope.enter(*self._hooks)
+        return scope
+
+    def entered(self) -> Any:
+        """The model."""
+        return self.model
