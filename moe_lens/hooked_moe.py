@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_lens import names
 from moe_lens.errors import HookError, InputError
+from moe_lens.ids import ids
 from moe_lens.interventions.ablation import By, Fallback, How, ablate, keep_top
 from moe_lens.interventions.expert_means import Reference
 from moe_lens.interventions.intervention import Intervention, check_interventions
@@ -384,21 +385,30 @@ class HookedMoE(Summary, GeneratingBridge):
 
     @torch.no_grad()
     def expert_outputs(
-        self, layer: int, x: Float[Tensor, "*tokens d_model"], experts: Int[Tensor, "*tokens n"]
+        self,
+        layer: int,
+        x: Float[Tensor, "*tokens d_model"],
+        experts: Int[Tensor, "*tokens n"] | Bool[Tensor, " n_experts"],
     ) -> Float[Tensor, "*tokens n d_out"]:
         """E_i(x), not weighted, of any experts at any tokens, selected or not; no hook fires and nothing is routed.
 
         Args:
             layer: a layer with experts.
             x: what the experts read, as `mlp.hook_in` has it.
-            experts: ids, n for each token.
+            experts: ids, n for each token; or a mask of all experts [n_experts], for the same n at every token.
 
         Raises:
             HookError: the layer is dense.
-            InputError: an id out of range.
+            InputError: an id out of range, or something that is neither ids nor a mask.
         """
         if layer not in self.moe_layers:
             raise HookError(f"layer {layer} has no experts; MoE layers are {list(self.moe_layers)}")
+        if experts.dtype == torch.bool:
+            chosen = ids("experts", experts)
+            chosen.check("experts", self.n_experts)
+            experts = torch.tensor(chosen, device=x.device).expand(*x.shape[:-1], -1)
+        elif experts.is_floating_point() or experts.is_complex():
+            raise InputError(f"experts are {experts.dtype}; expected whole numbers, or a mask of {self.n_experts}")
         wrong = (experts < 0) | (experts >= self.n_experts)
         if wrong.any():
             raise InputError(
@@ -411,8 +421,8 @@ class HookedMoE(Summary, GeneratingBridge):
         rows = x[..., None, :].expand(*experts.shape, x.shape[-1]).reshape(-1, x.shape[-1])
         rows = rows.to(matrix.device, matrix.dtype)
         silent = LayerHooks(layer, linear_branch=module.has_gate, shared=False)
-        ids = experts.reshape(-1, 1).to(rows.device)
-        out = experts_forward(module, silent, rows, ids, rows.new_ones(ids.shape), grouped_product)
+        flat = experts.reshape(-1, 1).to(rows.device)
+        out = experts_forward(module, silent, rows, flat, rows.new_ones(flat.shape), grouped_product)
         return out.view(*experts.shape, -1).to(x.device)
 
 

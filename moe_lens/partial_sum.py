@@ -1,12 +1,12 @@
 """`PartialSum`: the name of a point in the residual stream, between "before the experts" and "after all of them"."""
 
-import operator
 from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from moe_lens.errors import InputError
+from moe_lens.ids import Ids, ids
 
 Residual = Literal["mid", "pre", "none"]
 Drawn = Literal["active", "unselected"]
@@ -29,7 +29,7 @@ class PartialSum:
     ranks: Collection[int] | None = None
     """Places by routing weight from 0, the largest; a sorted tuple. None: no restriction; empty: no routed expert."""
     experts: Collection[int] | None = None
-    """Expert ids instead of ranks; one that a token did not choose adds nothing there. Kept as a sorted tuple."""
+    """Expert ids, or a mask of all, instead of ranks; one that a token did not choose adds nothing. A sorted tuple."""
     weighted: bool = True
     """Whether an expert's output is multiplied by its routing weight, as the model does."""
     shared: bool = False
@@ -54,7 +54,7 @@ class PartialSum:
         elif isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise InputError(f"seed is {self.seed!r}; expected a whole number from 0")
         for name in ("ranks", "experts"):
-            object.__setattr__(self, name, _whole_numbers(name, getattr(self, name)))
+            object.__setattr__(self, name, _distinct(name, getattr(self, name)))
         if not self.label:
             raise InputError(
                 "a partial sum of nothing: no residual, no routed expert, no shared experts. Ask for one of them"
@@ -128,22 +128,13 @@ class PartialSum:
         return cls(ranks=[]), active, cls(ranks=[top_k - 1]), unselected
 
 
-def _whole_numbers(name: str, values: Collection[int] | None) -> tuple[int, ...] | None:
+def _distinct(name: str, values: Any) -> Ids | None:
     if values is None:
         return None
-    try:
-        numbers = [operator.index(value) for value in values if not isinstance(value, bool)]
-        complete = len(numbers) == len(values)
-    except TypeError:
-        complete = False
-        numbers = []
-    if not complete:
-        raise InputError(f"{name} is {values!r}; expected whole numbers in a list, set or range, or None for all")
-    if numbers and min(numbers) < 0:
-        raise InputError(f"{name} has {min(numbers)}; they count from 0")
-    if len(set(numbers)) < len(numbers):
+    found = ids(name, values, empty=True)
+    if isinstance(values, Collection) and found.mask is None and len(found) < len(values):
         raise InputError(f"{name} is {values!r}; expected each number once")
-    return tuple(sorted(numbers))
+    return found
 
 
 def _spans(numbers: Collection[int]) -> str:

@@ -1,6 +1,5 @@
 """`Selection`: which experts, ranks, layers and positions. Ablation, patching, attribution and caches share it."""
 
-import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,10 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_lens.errors import InputError
+from moe_lens.ids import Ids, ids, one_id
 from moe_lens.protocols import HookedModel
 
-Experts = Mapping[int, Iterable[int]] | Iterable[tuple[int, int]]
-"""`{layer: [expert, …]}` or `[(layer, expert), …]`."""
+Experts = Mapping[int, Iterable[int] | Tensor | NDArray[Any]] | Iterable[tuple[int, int]]
+"""`{layer: [expert, …]}` or `[(layer, expert), …]`; a mask of all experts may stand for a list of them."""
 Where = int | Iterable[int] | slice | Tensor | NDArray[Any] | Callable[[Tensor], Tensor]
 """Absolute positions, a mask [batch, pos], or a predicate: token ids [batch, pos] → booleans of that shape."""
 
@@ -78,7 +78,7 @@ class Selection:
             raise InputError(f"got experts {self.experts!r} and layers {self.layers!r}; experts name their layers")
         for name in ("ranks", "layers"):
             if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, whole_numbers(name, value))
+                object.__setattr__(self, name, ids(name, value))
         if self.experts is not None:
             object.__setattr__(self, "experts", _by_layer(self.experts))
         object.__setattr__(self, "where", _where(self.where))
@@ -95,7 +95,7 @@ class Selection:
         return text if self.where is None else f"{text} {where_text(self.where)}"
 
     @property
-    def by_layer(self) -> dict[int, tuple[int, ...]] | None:
+    def by_layer(self) -> dict[int, Ids] | None:
         """`experts` as it is kept."""
         return cast(Any, self.experts)
 
@@ -125,8 +125,13 @@ class Selection:
                 )
         last = model.n_experts - 1
         for layer, experts in (self.by_layer or {}).items():
-            if experts[-1] > last:
+            if experts.mask is None and experts[-1] > last:
                 raise InputError(f"there is no expert {experts[-1]} in layer {layer}; it has experts 0 to {last}")
+            experts.check(f"experts of layer {layer}", model.n_experts)
+        for name, count in (("ranks", model.top_k), ("layers", n_layers)):
+            chosen = getattr(self, name)
+            if chosen is not None and chosen.mask is not None:
+                chosen.check(name, count)
         for rank in self.ranks or ():
             if rank >= model.top_k:
                 raise InputError(f"there is no rank {rank}; the model has ranks 0 to {model.top_k - 1}")
@@ -211,37 +216,19 @@ class SelectedRows:
     expert: Int[Tensor, " rows"]
 
 
-def whole_numbers(name: str, values: Iterable[int]) -> tuple[int, ...]:
-    """Sorted, each once.
-
-    Raises:
-        InputError: not whole numbers from 0, or nothing at all.
-    """
-    several = isinstance(values, Iterable) and not isinstance(values, str)
-    given = cast(Any, list(values) if several else values)
+def _by_layer(experts: Any) -> dict[int, Ids]:
+    if isinstance(experts, Mapping):
+        numbers = {one_id("layers", layer): ids(f"experts of layer {layer}", of) for layer, of in experts.items()}
+        if numbers:
+            return dict(sorted(numbers.items()))
     try:
-        numbers = sorted({operator.index(value) for value in given if not isinstance(value, bool)})
-    except TypeError:
-        numbers = []
-    if not numbers or numbers[0] < 0:
-        came = numbers[0] if numbers else repr(given)
-        raise InputError(f"{name}: got {came}; expected whole numbers from 0, in a list that is not empty")
-    return tuple(numbers)
-
-
-def _by_layer(experts: Any) -> dict[int, tuple[int, ...]]:
-    try:
-        pairs = (
-            [(layer, expert) for layer, of_layer in experts.items() for expert in of_layer]
-            if isinstance(experts, Mapping)
-            else [(layer, expert) for layer, expert in experts]
-        )
+        pairs = [] if isinstance(experts, Mapping) else [(layer, expert) for layer, expert in experts]
     except (TypeError, ValueError):
         pairs = []
     if not pairs:
         raise InputError(f"experts is {experts!r}; expected {{layer: [expert, …]}} or [(layer, expert), …]")
-    layers = whole_numbers("layers", [layer for layer, _ in pairs])
-    return {at: whole_numbers(f"experts of layer {at}", [e for layer, e in pairs if layer == at]) for at in layers}
+    layers = ids("layers", [layer for layer, _ in pairs])
+    return {at: ids(f"experts of layer {at}", [e for layer, e in pairs if layer == at]) for at in layers}
 
 
 def _where(where: Any) -> Any:
@@ -261,7 +248,7 @@ def _where(where: Any) -> Any:
                 raise InputError(f"where is {came}; expected a mask of booleans [batch, pos], or a list of positions")
             return where
         where = where.flatten().tolist()
-    return whole_numbers("where", where if isinstance(where, Iterable) else [where])
+    return ids("where", where if isinstance(where, Iterable) else [where])
 
 
 def where_text(where: Any) -> str:

@@ -144,15 +144,19 @@ def steer_experts(
         raise InputError(f"steering is {steering!r}; expected {{layer: {{expert: a number, 'on' or 'off'}}}}")
     selection = Selection(experts={at: list(of_layer) for at, of_layer in steering.items()}, where=where).check(model)
     hooks: list[Hook] = []
+    largest = torch.finfo(getattr(model.cfg, "dtype", None) or torch.float32).max / 2
     for layer, of_layer in sorted(steering.items()):
         added, on, off = {}, [], []
         for expert, value in of_layer.items():
             if value in ("on", "off"):
                 (on if value == "on" else off).append(expert)
-            elif isinstance(value, Real) and not isinstance(value, bool) and abs(value) < float("inf"):
+            elif isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= largest:
                 added[expert] = float(value)
             else:
-                raise InputError(f"expert {expert} of layer {layer}: got {value!r}; expected a number, 'on' or 'off'")
+                raise InputError(
+                    f"expert {expert} of layer {layer}: got {value!r}; expected 'on', 'off', or a number of at most "
+                    f"{largest:.3g}, of which a router logit can be the sum"
+                )
         if len(on) > model.top_k:
             raise InputError(f"layer {layer}: {len(on)} experts are on; a token has {model.top_k}")
         if len(off) > model.n_experts - model.top_k:

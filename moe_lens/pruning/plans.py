@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe_lens.errors import InputError
+from moe_lens.ids import one_id
 from moe_lens.interventions.intervention import Intervention
 from moe_lens.pruning.preview import preview
 from moe_lens.pruning.scores import Scores
@@ -217,7 +218,7 @@ def plan(
     active = max(by_layer.values())
     ranked = values.clone()
     for layer, expert in protect:
-        if layer not in scores.layers or not 0 <= expert < n_experts:
+        if one_id("protect: layer", layer) not in scores.layers or one_id("protect: expert", expert) >= n_experts:
             raise InputError(f"there is no expert {expert} in layer {layer} to protect")
         ranked[scores.layers.index(layer), expert] = torch.inf
     stay = torch.zeros_like(values, dtype=torch.bool)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_lens import names
 from moe_lens.errors import HookError, InputError
+from moe_lens.ids import Ids, one_id
 from moe_lens.model.cache.logit_attribution import AttributionCache
 from moe_lens.partial_sum import PartialSum
 from moe_lens.routing import output_factors
@@ -217,7 +218,9 @@ class SumCache(AttributionCache):
         self._check_ids("rank", which.ranks or (), self.model.top_k)
         self._check_ids("expert", which.experts or (), self.model.n_experts)
 
-    def _check_ids(self, what: str, ids: Any, count: int) -> None:
-        wrong = [number for number in ids if not 0 <= number < count]
+    def _check_ids(self, what: str, numbers: Any, count: int) -> None:
+        if isinstance(numbers, Ids) and numbers.mask is not None:
+            numbers.check(f"{what}s", count)
+        wrong = [number for number in numbers if one_id(what, number) >= count]
         if wrong:
             raise InputError(f"there is no {what} {wrong[0]}; the model has {what}s 0 to {count - 1}")

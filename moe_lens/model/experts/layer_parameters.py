@@ -1,10 +1,13 @@
 """Parameters of routers and experts in TransformerLens's orientation, as views."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from moe_lens.errors import InputError
+from moe_lens.ids import ids, one_id
 
 
 class LayerParameters:
@@ -18,21 +21,36 @@ class LayerParameters:
         """Layers that have this parameter."""
         return tuple(self._views)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> Tensor:
-        """The parameter of a layer [expert, …] or of one expert.
+    def __getitem__(self, key: Any) -> Tensor:
+        """The parameter of a layer [expert, …], of one expert […], or of several [expert, …]: numbers, a mask, a slice.
+
+        One expert's is a view, so is a slice; that of several numbers or of a mask is a copy.
 
         Raises:
-            InputError: a layer without experts, or an expert that does not exist or has no parameters.
+            InputError: a layer without experts, or experts that do not exist or have no parameters.
         """
-        layer, expert = key if isinstance(key, tuple) else (key, None)
+        layer, experts = key if isinstance(key, tuple) and len(key) == 2 else (key, None)
+        try:
+            layer = one_id(f"{self.name}[layer]", layer)
+        except InputError:
+            raise InputError(
+                f"{self.name}[{key!r}]: expected {self.name}[layer] or {self.name}[layer, expert], with numbers from 0"
+            ) from None
         if layer not in self._views:
             raise InputError(f"{self.name}[{layer}]: layer {layer} has none; MoE layers are {list(self._views)}")
         view = self._views[layer]()
-        if expert is None:
+        if experts is None:
             return view
-        if not -len(view) <= expert < len(view):
-            raise InputError(f"{self.name}[{layer}, {expert}]: expected an expert from 0 to {len(view) - 1}")
-        return view[expert]
+        what = f"{self.name}[{layer}, expert]"
+        if isinstance(experts, slice):
+            for end in (experts.start, experts.stop):
+                one_id(what, end or 0, len(view) + 1)
+            return view[experts]
+        if isinstance(experts, Tensor | np.ndarray) and experts.ndim == 1 or isinstance(experts, list | set | range):
+            several = ids(what, experts)
+            several.check(what, len(view))
+            return view[list(several)]
+        return view[one_id(what, experts, len(view))]
 
     def __repr__(self) -> str:
         """Name and layers."""

@@ -148,7 +148,7 @@ class HookTable(WholeState):
             HookError: a dense layer, or no such expert.
         """
         hooks = self._hooks_of(layer)
-        if not 0 <= expert < self.n_experts:
+        if isinstance(expert, bool) or not isinstance(expert, int) or not 0 <= expert < self.n_experts:
             raise HookError(f"expert {expert} does not exist; expected 0 to {self.n_experts - 1}")
         made = {}
         for hook in names.EXPERT_HOOKS:
