@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_lens import names
+from moe_lens.checked import checked
 from moe_lens.errors import HookError, InputError
 from moe_lens.ids import ids
 from moe_lens.interventions.ablation import By, Fallback, How, ablate, keep_top
@@ -36,6 +37,7 @@ from moe_lens.selection import Experts, Selection, Where
 from moe_lens.summary import Summary
 
 
+@checked
 class HookedMoE(Summary, GeneratingBridge):
     """A transformers MoE language model whose routers and experts are hook points.
 

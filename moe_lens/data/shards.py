@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from moe_lens.checked import checked
 from moe_lens.data.corpus import Corpus
 from moe_lens.data.domains import Domain, Passage
 from moe_lens.data.windows import Window, in_turns, up_to, windows_of
@@ -44,6 +45,7 @@ class Shard:
     """Passages of fewer than two tokens that were met and left out on the way."""
 
 
+@checked
 def shards(
     domain: Domain | Corpus, encoder: Any, reading: Reading, *, rank: int = 0, world_size: int = 1, start: int = 0
 ) -> Iterator[Shard]:

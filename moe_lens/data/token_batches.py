@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
+from moe_lens.checked import Positive, checked
 from moe_lens.data.domains import Domain
 from moe_lens.data.windows import Window, in_turns, up_to
 from moe_lens.summary import Summary
@@ -108,8 +109,15 @@ class Tokens(Summary):
         return tuple(sorted({source for batch in self.batches for source in batch.sources}))
 
 
+@checked
 def tokenize(
-    domain: Domain, encoder: Encoder, *, n_tokens: int, context: int, batch_tokens: int = 2048, seed: int = 0
+    domain: Domain,
+    encoder: Encoder,
+    *,
+    n_tokens: Positive,
+    context: Positive,
+    batch_tokens: Positive = 2048,
+    seed: int = 0,
 ) -> Tokens:
     """Choose passages until there are `n_tokens` of text, and batch them.
 

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from moe_lens.checked import checked
 from moe_lens.errors import InputError, UnsupportedModelError
 from moe_lens.interventions.attribution_gradients import (
     Slots,
@@ -25,6 +26,7 @@ from moe_lens.selection import Selection, Step
 Method = Literal["direct", "gradient", "integrated", "knockout", "direct_knockout"]
 
 
+@checked
 def expert_attribution(
     model: Any,
     input: str | list[str] | Int[Tensor, "batch pos"],

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moe_lens.checked import checked
 from moe_lens.errors import InputError
 from moe_lens.interventions.batched_variants import RoutingMode
 from moe_lens.interventions.clean_run import CleanRun, Variant
@@ -31,6 +32,7 @@ class Probability(LogProb):
         return super().values(logits, batch, pos).exp()
 
 
+@checked
 @torch.no_grad()
 def trace(
     model: Any,

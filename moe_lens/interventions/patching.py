@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from moe_lens.checked import checked
 from moe_lens.errors import InputError, several
 from moe_lens.interventions.clean_run import CleanRun, Variant
 from moe_lens.interventions.metrics import Metric, describe, evaluate
@@ -19,6 +20,7 @@ from moe_lens.selection import Selection
 Direction = Literal["denoising", "noising"]
 
 
+@checked
 def patch(
     model: Any,
     clean: str | list[str] | Tensor,

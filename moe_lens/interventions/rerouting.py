@@ -154,8 +154,8 @@ def steer_experts(
                 added[expert] = float(value)
             else:
                 raise InputError(
-                    f"expert {expert} of layer {layer}: got {value!r}; expected 'on', 'off', or a number of at most "
-                    f"{largest:.3g}, of which a router logit can be the sum"
+                    f"expert {expert} of layer {layer}: got {value!r}; expected a number, 'on' or 'off'; numbers of "
+                    f"at most {largest:.3g} in size, so that a router logit stays finite"
                 )
         if len(on) > model.top_k:
             raise InputError(f"layer {layer}: {len(on)} experts are on; a token has {model.top_k}")

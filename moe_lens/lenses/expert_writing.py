@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moe_lens import names
+from moe_lens.checked import checked
 from moe_lens.errors import HookError, InputError
 from moe_lens.lenses.logit_lens import LogitLens
 from moe_lens.lenses.token_rows import Rows, row_batches, rows
@@ -106,6 +107,7 @@ class ExpertVocabulary(Summary):
         return pd.DataFrame(lines, columns=["of", "number", "effect", "place", "token", "text", "logit"])
 
 
+@checked
 @torch.no_grad()
 def expert_vocabulary(
     model: Any,

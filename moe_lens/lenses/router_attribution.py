@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe_lens import names
+from moe_lens.checked import checked
 from moe_lens.errors import HookError, InputError
 from moe_lens.routing import LayerRouting
 from moe_lens.summary import Summary
@@ -58,6 +59,7 @@ class RouterAttrs(Summary):
         return pd.DataFrame({"logit": shown}, index=index).reset_index()
 
 
+@checked
 def router_attrs_hooks(model: Any, layer: int, *, heads: bool = True) -> list[str]:
     """The names that a cache must hold for `router_attrs` at a layer: everything that writes before its experts.
 
@@ -87,6 +89,7 @@ def router_attrs_hooks(model: Any, layer: int, *, heads: bool = True) -> list[st
     return wanted
 
 
+@checked
 @torch.no_grad()
 def router_attrs(cache: Any, layer: int, *, by: Literal["rank", "expert"] = "rank", heads: bool = True) -> RouterAttrs:
     """The router logits of a layer as a sum over the embedding, attention heads and upstream experts.

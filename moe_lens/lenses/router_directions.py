@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from moe_lens import names
+from moe_lens.checked import checked
 from moe_lens.errors import HookError, InputError
 from moe_lens.lenses.token_rows import row_batches, rows
 from moe_lens.summary import Summary
@@ -53,6 +54,7 @@ class RouterGeometry(Summary):
         return pd.DataFrame(lines, columns=["expert", "measure", "own", "others"])
 
 
+@checked
 @torch.no_grad()
 def router_geometry(
     model: Any, layer: int, texts: Iterable[Any] | None = None, *, top: int = 10, batch: int = 8

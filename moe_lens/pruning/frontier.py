@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moe_lens.checked import checked
 from moe_lens.data import Domains, Tokens, in_memory, tokenize
 from moe_lens.errors import InputError
 from moe_lens.pruning.merging import merge
@@ -98,6 +99,7 @@ class Frontier(Result):
         return pd.DataFrame(rows)
 
 
+@checked
 def halved(
     domains: Domains, model: Any, *, n_tokens: int, context: int, seed: int = 0
 ) -> tuple[tuple[Tokens, ...], tuple[Tokens, ...]]:
@@ -153,6 +155,7 @@ class _Judge:
         )
 
 
+@checked
 def frontier(
     model: Any,
     texts: tuple[Sequence[Tokens], Sequence[Tokens]],

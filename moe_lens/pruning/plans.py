@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moe_lens.checked import checked
 from moe_lens.errors import InputError
 from moe_lens.ids import one_id
 from moe_lens.interventions.intervention import Intervention
@@ -185,6 +186,7 @@ class Plan(Summary):
             )
 
 
+@checked
 def plan(
     scores: Scores,
     keep: float | int | Literal["selected"] | None = None,

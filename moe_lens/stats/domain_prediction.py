@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from moe_lens.checked import checked
 from moe_lens.errors import InputError
 from moe_lens.stats.accumulator import Accumulator, Result
 from moe_lens.stats.resampling import Interval, bootstrap, folds
@@ -150,6 +151,7 @@ class DomainPrediction(Result):
         return pd.DataFrame(rows)
 
 
+@checked
 def predict_domain(samples: Mapping[str, PassageResult], *, n_folds: int = 5, seed: int = 0) -> DomainPrediction:
     """Train two classifiers to tell a passage's domain, each the same multinomial logistic regression with L2 penalty.
 

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moe_lens.checked import checked
 from moe_lens.errors import InputError
 from moe_lens.stats.accumulator import Result
 from moe_lens.stats.routing_stats import RoutingResult
@@ -96,6 +97,7 @@ class DomainComparison(Result):
         ).reset_index()
 
 
+@checked
 def compare_domains(
     results: Mapping[str, RoutingResult], *, permutations: int = 1000, seed: int = 0
 ) -> DomainComparison:

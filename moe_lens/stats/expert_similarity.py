@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from moe_lens import names
+from moe_lens.checked import checked
 from moe_lens.errors import InputError
 from moe_lens.stats.accumulator import Accumulator, Result
 from moe_lens.stats.observation import Hooks, each_layer
@@ -129,6 +130,7 @@ class OutputSimilarityStats(Accumulator[OutputSimilarityResult]):
         )
 
 
+@checked
 def weight_similarity(model: Any, layer: int) -> pd.DataFrame:
     """How alike the parameters of a layer's experts are.
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moe_lens.checked import checked
 from moe_lens.errors import InputError
 from moe_lens.stats.accumulator import Result
 from moe_lens.stats.vocabulary_specialisation import VocabularyResult
@@ -44,6 +45,7 @@ class ConditionalInformation(Result):
         return frame.assign(shared=self.shared)
 
 
+@checked
 def conditional_information(
     results: Mapping[str, VocabularyResult], *, permutations: int = 200, seed: int = 0
 ) -> ConditionalInformation:

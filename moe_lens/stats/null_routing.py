@@ -11,6 +11,7 @@ from jaxtyping import Float64, Int
 from torch import Tensor
 
 from moe_lens import names
+from moe_lens.checked import checked
 from moe_lens.errors import InputError
 from moe_lens.routing import LayerRouting, Routing, affinity
 from moe_lens.stats.observation import TextBatch, each_layer
@@ -87,6 +88,7 @@ def systematic_sample(
     return order.gather(-1, place)
 
 
+@checked
 @torch.no_grad()
 def random_router(model: Any, batch: TextBatch, seed: int = 0) -> RoutedBatch:
     """What an untrained router would choose, reading what the model's own read: does specialisation take training?

@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from moe_lens import distributed, names
+from moe_lens.checked import checked
 from moe_lens.data import Domains, Reading, Shard, TokenBatch, as_domains, batch_windows, shards
 from moe_lens.errors import InputError, several
 from moe_lens.manifest import file_digest
@@ -26,6 +27,7 @@ from moe_lens.studies.study import agreed, pinned, versions
 from moe_lens.studies.study_folder import SPACE, StudyFolder
 
 
+@checked
 def collect(
     model: Any,
     domains: Domains,

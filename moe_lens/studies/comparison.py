@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moe_lens.checked import checked
 from moe_lens.errors import InputError
 from moe_lens.stats import MEASURES, MIN_SOURCES, Result, RoutingResult, SimilarityResult
 from moe_lens.stats.resampling import tail
@@ -81,6 +82,7 @@ class Comparison(Summary):
             self.table.to_parquet(temporary, index=False)
 
 
+@checked
 def compare(first: StudyResult, second: StudyResult, *, seed: int = 0) -> Comparison:
     """Compare what two studies measured alike: the same domains, layers, experts, variants.
 

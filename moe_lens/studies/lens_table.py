@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from moe_lens.checked import checked
 from moe_lens.data import Domain, Domains, in_memory
 from moe_lens.lenses import LensResult, LogitLens
 from moe_lens.partial_sum import PartialSum
@@ -33,6 +34,7 @@ class LensExample:
     """What the tokens of the prompt, the target and the predicted one read as."""
 
 
+@checked
 def lens_table(model: Any, domains: Domains, *, top: int = 5) -> list[LensExample]:
     """Figure 2 for one example of each domain, chosen by a fixed rule and not by how it looks.
 

@@ -18,6 +18,7 @@ import pandas as pd
 from torch import Tensor
 
 from moe_lens import distributed
+from moe_lens.checked import checked
 from moe_lens.data import Corpus, Domain, Domains, Reading, Shard, TokenBatch, as_domains, batch_windows, shards
 from moe_lens.errors import InputError
 from moe_lens.stats import Accumulator, Result
@@ -89,6 +90,7 @@ class Study(ABC):
         """
 
 
+@checked
 def run(
     study: Study,
     model: Any,

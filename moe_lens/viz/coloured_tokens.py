@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_lens.checked import checked
 from moe_lens.errors import InputError, several
 from moe_lens.routing import LayerRouting
 from moe_lens.viz.token_text import readable
@@ -34,6 +35,7 @@ class TokensHTML:
         Path(path).write_text(page, encoding="utf-8")
 
 
+@checked
 def routing_tokens(
     tokens: Sequence[str], routing: LayerRouting, *, expert: int | None = None, batch: int = 0
 ) -> TokensHTML:

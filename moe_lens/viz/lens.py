@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.table import Table
 from rich.text import Text
 
+from moe_lens.checked import checked
 from moe_lens.lenses import LensResult
 from moe_lens.viz.lens_cells import NOT_SELECTED, cells, title, unselected
 from moe_lens.viz.style import INK, MUTED, SCALE, styled
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 
+@checked
 def lens_table(
     result: LensResult, position: int, *, batch: int = 0, colour_by: Literal["prob", "logit"] = "prob"
 ) -> "Figure":
@@ -95,6 +97,7 @@ def lens_table(
     return figure
 
 
+@checked
 def lens_text(result: LensResult, position: int, *, batch: int = 0) -> Table:
     """The same table for a terminal: `token 37%`, and below it `expert·weight`; print it with rich.
 

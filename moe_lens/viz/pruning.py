@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from moe_lens.checked import checked
 from moe_lens.pruning.frontier import ALL, Frontier
 from moe_lens.viz.style import MUTED, colour, error_bars, styled
 from moe_lens.viz.token_text import as_text
@@ -62,6 +63,7 @@ def frontier(result: Frontier) -> "Figure":
     return figure
 
 
+@checked
 def specialists(result: Frontier, kept: int) -> "Figure":
     """What models for one domain cost in all of them: rows calibrated on, columns measured in, perplexity ÷ whole."""
     import plotly.graph_objects as go

@@ -208,6 +208,7 @@ def test_steering_what_is_so_already_changes_nothing() -> None:
         ({1: {2: "up"}}, "expert 2 of layer 1: got 'up'; expected a number, 'on' or 'off'"),
         ({1: {2: float("inf")}}, "expert 2 of layer 1: got inf"),
         ({1: {2: float("nan")}}, "expert 2 of layer 1: got nan"),
+        ({1: {2: 1e40}}, "expert 2 of layer 1: got 1e+40"),
         ({1: {e: "on" for e in range(4)}}, "layer 1: 4 experts are on; a token has 3"),
         ({1: {e: "off" for e in range(6)}}, "layer 1: 2 experts are not off; a token needs 3"),
         ({}, "expected {layer: [expert, …]}"),

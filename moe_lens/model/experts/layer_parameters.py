@@ -24,7 +24,7 @@ class LayerParameters:
     def __getitem__(self, key: Any) -> Tensor:
         """The parameter of a layer [expert, …], of one expert […], or of several [expert, …]: numbers, a mask, a slice.
 
-        One expert's is a view, so is a slice; that of several numbers or of a mask is a copy.
+        One expert's is a view, so is a slice; that of several numbers, in their order, or of a mask is a copy.
 
         Raises:
             InputError: a layer without experts, or experts that do not exist or have no parameters.
@@ -49,7 +49,7 @@ class LayerParameters:
         if isinstance(experts, Tensor | np.ndarray) and experts.ndim == 1 or isinstance(experts, list | set | range):
             several = ids(what, experts)
             several.check(what, len(view))
-            return view[list(several)]
+            return view[list(several) if several.mask is not None else [int(number) for number in experts]]
         return view[one_id(what, experts, len(view))]
 
     def __repr__(self) -> str:

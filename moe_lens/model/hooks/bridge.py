@@ -11,6 +11,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice
 
+from moe_lens.checked import checked
 from moe_lens.errors import HookError, InputError
 from moe_lens.model.cache.caching_hook import CachingHook
 from moe_lens.model.cache.hook_cache import following_tokens
@@ -44,6 +45,7 @@ class _Running:
     step: Step | None = None
 
 
+@checked
 class ExpertBridge(HookTable):
     """The running half of `HookedMoE`: it copies what it caches, and tells hook functions what is running."""
 
@@ -279,6 +281,8 @@ class ExpertBridge(HookTable):
 
     def _layer_index(self, layer: int | None) -> int:
         n_layers = len(self.blocks)
+        if layer is not None and not -n_layers <= layer <= n_layers:
+            raise InputError(f"there is no layer {layer} to start or stop at; expected {-n_layers} to {n_layers - 1}")
         return n_layers if layer is None else layer + n_layers if layer < 0 else layer
 
     @staticmethod
