@@ -56,7 +56,7 @@ def checked(target: Target) -> Target:
             elif inspect.isfunction(member):
                 setattr(target, name, _checked(member))
         return target
-    return _checked(target)  # pyright: ignore[reportArgumentType, reportReturnType]
+    return _checked(target)  # pyright: ignore[reportArgumentType]
 
 
 def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
