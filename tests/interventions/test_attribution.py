@@ -432,9 +432,9 @@ def test_results_are_tables_and_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"method": "lrp"}, "method is 'lrp'; expected one of 'direct', 'gradient'"),
-        ({"routing": "fixed"}, "routing is 'fixed'; expected one of 'free', 'frozen'"),
-        ({"unit": "slot"}, "unit is 'slot'; expected one of 'expert', 'rank'"),
+        ({"method": "lrp"}, r"method is 'lrp'; expected one of \('direct', 'gradient'"),
+        ({"routing": "fixed"}, r"routing is 'fixed'; expected one of \('free', 'frozen'"),
+        ({"unit": "slot"}, r"unit is 'slot'; expected one of \('expert', 'rank'"),
         ({"steps": 0, "method": "integrated"}, "steps is 0; expected at least 1"),
         ({"baseline": "mean"}, "baseline is 'mean' and reference NoneType"),
         ({"reference": "text"}, "baseline is 'zero' and reference str"),

@@ -175,7 +175,7 @@ def test_too_little_text_and_unknown_methods_are_refused(model):
 @pytest.mark.untyped
 def test_unknown_methods_are_refused(model):
     method: Any = "magic"
-    with pytest.raises(InputError, match="method is 'magic'; expected one of frequency, summed_weight, "):
+    with pytest.raises(InputError, match=r"method is 'magic'; expected one of \('frequency', 'summed_weight', "):
         score(model, [texts()], method)
     assert len(METHODS) == 10
 
