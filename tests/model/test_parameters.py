@@ -9,11 +9,24 @@ import torch
 from moe_lens import names
 from moe_lens.errors import InputError, UnsupportedModelError
 from moe_lens.hooked_moe import HookedMoE
+from moe_lens.model.experts.layer_parameters import LayerParameters
 from tests.families import CONFIGS, build, tokens
 from tests.plain_moe import PlainExpert
 from tests.wrapped import as_hook, deviation, listening, wrapped
 
 families = pytest.mark.parametrize("family", CONFIGS)
+
+
+def test_parameters_are_a_sequence_over_the_layers_that_have_them() -> None:
+    model = wrapped("deepseek").model
+    for matrix in (model.W_router, model.W_gate, model.W_in, model.W_out):
+        assert matrix.layers == tuple(model.moe_layers) == (1, 2) and len(matrix) == 2
+        for layer, one in zip(matrix.layers, matrix, strict=True):
+            assert one.data_ptr() == matrix[layer].data_ptr()
+        assert matrix.shape == (2, *matrix[2].shape)
+    uneven = LayerParameters("W", {1: lambda: torch.zeros(2), 3: lambda: torch.zeros(3)})
+    with pytest.raises(InputError, match="W has no one shape"):
+        uneven.shape  # noqa: B018
 
 
 @pytest.mark.typed

@@ -1,9 +1,10 @@
 """Parameters of routers and experts in TransformerLens's orientation, as views."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from moe_lens.errors import InputError
@@ -20,6 +21,26 @@ class LayerParameters:
     def layers(self) -> tuple[int, ...]:
         """Layers that have this parameter."""
         return tuple(self._views)
+
+    def __len__(self) -> int:
+        """How many layers have this parameter."""
+        return len(self._views)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The parameter of each of `layers`, in order."""
+        return (view() for view in self._views.values())
+
+    @property
+    def shape(self) -> torch.Size:
+        """[layer, expert, …], where all layers agree.
+
+        Raises:
+            InputError: they do not.
+        """
+        shapes = {layer: tuple(view().shape) for layer, view in self._views.items()}
+        if len(set(shapes.values())) != 1:
+            raise InputError(f"{self.name} has no one shape: layers differ, {shapes}")
+        return torch.Size([len(shapes), *next(iter(shapes.values()))])
 
     def __getitem__(self, key: Any) -> Tensor:
         """The parameter of a layer [expert, …], of one expert […], or of several [expert, …]: numbers, a mask, a slice.
