@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moe_lens import names
-from moe_lens.errors import InputError
 from moe_lens.hooked_moe import HookedMoE
 from tests.families import CONFIGS, build, tokens
 from tests.wrapped import as_hook, deviation, untouched, wrapped
@@ -118,12 +117,6 @@ def test_texts_of_different_lengths_equal_each_alone(speaking: HookedMoE, side: 
             assert deviation(together[row, where], alone[0]) <= FP32 * alone.abs().max().item()
             theirs, ours = single["expert_out", 2][0], cache["expert_out", 2][row, where]
             assert deviation(ours, theirs) <= FP32 * theirs.abs().max().item()
-
-
-def test_a_tokenizer_that_was_not_loaded_from_anywhere_is_refused() -> None:
-    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<s>": 0}, unk_token="<s>")), bos_token="<s>")
-    with pytest.raises(InputError, match="save it with its save_pretrained"):
-        HookedMoE.from_hf(build("deepseek"), made)
 
 
 # --- generation ---
