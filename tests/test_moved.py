@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -59,6 +60,14 @@ def test_former_modules_are_todays_and_say_so(former: str):
 
 
 @pytest.mark.typed
+@pytest.mark.parametrize("former", _moved.MOVED)
+def test_no_former_module_would_hide_what_its_package_offers(former: str):
+    """Importing a module sets the attribute of its name on the package."""
+    package, _, name = former.rpartition(".")
+    offered = vars(importlib.import_module(_moved.PACKAGE + package)).get(name)
+    assert offered is None or isinstance(offered, ModuleType)
+
+
 @pytest.mark.parametrize("former", REUSED)
 def test_packages_hand_on_what_the_module_of_their_name_held(former: str):
     name, now = REUSED[former]

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformer_lens.hook_points import HookPoint
 
 from moe_lens import names
 from moe_lens.errors import SelfCheckError
+from moe_lens.model.hooks.checked_point import CheckedPoint
 from moe_lens.model.hooks.self_check import self_check
 from tests.matrix.laws import LAWS, Case
 
@@ -32,7 +32,7 @@ def wrong_row(**changes: Any) -> Callable[[Case], None]:
 
 
 def dead_hook(case: Case) -> None:
-    case.model.__dict__["_all_hooks"]["blocks.2.hook_dead"] = HookPoint()
+    case.model.__dict__["_all_hooks"]["blocks.2.hook_dead"] = CheckedPoint()
     case.model.__dict__["_all_hooks"]["blocks.2.hook_dead"].name = "blocks.2.hook_dead"
 
 

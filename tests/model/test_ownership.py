@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -290,6 +290,14 @@ def test_what_an_exception_at_any_line_leaves_is_gone_or_refused_at_the_next_ent
     assert not case.model.list_hooks() and not case.model.owner.claimed
 
 
+@pytest.fixture
+def sigint() -> Iterator[None]:
+    """Python's own handler: a process that tests run in may ignore the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupted(times: int) -> tuple[int, int]:
     """SIGINTs at random times: how many came, and how often hooks were left."""
     case = wrapped("mixtral")
@@ -332,7 +340,7 @@ def interrupted(times: int) -> tuple[int, int]:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGINT is sent otherwise")
-def test_real_interrupts_leave_no_hook() -> None:
+def test_real_interrupts_leave_no_hook(sigint: None) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert interrupted(300) == (300, 0)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -340,7 +348,7 @@ def test_real_interrupts_leave_no_hook() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGINT is sent otherwise")
-def test_the_guard_is_what_keeps_interrupts_away(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_guard_is_what_keeps_interrupts_away(sigint: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interrupts, "_must_wait", lambda frame: False)
     came, left = interrupted(2000)
     assert came == 2000 and left
