@@ -21,11 +21,11 @@ from moe_lens.interventions.rerouting import Replayed, Steer, SteerRule, force_r
 from moe_lens.model.cache.moe_cache import MoECache
 from moe_lens.model.experts.expert_weights_view import grouped_product
 from moe_lens.model.experts.layer_parameters import LayerParameters
-from moe_lens.model.hf_compat import maybe_install_capturing_hooks
 from moe_lens.model.hooks.adapter import build_adapter
 from moe_lens.model.hooks.expert_kernel import experts_forward
 from moe_lens.model.hooks.generation import GeneratingBridge
 from moe_lens.model.hooks.layer_hooks import LayerHooks
+from moe_lens.model.hooks.output_capture import capture_once
 from moe_lens.model.hooks.self_check import self_check
 from moe_lens.model.hooks.transaction import undone_on_error
 from moe_lens.model.loading.pretrained import load_pretrained
@@ -122,8 +122,7 @@ class HookedMoE(Summary, GeneratingBridge):
         refuse_shards(model)
         known_as = name or getattr(model.config, "_name_or_path", "") or family_name(model)
         with undone_on_error(model):
-            # For output_router_logits and the like, once: through the wrapper every module would be found twice.
-            maybe_install_capturing_hooks(model)
+            capture_once(model)
             adapter, family = build_adapter(model, known_as)
             hooked = cls(model, adapter, tokenizer, family)
             check_kernel(hooked._experts(hooked.moe_layers[0]).module)

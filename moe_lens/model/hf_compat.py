@@ -42,6 +42,7 @@ TOUCHPOINTS = (
     "transformers.utils.hub:is_offline_mode",
     "transformers.utils.hub:resolve_revision",
     "transformers.utils.output_capturing:OutputRecorder",
+    "transformers.utils.output_capturing:install_output_capuring_hook",
     "transformers.utils.output_capturing:maybe_install_capturing_hooks",
     *(f"{_V2}{name}" for name in ("RMSNorm", "Experts", "MLP", "DecoderLayer", "PreTrainedModel", "Model")),
     f"{_V2}ForCausalLM",
@@ -81,7 +82,11 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config  # n
 from transformers.utils import is_peft_available  # noqa: E402
 from transformers.utils.generic import TransformersKwargs  # noqa: E402
 from transformers.utils.hub import cached_file, is_offline_mode, resolve_revision  # noqa: E402
-from transformers.utils.output_capturing import OutputRecorder, maybe_install_capturing_hooks  # noqa: E402
+from transformers.utils.output_capturing import (  # noqa: E402
+    OutputRecorder,
+    install_output_capuring_hook,
+    maybe_install_capturing_hooks,
+)
 
 __all__ = [
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -103,6 +108,7 @@ __all__ = [
     "get_checkpoint_conversion_mapping",
     "get_tokenizer_config",
     "initialization",
+    "install_output_capuring_hook",
     "is_offline_mode",
     "is_peft_available",
     "maybe_install_capturing_hooks",
