@@ -235,8 +235,8 @@ class HookedMoE(Summary, GeneratingBridge):
             layers: where ranks (or all experts, or the shared ones) are meant; all that have experts if not given.
             shared: the shared experts too; alone, if neither experts nor ranks are given.
             how: one of the above.
-            where: absolute positions (padding not counted, the key-value cache's tokens counted), a mask [batch, pos],
-                or a predicate on token ids; all tokens if not given.
+            where: absolute positions (padding not counted, the key-value cache's tokens counted), negative ones from
+                the end of each forward pass, a mask [batch, pos], or a predicate on token ids; all tokens if not given.
             reference: for `"mean"`: a cache, a text, texts or tokens, `ExpertMeans`, or the `Path` of saved ones.
             renormalize: for `"zero"`: multiply the remaining routed weights by (sum of all) / (sum of the remaining).
             seed: of `"resample"`.

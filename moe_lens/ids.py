@@ -29,13 +29,14 @@ class Ids(tuple[int, ...]):
             raise InputError(f"{name}: got {self[-1]}; expected numbers from 0 to {count - 1}")
 
 
-def ids(name: str, values: Any, *, empty: bool = False) -> Ids:
+def ids(name: str, values: Any, *, empty: bool = False, signed: bool = False) -> Ids:
     """Numbers in a list, set, range, array or tensor; or the true places of a mask, an array or tensor of booleans.
 
     Args:
         name: what they name, for messages.
         values: the numbers or the mask.
         empty: whether there may be none.
+        signed: whether they may be negative, where they are positions, which count from the end then.
 
     Raises:
         InputError: anything else: booleans in a list, fractions, negative numbers, texts, more than one axis.
@@ -50,7 +51,7 @@ def ids(name: str, values: Any, *, empty: bool = False) -> Ids:
     if None in numbers:
         raise _wrong(name, repr(given))
     whole = [number for number in numbers if number is not None]
-    if whole and min(whole) < 0:
+    if whole and min(whole) < 0 and not signed:
         raise _wrong(name, str(min(whole)))
     found = Ids(sorted(set(whole)))
     if not found and not empty:

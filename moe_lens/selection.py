@@ -17,7 +17,7 @@ from moe_lens.protocols import HookedModel
 Experts = Mapping[int, Iterable[int] | Tensor | NDArray[Any]] | Iterable[tuple[int, int]]
 """`{layer: [expert, …]}` or `[(layer, expert), …]`; a mask of all experts may stand for a list of them."""
 Where = int | Iterable[int] | slice | Tensor | NDArray[Any] | Callable[[Tensor], Tensor]
-"""Absolute positions, a mask [batch, pos], or a predicate: token ids [batch, pos] → booleans of that shape."""
+"""Positions, from the end too, a mask [batch, pos], or a predicate: token ids [batch, pos] → booleans of that shape."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +44,12 @@ class Step:
             return torch.arange(self.offset, self.offset + self.pos)[None]
         return (self.seen.long().cumsum(-1) - 1)[:, -self.pos :]
 
+    def places_from_end(self) -> Int[Tensor, "#batch pos"]:
+        """Positions counted back from −1, this step's last real token. Meaningless at padding."""
+        if self.real is None:
+            return torch.arange(-self.pos, 0)[None]
+        return -self.real.long().flip(-1).cumsum(-1).flip(-1)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Selection:
@@ -67,8 +73,9 @@ class Selection:
     """Which tokens. None: all.
 
     Positions are absolute: they count a text's real tokens from 0, padding left out and the key-value cache's tokens
-    added. A mask goes with the input's own columns; tokens generated after it are not in it. A predicate sees the ids
-    of the tokens of each step. Padding is never meant.
+    added; −1 is the last real token of each forward pass, so every new one while a text is generated. A mask goes with
+    the input's own columns; tokens generated after it are not in it. A predicate sees the ids of the tokens of each
+    step. Padding is never meant.
     """
 
     def __post_init__(self) -> None:
@@ -176,13 +183,15 @@ class Selection:
                 came = f"{answer.dtype} {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
                 raise InputError(f"where returned {came}; expected a tensor of booleans of shape {shape} [batch, pos]")
             return answer
-        places = step.places().expand(shape)
+        places, from_end = step.places().expand(shape), step.places_from_end().expand(shape)
         if isinstance(where, slice):
-            start, step_ = where.start or 0, where.step or 1
-            inside = (places >= start) & ((places - start) % step_ == 0)
-            return inside if where.stop is None else inside & (places < where.stop)
+            start, stop = where.start or 0, where.stop
+            of_start, of_stop = (from_end if edge is not None and edge < 0 else places for edge in (start, stop))
+            inside = (of_start >= start) & ((of_start - start) % (where.step or 1) == 0)
+            return inside if stop is None else inside & (of_stop < stop)
         assert isinstance(where, tuple)
-        return torch.isin(places, torch.tensor(where, dtype=torch.long, device=places.device))
+        wanted = torch.tensor(where, dtype=torch.long, device=places.device)
+        return torch.isin(places, wanted[wanted >= 0]) | torch.isin(from_end, wanted[wanted < 0])
 
     def slots(
         self, layer: int, indices: Int[Tensor, "batch pos top_k"], positions: Bool[Tensor, "batch pos"] | None = None
@@ -237,8 +246,8 @@ def _where(where: Any) -> Any:
         return where
     if isinstance(where, slice):
         parts = (where.start or 0, where.stop or 0, 1 if where.step is None else where.step)
-        if any(not isinstance(part, int | np.integer) or part < 0 for part in parts) or parts[2] == 0:
-            raise InputError(f"where is {where}; positions count from 0, and steps are at least 1")
+        if any(isinstance(part, bool) or not isinstance(part, int | np.integer) for part in parts) or parts[2] < 1:
+            raise InputError(f"where is {where}; expected whole numbers, and a step of at least 1")
         return where
     if isinstance(where, Tensor | np.ndarray):
         where = torch.as_tensor(where)
@@ -248,7 +257,7 @@ def _where(where: Any) -> Any:
                 raise InputError(f"where is {came}; expected a mask of booleans [batch, pos], or a list of positions")
             return where
         where = where.flatten().tolist()
-    return ids("where", where if isinstance(where, Iterable) else [where])
+    return ids("where", where if isinstance(where, Iterable) else [where], signed=True)
 
 
 def where_text(where: Any) -> str:

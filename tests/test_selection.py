@@ -46,7 +46,7 @@ def test_positions_narrow_slots() -> None:
     pos=st.integers(1, 5),
     padding=st.lists(st.integers(0, 3), min_size=2, max_size=2),
     left=st.booleans(),
-    wanted=st.sets(st.integers(0, 8), min_size=1),
+    wanted=st.sets(st.integers(-4, 8), min_size=1),
 )
 def test_positions_count_real_tokens_and_the_cache(
     offset: int, pos: int, padding: list[int], left: bool, wanted: set[int]
@@ -59,12 +59,13 @@ def test_positions_count_real_tokens_and_the_cache(
     expected = []
     for row in rows:
         place, of_row = -1, []
-        for real in row:
+        for column, real in enumerate(row):
             place += real
-            of_row.append(bool(real) and place in wanted)
+            from_end = -sum(row[column:])
+            of_row.append(bool(real) and (place in wanted or from_end in wanted))
         expected.append(of_row[offset:])
     assert Selection(where=wanted).positions(step).tolist() == expected
-    low, high = min(wanted), max(wanted) + 1
+    low, high = max(min(wanted), 0), max(*wanted, 0) + 1
     inside = Selection(where=range(low, high)).positions(step)
     assert torch.equal(Selection(where=slice(low, high)).positions(step), inside)
 
@@ -77,6 +78,11 @@ def test_positions_count_real_tokens_and_the_cache(
         (slice(1, None), [False, True, True, True]),
         (slice(None, None, 2), [True, False, True, False]),
         (range(0, 4, 3), [True, False, False, True]),
+        (-1, [False, False, False, True]),
+        ([0, -2], [True, False, True, False]),
+        (slice(-3, None), [False, True, True, True]),
+        (slice(-4, -1, 2), [True, False, True, False]),
+        (slice(1, -1), [False, True, True, False]),
         (torch.tensor([0, 1]), [True, True, False, False]),
         (np.arange(2), [True, True, False, False]),
         (frozenset({0, 1}), [True, True, False, False]),
@@ -91,6 +97,11 @@ def test_positions_count_real_tokens_and_the_cache(
         "slice",
         "every other",
         "range",
+        "last",
+        "first and last but one",
+        "last three",
+        "from the end",
+        "but the ends",
         "tensor",
         "array",
         "set",
@@ -129,9 +140,8 @@ def test_padding_is_never_meant() -> None:
         ({"ranks": []}, "ranks: got []; expected whole numbers from 0"),
         ({"ranks": [0.5]}, "ranks: got [0.5]; expected whole numbers"),
         ({"layers": [True]}, "layers: got [True]; expected whole numbers"),
-        ({"where": -1}, "where: got -1; expected whole numbers from 0"),
-        ({"where": slice(-3, None)}, "positions count from 0"),
-        ({"where": slice(0, 4, 0)}, "steps are at least 1"),
+        ({"where": slice(0, None, -1)}, "expected whole numbers, and a step of at least 1"),
+        ({"where": slice(0, 4, 0)}, "a step of at least 1"),
         ({"ranks": 0}, "ranks: got 0; expected whole numbers from 0, in a list that is not empty"),
         ({"experts": [(1, 2, 3)]}, "expected {layer: [expert, …]} or [(layer, expert), …]"),
         ({"experts": "abc"}, "expected {layer: [expert, …]} or [(layer, expert), …]"),

@@ -18,7 +18,7 @@ from moe_lens.interventions.attribution_knockout import Knockouts
 from moe_lens.interventions.attribution_result import ExpertAttribution, Unit
 from moe_lens.interventions.clean_run import CleanRun
 from moe_lens.interventions.expert_means import ExpertMeans, Reference, means_for
-from moe_lens.interventions.metrics import Metric, describe, evaluate
+from moe_lens.interventions.metrics import Metric, among, describe, evaluate
 from moe_lens.interventions.sweep import RoutingMode
 from moe_lens.model.cache.moe_cache import MoECache
 from moe_lens.selection import Selection, Step
@@ -105,6 +105,7 @@ def expert_attribution(
         chosen = _chosen(selection, slots, cache, means)
     else:
         run = CleanRun.of(model, input, keep=Slots.hooks(layers, means is not None), **kwargs)
+        metric = among(metric, run.cache.mask)
         clean, slots = evaluate(metric, run.logits).item(), Slots.of(run.cache, layers, means)
         chosen = _chosen(selection, slots, run.cache, means)
         if method in ("direct", "direct_knockout") and not run.direct.issuperset(layers):

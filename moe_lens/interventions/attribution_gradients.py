@@ -20,7 +20,7 @@ from moe_lens.errors import InputError
 from moe_lens.interventions.attribution_result import Unit
 from moe_lens.interventions.clean_run import CleanRun
 from moe_lens.interventions.expert_means import ExpertMeans
-from moe_lens.interventions.metrics import KLDivergence, Metric, TokenMetric, checked, differentiable, evaluate
+from moe_lens.interventions.metrics import KLDivergence, Metric, TokenMetric, among, checked, differentiable, evaluate
 from moe_lens.model.cache.moe_cache import MoECache
 from moe_lens.routing import output_factors
 
@@ -112,7 +112,7 @@ def run_with_gradients(
     wanted = Slots.hooks(layers, means is not None)
     with torch.enable_grad(), model.hooks(fwd_hooks=hooks):
         logits, cache = model.run_with_cache(input, names_filter=wanted, use_cache=False, **kwargs)
-        value = evaluate(metric, logits)
+        value = evaluate(among(metric, cache.mask), logits)
         found = torch.autograd.grad(_sloping(value, metric), [nodes[layer] for layer in layers])
     return value.item(), cache, Slots.of(cache, layers, means), dict(zip(layers, found, strict=True))
 

@@ -4,8 +4,10 @@ A metric is any callable from logits [batch, pos, d_vocab] to a scalar tensor. T
 and say which positions they read, so that sweeps unembed those positions alone.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,11 +20,21 @@ Metric = Callable[[Tensor], Tensor]
 """From logits [batch, pos, d_vocab] to a scalar tensor; with a gradient, where an attribution needs one."""
 
 Positions = int | Int[Tensor, " batch"] | Bool[Tensor, "batch pos"]
-"""One position for every item, one for each item (negative ones count from the end), or a mask."""
+"""One position for every item, one for each item, or a mask. Negative ones count from the end: of each text's real
+tokens where a run says what padding is, as `patch` and `expert_attribution` do, otherwise of the logits."""
 
 
 class TokenMetric(ABC):
     """A metric that is the mean of a value over the positions that it reads."""
+
+    real: Bool[Tensor, "batch pos"] | None = None
+    """True at real tokens of the run that is judged; None where nobody said what padding is."""
+
+    def among(self, real: Bool[Tensor, "batch pos"] | None) -> Self:
+        """The same metric of a run whose padding is known."""
+        known = copy.copy(self)
+        known.real = real
+        return known
 
     @abstractmethod
     def reads(self, batch: int, pos: int) -> Bool[Tensor, "batch pos"]:
@@ -99,7 +111,15 @@ class _AtPositions(TokenMetric):
         one = torch.full((batch,), where) if isinstance(where, int) else _same_shape("positions", where, (batch,))
         if int(one.min()) < -pos or int(one.max()) >= pos:
             raise InputError(f"positions go from {one.min()} to {one.max()}; expected {-pos} to {pos - 1}")
-        return torch.arange(pos, device=one.device) == (one % pos)[:, None]
+        places = torch.arange(pos, device=one.device)
+        if self.real is None:
+            return places == (one % pos)[:, None]
+        real = _same_shape("the run's mask", self.real, (batch, pos)).to(one.device)
+        from_end = -real.long().flip(-1).cumsum(-1).flip(-1)
+        reads = torch.where(one[:, None] < 0, (from_end == one[:, None]) & real, places == one[:, None])
+        if not bool(reads.any(-1).all()):
+            raise InputError(f"a text has {int(real.sum(-1).min())} tokens; expected at least {-int(one.min())}")
+        return reads
 
 
 class Logit(_AtPositions):
@@ -107,7 +127,7 @@ class Logit(_AtPositions):
 
     Args:
         token: one id, or ids [batch] or [batch, pos].
-        positions: where to read; the last position if not given, which with padding on the right is padding.
+        positions: where to read; the last position if not given (see `Positions`).
     """
 
     def __init__(self, token: int | Int[Tensor, "..."], positions: Positions = -1):
@@ -126,7 +146,7 @@ class LogitDifference(_AtPositions):
     Args:
         token: one id, or ids [batch] or [batch, pos].
         other: what is subtracted, likewise.
-        positions: where to read; the last position if not given, which with padding on the right is padding.
+        positions: where to read; the last position if not given (see `Positions`).
     """
 
     def __init__(self, token: int | Int[Tensor, "..."], other: int | Int[Tensor, "..."], positions: Positions = -1):
@@ -185,6 +205,11 @@ class KLDivergence(TokenMetric):
             )
         expected, found = _wide(clean).log_softmax(-1), _wide(logits).log_softmax(-1)
         return (expected.exp() * (expected - found)).sum(-1)
+
+
+def among(metric: Metric, real: Bool[Tensor, "batch pos"] | None) -> Metric:
+    """The metric, told what padding is where it is one of tokens."""
+    return metric.among(real) if isinstance(metric, TokenMetric) else metric
 
 
 def evaluate(metric: Metric, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, ""]:

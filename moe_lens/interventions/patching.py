@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_lens.checked import checked
 from moe_lens.errors import InputError, several
 from moe_lens.interventions.clean_run import CleanRun, Variant
-from moe_lens.interventions.metrics import Metric, describe, evaluate
+from moe_lens.interventions.metrics import Metric, among, describe, evaluate
 from moe_lens.interventions.patch_result import PatchResult
 from moe_lens.interventions.patch_sites import SITES, Parts, Units, differing, logits_variant, stream_variant
 from moe_lens.interventions.sweep import RoutingMode, sweep
@@ -71,6 +71,7 @@ def patch(
     runs = {"clean": CleanRun.of(model, clean, keep=keep, **kwargs)}
     runs["corrupted"] = CleanRun.of(model, corrupted, keep=keep, **kwargs)
     _same_shape(runs["clean"], runs["corrupted"])
+    metric = among(metric, runs["clean"].cache.mask)
     base, source = (runs[name] for name in (("corrupted", "clean") if direction == "denoising" else runs))
     axes = _axes(model, over, chosen, layers, base)
     made = list(_variants(model, site, base, source, chosen, axes))

@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_lens.errors import InputError
 from moe_lens.interventions.batched_variants import RoutingMode, Stack, inside
 from moe_lens.interventions.clean_run import CleanRun, Variant
-from moe_lens.interventions.metrics import Metric, TokenMetric, checked, describe, evaluate
+from moe_lens.interventions.metrics import Metric, TokenMetric, among, checked, describe, evaluate
 
 __all__ = ["CleanRun", "RoutingMode", "Variant", "sweep", "token_sweep"]
 
@@ -65,6 +65,7 @@ def sweep(
     Raises:
         InputError: the metric is not a scalar or not a finite number; a layer or hook that the sweep does not run.
     """
+    metric = among(metric, run.cache.mask)
     if isinstance(metric, TokenMetric):
         return token_sweep(model, run, variants, metric, routing=routing, batch_size=batch_size).mean(-1)
     clean = evaluate(metric, run.logits).double().cpu()

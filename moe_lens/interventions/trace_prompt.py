@@ -12,16 +12,16 @@ from moe_lens.errors import InputError
 def subject_positions(
     model: Any, prompt: str, tokens: Int[Tensor, " pos"], subject: str | int | Sequence[int]
 ) -> list[int]:
-    """Positions of the tokens that hold any character of a subject, wherever it occurs; or the positions given.
+    """Positions of the tokens that hold any character of a subject, wherever it occurs, or those given.
 
     Raises:
         InputError: the subject is not in the prompt, or a position not among the tokens.
     """
     if not isinstance(subject, str):
-        places = sorted({subject} if isinstance(subject, int) else set(subject))
-        if not places or places[0] < 0 or places[-1] >= len(tokens):
-            raise InputError(f"positions are {places}; expected some from 0 to {len(tokens) - 1}")
-        return places
+        given, last = sorted({subject} if isinstance(subject, int) else set(subject)), len(tokens) - 1
+        if not given or given[0] < -len(tokens) or given[-1] > last:
+            raise InputError(f"positions are {given}; expected some from 0 to {last}, or from {-len(tokens)} to -1")
+        return sorted({place % len(tokens) for place in given})
     if not subject or subject not in prompt:
         raise InputError(
             f"the subject {subject!r} is not in the prompt {prompt!r}; expected a part of it, letter by letter"

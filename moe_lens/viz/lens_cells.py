@@ -25,11 +25,13 @@ class Cell:
 
 
 def place(result: LensResult, position: int, batch: int) -> tuple[int, int]:
-    """Where a position stands on the axes (batch, pos).
+    """Where a position, or a negative one of those that were read, stands on the axes (batch, pos).
 
     Raises:
         InputError: it was not read.
     """
+    if -len(result.positions) <= position < 0:
+        position = result.positions[position]
     if position not in result.positions:
         raise InputError(f"position {position} was not read; the result has {list(result.positions)}")
     rows = result.top_tokens.shape[2]

@@ -74,6 +74,20 @@ def test_chosen_logits_log_probabilities_and_differences() -> None:
     assert abs(LogitDifference(tokens, 3, where)(given) - expected) <= F64
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_last_token_is_a_real_one_where_padding_is_known(side: str) -> None:
+    given, real = logits(), mask(side).bool()
+    for back in (1, 2):
+        ends = [n - back if side == "right" else POS - back for n in LENGTHS]
+        rows = [given[b, end] for b, end in enumerate(ends)]
+        found = Logit(3, -back).among(real)(given)
+        assert found == torch.stack([row[3] for row in rows]).mean()
+        assert (found == Logit(3, -back)(given)) == (side == "left"), "without the mask it is the last column"
+    assert Logit(3, 1).among(real)(given) == given[:, 1, 3].mean(), "positions from 0 are columns"
+    with pytest.raises(InputError, match="a text has 2 tokens; expected at least 3"):
+        Logit(3, -3).among(real)(given)
+
+
 def test_divergence_from_the_clean_run() -> None:
     clean, other = logits(), logits().roll(1, -1)
     where = mask("right").bool()

@@ -13,7 +13,7 @@ from moe_lens.errors import InputError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.interventions import expert_attribution, patching
 from moe_lens.interventions.clean_run import CleanRun
-from moe_lens.interventions.metrics import LogitDifference, Loss
+from moe_lens.interventions.metrics import Logit, LogitDifference, Loss
 from moe_lens.interventions.patch_result import PatchResult
 from moe_lens.interventions.patch_sites import SITES
 from moe_lens.interventions.patching import patch
@@ -318,6 +318,10 @@ def test_padding_is_never_patched():
     assert (result.values - result.clean).abs().max() <= F64 * 10, "what differs in padding alone is not read"
     one = patch(model, clean[:1], corrupted[:1], "resid_pre", METRIC, attention_mask=mask[:1])
     assert one.axes["pos"] == tuple(range(4, 12))
+    right, short = mask.flip(-1), clean[:1, :8]
+    padded = patch(model, clean[:1], corrupted[:1], "resid_mid", Logit(3), over=("layer",), attention_mask=right[:1])
+    alone = patch(model, short, corrupted[:1, :8], "resid_mid", Logit(3), over=("layer",))
+    assert (padded.values - alone.values).abs().max() <= F64 * 10, "the last token is a real one"
 
 
 @pytest.mark.typed

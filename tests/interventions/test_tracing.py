@@ -146,7 +146,8 @@ def test_seeds_foils_positions_and_frozen_routing(model: HookedMoE, result: Trac
     assert all((again.sites[s].values - result.sites[s].values).abs().max() <= CLOSE for s in result.sites)
     other = trace(model, PROMPT, ", b", " b", draws=3, seed=2)
     assert not torch.equal(other.corrupted, result.corrupted)
-    foiled = trace(model, PROMPT, ", b", " b", foil=" c", draws=2, at=[3, 4], routing="frozen")
+    fourth = 4 - model.to_tokens(PROMPT).shape[1]  # counted from the end
+    foiled = trace(model, PROMPT, ", b", " b", foil=" c", draws=2, at=[3, fourth], routing="frozen")
     assert foiled.score == "logit difference"
     with torch.no_grad():
         logits = model(PROMPT)[0, -1]
@@ -193,6 +194,7 @@ def test_the_guide_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ({"noise": 0}, "noise=0"),
         ({"level": 1.0}, r"level=1\.0"),
         ({"at": [99]}, "positions are"),
+        ({"at": [-99]}, "positions are"),
         ({"routing": "loose"}, "routing is 'loose'"),
     ],
 )

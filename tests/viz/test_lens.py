@@ -1,8 +1,9 @@
 """What a lens read, as the paper's Figure 2 and as curves over layers: the numbers of the result, and no markup."""
 
 import re
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -92,6 +93,8 @@ def test_what_was_not_read_cannot_be_shown():
             show(lens_result(), 3)
         with pytest.raises(InputError, match="there is no row 1 of the batch; the result has 0 to 0"):
             show(lens_result(), 5, batch=1)
+    last, fifth = (cast(Any, viz.lens_table(lens_result(), position)).data[0].text for position in (-1, 5))
+    assert np.array_equal(last, fifth), "the last that was read"
     empty: Any = viz.lens_table(lens_result(), 4)  # padding: nothing to see, and nothing to go wrong
     assert not empty.layout.annotations and set(empty.data[0].text[1]) == {""}
 
