@@ -1,69 +1,143 @@
-"""I(expert; domain | token): what the domain says about the expert once the token is known."""
+"""Does routing depend on the domain once the token is known? A distance without bias, and a test that keeps its level.
+
+A plug-in estimate of I(expert; domain | token) is large wherever tokens are rare, and permuting tokens within a type
+takes tokens of one source for independent. Measured here is, of two domains a and b,
+
+    Σ_x w_x ‖p(· | x, a) − p(· | x, b)‖²,
+
+p(e | x, d) the share of the occurrences of token x in domain d that choose expert e, w_x the harmonic mean of the
+token's counts in both. Squares are estimated from products of *different* sources only, so that neither the noise of
+few occurrences nor what a source's tokens share adds anything: it is 0 on average where nothing depends on the domain,
+and may be negative. The null gives each source one random sign, by which all its residuals from the token's share in
+both domains are multiplied (a wild bootstrap: Wu 1986, Annals of Statistics 14; by cluster: Cameron, Gelbach and Miller
+2008, Review of Economics and Statistics 90). A source that holds much of a token draws that share to itself; residuals
+are corrected for this leverage.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import combinations
 
+import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from moe_lens.checked import checked
 from moe_lens.errors import InputError
 from moe_lens.stats.accumulator import Result
+from moe_lens.stats.conditional_distance import PairOfDomains, Units
+from moe_lens.stats.multiple_tests import holm
+from moe_lens.stats.resampling import jackknife_interval
 from moe_lens.stats.vocabulary_specialisation import VocabularyResult
+
+LEAST_SHARED = 0.2
+"""Share of the text below which a test says nothing: what it looked at is too little of what there is."""
+
+LEVEL = 0.05
 
 
 @dataclass(frozen=True, eq=False)
 class ConditionalInformation(Result):
-    """I(E; D | X) of an assignment's expert, its domain and its token, beside what permuted labels give; nats.
+    """How far two domains route the same tokens differently; of more than two domains, the mean over pairs.
 
-    Domains have the same weight. A token that occurs in one domain only says nothing, and adds 0.
+    Distances are sums over experts of squared differences of shares, in [0, 2 k] but for their error, and 0 on average
+    where experts do not depend on the domain given the token.
     """
 
     domains: tuple[str, ...]
     layers: tuple[int, ...]
     permutations: int
-    information: Float[Tensor, " layer"]
-    null: Float[Tensor, " layer"]
-    """Mean over permutations: finite samples of rare tokens give much even where there is nothing."""
+    """How often signs were drawn."""
+    n_sources: tuple[int, ...]
+    """Of each domain: groups of sources, as `VocabularyStats` counted them."""
+    excess: Float[Tensor, " layer"]
+    """The distance, mean over pairs of domains; NaN where no token could be tested."""
+    low: Float[Tensor, " layer"]
+    """End of its 95 % interval over sources; NaN below ten of them."""
+    high: Float[Tensor, " layer"]
     p_values: Float[Tensor, " layer"]
-    """One-sided, of each layer alone."""
-    shared: float
-    """Share of the text, in [0, 1], that is of tokens which occur in two domains at least."""
+    """One-sided, of each layer alone; 1 where no token could be tested."""
+    shared: Float[Tensor, " pair"]
+    """Share of the text of the pair, in [0, 1], whose token is in at least two sources of both domains."""
+    pair_excess: Float[Tensor, "layer pair"]
+    """Of each two domains alone, in the order of `pairs`."""
+    pair_low: Float[Tensor, "layer pair"]
+    pair_high: Float[Tensor, "layer pair"]
+    pair_p_values: Float[Tensor, "layer pair"]
+    """One-sided, of each layer and pair alone."""
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """Every two domains once."""
+        return tuple(combinations(self.domains, 2))
+
+    @property
+    def smallest_p(self) -> float:
+        """The smallest p-value that can be reached: signs are drawn so often, and few sources have few of them."""
+        return max(1 / (self.permutations + 1), 0.5 ** (min(sum(two) for two in combinations(self.n_sources, 2)) - 1))
 
     def to_frame(self) -> pd.DataFrame:
-        """A row per layer: information, null, excess (information minus null), p_value, shared."""
-        columns = {
-            "information": self.information,
-            "null": self.null,
-            "excess": self.information - self.null,
-            "p_value": self.p_values,
-        }
-        frame = pd.DataFrame({"layer": self.layers, **{name: value.numpy() for name, value in columns.items()}})
-        return frame.assign(shared=self.shared)
+        """A row per layer: excess, low, high, p_value, p_holm (over layers), shared, smallest_p, finding.
+
+        `finding` is "depends on the domain", "not rejected", or "cannot be told" where less than `LEAST_SHARED` of the
+        text could be tested. "Not rejected" does not say that the expert depends on the token alone.
+        """
+        shared = self.shared.mean().expand(len(self.layers))
+        frame = _frame(self.excess, self.low, self.high, self.p_values, shared)
+        frame.insert(0, "layer", list(self.layers))
+        return frame.assign(smallest_p=self.smallest_p)
+
+    def per_pair(self) -> pd.DataFrame:
+        """A row per layer and pair of domains; columns as of `to_frame`, with Holm over pairs and layers."""
+        columns = self.pair_excess, self.pair_low, self.pair_high, self.pair_p_values
+        frame = _frame(*columns, self.shared.expand(self.pair_excess.shape))
+        for place, name in enumerate(("layer", "domain", "other")):
+            values = [(layer, *pair)[place] for layer in self.layers for pair in self.pairs]
+            frame.insert(place, name, values)
+        return frame.assign(smallest_p=self.smallest_p)
+
+
+def _frame(
+    excess: Float[Tensor, "*cell"],
+    low: Float[Tensor, "*cell"],
+    high: Float[Tensor, "*cell"],
+    p_values: Float[Tensor, "*cell"],
+    shared: Float[Tensor, "*cell"],
+) -> pd.DataFrame:
+    adjusted = holm(p_values)
+    columns = {
+        "excess": excess,
+        "low": low,
+        "high": high,
+        "p_value": p_values,
+        "p_holm": adjusted,
+        "shared": shared,
+    }
+    frame = pd.DataFrame({name: value.flatten().numpy() for name, value in columns.items()})
+    found = np.where(frame["p_holm"] <= LEVEL, "depends on the domain", "not rejected")
+    return frame.assign(finding=np.where(frame["shared"] < LEAST_SHARED, "cannot be told", found))
 
 
 @checked
 def conditional_information(
-    results: Mapping[str, VocabularyResult], *, permutations: int = 200, seed: int = 0
+    results: Mapping[str, VocabularyResult], *, permutations: int = 999, seed: int = 0
 ) -> ConditionalInformation:
-    """Measure I(E; D | X) and its permutation null.
+    """Test whether experts depend on the domain given the token.
 
-    Domain labels are permuted over groups of sources, among those in which a token occurs: routing keeps its dependence
-    on the token, and tokens of a group keep together. As in `compare_domains`, deviations are permuted, from what the
-    token is sent to anywhere, scaled to how often it occurs in the group that they are assigned to: each domain keeps
-    its amount of text, and of each token.
+    Everything about a pair comes from its two domains alone. A token is tested where at least two sources of both
+    domains hold it. `benchmarks/calibrate_given_token.py` shows how often something is found where there is nothing.
 
     Args:
-        results: Of each domain, counted by `VocabularyStats(…, groups=…)` with the same settings.
-        permutations: How often labels are permuted.
-        seed: Of the permutations.
+        results: Of each domain, counted by `VocabularyStats(…, groups=…)` with the same settings. Groups of sources are
+            the units, so that there should be at least as many of them as of sources.
+        permutations: How often signs are drawn.
+        seed: Of the signs.
 
     Raises:
         InputError: fewer than two domains, counts that do not fit one another, or a single group, with which there is
-            nothing to permute.
+            nothing to compare.
     """
     domains, first = tuple(results), next(iter(results.values()), None)
     if first is None or len(results) < 2:
@@ -72,121 +146,65 @@ def conditional_information(
     if len(about) > 1:
         raise InputError(f"the domains were counted in different ways: {sorted(about)}")
     if first.groups == 1:
-        raise InputError("all sources were counted in one group; count with VocabularyStats(…, groups=10) or so")
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.zeros(permutations + 1, len(first.layers), dtype=torch.float64)
-    shared = 0.0
-    for i, layer in enumerate(first.layers):
-        units = _units(list(results.values()), layer)
-        values[0, i] = units.information(units.counts)
-        for j in range(permutations if len(units.token) else 0):
-            values[j + 1, i] = units.information(units.reassigned(units.permuted(generator)))
-        shared = units.shared  # the same in every layer
+        raise InputError("all sources were counted in one group; count with VocabularyStats(…, groups=64) or so")
+    units = Units.of(list(results.values()))
+    couples = list(combinations(range(len(domains)), 2))
+    pairs = [PairOfDomains.of(units, *couple) for couple in couples]
+    draws = torch.randint(2, (permutations, units.n_sources), generator=torch.Generator().manual_seed(seed)).numpy()
+    signs = 2.0 * draws - 1
+    shape = len(first.layers), len(pairs)
+    excess, without = np.full(shape, np.nan), np.full((*shape, units.n_sources), np.nan)
+    null = np.zeros((*shape, permutations))
+    for i in range(shape[0]):
+        counts = units.counts(i)
+        for j, pair in enumerate(pairs):
+            if pair.testable:
+                excess[i, j], without[i, j], null[i, j] = pair.measure(counts, signs)
+    low, high = _intervals(excess, without, units, couples)
+    tested = [pair.testable for pair in pairs]
+    mean, mean_without = _mean(excess, tested), _mean(np.where(np.isnan(without), excess[..., None], without), tested)
+    mean_low, mean_high = jackknife_interval(_tensor(mean), _tensor(mean_without), units.domain_of)
     return ConditionalInformation(
         domains=domains,
         layers=first.layers,
         permutations=permutations,
-        information=values[0],
-        null=values[1:].mean(0),
-        p_values=(values >= values[0] - 1e-12).double().mean(0),
-        shared=shared,
+        n_sources=tuple(torch.bincount(units.domain_of, minlength=len(domains)).tolist()),
+        excess=_tensor(mean),
+        low=mean_low,
+        high=mean_high,
+        p_values=_p_values(null[:, tested].sum(1), np.nansum(excess, 1)),
+        shared=_tensor([pair.shared for pair in pairs]),
+        pair_excess=_tensor(excess),
+        pair_low=low,
+        pair_high=high,
+        pair_p_values=_p_values(null, excess),
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Units:
-    """Of one layer: what a group of sources did with a token, for tokens that occur in two domains at least."""
-
-    token: Int[Tensor, " unit"]
-    """Counted from 0, ascending."""
-    domain: Int[Tensor, " unit"]
-    group: Int[Tensor, " unit"]
-    """Of sources, numbered through all domains."""
-    counts: Float[Tensor, "unit n_experts"]
-    outside: Float[Tensor, " domain"]
-    """Assignments of other tokens."""
-    shared: float
-
-    def permuted(self, generator: torch.Generator) -> Int[Tensor, " unit"]:
-        """For each unit another one of its token: groups are put in a random order, the same for all tokens."""
-        random = torch.rand(int(self.group.max()) + 1, generator=generator)[self.group].argsort()
-        return random[self.token[random].argsort(stable=True)]
-
-    @cached_property
-    def deviations(
-        self,
-    ) -> tuple[Float[Tensor, "unit n_experts"], Float[Tensor, "unit n_experts"], Float[Tensor, "unit 1"]]:
-        """What is expected of each unit; how it deviates, in units of its spread; and its spread, up to a factor."""
-        n_tokens = int(self.token[-1]) + 1
-        size = self.counts.sum(-1, keepdim=True)
-
-        def of_token(values: Float[Tensor, "unit some"]) -> Float[Tensor, "unit some"]:
-            return torch.zeros(n_tokens, values.shape[1], dtype=torch.float64).index_add_(0, self.token, values)[
-                self.token
-            ]
-
-        share, leverage = of_token(self.counts) / of_token(size), size / of_token(size)
-        deviation = self.counts - share * size
-        units = of_token(torch.ones_like(size))
-        # the variance of a count is p (1 − p) n (1 + ρ (n − 1)), ρ that of all tokens and experts
-        binomial = (share * (1 - share)).sum(-1, keepdim=True) * (1 - leverage)
-        more = (deviation.square().sum(-1, keepdim=True) / size - binomial).sum()
-        rho = float((more / (binomial * (size - 1)).sum()).nan_to_num(0, 0, 0).clamp(0, 1))
-        spread = (size * (1 + rho * (size - 1))).sqrt()
-        relative = ((1 - 1 / units) / (1 - leverage)).sqrt()
-        return share * size, deviation / spread * relative, spread
-
-    def reassigned(self, order: Int[Tensor, " unit"]) -> Float[Tensor, "unit n_experts"]:
-        """Counts if each unit deviated as much as the one in its place in `order`; may be a little below 0."""
-        expected, standard, spread = self.deviations
-        return expected + standard[order] * spread
-
-    def information(self, counts: Float[Tensor, "unit n_experts"]) -> Float[Tensor, ""]:
-        """I(E; D | X) of these counts."""
-        n_domains, n_experts = len(self.outside), self.counts.shape[-1]
-        if not len(self.token):
-            return torch.zeros((), dtype=torch.float64)
-        inside = torch.zeros(int(self.token[-1]) + 1, n_domains, n_experts, dtype=torch.float64)
-        inside.view(-1, n_experts).index_add_(0, self.token * n_domains + self.domain, counts)
-        size = inside.sum(-1, keepdim=True)
-        inside = inside.clamp(min=0)
-        inside = inside * (size / inside.sum(-1, keepdim=True)).nan_to_num(0, 0, 0)
-        # every domain has the same weight, whatever its size
-        p = inside / (inside.sum((0, 2)) + self.outside)[:, None] / n_domains
-        entropy = torch.special.entr
-        # H(X, E) + H(X, D) − H(X, D, E) − H(X); constants of tokens outside cancel
-        return entropy(p.sum(1)).sum() + entropy(p.sum(2)).sum() - entropy(p).sum() - entropy(p.sum((1, 2))).sum()
+def _mean(values: np.ndarray, tested: list[bool]) -> np.ndarray:
+    """Over the pairs that could be tested, of all layers."""
+    return values[:, tested].mean(1) if any(tested) else np.full((len(values), *values.shape[2:]), np.nan)
 
 
-def _units(results: list[VocabularyResult], layer: int) -> _Units:
-    first = results[0]
-    unit_keys, experts, counts = [], [], []
-    for d, result in enumerate(results):
-        group, token, place, expert = result.cells()
-        here = place == result.layers.index(layer)
-        unit_keys.append((token[here] * len(results) + d) * result.groups + group[here])
-        experts.append(expert[here])
-        counts.append(result.assigned[here])
-    keys, unit = torch.cat(unit_keys).unique(return_inverse=True)
-    table = torch.zeros(len(keys), first.n_experts, dtype=torch.float64)
-    table.view(-1).index_add_(0, unit * first.n_experts + torch.cat(experts), torch.cat(counts).double())
-    domain = keys // first.groups % len(results)
-    token = keys // first.groups // len(results)
-    kept = _in_two_domains(token, domain)
-    total = torch.zeros(len(results), dtype=torch.float64).index_add_(0, domain, table.sum(-1))
-    outside = torch.zeros_like(total).index_add_(0, domain[~kept], table[~kept].sum(-1))
-    return _Units(
-        token=token[kept].unique(return_inverse=True)[1],
-        domain=domain[kept],
-        group=(keys % (first.groups * len(results)))[kept],
-        counts=table[kept],
-        outside=outside,
-        shared=float((1 - outside / total).mean()),
-    )
+def _intervals(
+    excess: np.ndarray, without: np.ndarray, units: Units, couples: list[tuple[int, int]]
+) -> tuple[Float[Tensor, "layer pair"], Float[Tensor, "layer pair"]]:
+    ends = []
+    for j, couple in enumerate(couples):
+        of_pair = torch.isin(units.domain_of, torch.tensor(couple))
+        ends.append(
+            jackknife_interval(_tensor(excess[:, j]), _tensor(without[:, j])[:, of_pair], units.domain_of[of_pair])
+        )
+    low, high = zip(*ends, strict=True)
+    return torch.stack(low, 1), torch.stack(high, 1)
 
 
-def _in_two_domains(token: Int[Tensor, " unit"], domain: Int[Tensor, " unit"]) -> Bool[Tensor, " unit"]:
-    tokens, place = token.unique(return_inverse=True)
-    low = torch.full((len(tokens),), int(domain.max()) + 1).scatter_reduce_(0, place, domain, "amin")
-    high = torch.full((len(tokens),), -1).scatter_reduce_(0, place, domain, "amax")
-    return (low < high)[place]
+def _p_values(null: np.ndarray, observed: np.ndarray) -> Float[Tensor, "*cell"]:
+    """Share of draws, the observed one among them, at least as great; 1 where nothing was observed."""
+    above = (null >= np.nan_to_num(observed)[..., None] * (1 - 1e-12)).sum(-1)
+    found = (1 + above) / (null.shape[-1] + 1)
+    return _tensor(np.where(np.isnan(observed), 1.0, found))
+
+
+def _tensor(values: object) -> Float[Tensor, "..."]:
+    return torch.as_tensor(np.asarray(values, dtype=float))

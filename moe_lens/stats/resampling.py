@@ -96,6 +96,39 @@ def tail(sizes: Real[Tensor, " source"], level: float = 0.95) -> float:
     return float(ndtr(-((n / (n - 1)) ** 0.5) * stdtrit(n - 1, (1 + level) / 2)))
 
 
+def jackknife_interval(
+    values: Float[Tensor, " value"],
+    without: Float[Tensor, "value source"],
+    strata: Int[Tensor, " source"],
+    level: float = 0.95,
+) -> tuple[Float[Tensor, " value"], Float[Tensor, " value"]]:
+    """Intervals of statistics of pairs of sources, which resampling would pair with themselves; NaN if there are none.
+
+    The variance is that of the statistic without each source (Arvesen 1969, Annals of Mathematical Statistics 40), of
+    each stratum by itself; t is Student's, with the degrees of freedom of Welch and Satterthwaite.
+
+    Args:
+        values: Of all sources.
+        without: Of all but one.
+        strata: Such as the source's domain; below `MIN_SOURCES` in any of them there is no interval.
+        level: Of confidence, in (0, 1).
+    """
+    from scipy.special import stdtrit
+
+    names, n = strata.unique(return_counts=True)
+    if int(n.min()) < MIN_SOURCES:
+        return torch.full_like(values, torch.nan), torch.full_like(values, torch.nan)
+    parts = []
+    for name in names:
+        of = without[:, strata == name]
+        parts.append((of - of.mean(1, keepdim=True)).square().sum(1) * (of.shape[1] - 1) / of.shape[1])
+    variances = torch.stack(parts)
+    variance = variances.sum(0)
+    freedom = variance.square() / (variances.square() / (n[:, None] - 1)).sum(0)
+    reach = variance.sqrt() * torch.as_tensor(stdtrit(freedom.nan_to_num(1).numpy(), (1 + level) / 2))
+    return values - reach, values + reach
+
+
 def halves(sources: Iterable[str], seed: int = 0) -> dict[str, int]:
     """Deal sources into two halves, 0 and 1, at random; the same sources and seed give the same halves."""
     order = sorted(set(several(sources, "sources")))

@@ -28,8 +28,8 @@ from moe_lens.studies.forward_passes import observed
 from moe_lens.studies.frames import by_domain
 from moe_lens.studies.study import Earlier, Gathered, Study
 
-GROUPS = 10
-"""Groups of sources that tokens are counted apart in, for the null of what the domain says beyond the token."""
+GROUPS = 64
+"""Groups of sources that tokens are counted apart in: the units of what the domain says beyond the token."""
 
 NULLS: dict[str, str] = {
     "random_router": "router rows are random directions, of the lengths of the model's own",
@@ -99,7 +99,8 @@ class RoutingStudy(Study):
         """Tables by domain, with the routing ("model", or one of `NULLS`) in the second column.
 
         `specialisation`, `most_specialised`, `layers`, `pairs` (of the model alone), `persistence`, `vocabulary`; and
-        of two domains or more `domain_experts`, `domain_layers`, `domain_pairs`, the tests between them.
+        of two domains or more `domain_experts`, `domain_layers`, `domain_pairs`, the tests between them, and
+        `given_token_layers`, `given_token_pairs`, what is left of them once the token is known.
         """
         routings = [MODEL, *(NULLS if self.nulls else ())]
         found: dict[str, list[pd.DataFrame]] = {}
@@ -122,16 +123,12 @@ class RoutingStudy(Study):
                     tables["vocabulary"] = pd.concat([tables["vocabulary"], more], ignore_index=True)
             if len(results) > 1:
                 compared = compare_domains(counts, seed=self.seed)
-                beyond = conditional_information(tokens, seed=self.seed).to_frame()
+                beyond = conditional_information(tokens, seed=self.seed)
                 tables["domain_experts"] = compared.to_frame()
-                tables["domain_layers"] = pd.concat(
-                    [
-                        compared.per_layer().assign(given="nothing"),
-                        beyond.rename(columns={"information": "mi"}).assign(given="token"),
-                    ],
-                    ignore_index=True,
-                )
+                tables["domain_layers"] = compared.per_layer()
                 tables["domain_pairs"] = compared.per_pair()
+                tables["given_token_layers"] = beyond.to_frame()
+                tables["given_token_pairs"] = beyond.per_pair()
             for name, table in tables.items():
                 table.insert(min(1, len(table.columns)), "routing", routing)
                 found.setdefault(name, []).append(table)

@@ -1,6 +1,5 @@
 """Vocabulary counts against plain loops; information about the domain beyond the token; routing that means nothing."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.calibrate_given_token import SCENARIOS, Scenario, draw
 from moe_lens.errors import InputError
 from moe_lens.stats import (
     PairStats,
@@ -20,7 +20,7 @@ from moe_lens.stats import (
     token_unigram_routing,
     uniform_routing,
 )
-from moe_lens.stats.information_given_token import _units
+from moe_lens.stats.conditional_distance import PairOfDomains, Units
 from moe_lens.stats.null_routing import systematic_sample
 from tests.stats.routed import random_batch, routed
 
@@ -96,98 +96,121 @@ def texts(generator: torch.Generator, name: str, shift: int, *, sources: int = 1
     return made
 
 
-def counted(batches: list[RoutedBatch], groups: int = 12) -> VocabularyResult:
+def counted(batches: list[RoutedBatch], groups: int = 64) -> VocabularyResult:
     stats = VocabularyStats(LAYERS, EXPERTS, TOP_K, VOCABULARY, groups=groups)
     for batch in batches:
         stats.update(batch)
     return stats.result()
 
 
-def plain_information(results: list[VocabularyResult], layer: int) -> float:
-    tables = np.zeros((len(results), VOCABULARY, EXPERTS))
-    for d, result in enumerate(results):
-        tokens, table = result.table(layer)
-        tables[d, tokens] = table[0].numpy()
-    p = tables / tables.sum((1, 2), keepdims=True) / len(results)
-    value = 0.0
+def test_distance_given_the_token_against_plain_loops():
+    """The distance, what it is without a source, and what signs make of it, pair of sources by pair of sources."""
+    generator = torch.Generator().manual_seed(3)
+    results = [counted(texts(generator, name, shift, sources=4)) for name, shift in (("a", 0), ("b", 1))]
+    units = Units.of(results)
+    pair = PairOfDomains.of(units, 0, 1)
+    signs = np.sign(np.random.default_rng(0).normal(size=(3, units.n_sources)))
+    found, without, null = pair.measure(units.counts(1), signs)
+    c = np.zeros((units.n_sources, VOCABULARY, EXPERTS))
+    for unit, expert, count in zip(*units.cells[1], strict=True):
+        c[units.source[unit], units.token[unit], expert] = count
+    second = units.domain_of.numpy()
+    every = np.ones(units.n_sources)
+    share = c.sum(0) / c.sum((0, 2))[:, None] * TOP_K  # of the token in both domains: what residuals are taken from
+    assert found == pytest.approx(plain_distance(c, second, share, every), abs=1e-12)
+    for source in range(units.n_sources):
+        left = every * (np.arange(units.n_sources) != source)
+        assert without[source] == pytest.approx(plain_distance(c, second, share, left), abs=1e-12)
+    for row, value in zip(signs, null, strict=True):
+        assert value == pytest.approx(plain_distance(c, second, share, every, row), abs=1e-12)
+    assert abs(null[0] - null[1]) > 1e-3  # signs do something
+
+
+def plain_distance(c, second, share, kept, signs=None) -> float:
+    """Of counts [source, token, expert]; with signs, of residuals that are corrected for leverage."""
+    n = c.sum(-1) / TOP_K
+    above = below = 0.0
     for x in range(VOCABULARY):
-        joint = p[:, x]
-        if joint.sum():
-            with np.errstate(divide="ignore", invalid="ignore"):
-                terms = joint * np.log(joint * joint.sum() / (joint.sum(0) * joint.sum(1, keepdims=True)))
-            value += np.where(joint > 0, terms, 0).sum()
-    return value
+        n_x, p, total = n[:, x] * kept, share[x], n[:, x].sum()
+        sums = [n_x[second == d].sum() for d in (0, 1)]
+        pairs = [sums[d] ** 2 - (n_x[second == d] ** 2).sum() for d in (0, 1)]
+        if min(pairs) < 0.5:
+            continue
+        weight, value = 2 * sums[0] * sums[1] / sum(sums), 0.0
+        for s in range(len(c)):
+            for t in range(len(c)):
+                if s != t and n_x[s] and n_x[t]:
+                    product = (c[s, x] - n_x[s] * p) @ (c[t, x] - n_x[t] * p)
+                    if signs is not None:
+                        product += n_x[s] * n_x[t] * (p - p * p).sum() / (total - 1)
+                        product *= signs[s] * signs[t] / ((1 - n_x[s] / total) * (1 - n_x[t] / total)) ** 0.5
+                    value += product / (pairs[second[s]] if second[s] == second[t] else -sums[0] * sums[1])
+        above, below = above + weight * value, below + weight
+    return above / below
 
 
-def test_information_beyond_the_token():
-    generator = torch.Generator().manual_seed(0)
-    alike = [counted(texts(generator, name, 0)) for name in "ab"]
-    found = conditional_information(dict(zip("ab", alike, strict=True)), permutations=60)
-    other = counted(texts(generator, "b", 1))
-    planted = conditional_information({"a": alike[0], "b": other}, permutations=60)
-    for i, layer in enumerate(LAYERS):
-        assert float(found.information[i]) == pytest.approx(plain_information(alike, layer), abs=1e-12)
-    assert float(planted.information[0]) == pytest.approx(plain_information([alike[0], other], LAYERS[0]), abs=1e-12)
-    # Nothing beyond the token: no more than the null gives now and then; experts that depend on the domain stand out.
-    assert (found.p_values > 0.05).all() and (planted.p_values == 1 / 61).all()
-    assert (planted.information > 3 * planted.null).all()
-    assert found.shared == 1.0
-    assert list(found.to_frame()["layer"]) == list(LAYERS)
-
-
-def test_conditional_information_is_calibrated():
-    generator = torch.Generator().manual_seed(5)
-    p_values, excess = [], []
-    for _ in range(25):
-        results = {name: counted(texts(generator, name, 0)) for name in "ab"}
-        found = conditional_information(results, permutations=39)
+def test_nothing_is_found_beyond_the_token_where_there_is_nothing():
+    """Sources with tastes of their own, domains with other tokens, and a vocabulary whose tokens are mostly rare."""
+    p_values, excess, plain = [], [], []
+    for i in range(20):
+        results = draw(np.random.default_rng(i), 300, 10, SCENARIOS["unigram + sources"])
+        found = conditional_information(dict(zip("ab", results, strict=True)), permutations=99, seed=i)
         p_values.append(float(found.p_values[0]))
-        excess.append(float((found.information - found.null)[0]))
-    assert abs(np.mean(excess)) < 3 * np.std(excess) / 25**0.5
-    # 25 draws of a uniform share: half of them are 12.5 ± 2.5
-    assert 5 <= sum(p <= 0.5 for p in p_values) <= 20 and sum(p <= 0.1 for p in p_values) <= 8
+        excess.append(float(found.excess[0]))
+        tables = [result.table(1) for result in results]
+        both = np.intersect1d(tables[0][0].numpy(), tables[1][0].numpy())
+        n, shares = zip(*(per_token(*table, both) for table in tables), strict=True)
+        weight = 2 * n[0] * n[1] / (n[0] + n[1])
+        plain.append((weight * np.square(shares[0] - shares[1]).sum(1)).sum() / weight.sum())
+    # 20 draws of a uniform share: a twentieth is 1 ± 1, a half 10 ± 2.2
+    assert sum(p <= 0.05 for p in p_values) <= 4 and 4 <= sum(p <= 0.5 for p in p_values) <= 16
+    error = np.std(excess) / len(excess) ** 0.5
+    assert abs(np.mean(excess)) < 3 * error < np.mean(plain) / 2  # shares as they are differ, in whatever is rare
 
 
-@pytest.mark.slow
-def test_domains_may_differ_in_how_much_text_there_is():
-    generator = torch.Generator().manual_seed(7)
-    p_values: dict[str, list[float]] = {"scaled": [], "plain": []}
-    nulls, information = {"scaled": 0.0, "plain": 0.0}, 0.0
-    for i in range(40):
-        results = {
-            name: counted([cut(batch, length) for batch in texts(generator, name, 0)])
-            for name, length in (("a", 6), ("b", 60))
-        }
-        found = conditional_information(results, permutations=39, seed=i)
-        observed = float(found.information[0])
-        information += observed
-        p_values["scaled"].append(float(found.p_values[0]))
-        nulls["scaled"] += float(found.null[0])
-        # the counts themselves dealt to others' places: a domain then has more text than it has, or less
-        units = _units(list(results.values()), LAYERS[0])
-        plain = [float(units.information(units.counts[units.permuted(generator)])) for _ in range(39)]
-        p_values["plain"].append((1 + sum(value >= observed for value in plain)) / 40)
-        nulls["plain"] += sum(plain) / 39
-    found_at = {name: sum(p <= 0.05 for p in values) for name, values in p_values.items()}
-    excess = {name: (information - null) / information for name, null in nulls.items()}
-    # 40 draws of a uniform share: a twentieth is 2 ± 1.4
-    assert found_at["scaled"] <= 5 < found_at["plain"]
-    assert abs(excess["scaled"]) < 0.15 < 0.25 < excess["plain"]
+def per_token(tokens, table, wanted) -> tuple[np.ndarray, np.ndarray]:
+    """How often each of the wanted tokens occurs, and its shares."""
+    counts = table[:, torch.isin(tokens, torch.as_tensor(wanted))].double().numpy()
+    return counts[1].sum(-1), counts[0] / counts[1].sum(-1, keepdims=True)
 
 
-def cut(batch: RoutedBatch, length: int) -> RoutedBatch:
-    return replace(batch, counted=torch.arange(batch.mask.shape[1])[None] < length)
+def test_what_the_domain_decides_beyond_the_token_is_found():
+    effect = Scenario(token=1, source=0.3, domain=0.3, unequal=True)
+    results = draw(np.random.default_rng(0), 300, 20, effect)
+    two = conditional_information(dict(zip("ab", results, strict=True)), permutations=99)
+    assert float(two.p_values[0]) == 0.01 and float(two.low[0]) > 0
+    assert list(two.to_frame()["finding"]) == ["depends on the domain"]
+    # a third domain changes nothing about the first two
+    third = draw(np.random.default_rng(9), 300, 20, effect)[0]
+    three = conditional_information({**dict(zip("ab", results, strict=True)), "c": third}, permutations=99)
+    assert three.pairs == (("a", "b"), ("a", "c"), ("b", "c"))
+    for name in ("excess", "low", "high"):
+        assert float(getattr(three, f"pair_{name}")[0, 0]) == pytest.approx(float(getattr(two, name)[0]), abs=1e-12)
+    assert float(three.excess[0]) == pytest.approx(float(three.pair_excess[0].mean()), abs=1e-12)
+    assert (three.low < three.excess).all() and (three.excess < three.high).all()
+    table: Any = three.per_pair()
+    assert (table["p_holm"] >= table["p_value"]).all() and table["smallest_p"].eq(0.01).all()
 
 
 def test_tokens_of_one_domain_say_nothing():
-    first = [
-        routed(torch.tensor([[[[0, 1]] * 4]] * 2), n_experts=EXPERTS, layers=LAYERS, tokens=torch.ones(1, 4).long())
-    ]
-    second = [
-        routed(torch.tensor([[[[2, 3]] * 4]] * 2), n_experts=EXPERTS, layers=LAYERS, tokens=torch.zeros(1, 4).long())
-    ]
+    def text(token: int, chosen: list[int], source: str) -> RoutedBatch:
+        indices = torch.tensor([[[chosen] * 4]] * 2)
+        ids = torch.full((1, 4), token)
+        return routed(indices, sources=[source], n_experts=EXPERTS, layers=LAYERS, tokens=ids)
+
+    first = [text(1, [0, 1], "s0"), text(1, [0, 1], "s1")]
+    second = [text(0, [2, 3], "s0"), text(0, [2, 3], "s1")]
     found = conditional_information({"a": counted(first), "b": counted(second)}, permutations=5)
-    assert found.information.tolist() == [0, 0] and found.shared == 0
+    assert found.excess.isnan().all() and found.p_values.eq(1).all() and found.shared.tolist() == [0]
+    assert set(found.to_frame()["finding"]) == {"cannot be told"}
+    # a token that one source alone has cannot be told from the source
+    common = [*second, text(1, [2, 3], "s0")]
+    assert conditional_information({"a": counted(first), "b": counted(common)}).shared.tolist() == [0]
+    common.append(text(1, [2, 3], "s1"))
+    tested = conditional_information({"a": counted(first), "b": counted(common)}, permutations=99)
+    assert tested.shared.tolist() == [16 / 24] and tested.excess.tolist() == [4, 4]
+    assert tested.smallest_p == 1 / 8 and (tested.p_values >= 1 / 8 - 0.1).all()
+    assert set(tested.to_frame()["finding"]) == {"not rejected"} and tested.low.isnan().all()
     with pytest.raises(InputError, match="one group"):
         conditional_information({"a": counted(first, 1), "b": counted(second, 1)})
     with pytest.raises(InputError, match="in different ways"):

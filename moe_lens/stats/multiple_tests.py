@@ -1,0 +1,35 @@
+"""Many tests at once: what is still found when all of them are counted."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def holm(p_values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Holm's adjusted p-values (1979, Scandinavian Journal of Statistics 6), in [0, 1].
+
+    Those at or below the level are a set that holds even one false finding with at most that chance, however the tests
+    depend on one another. All of `p_values` are one family; NaN is no test.
+    """
+    flat = p_values.double().flatten()
+    order = flat.argsort()  # NaN comes last
+    n = int((~flat.isnan()).sum())
+    steps = (n - torch.arange(n, dtype=torch.float64)) * flat[order[:n]]
+    adjusted = torch.full_like(flat, torch.nan)
+    adjusted[order[:n]] = steps.cummax(0).values.clamp(max=1) if n else steps
+    return adjusted.view(p_values.shape)
+
+
+def benjamini_hochberg(p_values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Adjusted p-values of Benjamini and Hochberg (1995, JRSS B 57), in [0, 1].
+
+    Of those at or below q, a share of q at most is expected to be false, where tests do not depend on one another or
+    depend positively. All of `p_values` are one family; NaN is no test.
+    """
+    flat = p_values.double().flatten()
+    order = flat.argsort()
+    n = int((~flat.isnan()).sum())
+    steps = flat[order[:n]] * n / torch.arange(1, n + 1, dtype=torch.float64)
+    adjusted = torch.full_like(flat, torch.nan)
+    adjusted[order[:n]] = steps.flip(0).cummin(0).values.flip(0) if n else steps
+    return adjusted.view(p_values.shape)
