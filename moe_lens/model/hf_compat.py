@@ -4,9 +4,13 @@ Other modules import these names from here. Of the models of `transformers.model
 the source; what it uses is listed here too.
 """
 
+import inspect
 import re
 import warnings
+from collections.abc import Callable
+from functools import cache
 from importlib.metadata import version
+from typing import Any
 
 from moe_lens.errors import UntestedVersionWarning
 from moe_lens.model.touchpoints import require
@@ -102,6 +106,8 @@ __all__ = [
     "dynamic_rope_update",
     "WeightConverter",
     "WeightRenaming",
+    "cache_of",
+    "cache_word",
     "rename_source_key",
     "revert_weight_conversion",
     "get_model_conversion_mapping",
@@ -115,3 +121,14 @@ __all__ = [
     "register_checkpoint_conversion_mapping",
     "resolve_revision",
 ]
+
+
+@cache
+def cache_word(function: Callable[..., Any]) -> str:
+    """What a function of transformers calls the key-value cache: `cache` from 5.24 on, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(function).parameters else "past_key_values"
+
+
+def cache_of(output: Any) -> Any:
+    """The key-value cache that an output of transformers holds, under either of these names."""
+    return output.cache if hasattr(output, "cache") else output.past_key_values

@@ -30,6 +30,7 @@ TOUCHPOINTS = (
     "transformer_lens.model_bridge.bridge_core:BridgeCore",
     "transformer_lens.model_bridge.sources._bridge_builder:build_bridge_config_from_hf",
     "transformer_lens.model_bridge.sources._bridge_builder:detect_tokenizer_bos_eos",
+    "transformer_lens.model_bridge.sources.transformers_driver:TransformersDriver._model=",
     # adapters
     *(
         f"{_ADAPTER}.{name}"
@@ -96,6 +97,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import (  # noqa: E40
     build_bridge_config_from_hf,
     detect_tokenizer_bos_eos,
 )
+from transformer_lens.model_bridge.sources.transformers_driver import TransformersDriver  # noqa: E402
 
 __all__ = [
     "ArchitectureAdapter",
@@ -112,6 +114,7 @@ __all__ = [
     "PositionEmbeddingsAttentionBridge",
     "RMSNormalizationBridge",
     "RotaryEmbeddingBridge",
+    "TransformersDriver",
     "UnembeddingBridge",
     "build_bridge_config_from_hf",
     "detect_tokenizer_bos_eos",

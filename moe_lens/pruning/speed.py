@@ -9,6 +9,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from moe_lens.model.hf_compat import cache_of, cache_word
+
 PROMPT, NEW, ROUNDS = 128, 32, 7
 """Tokens of a prompt, tokens decoded after it, and repetitions of which the median counts."""
 BATCHES = (1, 8)
@@ -57,9 +59,9 @@ def _once(model: Any, batch: int) -> dict[str, float]:
     began = _now(device)
     out = model(tokens, use_cache=True)
     read = _now(device)
-    cache, following = out.past_key_values, out.logits[:, -1:].argmax(-1)
+    word, cache, following = cache_word(type(model).forward), cache_of(out), out.logits[:, -1:].argmax(-1)
     for _ in range(NEW):
-        out = model(following, past_key_values=cache, use_cache=True)
+        out = model(following, **{word: cache}, use_cache=True)
         following = out.logits[:, -1:].argmax(-1)
     return {"prefill": read - began, "decode": _now(device) - read}
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moe_lens.model.families.deepseek import DeepseekConfig, DeepseekForCausalLM
+from moe_lens.model.hf_compat import cache_of, cache_word
 from moe_lens.model.loading.pretrained import load_pretrained
 from tests import reference
 from tests.model.tiny import (
@@ -173,10 +174,10 @@ def test_kv_cache_changes_nothing(implementation: str, dtype: str, atol: float) 
     ids = GOLDEN["input_ids"]
     with torch.no_grad():
         whole = model(ids).logits
-        past, steps = None, []
+        past, steps, word = None, [], cache_word(type(model).forward)
         for chunk in (ids[:, :7], *ids[:, 7:].split(1, dim=1)):
-            out = model(chunk, past_key_values=past, use_cache=True)
-            past = out.past_key_values
+            out = model(chunk, **{word: past}, use_cache=True)
+            past = cache_of(out)
             steps.append(out.logits)
     close(torch.cat(steps, 1), whole, atol * whole.abs().max().item())
 

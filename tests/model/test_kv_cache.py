@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from moe_lens.errors import HookError
+from moe_lens.errors import HookError, InputError
+from moe_lens.model.hf_compat import cache_word
+from moe_lens.model.hooks.key_value_cache import Driver
 from tests.families import CONFIGS
 from tests.wrapped import Case, as_hook, deviation, wrapped
 
@@ -50,17 +53,17 @@ def test_a_cache_goes_on_whoever_filled_it(family: str) -> None:
 @pytest.mark.parametrize("family", LATENT)
 def test_what_is_stored_is_what_transformers_stores(family: str) -> None:
     case = wrapped(family)
-    plain, heard = new_cache(case), new_cache(case)
+    plain, heard, word = new_cache(case), new_cache(case), cache_word(type(case.hf).forward)
     with torch.no_grad():
-        case.hf(case.tokens, past_key_values=plain, use_cache=True)
+        case.hf(case.tokens, **{word: plain}, use_cache=True)
     run(case, slice(None), heard, [(name, as_hook(read)) for name in HEARD])
     for a, b in zip(plain.layers, heard.layers, strict=True):
         assert a.keys.shape == b.keys.shape and a.values.shape == b.values.shape
         assert deviation(a.keys, b.keys) <= FP32 * a.keys.abs().max().item()
         assert deviation(a.values, b.values) <= FP32 * a.values.abs().max().item()
     with torch.no_grad():  # plain transformers goes on with it
-        more = case.hf(case.tokens[:, :1], past_key_values=heard, use_cache=True).logits
-        right = case.hf(case.tokens[:, :1], past_key_values=plain, use_cache=True).logits
+        more = case.hf(case.tokens[:, :1], **{word: heard}, use_cache=True).logits
+        right = case.hf(case.tokens[:, :1], **{word: plain}, use_cache=True).logits
     assert deviation(more, right) <= FP32 * right.abs().max().item()
 
 
@@ -123,3 +126,42 @@ def test_keys_have_gradients_while_a_cache_is_filled(family: str) -> None:
         case.model(case.tokens, return_type="loss", use_cache=True).backward()
     case.model.zero_grad()
     assert len(found) == 2 and all(grad.abs().max() > 0 for grad in found.values())
+
+
+@pytest.mark.typed
+@pytest.mark.parametrize("family", ["deepseek_v3", "mixtral"])
+@pytest.mark.parametrize("word", ["past_key_values", "cache"])
+def test_the_cache_has_the_names_of_both_libraries(family: str, word: str) -> None:
+    case, seen = wrapped(family), []
+    with torch.no_grad():
+        _, past = case.model(case.tokens[:, :7], return_type="logits_and_cache", use_cache=True)
+        with case.model.hooks([(HEARD[0], lambda value, hook: seen.append(case.model.current_tokens()))]):
+            rest = case.model(case.tokens[:, 7:], **{word: past})
+    assert [step.offset for step in seen if step is not None] == [7]
+    assert deviation(rest, case.logits[:, 7:]) <= FP32 * case.logits.abs().max().item()
+
+
+def test_what_is_no_cache_and_two_caches_are_refused() -> None:
+    case = wrapped("mixtral")
+    past = new_cache(case)
+    with pytest.raises(InputError, match="two names of one thing"):
+        case.model(case.tokens, past_key_values=past, cache=past)
+    with pytest.raises(InputError, match="past_key_values is a dict; expected a cache of transformers"):
+        case.model(case.tokens, cache={})
+
+
+def test_the_driver_speaks_of_the_cache_as_the_model_does() -> None:
+    """Before transformers 5.24 and from then on, without the other name's warning."""
+
+    class Model(torch.nn.Module):
+        def forward(self, ids: Tensor, cache: Any = None) -> Any:
+            return SimpleNamespace(logits=ids, cache=cache)
+
+    class Former(torch.nn.Module):
+        def forward(self, ids: Tensor, past_key_values: Any = None) -> Any:
+            return SimpleNamespace(logits=ids, past_key_values=past_key_values)
+
+    adapter, past = SimpleNamespace(cfg=None), DynamicCache()
+    for model in (Model(), Former()):
+        result = Driver(model, adapter, None).forward(torch.ones(1, 2), past_key_values=past)
+        assert result.raw_output.past_key_values is past

@@ -97,7 +97,7 @@ class DeepseekConfig(PreTrainedConfig):
     """
 
     model_type = "deepseek"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map: ClassVar[dict[str, str]] = {"num_experts": "n_routed_experts"}
     mlp_bias: ClassVar[bool] = False  # transformers' MLP asks for it
 

@@ -32,7 +32,7 @@ _ELSEWHERE = {
 """What to write instead of a word that another function or library has."""
 
 
-_OF_TEXT = _ANY_MODEL | {"past_key_values", "labels", "use_cache", "logits_to_keep", "attention_mask"}
+_OF_TEXT = _ANY_MODEL | {"past_key_values", "cache", "labels", "use_cache", "logits_to_keep", "attention_mask"}
 _NOT_NAMED = frozenset({"self", "input", "input_ids", "inputs_embeds", *_OTHER_KINDS})
 
 

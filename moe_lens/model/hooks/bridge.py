@@ -19,6 +19,7 @@ from moe_lens.model.cache.moe_cache import MoECache
 from moe_lens.model.hooks.arguments import forward_words, further_words, refuse_unknown
 from moe_lens.model.hooks.hook_scope import ForwardClaim, HookContext, Hooks, without_batch
 from moe_lens.model.hooks.hook_table import HookTable
+from moe_lens.model.hooks.key_value_cache import name_as_transformer_lens
 from moe_lens.model.hooks.layer_hooks import SelectionState
 from moe_lens.model.hooks.model_input import ModelInput, Reading
 from moe_lens.model.loading.tokenizer import encode, own_ids
@@ -405,8 +406,8 @@ class ExpertBridge(HookTable):
             prepend_bos: see `to_tokens`.
             padding_side: see `to_tokens`.
             attention_mask: see `read`.
-            kwargs: `start_at_layer`, `stop_at_layer`, `past_key_values`, `labels`, …, and what the transformers model
-                takes, such as `position_ids`.
+            kwargs: `start_at_layer`, `stop_at_layer`, `past_key_values` (or `cache`, its newer name in
+                transformers), `labels`, …, and what the transformers model takes, such as `position_ids`.
 
         Raises:
             InputError: an input that cannot be read, an argument that nobody reads or that has no such value, or the
@@ -415,6 +416,7 @@ class ExpertBridge(HookTable):
         """
         kind = type(self.original_model)
         refuse_unknown("forward", kwargs, forward_words(kind))
+        past = name_as_transformer_lens(kwargs)
         if return_type not in RETURNED:
             raise InputError(f"return_type is {return_type!r}; expected one of {', '.join(map(repr, RETURNED))}")
         residual = kwargs.get("start_at_layer") is not None
@@ -423,7 +425,6 @@ class ExpertBridge(HookTable):
         if "token_type_ids" not in further_words(kind):
             words.pop("token_type_ids", None)
         refuse_unknown("the input, for forward,", words, forward_words(kind))
-        past = kwargs.get("past_key_values")
         with ForwardClaim(self) as claim:
             claim.running = _Running(given, 0 if past is None else past.get_seq_length())
             return super().forward(

@@ -177,13 +177,14 @@ class Attention(GeneralizedComponent):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Attend, firing hooks on the way."""
         component: Any = self.original_component
-        past = kwargs.get("past_key_values")
+        past = kwargs.get("cache", kwargs.get("past_key_values"))  # the newer name of transformers, and the older
         latent = past is not None and hasattr(component, "expand_kv")
         if latent:
             check_keys_are_stored(past, component.layer_idx)
         if self._reconstructs():
+            kwargs.pop("cache", None)
             if not latent:
-                return super().forward(*args, **kwargs)
+                return super().forward(*args, **{**kwargs, "past_key_values": past})
             points = (self.hook_k, self.hook_v, self.kv_b_proj.hook_in, self.kv_b_proj.hook_out)
             listens = any(point.has_hooks() for point in points)
             with latents_of(component, self.hook_rot_k, past, listens) as view:

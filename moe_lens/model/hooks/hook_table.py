@@ -14,6 +14,7 @@ from moe_lens.model.families.table import Family
 from moe_lens.model.hooks.arguments import refuse_unknown
 from moe_lens.model.hooks.checked_point import CheckedPoint, check_points
 from moe_lens.model.hooks.hook_scope import run_all_blocks
+from moe_lens.model.hooks.key_value_cache import Driver
 from moe_lens.model.hooks.layer_hooks import LayerHooks
 from moe_lens.model.hooks.moe_block import MoEBlock
 from moe_lens.model.hooks.ownership import Owner
@@ -38,7 +39,7 @@ class HookTable(WholeState):
                 "dense models belong in TransformerLens's TransformerBridge"
             )
         self.__dict__.update(family=family, _original_names=tuple(model.state_dict()), owner=Owner())
-        super().__init__(model, adapter, tokenizer)
+        super().__init__(model, adapter, tokenizer, driver=Driver(model, adapter, tokenizer))
         self.owner.bind(self)
         check_points(self, self.owner)
         for layer, block in enumerate(self.blocks):
