@@ -31,7 +31,7 @@ from moe_lens.model.hooks.transaction import undone_on_error
 from moe_lens.model.loading.pretrained import load_pretrained
 from moe_lens.model.loading.saving import save_pretrained
 from moe_lens.model.loading.transformer_lens_words import read_words
-from moe_lens.model.loading.validate import check_kernel, check_tokenizer, check_wrappable, refuse_plan, refuse_shards
+from moe_lens.model.loading.validate import check_tokenizer, check_wrappable, refuse_plan, refuse_shards
 from moe_lens.routing import Routing
 from moe_lens.selection import Experts, Selection, Where
 from moe_lens.summary import Summary
@@ -125,7 +125,7 @@ class HookedMoE(Summary, GeneratingBridge):
             capture_once(model)
             adapter, family = build_adapter(model, known_as)
             hooked = cls(model, adapter, tokenizer, family)
-            check_kernel(hooked._experts(hooked.moe_layers[0]).module)
+            hooked._check_kernel()
             if check and not any(p.is_meta for p in model.parameters()):
                 self_check(hooked)
             return hooked

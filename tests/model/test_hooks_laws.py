@@ -126,6 +126,20 @@ def test_another_kernel_than_that_whose_bits_are_computed_is_warned_of() -> None
     HookedMoE.from_pretrained("tiny-deepseekmoe", experts_implementation="grouped_mm")  # which is what it computes
 
 
+def test_another_kernel_is_warned_of_when_it_is_asked_for_after_wrapping() -> None:
+    model: Any = HookedMoE.from_hf(build("mixtral"), check=False)
+    logits = model(tokens())
+    model.set_experts_implementation("eager")
+    with pytest.warns(UserWarning, match="experts_implementation='eager' is not used.*'grouped_mm'"):
+        assert torch.equal(model(tokens()), logits)
+    model(tokens())  # once
+    model.original_model.config._experts_implementation = "batched_mm"
+    with pytest.warns(UserWarning, match="'batched_mm' is not used"):
+        model(tokens())
+    model.set_experts_implementation("grouped_mm")
+    model(tokens())
+
+
 @families
 def test_negative_control_one_perturbed_matrix_of_one_expert_is_seen(family: str) -> None:
     case = wrapped(family)

@@ -19,7 +19,7 @@ from moe_lens.model.hooks.layer_hooks import LayerHooks
 from moe_lens.model.hooks.moe_block import MoEBlock
 from moe_lens.model.hooks.ownership import Owner
 from moe_lens.model.loading.transformer_lens_words import PROCESSING, refuse_processing
-from moe_lens.model.loading.validate import check_tokenizer
+from moe_lens.model.loading.validate import asked_kernel, check_kernel, check_tokenizer
 from moe_lens.model.loading.whole_state import WholeState
 from moe_lens.model.tl_compat import detect_tokenizer_bos_eos
 from moe_lens.model.unknown_hooks import instead_of
@@ -134,6 +134,14 @@ class HookTable(WholeState):
         if not self.has_shared(self.moe_layers[0]) or self.family.shared is None:
             return 0
         return int(getattr(self._hf_config.get_text_config(), "n_shared_experts", None) or 1)
+
+    def _check_kernel(self) -> None:
+        """Warn where transformers has been asked for another kernel since this was last called; see `validate`."""
+        experts = self._experts(next(layer for layer, _ in self._layer_hooks())).module
+        asked = asked_kernel(experts)
+        if asked != self.__dict__.get("_asked_kernel"):
+            self.__dict__["_asked_kernel"] = asked
+            check_kernel(experts)
 
     # --- hook points by name ---
 

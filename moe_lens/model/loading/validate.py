@@ -99,11 +99,16 @@ def check_kernel(experts: nn.Module) -> None:
     Args:
         experts: those of a layer. Of float64, and of families that know one way alone, nothing else can be asked.
     """
-    asked = getattr(getattr(experts, "config", None), "_experts_implementation", None)
+    asked = asked_kernel(experts)
     dtype = next((parameter.dtype for parameter in experts.parameters()), None)
     if hasattr(experts, "is_concatenated") and asked not in (None, "grouped_mm") and dtype != torch.float64:
         warnings.warn(
             f"experts_implementation={asked!r} is not used: HookedMoE computes the experts itself, with the bits of "
             f"transformers' 'grouped_mm'. Logits of {asked!r} differ by rounding, in bfloat16 visibly",
-            stacklevel=3,
+            stacklevel=4,
         )
+
+
+def asked_kernel(experts: nn.Module) -> str | None:
+    """The kernel that transformers was asked for, by its name; None where the family knows one way alone."""
+    return getattr(getattr(experts, "config", None), "_experts_implementation", None)
