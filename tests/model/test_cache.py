@@ -235,7 +235,7 @@ def test_routing_is_what_the_router_chose(name: str):
         logits = kept["router_logits", layer]
         x, router = kept[f"blocks.{layer}.mlp.hook_in"], case.model.W_router[layer]
         if name != "gpt_oss":  # has a bias, too
-            assert close(logits, (x @ router.T).to(logits.dtype), F64 if logits.dtype == x.dtype else 1e-6)
+            assert close(logits, (x @ router.to(x).T).to(logits.dtype), F64 if logits.dtype == x.dtype else 1e-6)
         assert routing.logits is logits
         assert routing.probs is not None
         assert torch.equal(routing.probs, logits.sigmoid() if name == "deepseek_v3" else logits.softmax(-1))
