@@ -19,6 +19,7 @@ def main() -> int:
     """The number of commands that failed; each is printed with its exit status."""
     python = str(BIN / "python")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment.setdefault("OMP_NUM_THREADS", "1")  # as examples run in CI
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         examples = [shutil.copy(path, folder) for path in sorted((ROOT / "examples").glob("*.py"))]
