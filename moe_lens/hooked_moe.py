@@ -1,6 +1,6 @@
 """HookedMoE: a TransformerBridge in which every Mixture-of-Experts layer is taken apart."""
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Self
@@ -14,11 +14,8 @@ from moe_lens import names
 from moe_lens.checked import checked
 from moe_lens.errors import HookError, InputError
 from moe_lens.ids import ids
-from moe_lens.interventions.ablation import By, Fallback, How, ablate, keep_top
-from moe_lens.interventions.expert_means import Reference
+from moe_lens.interventions import ablation, rerouting
 from moe_lens.interventions.intervention import Intervention, check_interventions
-from moe_lens.interventions.rerouting import Replayed, Steer, SteerRule, force_routing, steer_experts
-from moe_lens.model.cache.moe_cache import MoECache
 from moe_lens.model.experts.expert_weights_view import grouped_product
 from moe_lens.model.experts.layer_parameters import LayerParameters
 from moe_lens.model.hooks.adapter import build_adapter
@@ -33,7 +30,6 @@ from moe_lens.model.loading.saving import save_pretrained
 from moe_lens.model.loading.transformer_lens_words import read_words
 from moe_lens.model.loading.validate import check_tokenizer, check_wrappable, refuse_plan, refuse_shards
 from moe_lens.routing import Routing
-from moe_lens.selection import Experts, Selection, Where
 from moe_lens.summary import Summary
 
 
@@ -203,133 +199,10 @@ class HookedMoE(Summary, GeneratingBridge):
 
     # --- interventions ---
 
-    def ablate(
-        self,
-        experts: Experts | Selection | None = None,
-        *,
-        ranks: Iterable[int] | None = None,
-        layers: Iterable[int] | None = None,
-        shared: bool = False,
-        how: How = "zero",
-        where: Where | None = None,
-        reference: Reference | None = None,
-        renormalize: bool = False,
-        seed: int = 0,
-        fallback: Fallback = "error",
-    ) -> Intervention:
-        """Take experts out: `with model.ablate({3: [17, 4]}): logits = model(tokens)`.
-
-        Ways to take them out:
-
-        - `"zero"`: they are not computed and add nothing; the other experts' weights stay.
-        - `"mean"`: their output is that expert's mean over a reference; its routing weight stays.
-        - `"resample"`: their output is the same expert's at another token of the batch, wherever that is: a seeded
-          cycle through the expert's tokens, so that none keeps its own and each is used once.
-        - `"reroute"`: they are left out of the selection and affinities stay; the next expert by the family's own rule
-          takes the slot, with its own affinity and the family's normalisation.
-
-        Args:
-            experts: `{layer: [expert, …]}` or `[(layer, expert), …]`, or a `Selection`; all if neither experts nor
-                ranks are given.
-            ranks: instead of experts, places by routing weight; 0 is the largest.
-            layers: where ranks (or all experts, or the shared ones) are meant; all that have experts if not given.
-            shared: the shared experts too; alone, if neither experts nor ranks are given.
-            how: one of the above.
-            where: absolute positions (padding not counted, the key-value cache's tokens counted), negative ones from
-                the end of each forward pass, a mask [batch, pos], or a predicate on token ids; all tokens if not given.
-            reference: for `"mean"`: a cache, a text, texts or tokens, `ExpertMeans`, or the `Path` of saved ones.
-            renormalize: for `"zero"`: multiply the remaining routed weights by (sum of all) / (sum of the remaining).
-            seed: of `"resample"`.
-            fallback: what `"resample"` does for an expert with a single token: `"error"`, or `"mean"` of the reference.
-
-        Raises:
-            InputError: layers, experts or ranks that the model does not have, or arguments that contradict one another;
-                when it runs: a mask of another shape, an expert that the reference never used, nothing to resample
-                from, nothing left to rescale, too few experts left to select from.
-        """
-        return ablate(
-            self,
-            experts,
-            ranks=ranks,
-            layers=layers,
-            shared=shared,
-            how=how,
-            where=where,
-            reference=reference,
-            renormalize=renormalize,
-            seed=seed,
-            fallback=fallback,
-        )
-
-    def keep_top(
-        self,
-        k: int,
-        *,
-        by: By = "weight",
-        layers: Iterable[int] | None = None,
-        renormalize: bool = False,
-        seed: int = 0,
-    ) -> Intervention:
-        """Leave every token k of its active experts; the others are not computed. Shared experts stay.
-
-        The slots' axis keeps its length: slots that are not kept show zeros.
-
-        Args:
-            k: 0 … `top_k`.
-            by: those of largest weight, `"random"` ones (drawn for every token), or the `"last"` by weight.
-            layers: where; all that have experts if not given.
-            renormalize: multiply the kept weights by (sum of all) / (sum of the kept).
-            seed: of `"random"`.
-
-        Raises:
-            InputError: k out of range, k = 0 with `renormalize`, no such layer or a dense one.
-        """
-        return keep_top(self, k, by=by, layers=layers, renormalize=renormalize, seed=seed)
-
-    def force_routing(
-        self, routing: Routing | MoECache, *, layers: Iterable[int] | None = None, what: Replayed = "both"
-    ) -> Intervention:
-        """Replay recorded routing, slot by slot, on an input of the same shape.
-
-        It separates which experts are used from what they read. With `what="indices"` the recorded experts get their
-        own affinity for the new input and the family's normalisation; with `"weights"` the recorded weight of each rank
-        goes to whatever expert has that rank. In generation, tokens after those that were recorded are routed freely.
-
-        Args:
-            routing: what `model.routing` returned, or a cache that holds indices and weights.
-            layers: which layers; all that were recorded if not given.
-            what: `"both"`, `"indices"` or `"weights"`.
-
-        Raises:
-            InputError: layers that were not recorded, or routing among other numbers of experts; when it runs, an input
-                of another shape.
-        """
-        return force_routing(self, routing, layers=layers, what=what)
-
-    def steer_experts(
-        self,
-        steering: Mapping[int, Mapping[int, Steer]],
-        *,
-        rule: SteerRule = "affinity",
-        where: Where | None = None,
-    ) -> Intervention:
-        """Push experts into the selection or out of it: `model.steer_experts({3: {17: "on", 4: -2.0}})`.
-
-        A number is added to the expert's router logit, before all that the family does with logits. `"on"` and `"off"`
-        force the expert into the selection and out of it. With `rule="affinity"` affinities stay untouched: a forced
-        expert has its own, and the family's normalisation. With `rule="steermoe"` its log-softmax score becomes the
-        largest + 0.01, or the smallest − 0.01, and the family selects and weighs by these scores (arXiv 2509.09660);
-        where a family adds a bias or limits groups after that, it may still choose otherwise.
-
-        Args:
-            steering: from layer to expert to a number, `"on"` or `"off"`.
-            rule: what "on" and "off" do.
-            where: which tokens; see `ablate`.
-
-        Raises:
-            InputError: no such layer or expert, another value, more experts on than are active, too few left.
-        """
-        return steer_experts(self, steering, rule=rule, where=where)
+    ablate = ablation.ablate
+    keep_top = ablation.keep_top
+    force_routing = rerouting.force_routing
+    steer_experts = rerouting.steer_experts
 
     def generate(self, input: Any = "", *args: Any, interventions: Iterable[Intervention] = (), **kwargs: Any) -> Any:
         """As TransformerLens's, with interventions in force: the first is outermost.

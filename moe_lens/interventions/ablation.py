@@ -38,7 +38,37 @@ def ablate(
     seed: int = 0,
     fallback: Fallback = "error",
 ) -> Intervention:
-    """Take experts out, one way or another; see `HookedMoE.ablate`."""
+    """Take experts out: `with model.ablate({3: [17, 4]}): logits = model(tokens)`.
+
+    Ways to take them out:
+
+    - `"zero"`: they are not computed and add nothing; the other experts' weights stay.
+    - `"mean"`: their output is that expert's mean over a reference; its routing weight stays.
+    - `"resample"`: their output is the same expert's at another token of the batch, wherever that is: a seeded
+      cycle through the expert's tokens, so that none keeps its own and each is used once.
+    - `"reroute"`: they are left out of the selection and affinities stay; the next expert by the family's own rule
+      takes the slot, with its own affinity and the family's normalisation.
+
+    Args:
+        model: what is intervened on.
+        experts: `{layer: [expert, …]}` or `[(layer, expert), …]`, or a `Selection`; all if neither experts nor
+            ranks are given.
+        ranks: instead of experts, places by routing weight; 0 is the largest.
+        layers: where ranks (or all experts, or the shared ones) are meant; all that have experts if not given.
+        shared: the shared experts too; alone, if neither experts nor ranks are given.
+        how: one of the above.
+        where: absolute positions (padding not counted, the key-value cache's tokens counted), negative ones from
+            the end of each forward pass, a mask [batch, pos], or a predicate on token ids; all tokens if not given.
+        reference: for `"mean"`: a cache, a text, texts or tokens, `ExpertMeans`, or the `Path` of saved ones.
+        renormalize: for `"zero"`: multiply the remaining routed weights by (sum of all) / (sum of the remaining).
+        seed: of `"resample"`.
+        fallback: what `"resample"` does for an expert with a single token: `"error"`, or `"mean"` of the reference.
+
+    Raises:
+        InputError: layers, experts or ranks that the model does not have, or arguments that contradict one another;
+            when it runs: a mask of another shape, an expert that the reference never used, nothing to resample
+            from, nothing left to rescale, too few experts left to select from.
+    """
     if isinstance(experts, Selection):
         if any(value is not None for value in (ranks, layers, where)) or shared:
             raise InputError("got a Selection and ranks, layers, shared or where; the Selection says them all")
@@ -121,7 +151,21 @@ def keep_top(
     renormalize: bool = False,
     seed: int = 0,
 ) -> Intervention:
-    """Leave every token k of its experts; see `HookedMoE.keep_top`."""
+    """Leave every token k of its active experts; the others are not computed. Shared experts stay.
+
+    The slots' axis keeps its length: slots that are not kept show zeros.
+
+    Args:
+        model: what is intervened on.
+        k: 0 … `top_k`.
+        by: those of largest weight, `"random"` ones (drawn for every token), or the `"last"` by weight.
+        layers: where; all that have experts if not given.
+        renormalize: multiply the kept weights by (sum of all) / (sum of the kept).
+        seed: of `"random"`.
+
+    Raises:
+        InputError: k out of range, k = 0 with `renormalize`, no such layer or a dense one.
+    """
     if by not in get_args(By):
         raise InputError(f"by is {by!r}; expected one of {get_args(By)}")
     if not isinstance(k, Integral) or isinstance(k, bool) or not 0 <= k <= model.top_k:

@@ -92,7 +92,22 @@ def forbid(model: HookedModel, selection: Selection, layer: int) -> Hook:
 def force_routing(
     model: HookedModel, routing: Routing | MoECache, *, layers: Iterable[int] | None = None, what: Replayed = "both"
 ) -> Intervention:
-    """Replay recorded routing; see `HookedMoE.force_routing`."""
+    """Replay recorded routing, slot by slot, on an input of the same shape.
+
+    It separates which experts are used from what they read. With `what="indices"` the recorded experts get their
+    own affinity for the new input and the family's normalisation; with `"weights"` the recorded weight of each rank
+    goes to whatever expert has that rank. In generation, tokens after those that were recorded are routed freely.
+
+    Args:
+        model: what is intervened on.
+        routing: what `model.routing` returned, or a cache that holds indices and weights.
+        layers: which layers; all that were recorded if not given.
+        what: `"both"`, `"indices"` or `"weights"`.
+
+    Raises:
+        InputError: layers that were not recorded, or routing among other numbers of experts; when it runs, an input
+            of another shape.
+    """
     if what not in get_args(Replayed):
         raise InputError(f"what is {what!r}; expected one of {get_args(Replayed)}")
     if isinstance(routing, MoECache):
@@ -137,7 +152,23 @@ def steer_experts(
     rule: SteerRule = "affinity",
     where: Where | None = None,
 ) -> Intervention:
-    """Push experts into the selection or out of it; see `HookedMoE.steer_experts`."""
+    """Push experts into the selection or out of it: `model.steer_experts({3: {17: "on", 4: -2.0}})`.
+
+    A number is added to the expert's router logit, before all that the family does with logits. `"on"` and `"off"`
+    force the expert into the selection and out of it. With `rule="affinity"` affinities stay untouched: a forced
+    expert has its own, and the family's normalisation. With `rule="steermoe"` its log-softmax score becomes the
+    largest + 0.01, or the smallest − 0.01, and the family selects and weighs by these scores (arXiv 2509.09660);
+    where a family adds a bias or limits groups after that, it may still choose otherwise.
+
+    Args:
+        model: what is intervened on.
+        steering: from layer to expert to a number, `"on"` or `"off"`.
+        rule: what "on" and "off" do.
+        where: which tokens; see `ablate`.
+
+    Raises:
+        InputError: no such layer or expert, another value, more experts on than are active, too few left.
+    """
     if rule not in get_args(SteerRule):
         raise InputError(f"rule is {rule!r}; expected one of {get_args(SteerRule)}")
     if not isinstance(steering, Mapping) or not all(isinstance(of_layer, Mapping) for of_layer in steering.values()):
