@@ -102,7 +102,7 @@ class DomainPrediction(Result):
     length: int
     """Tokens of a passage."""
     source: tuple[str, ...]
-    """Of each passage, its domain in front."""
+    """Of each passage; a name means another source in another domain."""
     domain: Int[Tensor, " passage"]
     routing: Int[Tensor, " passage"]
     """Domain predicted from how many of the passage's tokens chose each expert of each layer."""
@@ -122,8 +122,9 @@ class DomainPrediction(Result):
         """95 % interval over sources of the accuracy of one name, or of the first's minus the second's, paired."""
         correct = torch.stack([(getattr(self, name) == self.domain).double() for name in names])
         value = correct[0] if len(names) == 1 else correct[0] - correct[1]
-        keys = sorted(set(self.source))
-        place = torch.tensor([keys.index(source) for source in self.source])
+        of = list(zip(self.domain.tolist(), self.source, strict=True))
+        places = {key: i for i, key in enumerate(sorted(set(of)))}
+        place, keys = torch.tensor([places[key] for key in of]), places
         sums = torch.zeros(len(keys), dtype=torch.float64).index_add_(0, place, value)
         counts = torch.bincount(place, minlength=len(keys)).double()
         return bootstrap(lambda times: (times @ sums) / (times @ counts), counts)
@@ -145,7 +146,7 @@ class DomainPrediction(Result):
                     "high": interval.high if interval else None,
                     "chance": self.chance if len(names) == 1 else 0.0,
                     "passages": len(self.source),
-                    "sources": len(set(self.source)),
+                    "sources": len(set(zip(self.domain.tolist(), self.source, strict=True))),
                 }
             )
         return pd.DataFrame(rows)
@@ -178,12 +179,12 @@ def predict_domain(samples: Mapping[str, PassageResult], *, n_folds: int = 5, se
         raise InputError(f"domains with too few sources (three are needed to keep them apart): {few}")
     each = min(len(s.source) for s in samples.values())
     domain = torch.arange(len(samples)).repeat_interleave(each)
-    source = tuple(f"{name}/{one}" for name, s in samples.items() for one in s.source[:each])
+    source = tuple(one for s in samples.values() for one in s.source[:each])
     assigned = torch.cat([s.assigned[:each] for s in samples.values()]).flatten(1)
     tokens = torch.cat([s.tokens[:each] for s in samples.values()])
     types, place = tokens.unique(return_inverse=True)
     occurring = torch.zeros(len(tokens), len(types)).scatter_add_(1, place, torch.ones(place.shape))
-    fold = folds(source, [name.split("/", 1)[0] for name in source], n_folds, seed)
+    fold = folds(source, [list(samples)[d] for d in domain.tolist()], n_folds, seed)
     found = {}
     for name, counts in (("routing", assigned.float()), ("unigram", occurring)):
         features = (counts / tokens.shape[1]).sqrt()

@@ -6,22 +6,23 @@ sources' routing is distributed alike in all domains, whatever their sizes: see 
 Domains whose sources differ more from one another than those of others are not alike, and may be found so.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens.checked import checked
 from moe_lens.errors import InputError
 from moe_lens.stats.accumulator import Result
+from moe_lens.stats.domain_pairs import CHUNK, PairTest, Rows, information, normalised
+from moe_lens.stats.multiple_tests import holm, most_significant
+from moe_lens.stats.resampling import jackknife_interval
 from moe_lens.stats.routing_stats import RoutingResult
 from moe_lens.stats.source_permutation import Deviations
-
-CHUNK = 2**24
-"""Numbers that are held at a time while labels are permuted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,16 +52,37 @@ class DomainComparison(Result):
     mi_p_values: Float[Tensor, " layer"]
     """One-sided, of each layer alone."""
     jsd: Float[Tensor, "layer pair"]
-    """Jensen–Shannon divergence of the loads of two domains, nats, in [0, ln 2]; pairs in the order of `pairs`."""
+    """Jensen–Shannon divergence of the loads of two domains, nats, in [0, ln 2]; pairs in the order of `pairs`.
+
+    It, its null and its p-value come from the sources of these two domains alone.
+    """
     jsd_null: Float[Tensor, "layer pair"]
     """Its mean over permutations."""
     jsd_p_values: Float[Tensor, "layer pair"]
     """One-sided, of each layer and pair alone."""
+    jsd_smallest_p: Float[Tensor, " pair"]
+    """The smallest p-value that so many permutations of so many sources can give."""
+    pair_sources: tuple[tuple[int, int], ...]
+    """Of each pair: how many sources of either domain were used."""
+    pair_dropped: tuple[int, ...]
+    """Of each pair: how many sources were left out, as the other domain has none that is parallel to them."""
+    unit_domains: Bool[Tensor, "unit domain"]
+    """Which domains a unit has text in: a source, or, with a key, all sources that share it."""
+    pair_units: Bool[Tensor, "pair unit"]
+    """Which units a pair was measured with."""
+    mi_without: Float[Tensor, "unit layer"]
+    """Without each unit: what intervals are made of."""
+    jsd_without: Float[Tensor, "unit layer pair"]
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
         """Every two domains once."""
-        return tuple((a, b) for i, a in enumerate(self.domains) for b in self.domains[i + 1 :])
+        return tuple(combinations(self.domains, 2))
+
+    @property
+    def smallest_p(self) -> float:
+        """The smallest p-value that so many permutations can give of experts, and of mutual information."""
+        return 1 / (self.permutations + 1)
 
     def to_frame(self) -> pd.DataFrame:
         """A row per domain, layer and expert: share, difference, statistic, p_value, npmi."""
@@ -77,29 +99,92 @@ class DomainComparison(Result):
             {name: table.flatten().numpy() for name, table in columns.items()}, index=index
         ).reset_index()
 
+    def strongest(self, n: int = 10) -> pd.DataFrame:
+        """The rows of `to_frame` with the smallest p-values; of equal ones, those with the largest effect."""
+        return most_significant(self.to_frame(), "statistic").head(n)
+
     def per_layer(self) -> pd.DataFrame:
-        """A row per layer: mi, null, excess (mi minus null), p_value; nats."""
-        columns = {"mi": self.mi, "null": self.mi_null, "excess": self.mi - self.mi_null, "p_value": self.mi_p_values}
+        """A row per layer: mi, low, high, null, excess (mi minus null), p_value, p_holm (over layers); nats.
+
+        low and high are the 95 % interval over sources of the mutual information less what few sources add to it.
+        """
+        strata = self._strata(torch.ones(len(self.unit_domains), dtype=torch.bool))
+        low, high = jackknife_interval(self.mi, self.mi_without, strata, corrected=True)
+        columns = {
+            "mi": self.mi,
+            "low": low.clamp(min=0),
+            "high": high.clamp(min=0),
+            "null": self.mi_null,
+            "excess": self.mi - self.mi_null,
+            "p_value": self.mi_p_values,
+            "p_holm": holm(self.mi_p_values),
+        }
         return pd.DataFrame({"layer": self.layers, **{name: value.numpy() for name, value in columns.items()}})
 
     def per_pair(self) -> pd.DataFrame:
-        """A row per layer and pair of domains: jsd, null, excess (jsd minus null), p_value; nats."""
+        """A row per layer and pair of domains, of these two alone; nats.
+
+        Columns: layer, domain, other, jsd, low, high (95 % interval over sources of the divergence less what few
+        sources add to it), null, excess (jsd minus null), p_value, p_holm (over pairs and layers), smallest_p, sources,
+        other_sources, dropped (sources that have no parallel one in the other domain).
+        """
+        ends = [
+            jackknife_interval(self.jsd[:, i], self.jsd_without[units][..., i], self._strata(units), corrected=True)
+            for i, units in enumerate(self.pair_units)
+        ]
+        low, high = (torch.stack(of, -1).clamp(min=0) for of in zip(*ends, strict=True))
         columns = {
             "jsd": self.jsd,
+            "low": low,
+            "high": high,
             "null": self.jsd_null,
             "excess": self.jsd - self.jsd_null,
             "p_value": self.jsd_p_values,
+            "p_holm": holm(self.jsd_p_values),
+            "smallest_p": self.jsd_smallest_p.expand(self.jsd.shape),
         }
         axes = [(layer, *pair) for layer in self.layers for pair in self.pairs]
         index = pd.MultiIndex.from_tuples(axes, names=["layer", "domain", "other"])
-        return pd.DataFrame(
-            {name: value.flatten().numpy() for name, value in columns.items()}, index=index
-        ).reset_index()
+        frame = pd.DataFrame({name: value.flatten().numpy() for name, value in columns.items()}, index=index)
+        sources, others = zip(*self.pair_sources, strict=True)
+        each = {"sources": sources, "other_sources": others, "dropped": self.pair_dropped}
+        return frame.reset_index().assign(**{name: values * len(self.layers) for name, values in each.items()})
+
+    def nearer(self, domain: str, one: str, other: str) -> pd.DataFrame:
+        """Is a domain nearer to one than to another: the divergence from one less that from the other, nats.
+
+        A row per layer, and a last one (layer missing) for the mean over layers: to_one, to_other, difference, low,
+        high (its 95 % interval over sources; below 0: nearer to `one`).
+
+        Raises:
+            InputError: A domain that was not compared, or one that is named twice.
+        """
+        unknown = [name for name in (domain, one, other) if name not in self.domains]
+        if unknown or len({domain, one, other}) < 3:
+            raise InputError(f"got {[domain, one, other]}; expected three different ones of {list(self.domains)}")
+        pairs = [frozenset(pair) for pair in self.pairs]
+        places = [pairs.index(frozenset((domain, name))) for name in (one, other)]
+        both, without = self.jsd[:, places], self.jsd_without[..., places]
+        values, left = (torch.cat([of, of.mean(-2, keepdim=True)], -2) for of in (both, without))
+        difference, left_difference = values[..., 0] - values[..., 1], left[..., 0] - left[..., 1]
+        units = self.pair_units[places].any(0)
+        low, high = jackknife_interval(difference, left_difference[units], self._strata(units), corrected=True)
+        columns = {"to_one": values[:, 0], "to_other": values[:, 1], "difference": difference, "low": low, "high": high}
+        layers = pd.array([*self.layers, None], dtype="Int64")
+        return pd.DataFrame({"layer": layers, **{name: value.numpy() for name, value in columns.items()}})
+
+    def _strata(self, units: Bool[Tensor, " unit"]) -> Int[Tensor, " some"]:
+        """Units that have text in the same domains."""
+        return self.unit_domains[units].long().unique(dim=0, return_inverse=True)[1]
 
 
 @checked
 def compare_domains(
-    results: Mapping[str, RoutingResult], *, permutations: int = 1000, seed: int = 0
+    results: Mapping[str, RoutingResult],
+    *,
+    permutations: int = 1000,
+    seed: int = 0,
+    parallel: Callable[[str], str] | None = None,
 ) -> DomainComparison:
     """Test whether experts serve domains differently.
 
@@ -107,19 +192,23 @@ def compare_domains(
     scaled to the size of the source that they are assigned to. The test of an expert compares its standardised
     difference with the greatest one of all experts, layers and domains of each permutation (Westfall and Young's maxT):
     the chance of even one false finding is the level. Few sources have few distinct permutations: then no p-value can
-    be small.
+    be small. Everything about a pair of domains comes from these two alone, so that it does not depend on a third.
 
     Args:
         results: Of each domain, counted with the same model.
         permutations: How often labels are permuted.
         seed: Of the permutations.
+        parallel: From the name of a source to a key that it shares with its translations, say, in other domains. A pair
+            of domains that have keys in common is then compared on those, by swapping the two domains' sources of one
+            key; sources without a partner are left out of the pair, and counted. The tests of experts and of mutual
+            information permute all sources: where some are parallel these find too little, not too much.
 
     Raises:
         InputError: Fewer than two domains, or results of different models.
     """
-    domains, counts, tokens, labels = _stacked(results)
-    first = next(iter(results.values()))
-    deviations = Deviations.of(counts, tokens, labels)
+    rows = Rows.of(results, None)
+    domains, first = tuple(results), next(iter(results.values()))
+    deviations = Deviations.of(rows.counts, rows.tokens, rows.domain)
     error = _of_difference(deviations.errors)
 
     def standardised(
@@ -128,20 +217,32 @@ def compare_domains(
         return (_differences(shares) / error).nan_to_num(0, 0, 0) * deviations.tested
 
     generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(permutations, len(counts), generator=generator).argsort(-1)
+    order = torch.rand(permutations, len(rows.unit), generator=generator).argsort(-1)
     # What was observed comes first; the others are as good as it if domains mean nothing.
-    greatest, mi, jsd = [], [], []
-    parts = order.split(max(1, CHUNK // counts.numel()))
+    greatest, mi = [], []
+    parts = order.split(max(1, CHUNK // rows.counts.numel()))
     for shares in (deviations.shares()[None], *map(deviations.reassigned, parts)):
         greatest.append(standardised(shares).abs().flatten(1).amax(-1))
-        load = shares.clamp(min=0)
-        load = load / load.sum(-1, keepdim=True)
-        mi.append(_information(load))
-        jsd.append(_divergences(load))
+        mi.append(information(normalised(shares)))
     observed = deviations.shares()
     statistics = standardised(observed[None])[0]
     p_values = _p_values_of_greatest(torch.cat(greatest), statistics.abs())
-    mi, jsd = torch.cat(mi), torch.cat(jsd)
+    mi = torch.cat(mi)
+
+    units = rows if parallel is None else Rows.of(results, parallel)
+    unit_domains, n_rows = units.domains_of_units(), torch.bincount(units.domain)
+    mi_without = information(units.without_units())
+    tests, members, dropped = [], [], []
+    for a, b in combinations(range(len(domains)), 2):
+        of_pair = units.pair(a, b, parallel is not None)
+        tests.append(PairTest.of(of_pair, permutations, torch.Generator().manual_seed(seed)))
+        both = unit_domains[:, a] & unit_domains[:, b]
+        members.append(both if parallel is not None and bool(both.any()) else unit_domains[:, [a, b]].any(1))
+        dropped.append(int(n_rows[a] + n_rows[b]) - len(of_pair.unit))
+    jsd = torch.stack([test.jsd for test in tests], -1)
+    jsd_without = jsd.repeat(len(unit_domains), 1, 1)  # what a unit has no part in is the same without it
+    for i, (test, member) in enumerate(zip(tests, members, strict=True)):
+        jsd_without[member, :, i] = test.without
     return DomainComparison(
         domains=domains,
         layers=first.layers,
@@ -154,10 +255,17 @@ def compare_domains(
         npmi=npmi(observed / first.top_k),
         mi=mi[0],
         mi_null=mi[1:].mean(0),
-        mi_p_values=_p_values(mi, mi[0]),
-        jsd=jsd[0],
-        jsd_null=jsd[1:].mean(0),
-        jsd_p_values=_p_values(jsd, jsd[0]),
+        mi_p_values=(mi >= mi[0] - 1e-12).double().mean(0),
+        jsd=jsd,
+        jsd_null=torch.stack([test.null for test in tests], -1),
+        jsd_p_values=torch.stack([test.p_values for test in tests], -1),
+        jsd_smallest_p=torch.tensor([test.smallest_p for test in tests], dtype=torch.float64),
+        pair_sources=tuple(test.sources for test in tests),
+        pair_dropped=tuple(dropped),
+        unit_domains=unit_domains,
+        pair_units=torch.stack(members),
+        mi_without=mi_without,
+        jsd_without=jsd_without,
     )
 
 
@@ -172,25 +280,6 @@ def npmi(load: Float[Tensor, "domain *rest"]) -> Float[Tensor, "domain *rest"]:
     return torch.where(load > 0, value, -1.0).masked_fill(load.mean(0) == 0, 0)
 
 
-def _stacked(
-    results: Mapping[str, RoutingResult],
-) -> tuple[
-    tuple[str, ...],
-    Float[Tensor, "source layer n_experts"],
-    Float[Tensor, " source"],
-    Int[Tensor, " source"],
-]:
-    if len(results) < 2:
-        raise InputError(f"got the domains {list(results)}; expected at least two to compare")
-    sizes = {(result.layers, result.n_experts, result.top_k) for result in results.values()}
-    if len(sizes) > 1:
-        raise InputError(f"the domains were counted with different models: {sorted(sizes)}")
-    counts = torch.cat([result.assignments.double() for result in results.values()])
-    tokens = torch.cat([result.tokens.double() for result in results.values()])
-    labels = torch.cat([torch.full((len(r.sources),), i) for i, r in enumerate(results.values())])
-    return tuple(results), counts, tokens, labels
-
-
 def _differences(shares: Float[Tensor, "some domain *rest"]) -> Float[Tensor, "some domain *rest"]:
     """From the mean of the other domains."""
     others = (shares.sum(1, keepdim=True) - shares) / (shares.shape[1] - 1)
@@ -201,29 +290,6 @@ def _of_difference(errors: Float[Tensor, "domain *rest"]) -> Float[Tensor, "doma
     """Standard deviation of a domain's difference from the mean of the others, from those of the domains' shares."""
     squares = errors.square()
     return (squares + (squares.sum(0) - squares) / (len(errors) - 1) ** 2).sqrt()
-
-
-def _information(load: Float[Tensor, "some domain layer n_experts"]) -> Float[Tensor, "some layer"]:
-    """I(E; D) with domains of equal weight: the entropy of the mean minus the mean entropy."""
-    return torch.special.entr(load.mean(1)).sum(-1) - torch.special.entr(load).sum(-1).mean(1)
-
-
-def _divergences(load: Float[Tensor, "some domain layer n_experts"]) -> Float[Tensor, "some layer pair"]:
-    first, second = torch.triu_indices(load.shape[1], load.shape[1], 1)
-    alone = torch.special.entr(load).sum(-1)
-    # a pair at a time: there may be many, and each is as large as the loads themselves
-    return torch.stack(
-        [
-            torch.special.entr((load[:, a] + load[:, b]) / 2).sum(-1) - (alone[:, a] + alone[:, b]) / 2
-            for a, b in zip(first.tolist(), second.tolist(), strict=True)
-        ],
-        -1,
-    )
-
-
-def _p_values(null: Float[Tensor, "labelling *shape"], observed: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Share of labellings, the observed one among them, at least as great as what was observed."""
-    return (null >= observed - 1e-12).double().mean(0)
 
 
 def _p_values_of_greatest(

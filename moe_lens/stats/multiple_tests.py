@@ -1,5 +1,6 @@
 """Many tests at once: what is still found when all of them are counted."""
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -33,3 +34,13 @@ def benjamini_hochberg(p_values: Float[Tensor, "*shape"]) -> Float[Tensor, "*sha
     adjusted = torch.full_like(flat, torch.nan)
     adjusted[order[:n]] = steps.flip(0).cummin(0).values.flip(0) if n else steps
     return adjusted.view(p_values.shape)
+
+
+def most_significant(frame: pd.DataFrame, effect: str, p_value: str = "p_value") -> pd.DataFrame:
+    """Rows by p-value; those with the same one, as all have that no draw reaches, by the size of their effect."""
+    return (
+        frame.assign(_size=-frame[effect].abs())
+        .sort_values([p_value, "_size"], kind="stable")
+        .drop(columns="_size")
+        .reset_index(drop=True)
+    )

@@ -97,12 +97,14 @@ def tail(sizes: Real[Tensor, " source"], level: float = 0.95) -> float:
 
 
 def jackknife_interval(
-    values: Float[Tensor, " value"],
-    without: Float[Tensor, "value source"],
+    values: Float[Tensor, "*value"],
+    without: Float[Tensor, "source *value"],
     strata: Int[Tensor, " source"],
+    *,
+    corrected: bool = False,
     level: float = 0.95,
-) -> tuple[Float[Tensor, " value"], Float[Tensor, " value"]]:
-    """Intervals of statistics of pairs of sources, which resampling would pair with themselves; NaN if there are none.
+) -> tuple[Float[Tensor, "*value"], Float[Tensor, "*value"]]:
+    """Intervals of statistics that resampling would bias, as it pairs sources with themselves; NaN if there are none.
 
     The variance is that of the statistic without each source (Arvesen 1969, Annals of Mathematical Statistics 40), of
     each stratum by itself; t is Student's, with the degrees of freedom of Welch and Satterthwaite.
@@ -111,22 +113,26 @@ def jackknife_interval(
         values: Of all sources.
         without: Of all but one.
         strata: Such as the source's domain; below `MIN_SOURCES` in any of them there is no interval.
+        corrected: Whether the interval is that of the value less its bias, as the jackknife estimates it.
         level: Of confidence, in (0, 1).
     """
     from scipy.special import stdtrit
 
     names, n = strata.unique(return_counts=True)
-    if int(n.min()) < MIN_SOURCES:
+    if not len(n) or int(n.min()) < MIN_SOURCES:
         return torch.full_like(values, torch.nan), torch.full_like(values, torch.nan)
-    parts = []
-    for name in names:
-        of = without[:, strata == name]
-        parts.append((of - of.mean(1, keepdim=True)).square().sum(1) * (of.shape[1] - 1) / of.shape[1])
+    centre, parts = values, []
+    for name, size in zip(names, n.tolist(), strict=True):
+        of = without[strata == name]
+        parts.append((of - of.mean(0)).square().sum(0) * (size - 1) / size)
+        if corrected:
+            centre = centre + (size - 1) * (values - of.mean(0))
     variances = torch.stack(parts)
     variance = variances.sum(0)
-    freedom = variance.square() / (variances.square() / (n[:, None] - 1)).sum(0)
-    reach = variance.sqrt() * torch.as_tensor(stdtrit(freedom.nan_to_num(1).numpy(), (1 + level) / 2))
-    return values - reach, values + reach
+    less = (n - 1).view(-1, *[1] * values.ndim)
+    freedom = (variance.square() / (variances.square() / less).sum(0)).nan_to_num(1)
+    reach = variance.sqrt() * torch.as_tensor(stdtrit(freedom.numpy(), (1 + level) / 2))
+    return centre - reach, centre + reach
 
 
 def halves(sources: Iterable[str], seed: int = 0) -> dict[str, int]:
@@ -140,7 +146,7 @@ def folds(sources: Sequence[str], domains: Sequence[str], n_folds: int, seed: in
     """Deal rows into folds, each source whole into one, and each domain's sources evenly into all.
 
     Args:
-        sources: Of each row; sources of different domains have different names.
+        sources: Of each row; those of different domains are different, whatever their names.
         domains: Of each row.
         n_folds: How many folds; fewer where a domain has fewer sources.
         seed: Of the deal.
@@ -150,8 +156,8 @@ def folds(sources: Sequence[str], domains: Sequence[str], n_folds: int, seed: in
         of_domain.setdefault(domain, []).append(source)
     n_folds = min(n_folds, *(len(names) for names in of_domain.values()))
     shuffled = random.Random(seed)
-    fold: dict[str, int] = {}
-    for names in of_domain.values():
+    fold: dict[tuple[str, str], int] = {}
+    for domain, names in of_domain.items():
         shuffled.shuffle(names)
-        fold.update({name: i % n_folds for i, name in enumerate(names)})
-    return torch.tensor([fold[source] for source in sources])
+        fold.update({(domain, name): i % n_folds for i, name in enumerate(names)})
+    return torch.tensor([fold[key] for key in zip(domains, sources, strict=True)])

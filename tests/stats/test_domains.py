@@ -1,15 +1,20 @@
 """Domain tests: calibrated where domains are alike, finding what was planted, and right in every number."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from scipy.stats import false_discovery_control
 
 from benchmarks.domain_tests import SCENARIOS, rates
 from moe_lens.errors import InputError
 from moe_lens.stats import DomainComparison, RoutingResult, RoutingStats, compare_domains
+from moe_lens.stats.domain_pairs import information
 from moe_lens.stats.domain_tests import npmi
+from moe_lens.stats.multiple_tests import benjamini_hochberg, holm, most_significant
 from moe_lens.stats.source_permutation import Deviations
 from tests.stats.routed import routed
 
@@ -153,6 +158,135 @@ def test_every_number_by_its_definition():
             assert float(found.jsd[layer, i]) == pytest.approx(sum(kl) / 2, abs=1e-12)
     others = (found.shares[1] + found.shares[2]) / 2
     assert torch.allclose(found.differences[0], found.shares[0] - others)
+
+
+def test_a_pair_comes_from_its_two_domains_alone():
+    generator = torch.Generator().manual_seed(7)
+    bias = torch.zeros(LAYERS, EXPERTS)
+    bias[:, 3] = 2.5
+    two = {"a": domain(generator, 12), "b": domain(generator, 11, bias)}
+    alone = compare_domains(two, permutations=99)
+    # a third that is far from both: pooled with it, the first two differed less than chance
+    far = compare_domains({**two, "c": domain(generator, 10, 2 * bias.flip(-1))}, permutations=99)
+    assert far.pairs[0] == ("a", "b") and far.pair_sources == ((12, 11), (12, 10), (11, 10))
+    assert far.pair_dropped == (0, 0, 0)
+    for name in ("jsd", "jsd_null", "jsd_p_values"):
+        assert torch.equal(getattr(far, name)[:, 0], getattr(alone, name)[:, 0])
+    one: Any
+    three: Any
+    one, three = (
+        found.per_pair().query("domain == 'a' and other == 'b'").reset_index(drop=True) for found in (alone, far)
+    )
+    assert torch.equal(*(torch.tensor(t[["low", "high", "smallest_p"]].to_numpy()) for t in (one, three)))
+    assert (one["p_value"] <= 0.05).all() and (one["excess"] > 0).all()
+    assert (three["p_holm"] >= three["p_value"]).all() and (three["p_holm"] >= one["p_holm"]).all()
+    # what can be reached: 3 against 3 sources have 10 labellings that differ, 12 against 11 more than were drawn
+    few = {name: domain(generator, 3) for name in "ab"}
+    assert compare_domains(few, permutations=99).per_pair()["smallest_p"].tolist() == [0.1] * LAYERS
+    assert set(one["smallest_p"]) == {0.01}
+
+
+def test_parallel_sources_are_swapped_in_their_block():
+    """The same documents in two domains: what a document is about is no difference between the domains."""
+    generator = torch.Generator().manual_seed(8)
+    small = torch.zeros(LAYERS, EXPERTS)
+    small[0, 2] = 0.7
+
+    def translations(bias: torch.Tensor | None, extra: int) -> dict[str, RoutingResult]:
+        stats = {name: RoutingStats(range(LAYERS), EXPERTS, TOP_K) for name in ("en", "de")}
+        for i in range(12 + extra):
+            about = 1.5 * torch.randn(LAYERS, 1, 1, EXPERTS, generator=generator)
+            for name in stats if i < 12 else ["en"]:
+                shift = bias[:, None, None] if bias is not None and name == "de" else 0
+                noise = -torch.rand(LAYERS, 1, 60, EXPERTS, generator=generator).log().neg().log()
+                chosen = (about + shift + noise).topk(TOP_K).indices
+                stats[name].update(routed(chosen, sources=[f"{name}/{i:02d}"], n_experts=EXPERTS))
+        return {name: of.result() for name, of in stats.items()}
+
+    def key(source: str) -> str:
+        return source.split("/")[-1]
+
+    differ = translations(small, extra=2)
+    paired, free = compare_domains(differ, permutations=199, parallel=key), compare_domains(differ, permutations=199)
+    assert paired.pair_sources == ((12, 12),) and paired.pair_dropped == (2,) and free.pair_dropped == (0,)
+    assert float(paired.jsd_p_values[0, 0]) <= 0.01 and float(free.jsd_p_values[0, 0]) > 0.05
+    table: Any = paired.per_pair()
+    other: Any = free.per_pair()
+    assert (table["high"] - table["low"])[0] < (other["high"] - other["low"])[0] / 2
+    # left out is left out: the divergence is that of the twelve
+    twelve = {name: keep(result, 12) for name, result in differ.items()}
+    assert torch.equal(paired.jsd, compare_domains(twelve, permutations=9).jsd)
+    alike = [compare_domains(translations(None, 0), permutations=39, parallel=key).jsd_p_values for _ in range(20)]
+    p_values = torch.stack(alike).flatten()  # 40 draws of a uniform share: a tenth is 4 ± 1.9, a half 20 ± 3.2
+    assert int((p_values <= 0.1).sum()) <= 10 and 10 <= int((p_values <= 0.5).sum()) <= 30
+    # domains without a common key are compared as if there were none
+    apart = compare_domains(differ, permutations=99, parallel=lambda source: source)
+    assert torch.equal(apart.jsd, free.jsd) and apart.pair_dropped == (0,)
+
+
+def keep(result: RoutingResult, n: int) -> RoutingResult:
+    return replace(
+        result,
+        sources=result.sources[:n],
+        **{
+            name: getattr(result, name)[:n] for name in ("tokens", "assignments", "top1", "weights", "sums", "measured")
+        },
+    )
+
+
+def test_intervals_of_divergences_cover_the_truth():
+    """Sources whose shares scatter about known ones, of unequal sizes; the first domain is nearer to the second."""
+    generator = torch.Generator().manual_seed(9)
+    base = torch.randn(EXPERTS, generator=generator)
+    tilt = torch.randn(EXPERTS, generator=generator)
+    loads = torch.stack([(base + by * tilt).softmax(0) for by in (0.0, 0.4, 1.2)]).double()
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    truth = torch.stack([information(loads[list(pair)][:, None])[0] for pair in pairs])
+    covered, nearer, plain = [], [], []
+    draws = [{n: scattered(generator, p) for n, p in zip("abc", loads, strict=True)} for _ in range(40)]
+    found = compare_domains(draws[0], permutations=1)
+    for draw in draws:
+        found = compare_domains(draw, permutations=1)
+        table = found.per_pair()
+        covered += [low <= value <= high for low, high, value in zip(table["low"], table["high"], truth, strict=True)]
+        plain.append(found.jsd[0] - truth)
+        last: Any = found.nearer("a", "b", "c").iloc[-1]
+        nearer.append((last["low"] <= truth[0] - truth[1] <= last["high"], last["high"] < 0))
+    assert sum(covered) >= 0.87 * len(covered) and sum(hit for hit, _ in nearer) >= 34  # of 120 and 40; .95 expected
+    assert sum(found for _, found in nearer) >= 30  # and say which is nearer
+    # a control: as they are, divergences of few sources are too large
+    bias = torch.stack(plain)
+    assert (bias.mean(0)[:1] > 4 * bias.std(0)[:1] / 40**0.5).all()
+    other = found.nearer("a", "c", "b")
+    assert torch.allclose(torch.tensor(other["difference"]), -torch.tensor(found.nearer("a", "b", "c")["difference"]))
+    with pytest.raises(InputError, match=r"got \['a', 'b', 'b'\]; expected three different ones of \['a', 'b', 'c'\]"):
+        found.nearer("a", "b", "b")
+
+
+def scattered(generator: torch.Generator, load: torch.Tensor) -> RoutingResult:
+    """Counts of 12 sources, of one layer, whose shares are Dirichlet draws about `load`."""
+    sizes = (40 * (0.7 * torch.randn(12, generator=generator)).exp()).long().clamp(min=8)
+    shares = torch._sample_dirichlet((40 * load).expand(12, EXPERTS).contiguous(), generator=generator)
+    chosen = [
+        share.multinomial(int(n) * TOP_K, True, generator=generator) for share, n in zip(shares, sizes, strict=True)
+    ]
+    counts = torch.stack([one.bincount(minlength=EXPERTS) for one in chosen])[:, None]
+    nothing = torch.zeros(12, 1, 2)
+    names = tuple(f"s{i:02d}" for i in range(12))
+    weights = torch.zeros(12, 1, EXPERTS)
+    return RoutingResult((0,), TOP_K, names, sizes, counts, torch.zeros_like(counts), weights, nothing, nothing.long())
+
+
+def test_many_tests_are_one_family():
+    p = torch.tensor([[0.01, 0.04, torch.nan], [0.03, 0.005, 0.5]], dtype=torch.float64)
+    assert holm(p).nan_to_num(-1).tolist() == [[0.04, 0.09, -1], [0.09, 0.025, 0.5]]
+    known = p[~p.isnan()]
+    assert benjamini_hochberg(p)[~p.isnan()].numpy() == pytest.approx(false_discovery_control(known.numpy()), abs=1e-15)
+    assert not len(holm(torch.tensor([]))) and benjamini_hochberg(torch.tensor([0.75])).tolist() == [0.75]
+    frame = pd.DataFrame(
+        {"expert": [0, 1, 2, 3], "p_value": [0.2, 0.01, 0.01, 0.01], "statistic": [9.0, 1.0, -3.0, 2.0]}
+    )
+    assert most_significant(frame, "statistic")["expert"].tolist() == [2, 3, 1, 0]
 
 
 def test_permutations_keep_sources_together():

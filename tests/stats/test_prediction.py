@@ -8,6 +8,7 @@ import torch
 from moe_lens.errors import InputError
 from moe_lens.stats import PassageResult, PassageSample, predict_domain
 from moe_lens.stats.domain_prediction import fit_logistic
+from moe_lens.stats.resampling import folds
 from tests.stats.routed import routed
 
 EXPERTS, TOP_K, LAYERS, VOCABULARY = 6, 2, (1, 3), 30
@@ -69,6 +70,22 @@ def test_sources_are_never_on_both_sides():
         for name, r in results.items()
     }
     assert predict_domain(leaky).accuracy("routing") > 0.9
+
+
+def test_names_of_domains_and_sources_may_hold_anything():
+    """A domain is its whole name: paper/english and paper/code are dealt evenly into the folds each by itself."""
+    names, sources = ["paper/english"] * 10 + ["paper/code"] * 5, [f"s/{i}" for i in [*range(10), *range(5)]]
+    dealt = folds(sources, names, 5, seed=0)
+    for name in set(names):
+        of = torch.tensor([one == name for one in names])
+        assert torch.bincount(dealt[of], minlength=5).unique().numel() == 1
+    mixed = folds(sources, ["paper"] * 15, 5, seed=0)  # a control: as one stratum, code is not dealt evenly
+    assert torch.bincount(mixed[10:], minlength=5).unique().numel() > 1
+    generator = torch.Generator().manual_seed(6)
+    found = predict_domain(
+        {"paper/a": sample(generator, sources=3), "paper/b": sample(generator, sources=3)}, n_folds=2
+    )
+    assert set(found.to_frame()["sources"]) == {6}  # a name is another source in another domain
 
 
 def test_logistic_regression_is_at_its_minimum():
