@@ -13,7 +13,15 @@ from moe_lens import names
 from moe_lens.errors import InputError
 from moe_lens.interventions.ablation_values import Replacement
 from moe_lens.interventions.expert_means import Reference, means_for
-from moe_lens.interventions.intervention import Hook, Intervention, computed, first_token, real_tokens, this_pass
+from moe_lens.interventions.intervention import (
+    Hook,
+    Intervention,
+    Recipe,
+    computed,
+    first_token,
+    real_tokens,
+    this_pass,
+)
 from moe_lens.interventions.rerouting import forbid
 from moe_lens.protocols import HookedModel
 from moe_lens.selection import Experts, Selection, Where
@@ -103,7 +111,9 @@ def ablate(
         if selection.shared and model.has_shared(layer):
             hooks.append(replacement.shared(layer))
     options = [how] + ["renormalised"] * renormalize + [f"seed {seed}"] * (how == "resample")
-    return Intervention(model, f"ablate {selection}, {', '.join(options)}", tuple(hooks))
+    about = {"how": how, "reference": means, "renormalize": renormalize, "seed": seed, "fallback": fallback}
+    recipe = Recipe(ablate, {"experts": selection, **about})
+    return Intervention(model, f"ablate {selection}, {', '.join(options)}", tuple(hooks), recipe)
 
 
 def _meant(model: HookedModel, selection: Selection, layer: int) -> Bool[Tensor, "batch pos top_k"]:
@@ -178,7 +188,8 @@ def keep_top(
         hooks += _leave_out(model, layer, _others(model, layer, k, by, seed), renormalize)
     options = [f"by {by}"] + ["renormalised"] * renormalize + [f"seed {seed}"] * (by == "random")
     where = "" if layers is None else f" of {selection}"
-    return Intervention(model, f"keep_top {k}{where}, {', '.join(options)}", tuple(hooks))
+    recipe = Recipe(keep_top, {"k": k, "by": by, "layers": selection.layers, "renormalize": renormalize, "seed": seed})
+    return Intervention(model, f"keep_top {k}{where}, {', '.join(options)}", tuple(hooks), recipe)
 
 
 def _others(model: HookedModel, layer: int, k: int, by: By, seed: int) -> Chooser:

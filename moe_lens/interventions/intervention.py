@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -18,6 +18,13 @@ Hook = tuple[str, Callable[[Tensor, HookPoint], Tensor | None]]
 """The name of a hook point and a function for it, as `run_with_hooks` takes them."""
 
 
+class Recipe(NamedTuple):
+    """How an intervention is made on any model: by a function of this package, and values."""
+
+    make: Callable[..., "Intervention"]
+    arguments: dict[str, Any]
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Intervention(OpensScope):
     """A change of a model's forward pass, active inside `with`, in `generate(…, interventions=[…])`, or as hooks.
@@ -25,25 +32,62 @@ class Intervention(OpensScope):
     Interventions nest. At one hook point the outer one acts first and the inner one sees what it has made; hook points
     act in the order in which the model computes: router logits, selection, routing weights, slots left out, outputs.
     Nothing outlives the `with`, however it is left. A value can be used again, also inside itself: it then acts twice.
+    It pickles by value, without its model: `bind` makes it anew on a model.
     """
 
-    model: HookedModel
+    model: HookedModel | None
+    """None after unpickling, until `bind`."""
     label: str
     """What it does, readable."""
     hooks: tuple[Hook, ...]
+    recipe: Recipe | None = None
+    """How it is made; None where it cannot be said by value."""
 
     def __post_init__(self) -> None:
         super().__init__()
 
+    def bind(self, model: HookedModel) -> "Intervention":
+        """The same intervention on a model: this one, a copy, or another with the same layers and experts.
+
+        Raises:
+            InputError: the model lacks what the intervention names, or it cannot be made anew.
+        """
+        return self._recipe().make(model, **self._recipe().arguments)
+
+    def _recipe(self) -> Recipe:
+        if self.recipe is None:
+            raise InputError(f"{self} exists on its own model only: it can be neither bound to another nor pickled")
+        return self.recipe
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By value."""
+        return Intervention, (None, self.label, (), self._recipe())
+
+    def __copy__(self) -> "Intervention":
+        return self  # a value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Intervention":
+        return self
+
     @property
     def fwd_hooks(self) -> list[tuple[str | Callable[..., Any], Callable[..., Any]]]:
-        """For `run_with_hooks` and `hooks`."""
+        """For `run_with_hooks` and `hooks`.
+
+        Raises:
+            InputError: it was unpickled and not bound to a model yet.
+        """
+        self._model()
         return list(self.hooks)
 
     def scope(self) -> Any:
         """Its hooks, in place."""
-        context: Any = self.model.hooks(fwd_hooks=self.fwd_hooks)
+        context: Any = self._model().hooks(fwd_hooks=self.fwd_hooks)
         return context.scope()
+
+    def _model(self) -> HookedModel:
+        if self.model is None:
+            raise InputError(f"{self} was unpickled and has no model yet: use intervention.bind(model)")
+        return self.model
 
     def __repr__(self) -> str:
         return f"Intervention({self.label})"
@@ -64,7 +108,7 @@ def check_interventions(model: HookedModel, interventions: Iterable[Any]) -> lis
                 f"interventions holds a {type(one).__name__}; expected what model.ablate(…) and so on return"
             )
         if one.model is not model:
-            raise InputError(f"{one} was made for another model; make it with the methods of this one")
+            raise InputError(f"{one} was made for another model; intervention.bind(model) makes it on this one")
     return given
 
 

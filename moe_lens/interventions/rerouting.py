@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_lens import names
 from moe_lens.errors import InputError
-from moe_lens.interventions.intervention import Hook, Intervention, first_token, positions, this_pass
+from moe_lens.interventions.intervention import Hook, Intervention, Recipe, first_token, positions, this_pass
 from moe_lens.model.cache.moe_cache import MoECache
 from moe_lens.protocols import HookedModel
 from moe_lens.routing import Routing
@@ -130,7 +130,8 @@ def force_routing(
             hooks.append((names.mlp(names.EXPERT_INDICES, layer), _replay(model, recorded.indices)))
         if what != "indices":
             hooks.append((names.mlp(names.ROUTING_WEIGHTS, layer), _replay(model, recorded.weights)))
-    return Intervention(model, f"force_routing, layers {list(chosen)}, {what}", tuple(hooks))
+    recipe = Recipe(force_routing, {"routing": routing, "layers": chosen, "what": what})
+    return Intervention(model, f"force_routing, layers {list(chosen)}, {what}", tuple(hooks), recipe)
 
 
 def _replay(model: HookedModel, recorded: Tensor) -> Callable[..., Tensor]:
@@ -173,7 +174,8 @@ def steer_experts(
         raise InputError(f"rule is {rule!r}; expected one of {get_args(SteerRule)}")
     if not isinstance(steering, Mapping) or not all(isinstance(of_layer, Mapping) for of_layer in steering.values()):
         raise InputError(f"steering is {steering!r}; expected {{layer: {{expert: a number, 'on' or 'off'}}}}")
-    selection = Selection(experts={at: list(of_layer) for at, of_layer in steering.items()}, where=where).check(model)
+    values = {at: dict(of_layer) for at, of_layer in steering.items()}
+    selection = Selection(experts={at: list(of_layer) for at, of_layer in values.items()}, where=where).check(model)
     hooks: list[Hook] = []
     largest = torch.finfo(getattr(model.cfg, "dtype", None) or torch.float32).max / 2
     for layer, of_layer in sorted(steering.items()):
@@ -204,7 +206,8 @@ def steer_experts(
                 if experts
             ]
     tokens = "" if selection.where is None else f" {where_text(selection.where)}"
-    return Intervention(model, f"steer_experts {dict(steering)}{tokens}, {rule}", tuple(hooks))
+    recipe = Recipe(steer_experts, {"steering": values, "rule": rule, "where": where})
+    return Intervention(model, f"steer_experts {values}{tokens}, {rule}", tuple(hooks), recipe)
 
 
 def _everywhere(

@@ -51,6 +51,7 @@ TOUCHPOINTS = (
         f"{_COMPONENTS}:{name}"
         for name in (
             "BlockBridge._maybe_wire_capture_hooks",
+            "BlockBridge._teardown_capture_hooks",
             "EmbeddingBridge",
             "LinearBridge",
             "MoEBridge._router_hook_aliases=",

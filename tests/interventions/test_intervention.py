@@ -1,5 +1,7 @@
 """Interventions as values: where they are in force, how they nest, and that nothing is left of them."""
 
+import copy
+import pickle
 import re
 from typing import Any
 
@@ -277,6 +279,35 @@ def test_what_is_refused_while_running_leaves_nothing_either() -> None:
                 case.model(case.tokens)
         with pytest.raises(InputError, match="where returned"):
             case.model.generate(case.tokens, interventions=[case.model.keep_top(1), bad], **OPTIONS)
+
+
+def test_a_value_pickles_without_its_model_and_is_bound_to_another() -> None:
+    case, other = wrapped("deepseek"), HookedMoE.from_hf(build("deepseek"), check=False)
+    for made in every(case):
+        assert copy.deepcopy(made) is made
+        if "where" in repr(made) and "lambda" in repr(made):
+            with pytest.raises((pickle.PicklingError, AttributeError)):
+                pickle.dumps(made)  # a function without a name is no value
+            continue
+        data = pickle.dumps(made)
+        assert b"HookedMoE" not in data, "no model in it"
+        came = pickle.loads(data)
+        assert repr(came) == repr(made)
+        for use in (came.__enter__, lambda came=came: came.fwd_hooks):
+            with pytest.raises(InputError, match=r"was unpickled and has no model yet: use intervention.bind\(model\)"):
+                use()
+        with torch.no_grad(), made:
+            expected = case.model(case.tokens)
+        with untouched(other), torch.no_grad(), came.bind(other):
+            assert torch.equal(other(case.tokens), expected), made
+    assert deviation(expected, case.logits) > 1e-4, "negative control: it does something"
+
+
+def test_what_another_model_lacks_is_named_when_it_is_bound() -> None:
+    deepseek, olmoe = wrapped("deepseek").model, wrapped("olmoe").model
+    assert deepseek.ablate({2: [0]}).bind(olmoe).model is olmoe
+    with pytest.raises(InputError, match="layer 0 is dense"):
+        olmoe.ablate({0: [1]}).bind(deepseek)
 
 
 @pytest.mark.untyped

@@ -1,6 +1,7 @@
 """Holding activations: found by any of their names, moved, and kept on disk bit for bit."""
 
 import copy
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,6 +118,27 @@ def test_two_names_of_one_tensor_are_written_once(tmp_path: Path):
     assert again[one] is again[other]
     size = sum(view.nbytes for view in (value, *views.values()))
     assert size < (tmp_path / "cache").stat().st_size < size + 4096
+
+
+def test_a_cache_pickles_by_value_and_is_bound_to_a_model():
+    case, _, made = full("deepseek")
+    data = pickle.dumps(made)
+    assert b"HookedMoE" not in data, "no model in it"
+    came = pickle.loads(data)
+    assert type(came) is MoECache and list(came) == list(made)
+    assert all(torch.equal(came[name], made[name]) for name in made)
+    assert torch.equal(came["expert_out", -1], made["expert_out", -1]), "names need no model"
+    with pytest.raises(InputError, match=r"was unpickled and has no model, whose \w+ is needed: cache.bind\(model\)"):
+        came.partial_sum(2, ranks=[0])
+    bound = came.bind(case.model)
+    assert torch.equal(bound.partial_sum(2, ranks=[0]).values, made.partial_sum(2, ranks=[0]).values)
+    for copied in (copy.copy(made), copy.deepcopy(made)):
+        assert copied.model is made.model
+        assert torch.equal(copied["hook_embed"], made["hook_embed"])
+    copy.deepcopy(made)["hook_embed"].zero_()
+    assert made["hook_embed"].any(), "a deep copy has tensors of its own"
+    with pytest.raises(InputError, match=r"the cache was made by a model with name 'deepseek"):
+        came.bind(wrapped("olmoe").model)
 
 
 def test_another_models_cache_is_refused(tmp_path: Path):

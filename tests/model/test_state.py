@@ -190,11 +190,12 @@ def test_averages_of_weights_are_models_of_their_own() -> None:
 @pytest.mark.parametrize("model_type", ["deepseek", "granitemoehybrid", "qwen2_moe", "llama4_text"])
 def test_a_model_is_pickled_whole(model_type: str) -> None:
     model = wrapped(model_type)
+    before = logits(model)  # a pass hangs hooks of its own on blocks
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
     again = torch.load(file, weights_only=False)
-    assert torch.equal(logits(again), logits(model))
+    assert torch.equal(logits(again), before) and torch.equal(logits(model), before)
     with torch.no_grad():
         _, cache = again.run_with_cache(tokens())
         _, expected = model.run_with_cache(tokens())

@@ -14,6 +14,7 @@ from transformer_lens.utilities import Slice, get_act_name
 
 from moe_lens import names
 from moe_lens.errors import HookError, InputError
+from moe_lens.model.cache.absent_model import AbsentModel
 from moe_lens.model.unknown_hooks import instead_of
 from moe_lens.protocols import HookedModel
 from moe_lens.storage import load_tensors, save_tensors
@@ -192,6 +193,36 @@ class HookCache(Summary, ActivationCache):
         self.following = None if self.following is None else moved(self.following)
         return self
 
+    # By value
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the model, of which the sizes are kept."""
+        return {**self.__dict__, "model": AbsentModel(identity(self.model))}
+
+    def __copy__(self: _Cache) -> _Cache:
+        """Another cache of the same tensors and the same model."""
+        found = object.__new__(type(self))
+        found.__dict__.update(self.__dict__)
+        return found
+
+    def __deepcopy__(self: _Cache, memo: dict[int, Any]) -> _Cache:
+        """A cache of copied tensors, of the same model."""
+        found = copy.copy(self)
+        others = {name: value for name, value in self.__dict__.items() if name != "model"}
+        found.__dict__.update(copy.deepcopy(others, memo))
+        return found
+
+    def bind(self: _Cache, model: HookedModel) -> _Cache:
+        """The same cache with a model, as one needs that was pickled: tensors are shared.
+
+        Raises:
+            InputError: the model's name or sizes are not those of the model that made the cache.
+        """
+        _same_model("the cache", identity(self.model), model)
+        found = copy.copy(self)
+        found.model = model
+        return found
+
     # On disk
 
     def to_disk(self, path: str | Path) -> None:
@@ -219,10 +250,7 @@ class HookCache(Summary, ActivationCache):
             InputError: the file is missing, broken or holds something else, or another model made it.
         """
         tensors, header = load_tensors(path, cls.__name__)
-        for what, here in identity(model).items():
-            there = header["model"].get(what)
-            if there != here:
-                raise InputError(f"{path} was made by a model with {what} {there!r}; this one has {here!r}")
+        _same_model(str(path), header["model"], model)
         lost = set(header["names"].values()) - tensors.keys()
         if lost:
             raise InputError(f"{path} is not whole: it lacks {', '.join(sorted(lost))}")
@@ -254,6 +282,13 @@ def following_tokens(
 def _ragged(name: str) -> bool:
     """Whether a tensor has one row per token that an expert got, and so neither batch nor position axis."""
     return names.parse_expert(name.removesuffix(_GRAD)) is not None
+
+
+def _same_model(what: str, made_by: dict[str, Any], model: HookedModel) -> None:
+    for fact, here in identity(model).items():
+        there = made_by.get(fact)
+        if there != here:
+            raise InputError(f"{what} was made by a model with {fact} {there!r}; this one has {here!r}")
 
 
 def identity(model: HookedModel) -> dict[str, Any]:

@@ -178,6 +178,16 @@ class ExpertBridge(HookTable):
         residual = self.forward(given, stop_at_layer=0)
         return residual, given.values, None, given.attention_mask
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Without what TransformerLens hangs on blocks in a forward pass, which knows this object and no copy.
+
+        The next pass hangs it up again, here and in the copy.
+        """
+        blocks: Any = self.blocks
+        for block in blocks:
+            block._teardown_capture_hooks()
+        return super().__reduce_ex__(protocol)
+
     # --- caches ---
 
     def _selected(self, names_filter: NamesFilter) -> list[tuple[HookPoint, list[str]]]:
