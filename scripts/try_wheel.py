@@ -34,7 +34,9 @@ def main() -> int:
             if done.returncode:
                 print(done.stdout[-2000:], done.stderr[-4000:], sep="\n")
             failed += done.returncode != 0
-        failed += not (Path(folder) / "report" / "index.html").is_file()
+        if not (Path(folder) / "report" / "report.html").is_file():
+            print("report/report.html was not written")
+            failed += 1
     print("nothing broke" if not failed else f"{failed} broken")
     return failed
 
