@@ -102,3 +102,9 @@ def untouched(model: HookedMoE) -> Generator[None]:
 def deviation(ours: Tensor, theirs: Tensor) -> float:
     assert ours.shape == theirs.shape
     return (ours.double() - theirs.double()).abs().max().item()
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Have transformers compute layers again in the backward pass, by the method's name on this transformers."""
+    name = "activation_checkpointing_enable"
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()

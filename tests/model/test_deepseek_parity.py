@@ -26,6 +26,7 @@ from tests.model.tiny import (
     random_tensors,
     write_checkpoint,
 )
+from tests.wrapped import checkpoint_activations
 
 FP32 = 1e-4  # against the original: the bound; 3e-6 with the original's attention is what is measured
 EXACT = 1e-9  # float64 against float64
@@ -384,7 +385,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
     model, _ = load_pretrained(str(BASE))
     model.train()
     other = copy.deepcopy(model)
-    other.activation_checkpointing_enable()
+    checkpoint_activations(other)
     for each in (model, other):
         each(ids, labels=ids, use_cache=False).loss.backward()
     for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):

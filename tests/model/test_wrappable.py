@@ -22,6 +22,7 @@ from transformers import (
 from moe_lens.errors import InputError, SelfCheckError, UnsupportedModelError
 from moe_lens.hooked_moe import HookedMoE
 from tests.matrix.configs import build, config, tokens
+from tests.wrapped import checkpoint_activations
 
 
 @pytest.mark.untyped
@@ -105,7 +106,7 @@ def test_a_model_in_training_mode_stays_there_and_its_dropout_is_no_reason_to_re
 
 def test_gradient_checkpointing_gives_the_same_gradients_and_hooks_fire() -> None:
     plain, saving = build("mixtral").train(), build("mixtral").train()
-    saving.activation_checkpointing_enable()
+    checkpoint_activations(saving)
     seen = []
     found = []
     for hf in (plain, saving):
