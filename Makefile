@@ -43,13 +43,14 @@ quick: $(VENV)/.installed-dev  ## lint, types and tests of what changed since ma
 	@$(BIN)/python scripts/quick.py $(SINCE)
 
 # Into an environment of its own, past the bounds of pyproject.toml; torch stays as it is. Ends with what broke.
-test-latest:  ## every family against the newest transformers and transformer-lens that the registry has
+test-latest:  ## every family, and tests of models, against the newest transformers and transformer-lens of the registry
 	@$(MAKE) --no-print-directory VENV=.venv-latest .latest
 
 .latest: $(VENV)/.installed-dev
 	@grep '^torch==' constraints.txt > $(VENV)/torch.txt
 	@$(PIP) install --quiet --upgrade --constraint $(VENV)/torch.txt transformers transformer-lens
-	@$(BIN)/python scripts/families.py --check
+	@$(PYTEST) -m 'not slow' tests/model $(PYTEST_ARGS); models=$$?; \
+	    $(BIN)/python scripts/families.py --check && exit $$models
 
 # The other end of the ranges: an environment with every runtime dependency at its lower bound. The tests of packaging
 # are left out, which demand the versions of constraints.txt.
@@ -59,7 +60,7 @@ test-oldest:  ## every family and the quick tests against the lowest versions th
 .oldest: pyproject.toml constraints.txt | $(BIN)/python
 	@$(BIN)/python scripts/oldest.py > $(VENV)/oldest.txt
 	@$(PIP) install --quiet --constraint $(VENV)/oldest.txt --editable '.[dev]'
-	@$(BIN)/pytest -m 'not slow' --ignore tests/test_packaging.py $(PYTEST_ARGS)
+	@$(PYTEST) -m 'not slow' --ignore tests/test_packaging.py $(PYTEST_ARGS)
 
 # Without constraints.txt, which holds wheels for one Python: the newest of everything, torch's newest build too.
 test-python:  ## a part of the tests on another Python, with the newest dependencies: make test-python PYTHON=python3.13
@@ -67,11 +68,11 @@ test-python:  ## a part of the tests on another Python, with the newest dependen
 	    VENV=.venv-$$($(PYTHON) -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
 
 SMOKE := tests/test_public_api.py tests/test_storage.py tests/test_routing.py tests/model/test_embedded.py \
-	tests/model/test_versions.py tests/model/test_hooks_experts.py
+	tests/model/test_versions.py tests/model/test_hooks_experts.py tests/model/test_kv_cache.py
 
 .python: | $(BIN)/python
 	@$(PIP) install --quiet --upgrade --editable '.[dev]'
-	@$(BIN)/pytest -m 'not slow' $(SMOKE) $(PYTEST_ARGS)
+	@$(PYTEST) -m 'not slow' $(SMOKE) $(PYTEST_ARGS)
 	@$(BIN)/python scripts/families.py --check deepseek deepseek_v3 gpt_oss mixtral olmoe qwen3_moe
 
 test-wheel:  ## build the wheel; install it, with the newest dependencies, where nothing is; run what users run

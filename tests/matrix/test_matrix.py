@@ -56,7 +56,7 @@ def test_the_detector_sees_every_model_type_that_is_in_a_table() -> None:
     """Or it could not be trusted to see one that is in none."""
     script = load_script("families")
     known = [name for name in {*FAMILIES, *REFUSED} - {"deepseek"} if name in CONFIG_MAPPING]  # on this transformers
-    assert len(known) > 80
+    assert len(known) > 70
     assert [name for name in known if not script.has_experts(name)] == []
     assert not any(map(script.has_experts, ("llama", "bamba", "qwen3_5", "llava")))
 
