@@ -156,37 +156,61 @@ def collect_activations(
 @app.command("compare")
 def compare_studies(
     first: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a saved study.")],
-    second: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of another study of the same kind.")],
+    second: Annotated[
+        Path | None,
+        typer.Argument(metavar="FOLDER", help="Folder of another study of the same kind; not given: the first one."),
+    ] = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the table goes, as parquet.")] = Path(
         "moe-lens-compare.parquet"
     ),
+    domains: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--domain", metavar="NAME", help="Compare two domains: give the option twice, the second minus the first."
+        ),
+    ] = None,
     show: Annotated[int, typer.Option(min=0, help="Number of largest differences to print.")] = 10,
 ) -> None:
-    """Set two saved studies side by side: second minus first, with 95 % intervals of the difference over sources.
+    """Set two saved studies side by side, or two domains: second minus first, with 95 % intervals over sources.
 
     Two models on the same texts (base and chat, before and after pruning) are paired by source. Experts are compared by
     number, which means something only where one model was made from the other.
 
     Example: moe-lens compare runs/base runs/chat --out difference.parquet
+
+    Two domains of one study: moe-lens compare runs/routing --domain english --domain german
     """
-    for folder in (first, second):
+    if domains is not None and len(domains) != 2:
+        raise InputError(f"got --domain {len(domains)} times; expected two domains to compare, or none")
+    if second is None and domains is None:
+        raise InputError("got one folder; give another one, or two of its domains: --domain NAME --domain NAME")
+    for folder in (first, second or first):
         read_manifest(folder)
 
     from moe_lens.storage import written_whole
     from moe_lens.studies import StudyResult, compare
 
     quiet()
-    studies = StudyResult.load(first), StudyResult.load(second)
+    studies = StudyResult.load(first), None if second is None else StudyResult.load(second)
+    two = None if domains is None else (domains[0], domains[1])
+    names = None if second is None else _apart(first, second)
     with written_whole(out) as temporary:
         temporary.touch()  # what cannot be written is said before the work, not after
-        found = compare(*studies)
+        found = compare(*studies, domains=two, names=names)
         found.table.to_parquet(temporary, index=False)
-    table = found.table
-    clear = table[(table["low"] > 0) | (table["high"] < 0)]
-    print(f"{len(table):,} differences, {len(clear):,} with an interval that leaves out 0")
-    for quantity, rows in table.groupby("quantity", sort=False):
+    print(found.found())
+    for quantity, rows in found.table.groupby("quantity", sort=False):
         order = (-abs(rows["difference"].to_numpy())).argsort()
         largest = rows.iloc[order[:show]]
         print(f"\n{quantity}, the largest differences:")
-        print(largest.drop(columns=["quantity", "paired"]).to_string(index=False))
+        print(largest.drop(columns=["quantity", "paired", "sources"]).to_string(index=False))
     print(f"\n{out.resolve()}")
+
+
+def _apart(first: Path, second: Path) -> tuple[str, str] | None:
+    """The ends of two paths, as long as it takes to tell them apart; None if nothing does."""
+    one, other = first.resolve().parts, second.resolve().parts
+    for n in range(1, max(len(one), len(other)) + 1):
+        if one[-n:] != other[-n:]:
+            return "/".join(one[-n:]), "/".join(other[-n:])
+    return None

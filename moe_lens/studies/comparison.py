@@ -1,13 +1,18 @@
-"""`compare`: two saved studies of one kind, with intervals of the difference.
+"""`compare`: two saved studies of one kind, or two domains of one study, with intervals of the difference.
 
 Base against chat, before and after pruning, two seeds of training: where both read the same texts, differences are
 paired by source, both sides being resampled together; otherwise each side is resampled by itself.
+
+Of thousands of differences many have an interval that leaves out 0 by chance. Each also has a p-value that counts all
+of them: its studentised difference against the greatest one of the whole table (Westfall and Young's maxT), where each
+source's difference has a random sign, or, if sources are not paired, where sources are dealt to the sides at random.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -46,6 +51,11 @@ class Means:
         place = torch.as_tensor(self.index.get_indexer(wanted))
         return Means(wanted, self.sources, self.above[:, place], self.below[:, place], self.exponential)
 
+    def by_source(self) -> Float[Tensor, "source value"]:
+        """Numbers whose mean over sources is the value (its logarithm, if it is one of exp): what each adds to it."""
+        mean = self.above.sum(0) / self.below.sum(0)
+        return mean + (self.above - mean * self.below) / self.below.mean(0)
+
     def of(self, times: Float[Tensor, "resample source"]) -> Float[Tensor, "resample value"]:
         """The values, with each source counted so many times."""
         mean = (times @ self.above) / (times @ self.below)
@@ -54,23 +64,46 @@ class Means:
 
 @dataclass(frozen=True, eq=False)
 class Comparison(Summary):
-    """Differences between two studies, the second minus the first."""
+    """Differences between two sides, the second minus the first."""
 
     study: str
+    names: tuple[str, str]
+    """What the two sides are called in the table."""
     first: Mapping[str, Any]
     """The manifest of the first."""
     second: Mapping[str, Any]
     table: pd.DataFrame
     """A row per domain, quantity and what it is of.
 
-    Columns: domain, quantity, of (such as "layer 3, expert 17"), first, second, difference, low, high (its 95 %
-    interval over sources, missing below ten of them on either side), paired (whether both read the same sources).
+    Columns: domain, quantity, of (such as "layer 3, expert 17"), a column with each side's name, difference (the second
+    minus the first), low, high (its 95 % interval over sources), p_adjusted (counting all rows of the table: the chance
+    of even one below .05 is .05 where nothing differs), all three missing below ten sources on either side; paired
+    (whether both read the same sources), sources (of the side that has fewer).
     """
 
     @property
     def same_model(self) -> bool:
         """Whether both studied one model."""
         return self.first["plan"]["model"]["fingerprint"] == self.second["plan"]["model"]["fingerprint"]
+
+    def found(self) -> str:
+        """How many differences there are, how many chance alone would give, and how many stand."""
+        table, (one, other) = self.table, self.names
+        said = [f"{len(table):,} differences, {other} minus {one}"]
+        few = {of: n for of, n in zip(table["domain"], table["sources"], strict=True) if n < MIN_SOURCES}
+        low, high, adjusted = (table[name].to_numpy() for name in ("low", "high", "p_adjusted"))
+        bounded = int(np.isfinite(low).sum())
+        if few:
+            which = ", ".join(f"{domain} ({n})" for domain, n in few.items())
+            said.append(f"no intervals: fewer than ten sources in {which}")
+        if bounded:
+            outside, stand = int(((low > 0) | (high < 0)).sum()), int((adjusted <= 1 - LEVEL).sum())
+            by_chance = (1 - LEVEL) * bounded
+            said.append(
+                f"{outside:,} of {bounded:,} intervals leave out 0, where chance alone would give about "
+                f"{by_chance:,.0f}; {stand:,} stand when all are counted (p_adjusted ≤ .05)"
+            )
+        return "; ".join(said)
 
     def save(self, path: Any) -> None:
         """Write the table as parquet, whole or not at all.
@@ -83,31 +116,53 @@ class Comparison(Summary):
 
 
 @checked
-def compare(first: StudyResult, second: StudyResult, *, seed: int = 0) -> Comparison:
+def compare(
+    first: StudyResult,
+    second: StudyResult | None = None,
+    *,
+    domains: tuple[str, str] | None = None,
+    names: tuple[str, str] | None = None,
+    seed: int = 0,
+) -> Comparison:
     """Compare what two studies measured alike: the same domains, layers, experts, variants.
 
     Experts are compared by number, which means something only where one model was made from the other.
 
     Args:
         first: What is subtracted.
-        second: What it is subtracted from.
+        second: What it is subtracted from; the first study again if not given, two domains of which are compared.
+        domains: Compare this domain of the first with that one of the second, instead of each with its like.
+        names: What the two are called in the table; if not given, by their models, domains or places.
         seed: Of the resamples.
 
     Raises:
-        InputError: Studies of different kinds, or with nothing in common.
+        InputError: Studies of different kinds, or with nothing in common; domains that a study does not have.
     """
+    if second is None and domains is None:
+        raise InputError(f"one study alone: name two of its domains to compare, of {list(first.domains)}")
+    second = first if second is None else second
     if first.study != second.study:
         raise InputError(
             f"a study {first.study!r} and a study {second.study!r} cannot be compared; both must be one kind"
         )
-    rows = []
-    for domain in (domain for domain in first.domains if domain in second.results):
-        for name, result in first.results[domain].items():
+    for domain, study in zip(domains or (), (first, second), strict=False):
+        if domain not in study.domains:
+            raise InputError(f"there is no domain {domain!r} in the study; there are {list(study.domains)}")
+    names = _named(first, second, domains) if names is None else names
+    if len({*names, *_COLUMNS}) < len(_COLUMNS) + 2:
+        raise InputError(f"got the names {list(names)}; expected two different ones, and none of {list(_COLUMNS)}")
+    couples = [domains] if domains else [(domain, domain) for domain in first.domains if domain in second.results]
+    rows, greatest = [], torch.zeros(RESAMPLES, dtype=torch.float64)
+    for one, other in couples:
+        domain = one if one == other else f"{other} minus {one}"
+        for name, result in first.results[one].items():
             for kind, means in _KINDS:
-                other = second.results[domain].get(name)
-                if isinstance(result, kind) and isinstance(other, kind):
-                    tables = zip(means(result), means(other), strict=True)
-                    rows += [_differences(a, b, seed).assign(domain=domain) for a, b in tables]
+                there = second.results[other].get(name)
+                if isinstance(result, kind) and isinstance(there, kind):
+                    for a, b in zip(means(result), means(there), strict=True):
+                        frame, null = _differences(a, b, seed)
+                        greatest = torch.maximum(greatest, null)
+                        rows.append(frame.assign(domain=domain))
     rows = [frame for frame in rows if len(frame)]
     if not rows:
         raise InputError(
@@ -115,39 +170,94 @@ def compare(first: StudyResult, second: StudyResult, *, seed: int = 0) -> Compar
             f"{list(first.domains)} and {list(second.domains)}"
         )
     table = pd.concat(rows, ignore_index=True)
+    t = torch.tensor(table.pop("t").tolist(), dtype=torch.float64).abs()
+    beyond = len(greatest) - torch.searchsorted(greatest.sort().values, t * (1 - 1e-9))
+    adjusted = ((1 + beyond).double() / (1 + len(greatest))).masked_fill(t.isnan(), torch.nan)
+    table.insert(list(table.columns).index("high") + 1, "p_adjusted", adjusted.numpy())
     table.insert(0, "domain", table.pop("domain"))
-    return Comparison(first.study, first.manifest, second.manifest, table)
+    table = table.rename(columns={"first": names[0], "second": names[1]})
+    return Comparison(first.study, names, first.manifest, second.manifest, table)
 
 
-def _differences(a: Means, b: Means, seed: int) -> pd.DataFrame:
+_COLUMNS = ("domain", "quantity", "of", "difference", "low", "high", "p_adjusted", "paired", "sources")
+
+
+def _named(first: StudyResult, second: StudyResult, domains: tuple[str, str] | None) -> tuple[str, str]:
+    """Names that tell the two apart."""
+    models = [str(study.manifest["plan"].get("model", {}).get("name")) for study in (first, second)]
+    for names in (domains, tuple(models)):
+        if names is not None and len({*names, *_COLUMNS}) == len(_COLUMNS) + 2:
+            return names[0], names[1]
+    return "first", "second"
+
+
+def _differences(a: Means, b: Means, seed: int) -> tuple[pd.DataFrame, Float[Tensor, " resample"]]:
+    """Differences, and the greatest studentised one of each draw in which there are none."""
     common = a.index[a.index.isin(b.index)]
     one, other = a.at(common), b.at(common)
     paired = one.sources == other.sources
-    enough = min(len(one.sources), len(other.sources)) >= MIN_SOURCES
+    fewest = min(len(one.sources), len(other.sources))
     drawn = _drawn(len(one.sources), seed), _drawn(len(other.sources), seed if paired else seed + 1)
-    parts = []
+    parts, greatest = [], torch.zeros(RESAMPLES, dtype=torch.float64)
     for start in range(0, len(common), CHUNK):
         part = common[start : start + CHUNK]
         here, there = one.at(part), other.at(part)
         ones = [torch.ones(1, len(side.sources), dtype=torch.float64) for side in (here, there)]
         values = here.of(ones[0])[0], there.of(ones[1])[0]
-        low = high = torch.full_like(values[0], torch.nan)
-        if enough:
+        low = high = t = torch.full_like(values[0], torch.nan)
+        if fewest >= MIN_SOURCES:
             spread = there.of(drawn[1]) - here.of(drawn[0])
             beyond = min(tail(side.below.sum(1), LEVEL) for side in (here, there))
             low, high = spread.nanquantile(torch.tensor([beyond, 1 - beyond], dtype=torch.float64), dim=0)
+            t, null = studentised(here.by_source(), there.by_source(), paired, seed)
+            greatest = torch.maximum(greatest, null.abs().amax(1))
         columns = {
             "first": values[0],
             "second": values[1],
             "difference": values[1] - values[0],
             "low": low,
             "high": high,
+            "t": t,
         }
         parts.append(pd.DataFrame({name: value.numpy() for name, value in columns.items()}, index=part))
     if not parts:
-        return pd.DataFrame()
+        return pd.DataFrame(), greatest
     frame = pd.concat(parts).reset_index()
-    return frame[frame["difference"].notna()].assign(paired=paired)
+    return frame[frame["difference"].notna()].assign(paired=paired, sources=fewest), greatest
+
+
+def studentised(
+    one: Float[Tensor, "source value"], other: Float[Tensor, "another value"], paired: bool, seed: int
+) -> tuple[Float[Tensor, " value"], Float[Tensor, "resample value"]]:
+    """T of the difference of means over sources, and what it is with random signs, or sources dealt at random.
+
+    Args:
+        one: By source.
+        other: By source.
+        paired: Whether sources are the same.
+        seed: Of the draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    n, m = len(one), len(other)
+    if paired:
+        signs = 2.0 * torch.randint(2, (RESAMPLES, n), generator=generator).double() - 1
+        signs = torch.cat([torch.ones(1, n, dtype=torch.float64), signs])
+        difference = other - one
+        mean = signs @ difference / n
+        error = ((difference.square().mean(0) - mean.square()) / (n - 1)).clamp(min=0).sqrt()
+    else:
+        values = torch.cat([one, other])
+        values = values - values.mean(0)  # squares of large numbers would hide small differences
+        order = torch.rand(RESAMPLES, n + m, generator=generator).argsort(-1)
+        member = (torch.cat([torch.arange(n + m)[None], order]) < n).double()  # of the first side
+        moments = [
+            [(of @ power) / size for power in (values, values.square())] for of, size in ((member, n), (1 - member, m))
+        ]
+        mean = moments[1][0] - moments[0][0]
+        squares = [(square - first.square()).clamp(min=0) for first, square in moments]
+        error = (squares[0] / (n - 1) + squares[1] / (m - 1)).sqrt()
+    t = torch.where(mean.abs() > 1e-12 * error, mean / error, 0.0).nan_to_num(0.0, torch.inf, -torch.inf)
+    return t[0], t[1:]
 
 
 def _drawn(n_sources: int, seed: int) -> Float[Tensor, "resample source"]:

@@ -1,0 +1,105 @@
+"""Two studies, or two domains, side by side: what stands when all differences are counted, and how it is said."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import ttest_ind, ttest_rel
+
+from moe_lens.errors import InputError
+from moe_lens.stats import RoutingResult
+from moe_lens.studies import StudyResult, compare
+from moe_lens.studies.comparison import studentised
+
+EXPERTS = 40
+
+
+def counted(generator: torch.Generator, sources: int, taste: torch.Tensor, name: str = "s") -> RoutingResult:
+    """Sources of unequal sizes whose tokens choose four experts, each source with a taste of its own."""
+    tokens = (40 * (0.5 * torch.randn(sources, generator=generator)).exp()).long().clamp(min=10)
+    counts = torch.zeros(sources, 1, EXPERTS, dtype=torch.long)
+    for i, n in enumerate(tokens.tolist()):
+        logits = taste + 0.4 * torch.randn(EXPERTS, generator=generator)
+        noise = -torch.rand(n, EXPERTS, generator=generator).log().neg().log()
+        counts[i, 0] = (logits + noise).topk(4).indices.flatten().bincount(minlength=EXPERTS)
+    names, nothing = tuple(f"{name}{i:02d}" for i in range(sources)), torch.zeros(sources, 1, 2)
+    return RoutingResult(
+        (3,), 4, names, tokens, counts, torch.zeros_like(counts), counts.double(), nothing, nothing.long()
+    )
+
+
+def study(model: str = "m", **domains: RoutingResult) -> StudyResult:
+    manifest = {"plan": {"study": "routing", "model": {"name": model, "fingerprint": model}}}
+    return StudyResult(manifest, {}, {name: {"model routing": result} for name, result in domains.items()})
+
+
+def test_studentised_is_the_t_of_students_tests():
+    generator = torch.Generator().manual_seed(0)
+    one, other = torch.randn(11, 3, generator=generator).double(), torch.randn(14, 3, generator=generator).double() + 1
+    t, null = studentised(one, other, False, 0)
+    assert t.numpy() == pytest.approx(ttest_ind(other, one, equal_var=False)[0], abs=1e-12)
+    paired, signs = studentised(one, other[:11], True, 0)
+    assert paired.numpy() == pytest.approx(ttest_rel(other[:11], one)[0], abs=1e-12)
+    # without a difference t is about as large as Student's is
+    assert 0.9 < float(null.std()) < 1.3 and 0.9 < float(signs.std()) < 1.3
+    same, none = studentised(one, one, True, 0)
+    assert same.eq(0).all() and none.eq(0).all()
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_what_chance_gives_does_not_stand_and_what_was_planted_does(paired):
+    generator = torch.Generator().manual_seed(1)
+    taste = torch.randn(EXPERTS, generator=generator)
+    outside = stand = 0
+    for i in range(8):
+        one = counted(generator, 14, taste)
+        other = counted(generator, 14, taste, "s" if paired else "t")
+        table: Any = compare(study("base", d=one), study("chat", d=other), seed=i).table.query("quantity == 'share'")
+        outside += int(((table["low"] > 0) | (table["high"] < 0)).sum())
+        stand += bool((table["p_adjusted"] <= 0.05).any())
+    assert outside > 6 and stand <= 2  # of 320 differences, 16 expected by chance; of 8 comparisons, .4
+    planted = taste.index_add(0, torch.tensor([7]), torch.tensor([2.5]))
+    found = compare(
+        study("base", d=counted(generator, 14, taste)),
+        study("chat", d=counted(generator, 14, planted, "s" if paired else "t")),
+    )
+    shares: Any = found.table.query("quantity == 'share'").sort_values("p_adjusted")
+    assert shares.iloc[0]["of"] == "layer 3, expert 7" and shares.iloc[0]["p_adjusted"] < 0.01
+    assert shares.iloc[0]["difference"] == pytest.approx(shares.iloc[0]["chat"] - shares.iloc[0]["base"])
+    assert set(found.table["paired"]) == {paired} and found.names == ("base", "chat")
+    said = found.found()
+    assert "differences, chat minus base; " in said and "intervals leave out 0, where chance alone would give" in said
+
+
+def test_two_domains_of_one_study():
+    generator = torch.Generator().manual_seed(2)
+    taste = torch.randn(EXPERTS, generator=generator)
+    made = study(prose=counted(generator, 12, taste, "p"), code=counted(generator, 15, taste.flip(0), "c"))
+    found = compare(made, domains=("prose", "code"))
+    table: Any = found.table
+    assert set(table["domain"]) == {"code minus prose"} and set(table["paired"]) == {False}
+    row = table.query("quantity == 'share' and of == 'layer 3, expert 5'").iloc[0]
+    results: Any = made.results
+    shares = [of["model routing"].specialisation[0, 5] for of in results.values()]
+    assert (row["prose"], row["code"]) == (pytest.approx(float(shares[0])), pytest.approx(float(shares[1])))
+    assert (table["p_adjusted"] <= 0.05).sum() > 3
+    with pytest.raises(InputError, match=r"no domain 'maths' in the study; there are \['prose', 'code'\]"):
+        compare(made, domains=("prose", "maths"))
+    with pytest.raises(InputError, match=r"name two of its domains to compare, of \['prose', 'code'\]"):
+        compare(made)
+    with pytest.raises(InputError, match="expected two different ones"):
+        compare(made, domains=("prose", "code"), names=("low", "x"))
+
+
+def test_few_sources_have_no_intervals_and_that_is_said():
+    generator = torch.Generator().manual_seed(3)
+    taste = torch.randn(EXPERTS, generator=generator)
+    two = [study("m", d=counted(generator, 4, taste), e=counted(generator, 12, taste)) for _ in range(2)]
+    found = compare(*two)
+    assert found.names == ("first", "second")
+    assert "; no intervals: fewer than ten sources in d (4); " in found.found()
+    few = found.table.query("domain == 'd'")
+    assert np.isnan(few[["low", "high", "p_adjusted"]].to_numpy()).all()
+    only = [study("m", d=counted(generator, 4, taste)) for _ in range(2)]
+    assert compare(*only).found().endswith("no intervals: fewer than ten sources in d (4)")
