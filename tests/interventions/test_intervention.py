@@ -300,7 +300,7 @@ def test_a_value_pickles_without_its_model_and_is_bound_to_another() -> None:
             expected = case.model(case.tokens)
         with untouched(other), torch.no_grad(), came.bind(other):
             assert torch.equal(other(case.tokens), expected), made
-    assert deviation(expected, case.logits) > 1e-4, "negative control: it does something"
+        assert deviation(expected, case.logits) > 1e-4, "negative control: it does something"
 
 
 def test_what_another_model_lacks_is_named_when_it_is_bound() -> None:

@@ -6,6 +6,10 @@ from typing import Any
 from moe_lens.errors import InputError
 
 
+class NoModelError(InputError, AttributeError):
+    """A cache without a model was asked for what its model knows."""
+
+
 class AbsentModel:
     """The sizes of a model that is not here.
 
@@ -26,6 +30,6 @@ class AbsentModel:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        raise InputError(
+        raise NoModelError(
             f"this cache was unpickled and has no model, whose {name} is needed: cache.bind(model) gives it one"
         )

@@ -291,7 +291,7 @@ def _same_model(what: str, made_by: dict[str, Any], model: HookedModel) -> None:
             raise InputError(f"{what} was made by a model with {fact} {there!r}; this one has {here!r}")
 
 
-def identity(model: HookedModel) -> dict[str, Any]:
+def identity(model: Any) -> dict[str, Any]:
     """What tells one model from another: the last part of its name, wherever it was loaded from, and its sizes."""
     sizes = {name: getattr(model.cfg, name) for name in ("n_layers", "d_model", "d_vocab")}
     return {
