@@ -18,7 +18,7 @@ class DomainSpec:
     """A domain that is still to be opened."""
 
     name: str
-    path: str | None = None
+    path: str | Path | None = None
     """A file or a folder; see `load_domain`."""
     hub: str | None = None
     """A dataset on the hub, streamed."""

@@ -67,7 +67,8 @@ def ablate(
         how: one of the above.
         where: absolute positions (padding not counted, the key-value cache's tokens counted), negative ones from
             the end of each forward pass, a mask [batch, pos], or a predicate on token ids; all tokens if not given.
-        reference: for `"mean"`: a cache, a text, texts or tokens, `ExpertMeans`, or the `Path` of saved ones.
+        reference: for `"mean"`: a cache, a text, texts or tokens, `ExpertMeans`, or the file of saved ones: a `Path`,
+            or a `str` that names a file or ends in `.safetensors`.
         renormalize: for `"zero"`: multiply the remaining routed weights by (sum of all) / (sum of the remaining).
         seed: of `"resample"`.
         fallback: what `"resample"` does for an expert with a single token: `"error"`, or `"mean"` of the reference.

@@ -226,12 +226,13 @@ class ExpertSums:
 
 
 Reference = ExpertMeans | MoECache | Path | str | Sequence[str | Tensor] | Tensor | Batch
-"""Means, a cache, the file of saved means, a text, texts, tokens, or a batch with a mask."""
+"""Means, a cache, the file of saved means, a text, texts, tokens, or a batch with a mask. A `str` is a file where there
+is one of that name, or where it ends in `.safetensors`, and otherwise a text."""
 
 
 def means_for(model: HookedModel, reference: Reference, selection: Selection) -> ExpertMeans:
     """The reference's means, checked for every expert that is named; raises `InputError` where one is missing."""
-    if isinstance(reference, Path):
+    if isinstance(reference, Path | str) and _is_file(reference):
         means = ExpertMeans.load(reference)
     elif isinstance(reference, MoECache):
         means = ExpertMeans.of_cache(reference)
@@ -241,7 +242,7 @@ def means_for(model: HookedModel, reference: Reference, selection: Selection) ->
         means = ExpertMeans.measure(model, reference, layers=selection.layers_of(model))
     else:
         came = repr(reference) if isinstance(reference, Sequence) else type(reference).__name__
-        raise InputError(f"the reference is {came}; expected ExpertMeans, their Path, a cache, a text, texts or tokens")
+        raise InputError(f"the reference is {came}; expected ExpertMeans, their file, a cache, a text, texts or tokens")
     sizes = model.n_experts, model.cfg.d_model
     if tuple(means.experts.shape[1:]) != sizes:
         came = tuple(means.experts.shape[1:])
@@ -253,6 +254,16 @@ def means_for(model: HookedModel, reference: Reference, selection: Selection) ->
             means.require(layer, expert)
         means.of(layer)
     return means
+
+
+def _is_file(reference: Path | str) -> bool:
+    """Whether a file is meant, and no text."""
+    if isinstance(reference, Path) or reference.endswith(".safetensors"):
+        return True
+    try:
+        return Path(reference).is_file()
+    except (OSError, ValueError):  # too long for a name, or with characters that no name has
+        return False
 
 
 def _holds_any(reference: Any) -> bool:

@@ -32,8 +32,8 @@ class OutputFolder:
         path: The folder; made if it does not exist. Other files in it stay as they are.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
         self._made: list[Path] = []
         self.scratch = Path()
         """Where files are kept until all of them are complete."""

@@ -21,7 +21,9 @@ SHOWN = 200
 CONFIG = {"displayModeBar": False, "responsive": True}
 
 
-def write_saved(results: Mapping[Path, StudyResult], folder: OutputFolder, *, version: str) -> Path:
+def write_saved(
+    results: Mapping[str, StudyResult] | Mapping[Path, StudyResult], folder: OutputFolder, *, version: str
+) -> Path:
     """Write `report.html` and a parquet file for every table of every study; the path of the page.
 
     Args:
@@ -35,7 +37,7 @@ def write_saved(results: Mapping[Path, StudyResult], folder: OutputFolder, *, ve
         loader=PackageLoader("moe_lens.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters["number"] = _number
-    studies = [_shown(path, result) for path, result in results.items()]
+    studies = [_shown(Path(path), result) for path, result in results.items()]
     page = environment.get_template("saved.html.jinja").render(
         version=version, plotly=Markup(get_plotlyjs()), studies=studies
     )

@@ -10,6 +10,7 @@ source's difference has a random sign, or, if sources are not paired, where sour
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -105,7 +106,7 @@ class Comparison(Summary):
             )
         return "; ".join(said)
 
-    def save(self, path: Any) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the table as parquet, whole or not at all.
 
         Raises:

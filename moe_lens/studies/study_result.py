@@ -45,12 +45,13 @@ class StudyResult(Summary):
         """The domains, in the order that they were given."""
         return tuple(self.results)
 
-    def write(self, folder: Path) -> dict[str, Any]:
+    def write(self, folder: str | Path) -> dict[str, Any]:
         """Write everything but the manifest into a folder; the manifest that goes with it.
 
         Tables are parquet files; results by domain are safetensors files in the folder `results`. The manifest has a
         digest of each of them, so that a file which was changed is never taken for a result.
         """
+        folder = Path(folder)
         for name, table in self.tables.items():
             table.to_parquet(folder / f"{name}.parquet", index=False)
         results: dict[str, dict[str, str]] = {}

@@ -9,6 +9,7 @@ from pathlib import Path
 from moe_lens.checked import checked
 from moe_lens.errors import InputError, several
 from moe_lens.routing import LayerRouting
+from moe_lens.storage import written_whole
 from moe_lens.viz.token_text import readable
 
 _OPENED = re.compile(r"<div ([^>]*)/>")
@@ -30,9 +31,14 @@ class TokensHTML:
         return f"TokensHTML({len(self.local_src):,} characters)"
 
     def save(self, path: str | Path) -> None:
-        """Write a page of its own."""
+        """Write a page of its own, whole or not at all.
+
+        Raises:
+            InputError: It cannot be written there.
+        """
         page = f'<!doctype html>\n<meta charset="utf-8">\n<title>tokens</title>\n{self.local_src}\n'
-        Path(path).write_text(page, encoding="utf-8")
+        with written_whole(path) as temporary:
+            temporary.write_text(page, encoding="utf-8")
 
 
 @checked

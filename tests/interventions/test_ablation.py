@@ -467,7 +467,7 @@ def test_gradients_flow_past_what_is_left_out() -> None:
         ({"how": "resample", "fallback": "mean"}, "pass reference="),
         ({"how": "zero", "reference": "text"}, "uses no reference"),
         ({"how": "mean", "reference": Path("nowhere")}, "there is no file nowhere"),
-        ({"how": "mean", "reference": []}, "the reference is []; expected ExpertMeans, their Path, a cache, a text"),
+        ({"how": "mean", "reference": []}, "the reference is []; expected ExpertMeans, their file, a cache, a text"),
         ({"how": "mean", "reference": 3}, "the reference is int; expected ExpertMeans"),
         ({"how": "reroute", "shared": True, "ranks": [0]}, "shared ones are not selected"),
         ({"how": "mean", "renormalize": True}, "every weight is still in use"),
