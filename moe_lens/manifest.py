@@ -10,7 +10,7 @@ from moe_lens.errors import InputError
 from moe_lens.json_files import read_json
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 """Of manifests, progress, tables and results: raised by one whenever what is written changes, so that this is said."""
 
 
@@ -31,6 +31,13 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if manifest.pop("seal", None) != seal(manifest) or not isinstance(manifest.get("plan"), dict):
         raise InputError(f"{path}: is not as the study wrote it; run its command again, with another --out")
     return manifest
+
+
+def studies_in(folder: str | Path) -> list[Path]:
+    """The folders of results that one stands for: itself, or those inside a folder that is none, as a report's is."""
+    folder = Path(folder)
+    inside = [] if (folder / MANIFEST).exists() else sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
+    return inside or [folder]
 
 
 def read_object(path: Path, what: str) -> dict[str, Any]:

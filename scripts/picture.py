@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from moe_lens import HookedMoE
-from moe_lens.data import embedded_domains, tokenize
-from moe_lens.studies.report_specialisation import specialisation
+from moe_lens.data import Reading, embedded_domains
+from moe_lens.stats import RoutingResult
+from moe_lens.studies import RoutingStudy, run
 from moe_lens.viz.style import FONT, GRID, INK, MUTED, PALETTE
 
 TOKENS = 8192
@@ -70,9 +71,9 @@ def draw(shares: torch.Tensor, domains: list[str], layers: tuple[int, ...], base
 def main() -> None:
     """Measure and draw."""
     model = HookedMoE.from_pretrained("tiny-deepseekmoe")
-    texts = [tokenize(domain, model, n_tokens=TOKENS, context=256) for domain in embedded_domains()]
-    results = specialisation(model, texts).domains
-    shares = torch.stack([result.specialisation for result in results.values()])
+    results = run(RoutingStudy(), model, embedded_domains(), reading=Reading(tokens=TOKENS)).results
+    counts = [of["model routing"] for of in results.values()]
+    shares = torch.stack([of.specialisation for of in counts if isinstance(of, RoutingResult)])
     TARGET.parent.mkdir(parents=True, exist_ok=True)
     TARGET.write_text(draw(shares, list(results), model.moe_layers, model.top_k / model.n_experts), encoding="utf-8")
     print(f"wrote {TARGET}")

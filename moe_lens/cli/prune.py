@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_lens import __version__
 from moe_lens.cli import options
 from moe_lens.cli.app import app
 from moe_lens.cli.model_loading import load_model, quiet
@@ -121,6 +120,6 @@ def prune(
     with OutputFolder(out) as folder, console.status(f"loading {model}") as status:
         loaded = load_model(model, dtype.value, device)
         made = run(loaded, domains, settings, folder.scratch / "model", watch=status.update)  # appears with the rest
-        page = write_pruning(made, folder, version=__version__)
+        page = write_pruning(made, folder)
     console.print(f"done in {time.monotonic() - started:.0f} s", highlight=False)
     print(page.resolve())

@@ -65,36 +65,46 @@ class Arguments:
 
 
 Work = Callable[..., Any]
-"""Takes a model, domains, and the rest by name: out, reading, name, batch_tokens, watch."""
+"""Takes a model, domains, and the rest by name: out, reading, name, batch_tokens, watch. What it gives, or else the
+folder, is what the command prints, if it is a path."""
 
-Make = Callable[..., "Study | Work"]
-"""From a command's own options to a study, or to other work."""
+Make = Callable[..., "Study | Work | None"]
+"""From a command's own options to a study, to other work, or to nothing more to do."""
 
 
-def command(name: str, folder: str) -> Callable[[Make], Make]:
+def command(name: str, folder: str, **defaults: Any) -> Callable[[Make], Make]:
     """Make a command of a function from its own options to a study, or to other work on the same arguments.
+
+    A function that asks for `out` is given it, and may do everything by itself and give None.
 
     Args:
         name: Of the command.
         folder: Where its result goes if --out is not given.
+        defaults: Of `Arguments`, where they differ from those of all other commands.
     """
 
     def decorate(make: Make) -> Make:
         own = inspect.signature(make).parameters
 
         def called(**given: Any) -> None:
+            out = given["out"]
             chosen = {key: given.pop(key) for key in own}
-            out, arguments = given.pop("out"), Arguments(**given)
+            given.pop("out", None)
+            arguments = Arguments(**given)
             domains = arguments.domains()  # before anything that imports torch: what is not there is said at once
-            _run(make(**chosen), domains, out, arguments)
+            made = make(**chosen)
+            if made is not None:
+                _run(made, domains, out, arguments)
 
         keyword = inspect.Parameter.KEYWORD_ONLY
         shared = [
-            inspect.Parameter(field.name, keyword, default=field.default, annotation=field.type)
+            inspect.Parameter(
+                field.name, keyword, default=defaults.get(field.name, field.default), annotation=field.type
+            )
             for field in fields(Arguments)
         ]
         out = inspect.Parameter("out", keyword, default=Path(folder), annotation=Out)
-        every = [*shared, out, *(parameter.replace(kind=keyword) for parameter in own.values())]
+        every = [*shared, out, *(of.replace(kind=keyword) for of in own.values() if of.name != "out")]
         called.__doc__ = make.__doc__
         called.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
         called.__signature__ = inspect.Signature(every)
@@ -130,9 +140,9 @@ def _run(made: "Study | Work", domains: options.Opened, out: Path, given: Argume
                 progress.update(task, description=f"{what} · {read:,} tokens read")
 
             how = {"reading": given.reading(), "name": given.model, "batch_tokens": given.batch_tokens}
-            work(model, domains, out=out, watch=watch, **how)
+            found = work(model, domains, out=out, watch=watch, **how)
         console.print(f"done in {time.monotonic() - started:.0f} s", highlight=False)
         if distributed.rank() == 0:
-            print(out.resolve())
+            print((found if isinstance(found, Path) else out).resolve())
     finally:
         leave_processes()

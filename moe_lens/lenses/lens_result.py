@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
 import torch
@@ -106,15 +106,18 @@ class LensResult(Summary):
         Raises:
             InputError: it cannot be written there.
         """
+        save_tensors(path, type(self).__name__, *self.parts())
+
+    def parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All of it as tensors and as plain values that JSON can hold."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         header = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
         header["sums"] = [vars(which) for which in self.sums]
         header["texts"] = {str(token): text for token, text in self.texts.items()}
-        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        save_tensors(path, type(self).__name__, tensors, header)
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}, header
 
     @classmethod
-    def load(cls, path: str | Path) -> "LensResult":
+    def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote.
 
         Raises:
@@ -124,7 +127,12 @@ class LensResult(Summary):
         lacking = {field.name for field in fields(cls)} - tensors.keys() - header.keys()
         if lacking:
             raise InputError(f"{path} is not whole: it lacks {', '.join(sorted(lacking))}")
-        values: dict[str, Any] = dict(tensors)
+        return cls.of_parts(tensors, header)
+
+    @classmethod
+    def of_parts(cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Self:
+        """The inverse of `parts`."""
+        values: dict[str, Any] = {**tensors, **{f.name: header[f.name] for f in fields(cls) if f.name in header}}
         values |= {name: tuple(header[name]) for name in ("layers", "positions", "dense")}
         values["sums"] = tuple(PartialSum(**which) for which in header["sums"])
         values["never_selected"] = tuple((layer, expert) for layer, expert in header["never_selected"])

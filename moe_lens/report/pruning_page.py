@@ -9,17 +9,17 @@ from moe_lens import viz
 from moe_lens.pruning import METHODS
 from moe_lens.pruning.frontier import ALL
 from moe_lens.pruning.prune_job import Pruned
+from moe_lens.report.rendering import as_html, rendered
 from moe_lens.report.report_files import OutputFolder
-from moe_lens.report.report_page import as_html, environment
+from moe_lens.report.report_page import framed
 
 
-def write_pruning(made: Pruned, folder: OutputFolder, *, version: str) -> Path:
+def write_pruning(made: Pruned, folder: OutputFolder) -> Path:
     """Write `report.html`, the frontier, sizes and speeds as parquet, and scores and plan; the path of the page.
 
     Args:
         made: What was done and measured.
         folder: Where to, entered.
-        version: Of moe_lens.
     """
 
     def everything(into: Path) -> None:
@@ -29,35 +29,29 @@ def write_pruning(made: Pruned, folder: OutputFolder, *, version: str) -> Path:
         made.frontier.save(into / "frontier.safetensors")
         made.scores.save(into / "scores.safetensors")
         made.plan.save(into / "plan.safetensors")
-        (into / "report.html").write_text(_page(made, version), encoding="utf-8")
+        (into / "report.html").write_text(_page(made), encoding="utf-8")
 
     folder.fill(everything)
     return folder.path / "report.html"
 
 
-def _page(made: Pruned, version: str) -> str:
-    from plotly.offline import get_plotlyjs
-
+def _page(made: Pruned) -> str:
     kept = len(made.plan.kept[0])
     specialised = {point[3] for point in made.frontier.points if point[1] != ALL}
     figures: dict[str, Any] = {"frontier": as_html(viz.frontier(made.frontier)), "specialists": None}
     if kept in specialised:
         figures["specialists"] = as_html(viz.specialists(made.frontier, kept))
-    return (
-        environment()
-        .get_template("pruning.html.jinja")
-        .render(
-            version=version,
-            plotly=Markup(get_plotlyjs()),
-            settings=made.settings,
-            plan=made.plan,
-            scores=made.scores,
-            meaning=METHODS[made.settings.method],
-            kept=kept,
-            experts=made.plan.n_experts,
-            rows=made.frontier.to_frame().to_dict("records"),
-            size=made.size.to_dict("records"),
-            speed=made.speed.to_dict("records"),
-            figures=figures,
-        )
+    body = rendered(
+        "pruning.html.jinja",
+        settings=made.settings,
+        plan=made.plan,
+        scores=made.scores,
+        meaning=METHODS[made.settings.method],
+        kept=kept,
+        experts=made.plan.n_experts,
+        rows=made.frontier.to_frame().to_dict("records"),
+        size=made.size.to_dict("records"),
+        speed=made.speed.to_dict("records"),
+        figures=figures,
     )
+    return framed(f"A smaller {made.settings.model}", Markup(body))  # noqa: S704

@@ -1,25 +1,14 @@
-"""Writing a report: complete or not at all."""
+"""An output folder whose files appear together, or not at all."""
 
-import json
-import platform
 import shutil
 import tempfile
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-import pandas as pd
 from filelock import FileLock, Timeout
 
 from moe_lens.errors import InputError
-from moe_lens.report.report_page import render
-from moe_lens.report.run_report import Report
-from moe_lens.viz import readable
-
-SCHEMA = 1
-"""Of `report.json`; grows when a key changes its meaning or goes away."""
 
 
 class OutputFolder:
@@ -99,71 +88,3 @@ def _remove_if_dead(folder: Path) -> None:
         return
     lock.release()
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def write(report: Report, folder: OutputFolder, *, version: str) -> Path:
-    """Write `report.html`, `report.json` and a parquet file for every table; the path of the page.
-
-    Args:
-        report: What to write.
-        folder: Where to, entered.
-        version: Of moe_lens.
-    """
-    tables = report.tables()
-
-    def everything(into: Path) -> None:
-        for name, table in tables.items():
-            table.to_parquet(into / f"{name}.parquet", index=False)
-        numbers = json.dumps(_numbers(report, tables, version), allow_nan=False, indent=1, ensure_ascii=False)
-        (into / "report.json").write_text(numbers, encoding="utf-8")
-        (into / "report.html").write_text(render(report, tables, version=version), encoding="utf-8")
-
-    folder.fill(everything)
-    return folder.path / "report.html"
-
-
-def _numbers(report: Report, tables: dict[str, pd.DataFrame], own_version: str) -> dict[str, Any]:
-    return {
-        "schema": SCHEMA,
-        "versions": {"moe_lens": own_version, "python": platform.python_version(), **_installed()},
-        "settings": vars(report.settings),
-        "model": report.model,
-        "domains": [
-            {
-                "name": tokens.domain,
-                "windows": tokens.n_rows,
-                "sources": len(tokens.sources),
-                "tokens": tokens.n_tokens,
-                "means_from_other_sources": report.single_expert.apart[tokens.domain],
-            }
-            for tokens in report.domains
-        ],
-        "uniform_baseline": report.model["top_k"] / report.model["experts"],
-        "lens_examples": [
-            {
-                "domain": example.domain,
-                "prompt": list(example.prompt),
-                "shown": "".join(readable(example.texts[token]) for token in example.prompt),
-                "target": example.target,
-                "predicted": example.predicted,
-            }
-            for example in report.lens
-        ],
-        "tables": {name: _records(table) for name, table in tables.items()},
-    }
-
-
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows, with null for what is missing: JSON has no NaN."""
-    rows = table.to_dict("records")
-    return [{str(key): None if value != value else value for key, value in row.items()} for row in rows]
-
-
-def _installed() -> dict[str, str]:
-    found = {}
-    for name in ("torch", "transformers", "transformer-lens"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # pragma: no cover  # a vendored installation
-            found[name] = "unknown"
-    return found

@@ -1,193 +1,86 @@
-"""The HTML page: numbers and figures into a template, everything inside one file."""
+"""The page: sections of saved studies in one self-contained HTML file."""
 
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from moe_lens import viz
-from moe_lens.report.published_numbers import published as published_of
-from moe_lens.report.run_report import Report
-from moe_lens.stats import MEASURES, MIN_SOURCES
-from moe_lens.viz.style import colour
+from moe_lens.report.rendering import rendered
+from moe_lens.report.sections import SECTIONS, Section, Studies
+from moe_lens.storage import written_whole
+from moe_lens.studies import StudyResult
 
-CONFIG = {"displayModeBar": False, "responsive": True}
+PAGE = "report.html"
 
 
-def render(report: Report, tables: dict[str, pd.DataFrame], *, version: str) -> str:
-    """The page as HTML that needs no network: plotly.js is inside, once.
+@dataclass(frozen=True)
+class _Model:
+    """What was measured of one model, and the sections that show it."""
+
+    facts: dict[str, Any]
+    studies: Studies
+    sections: tuple[Section, ...]
+
+
+def write_page(folders: Iterable[str | Path], out: str | Path) -> Path:
+    """Write `report.html`, which needs no network, from saved studies; the path of the page.
 
     Args:
-        report: What to show.
-        tables: `report.tables()`.
-        version: Of moe_lens.
+        folders: Of the studies, of any kinds and models.
+        out: The folder that the page goes to; made if it does not exist.
+
+    Raises:
+        InputError: A folder holds no result of a study, or the page cannot be written.
     """
+    page = Path(out) / PAGE
+    content = page_of([StudyResult.load(folder) for folder in folders])
+    with written_whole(page) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+    return page
+
+
+def page_of(results: Iterable[StudyResult]) -> str:
+    """The page as HTML, with plotly.js inside, once; the same for the same results."""
+    models = [_shown(number, studies) for number, studies in enumerate(by_model(results), start=1)]
+    body = rendered("report.html.jinja", models=models)
+    found = dict.fromkeys(re.findall(r'<div id="([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"', body))
+    for number, drawn in enumerate(found, start=1):
+        body = body.replace(drawn, f"figure-{number}")  # plotly draws these names at random
+    title = f"MoE report: {', '.join(dict.fromkeys(str(model.facts['name']) for model in models))}"
+    return framed(title, Markup(body))  # noqa: S704  # its templates have escaped it
+
+
+def framed(title: str, body: Markup) -> str:
+    """A page of this look around its body."""
     from plotly.offline import get_plotlyjs
 
-    domains = [_domain(report, number) for number in range(len(report.domains))]
-    return (
-        environment()
-        .get_template("page.html.jinja")
-        .render(
-            version=version,
-            report=report,
-            model=report.model,
-            settings=report.settings,
-            plotly=Markup(get_plotlyjs()),
-            domains=domains,
-            findings=_findings(report, tables),
-            few_sources=[domain["name"] for domain in domains if domain["sources"] < MIN_SOURCES],
-            min_sources=MIN_SOURCES,
-            baseline=report.model["top_k"] / report.model["experts"],
-            measures=MEASURES,
-            most_specialised=_by_domain(tables["most_specialised"]),
-            perplexity=_by_domain(tables["perplexity"]),
-            similarity=_similarity(report),
-            examples=_examples(report),
-            paper=_paper(report, tables),
-            figures={
-                "map": as_html(viz.specialisation_map(report.specialisation)),
-                "most": as_html(viz.most_specialised(report.specialisation)),
-                "half": as_html(viz.experts_for_half(report.specialisation)),
-                "with_residual": as_html(viz.similarity_by_layer(report.single_expert, residual=True)),
-                "without_residual": as_html(viz.similarity_by_layer(report.single_expert, residual=False)),
-                "perplexity": as_html(viz.perplexity_by_k(report.single_expert)),
-            },
-        )
-    )
+    import moe_lens
+
+    plotly = Markup(get_plotlyjs())  # noqa: S704
+    return rendered("page.html.jinja", title=title, body=body, plotly=plotly, version=moe_lens.__version__)
 
 
-def environment() -> Environment:
-    """Templates of this package; everything that is put into them is escaped."""
-    made = Environment(
-        loader=PackageLoader("moe_lens.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    made.filters |= {"percent": _percent, "number": _number, "span": _span}
-    return made
+def by_model(results: Iterable[StudyResult]) -> Iterator[Studies]:
+    """Results of one model go together, each kind of study once; what is left over is shown after them."""
+    groups: list[dict[str, StudyResult]] = []
+    for result in results:
+        model = _model(result)
+        fits = (g for g in groups if _model(next(iter(g.values()))) == model and result.study not in g)
+        group = next(fits, None)
+        if group is None:
+            groups.append(group := {})
+        group[result.study] = result
+    yield from groups
 
 
-def as_html(figure: Any) -> Markup:
-    """A figure as part of a page that has plotly.js."""
-    return Markup(figure.to_html(full_html=False, include_plotlyjs=False, config=CONFIG))
+def _model(result: StudyResult) -> dict[str, Any]:
+    return result.manifest["plan"]["model"]
 
 
-def _missing(value: float | None) -> bool:
-    return value is None or value != value
-
-
-def _percent(value: float | None, digits: int = 1) -> str:
-    return "–" if value is None or _missing(value) else f"{100 * value:.{digits}f} %"
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None or _missing(value) else f"{value:,.{digits}f}"
-
-
-def _span(low: float | None, high: float | None, digits: int = 2, percent: bool = False) -> str:
-    if low is None or high is None or _missing(low) or _missing(high):
-        return "–"
-    scale = 100 if percent else 1
-    return f"{scale * low:.{digits}f}–{scale * high:.{digits}f}"
-
-
-def _by_domain(table: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
-    return {str(name): rows.to_dict("records") for name, rows in table.groupby("domain", sort=False)}
-
-
-def _domain(report: Report, number: int) -> dict[str, Any]:
-    tokens = report.domains[number]
-    whole = report.single_expert.dropped[tokens.domain][-1]
-    interval = whole.interval()
-    return {
-        "name": tokens.domain,
-        "windows": tokens.n_rows,
-        "sources": len(tokens.sources),
-        "tokens": tokens.n_tokens,
-        "loss": whole.loss,
-        "perplexity": whole.perplexity,
-        "low": interval.low if interval else None,
-        "high": interval.high if interval else None,
-        "apart": report.single_expert.apart[tokens.domain],
-        "colour": colour(number),
-    }
-
-
-def _similarity(report: Report) -> dict[str, dict[str, float]]:
-    """Mean over layers of each measure, by domain."""
-    return {
-        name: {measure: float(result.mean(measure).mean()) for measure in MEASURES}
-        | {"smallest": float(result.mean("top").min()), "unexplained": float(result.unexplained.mean())}
-        for name, result in report.single_expert.similarity.items()
-    }
-
-
-def _examples(report: Report) -> list[dict[str, Any]]:
-    shown = []
-    for example in report.lens:
-        position = example.result.positions[0]
-        shown.append(
-            {
-                "domain": example.domain,
-                "prompt": [viz.readable(example.texts[token]) for token in example.prompt],
-                "target": viz.readable(example.texts[example.target]),
-                "predicted": viz.readable(example.texts[example.predicted]),
-                "figure": as_html(viz.lens_table(example.result, position)),
-            }
-        )
-    return shown
-
-
-def _range(values: list[float], shown: str, unit: str = "") -> str:
-    low, high = (format(value, shown) for value in (min(values), max(values)))
-    return f"{low}{unit}" if low == high else f"{low} to {high}{unit}"
-
-
-def _findings(report: Report, tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
-    most, single = tables["most_specialised"], report.single_expert
-    top_k = report.model["top_k"]
-    best = max(most.to_dict("records"), key=lambda row: row["share"])
-    cosines = _similarity(report).values()
-    dropped = {k: [by_k[k].ratio(by_k[-1]) for by_k in single.dropped.values()] for k in (0, 1)}
-    replaced = [by_k[1].ratio(by_k[-1]) for by_k in single.replaced.values()]
-    return {
-        "best": best,
-        "pairs": len(most),
-        "over_half": sum(share > 0.5 for share in most["share"]),
-        "half": _range(tables["experts_for_half"]["experts"].astype(float).tolist(), ".0f"),
-        "one": _range([100 * (ratio - 1) for ratio in dropped[1]], "+.0f", " %"),
-        "one_replaced": _range([100 * (ratio - 1) for ratio in replaced], "+.0f", " %"),
-        "none": _range(dropped[0], ".2f"),
-        "top": _range([values["top"] for values in cosines], ".3f"),
-        "alone": _range([values["none"] for values in cosines], ".3f"),
-        "rest": _range([values["rest_top"] for values in cosines], ".2f"),
-        "unexplained": _range([100 * values["unexplained"] for values in cosines], ".0f", " %"),
-        "top_k": top_k,
-    }
-
-
-def _paper(report: Report, tables: dict[str, pd.DataFrame]) -> list[dict[str, Any]]:
-    """The authors' numbers beside ours, for the embedded domains and a model with as many active experts."""
-    if report.model["top_k"] != 6:
-        return []
-    most, half, similarity = tables["most_specialised"], tables["experts_for_half"], _similarity(report)
-    rows = []
-    for tokens in report.domains:
-        published = published_of(tokens.domain)
-        if published is None:
-            continue
-        by_k = report.single_expert.dropped[tokens.domain]
-        whole = by_k[-1].geometric_perplexity
-        rows.append(
-            {
-                "domain": tokens.domain,
-                "published": published,
-                "most": float(most.loc[most["domain"] == tokens.domain, "share"].max()),
-                "half": float(half.loc[half["domain"] == tokens.domain, "experts"].mean()),
-                "cosine": similarity[tokens.domain]["top"],
-                "smallest": similarity[tokens.domain]["smallest"],
-                "one": by_k[1].geometric_perplexity / whole,
-                "three": by_k[3].geometric_perplexity / whole,
-            }
-        )
-    return rows
+def _shown(number: int, studies: Studies) -> _Model:
+    made = (section(studies) for section in SECTIONS)
+    sections = tuple(one.numbered(number) for one in made if one is not None)
+    return _Model(_model(next(iter(studies.values()))), studies, sections)

@@ -1,100 +1,66 @@
-"""Everything that the page shows, measured."""
+"""The main job: the studies of the paper run into one folder, and the page that is drawn from it."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-import pandas as pd
+from moe_lens.checked import checked
+from moe_lens.data import Domains, Reading, as_domains
+from moe_lens.manifest import studies_in
+from moe_lens.report.report_page import write_page
+from moe_lens.studies import LensStudy, RoutingStudy, SingleExpertStudy, Study
+from moe_lens.studies import run as run_study
+from moe_lens.studies.study import agreed, pinned
 
-from moe_lens.data import Domains, Tokens, in_memory, tokenize
-from moe_lens.studies import (
-    LensExample,
-    SingleExpert,
-    Specialisation,
-    lens_table,
-    single_expert,
-    specialisation,
-)
-from moe_lens.studies.report_single_expert import passes
-from moe_lens.studies.report_specialisation import PASSES
+STUDIES: Mapping[str, Study] = {
+    "routing": RoutingStudy(nulls=True),
+    "single-expert": SingleExpertStudy(treatments=("dropped", "random", "replaced")),
+    "lens": LensStudy(),
+}
+"""By the folder in the report's folder that each is saved in."""
 
-
-@dataclass(frozen=True)
-class ReportSettings:
-    """What was asked for."""
-
-    model: str
-    tokens: int
-    """Of text, per domain; at least so many are read if there are."""
-    seed: int
-    dtype: str
-    device: str
-    context: int = 256
-    """The greatest length of a window of text, BOS included; a shorter context of the model counts."""
+READING = Reading(tokens=2048, context=128)
+"""How texts are read if nothing else is asked for: short windows, so that few tokens are of many sources."""
 
 
-@dataclass(frozen=True, eq=False)
-class Report:
-    """The results, and what is needed to read them."""
-
-    settings: ReportSettings
-    model: dict[str, Any]
-    domains: tuple[Tokens, ...]
-    specialisation: Specialisation
-    single_expert: SingleExpert
-    lens: tuple[LensExample, ...]
-
-    def tables(self) -> dict[str, pd.DataFrame]:
-        """Every number of the page, in long form, by the name of its parquet file."""
-        lens = [example.result.top_frame().assign(domain=example.domain) for example in self.lens]
-        return {
-            "specialisation": self.specialisation.to_frame(),
-            "most_specialised": self.specialisation.most_specialised(),
-            "experts_for_half": self.specialisation.coverage(),
-            "similarity": self.single_expert.similarity_frame(),
-            "perplexity": self.single_expert.perplexity_frame(),
-            "lens": pd.concat(lens, ignore_index=True),
-        }
-
-
-def report_batches(model: Any, domains: Domains, settings: ReportSettings) -> tuple[Tokens, ...]:
-    """The token batches of every domain."""
-    context = min(settings.context, int(model.cfg.n_ctx))
-    return tuple(
-        tokenize(domain, model, n_tokens=settings.tokens, context=context, seed=settings.seed)
-        for domain in in_memory(domains)
-    )
-
-
-def n_steps(model: Any, batches: Sequence[Tokens]) -> int:
-    """How many times `on_batch` will be called."""
-    return sum(len(tokens) for tokens in batches) * (PASSES + passes(model.top_k))
-
-
+@checked
 def run(
-    model: Any, domains: Domains, batches: Sequence[Tokens], settings: ReportSettings, on_batch: Callable[[], None]
-) -> Report:
-    """Run the studies.
+    model: Any,
+    domains: Domains,
+    out: str | Path,
+    *,
+    reading: Reading = READING,
+    name: str | None = None,
+    batch_tokens: int = 2048,
+    command: str | None = None,
+    watch: Callable[[str, int], None] = lambda what, tokens: None,  # noqa: ARG005
+) -> Path:
+    """Run `STUDIES`, or resume where they were interrupted, and write the page; the path of the page.
 
     Args:
         model: A `HookedMoE`.
-        domains: The texts.
-        batches: What `report_batches` made of them.
-        settings: For the record.
-        on_batch: Called after every batch of every pass, `n_steps` times.
+        domains: Texts in memory or corpora, each with a name of its own; or a dictionary `{name: texts}`.
+        out: The folder: each study has one of its own in it, and the page stands beside them.
+        reading: How texts are read.
+        name: What the model was loaded as.
+        batch_tokens: Rows × columns that the model reads at once to begin with.
+        command: For the record; the arguments of this process if not given.
+        watch: Called with what is being read and how many tokens were, after every shard.
+
+    Raises:
+        InputError: The texts or the model cannot be worked with, or the folder holds the report of something else.
     """
-    facts = {
-        "name": settings.model,
-        "type": model.original_model.config.model_type,
-        "parameters": sum(parameter.numel() for parameter in model.original_model.parameters()),
-        "layers": int(model.cfg.n_layers),
-        "moe_layers": list(model.moe_layers),
-        "experts": int(model.n_experts),
-        "top_k": int(model.top_k),
-        "shared_experts": int(model.n_shared_experts),
-        "d_model": int(model.cfg.d_model),
-        "vocabulary": int(model.cfg.d_vocab),
-    }
-    special = specialisation(model, batches, on_batch=on_batch)
-    single = single_expert(model, batches, on_batch=on_batch)
-    return Report(settings, facts, tuple(batches), special, single, tuple(lens_table(model, domains)))
+    for study in STUDIES.values():
+        study.check(model)
+    domains = pinned(as_domains(domains))
+    how = {"reading": reading, "name": name, "batch_tokens": batch_tokens, "command": command}
+    for folder, study in STUDIES.items():
+        run_study(
+            study,
+            model,
+            domains,
+            out=Path(out) / folder,
+            watch=lambda what, tokens, folder=folder: watch(f"{folder}, {what}", tokens),
+            **how,
+        )
+    return agreed(lambda: write_page(studies_in(out), out))

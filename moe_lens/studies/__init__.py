@@ -5,12 +5,8 @@ from moe_lens.studies.collected import Collected as Collected
 from moe_lens.studies.comparison import Comparison as Comparison
 from moe_lens.studies.comparison import compare as compare
 from moe_lens.studies.lens import LensStudy as LensStudy
-from moe_lens.studies.lens_table import LensExample as LensExample
-from moe_lens.studies.lens_table import lens_table as lens_table
-from moe_lens.studies.report_single_expert import SingleExpert as SingleExpert
-from moe_lens.studies.report_single_expert import single_expert as single_expert
-from moe_lens.studies.report_specialisation import Specialisation as Specialisation
-from moe_lens.studies.report_specialisation import specialisation as specialisation
+from moe_lens.studies.lens_examples import LensExample as LensExample
+from moe_lens.studies.routing import NULLS as NULLS
 from moe_lens.studies.routing import RoutingStudy as RoutingStudy
 from moe_lens.studies.single_expert_study import TREATMENTS as TREATMENTS
 from moe_lens.studies.single_expert_study import SingleExpertStudy as SingleExpertStudy

@@ -17,6 +17,7 @@ from moe_lens.stats import Accumulator, Result, bootstrap_all
 from moe_lens.stats.sums import BySource
 from moe_lens.studies.forward_passes import input_device
 from moe_lens.studies.frames import by_domain
+from moe_lens.studies.lens_examples import ExampleStats, LensExample
 from moe_lens.studies.study import Gathered, Study
 
 QUANTITIES = {
@@ -109,8 +110,8 @@ class LensStudy(Study):
         return tuple(dict.fromkeys(every))
 
     def begin(self, model: Any, name: str) -> Gathered:  # noqa: ARG002
-        """Empty sums."""
-        return {"lens": LensStats(range(model.cfg.n_layers), self.sums(model))}
+        """Empty sums, and no example."""
+        return {"lens": LensStats(range(model.cfg.n_layers), self.sums(model)), "example": ExampleStats()}
 
     def prepare(self, model: Any, name: str, domain: str, earlier: Any) -> Lens:  # noqa: ARG002
         """The lens."""
@@ -118,21 +119,30 @@ class LensStudy(Study):
 
     @torch.no_grad()
     def step(self, model: Any, name: str, batch: TokenBatch, into: Gathered, prepared: Lens) -> None:  # noqa: ARG002
-        """One forward pass, and the unembedding of every sum."""
+        """One forward pass, and the unembedding of every sum; another pass for a prompt that is an earlier example."""
         sums, device = self.sums(model), input_device(model)
         _, cache = model.run_with_cache(
             batch.tokens.to(device), names_filter=prepared.hooks(sums=sums), attention_mask=batch.mask.long().to(device)
         )
         into["lens"].update(prepared.decode(cache, sums, top=1), batch.counted, batch.sources)
+        into["example"].update(prepared, batch)
 
     def results(self, earlier: Mapping[str, Gathered]) -> dict[str, Result]:
-        """The sums by source."""
-        return {"lens": earlier["lens"]["lens"].result()}
+        """The sums by source, and the example."""
+        return {name: earlier["lens"][name].result() for name in ("lens", "example")}
 
     def tables(
         self,
         model: Mapping[str, Any],  # noqa: ARG002
         results: Mapping[str, Mapping[str, Result]],
     ) -> dict[str, pd.DataFrame]:
-        """`lens`: means of `QUANTITIES` by domain, layer and partial sum."""
-        return {"lens": by_domain({name: of["lens"].to_frame() for name, of in results.items()})}
+        """`lens`: means of `QUANTITIES` by domain, layer and partial sum. `examples`: the best tokens of one prompt."""
+        return {
+            "lens": by_domain({name: of["lens"].to_frame() for name, of in results.items()}),
+            "examples": by_domain({name: _example(of["example"]).top_frame() for name, of in results.items()}),
+        }
+
+
+def _example(result: Result) -> LensExample:
+    assert isinstance(result, LensExample)
+    return result

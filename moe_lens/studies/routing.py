@@ -26,7 +26,7 @@ from moe_lens.stats import (
 )
 from moe_lens.studies.forward_passes import observed
 from moe_lens.studies.frames import by_domain
-from moe_lens.studies.study import Earlier, Gathered, Study
+from moe_lens.studies.study import TEXTS, Earlier, Gathered, Study
 
 GROUPS = 64
 """Groups of sources that tokens are counted apart in: the units of what the domain says beyond the token."""
@@ -38,7 +38,13 @@ NULLS: dict[str, str] = {
 }
 """Routings in which the domain can matter through the texts alone, or not at all."""
 
-MODEL = "model"
+MODEL, RANDOM = "model", "random_router"
+
+
+def nulls_of(model: Any) -> tuple[str, ...]:
+    """Those of `NULLS` that a model can have: a router that does not read what its experts read has no random one."""
+    return tuple(null for null in NULLS if null != RANDOM or not model.family.reads_own)
+
 
 R = TypeVar("R", bound=Result)
 
@@ -48,7 +54,7 @@ class RoutingStudy(Study):
     """Load, specialisation, co-activation, persistence, vocabulary, and tests between domains, beside their nulls."""
 
     nulls: bool = False
-    """Whether everything is also measured of `NULLS`, which reads the texts once more."""
+    """Whether everything is also measured of `nulls_of` the model, which reads the texts once more."""
     seed: int = 0
     """Of the nulls, and of permutations."""
 
@@ -63,7 +69,7 @@ class RoutingStudy(Study):
         """Counts of experts, of pairs of them, and of them by token."""
         if name == MODEL:
             return {**_counters(model, MODEL), **{f"{MODEL} {by}": _by(model, by) for by in ("next", "predicted")}}
-        return {key: value for null in NULLS for key, value in _counters(model, null).items()}
+        return {key: value for null in nulls_of(model) for key, value in _counters(model, null).items()}
 
     def prepare(self, model: Any, name: str, domain: str, earlier: Earlier) -> VocabularyResult | None:  # noqa: ARG002
         """For the null of tokens: how often each is sent where, in all domains together."""
@@ -83,13 +89,14 @@ class RoutingStudy(Study):
                 into[f"{MODEL} {by}"].update(routed)
             return
         generator = torch.Generator().manual_seed(_seed(self.seed, batch))
-        _count(into, "random_router", random_router(model, batch, self.seed))
+        if f"{RANDOM} routing" in into:
+            _count(into, RANDOM, random_router(model, batch, self.seed))
         _count(into, "token_unigram", token_unigram_routing(routed, prepared, generator))
         _count(into, "uniform", uniform_routing(routed, generator))
 
     def results(self, earlier: Mapping[str, Gathered]) -> dict[str, Result]:
         """All results; the first word of a name is the routing."""
-        return {name: into[name].result() for into in earlier.values() for name in into if name != "texts"}
+        return {name: into[name].result() for into in earlier.values() for name in into if name != TEXTS}
 
     def tables(
         self,
@@ -102,7 +109,8 @@ class RoutingStudy(Study):
         of two domains or more `domain_experts`, `domain_layers`, `domain_pairs`, the tests between them, and
         `given_token_layers`, `given_token_pairs`, what is left of them once the token is known.
         """
-        routings = [MODEL, *(NULLS if self.nulls else ())]
+        first = next(iter(results.values()))
+        routings = [routing for routing in (MODEL, *NULLS) if f"{routing} routing" in first]
         found: dict[str, list[pd.DataFrame]] = {}
         for routing in routings:
             counts = {name: _as(RoutingResult, of[f"{routing} routing"]) for name, of in results.items()}

@@ -1,7 +1,8 @@
 """The study `single_expert`: one expert against all active ones, at any number of tokens (arXiv 2603.05806, Figure 3).
 
-Every text is read once for the means, once for the cosines, and once for each variant of the model. Means, which centre
-the cosines and stand in for experts that are replaced, come from the other half of the domain's sources.
+Every text is tokenised once to see which sources there are, and read once for the means, once for the cosines, and once
+for each variant of the model. Means, which centre the cosines and stand in for experts that are replaced, come from the
+other half of the domain's sources.
 """
 
 import hashlib
@@ -19,10 +20,10 @@ from moe_lens.data import TokenBatch
 from moe_lens.errors import InputError
 from moe_lens.protocols import require_stream_width
 from moe_lens.routing import output_factors
-from moe_lens.stats import ActivationMeans, Means, Result, SimilarityResult, SimilarityStats
+from moe_lens.stats import ActivationMeans, Means, Result, SimilarityResult, SimilarityStats, halves
 from moe_lens.studies.forward_passes import Hooks, each_layer, losses, predicted
 from moe_lens.studies.frames import by_domain
-from moe_lens.studies.study import Earlier, Gathered, Study
+from moe_lens.studies.study import TEXTS, Earlier, Gathered, Study
 from moe_lens.studies.variant_losses import WHOLE, Variant, VariantLosses, VariantStats
 
 Where = Literal["together", "each", "both"]
@@ -46,13 +47,14 @@ class SingleExpertStudy(Study):
     k: tuple[int, ...] | None = None
     """How many experts are kept; 0 … top_k − 1 if not given. All of them are always the reference."""
     seed: int = 0
-    """Of the random experts."""
+    """Of the random experts, and of the halves of the sources."""
 
     name: ClassVar[str] = "single_expert"
-    passes: ClassVar[tuple[str, ...]] = ("means", "experts")
+    passes: ClassVar[tuple[str, ...]] = ("sources", "means", "experts")
 
     def check(self, model: Any) -> None:
-        """Refuse unknown treatments, and numbers of experts that the model cannot keep."""
+        """Refuse unknown treatments, numbers of experts that the model cannot keep, and outputs that have no mean."""
+        require_stream_width(model, "means of their outputs")
         for value in self.treatments:
             if value not in TREATMENTS:
                 raise InputError(f"treatment {value!r}; expected some of {', '.join(TREATMENTS)}")
@@ -76,35 +78,39 @@ class SingleExpertStudy(Study):
         ]
 
     def begin(self, model: Any, name: str) -> Gathered:
-        """Means of either half, or cosines and losses."""
-        require_stream_width(model, "means of their outputs")
+        """Nothing, means of either half, or cosines and losses."""
+        if name == "sources":
+            return {}
         if name == "means":
             size = model.moe_layers, model.n_experts, model.top_k, model.cfg.d_model
             return {f"half{half}": ActivationMeans(*size) for half in (0, 1)}
         variants = [(WHOLE, None, int(model.top_k)), *self.variants(model)]
         return {"similarity": SimilarityStats(model.moe_layers), "losses": VariantStats(variants)}
 
-    def prepare(self, model: Any, name: str, domain: str, earlier: Earlier) -> list[Means] | None:  # noqa: ARG002
-        """The means that the sources of each half are given: those of the other half, if it has any."""
-        if name == "means":
+    def prepare(self, model: Any, name: str, domain: str, earlier: Earlier) -> "_Halves | None":  # noqa: ARG002
+        """The half of each source, and the means that either half is given: those of the other, if it has any."""
+        if name == "sources":
             return None
-        halves = [earlier[domain]["means"][f"half{half}"] for half in (0, 1)]
-        found = [each.result() if isinstance(each, ActivationMeans) and each.seen else None for each in halves]
-        means = [there or here for here, there in zip(found, found[::-1], strict=True)]
-        if means[0] is None or means[1] is None:
+        of = halves(earlier[domain]["sources"][TEXTS].result().sources, self.seed)
+        if name == "means":
+            return _Halves(of)
+        sums = [earlier[domain]["means"][f"half{half}"] for half in (0, 1)]
+        found = [each.result() if isinstance(each, ActivationMeans) and each.seen else None for each in sums]
+        means = tuple(mean for here, there in zip(found, found[::-1], strict=True) if (mean := there or here))
+        if not means:
             raise InputError("no tokens were counted; is there any text?")
-        return [means[0], means[1]]
+        return _Halves(of, means)
 
     def step(self, model: Any, name: str, batch: TokenBatch, into: Gathered, prepared: Any) -> None:
-        """Sum up activations, or run every variant."""
+        """Sum up activations, or run every variant; of the texts alone, sources are noted by whoever reads them."""
         if name == "means":
-            self._means(model, batch, into)
-        else:
-            self._losses(model, batch, into, prepared)
+            self._means(model, batch, into, prepared.of_rows(batch))
+        elif name == "experts":
+            self._losses(model, batch, into, prepared.of_rows(batch), prepared.means)
 
-    def _means(self, model: Any, batch: TokenBatch, into: Gathered) -> None:
+    def _means(self, model: Any, batch: TokenBatch, into: Gathered, halves: Int[Tensor, " batch"]) -> None:
         wanted = [names.RESID_MID, names.EXPERT_INDICES, names.ROUTING_WEIGHTS, names.EXPERT_OUT]
-        member = torch.tensor([half_of(source) for source in batch.sources])[:, None]
+        member = halves[:, None]
 
         def update(layer: int, of: dict[str, Tensor]) -> None:
             resid, indices, weights, outputs = (batch.unpack(of[name]).cpu() for name in wanted)
@@ -114,8 +120,9 @@ class SingleExpertStudy(Study):
 
         losses(model, batch, each_layer(model, wanted, update))
 
-    def _losses(self, model: Any, batch: TokenBatch, into: Gathered, means: list[Means]) -> None:
-        halves = torch.tensor([half_of(source) for source in batch.sources])
+    def _losses(
+        self, model: Any, batch: TokenBatch, into: Gathered, halves: Int[Tensor, " batch"], means: Sequence[Means]
+    ) -> None:
         centres = [means[half] for half in halves.tolist()]
 
         def compare(layer: int, of: dict[str, Tensor]) -> None:
@@ -154,9 +161,17 @@ class SingleExpertStudy(Study):
         }
 
 
-def half_of(source: str) -> int:
-    """Which half of the sources one belongs to, 0 or 1: at random, but the same whatever other sources there are."""
-    return hashlib.sha256(source.encode()).digest()[0] % 2
+@dataclass(frozen=True)
+class _Halves:
+    """Half of each source of a domain."""
+
+    of: Mapping[str, int]
+    means: tuple[Means, ...] = ()
+    """That the sources of either half are given."""
+
+    def of_rows(self, batch: TokenBatch) -> Int[Tensor, " batch"]:
+        """The half of each row."""
+        return torch.tensor([self.of[source] for source in batch.sources])
 
 
 def random_places(model: Any, batch: TokenBatch, seed: int) -> dict[int, Int[Tensor, "rows columns top_k"]]:

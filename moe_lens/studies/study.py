@@ -35,7 +35,8 @@ Earlier = Mapping[str, Mapping[str, Gathered]]
 """Accumulators of the passes that are complete, by domain and pass."""
 
 
-_TEXTS = "texts"
+TEXTS = "texts"
+"""Of what was read of a domain (`Texts`), which `run` counts in the first pass of every study."""
 
 
 class Study(ABC):
@@ -141,7 +142,7 @@ def run(
     earlier: dict[str, dict[str, Gathered]] = {domain.name: {} for domain in domains}
     for place, each in enumerate(study.chosen_passes()):
         for number, domain in enumerate(domains):
-            into = {**study.begin(model, each), **({_TEXTS: TextStats()} if place == 0 else {})}
+            into = {**study.begin(model, each), **({TEXTS: TextStats()} if place == 0 else {})}
             key = f"{place}-{each}-{number:02d}-{distributed.rank()}of{distributed.world_size()}"
             shown = f"{each}: {domain.name}"
             prepared = study.prepare(model, each, domain.name, earlier)
@@ -150,11 +151,11 @@ def run(
             )
             for accumulator in into.values():
                 accumulator.all_reduce()
-            if place == 0 and not into[_TEXTS].result().sources:
+            if place == 0 and not into[TEXTS].result().sources:
                 raise InputError(f"domain {domain.name!r} holds no text of two tokens or more")
             earlier[domain.name][each] = into
     results = {domain.name: study.results(earlier[domain.name]) for domain in domains}
-    texts = {domain.name: earlier[domain.name][study.passes[0]][_TEXTS].result() for domain in domains}
+    texts = {domain.name: earlier[domain.name][study.passes[0]][TEXTS].result() for domain in domains}
     read = [{"name": domain, **of.facts()} for domain, of in texts.items()]
     manifest = {
         "plan": plan,
@@ -212,9 +213,9 @@ class _Pass:
         packed = min(self.reading.context, int(self.model.cfg.n_ctx)) if self.reading.packed else None
         for batch in batch_windows(shard.windows, self.model, batch_tokens=batch_tokens, packed=packed):
             self.study.step(self.model, self.name, batch, self.into, self.prepared)
-            if isinstance(texts := self.into.get(_TEXTS), TextStats):
+            if isinstance(texts := self.into.get(TEXTS), TextStats):
                 texts.update(batch)
-        if isinstance(texts := self.into.get(_TEXTS), TextStats):
+        if isinstance(texts := self.into.get(TEXTS), TextStats):
             texts.leave_out(shard.short)
 
     def _state(self) -> dict[str, dict[str, Tensor]]:

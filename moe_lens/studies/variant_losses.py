@@ -53,21 +53,26 @@ class VariantLosses(Result):
 
         Columns: treatment, layer (missing: all layers at once), k, loss (nats per token), perplexity, geometric
         (perplexity with every window counting the same, as the paper's authors average), ratio and geometric_ratio to
-        the whole model, each with its 95 % interval (low, high), paired by source; tokens, rows, sources.
+        the whole model, paired by source; perplexity and ratios with their 95 % intervals over sources
+        (perplexity_low, perplexity_high, …); tokens, rows, sources.
         """
         nats, row_losses = self.log_ratios()
         tokens, rows = self.tokens.double(), self.rows.double()
         one = torch.ones(1, len(self.sources), dtype=torch.float64)
         columns: dict[str, Tensor] = {"loss": self.nats.sum(0) / tokens.sum()}
-        columns["perplexity"] = columns["loss"].exp()
         columns["geometric"] = (self.row_losses.sum(0) / rows.sum()).exp()
-        for name, sums, weights in (("ratio", nats, tokens), ("geometric_ratio", row_losses, rows)):
+        means = {
+            "perplexity": (self.nats, tokens),
+            "ratio": (nats, tokens),
+            "geometric_ratio": (row_losses, rows),
+        }
+        for name, (sums, weights) in means.items():
 
-            def ratio(times: Tensor, sums: Tensor = sums, weights: Tensor = weights) -> Tensor:
+            def mean(times: Tensor, sums: Tensor = sums, weights: Tensor = weights) -> Tensor:
                 return ((times @ sums) / (times @ weights)[:, None]).exp()
 
-            columns[name] = ratio(one)[0]
-            ends = bootstrap_all(ratio, weights)
+            columns[name] = mean(one)[0]
+            ends = bootstrap_all(mean, weights)
             low, high = (torch.full_like(columns[name], torch.nan),) * 2 if ends is None else ends
             columns |= {f"{name}_low": low, f"{name}_high": high}
         treatment, layer, k = zip(*self.variants, strict=True)

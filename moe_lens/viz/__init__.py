@@ -1,10 +1,14 @@
-"""Figures from results: plotly for numbers, rich for the terminal, circuitsvis for tokens."""
+"""Figures from results: plotly for numbers, rich for the terminal, circuitsvis for tokens.
+
+Those of a study take its `StudyResult`, of a run just now or of a folder.
+"""
 
 from moe_lens.viz.attribution import attribution_agreement as attribution_agreement
 from moe_lens.viz.attribution import attribution_map as attribution_map
 from moe_lens.viz.coloured_tokens import routing_tokens as routing_tokens
 from moe_lens.viz.lens import lens_table as lens_table
 from moe_lens.viz.lens import lens_text as lens_text
+from moe_lens.viz.lens_study import lens_by_layer as lens_by_layer
 from moe_lens.viz.lens_trajectory import lens_trajectory as lens_trajectory
 from moe_lens.viz.patching import patch_map as patch_map
 from moe_lens.viz.patching import trace_map as trace_map

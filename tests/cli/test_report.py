@@ -2,24 +2,17 @@
 
 import json
 import logging
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 import moe_lens
 from moe_lens.cli import main
 from moe_lens.model.loading.tokenizer import load_tokenizer
-from moe_lens.stats import MEASURES
+from moe_lens.studies import NULLS, RoutingStudy, SingleExpertStudy, StudyResult
 from tests.families import build
 
-ROOT = Path(__file__).parents[2]
 TOKENIZER = Path(moe_lens.__file__).parent / "assets" / "tiny-deepseekmoe"
 NASTY = "<b>&</script>"
 
@@ -41,18 +34,15 @@ def texts(tmp_path_factory) -> Path:
     return folder
 
 
+def arguments(checkpoint: Path, texts: Path, out: Path) -> list[str]:
+    domains = ["--domain", f"many={texts}/many.jsonl", "--domain", f"{NASTY}={texts}/<few.txt"]
+    return ["report", "--model", str(checkpoint), *domains, "--tokens", "1000", "--out", str(out)]
+
+
 @pytest.fixture(scope="module")
 def made(checkpoint, texts, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("out") / "report"
-    arguments = [
-        "--model",
-        str(checkpoint),
-        "--domain",
-        f"many={texts}/many.jsonl",
-        "--domain",
-        f"{NASTY}={texts}/<few.txt",
-    ]
-    assert main(["report", *arguments, "--tokens", "1000", "--out", str(out)]) == 0
+    assert main(arguments(checkpoint, texts, out)) == 0
     return out
 
 
@@ -66,33 +56,29 @@ def refused(capsys, *arguments: str) -> str:
     return lines[0]
 
 
-@pytest.mark.typed
-def test_numbers_are_complete_and_agree_with_the_tables(made):
-    report = json.loads((made / "report.json").read_text(encoding="utf-8"))
-    assert report["schema"] == 1
-    assert set(report) == {
-        "schema", "versions", "settings", "model", "domains", "uniform_baseline", "lens_examples", "tables",
-    }  # fmt: skip
-    assert report["model"]["moe_layers"] == [1, 2] and report["model"]["experts"] == 8
-    assert [(d["name"], d["sources"], d["means_from_other_sources"]) for d in report["domains"]] == [
-        ("many", 12, True),
-        (NASTY, 1, False),
-    ]
-    assert report["uniform_baseline"] == 3 / 8
-    for name, rows in report["tables"].items():
-        table = pd.read_parquet(made / f"{name}.parquet")
-        assert len(table) == len(rows) > 0
-        assert list(table.columns) == list(rows[0])
-        assert set(table["domain"]) == {"many", NASTY}
-    assert len(report["tables"]["specialisation"]) == 2 * 2 * 8
-    assert len(report["tables"]["perplexity"]) == 2 * 2 * 4
-    assert {row["measure"] for row in report["tables"]["similarity"]} == {*MEASURES, "unexplained"}
-    for row in report["tables"]["specialisation"]:
-        assert row["share"] == row["assigned"] / row["tokens"]
-    for name in ("most_specialised", "perplexity"):
-        for row in report["tables"][name]:
-            low = row["low"]
-            assert (low is None) == (row["domain"] == NASTY)  # one source has no interval
+def test_the_folder_holds_three_studies_of_the_same_texts_with_their_nulls(made):
+    assert {path.name for path in made.iterdir()} == {"report.html", "routing", "single-expert", "lens"}
+    routing, single, lens = (StudyResult.load(made / name) for name in ("routing", "single-expert", "lens"))
+    assert routing.manifest["read"] == single.manifest["read"] == lens.manifest["read"]
+    assert [(row["name"], row["sources"]) for row in routing.manifest["read"]] == [("many", 12), (NASTY, 1)]
+    assert set(routing.tables["most_specialised"]["routing"]) == {"model", *NULLS}
+    perplexity = single.tables["perplexity"]
+    assert set(perplexity["treatment"]) == {"whole", "dropped", "random", "replaced"}
+    for row in (*routing.tables["most_specialised"].to_dict("records"), *perplexity.to_dict("records")):
+        low = row["low"] if "low" in row else row["ratio_low"]
+        assert (low != low) == (row["domain"] == NASTY)  # one source has no interval
+
+
+def test_headlines_are_those_of_the_tables_beside_the_nulls(made):
+    page = " ".join(re.sub("<[^>]*>", "", (made / "report.html").read_text(encoding="utf-8")).split())
+    most = StudyResult.load(made / "routing").tables["most_specialised"]
+    over = most.query("share > 0.5").groupby("routing").size().reindex(["model", *NULLS], fill_value=0)
+    told = f"In {over['model']} of 4 pairs of layer and domain some expert is among the 3 active ones"
+    assert told in page and f"a random router gives {over['random_router']} such pairs" in page
+    assert f"the token alone gives {over['token_unigram']} such pairs" in page
+    ratios = StudyResult.load(made / "single-expert").tables["perplexity"].query("k == 1 and treatment == 'random'")
+    low, high = (f"{100 * (value - 1):+.0f}" for value in (ratios["ratio"].min(), ratios["ratio"].max()))
+    assert f"keeping one of the active ones at random by {low if low == high else f'{low} to {high}'} %" in page
 
 
 def test_page_stands_alone_and_is_escaped(made):
@@ -108,19 +94,39 @@ def test_page_stands_alone_and_is_escaped(made):
     assert str(made) not in page
 
 
-def test_same_seed_gives_the_same_numbers_and_replaces_the_old(checkpoint, texts, made, tmp_path):
-    arguments = [
-        "--model",
-        str(checkpoint),
-        "--domain",
-        f"many={texts}/many.jsonl",
-        "--domain",
-        f"{NASTY}={texts}/<few.txt",
-    ]
-    (tmp_path / "report.json").write_text("old")
-    assert main(["report", *arguments, "--tokens", "1000", "--out", str(tmp_path)]) == 0
-    assert (tmp_path / "report.json").read_text() == (made / "report.json").read_text()
-    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+def test_interrupted_the_same_command_goes_on_and_ends_with_the_same_page(
+    checkpoint, texts, made, tmp_path, monkeypatch, capsys
+):
+    out, step, steps = tmp_path / "report", SingleExpertStudy.step, []
+
+    def interrupted(self, model, name, batch, into, prepared):
+        if name == "means" and (batch.tokens.shape[0] == 2):  # the second domain
+            raise KeyboardInterrupt
+        steps.append(name)
+        return step(self, model, name, batch, into, prepared)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SingleExpertStudy, "step", interrupted)
+        assert main(arguments(checkpoint, texts, out)) == 130
+    assert "means" in steps and not (out / "report.html").exists()
+    assert "the same command goes on from there" in capsys.readouterr().err
+    monkeypatch.setattr(RoutingStudy, "step", None)  # what was complete is not done again
+    assert main(arguments(checkpoint, texts, out)) == 0
+    assert capsys.readouterr().out.strip() == str((out / "report.html").resolve())
+    assert (out / "report.html").read_bytes() == (made / "report.html").read_bytes()
+    assert {path.name for path in out.iterdir()} == {"report.html", "routing", "single-expert", "lens"}
+
+
+def test_a_finished_report_is_drawn_again_from_its_folder_and_refuses_other_work(
+    checkpoint, texts, made, tmp_path, capsys
+):
+    assert main(["report", str(made), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").read_bytes() == (made / "report.html").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html"}
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
+    given = arguments(checkpoint, texts, made)
+    said = refused(capsys, *given[1:], "--seed", "1")
+    assert "routing: holds the result of another study (routing) – reading: " in said
 
 
 def test_arguments_that_are_wrong(capsys, checkpoint, texts, tmp_path):
@@ -128,7 +134,7 @@ def test_arguments_that_are_wrong(capsys, checkpoint, texts, tmp_path):
     few = f"{texts}/<few.txt"
     assert "No such option: --nonsense" in refused(capsys, "--nonsense")
     assert "'--tokens': Input should be a valid integer" in refused(capsys, "--tokens", "many")
-    assert "greater than or equal to 2" in refused(capsys, "--tokens", "1")
+    assert "tokens is 1; expected at least 2" in refused(capsys, *model, *out, "--tokens", "1")
     assert "int8" in refused(capsys, "--dtype", "int8")
     assert "expected NAME=FILE" in refused(capsys, "--domain", "few.txt")
     assert "given twice" in refused(capsys, "--domain", f"a={few}", "--domain", f"a={few}")
@@ -145,7 +151,7 @@ def test_arguments_that_are_wrong(capsys, checkpoint, texts, tmp_path):
         ("", "holds no text"),
         ('{"text": "good text"}\n{"text": \n', "bad.jsonl:2: not JSON"),
         ('{"body": "good text"}\n', "bad.jsonl:1: expected an object"),
-        ('{"text": "a"}\n', "bad.jsonl:1: a text of 1 token"),
+        ('{"text": "a"}\n', "holds no text of two tokens or more"),
     ],
 )
 def test_texts_that_are_wrong(capsys, checkpoint, tmp_path, content, message):
@@ -153,7 +159,7 @@ def test_texts_that_are_wrong(capsys, checkpoint, tmp_path, content, message):
     out = tmp_path / "out"
     found = refused(capsys, "--model", str(checkpoint), "--domain", f"bad={tmp_path}/bad.jsonl", "--out", str(out))
     assert message in found
-    assert not out.exists()
+    assert not (out / "report.html").exists()
 
 
 def test_broken_checkpoint(capsys, checkpoint, tmp_path):
@@ -179,52 +185,6 @@ def test_help_and_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == moe_lens.__version__
     assert main(["nonsense"]) == 2
-
-
-def interruptible() -> None:
-    """A process that a shell started in the background ignores SIGINT, and so do its children; not this one."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def started(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    code = "import sys; from moe_lens.cli import main; print('ready', file=sys.stderr, flush=True); sys.exit(main())"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, "report", *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=interruptible,
-    )
-
-
-@pytest.mark.slow
-def test_as_a_process(checkpoint, texts, tmp_path):
-    done = started("--model", str(checkpoint), "--domain", f"few={texts}/<few.txt", "--tokens", "20", cwd=tmp_path)
-    out, err = done.communicate(timeout=300)
-    assert done.returncode == 0, err
-    assert out.strip() == str(tmp_path / "moe-lens-report" / "report.html")
-    assert Path(out.strip()).stat().st_size > 10**6
-    wrong = started("--domain", "few.txt", cwd=tmp_path)
-    _, err = wrong.communicate(timeout=300)
-    assert wrong.returncode == 2
-    assert err.splitlines()[-1].startswith("moe-lens: error: ") and "Traceback" not in err
-
-
-@pytest.mark.slow
-def test_interrupted_it_leaves_nothing(checkpoint, texts, tmp_path):
-    run = started("--model", str(checkpoint), "--domain", f"many={texts}/many.jsonl", "--out", "report", cwd=tmp_path)
-    assert run.stderr is not None
-    while "ready" not in run.stderr.readline():
-        pass
-    while run.poll() is None and not (tmp_path / "report").exists():
-        time.sleep(0.01)
-    run.send_signal(signal.SIGINT)
-    _, err = run.communicate(timeout=300)
-    assert run.returncode == 130, err
-    assert "interrupted" in err and "Traceback" not in err
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_hub_that_cannot_be_reached_takes_one_line(monkeypatch, tmp_path, capsys):

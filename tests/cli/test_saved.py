@@ -138,7 +138,7 @@ def test_what_has_no_tables_and_what_cannot_be_compared(saved, tmp_path, capsys)
     out.mkdir()
     said = refused_by_all(capsys, saved, saved / "collect", out)
     assert "holds what collect saved, of which there is nothing to show or compare" in said
-    for nothing in (tmp_path / "none", saved, saved / "routing" / MANIFEST):
+    for nothing in (tmp_path / "none", out, saved / "routing" / MANIFEST):
         assert "holds no result of a study" in refused_by_all(capsys, saved, nothing, out)
     command = ["compare", str(saved / "routing"), str(saved / "lens")]
     assert "cannot be compared" in refused(capsys, *command)

@@ -77,8 +77,8 @@ def test_the_report_collects_saved_studies(saved, tmp_path, capsys):
     assert content.count("plotly.js v") == 1
     for shown in ("routing", "single_expert", "lens", "perplexity", "most_specialised"):
         assert shown in content
-    assert "Beside the authors" not in content  # the model has three active experts: nothing to set beside six
-    assert (tmp_path / "page" / "2-single_expert-perplexity.parquet").exists()
+    assert "Beside the paper" not in content  # the model has three active experts: nothing to set beside six
+    assert [path.name for path in (tmp_path / "page").iterdir()] == ["report.html"]
 
 
 @pytest.mark.typed

@@ -7,8 +7,9 @@ from torch.nn.functional import cross_entropy
 from moe_lens import HookedMoE, names
 from moe_lens.data import Reading, batch_windows, shards
 from moe_lens.errors import InputError
+from moe_lens.stats import halves
 from moe_lens.studies import SingleExpertStudy, run
-from moe_lens.studies.single_expert_study import half_of, random_places
+from moe_lens.studies.single_expert_study import random_places
 from tests.studies.tiny import domain, tiny_model
 
 READING = Reading(tokens=None, context=24, shard_tokens=10**6)
@@ -75,6 +76,7 @@ def test_dropped_and_renormalised_are_edits_of_what_experts_add(model, windows, 
 
 
 def test_replaced_puts_the_means_of_the_other_half_of_the_sources(model, windows, result):
+    half = halves({window.source for window in windows})
     sums = torch.zeros(2, len(model.moe_layers), model.n_experts, model.cfg.d_model)
     counts = torch.zeros(2, len(model.moe_layers), model.n_experts)
     wanted = [names.mlp(n, layer) for layer in model.moe_layers for n in (names.EXPERT_INDICES, names.EXPERT_OUT)]
@@ -83,16 +85,16 @@ def test_replaced_puts_the_means_of_the_other_half_of_the_sources(model, windows
         for row, layer in enumerate(model.moe_layers):
             chosen, outputs = cache["expert_indices", layer][0, 1:], cache["expert_out", layer][0, 1:]
             for expert, output in zip(chosen.flatten().tolist(), outputs.flatten(0, 1), strict=True):
-                sums[half_of(window.source), row, expert] += output
-                counts[half_of(window.source), row, expert] += 1
+                sums[half[window.source], row, expert] += output
+                counts[half[window.source], row, expert] += 1
     layer_mean = sums.sum(2) / counts.sum(2)[..., None]
     means = torch.where(counts[..., None] > 0, sums / counts.clamp(min=1)[..., None], layer_mean[:, :, None])
-    assert {half_of(window.source) for window in windows} == {0, 1}
+    assert sum(half.values()) == 5  # as many sources in either half, of ten
 
     def hooks(window):
         made = []
         for row, layer in enumerate(model.moe_layers):
-            table, seen = means[1 - half_of(window.source), row], {}
+            table, seen = means[1 - half[window.source], row], {}
 
             def note(indices, hook, seen=seen):
                 seen["at"] = indices
@@ -106,6 +108,16 @@ def test_replaced_puts_the_means_of_the_other_half_of_the_sources(model, windows
     perplexity, _ = expected(model, windows, hooks)
     assert result.of("replaced", 1).perplexity == pytest.approx(perplexity, rel=1e-5)
     assert result.of("replaced", 1).perplexity != pytest.approx(result.of("dropped", 1).perplexity, rel=1e-4)
+
+
+def test_halves_follow_the_seed_and_a_single_source_is_given_its_own_means(model):
+    def replaced(n: int, seed: int = 0) -> float:
+        study = SingleExpertStudy(treatments=("replaced",), k=(0,), seed=seed)
+        found = run(study, model, [domain("d", n=n, sources=n)], reading=READING, batch_tokens=10**6)
+        return float(found.tables["perplexity"].query("k == 0")["perplexity"].iloc[0])
+
+    assert replaced(4) == replaced(4) != replaced(4, seed=1)
+    assert replaced(1) > 0
 
 
 def test_random_experts_are_drawn_for_each_token_and_do_not_depend_on_the_batch(model, windows, result):

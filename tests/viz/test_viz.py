@@ -6,14 +6,16 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
 from moe_lens import viz
 from moe_lens.errors import InputError
 from moe_lens.routing import LayerRouting
-from moe_lens.stats import RoutingStats
-from moe_lens.studies import Specialisation
+from moe_lens.stats import RoutingResult, RoutingStats
+from moe_lens.studies import StudyResult
+from moe_lens.studies.frames import by_domain, where
 from moe_lens.viz.token_text import as_text, escaped
 from tests.stats.routed import routed
 
@@ -43,7 +45,8 @@ def test_markup_is_escaped():
     assert escaped("<b> & </b>") == "&lt;b&gt;␣&amp;␣&lt;/b&gt;"
 
 
-def specialisation() -> Specialisation:
+def specialisation() -> StudyResult:
+    """A result of the study `routing`, of the model's own routing and of one null."""
     generator = torch.Generator().manual_seed(0)
     domains = {}
     for name in ("one", NASTY):
@@ -52,28 +55,42 @@ def specialisation() -> Specialisation:
             indices = torch.rand(2, 1, 6, 8, generator=generator).topk(3).indices
             stats.update(routed(indices, sources=[f"s{i}"], n_experts=8, layers=(1, 2)))
         domains[name] = stats.result()
-    return Specialisation(domains)
+    made = {"specialisation": "to_frame", "most_specialised": "most_specialised", "layers": "per_layer"}
+    tables = {}
+    for table, method in made.items():
+        frame = by_domain({name: getattr(of, method)() for name, of in domains.items()})
+        null = frame.assign(routing="random_router", **{"share" if "share" in frame else "value": 0.25})
+        tables[table] = pd.concat([frame.assign(routing="model"), null], ignore_index=True)
+    plan = {"study": "routing", "model": {"experts": 8, "top_k": 3}}
+    return StudyResult({"plan": plan}, tables, {name: {"model routing": of} for name, of in domains.items()})
 
 
 def test_map_shows_the_shares():
     result = specialisation()
     figure: Any = viz.specialisation_map(result)
     assert len(figure.data) == 2
-    for trace, routing in zip(figure.data, result.domains.values(), strict=True):
-        assert torch.equal(torch.tensor(trace.z), routing.specialisation)
+    for trace, of in zip(figure.data, result.results.values(), strict=True):
+        routing = of["model routing"]
+        assert isinstance(routing, RoutingResult) and torch.equal(torch.tensor(trace.z), routing.specialisation)
         assert list(trace.y) == ["1", "2"]
 
 
-def test_most_specialised_has_bars_where_there_are_sources_enough():
+def test_most_specialised_has_bars_where_there_are_sources_enough_and_nulls_beside():
     result = specialisation()
     figure: Any = viz.most_specialised(result)
-    enough, few = figure.data
-    frame = result.most_specialised()
-    assert list(enough.y) == list(frame[frame["domain"] == "one"]["share"])
+    enough, null, few, _ = figure.data
+    assert list(enough.y) == list(where(result.tables["most_specialised"], domain="one", routing="model")["share"])
+    assert (null.name, list(null.y)) == ("random router", [0.25, 0.25])
     assert max(enough.error_y.array) > 0 and max(few.error_y.array) == 0
     assert [annotation.text for annotation in figure.layout.annotations] == ["uniform 37.5%"]
     half: Any = viz.experts_for_half(result)
-    assert [trace.name for trace in half.data] == ["one", escaped(NASTY).replace("␣", " ")]
+    assert [trace.name for trace in half.data][::2] == ["one", escaped(NASTY).replace("␣", " ")]
+
+
+def test_figures_of_one_study_refuse_another():
+    other = StudyResult({"plan": {"study": "lens"}}, {}, {})
+    with pytest.raises(InputError, match="this figure is of a study 'routing'; got the result of 'lens'"):
+        viz.specialisation_map(other)
 
 
 def test_tokens_cannot_break_out_of_a_figure():
