@@ -77,7 +77,7 @@ frame.groupby(["sum", "layer"], sort=False)["agrees_final"].mean().unstack().rou
 kl = frame[frame["layer"] > 0].groupby(["layer", "sum"])["kl_final"].mean().unstack()
 pd.DataFrame(
     {
-        name: kl["mid"] - kl[f"mid + {name}"]
+        name: kl["u"] - kl[f"u + {name}"]
         for name in ("rank 0", "random active expert", "rank 5", "unselected expert")
     }
 ).round(3)

@@ -14,10 +14,11 @@ Drawn = Literal["active", "unselected"]
 
 @dataclass(frozen=True, kw_only=True)
 class PartialSum:
-    """A part of the residual stream plus chosen routed experts of one layer: u + Σ_{chosen} g_i E_i(x).
+    """The residual stream u (`resid_mid`) plus chosen routed experts of one layer: u + Σ_{r chosen} g_r E_r(x).
 
-    It only names the sum; `MoECache.partial_sum` computes it. `PartialSum()` is "routed experts + residual" and
-    `PartialSum(ranks=[j])` "expert j + residual" in Figure 2 of arXiv 2603.05806. Equal sums compare and hash equal.
+    It only names the sum; `MoECache.partial_sum` computes it. `PartialSum()` is `u + routed`, and
+    `PartialSum(ranks=[j])` is `u + rank j`: a column of Figure 2 of arXiv 2603.05806 each. Equal sums compare and hash
+    equal.
 
     Raises:
         InputError: an unknown `residual` or `drawn`, ranks or experts that are not distinct whole numbers from 0, more
@@ -25,21 +26,22 @@ class PartialSum:
     """
 
     residual: Residual = "mid"
-    """What experts are added to: the stream between attention and experts (u), that entering the block, or nothing."""
+    """What experts are added to: u, the residual stream between attention and experts; `resid_pre`; or nothing."""
     ranks: Collection[int] | None = None
-    """Places by routing weight from 0, the largest; a sorted tuple. None: no restriction; empty: no routed expert."""
+    """Ranks by routing weight, 0 the largest; a sorted tuple. None: all routed experts; empty: none of them."""
     experts: Collection[int] | None = None
-    """Expert ids, or a mask of all, instead of ranks; one that a token did not choose adds nothing. A sorted tuple."""
+    """Expert ids, or a mask over all experts, instead of ranks; a sorted tuple. An expert adds nothing at a token that
+    did not select it."""
     weighted: bool = True
     """Whether an expert's output is multiplied by its routing weight, as the model does."""
     shared: bool = False
     """Whether the shared experts are added (nothing, in a model that has none)."""
     drawn: Drawn | None = None
-    """One expert drawn at random for every token and layer, as a control: one of the active ones with its own weight,
-    or one that was not selected, computed for the purpose and given the weight of rank 0. An unselected expert's own
-    affinity would be small by construction; with rank 0's weight only *which* expert is added differs from rank 0."""
+    """A control: one expert drawn at random for every token and layer. `active`: one of the active experts, with its
+    own weight. `unselected`: one that was not selected, computed for this purpose and given the weight of rank 0, since
+    its own affinity is small: only *which* expert is added then differs from rank 0."""
     seed: int = 0
-    """Of the drawing. Each token has its draw by its place in the cache, whatever other tokens are read."""
+    """Random seed of the draw. A token's draw depends on its place in the cache, not on which other tokens are read."""
 
     def __post_init__(self) -> None:
         if self.residual not in get_args(Residual):
@@ -67,18 +69,18 @@ class PartialSum:
 
     @property
     def picks(self) -> bool:
-        """Whether some routed experts are picked out by rank, by id or at random, which a dense layer has none of."""
+        """Whether the sum names routed experts by rank, by id or at random; a dense layer has none."""
         return bool(self.ranks or self.experts or self.drawn)
 
     @property
     def control(self) -> bool:
-        """Whether it is there to be compared with: no routed expert at all, or one drawn at random."""
+        """Whether the sum is a control: no routed expert at all, or one drawn at random."""
         return self.drawn is not None or (self.restricted and not self.picks)
 
     @property
     def label(self) -> str:
-        """A readable name, such as `mid + ranks 0-2, 5 + shared`."""
-        parts = [] if self.residual == "none" else [self.residual]
+        """What tables and figures call the sum, such as `u + ranks 0-2, 5 + shared`; u is `resid_mid`."""
+        parts = [] if self.residual == "none" else [{"mid": "u", "pre": "resid_pre"}[self.residual]]
         suffix = "" if self.weighted else " unweighted"
         if not self.restricted:
             parts.append(f"routed{suffix}")
@@ -94,35 +96,35 @@ class PartialSum:
 
     @classmethod
     def each_rank(cls, top_k: int) -> tuple["PartialSum", ...]:
-        """One expert alone, by rank: k sums."""
+        """U + one expert, by rank: k sums."""
         return tuple(cls(ranks=[rank]) for rank in range(top_k))
 
     @classmethod
     def cumulative(cls, top_k: int) -> tuple["PartialSum", ...]:
-        """The first j ranks, for j from none to all: k + 1 sums."""
+        """U + the first j ranks, for j = 0 … k: k + 1 sums."""
         return tuple(cls(ranks=range(count)) for count in range(top_k + 1))
 
     @classmethod
     def leave_one_out(cls, top_k: int) -> tuple["PartialSum", ...]:
-        """All ranks but one: k sums."""
+        """U + all ranks but one: k sums."""
         return tuple(cls(ranks=set(range(top_k)) - {rank}) for rank in range(top_k))
 
     @classmethod
     def each_expert(cls, n_experts: int) -> tuple["PartialSum", ...]:
-        """One expert alone, by id: as many sums as there are experts."""
+        """U + one expert, by id: one sum for each expert of a layer."""
         return tuple(cls(experts=[expert]) for expert in range(n_experts))
 
     @classmethod
     def figure2(cls, top_k: int) -> tuple["PartialSum", ...]:
-        """Layer output; routed experts + residual; each rank + residual: the columns of the paper's Figure 2."""
+        """The columns of the paper's Figure 2: the whole layer, `u + routed`, and u + each rank."""
         return cls(shared=True), cls(), *cls.each_rank(top_k)
 
     @classmethod
     def controls(cls, top_k: int, *, seed: int = 0) -> tuple["PartialSum", ...]:
-        """What any one expert is to be compared with.
+        """The sums that a reading of one expert should be compared with.
 
-        The residual alone; an active expert drawn at random; the expert of the last rank; an expert that was not
-        selected, with the weight of rank 0.
+        u alone; u + an active expert drawn at random; u + the last rank; u + an expert that was not selected, with the
+        weight of rank 0.
         """
         active, unselected = cls(drawn="active", seed=seed), cls(drawn="unselected", seed=seed)
         return cls(ranks=[]), active, cls(ranks=[top_k - 1]), unselected

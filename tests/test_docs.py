@@ -36,8 +36,8 @@ def test_lenses_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     exec(compile(code_of(DOCS / "lenses.md"), "lenses.md", "exec"), values)
     assert "not selected" not in capsys.readouterr().out and values["read"].dense == (0,)
     assert {"table.html", "lens.safetensors"} == {file.name for file in tmp_path.iterdir()}
-    means = values["difference"].loc[1:, ["mid", "mid + routed + shared"]].mean()
-    assert means["mid + routed + shared"] < means["mid"]  # the whole layer is nearer to the end than u alone
+    means = values["difference"].loc[1:, ["u", "u + routed + shared"]].mean()
+    assert means["u + routed + shared"] < means["u"]  # the whole layer is nearer to the end than u alone
 
 
 @pytest.mark.slow

@@ -49,20 +49,20 @@ def test_it_cannot_be_changed():
 @pytest.mark.parametrize(
     ("which", "label"),
     [
-        (PartialSum(), "mid + routed"),
-        (PartialSum(shared=True), "mid + routed + shared"),
-        (PartialSum(ranks=[]), "mid"),
-        (PartialSum(ranks=[0]), "mid + rank 0"),
-        (PartialSum(ranks=[5, 0, 1, 2]), "mid + ranks 0-2, 5"),
-        (PartialSum(ranks=[1, 0]), "mid + ranks 0, 1"),
-        (PartialSum(residual="pre", experts=[17], shared=True), "pre + expert 17 + shared"),
+        (PartialSum(), "u + routed"),
+        (PartialSum(shared=True), "u + routed + shared"),
+        (PartialSum(ranks=[]), "u"),
+        (PartialSum(ranks=[0]), "u + rank 0"),
+        (PartialSum(ranks=[5, 0, 1, 2]), "u + ranks 0-2, 5"),
+        (PartialSum(ranks=[1, 0]), "u + ranks 0, 1"),
+        (PartialSum(residual="pre", experts=[17], shared=True), "resid_pre + expert 17 + shared"),
         (PartialSum(residual="none", experts=[17, 4], weighted=False), "experts 4, 17 unweighted"),
         (PartialSum(residual="none", weighted=False), "routed unweighted"),
         (PartialSum(residual="none", ranks=[], shared=True), "shared"),
-        (PartialSum(drawn="active"), "mid + random active expert"),
+        (PartialSum(drawn="active"), "u + random active expert"),
         (
             PartialSum(residual="pre", drawn="unselected", weighted=False, seed=3, shared=True),
-            "pre + unselected expert unweighted (seed 3) + shared",
+            "resid_pre + unselected expert unweighted (seed 3) + shared",
         ),
     ],
 )
@@ -112,10 +112,10 @@ def test_families_of_sums():
 def test_controls_are_told_from_what_they_control():
     controls = PartialSum.controls(3, seed=7)
     assert [s.label for s in controls] == [
-        "mid",
-        "mid + random active expert (seed 7)",
-        "mid + rank 2",
-        "mid + unselected expert (seed 7)",
+        "u",
+        "u + random active expert (seed 7)",
+        "u + rank 2",
+        "u + unselected expert (seed 7)",
     ]
     assert [s.control for s in controls] == [True, True, False, True]
     assert [s.picks for s in controls] == [False, True, True, True]

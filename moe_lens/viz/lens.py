@@ -8,7 +8,7 @@ from rich.text import Text
 
 from moe_lens.checked import checked
 from moe_lens.lenses import LensResult
-from moe_lens.viz.lens_cells import NOT_SELECTED, cells, title, unselected
+from moe_lens.viz.lens_cells import NOT_SELECTED, cells, unselected
 from moe_lens.viz.style import INK, MUTED, SCALE, styled
 from moe_lens.viz.token_text import as_text, escaped, readable
 
@@ -49,7 +49,7 @@ def lens_table(
         listed = zip(cell.tokens, cell.logits, cell.probs, strict=True)
         lines = [f"{escaped(result.text(token))}  {prob:.1%}  (logit {logit:.2f})" for token, logit, prob in listed]
         routed = "" if cell.expert is None else f"<br>expert {cell.expert}, weight {cell.weight:.3f}"
-        hover[i][j] = f"layer {result.layers[i]}, {as_text(title(result.sums[j]))}{routed}<br>" + "<br>".join(lines)
+        hover[i][j] = f"layer {result.layers[i]}, {as_text(result.sums[j].label)}{routed}<br>" + "<br>".join(lines)
         if cell.expert is not None:
             look = {"size": 9, "color": "white" if shade > 0.6 else INK if shade > 0.3 else MUTED}
             base = {"showarrow": False, "font": look, "borderpad": 1}
@@ -85,10 +85,7 @@ def lens_table(
     styled(figure, height=40 * rows + 90, annotations=notes)
     figure.update_annotations(font_size=9)
     figure.update_layout(font_color=INK, margin={"t": 50, "b": 10})
-    labels = [
-        as_text(title(which)).replace(" + ", "<br>+ ").replace("layer output", "layer<br>output")
-        for which in result.sums
-    ]
+    labels = [as_text(which.label).replace(" + ", "<br>+ ") for which in result.sums]
     figure.update_xaxes(tickvals=list(range(columns)), ticktext=labels, side="top", showgrid=False)
     layers = [f"{layer} (dense)" if layer in result.dense else str(layer) for layer in result.layers]
     figure.update_yaxes(
@@ -106,7 +103,7 @@ def lens_text(result: LensResult, position: int, *, batch: int = 0) -> Table:
     """
     table = Table("layer", show_lines=True)
     for which in result.sums:
-        table.add_column(Text(title(which)), overflow="fold")
+        table.add_column(Text(which.label), overflow="fold")
     grid = [[Text("") for _ in result.sums] for _ in result.layers]
     for i, j in unselected(result, position, batch):
         grid[i][j] = Text(NOT_SELECTED, style="dim")

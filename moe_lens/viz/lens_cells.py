@@ -1,11 +1,10 @@
-"""Cells of a `LensResult` at one position, and what their sums are called: for tables, texts and curves."""
+"""Cells of a `LensResult` at one position, for tables, texts and curves."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from moe_lens.errors import InputError
 from moe_lens.lenses import LensResult
-from moe_lens.partial_sum import PartialSum
 
 NOT_SELECTED = "not selected"
 """What a cell says that names experts none of which the token selected."""
@@ -63,21 +62,3 @@ def unselected(result: LensResult, position: int, batch: int) -> Iterator[tuple[
         for j, which in enumerate(result.sums):
             if which.experts and layer not in result.dense and best[i, j] < 0:
                 yield i, j
-
-
-def title(which: PartialSum) -> str:
-    """What a column or a curve is called."""
-    if which == PartialSum(shared=True):
-        return "layer output"
-    if which == PartialSum():
-        return "all routed + residual"
-    if which == PartialSum(ranks=[]):
-        return "residual alone"
-    if which.residual == "mid" and which.weighted and not which.shared:
-        if len(which.ranks or ()) == 1:
-            return f"rank {next(iter(which.ranks or ()))} + residual"
-        if len(which.experts or ()) == 1:
-            return f"expert {next(iter(which.experts or ()))} + residual"
-        if which.drawn:
-            return f"{'random active' if which.drawn == 'active' else 'unselected'} + residual"
-    return which.label

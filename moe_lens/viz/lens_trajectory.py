@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe_lens.checked import checked
 from moe_lens.lenses import LensResult
-from moe_lens.viz.lens_cells import place, title
+from moe_lens.viz.lens_cells import place
 from moe_lens.viz.style import MUTED, PALETTE, styled
 from moe_lens.viz.token_text import as_text
 
@@ -40,10 +40,10 @@ PANELS = (
 def lens_trajectory(result: LensResult, *, position: int | None = None, batch: int = 0) -> "Figure":
     """KL to the final prediction and to the ensemble, entropy and target rank over layers, one line for each sum.
 
-    Controls (the residual alone, experts drawn at random) are grey and dashed: a line that does not leave them says
-    nothing of its experts. Over several tokens lines are means, and medians of the rank; sums over experts that a token
-    did not select, and tokens without a target, do not count. Ranks are shown on a logarithmic scale, 0 as 1 below the
-    scale's first mark.
+    Controls (u alone, u + an expert drawn at random) are grey and dashed: a line that stays with them says nothing
+    about its experts. Over several tokens a line is the mean, and for the target's rank the median; sums of experts
+    that a token did not select, and tokens without a target, do not count. The axis of the target's rank is
+    logarithmic in rank + 1.
 
     Args:
         result: What a lens read, in at least one layer.
@@ -72,12 +72,12 @@ def lens_trajectory(result: LensResult, *, position: int | None = None, batch: i
                     x=list(result.layers),
                     y=[None if value != value else value + rank for value in middle[:, j].tolist()],
                     customdata=list(zip(middle[:, j].tolist(), counted[:, j].tolist(), strict=True)),
-                    name=as_text(title(which)),
+                    name=as_text(which.label),
                     legendgroup=str(j),
                     showlegend=number == 0,
                     mode="lines+markers",
                     hovertemplate=f"layer %{{x}}: %{{customdata[0]:{panel.shown}}}"
-                    f"<br>%{{customdata[1]}} tokens<extra>{as_text(title(which))}</extra>",
+                    f"<br>%{{customdata[1]}} tokens<extra>{as_text(which.label)}</extra>",
                     **looks[j],
                 ),
                 row=1 + number // 2,

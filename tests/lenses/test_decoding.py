@@ -287,7 +287,7 @@ def test_experts_are_read_where_they_were_selected_and_named_where_never(model: 
     indices[indices == 5] = 6
     result = lens.decode(silent, each, layers=[1, 2])
     assert result.never_selected == ((2, 5),)
-    assert set(result.to_frame().query("layer == 2")["sum"]) == {which.label for which in each} - {"mid + expert 5"}
+    assert set(result.to_frame().query("layer == 2")["sum"]) == {which.label for which in each} - {"u + expert 5"}
 
 
 def test_what_is_missing_is_named_all_of_it(model: HookedMoE):

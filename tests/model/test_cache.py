@@ -84,7 +84,7 @@ def test_a_dense_layer_gives_its_mlp_and_says_so():
     assert nothing.dense and torch.equal(nothing.values, mid)
     for which in (PartialSum(ranks=[0]), PartialSum(experts=[3])):
         with pytest.raises(
-            HookError, match=r"layer 0 is dense and has no 'mid \+ .*the layers with experts are \[1, 2\]"
+            HookError, match=r"layer 0 is dense and has no 'u \+ .*the layers with experts are \[1, 2\]"
         ):
             kept.partial_sum(0, which)
     with pytest.raises(HookError, match="layer 0 has no shared experts: the sum 'shared' is empty there"):

@@ -84,7 +84,7 @@ def test_text_has_the_same_cells():
     assert "7·0.60" in text and text.count("4·0.30") == 2
     assert "</script><b…" in text  # rich takes nothing for markup
     assert len(re.findall(r"␣w\d+ \d+%", text)) == 8
-    assert "layer output" in text and text.count("not selected") == 1
+    assert "u + routed" in text and text.count("not selected") == 1
 
 
 def test_what_was_not_read_cannot_be_shown():
@@ -113,7 +113,7 @@ def test_curves_are_means_and_medians_of_what_was_read():
                 else:
                     assert trace.y[i] == float(value) + (axis == "y4")
                     assert list(trace.customdata[i]) == [float(value), 1]
-    assert [trace.name for trace in by_axis["y"]][4:6] == ["residual alone", "random active + residual"]
+    assert [trace.name for trace in by_axis["y"]][4:6] == ["u", "u + random active expert"]
     assert [trace.line.dash for trace in by_axis["y"]] == [None] * 4 + ["dash", "dot", None]
     one: Any = viz.lens_trajectory(result, position=5)
     assert [trace.y for trace in one.data] == [trace.y for trace in figure.data]
@@ -130,6 +130,6 @@ def test_several_tokens_are_averaged():
     result.target_rank[1, 1, 0] = torch.tensor([-1, 8])
     figure: Any = viz.lens_trajectory(result)
     traces = {(trace.yaxis, trace.name): trace for trace in figure.data}
-    assert traces["y", "layer output"].y[1] == 4
-    assert traces["y4", "layer output"].y[1] == 2 + 1  # the lower median, plus one for the logarithm
-    assert list(traces["y4", "all routed + residual"].customdata[1]) == [8, 1]  # what has no target does not count
+    assert traces["y", "u + routed + shared"].y[1] == 4
+    assert traces["y4", "u + routed + shared"].y[1] == 2 + 1  # the lower median, plus one for the logarithm
+    assert list(traces["y4", "u + routed"].customdata[1]) == [8, 1]  # what has no target does not count
