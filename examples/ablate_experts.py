@@ -7,10 +7,10 @@
 # ---
 
 # %% [markdown]
-# # What does an expert do? Take it away
+# # What does an expert do? Ablate it
 #
-# How often a router picks an expert says little about what the expert is for. Here experts of the embedded model are taken
-# away, in four ways, and the loss says what they were worth.
+# How often a router selects an expert says little about what the expert is for. Here experts of the embedded model are
+# ablated in four ways, and the change of the loss says how much they mattered.
 
 # %%
 import tempfile
@@ -27,7 +27,7 @@ torch.manual_seed(0)
 model = HookedMoE.from_pretrained("tiny-deepseekmoe", dtype=torch.float32)
 
 # %% [markdown]
-# Some text of each domain: one part to choose experts on, another to measure on.
+# Text of three domains: one part to choose experts on, another to measure the loss on.
 
 # %%
 wanted = ("english", "french", "code")
@@ -39,7 +39,7 @@ measured_on = {name: [batch for batch in batches][1::2] for name, batches in tex
 
 @torch.no_grad()
 def loss(batches: list[TokenBatch], *interventions: Intervention) -> float:
-    """Mean nats a token of text, with the interventions in force."""
+    """Mean nats a token of text, with the interventions active."""
     nats, count = 0.0, 0
     for batch in batches:
         hooks = [hook for intervention in interventions for hook in intervention.fwd_hooks]
@@ -56,8 +56,7 @@ print({name: round(value, 3) for name, value in plain.items()})
 # %% [markdown]
 # ## The experts that French text uses more than other text does
 #
-# In every layer, the three with the largest difference between their share of French tokens and their mean share of the
-# other domains' tokens.
+# In every layer: the three experts whose share of French tokens exceeds their mean share of the other domains' tokens most.
 
 
 # %%
@@ -79,8 +78,7 @@ french = {layer: experts.tolist() for layer, experts in zip(model.moe_layers, to
 print(french)
 
 # %% [markdown]
-# As a control, in each layer three other experts, nearest to those in how often French text chooses them: of general use,
-# where the French ones are not.
+# The control is three other experts of each layer that French text uses about as often, but that are not particular to French.
 
 # %%
 control = {}
@@ -93,12 +91,12 @@ for row, layer in enumerate(model.moe_layers):
 print(control)
 
 # %% [markdown]
-# ## Four ways to take them away
+# ## Four ways to ablate them
 #
 # - `zero`: they add nothing, and are not computed.
-# - `mean`: they add their mean output over a reference.
-# - `resample`: they add what they gave another token of the batch.
-# - `reroute`: the router cannot choose them, and takes the next expert.
+# - `mean`: their output is their mean output over reference texts.
+# - `resample`: their output is what they computed for another token of the batch.
+# - `reroute`: the router cannot select them, and takes the next expert.
 
 # %%
 batches = [batch for of_domain in chosen_on.values() for batch in of_domain]
@@ -133,18 +131,18 @@ figure
 # %% [markdown]
 # ## How many experts does a token need?
 #
-# Only k experts of every token are computed: those of largest weight, or those of least.
+# Only k experts of every token are computed: those with the largest weights, or those with the smallest.
 
 # %%
 english = measured_on["english"]
 for k in range(model.top_k + 1):
     kept, last = loss(english[:1], model.keep_top(k)), loss(english[:1], model.keep_top(k, by="last"))
-    print(f"k = {k}: {kept:.3f} nats, the last ones instead {last:.3f}")
+    print(f"k = {k}: {kept:.3f} nats; with the k smallest weights instead {last:.3f}")
 
 # %% [markdown]
 # ## Which experts, or what they read?
 #
-# The routing of one text, replayed on another: the experts of an English text read French.
+# The routing of an English text is replayed on a French one: French is read by the English text's experts.
 
 # %%
 batch = measured_on["french"][0]
@@ -162,7 +160,7 @@ print(f"own routing {own:.3f}, English text's {swapped:.3f}, its weights alone {
 # %% [markdown]
 # ## Steering a generation
 #
-# The same experts forced in, or out, while the model writes.
+# The same experts are forced into the selection, or out of it, while the model generates.
 
 # %%
 prompt = "The old man"

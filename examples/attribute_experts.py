@@ -7,10 +7,10 @@
 # ---
 
 # %% [markdown]
-# # Which experts is an answer due to?
+# # Which experts is a prediction due to?
 #
-# An attribution splits a metric over the experts of all layers: how much of it would be missing without each. Knock-outs
-# are exact and cost a run per expert; gradients cost one forward and one backward pass for all of them.
+# An attribution says, for every expert of every layer, how much of a metric would be missing without it. Knock-outs are
+# exact and cost a run for each expert; gradients estimate all of them with one forward and one backward pass.
 
 # %%
 import tempfile
@@ -27,10 +27,10 @@ tokens = model.to_tokens("Der alte Mann sah auf das Meer und dachte an seine Fra
 print(tokens.shape[1], "tokens; loss", Loss(tokens)(model(tokens)).item())
 
 # %% [markdown]
-# ## Three cheap ways, and the truth
+# ## Three estimates, and the exact values
 #
-# Positive values raise the metric. The metric is a loss here, so that what helps the model is negative. The result holds a
-# value for every layer, expert and position; `total()` sums over positions.
+# A positive value raises the metric. The metric is a loss here, so experts that help the model have negative values. The
+# result holds a value for every layer, expert and position; `total()` sums over positions.
 
 # %%
 cheap = {
@@ -65,11 +65,11 @@ figure.write_html(target)
 print(f"{target.name}: {target.stat().st_size / 2**20:.1f} MiB")
 
 # %% [markdown]
-# ## What must sum, sums
+# ## Integrated gradients are complete
 #
-# Integrated gradients of a layer, with the routing behind frozen, sum to what all its experts are worth together. The
-# first layer with experts writes most of the residual stream, so that its way from nothing to all is steep: 16 steps, the
-# default, would still be 15 % off there.
+# Integrated gradients of a layer, with the routing of later layers frozen, sum to the effect of all its experts together.
+# The first layer with experts writes most of the residual stream, so the loss changes steeply on the path from its
+# baseline: with 16 steps, the default, the sum would still be 15 % off there.
 
 # %%
 integrated = cheap["integrated"]
@@ -80,7 +80,8 @@ for layer, found, expected in zip(integrated.layers, integrated.total().sum(1), 
 # %% [markdown]
 # ## Re-routing
 #
-# Taking an expert out changes what later routers read, and some choose others. Free − frozen is that part of the effect.
+# Knocking an expert out changes what later routers read, so some of them select other experts. Free − frozen is that part of
+# the effect.
 
 # %%
 effect = truth.rerouting(frozen)
@@ -88,10 +89,10 @@ for layer, of, whole in zip(effect.layers, effect.total().abs(), truth.total().a
     print(f"layer {layer}: {of.sum().item() / whole.sum().item():.0%} of the size of the effects")
 
 # %% [markdown]
-# ## One answer
+# ## One prediction
 #
 # After "Der alte Mann sah auf", why is the next token " das" rather than " the"? The direct attribution to the difference of
-# two logits is exact for what each expert itself writes; its table names the ones that matter.
+# two logits is exact for what each expert itself writes to the residual stream; the table shows the largest.
 
 # %%
 prompt = model.to_tokens("Der alte Mann sah auf")

@@ -7,11 +7,11 @@
 # ---
 
 # %% [markdown]
-# # What each expert would say next
+# # What the model would predict after one expert
 #
-# The LogitLens over partial sums of experts: FinalNorm(u + Σ gᵢEᵢ) W_U, with u the residual stream between attention and
-# experts and the sum over some of the active experts (Figure 2 of arXiv 2603.05806), on the embedded model. Each
-# reading stands beside its controls: u dominates these sums, and what is read of u alone needs no expert.
+# The LogitLens over partial sums of experts: FinalNorm(u + Σ gᵣEᵣ) W_U, with u the residual stream between attention and
+# experts, and the sum over some of the active experts (Figure 2 of arXiv 2603.05806), on the embedded model. Controls stand
+# beside each sum, since u dominates all of them: a prediction that u alone makes is not due to an expert.
 
 # %%
 from typing import Any
@@ -32,8 +32,8 @@ sums = (*figure2, *(which for which in controls if which not in figure2))
 # %% [markdown]
 # ## One position
 #
-# Only what these sums need is cached. Rows are layers, columns sums; a cell shows the most likely next token, below it
-# the expert and its weight. Layer 0 is dense: it has no ranks.
+# Only the hooks that these sums need are cached. Rows are layers, columns are sums; a cell shows the most likely next token,
+# and below it the expert and its weight. Layer 0 is dense: it has no experts.
 
 # %%
 text = "The old man looked at the sea. Der alte Mann sah auf das Meer, und"
@@ -42,7 +42,7 @@ read = lens.decode(cache, sums)
 Console(width=150).print(viz.lens_text(read, read.positions[-1]))
 
 # %% [markdown]
-# The same as a picture, with the five most likely tokens on hovering.
+# The same as a figure; hovering shows the five most likely tokens.
 
 # %%
 viz.lens_table(read, read.positions[-1])
@@ -50,8 +50,8 @@ viz.lens_table(read, read.positions[-1])
 # %% [markdown]
 # ## A whole text
 #
-# One position is an anecdote. Over held-out text of every domain: how far is each reading from the model's own
-# prediction (KL in nats), and does it name the same token?
+# One position is an anecdote. Over held-out text of every domain: how far is each sum's prediction from the model's final one
+# (KL in nats), and is its most likely token the same?
 
 # %%
 frames = []
@@ -70,16 +70,13 @@ frame.groupby(["sum", "layer"], sort=False)["kl_final"].mean().unstack().round(2
 frame.groupby(["sum", "layer"], sort=False)["agrees_final"].mean().unstack().round(2)
 
 # %% [markdown]
-# How much nearer to the final prediction does one expert bring u, and how much of that would an expert do that was not
-# selected, with the same weight? The difference between those two columns is what the router's choice is worth to the lens.
+# By how many nats does one expert bring u nearer to the final prediction? An expert that was not selected, added with the
+# weight of rank 0, is the control: the difference between those two columns is due to the router's choice.
 
 # %%
 kl = frame[frame["layer"] > 0].groupby(["layer", "sum"])["kl_final"].mean().unstack()
 pd.DataFrame(
-    {
-        name: kl["u"] - kl[f"u + {name}"]
-        for name in ("rank 0", "random active expert", "rank 5", "unselected expert")
-    }
+    {name: kl["u"] - kl[f"u + {name}"] for name in ("rank 0", "random active expert", "rank 5", "unselected expert")}
 ).round(3)
 
 # %% [markdown]

@@ -9,8 +9,8 @@
 # %% [markdown]
 # # What the experts of a DeepSeekMoE do
 #
-# A small DeepSeekMoE that was really trained is part of the package: 6 layers (the first is dense), 64 routed experts of
-# which 6 are active, 2 shared ones. It was trained on English, French and German prose, mathematics and Python code.
+# A small trained DeepSeekMoE is part of the package: 6 layers (the first is dense), 64 routed experts of
+# which 6 are active, and 2 shared experts. It was trained on English, French and German prose, mathematics and Python code.
 
 # %%
 import torch
@@ -34,7 +34,8 @@ for name in ("router_logits", "expert_indices", "routing_weights", "expert_out",
     print(f"{name:16s} {tuple(cache[name, 3].shape)}")
 
 # %% [markdown]
-# The parts make the whole: what the ranks add, plus the shared experts, is what the layer adds to the residual stream.
+# The parts sum to the whole: the active experts' contributions plus the shared experts' output is what the layer adds to the
+# residual stream.
 
 # %%
 parts = cache["expert_weighted", 3].sum(2) + cache["shared_out", 3]
@@ -51,8 +52,8 @@ for position in range(1, 16):
     print(f"{token!r:12s}", "  ".join(f"{expert:2d}:{weight:.2f}" for expert, weight in chosen))
 
 # %% [markdown]
-# The same text, coloured by the weight of one expert: the one that the last layer gives the most weight in the German
-# sentence.
+# The same text, coloured by the weight of one expert: the one with the largest total weight in the German sentence, in the
+# last layer.
 
 # %%
 tokens = [str(token) for token in model.to_str_tokens(text)]
@@ -64,8 +65,8 @@ routing_tokens(tokens, routing, expert=expert)
 # %% [markdown]
 # ## Hooks
 #
-# An edit is a function of the activation. Here that expert is forbidden before selection (the router chooses again, by its
-# own rule), and then its output alone is set to zero (the others keep their weights).
+# An edit is a function of the activation. Here that expert is first forbidden before selection (the router selects again, by
+# its own rule); then, instead, its output alone is set to zero (the other experts keep their weights).
 
 
 # %%
@@ -91,8 +92,8 @@ for name, hooks in names.items():
 # %% [markdown]
 # ## A lens
 #
-# Any partial sum of experts can be read through the final norm and the unembedding. The residual stream alone is the
-# control: where it already says the same, the expert has not changed what is read.
+# Any partial sum of experts can be read through the final norm and the unembedding. u, the residual stream before the experts,
+# is the control: where it already predicts the same token, the expert has not changed the prediction.
 
 # %%
 sums = [PartialSum(ranks=[]), PartialSum(ranks=[0]), PartialSum()]

@@ -7,10 +7,10 @@
 # ---
 
 # %% [markdown]
-# # Which experts carry an answer? Patch and trace
+# # Which experts carry a prediction? Patching and tracing
 #
-# The embedded model completes `return a + …` with the parameter that it read some tokens before. Two runs that differ in
-# that parameter alone show where the name travels: activations of one are patched into the other, one place at a time.
+# The embedded model completes `return a + …` with the parameter that it read some tokens before. Two prompts that differ in
+# that parameter alone show where its name is carried: activations of one run are patched into the other, one site at a time.
 
 # %%
 import tempfile
@@ -35,8 +35,8 @@ for text in (clean, corrupted):
 # %% [markdown]
 # ## From the parameter to the end
 #
-# The corrupted run, with the residual stream of the clean one at one layer and position: 1 restores the whole difference
-# of the two logits. The name is read at the parameter, and moves to the last position in the layers between.
+# The residual stream of the clean run is put into the corrupted run, at one layer and position: an effect of 1 restores the
+# whole logit difference. In early layers the name sits at the parameter's position, in late layers at the last one.
 
 # %%
 resid = patch(model, clean, corrupted, "resid_post", metric)
@@ -46,8 +46,8 @@ patch_map(resid)
 # %% [markdown]
 # ## Experts
 #
-# An expert's contribution is g E, its routing weight times its output. The same expert is the one with the same id: where
-# one of the runs did not choose it, its contribution is zero there.
+# An expert's contribution is g E(x), its routing weight times its output. Experts of the two runs correspond by id: where a
+# run did not select an expert, its contribution is zero.
 
 # %%
 experts = patch(model, clean, corrupted, "expert_weighted", metric, over=("layer", "expert"))
@@ -55,8 +55,8 @@ table = experts.to_frame().sort_values("effect", key=abs, ascending=False)
 print(table.head(8).to_string(index=False, float_format="{:.3f}".format))
 
 # %% [markdown]
-# The routers choose other experts when what they read changes. With `routing="frozen"` the layers behind keep the experts
-# of the corrupted run; the difference is what the patch does by re-routing.
+# Routers select other experts when what they read changes. With `routing="frozen"` later layers keep the experts of the
+# corrupted run; the difference is what the patch does by re-routing.
 
 # %%
 frozen = patch(model, clean, corrupted, "expert_weighted", metric, over=("layer", "expert"), routing="frozen")
@@ -68,8 +68,8 @@ for row, layer in enumerate(both.axes["layer"]):
     print(f"layer {layer}: all experts {both.effect[row]:.3f}, their choice and weights alone {only.effect[row]:.3f}")
 
 # %% [markdown]
-# The strongest expert of them all, position by position, in both directions: put into the corrupted run, and taken from
-# the clean one.
+# The expert with the largest effect, position by position, in both directions: its clean contribution put into the corrupted
+# run, and its corrupted one put into the clean run.
 
 # %%
 layer, expert = (int(number) for number in table.iloc[0][["layer", "expert"]])
@@ -84,8 +84,8 @@ for direction in ("denoising", "noising"):
 # %% [markdown]
 # ## Causal tracing
 #
-# Without a second prompt: the embeddings of the parameter get noise (three standard deviations of the embedding matrix),
-# and one site at a time gets its clean value back. Effects are means over draws of the noise, with intervals.
+# Tracing needs no second prompt: the parameter's embeddings get noise (of three times the standard deviation of the
+# embeddings), and one site at a time gets its clean value back. Effects are means over draws of the noise, with intervals.
 
 # %%
 traced = trace(model, clean, subject=", b", answer=" b", draws=10, seed=0)

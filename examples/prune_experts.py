@@ -9,8 +9,8 @@
 # %% [markdown]
 # # A smaller model: which experts can go?
 #
-# Half of the embedded model's experts are dropped, chosen by three methods. A plan is measured before anything is written, on
-# texts that it was not made from; then the best one becomes a checkpoint for transformers.
+# Three methods choose which of the embedded model's experts to drop. Plans are measured before anything is written, on texts
+# that they were not made from; then one becomes a checkpoint for transformers.
 
 # %%
 import tempfile
@@ -26,7 +26,7 @@ from moe_lens.data import embedded_domains
 model = HookedMoE.from_pretrained("tiny-deepseekmoe", dtype=torch.float32)
 
 # %% [markdown]
-# Each domain's sources are dealt into two halves: plans are made from one and judged on the other, and the other way round.
+# Each domain's sources are split into two halves: plans made from one half are measured on the other, and the other way round.
 
 # %%
 domains = [domain for domain in embedded_domains() if domain.name in ("french", "code")]
@@ -36,7 +36,7 @@ table = found.to_frame()
 table[table["calibrated"] == "all"].pivot_table(index=["method", "kept"], columns="domain", values="ratio").round(2)
 
 # %% [markdown]
-# Perplexity divided by that of the whole model. A method that does not beat `random` has found nothing.
+# The table shows perplexity divided by that of the whole model. A method that is no better than `random` has found nothing.
 
 # %%
 folder = Path(tempfile.mkdtemp())
@@ -45,7 +45,7 @@ figure.write_html(folder / "frontier.html")
 figure
 
 # %% [markdown]
-# Specialists: models that keep what one domain needs, read in both.
+# Specialists: models that keep the experts that one domain needs, measured on both domains.
 
 # %%
 viz.specialists(found, kept=32)
@@ -53,7 +53,8 @@ viz.specialists(found, kept=32)
 # %% [markdown]
 # ## From a plan to a checkpoint
 #
-# Scores can be saved; a plan is made from them; its preview is the smaller model, without a copy of the weights.
+# Scores can be saved, and a plan is made from them. Its preview computes what the smaller model would, without a copy of the
+# weights.
 
 # %%
 scores = prune.score(model, halves[0], "reap")

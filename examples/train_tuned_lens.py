@@ -9,8 +9,8 @@
 # %% [markdown]
 # # Training a TunedLens
 #
-# A TunedLens puts an affine translator before the final norm, one a layer, trained so that what is read there is near
-# what the model predicts in the end (Belrose et al. 2023). Here: a few steps on the texts that come with the package.
+# A TunedLens puts an affine translator before the final norm, one for each layer, trained so that the lens's prediction is
+# near the model's final one (Belrose et al. 2023). Here it is trained for a few steps on the texts of the package.
 
 # %%
 import tempfile
@@ -26,8 +26,8 @@ torch.set_num_threads(1)
 model = HookedMoE.from_pretrained("tiny-deepseekmoe", dtype=torch.float32)
 
 # %% [markdown]
-# A corpus is any iterable of texts; a few passages of every domain are held out. Training streams the rest, again from
-# the start when it ends.
+# A corpus is any iterable of texts; a few passages of every domain are held out. Training streams the rest, and starts over
+# when it ends.
 
 # %%
 passages = [[passage.text for passage in domain.passages] for domain in embedded_domains()]
@@ -36,8 +36,8 @@ corpus = [text for texts in passages for text in texts[4:84]]
 print(len(corpus), "passages to train on,", len(held_out), "held out")
 
 # %% [markdown]
-# `checkpoint=` makes the training resumable: interrupted, the same call goes on where it was and ends with the same
-# translators.
+# `checkpoint=` makes the training resumable: after an interruption the same call continues where it was, and ends with the
+# same translators.
 
 # %%
 folder = Path(tempfile.mkdtemp())
@@ -57,8 +57,8 @@ assert lens.tuning is not None
 lens.tuning.to_frame().round(3)
 
 # %% [markdown]
-# KL(final ‖ lens) in nats a token, before (the LogitLens) and after. The stream that leaves the last layer is what the
-# model itself reads, so there is nothing to learn.
+# The table shows KL(final ‖ lens) in nats a token, before training (the LogitLens) and after. In the last layer there is
+# nothing to learn: the model itself reads that stream.
 #
 # ## Saving
 #
@@ -73,8 +73,8 @@ sorted((path.name, path.stat().st_size) for path in (folder / "lens").iterdir())
 # ## Reading with it
 #
 # The lens that comes with the package was trained for longer, on the model's own training mixture, and has a second lens,
-# `mid`, for the stream before the experts. What the translators of a layer's output make of a partial sum is
-# extrapolation: compare sums within one lens.
+# `mid`, for the stream before the experts. The translators are trained on layers' outputs, so
+# reading partial sums with them is extrapolation: compare sums within one lens.
 
 # %%
 shipped = TunedLens.from_pretrained("tiny-deepseekmoe", model)
