@@ -1,7 +1,7 @@
-"""Run every family against every law, and write docs/families.md from the outcome; `--check` only compares.
+"""Run every check of tests/matrix on every family and write docs/families.md; `--check` only compares.
 
 With names of model types, those alone are run, and nothing is written. Families that are not to be had on the installed
-transformers are left out. Also what `make test-latest` ends with: which laws fail on the versions that are installed.
+transformers are left out. Also the end of `make test-latest`: which checks fail on the installed versions.
 """
 
 import argparse
@@ -32,52 +32,52 @@ DENSE = {"bamba"}
 """Model types whose source speaks of experts, and which have none."""
 
 Outcome = Mapping[str, Mapping[str, str]]
-"""By model type and law: empty where the law holds, else what failed."""
+"""By model type and check: empty where it passes, else what failed."""
 
 HEAD = """# Families
 
-{green} model types of transformers obey every law below; {partly}. The hook table is the same for all of them.
-This page is written by `scripts/families.py` from a run of the laws on tiny random models of every model type
-(`tests/matrix`), which CI runs too.
+{green} model types of transformers pass every check below{partly}. The hook table is the same for all of them. This
+page is written by `scripts/families.py` from a run of the checks on a tiny random model of every model type
+(`tests/matrix`); CI runs them too.
 
-| law | what holds |
+| check | what holds |
 |---|---|
 {laws}
 
-`moe-lens models` prints the table on the command line; `moe-lens info NAME_OR_PATH` says what one model is, from its
-config alone.
+`moe-lens models` prints the table of families; `moe-lens info NAME_OR_PATH` describes one model, from its config
+alone.
 
-Releases of transformers from {oldest} to {newest} are tested; where a family needs a newer or an older one, the table
-says so, and it is refused by name on others. On a newer transformers moe_lens warns once (`UntestedVersionWarning`) and
-relies on the check that every model passes when it is wrapped. TransformerLens is held to one minor version, 4.3:
-parts of it are replaced below its public surface. `make test-latest` says what newer ones break.
+Releases of transformers from {oldest} to {newest} are tested. Where a family needs a newer or an older one, the table
+says so, and other releases are refused. On a newer transformers, moe_lens warns once (`UntestedVersionWarning`) and
+relies on the self-check that every model passes when it is wrapped. TransformerLens must be of one minor version,
+4.3, because parts of its internals are replaced. `make test-latest` shows what newer versions break.
 
 ## Supported
 
-**Adapter**: *TransformerLens* gives all hooks of its own inside attention too; *ours* hooks the boundaries of a layer's
-parts: embedding, residual stream, norms, attention (or the state-space or convolution layer in its place), MLP, and
-everything inside the experts. **Factors**: where a family multiplies after the experts, or multiplies what a layer
-adds, hooks show the product, which is what the residual stream gets. **Blocks of their own**: DBRX, JetMoE, Llama 4,
-LongCat-Flash and Step 3.7 bypass transformers' experts interface; they are computed in its products and its order, so
-that the first law holds for them too. A product of fewer rows may be rounded otherwise: Llama 4's experts are therefore
-multiplied with every token, as transformers does.
+**Adapter**: with *TransformerLens*, its hooks inside attention exist too; *ours* hooks the inputs and outputs of a
+layer's parts (embedding, residual stream, norms, attention or the state-space or convolution layer in its place, MLP)
+and everything inside the experts. **Factors**: where a family multiplies the experts' outputs, or what a layer adds,
+by a factor, hooks show the product, which is what is added to the residual stream. **Blocks of their own**: DBRX,
+JetMoE, Llama 4, LongCat-Flash and Step 3.7 do not use transformers' experts interface. Their experts are computed
+with the same products in the same order as in transformers, so that the first check holds for them too. (A product of
+fewer rows may be rounded differently, so Llama 4's experts are multiplied with every token, as in transformers.)
 
-| model type | experts are chosen and weighed | shared experts | adapter | particular |
+| model type | how experts are selected and weighted | shared experts | adapter | notes |
 |---|---|---|---|---|
 {families}
 
-A multimodal model is wrapped with its text part: hooks are those of the decoder, and images go through transformers.
+Of a multimodal model the text decoder is hooked; images are processed by transformers.
 
 ## Layers that differ
 
-Every layer with experts has the same number of them, and gives a token the same number: a model in which they differ is
-refused. No model type can have another number of experts in a layer of its text part (the image encoder of `dots3_note`
-can); `hunyuan_v1_moe` can list `moe_topk` layer by layer, and is refused where the numbers differ.
+All layers with experts must have the same number of experts and of active experts per token; a model in which these
+differ is refused. Only two model types can differ: `hunyuan_v1_moe`, whose `moe_topk` can be a list by layer, and the
+image encoder of `dots3_note`.
 
 ## Quantised experts
 
-Experts in MXFP4, FP8 or bitsandbytes formats are other modules, on which hooks would not fire: such a model is refused.
-MXFP4 and FP8 can be dequantised while loading (without an accelerator transformers does so unasked):
+Experts in MXFP4, FP8 or bitsandbytes formats are other modules, on which hooks would not fire, so such a model is
+refused. MXFP4 and FP8 can be dequantised while loading (without an accelerator, transformers does so by itself):
 
 ```python
 from transformers import FineGrainedFP8Config, Mxfp4Config
@@ -85,17 +85,16 @@ from transformers import FineGrainedFP8Config, Mxfp4Config
 model = HookedMoE.from_pretrained("openai/gpt-oss-20b", quantization_config=Mxfp4Config(dequantize=True))
 ```
 
-An adapter of PEFT on experts or routers is refused: merge it first (`merge_and_unload`). One that lies beside the
-weights in a checkpoint's folder is applied by transformers where PEFT is installed; for DeepSeekMoE, and without PEFT,
-it is refused.
+A PEFT adapter on experts or routers is refused: merge it first (`merge_and_unload`). If an adapter is in the folder
+of a checkpoint, transformers applies it where PEFT is installed; without PEFT, and for DeepSeekMoE, it is refused.
 
-`num_hidden_layers=n` loads the first n layers alone, and layers behind the last that predict several tokens ahead are
-left out, as transformers does both.
+As in transformers, `num_hidden_layers=n` loads only the first n layers, and extra layers after the last that predict
+several tokens ahead are left out.
 
 ## Refused
 
-A model type that is not in the table is refused by name. These have experts, and are refused because hooks would not be
-true there:
+A model type that is not in the table is refused. These have experts, and are refused because the hooks would show
+wrong values:
 
 | model type | why |
 |---|---|
@@ -133,7 +132,7 @@ def cell(text: str) -> str:
 
 
 def page(outcome: Outcome, laws: Mapping[str, str]) -> str:
-    """The page for an outcome; `laws` says what each law is. Families without one need another transformers."""
+    """The page for an outcome; `laws` describes each check. Families without one need another transformers."""
     rows, green = [], 0
     for name, family in sorted(FAMILIES.items()):
         failed = [law for law, error in outcome.get(name, {}).items() if error]
@@ -146,7 +145,7 @@ def page(outcome: Outcome, laws: Mapping[str, str]) -> str:
     left = len(FAMILIES) - green
     return HEAD.format(
         green=green,
-        partly=f"{left} obey some of them" if left else "none obeys only some",
+        partly=f"; {left} pass only some of them" if left else "",
         oldest=dotted(OLDEST),
         newest=dotted(NEWEST),
         laws="\n".join(f"| {law} | {cell(text)} |" for law, text in laws.items()),
@@ -158,7 +157,7 @@ def page(outcome: Outcome, laws: Mapping[str, str]) -> str:
 def obeyed(
     names: Iterable[str], case_of: Callable[[str], Any], laws: Mapping[str, Callable[[Any], None]]
 ) -> Iterator[tuple[str, dict[str, str]]]:
-    """Every family against every law, one after the other: whatever breaks is what this is to find."""
+    """Every check on every family, one after the other; whatever breaks is reported."""
     for name in names:
         try:
             case = case_of(name)
@@ -184,7 +183,7 @@ def failures(name: str, laws: Mapping[str, str]) -> str:
     """What failed of one family, in one line; empty if nothing did."""
     failed = {law: error for law, error in laws.items() if error}
     if len(set(failed.values())) == 1 and len(failed) == len(laws):
-        return f"{name}: every law: {next(iter(failed.values()))}"
+        return f"{name}: every check: {next(iter(failed.values()))}"
     return f"{name}: " + "; ".join(f"{law}: {error}" for law, error in failed.items()) if failed else ""
 
 
@@ -215,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outcome = {}
     for name, laws in obeyed(asked.model_types or here(), Case, LAWS):
         outcome[name] = laws
-        print(failures(name, laws) or f"{name}: every law holds", flush=True)
+        print(failures(name, laws) or f"{name}: every check passes", flush=True)
     broken = report(outcome, [] if asked.model_types else unlisted())
     installed = ", ".join(f"{name} {version(name)}" for name in ("transformers", "transformer-lens"))
     print(f"\n{installed}: " + ("nothing broke" if not broken else f"{len(broken)} broken"), *broken, sep="\n  ")

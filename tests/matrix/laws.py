@@ -140,7 +140,7 @@ def observing(case: Case) -> None:
 
 
 def parts(case: Case) -> None:
-    """The parts make the whole."""
+    """The parts sum to the whole."""
     model, family = case.model, case.family
     for layer in range(model.cfg.n_layers):
         at = {
@@ -224,7 +224,7 @@ def has_bias(model: HookedMoE) -> bool:
 
 
 def rule(case: Case) -> None:
-    """Weights are what the table says of affinities, for the model's own choice and for a forced one."""
+    """Routing weights follow from the affinities by the rule in the table, for selected and for forced experts."""
     family, layer = case.family, case.layer
     name = names.mlp(names.EXPERT_INDICES, layer)
     forced = (case.at(names.EXPERT_INDICES) + torch.arange(1, 2)) % case.model.n_experts
@@ -313,7 +313,7 @@ def own_values(case: Case) -> None:
 
 
 def edits(case: Case) -> None:
-    """An edit of any hook changes the logits; scaling one part is scaling the next."""
+    """An edit of any hook changes the logits; scaling one part scales the next."""
     generator = torch.Generator().manual_seed(0)
 
     def disturb(value: Any) -> Any:
@@ -375,7 +375,7 @@ def scales_what_experts_read(case: Case) -> None:
 
 
 def gradients(case: Case) -> None:
-    """Gradients of all parameters are transformers' own, and they reach the hooks of the routing."""
+    """Gradients of all parameters are those of transformers, and they reach the hooks of the routing."""
     ours = case.backward(case.hf)
     assert ours.keys() == case.gradients.keys()
     for name, gradient in ours.items():
@@ -399,7 +399,7 @@ def gradients(case: Case) -> None:
 
 
 def generation(case: Case) -> None:
-    """Greedy generation with a key-value cache is transformers' own, and hooks see one new position a step."""
+    """Greedy generation with a key-value cache gives transformers' tokens; hooks see one new position at each step."""
     seen: list[tuple[int, ...]] = []
     name = names.mlp(names.EXPERT_INDICES, case.layer)
     with case.model.hooks(fwd_hooks=[(name, lambda value, hook: seen.append(tuple(value.shape)))]):
@@ -411,7 +411,7 @@ def generation(case: Case) -> None:
 
 
 def bfloat16(case: Case) -> None:
-    """In bfloat16, too, logits are transformers' own to the bit, and those of a run that is watched."""
+    """In bfloat16, too, logits are those of transformers to the bit, with and without hooks that read."""
     hf = build(case.model_type, torch.bfloat16, **case.changes)
     with torch.no_grad():
         plain = hf(case.tokens).logits
@@ -422,7 +422,7 @@ def bfloat16(case: Case) -> None:
 
 
 def saving(case: Case) -> None:
-    """What is saved loads again, wrapped or not, and computes the same bits."""
+    """A saved model loads again, wrapped or not, and computes the same bits."""
     with tempfile.TemporaryDirectory() as folder:
         case.model.save_pretrained(folder)
         again = HookedMoE.from_pretrained(folder, dtype=torch.float32)

@@ -96,11 +96,11 @@ def test_a_broken_family_is_reported_by_law_and_does_not_stop_the_run(
 
     status, said = runs(broken=True)
     assert status == 1
-    assert "phimoe: every law holds\n" in said
+    assert "phimoe: every check passes\n" in said
     assert said.split("\n\n")[1].splitlines()[0].endswith(": 3 broken")
     assert said.split("\n\n")[1].splitlines()[1:] == [
         "  glm4_moe: parts: AssertionError: 1e-3",
-        "  mixtral: every law: ImportError: MixtralForCausalLM is gone",
+        "  mixtral: every check: ImportError: MixtralForCausalLM is gone",
         "  have experts and are neither supported nor refused: flurry_moe",
     ]
     status, said = runs(broken=False)

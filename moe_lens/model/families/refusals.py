@@ -5,13 +5,13 @@ from collections.abc import Iterable
 NO_TABLE = "its multimodal wrapper is not in the table: wrap its text model"
 LOOPED = (
     "it runs some of its layers several times in one forward pass, and the hook table has one place for a layer: what "
-    "is cached or counted there would be the last pass alone"
+    "is cached or counted there would be from the last pass only"
 )
-ENCODER = "it has an encoder and a decoder; only models that are a decoder alone are wrapped"
+ENCODER = "it has an encoder and a decoder; only decoder-only models are wrapped"
 
 REFUSED = {
     "diffusion_gemma": "it denoises blocks of text instead of predicting the next token",
-    "doge": "its experts are rows of embeddings, retrieved by product keys: they have no matrices",
+    "doge": "its experts are rows of an embedding, retrieved by product keys: they have no matrices",
     "dots3_note": "its image encoder has experts of its own; load its text model, dots3_note_text",
     "inkling2_loop": LOOPED,
     "inkling2_loop_text": LOOPED,
@@ -20,11 +20,11 @@ REFUSED = {
     "nllb-moe": ENCODER,
     "openai_privacy_filter": "it labels tokens instead of predicting the next one",
     "qwen3_omni_moe": "it is several models, one for text and one for speech, each with experts",
-    "qwen3_omni_moe_thinker": "with a key-value cache it makes positions of the whole text for the one new token, "
+    "qwen3_omni_moe_thinker": "with a key-value cache it computes positions of the whole text for the one new token, "
     "unless they are passed: generation would fail",
     "switch_transformers": ENCODER,
-    "zaya": "its router has a class that skips the experts and hands a state from layer to layer, for which the hook "
-    "table has no place",
+    "zaya": "its router can skip the experts, and passes a state from layer to layer: the hook table has no place for "
+    "either",
 }
 
 

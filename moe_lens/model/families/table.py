@@ -41,7 +41,7 @@ QWEN: dict[str, Any] = {"shared": "shared_expert", "shared_gate": "shared_expert
 NARROW = (
     "experts compute in a narrower space: hook_expert_out, hook_expert_weighted and hook_routed_out are as wide as that"
 )
-MANY_STREAMS = "several residual streams, mixed anew by every part: no hook_resid_*, hook_attn_out or hook_mlp_out"
+MANY_STREAMS = "several residual streams, mixed again by every part: no hook_resid_*, hook_attn_out or hook_mlp_out"
 
 FAMILIES = {
     family.model_type: family
@@ -61,7 +61,7 @@ FAMILIES = {
         Family(
             "axk1",
             **{**V3_SHARED, "layout": Layout(ln2_post="mlp.post_mlp_layernorm")},
-            note="a norm at the end of the MoE block: mlp.hook_out is what it reads, hook_mlp_out what it returns",
+            note="the MoE block ends with a norm: mlp.hook_out is its input, hook_mlp_out its output",
         ),
         Family("axk2", **V3_SHARED),
         Family("bailing_hybrid", **V3_SHARED),
@@ -79,7 +79,7 @@ FAMILIES = {
                 ln2_post="post_feedforward_layernorm",
                 stream="other",
             ),
-            note="every addition shrinks the residual stream: no hook_resid_mid, hook_attn_out or hook_mlp_out",
+            note="the residual stream is rescaled at every addition: no hook_resid_mid, hook_attn_out or hook_mlp_out",
             since=(5, 20, 1),
         ),
         Family(
@@ -130,7 +130,8 @@ FAMILIES = {
             scaled="routed_scaling_factor",
             select="token",
             layout=STREAMS,
-            note=MANY_STREAMS + "; the first layers choose experts by the token's id: logits set their weights alone",
+            note=MANY_STREAMS
+            + "; the first layers select experts by the token's id: router logits only set their weights",
         ),
         Family("dots1", **V3_SHARED),
         Family("dots3_note_text", **V3_SHARED, since=(5, 23)),
@@ -142,7 +143,7 @@ FAMILIES = {
             normalised="always",
             layout=Layout(decoder="model.language_model", inner="text_moe"),
             note="multimodal: the text part is hooked, and in it the experts for text; images have experts of their "
-            "own, and hooks on routing and experts refuse input that holds images",
+            "own, and hooks on routing and experts raise an error for input with images",
         ),
         Family("exaone_moe", **V3_SHARED),
         Family(
@@ -174,9 +175,9 @@ FAMILIES = {
                 ),
                 stream="rescaled",
             ),
-            note="experts run beside a dense MLP (dense_mlp), both are normed (ln_experts, ln_dense), added and normed "
-            "again (ln2_post), and the layer rescales its output: no hook_mlp_out or hook_shared_out; mlp.hook_in is "
-            "what the experts read, the router reads the residual stream through a norm of its own",
+            note="experts run beside a dense MLP (dense_mlp); both outputs are normed (ln_experts, ln_dense), added "
+            "and normed again (ln2_post), and the layer rescales its output: no hook_mlp_out or hook_shared_out; "
+            "mlp.hook_in is what the experts read; the router reads the residual stream through a norm of its own",
         ),
         Family("glm4_moe", **V3_SHARED),
         Family("glm4_moe_lite", **V3_SHARED),
@@ -212,7 +213,7 @@ FAMILIES = {
             shared_logits=True,
             layout=Layout(ln1_post="attn_sconv", ln2_post="mlp_sconv", logits_divisor="logits_mup_width_multiplier"),
             note="weights are normalised together with those of the shared experts; a short convolution follows the "
-            "MoE block: mlp.hook_out is what it reads, hook_mlp_out what it returns",
+            "MoE block: mlp.hook_out is its input, hook_mlp_out its output",
         ),
         Family(
             "inkling2_text",
@@ -244,8 +245,8 @@ FAMILIES = {
             normalised="always",
             constant="bias",
             layout=Layout(attn="self_attention"),
-            note="the MoE block ends in a bias: hook_shared_out is that constant, and there are no shared experts; "
-            "attention heads are experts too, which have no hooks",
+            note="the MoE block adds a bias at its end: hook_shared_out is that constant, and there are no shared "
+            "experts; attention has experts too, which have no hooks",
         ),
         Family("kimi_linear", **V3_SHARED),
         Family(
@@ -307,9 +308,9 @@ FAMILIES = {
                 added=("dense", "attn_second", "dense_second"),
                 stream="shortcut",
             ),
-            note="the last ids are identity experts, n_identity_experts of n_experts: they give back what they read, "
-            "and have zeros where others have neurons; a layer has two attentions and two dense MLPs (attn, dense, "
-            "attn_second, dense_second), and what its experts give is added behind them: no hook_resid_mid, "
+            note="the last ids are identity experts, n_identity_experts of n_experts: they return their input, and "
+            "their neurons are shown as zeros; a layer has two attentions and two dense MLPs (attn, dense, "
+            "attn_second, dense_second), and its experts' output is added after them: no hook_resid_mid, "
             "hook_attn_out or hook_mlp_out",
         ),
         Family("mellum", normalised="config", layout=LLAMA),
@@ -318,7 +319,7 @@ FAMILIES = {
             "minimax",
             normalised="always",
             layout=Layout(stream="other"),
-            note="norms stand in the residual stream itself: no hook_resid_mid, hook_attn_out or hook_mlp_out",
+            note="the residual stream itself is normed: no hook_resid_mid, hook_attn_out or hook_mlp_out",
         ),
         Family("minimax_m2", score="sigmoid", bias=True, normalised="always", layout=LLAMA),
         Family(
@@ -358,8 +359,8 @@ FAMILIES = {
                 offset=True,
                 stream="other",
             ),
-            note=f"multimodal: the text part is hooked; {NARROW}; learned gates mix what a layer adds into the stream: "
-            "no hook_resid_mid, hook_attn_out or hook_mlp_out",
+            note=f"multimodal: the text part is hooked; {NARROW}; what a layer adds is mixed into the stream by "
+            "learned gates: no hook_resid_mid, hook_attn_out or hook_mlp_out",
         ),
         Family(
             "nemotron_h",
