@@ -84,7 +84,7 @@ def report(found: Frontier) -> None:
             [name, *(cell(special[special["calibrated"] == name].set_index("domain").loc[d]) for d in domains)]
             for name in [ALL, *domains]
         ]
-        print(f"\nSpecialists, {kept} of {found.n_experts}\n\n{table(['keeps what … needs', *domains], rows)}")
+        print(f"\nSpecialists, {kept} of {found.n_experts}\n\n{table(['scored on', *domains], rows)}")
     fewer = frame[(frame["method"] == found.points[0][0])]
     rows = [
         [str(k), *(cell(fewer[fewer["top_k"] == k].set_index("domain").loc[d]) for d in domains)]
