@@ -13,8 +13,8 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.checked import checked
 from moe_lens.errors import InputError
-from moe_lens.routing import LayerRouting, Routing, affinity
-from moe_lens.stats.observation import TextBatch, each_layer
+from moe_lens.routing import LayerRouting, affinity
+from moe_lens.stats.observation import TextBatch, each_layer, forward, routed
 from moe_lens.stats.routed_batch import RoutedBatch
 from moe_lens.stats.vocabulary_specialisation import VocabularyResult
 
@@ -124,14 +124,5 @@ def random_router(model: Any, batch: TextBatch, seed: int = 0) -> RoutedBatch:
             layer=layer, n_experts=model.n_experts, indices=indices, weights=weights, logits=logits, probs=probs
         )
 
-    device = model.original_model.get_input_embeddings().weight.device
-    hooks = each_layer(model, [names.MLP_IN], keep)
-    tokens, mask = batch.tokens.to(device), batch.mask.long().to(device)
-    how = {"attention_mask": mask, "use_cache": False, "logits_to_keep": 1}
-    model.run_with_hooks(tokens, fwd_hooks=hooks, return_type=None, **how)
-    return RoutedBatch(
-        routing=replace(Routing.stack([layers[layer] for layer in model.moe_layers]), mask=batch.mask),
-        tokens=batch.tokens,
-        counted=batch.counted & batch.mask,
-        sources=batch.sources,
-    )
+    forward(model, batch, each_layer(model, [names.MLP_IN], keep), last=True)
+    return routed(model, batch, layers)

@@ -1,14 +1,15 @@
 """Statistics of a live model: hooks that hand on activations while the model runs, so that no cache is kept."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from moe_lens import names
+from moe_lens.errors import InputError
 from moe_lens.protocols import HookedModel
 from moe_lens.routing import LayerRouting, Routing, affinity
 from moe_lens.stats.routed_batch import RoutedBatch
@@ -89,7 +90,69 @@ def routing_hooks(model: HookedModel, layers: dict[int, LayerRouting]) -> Hooks:
     return each_layer(model, wanted, keep)
 
 
+def input_device(model: Any) -> torch.device:
+    """Where the model wants its tokens."""
+    return model.original_model.get_input_embeddings().weight.device
+
+
 @torch.no_grad()
+def forward(model: Any, batch: TextBatch, hooks: Hooks, *, last: bool = False) -> Float[Tensor, "rows columns d_vocab"]:
+    """Logits for what the model reads of a batch, with hooks in place.
+
+    Rows are those of the batch; of one with a `packing` they are packed, and `unpacked` brings them into its rows.
+
+    Args:
+        model: A `HookedMoE`.
+        batch: What to read.
+        hooks: In place while it is read.
+        last: Whether the unembedding sees the last position alone, where logits are not asked for.
+
+    Raises:
+        InputError: They hold NaN; the message names the layer where that begins.
+    """
+    device, packing = input_device(model), getattr(batch, "packing", None)
+    how: dict[str, Any] = {"use_cache": False, **({"logits_to_keep": 1} if last else {})}
+    if packing is None:
+        tokens, how["attention_mask"] = batch.tokens, batch.mask.long().to(device)
+    else:
+        # Positions that start again mark windows that must not see one another, if there is no mask and no cache.
+        tokens, how["position_ids"] = packing.tokens, packing.positions.to(device)
+    logits = model.run_with_hooks(tokens.to(device), fwd_hooks=hooks, return_type="logits", **how)
+    if last or not logits.sum(-1).isnan().any():
+        return logits
+    bad = unpacked(batch, logits.isnan().any(-1)).cpu() & batch.mask
+    if bad.any():
+        row = int(bad.any(-1).nonzero()[0, 0])
+        raise InputError(
+            f"the logits hold NaN in a text of source {batch.sources[row]!r}; {_first_not_finite(model, tokens, how)}. "
+            "A parameter may be broken, or the dtype too narrow"
+        )
+    return logits
+
+
+def unpacked(batch: TextBatch, values: Shaped[Tensor, "rows columns *rest"]) -> Shaped[Tensor, "batch pos *rest"]:
+    """What the model gave for what it read, by row of the batch."""
+    packing = getattr(batch, "packing", None)
+    return values if packing is None else packing.unpack(values)
+
+
+def _first_not_finite(model: Any, tokens: Int[Tensor, "rows columns"], how: dict[str, Any]) -> str:
+    found: list[str] = []
+
+    def look(value: Tensor, hook: Any) -> None:
+        if not value.isfinite().all():
+            found.append(str(hook.name))
+
+    points = [names.block(name, layer) for layer in range(model.cfg.n_layers) for name in _STREAM]
+    model.run_with_hooks(tokens.to(input_device(model)), fwd_hooks=[(name, look) for name in points], **how)
+    if not found:
+        return "the residual stream of every layer is finite, so it is the final norm or the unembedding"
+    return f"the first values that are not finite are at {found[0]} (layer {found[0].split('.')[1]})"
+
+
+_STREAM = (names.RESID_PRE, names.RESID_MID, names.RESID_POST)
+
+
 def observe(model: Any, batch: TextBatch, *, predicted: bool = False) -> RoutedBatch:
     """Run a model over a batch and note its routing: one forward pass, and nothing else is kept.
 
@@ -101,20 +164,26 @@ def observe(model: Any, batch: TextBatch, *, predicted: bool = False) -> RoutedB
         predicted: Whether to note the most likely next token, too.
     """
     layers: dict[int, LayerRouting] = {}
-    device = model.original_model.get_input_embeddings().weight.device
-    tokens, mask = batch.tokens.to(device), batch.mask.to(device)
-    logits = model.run_with_hooks(
-        tokens,
-        fwd_hooks=routing_hooks(model, layers),
-        return_type="logits",
-        attention_mask=mask.long(),
-        use_cache=False,
-        logits_to_keep=0 if predicted else 1,  # 0: all, as transformers has it
-    )
+    logits = forward(model, batch, routing_hooks(model, layers), last=not predicted)
+    return routed(model, batch, layers, unpacked(batch, logits.argmax(-1)) if predicted else None)
+
+
+def routed(
+    model: Any,
+    batch: TextBatch,
+    layers: Mapping[int, LayerRouting],
+    predicted: Int[Tensor, "batch pos"] | None = None,
+) -> RoutedBatch:
+    """The routing of what the model read of a batch, by layer, as that of the batch's rows."""
+    rows = ("indices", "weights", "logits", "probs")
+    by_row = [
+        replace(of, **{name: unpacked(batch, value) for name in rows if (value := getattr(of, name)) is not None})
+        for of in (layers[layer] for layer in model.moe_layers)
+    ]
     return RoutedBatch(
-        routing=replace(Routing.stack([layers[layer] for layer in model.moe_layers]), mask=batch.mask),
+        routing=replace(Routing.stack(by_row), mask=batch.mask),
         tokens=batch.tokens,
         counted=batch.counted & batch.mask,
         sources=batch.sources,
-        predicted=logits.argmax(-1) if predicted else None,
+        predicted=predicted,
     )

@@ -20,11 +20,11 @@ from moe_lens.stats import (
     VocabularyStats,
     compare_domains,
     conditional_information,
+    observe,
     random_router,
     token_unigram_routing,
     uniform_routing,
 )
-from moe_lens.studies.forward_passes import observed
 from moe_lens.studies.frames import by_domain
 from moe_lens.studies.study import TEXTS, Earlier, Gathered, Study
 
@@ -82,7 +82,7 @@ class RoutingStudy(Study):
 
     def step(self, model: Any, name: str, batch: TokenBatch, into: Gathered, prepared: Any) -> None:
         """One forward pass; two for the nulls."""
-        routed = observed(model, batch, predicted=name == MODEL)
+        routed = observe(model, batch, predicted=name == MODEL)
         if name == MODEL:
             _count(into, MODEL, routed)
             for by in ("next", "predicted"):
