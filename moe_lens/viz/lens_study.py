@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 from moe_lens.partial_sum import PartialSum
 from moe_lens.studies import StudyResult
 from moe_lens.studies.frames import where
-from moe_lens.viz.lens_cells import title
 from moe_lens.viz.of_study import panels, table_of
 from moe_lens.viz.style import MUTED, PALETTE, error_bars
 
@@ -38,10 +37,10 @@ def lens_by_layer(result: StudyResult) -> "Figure":
                 mode="lines+markers",
                 line={"color": MUTED if control else PALETTE[number], "width": 1.5 if control else 2, "dash": dash},
                 marker={"size": 4},
-                name=title(which),
+                name=which.label,
                 legendgroup=which.label,
                 showlegend=column == 1,
-                hovertemplate=f"layer %{{x}}: %{{y:.3f}} nats<extra>{title(which)}</extra>",
+                hovertemplate=f"layer %{{x}}: %{{y:.3f}} nats<extra>{which.label}</extra>",
                 row=1,
                 col=column,
             )
