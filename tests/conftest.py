@@ -1,6 +1,7 @@
 """What every test shares: no network, one thread, a fixed seed, hypothesis without deadlines; and our own options."""
 
 import os
+import sys
 
 # Before anything imports huggingface_hub, which reads them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -52,6 +53,13 @@ def _types_are_checked(request: pytest.FixtureRequest) -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", request.node.get_closest_marker("untyped") is not None)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True)
+def _shared_models_are_left_as_they_were() -> Iterator[None]:
+    yield
+    if shared := sys.modules.get("tests.wrapped"):
+        shared.check_shared()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedModel
 
+from moe_lens import names
 from moe_lens.hooked_moe import HookedMoE
 from tests.families import build, tokens
 from tests.plain_moe import Installed
@@ -47,6 +48,36 @@ class Case:
         """Hook names, canonical or not, that fire."""
         self.exact = {name for name in self.fire if not INNER.search(points[name])}
         """Those that can be listened to without selecting eager attention."""
+        self.found = self.state()
+        self.weights = [tensor.clone() for tensor in self.tensors()]
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.model.parameters(), *self.model.buffers()]
+
+    def state(self) -> dict[str, Any]:
+        """What tests that share the model must leave as it was, as they must its weights."""
+        model: Any = self.model
+        config = model.original_model.config
+        switches = {name: bool(value) for name, value in vars(model.cfg).items() if name.startswith("use_")}
+        return {
+            "hooks": listening(model),
+            "claimed": model.owner.claimed,
+            "training": [name for name, module in model.named_modules() if module.training],
+            "parameters": [(parameter.requires_grad, parameter.grad is None) for parameter in model.parameters()],
+            "attention": config._attn_implementation,
+            "switches": switches,
+            "tokenizer": model.tokenizer,
+        }
+
+    def check(self) -> None:
+        """Nothing, if it is as it was found; hook points of single experts, which stay once made, are removed."""
+        model, found, self.found = self.model, self.found, self.state()
+        assert self.found == found, f"a test has changed the shared model {self.name!r}"
+        assert all(map(torch.equal, self.tensors(), self.weights)), f"a test has changed weights of {self.name!r}"
+        for hooks in (hooks for _, hooks in model._layer_hooks()):
+            hooks.experts.clear()
+        for name in [name for name in model.hook_dict if names.parse_expert(name) is not None]:
+            del model._all_hooks[name], model._hook_registry[name]
 
     def some(self) -> list[str]:
         """One name for each hook point that fires, of the first and of the last layer and outside of the layers."""
@@ -62,8 +93,27 @@ class Case:
         return _plain(self.name, self.dtype)
 
 
-@cache
+SHARED: list[Case] = []
+"""Those that the test that runs has asked for."""
+
+
 def wrapped(name: str, dtype: torch.dtype = torch.float32) -> Case:
+    """A model for many tests; each leaves it as it was, which is checked when it ends."""
+    case = _case(name, dtype)
+    SHARED.append(case)
+    return case
+
+
+def check_shared() -> None:
+    """Whether the models that a test has used are as they were before."""
+    used = {id(case): case for case in SHARED}
+    SHARED.clear()
+    for case in used.values():
+        case.check()
+
+
+@cache
+def _case(name: str, dtype: torch.dtype) -> Case:
     return Case(name, dtype)
 
 

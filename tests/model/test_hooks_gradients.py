@@ -171,5 +171,6 @@ def test_a_norm_s_gradient_arrives_also_where_rounding_makes_no_difference(size:
     seen: list[Tensor] = []
     with model.hooks(bwd_hooks=[("ln_final.hook_scale", lambda grad, hook: seen.append(grad.clone()))]):
         model.ln_final(resid)[..., 0].sum().backward()
+    model.zero_grad()
     assert len(seen) == 1 and seen[0].shape == (1, 1, 1)
     assert seen[0].abs().item() > 0
