@@ -1,13 +1,14 @@
 import json
-import subprocess
 import sys
 from typing import Any
 
 import pandas as pd
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_lens.cli import main
 from moe_lens.pruning import Plan, Scores, speed
+from tests.forked import Forked
 
 
 def domain(path, sources, text):
@@ -21,6 +22,12 @@ def texts(tmp_path):
     prose = domain(tmp_path / "prose.jsonl", 12, "The house stood on a hill above the river, and nobody lived there.")
     code = domain(tmp_path / "code.jsonl", 12, "def add(first, second):\n    return first + second\n")
     return ["--domain", f"prose={prose}", "--domain", f"code={code}", "--tokens", "900"]
+
+
+def read_by_transformers(folder):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    logits = model(**tokenizer("A house", return_tensors="pt")).logits
+    sys.stdout.write(f"{model.config.n_routed_experts} {logits.isfinite().all().item()}")
 
 
 @pytest.mark.typed
@@ -45,13 +52,8 @@ def test_a_smaller_model_its_report_and_its_numbers_are_written(texts, tmp_path,
     page = (out / "report.html").read_text()
     assert "32 of 64 experts" in page and 'src="http' not in page
     # in a process of its own, and for DeepSeek v1 after `from moe_lens import HookedMoE` as the card says
-    code = (
-        "from moe_lens import HookedMoE; from transformers import AutoModelForCausalLM as A, AutoTokenizer as T;"
-        f"m = A.from_pretrained({str(out / 'model')!r}); t = T.from_pretrained({str(out / 'model')!r});"
-        "print(m.config.n_routed_experts, m(**t('A house', return_tensors='pt')).logits.isfinite().all().item())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["32", "True"]
+    status, said, err = Forked(read_by_transformers, out / "model", said=tmp_path / "said").end()
+    assert (status, said.split()) == (0, ["32", "True"]), err
     assert main([*arguments, "--out", str(out)]) == 2
     assert "is not an empty folder" in capsys.readouterr().err
 

@@ -1,21 +1,21 @@
 """A model whose layers are on several devices has every hook; one that is split within its layers is refused."""
 
 import json
-import os
-import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from moe_lens import HookedMoE
 from moe_lens.errors import UnsupportedModelError
 from tests.families import build, tokens
+from tests.forked import group
 
-ROOT = Path(__file__).parents[2]
 SPLIT = {
     "model.embed_tokens": "cpu",
     "model.rotary_emb": "cpu",
@@ -60,43 +60,35 @@ def test_a_plan_to_split_layers_is_refused_before_loading(argument):
         HookedMoE.from_pretrained("tiny-deepseekmoe", **{argument: given})
 
 
-SCRIPT = """
-import json, sys, warnings
-warnings.simplefilter("ignore")
-import torch.distributed as dist
-dist.init_process_group("gloo")
-from transformers import AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
-from moe_lens import HookedMoE
-for plan, dim in (({"tp_size": 2}, 2), ({"tp_size": 2, "ep_size": 2}, 0), ({"fsdp_size": 2}, 0)):
-    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], distributed_config=DistributedConfig(**plan))
-    down = model.model.layers[1].mlp.experts.down_proj  # [expert, d_model, d_expert]
-    assert type(down).__name__ == "DTensor" and [place.dim for place in down.placements] == [dim]
-    try:
-        HookedMoE.from_hf(model)
-    except Exception as error:
-        print(json.dumps([plan, type(error).__name__, str(error)]), flush=True)
-dist.destroy_process_group()
-"""
+PLANS: list[tuple[dict[str, int], int]] = [
+    ({"tp_size": 2}, 2),
+    ({"tp_size": 2, "ep_size": 2}, 0),
+    ({"fsdp_size": 2}, 0),
+]
+
+
+def split_and_wrap(folder: Path) -> None:
+    warnings.simplefilter("ignore")
+    torch.distributed.init_process_group("gloo")
+    for plan, dim in PLANS:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**plan))
+        down = model.model.layers[1].mlp.experts.down_proj  # [expert, d_model, d_expert]
+        assert type(down).__name__ == "DTensor" and [place.dim for place in down.placements] == [dim]
+        try:
+            HookedMoE.from_hf(model)
+        except Exception as error:
+            sys.stdout.write(json.dumps([plan, type(error).__name__, str(error)]) + "\n")
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_with_half_of_every_layer_each_are_refused(tmp_path):
     """Half of every expert's neurons each, half of the experts each, and half of everything until it is used."""
     build("mixtral").save_pretrained(tmp_path / "model")
-    (tmp_path / "split.py").write_text(SCRIPT)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "split.py")]
-    done = subprocess.run(
-        [sys.executable, *command, str(tmp_path / "model")],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr
-    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[{")]
-    plans = [{"tp_size": 2}, {"tp_size": 2, "ep_size": 2}, {"fsdp_size": 2}]
-    assert sorted(map(str, (plan for plan, _, _ in said))) == sorted(map(str, 2 * plans))
+    ended = [process.end() for process in group(2, split_and_wrap, tmp_path / "model", said=tmp_path)]
+    said = [json.loads(line) for _, out, _ in ended for line in out.splitlines() if line.startswith("[{")]
+    plans = [plan for plan, _ in PLANS]
+    assert sorted(map(str, (plan for plan, _, _ in said))) == sorted(map(str, 2 * plans)), ended
     for _, kind, message in said:
         assert kind == "UnsupportedModelError"
         assert message.startswith("this model was loaded with tensor or expert parallelism, or fully sharded (")

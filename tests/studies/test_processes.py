@@ -1,4 +1,4 @@
-"""Studies as processes: killed at any point and resumed; shared by two and by four; the model on several devices."""
+"""Studies as processes: killed at any point and resumed; shared by two and by four."""
 
 import os
 import signal
@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from moe_lens.cli import main
 from moe_lens.studies import StudyResult
+from tests.forked import Forked, group
 from tests.studies.tiny import assert_same, save_checkpoint, write_jsonl
 
 ROOT = Path(__file__).parents[2]
@@ -23,54 +25,50 @@ def arguments(tmp_path_factory) -> list[str]:
     texts = tmp_path_factory.mktemp("texts")
     domains = [f"--domain={name}={write_jsonl(texts / f'{name}.jsonl', n=60, seed=i)}" for i, name in enumerate("ab")]
     how = ["--tokens=0", "--window=24", "--shard-tokens=150", "--batch-tokens=200"]
-    return [f"--model={folder}", *domains, *how]
+    return ["routing", f"--model={folder}", *domains, *how]
 
 
-def start(*command: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        [sys.executable, *command],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
-    )
+def begin(arguments: list[str], out: Path, said: Path) -> Forked:
+    return Forked(main, [*arguments, "--out", str(out)], said=said)
 
 
-def done(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=500)
-    assert process.returncode == 0, err
+def ended(process: Forked) -> str:
+    status, out, err = process.end()
+    assert status == 0, err
     return out
 
 
 @pytest.fixture(scope="module")
 def whole(arguments, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("whole") / "out"
-    done(start("-m", "moe_lens", "routing", *arguments, "--out", str(out)))
-    return out
+    folder = tmp_path_factory.mktemp("whole")
+    ended(begin(arguments, folder / "out", folder))
+    return folder / "out"
 
 
 @pytest.mark.parametrize(("how", "shards"), [(signal.SIGKILL, 1), (signal.SIGKILL, 3), (signal.SIGINT, 2)])
 def test_killed_it_goes_on_and_ends_with_the_same(arguments, whole, how, shards, tmp_path):
-    out = tmp_path / "out"
-    process = start("-m", "moe_lens", "routing", *arguments, "--out", str(out))
-    unfinished = tmp_path / "out.unfinished"
+    out, unfinished = tmp_path / "at" / "out", tmp_path / "at" / "out.unfinished"
+    process = begin(arguments, out, tmp_path / "first")
     times: dict[str, set[int]] = {}
-    while process.poll() is None:  # each change of a progress file is a shard
+    while process.running:  # each change of a progress file is a shard
         for file in unfinished.glob("[0-9]*.safetensors"):
             times.setdefault(file.name, set()).add(file.stat().st_mtime_ns if file.exists() else 0)
         if sum(map(len, times.values())) >= shards:
-            process.send_signal(how)
+            process.send(how)
             break
         time.sleep(0.001)
-    _, err = process.communicate(timeout=500)
-    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL), err
+    status, _, err = process.end()
+    assert status == (130 if how == signal.SIGINT else -signal.SIGKILL), err
     assert "Traceback" not in err
     assert not out.exists() and unfinished.exists()
-    done(start("-m", "moe_lens", "routing", *arguments, "--out", str(out)))
+    ended(begin(arguments, out, tmp_path / "second"))
     assert_same(StudyResult.load(whole), StudyResult.load(out))
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def agree(out: Path, whole: Path) -> None:
+    assert_same(StudyResult.load(whole), StudyResult.load(out), 1e-6)
+    assert StudyResult.load(out).manifest["read"] == StudyResult.load(whole).manifest["read"]
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -78,9 +76,22 @@ def test_killed_it_goes_on_and_ends_with_the_same(arguments, whole, how, shards,
 def test_processes_count_what_one_counts(arguments, whole, processes, streaming, tmp_path):
     out = tmp_path / "out"
     more = ["--streaming"] if streaming else []
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    said = done(start(*launcher, "-m", "moe_lens", "routing", *arguments, *more, "--out", str(out)))
-    assert said.strip().splitlines()[-1] == str(out.resolve())
-    assert said.count(str(out.resolve())) == 1
-    assert_same(StudyResult.load(whole), StudyResult.load(out), 1e-6)
-    assert StudyResult.load(out).manifest["read"] == StudyResult.load(whole).manifest["read"]
+    started = group(processes, main, [*arguments, *more, "--out", str(out)], said=tmp_path)
+    said = [ended(process).split() for process in started]
+    assert said == [[str(out.resolve())], *[[]] * (processes - 1)], "the first alone says where"
+    agree(out, whole)
+
+
+def test_torchrun_starts_them(arguments, whole, tmp_path):
+    out = tmp_path / "out"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moe_lens"]
+    done = subprocess.run(
+        [sys.executable, *launcher, *arguments, "--out", str(out)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(out.resolve())]
+    agree(out, whole)
