@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -13,9 +14,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    conversion_mapping,
+)
 
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
+from moe_lens.model.families import deepseek
 from moe_lens.model.families.deepseek import DeepseekConfig, DeepseekForCausalLM, DeepseekModel
 from moe_lens.model.loading import pretrained
 from moe_lens.model.loading.checkpoint import Checkpoint
@@ -44,6 +53,18 @@ def load(folder: Path | str, **kwargs: Any) -> PreTrainedModel:
 def logits(model: PreTrainedModel) -> Tensor:
     with torch.no_grad():
         return model(prompts()).logits
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_original_names_are_known_from_the_first_model_on(pickled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.device("meta"):
+        data = pickle.dumps(DeepseekForCausalLM(DeepseekConfig(**TINY)))
+    monkeypatch.setattr(conversion_mapping, "_checkpoint_conversion_mapping_cache", None)
+    deepseek._register_names.cache_clear()
+    assert conversion_mapping.get_checkpoint_conversion_mapping("deepseek") is None
+    model = pickle.loads(data) if pickled else DeepseekForCausalLM(DeepseekConfig(**TINY))
+    assert type(model) is DeepseekForCausalLM
+    assert conversion_mapping.get_checkpoint_conversion_mapping("deepseek")
 
 
 # ---------------------------------------------------------------------------------------------------- what is whole

@@ -2,11 +2,12 @@
 
 Transformers has DeepSeek-V2 and V3 but not this first one, and the hub's own code for it no longer imports. The model
 is DeepSeek-V2's shell with Llama's attention and a router of its own; experts run through transformers' experts
-interface (`eager`, `grouped_mm`, …). Importing this module registers the family with `AutoConfig`, `AutoModel`,
-`AutoModelForCausalLM` and the checkpoint conversion, so that `from_pretrained` reads, and `save_pretrained` writes,
-the original tensor names (`model.layers.N.mlp.experts.E.gate_proj.weight`, …).
+interface (`eager`, `grouped_mm`, …). Importing this module registers the family with `AutoConfig`, `AutoModel` and
+`AutoModelForCausalLM`, and the first model its checkpoint conversion, so that `from_pretrained` reads, and
+`save_pretrained` writes, the original tensor names (`model.layers.N.mlp.experts.E.gate_proj.weight`, …).
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -145,6 +146,7 @@ class DeepseekModel(DeepseekPreTrainedModel, v2.DeepseekV2Model):
     """Embedding, decoder layers and final norm."""
 
     def __init__(self, config: DeepseekConfig):
+        _register_names()
         PreTrainedModel.__init__(self, config)
         ours: Any = config
         self.padding_idx = config.pad_token_id
@@ -155,6 +157,10 @@ class DeepseekModel(DeepseekPreTrainedModel, v2.DeepseekV2Model):
         self.rotary_emb = DeepseekRotaryEmbedding(ours)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _register_names()  # in the process that reads a pickle, too
+        super().__setstate__(state)
 
 
 class DeepseekForCausalLM(DeepseekPreTrainedModel, v2.DeepseekV2ForCausalLM):
@@ -172,6 +178,11 @@ def _register() -> None:
     AutoConfig.register("deepseek", DeepseekConfig, exist_ok=True)
     AutoModel.register(DeepseekConfig, DeepseekModel, exist_ok=True)
     AutoModelForCausalLM.register(DeepseekConfig, DeepseekForCausalLM, exist_ok=True)
+
+
+@cache
+def _register_names() -> None:
+    """The checkpoint conversion: with the first model, because transformers then builds those of all its families."""
     mapping = get_checkpoint_conversion_mapping("deepseek_v2")  # the same names of experts' matrices
     assert mapping is not None
     register_checkpoint_conversion_mapping("deepseek", mapping, overwrite=True)
