@@ -4,6 +4,7 @@ It hooks the boundaries of a layer's parts and leaves every computation to trans
 norms, attention (or the state-space or convolution layer in its place), MLP, and the experts inside.
 """
 
+import copy
 from contextlib import nullcontext
 from typing import Any
 
@@ -32,14 +33,27 @@ def centres(module: nn.Module) -> bool:
     return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("LayerNorm")
 
 
-def norm_of(name: str, module: nn.Module, layout: Layout, cfg: Any) -> GeneralizedComponent:
+def adds_one(module: nn.Module) -> bool | None:
+    """Whether an RMS norm multiplies by 1 + weight, not by weight; None if by neither. A family may have both kinds."""
+    probe: Any = copy.copy(module)
+    probe.__dict__["_parameters"] = {
+        name: None if weight is None else torch.full(weight.shape, 0.5, device="cpu")
+        for name, weight in module._parameters.items()
+    }
+    with torch.no_grad():
+        ones = torch.ones(1, 1, probe.weight.shape[-1], device="cpu")
+        times = type(module).forward(probe, ones).mean().item()
+    return next((found for found, factor in ((False, 0.5), (True, 1.5)) if abs(times - factor) < 0.01), None)
+
+
+def norm_of(name: str, module: nn.Module, cfg: Any) -> GeneralizedComponent:
     """The component of a norm: with `hook_scale` and `hook_normalized` where it is an ordinary one."""
     kind = type(module).__name__
     if centres(module):
         return adapt(NormalizationBridge(name, cfg, uses_rms_norm=False, uses_weight_offset=False), Norm)
     ordinary = hasattr(module, "weight") and not any(word in kind for word in ("Gated", "InputScaled"))
-    if kind.endswith("RMSNorm") and ordinary:
-        return adapt(NormalizationBridge(name, cfg, uses_rms_norm=True, uses_weight_offset=layout.offset), Norm)
+    if kind.endswith("RMSNorm") and ordinary and (offset := adds_one(module)) is not None:
+        return adapt(NormalizationBridge(name, cfg, uses_rms_norm=True, uses_weight_offset=offset), Norm)
     return LayerPart(name)
 
 
@@ -76,7 +90,7 @@ class Layer(BlockBridge):
         for key, name in (("ln1", ln1), ("ln1_post", layout.ln1_post), ("ln2", ln2), ("ln2_post", layout.ln2_post)):
             module = _find(layer, name)
             if name is not None and module is not None:
-                parts[key] = norm_of(name, module, layout, self.__dict__["cfg"])
+                parts[key] = norm_of(name, module, self.__dict__["cfg"])
         if mixer is not None:
             parts[MIXERS.get(mixer, "attn")] = LayerPart(mixer)
         if mlp is not None:
@@ -84,7 +98,7 @@ class Layer(BlockBridge):
             block.__dict__.update(family=self.family, layer=layer)
             parts["mlp"] = block
         for key, name in layout.others:
-            parts[key] = norm_of(name, _find(layer, name), layout, self.__dict__["cfg"])
+            parts[key] = norm_of(name, _find(layer, name), self.__dict__["cfg"])
         # Parts inside others come last: they are looked up through the wrapped ones.
         self.submodules = dict(sorted(parts.items(), key=lambda part: (part[1].name or "").count(".")))
         if layout.multiplier is not None:
@@ -146,7 +160,7 @@ class GenericAdapter(ArchitectureAdapter):
         self.component_mapping = {
             "embed": EmbeddingBridge(f"{layout.decoder}.{layout.embed}", output_contribution_scale=float(factor)),
             "blocks": Layer(f"{layout.decoder}.{layout.layers}", family, self.cfg),
-            "ln_final": norm_of(norm, _find(model, norm), layout, self.cfg),
+            "ln_final": norm_of(norm, _find(model, norm), self.cfg),
             "unembed": adapt(UnembeddingBridge(layout.head), Unembedding),
         }
 
