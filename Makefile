@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help report install test .plain .typed test-typed quick test-latest .latest test-oldest .oldest test-python .python \
+.PHONY: help report install .installed-all test .plain .typed test-typed quick test-latest .latest test-oldest .oldest test-python .python \
     test-wheel .wheel check docs docs-serve examples notebooks picture clean
 
 help:  ## list the targets
@@ -124,12 +124,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@$(INSTALL) --editable .
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing the development tools into $(VENV) ..."
 	@$(INSTALL) --editable '.[dev]'
-	@touch $@
+	@touch $(VENV)/.installed $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed
 	@echo "Installing the documentation tools into $(VENV) ..."
 	@$(INSTALL) --editable '.[docs]'
 	@touch $@
+
+# Everything at once, for CI: pip looks for what fits together once instead of three times.
+.installed-all: pyproject.toml constraints.txt | $(BIN)/python
+	@$(INSTALL) --editable '.[dev,docs]'
+	@touch $(VENV)/.installed $(VENV)/.installed-dev $(VENV)/.installed-docs
