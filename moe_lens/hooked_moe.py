@@ -1,4 +1,4 @@
-"""HookedMoE: a TransformerBridge in which every Mixture-of-Experts layer is taken apart."""
+"""HookedMoE: a TransformerBridge with hook points inside every Mixture-of-Experts layer."""
 
 from collections.abc import Generator, Iterable
 from contextlib import closing
@@ -38,7 +38,7 @@ class HookedMoE(Summary, GeneratingBridge):
     """A transformers MoE language model whose routers and experts are hook points.
 
     Use it as a TransformerBridge: `run_with_cache`, `run_with_hooks`, `hooks`, `generate`, `to_tokens`. The hook table
-    is in `moe_lens.names`. Wrapping changes the transformers model in place: it belongs to the wrapper from then on.
+    is in `moe_lens.names`. Wrapping changes the transformers model in place: afterwards, use only the wrapper.
     """
 
     # --- loading and saving ---
@@ -53,15 +53,15 @@ class HookedMoE(Summary, GeneratingBridge):
             name_or_path: what transformers' `from_pretrained` takes.
             check: run the self-check on a few tokens.
             trust_remote_code: run code that comes with the checkpoint; DeepSeekMoE does not need it.
-            kwargs: `dtype`, `device_map`, `revision`, `cache_dir`, … as in transformers; of TransformerLens's words,
-                `device`, `tokenizer`, `first_n_layers`, `default_prepend_bos`, `default_padding_side`, and processing
-                of weights that is turned off (`fold_ln=False`).
+            kwargs: `dtype`, `device_map`, `revision`, `cache_dir`, … as in transformers; `device`, `tokenizer`,
+                `first_n_layers`, `default_prepend_bos` and `default_padding_side` as in TransformerLens, and its flags
+                for processing weights if they are off (`fold_ln=False`).
 
         Raises:
-            CheckpointError: the checkpoint is not whole; names file and tensor.
-            UnsupportedModelError: the family is not supported, or weights are to be processed.
-            SelfCheckError: the parts do not make up the whole.
-            InputError: an argument that nobody reads, or a word of TransformerLens's that has another name here.
+            CheckpointError: the checkpoint is incomplete or wrong; names file and tensor.
+            UnsupportedModelError: the family is not supported, or a flag asks for weights to be processed.
+            SelfCheckError: the hooked parts do not sum to a layer's output.
+            InputError: an unknown argument, or one of TransformerLens's that has another name here.
         """
         refuse_plan(kwargs)
         asked = read_words(kwargs)
@@ -87,10 +87,10 @@ class HookedMoE(Summary, GeneratingBridge):
 
     @staticmethod
     def boot_transformers(*args: Any, **kwargs: Any) -> Any:  # noqa: ARG004
-        """Refused: what TransformerLens's function of this name makes is no `HookedMoE`.
+        """Not supported: TransformerLens's function of this name does not make a `HookedMoE`.
 
         Raises:
-            InputError: always; says what to write.
+            InputError: always; says what to write instead.
         """
         raise InputError("boot_transformers makes a plain TransformerBridge: write HookedMoE.from_pretrained(name, …)")
 
@@ -103,14 +103,14 @@ class HookedMoE(Summary, GeneratingBridge):
         name: str | None = None,
         check: bool = True,
     ) -> Self:
-        """Wrap a loaded transformers model, in place and for good; where that fails, it stays as it was.
+        """Wrap a loaded transformers model, in place and permanently; if that fails, the model stays as it was.
 
-        The tokenizer is used as it is and never changed: what was added to it, its pad, BOS and EOS, its chat template.
+        The tokenizer is used as it is and never changed, with its added tokens, pad, BOS and EOS, and chat template.
 
         Raises:
-            UnsupportedModelError: the family is not supported, the model predicts no tokens, or is wrapped already.
-            InputError: no model or no tokenizer of transformers.
-            SelfCheckError: the parts do not make up the whole.
+            UnsupportedModelError: the family is not supported, the model predicts no tokens, or it is already wrapped.
+            InputError: not a model, or not a tokenizer, of transformers.
+            SelfCheckError: the hooked parts do not sum to a layer's output.
         """
         check_wrappable(model)
         if tokenizer is not None:
@@ -130,7 +130,7 @@ class HookedMoE(Summary, GeneratingBridge):
         """Write the model (and tokenizer) as transformers does, in the family's original format.
 
         Args:
-            folder: where to.
+            folder: where to write it.
             kwargs: of transformers' `save_pretrained`.
         """
         model: Any = self.original_model
@@ -185,7 +185,7 @@ class HookedMoE(Summary, GeneratingBridge):
     # --- routing ---
 
     def routing(self, input: Any, **kwargs: Any) -> Routing:
-        """Routing of every MoE layer on a text or on tokens; nothing else is kept.
+        """Routing of every MoE layer on a text or on tokens; no other activation is kept.
 
         Args:
             input: what `forward` takes: text, texts, tokens, what a tokenizer returns, …
@@ -205,21 +205,21 @@ class HookedMoE(Summary, GeneratingBridge):
     steer_experts = rerouting.steer_experts
 
     def generate(self, input: Any = "", *args: Any, interventions: Iterable[Intervention] = (), **kwargs: Any) -> Any:
-        """As TransformerLens's, with interventions in force: the first is outermost.
+        """Generate as in TransformerLens, with interventions active; the first one is outermost.
 
-        A forward pass for every token, so that hooks see each. Transformers' other ways of generating (beams,
-        constraints, …) are in `hf_generate`, inside `with intervention:`.
+        Every new token has its own forward pass, which hooks see. For transformers' other ways of generating (beams,
+        constraints, …) use `hf_generate` inside `with intervention:`.
 
         Args:
-            input: what `forward` takes. Padding is moved to the left: generation continues what stands last.
+            input: what `forward` takes. Padding is moved to the left, so that generation continues the text.
             args: `max_new_tokens` and so on, in TransformerLens's order.
             interventions: what `ablate`, `keep_top`, `force_routing` and `steer_experts` return.
-            kwargs: `max_new_tokens`, `do_sample`, `temperature`, `return_type`, …; and what only some transformers
-                models take, such as `pixel_values`.
+            kwargs: `max_new_tokens`, `do_sample`, `temperature`, `return_type`, …; and inputs of
+                some transformers models, such as `pixel_values`.
 
         Raises:
-            InputError: something that is no intervention on this model, a prompt that cannot be read, or an argument
-                that TransformerLens's `generate` does not have.
+            InputError: an object that is not an intervention on this model, an invalid prompt, or an argument that
+                TransformerLens's `generate` does not have.
         """
         with self.hooks([hook for one in check_interventions(self, interventions) for hook in one.hooks]):
             return super().generate(input, *args, **kwargs)
@@ -227,18 +227,18 @@ class HookedMoE(Summary, GeneratingBridge):
     def generate_stream(
         self, input: Any = "", *args: Any, interventions: Iterable[Intervention] = (), **kwargs: Any
     ) -> Generator[Any]:
-        """As `generate`, piece by piece as it comes, the prompt with the first piece.
+        """Generate as `generate` does, and yield pieces as they are made; the first piece includes the prompt.
 
-        Interventions are in force while a piece is made, not between pieces: what else runs meanwhile is not changed.
+        Interventions are active while a piece is computed, not between pieces, so that other runs are not affected.
 
         Args:
             input: see `generate`.
             args: see `generate`.
             interventions: see `generate`.
-            kwargs: see `generate`; `max_tokens_per_yield`, how many tokens a piece has.
+            kwargs: see `generate`; `max_tokens_per_yield` is the number of tokens of a piece.
 
         Raises:
-            InputError: see `generate`; at the call, not at the first piece.
+            InputError: see `generate`; raised at the call, not at the first piece.
         """
         hooks = [hook for one in check_interventions(self, interventions) for hook in one.hooks]
         pieces = super().generate_stream(input, *args, **kwargs)
@@ -264,11 +264,11 @@ class HookedMoE(Summary, GeneratingBridge):
         x: Float[Tensor, "*tokens d_model"],
         experts: Int[Tensor, "*tokens n"] | Bool[Tensor, " n_experts"],
     ) -> Float[Tensor, "*tokens n d_out"]:
-        """E_i(x), not weighted, of any experts at any tokens, selected or not; no hook fires and nothing is routed.
+        """E_i(x), before its weight, of any experts at any tokens, selected or not; no hook fires and no router runs.
 
         Args:
             layer: a layer with experts.
-            x: what the experts read, as `mlp.hook_in` has it.
+            x: the experts' input, as in `mlp.hook_in`.
             experts: ids, n for each token; or a mask of all experts [n_experts], for the same n at every token.
 
         Raises:

@@ -42,7 +42,7 @@ class Hook:
 
 MLP_HOOKS = (
     Hook(MLP_IN, "b p d", "changes what router and experts read"),
-    Hook(ROUTER_LOGITS, "b p E", "re-routes: selection and weights are recomputed by the model's own rule"),
+    Hook(ROUTER_LOGITS, "b p E", "re-routes: selection and weights are computed again by the model's own rule"),
     Hook(
         EXPERT_INDICES,
         "b p k (int)",
@@ -52,20 +52,20 @@ MLP_HOOKS = (
     Hook(
         ROUTING_WEIGHTS,
         "b p k",
-        "rescales; includes any scale that a family applies; in Llama 4, rescales what the expert reads",
+        "rescales the output; includes any scale that a family applies; in Llama 4, rescales the expert's input",
     ),
     Hook(
         EXPERT_KEPT,
         "b p k (bool)",
-        "False leaves a slot out: its expert is not computed for that token and adds nothing; the slot's neurons and "
-        "outputs are shown as zeros, and of edits of them only one of hook_expert_weighted counts",
+        "False leaves a slot out: its expert is not computed for that token and adds nothing; hooks show zeros in that "
+        "slot, and of edits there only those of hook_expert_weighted have an effect",
     ),
     Hook(EXPERT_PRE, "b p k m", "expert neurons, the activated branch before its activation"),
     Hook(EXPERT_PRE_LINEAR, "b p k m", "expert neurons, the linear branch"),
     Hook(EXPERT_POST, "b p k m", "expert neurons, the product of the two branches"),
-    Hook(EXPERT_OUT, "b p k d", "E_i(x), not weighted; in Llama 4, E_i(g_i x)"),
-    Hook(EXPERT_WEIGHTED, "b p k d", "g_i E_i(x), what is added to the residual stream; in Llama 4, E_i(g_i x)"),
-    Hook(ROUTED_OUT, "b p d", "the sum of these over the chosen experts"),
+    Hook(EXPERT_OUT, "b p k d", "E_r(x), before its weight; in Llama 4, E_r(g_r x)"),
+    Hook(EXPERT_WEIGHTED, "b p k d", "g_r E_r(x), the contribution to the residual stream; in Llama 4, E_r(g_r x)"),
+    Hook(ROUTED_OUT, "b p d", "the sum of hook_expert_weighted over the active experts"),
     Hook(SHARED_OUT, "b p d", "the shared experts, with their own gate where a family has one"),
     Hook(MLP_OUT, "b p d", "the whole MoE layer: routed_out + shared_out"),
 )
@@ -78,7 +78,7 @@ EXPERT_HOOKS = (
     Hook("hook_pre", "rows m", "one expert's neurons, activated branch"),
     Hook("hook_pre_linear", "rows m", "one expert's neurons, linear branch"),
     Hook("hook_post", "rows m", "one expert's neurons, product of the branches"),
-    Hook("hook_out", "rows d", "one expert's output, not weighted"),
+    Hook("hook_out", "rows d", "one expert's output, before its weight"),
 )
 """Hooks of one expert, under `blocks.{layer}.mlp.experts.{expert}.`.
 

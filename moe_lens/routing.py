@@ -1,4 +1,4 @@
-"""`Routing`: which experts each token chose, and with what weight. It needs no model."""
+"""`Routing`: which experts each token selected, and with which weights. It needs no model."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -37,9 +37,9 @@ def affinity(logits: Float[Tensor, "*axes n_experts"], score: str) -> Float[Tens
 
 
 def output_factors(weights: Float[Tensor, "*axes top_k"], family: Any) -> Float[Tensor, "*axes top_k"]:
-    """What experts' outputs are multiplied by before they are added: routing weights.
+    """The factors of experts' outputs in the sum: the routing weights.
 
-    Ones in a family that multiplies what experts read instead: there the outputs are what is added.
+    They are 1 in a family that multiplies experts' inputs instead.
     """
     return torch.ones_like(weights) if getattr(family, "weighs_input", False) else weights
 
@@ -49,16 +49,16 @@ class _RoutedSlots(Summary):
     """What routing is, whatever axes stand before the last one."""
 
     n_experts: int
-    """Routed experts to choose from."""
+    """Number of routed experts."""
     indices: Int[Tensor, "*axes top_k"]
-    """Ids of the chosen experts, by rank: the largest weight first."""
+    """Ids of the active experts by rank, the largest weight first."""
     weights: Float[Tensor, "*axes top_k"]
-    """What the chosen experts' outputs (in Llama 4, their inputs) are multiplied by, any scale of the family included;
+    """What the active experts' outputs (in Llama 4, their inputs) are multiplied by, with any scale of the family; they
     need not sum to one."""
     logits: Float[Tensor, "*axes n_experts"] | None = None
     """Router logits of all experts."""
     probs: Float[Tensor, "*axes n_experts"] | None = None
-    """Affinity of all experts: softmax or sigmoid of the logits, whichever the family has; no selection bias."""
+    """Affinity of all experts: the family's score (softmax, sigmoid, …) of the logits, without selection bias."""
     mask: Bool[Tensor, "*tokens"] | None = None
     """True at real tokens, [batch, pos]; None when there is no padding."""
 
@@ -83,19 +83,19 @@ class _RoutedSlots(Summary):
 
     @property
     def top_k(self) -> int:
-        """Experts chosen per token."""
+        """Active experts of a token."""
         return self.indices.shape[-1]
 
     def dense_weights(self) -> Float[Tensor, "*axes n_experts"]:
-        """Weights of all experts, zero where not chosen: the paper's g_{i,t}."""
+        """Weights of all experts, zero for those not selected: the paper's g_{i,t}."""
         dense = self.weights.new_zeros(*self.indices.shape[:-1], self.n_experts)
         return dense.scatter(-1, self.indices, self.weights)
 
     def margin(self) -> Float[Tensor, "*axes"]:
-        """How decided the choice was: least router logit among the chosen minus the greatest among the others.
+        """The smallest router logit of the selected experts minus the largest of the others.
 
-        Zero is a tie. Negative where something else than the logit chose (a selection bias, expert groups, forced
-        indices); infinite where every expert is chosen.
+        Zero is a tie. It is negative where something else than the logit decided (a selection bias, expert groups,
+        forced indices), and infinite where every expert is selected.
 
         Raises:
             InputError: the router logits are not known.
@@ -124,12 +124,12 @@ class LayerRouting(_RoutedSlots):
 class Routing(_RoutedSlots):
     """Routing of several layers: tensors are [layer, batch, pos, …]; `mask` is [batch, pos].
 
-    Made by `HookedMoE.routing`, by `Routing.stack` from one layer after another, or by `Routing.from_arrays` from what
-    another program exported.
+    Made by `HookedMoE.routing`, by `Routing.stack` from single layers, or by `Routing.from_arrays` from what another
+    program exported.
     """
 
     layers: tuple[int, ...]
-    """The layers in the model that the first axis stands for."""
+    """The layers of the model along the first axis."""
 
     _layer_axes: ClassVar[int] = 1
 
@@ -164,10 +164,10 @@ class Routing(_RoutedSlots):
 
     @classmethod
     def stack(cls, layers: Iterable[LayerRouting]) -> "Routing":
-        """Layers of one run, copied into one; logits and probs are kept if every layer has them.
+        """Stack layers of one run (copied); logits and probs are kept if every layer has them.
 
         Raises:
-            InputError: no layers, or layers that do not fit one another.
+            InputError: no layers, or layers of different shapes.
         """
         parts = list(layers)
         if not parts:
@@ -204,13 +204,13 @@ class Routing(_RoutedSlots):
         layers: Sequence[int] | None = None,
         mask: Any = None,
     ) -> "Routing":
-        """Routing that another program recorded, checked, its slots sorted by weight (ties: lowest id first).
+        """Routing that another program recorded, after a check, with slots sorted by weight (ties: lowest id first).
 
         Args:
             indices: expert ids, [tokens, layers, top_k] as inference engines export them (one sequence), or
                 [layers, batch, pos, top_k]; numpy or torch.
             weights: routing weights, of the same shape.
-            n_experts: routed experts to choose from.
+            n_experts: number of routed experts.
             layers: the model's layers that the layer axis stands for; 0, 1, … if not given.
             mask: true at real tokens, [tokens] or [batch, pos]; padding may hold anything in range.
 

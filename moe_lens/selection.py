@@ -15,9 +15,9 @@ from moe_lens.ids import Ids, ids, one_id
 from moe_lens.protocols import HookedModel
 
 Experts = Mapping[int, Iterable[int] | Tensor | NDArray[Any]] | Iterable[tuple[int, int]]
-"""`{layer: [expert, …]}` or `[(layer, expert), …]`; a mask of all experts may stand for a list of them."""
+"""`{layer: [expert, …]}` or `[(layer, expert), …]`; a mask over all experts may replace a list of ids."""
 Where = int | Iterable[int] | slice | Tensor | NDArray[Any] | Callable[[Tensor], Tensor]
-"""Positions, from the end too, a mask [batch, pos], or a predicate: token ids [batch, pos] → booleans of that shape."""
+"""Positions (negative ones from the end), a mask [batch, pos], or a function: token ids [batch, pos] → booleans."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,27 +55,27 @@ class Step:
 class Selection:
     """Chosen experts (or ranks, or the shared experts) of chosen layers at chosen positions.
 
-    `Selection()` is every routed expert everywhere. It names them only; `check` holds it against a model.
+    `Selection()` is every routed expert everywhere. It needs no model; `check` compares it with one.
 
     Raises:
-        InputError: experts and ranks both, experts and layers both, or something that is no whole number from 0.
+        InputError: both experts and ranks, both experts and layers, or values that are not whole numbers from 0.
     """
 
     experts: Experts | None = None
-    """Routed experts by layer; kept as a dict of sorted tuples. None: all."""
+    """Routed experts by layer, stored as a dict of sorted tuples. None: all."""
     ranks: Iterable[int] | None = None
-    """Places by routing weight from 0, the largest; a sorted tuple. None: all."""
+    """Ranks by routing weight, 0 the largest; a sorted tuple. None: all."""
     layers: Iterable[int] | None = None
-    """Layers of the model; a sorted tuple. None: those of `experts`, or all that have experts."""
+    """Layers of the model; a sorted tuple. None: those of `experts`, or all layers with experts."""
     shared: bool = False
-    """Whether the shared experts are meant; alone, if neither experts nor ranks are given."""
+    """Whether the shared experts are included; only these, if neither experts nor ranks are given."""
     where: Where | None = None
     """Which tokens. None: all.
 
-    Positions are absolute: they count a text's real tokens from 0, padding left out and the key-value cache's tokens
-    added; −1 is the last real token of each forward pass, so every new one while a text is generated. A mask goes with
-    the input's own columns; tokens generated after it are not in it. A predicate sees the ids of the tokens of each
-    step. Padding is never meant.
+    Positions are absolute: they count the real tokens of a text from 0, without padding and including tokens in the
+    key-value cache; −1 is the last real token of each forward pass, and so every new token in generation. A mask has
+    the columns of the input, and never selects tokens that are generated later. A function gets the token ids of each
+    forward pass. Padding is never selected.
     """
 
     def __post_init__(self) -> None:
@@ -112,11 +112,11 @@ class Selection:
         return self.experts is not None or self.ranks is not None or not self.shared
 
     def check(self, model: HookedModel, *, dense: bool = False) -> "Selection":
-        """The selection itself, if the model has all that it names.
+        """The selection itself, if the model has everything that it names.
 
         Args:
             model: A `HookedMoE`.
-            dense: Whether layers without experts will do, as for the residual stream.
+            dense: Whether dense layers are allowed, as for the residual stream.
 
         Raises:
             InputError: no such layer, expert or rank, a layer without experts, or no shared experts; the message names

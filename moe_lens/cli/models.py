@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def models() -> None:
-    """List the supported model types and how their routers choose experts, and those that are refused, and why."""
+    """List the supported model types with their routing rules, and the refused ones with the reason."""
     print(families_text())
 
 
@@ -28,7 +28,7 @@ def info(
         ),
     ],
 ) -> None:
-    """Describe a model: layers, experts, router, parameters and memory. Reads its config alone, no weights."""
+    """Describe a model: layers, experts, router, parameters and memory. Reads its config only, no weights."""
     print(info_text(model))
 
 
@@ -38,7 +38,7 @@ def families_text() -> str:
     from moe_lens.model.families.table import FAMILIES
 
     wide = max(map(len, FAMILIES))
-    lines = [f"{len(FAMILIES)} supported model types, and how their routers choose and weigh experts:"]
+    lines = [f"{len(FAMILIES)} supported model types, and how their routers select and weight experts:"]
     for name, family in sorted(FAMILIES.items()):
         lines.append("  ".join(filter(None, (f"  {name:<{wide}}", family.rule(), family.releases()))))
     lines += ["", f"{len(REFUSED)} refused:"]

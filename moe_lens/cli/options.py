@@ -1,4 +1,4 @@
-"""Options that several commands have, and what is made of them."""
+"""Options that several commands share, and how they are read."""
 
 import re
 from collections.abc import Sequence
@@ -23,13 +23,13 @@ class Dtype(StrEnum):
 
 
 def leads_nowhere(name: str) -> bool:
-    """Whether this is the path of something, not a name on the hub, and there is no such thing."""
+    """Whether this is a path, not a name on the hub, and does not exist."""
     is_path = name.startswith((".", "~")) or name.count("/") > 1 or Path(name).is_absolute()
     return is_path and not Path(name).exists()
 
 
 def model_name(name: str) -> str:
-    """Refuse a path that leads nowhere as soon as it is read, before anything is loaded for it."""
+    """Refuse a path that does not exist at once, before anything is loaded."""
     if leads_nowhere(name):
         expected = "a folder with config.json and safetensors, or a name on the hub"
         raise CheckpointError(f"{name}: there is no such folder. Expected {expected}.")
@@ -47,7 +47,7 @@ Config = Annotated[
     typer.Option(
         metavar="FILE",
         help="A TOML file with the same options (tokens = 100000), and a table for each domain: [domains.code] with "
-        "path or hub, and text, source, split, config, revision, streaming. Options of the command line win.",
+        "path or hub, and text, source, split, config, revision, streaming. The command line takes precedence.",
     ),
 ]
 Model = Annotated[
@@ -60,42 +60,50 @@ Domains = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME=WHERE",
-        help="Texts to read; once for each domain. WHERE is a file, a folder or hub:OWNER/DATASET[@COMMIT]. "
-        "FILE.jsonl: one object per line with `text`, and `source` to say which texts are from one document. "
-        "FILE.json: a list of them. FILE.csv, .tsv, .parquet, or a folder that `datasets` saved: columns as keys "
-        "of jsonl. FILE.txt: passages separated by blank lines, one source. All but parquet may be .gz, .zst or "
-        ".bz2. Another folder: all such files in it. A name alone is an embedded domain (english, …) or one of the "
-        "paper's (paper/gsm8k[@COMMIT], …). Without --domain: the five embedded domains.",
+        help="Texts to read. Give it once for each domain. WHERE is a file, a folder or hub:OWNER/DATASET[@COMMIT]. "
+        "FILE.jsonl: one object per line with `text`, and `source`, the document that the text is from. "
+        "FILE.json: a list of such objects. FILE.csv, .tsv, .parquet, or a folder that `datasets` saved: columns "
+        "named as the keys of jsonl. FILE.txt: passages separated by blank lines, one source. All but parquet may "
+        "be .gz, .zst or .bz2. Another folder: all such files in it. Only a name: an embedded domain (english, …) or "
+        "one of the paper's (paper/gsm8k[@COMMIT], …). Without --domain, the five embedded domains are read.",
     ),
 ]
 TextColumn = Annotated[
-    str, typer.Option(metavar="COLUMN", help="Column or key that holds the text; a+b joins two, a.b is b inside a.")
+    str,
+    typer.Option(
+        metavar="COLUMN", help="Column or key with the text. a+b joins two columns; a.b is the key b inside a."
+    ),
 ]
 SourceColumn = Annotated[
-    str | None, typer.Option(metavar="COLUMN", help="Column or key that says which document a text is from.  [source]")
+    str | None, typer.Option(metavar="COLUMN", help="Column or key with the document that a text is from.  [source]")
 ]
-Split = Annotated[str, typer.Option(help="Split to read of a dataset on the hub.")]
+Split = Annotated[str, typer.Option(help="Split of a dataset on the hub.")]
 Streaming = Annotated[
-    bool, typer.Option("--streaming", help="Read files piece by piece, for those that are larger than memory.")
+    bool,
+    typer.Option(
+        "--streaming", help="Read files piece by piece instead of loading them. For files larger than memory."
+    ),
 ]
-Tokens = Annotated[int, typer.Option(min=0, help="Tokens of text to read in each domain; 0 reads everything.")]
-Window = Annotated[int, typer.Option(min=3, help="Greatest length of a window of text, in tokens.")]
+Tokens = Annotated[int, typer.Option(min=0, help="Number of tokens to read in each domain; 0 reads everything.")]
+Window = Annotated[int, typer.Option(min=3, help="Maximum length of a window of text, in tokens.")]
 Packed = Annotated[
     bool,
     typer.Option(
-        "--packed", help="Lay windows one after another instead of padding them. None attends to another either way."
+        "--packed",
+        help="Put several windows into one row instead of padding them. Windows never attend to one another.",
     ),
 ]
 BatchTokens = Annotated[
-    int, typer.Option(min=1, help="Tokens in one forward pass; halved automatically when memory runs out.")
+    int, typer.Option(min=1, help="Number of tokens in one forward pass; halved automatically when memory runs out.")
 ]
-ShardTokens = Annotated[int, typer.Option(min=1, help="Save progress each time that this many tokens were read.")]
+ShardTokens = Annotated[int, typer.Option(min=1, help="Save progress after every this many tokens.")]
 Seed = Annotated[int, typer.Option(help="Random seed for sampling texts.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="Precision that the model is loaded and run in.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Precision in which the model is loaded and run.")]
 Device = Annotated[
     str,
     typer.Option(
-        callback=_device, help="Device to run on: cpu, cuda, cuda:1, …; auto spreads a large model over several."
+        callback=_device,
+        help="Device to run on: cpu, cuda, cuda:1, …; auto spreads a large model over several devices.",
     ),
 ]
 

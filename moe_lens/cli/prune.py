@@ -45,19 +45,21 @@ def prune(
     specialist: Annotated[
         str | None,
         typer.Option(
-            metavar="DOMAIN", help="Keep the experts that this domain needs, instead of weighing all domains alike."
+            metavar="DOMAIN", help="Score experts on this domain only, instead of weighting all domains equally."
         ),
     ] = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Average pruned experts into kept ones, instead of dropping them.")
+        bool, typer.Option("--merge", help="Average pruned experts into kept ones instead of dropping them.")
     ] = False,
     budget: Annotated[
-        Budget, typer.Option(help="Keep the same number in every layer, or the best of all layers together.")
+        Budget,
+        typer.Option(help="Keep the same number in every layer, or the best-scored experts of all layers together."),
     ] = Budget.layer,
     uniform: Annotated[
         bool,
         typer.Option(
-            "--uniform", help="With --budget global: give every layer the same number in the end, as configs need."
+            "--uniform",
+            help="With --budget global: even out the numbers of the layers in the end, as a config requires.",
         ),
     ] = False,
     top_k: Annotated[
@@ -65,10 +67,10 @@ def prune(
     ] = None,
     against: Annotated[
         list[Scoring] | None,
-        typer.Option(help="Other methods to compare with; may be repeated.  [frequency, random]"),
+        typer.Option(help="Method to compare with; may be repeated.  [frequency, random]"),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of text to read in each domain.")] = 8192,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the checkpoint and the report go.")] = Path(
+    tokens: Annotated[int, typer.Option(min=2, help="Number of tokens to read in each domain.")] = 8192,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for the checkpoint and the report.")] = Path(
         "moe-lens-pruned"
     ),
     seed: options.Seed = 0,
@@ -78,13 +80,13 @@ def prune(
 ) -> None:
     """Write a smaller model that plain transformers loads, and measure what pruning costs.
 
-    FOLDER/model is a checkpoint in the family's own format; FOLDER/report.html shows perplexity per domain against the
-    number of experts kept for several methods, with intervals, memory and speed. Weights are written as
-    they are stored.
+    FOLDER/model is a checkpoint in the family's own format; FOLDER/report.html shows the perplexity of
+    each domain by the number of experts kept, for several methods, with intervals, memory and speed. Weights keep the
+    precision in which they are stored.
 
-    Methods: frequency, summed_weight, ean, weighted_ean, reap (routing and outputs); naee (the layer's output);
-    gradient, knockout (the loss); selected (0 for experts that no token chose); random, the control. knockout and naee
-    run the model, or its layers, once for each expert.
+    Methods score experts by routing and outputs (frequency, summed_weight, ean, weighted_ean, reap), the layer's output
+    (naee), the loss (gradient, knockout), whether any token selected them (selected), or at random (random), the
+    control. knockout runs the model, and naee each layer, once for each expert.
 
     Example: moe-lens prune --domain french --domain code --keep 0.5 --specialist french --out french-half
     """

@@ -22,7 +22,7 @@ Out = Annotated[
     Path,
     typer.Option(
         metavar="FOLDER",
-        help="Where the result goes. It appears when it is complete; until then FOLDER.unfinished keeps what was done, "
+        help="Folder for the result. It appears when it is complete; until then progress is kept in FOLDER.unfinished, "
         "and the same command resumes from there.",
     ),
 ]

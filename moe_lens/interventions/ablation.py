@@ -46,32 +46,33 @@ def ablate(
     seed: int = 0,
     fallback: Fallback = "error",
 ) -> Intervention:
-    """Take experts out: `with model.ablate({3: [17, 4]}): logits = model(tokens)`.
+    """Ablate experts: `with model.ablate({3: [17, 4]}): logits = model(tokens)`.
 
-    Ways to take them out:
+    Ways to ablate:
 
     - `"zero"`: they are not computed and add nothing; the other experts' weights stay.
-    - `"mean"`: their output is that expert's mean over a reference; its routing weight stays.
-    - `"resample"`: their output is the same expert's at another token of the batch, wherever that is: a seeded
-      cycle through the expert's tokens, so that none keeps its own and each is used once.
-    - `"reroute"`: they are left out of the selection and affinities stay; the next expert by the family's own rule
-      takes the slot, with its own affinity and the family's normalisation.
+    - `"mean"`: their output is the expert's mean output over a reference; its routing weight stays.
+    - `"resample"`: their output is the same expert's output at another token of the batch: a random cycle
+      through the expert's tokens, so that none keeps its own and each output is used once.
+    - `"reroute"`: they cannot be selected; the next expert by the family's own rule takes the slot, with its own
+      affinity and the family's normalisation. Affinities do not change.
 
     Args:
-        model: what is intervened on.
+        model: the model.
         experts: `{layer: [expert, …]}` or `[(layer, expert), …]`, or a `Selection`; all if neither experts nor
             ranks are given.
-        ranks: instead of experts, places by routing weight; 0 is the largest.
-        layers: where ranks (or all experts, or the shared ones) are meant; all that have experts if not given.
-        shared: the shared experts too; alone, if neither experts nor ranks are given.
+        ranks: instead of experts, places by routing weight; 0 is the largest weight.
+        layers: the layers of ranks (or of all experts, or of shared ones); all layers with experts if not given.
+        shared: ablate the shared experts too; only these, if neither experts nor ranks are given.
         how: one of the above.
         where: absolute positions (padding not counted, the key-value cache's tokens counted), negative ones from
-            the end of each forward pass, a mask [batch, pos], or a predicate on token ids; all tokens if not given.
+            the end of each forward pass, a mask [batch, pos], or a function of token ids; all tokens if not given.
         reference: for `"mean"`: a cache, a text, texts or tokens, `ExpertMeans`, or the file of saved ones: a `Path`,
             or a `str` that names a file or ends in `.safetensors`.
         renormalize: for `"zero"`: multiply the remaining routed weights by (sum of all) / (sum of the remaining).
-        seed: of `"resample"`.
-        fallback: what `"resample"` does for an expert with a single token: `"error"`, or `"mean"` of the reference.
+        seed: random seed of `"resample"`.
+        fallback: for `"resample"`, what to do for an expert with a single token: raise an `"error"`, or use its
+            `"mean"` over the reference.
 
     Raises:
         InputError: layers, experts or ranks that the model does not have, or arguments that contradict one another;
@@ -167,7 +168,7 @@ def keep_top(
     The slots' axis keeps its length: slots that are not kept show zeros.
 
     Args:
-        model: what is intervened on.
+        model: the model.
         k: 0 … `top_k`.
         by: those of largest weight, `"random"` ones (drawn for every token), or the `"last"` by weight.
         layers: where; all that have experts if not given.

@@ -44,41 +44,41 @@ def expert_attribution(
 ) -> ExpertAttribution:
     """Attribute a metric to every expert (or rank) of every layer: metric(run) − metric(run without it).
 
-    A slot's contribution to the residual stream is g E(x); without it, it is 0, or g times the expert's mean output.
-    Neither the other experts' weights nor which experts the layer itself chooses change.
+    A slot's contribution to the residual stream is g E(x). "Without it" the contribution is 0, or g times the expert's
+    mean output; the layer's selection and weights do not change.
 
     Methods, with c the contribution minus its baseline:
 
-    - `"direct"`: ∂metric/∂logits · (c ⊙ gain / scale) W_U: what c adds to the logits by itself, the final norm's scale
-      frozen. Exact for metrics that are linear in the logits (`Logit`, `LogitDifference`), where it sums, with all
-      other components of the stream and the embedding, to the metric; of first order for others.
+    - `"direct"`: ∂metric/∂logits · (c ⊙ gain / scale) W_U: what c adds directly to the logits, with the final norm's
+      scale frozen. Exact for metrics that are linear in the logits (`Logit`, `LogitDifference`), where it sums, with
+      all other components of the stream and the embedding, to the metric; a first-order estimate for others.
     - `"gradient"`: ∂metric/∂c · c, one forward and one backward pass for all experts of all layers.
     - `"integrated"`: the mean gradient while all selected contributions of a layer grow together from their baselines,
       times c, by `steps` points of Gauss–Legendre quadrature for each layer (arXiv 1703.01365). With frozen routing the
       values of a layer sum to `difference`, the metric's change when they are all at their baselines.
     - `"knockout"`: exact; a run without each expert. Values need not sum to anything: experts interact.
-    - `"direct_knockout"`: exact removal from the final residual stream only, where no later layer reads it; the
-      norm's scale follows. What `"direct"` is an approximation of.
+    - `"direct_knockout"`: exact removal from the last residual stream only, where no later layer reads it; the norm's
+      scale changes accordingly. `"direct"` approximates it.
 
-    Routing is discrete, and a change at one layer makes later ones choose other experts: `"free"`. `"frozen"` keeps the
-    run's experts in all layers behind; their weights still follow from what the routers read, by the family's own rule.
-    Infinitesimal changes re-route nothing, so that the two agree for `"direct"`, `"gradient"` and `"direct_knockout"`.
-    `free.rerouting(frozen)` is their difference.
+    Selection is discrete: with `"free"` routing a change in one layer can make later layers select other experts.
+    `"frozen"` keeps the run's experts in all later layers; their weights still follow what the routers read, by the
+    family's own rule. Infinitesimal changes re-route nothing, so the two agree for `"direct"`, `"gradient"` and
+    `"direct_knockout"`. `free.rerouting(frozen)` is their difference.
 
     Args:
         model: a `HookedMoE`.
         input: tokens, text or texts.
         metric: from logits [batch, pos, d_vocab] to a scalar; see `moe_lens.interventions.metrics`.
         method: one of the above.
-        routing: whether later layers choose again.
+        routing: whether later layers select experts again.
         unit: a value per expert, or per rank by routing weight.
         baseline: what contributions are compared with.
         reference: what means are taken over, for `baseline="mean"`; as for `model.ablate(…, how="mean")`.
-        selection: layers, experts or ranks, and positions to attribute; everything if not given. Of experts or ranks
-            that are left out values and counts are 0.
-        per_position: a value for each position, instead of one for all positions (taken out together). If not given,
-            false for knock-outs, of which it needs one for each expert and position, and true otherwise.
-        steps: of `"integrated"`.
+        selection: layers, experts or ranks, and positions to attribute; everything if not given. Values and counts of
+            experts or ranks that are left out are 0.
+        per_position: a value for each position, instead of one for all positions (removed together). If not given,
+            false for knock-outs, since true needs a run for each expert and position; true otherwise.
+        steps: quadrature points of `"integrated"`.
         kwargs: of `forward`: `attention_mask`, `prepend_bos`, `padding_side`.
 
     Raises:

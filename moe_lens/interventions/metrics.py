@@ -1,4 +1,4 @@
-"""Metrics: what an intervention is judged by, one number from the logits of a run.
+"""Metrics: one number from the logits of a run, by which interventions are compared.
 
 A metric is any callable from logits [batch, pos, d_vocab] to a scalar tensor. The built-in ones are means over tokens
 and say which positions they read, so that sweeps unembed those positions alone.
@@ -21,14 +21,14 @@ Metric = Callable[[Tensor], Tensor]
 
 Positions = int | Int[Tensor, " batch"] | Bool[Tensor, "batch pos"]
 """One position for every item, one for each item, or a mask. Negative ones count from the end: of each text's real
-tokens where a run says what padding is, as `patch` and `expert_attribution` do, otherwise of the logits."""
+tokens where the padding of a run is known, as `patch` and `expert_attribution` do, otherwise of the logits."""
 
 
 class TokenMetric(ABC):
     """A metric that is the mean of a value over the positions that it reads."""
 
     real: Bool[Tensor, "batch pos"] | None = None
-    """True at real tokens of the run that is judged; None where nobody said what padding is."""
+    """True at real tokens of the run; None where the padding is not known."""
 
     def among(self, real: Bool[Tensor, "batch pos"] | None) -> Self:
         """The same metric of a run whose padding is known."""

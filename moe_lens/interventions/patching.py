@@ -35,28 +35,28 @@ def patch(
     batch_size: int | None = None,
     **kwargs: Any,
 ) -> PatchResult:
-    """Patch activations of one run into another, one place at a time, and measure what comes out.
+    """Patch activations of one run into another, one place at a time, and measure the effect.
 
-    The run that is edited is the base, the one that activations are taken from the source. *The same expert* is the one
-    with the same id. `expert_weighted`: at a position the base's contribution g E of expert e is replaced by the
-    source's, which is 0 where the source did not choose e, and is added where the base did not. `expert_out`: the
-    output E is replaced and the base's weight g kept; where either run did not choose e, nothing changes. With the axis
-    "rank", or without either axis, slot r takes what slot r of the source holds, whatever its expert: it is the same
-    rank, not the same expert. `router_logits` over experts replaces single logits, and the router chooses again.
+    The *base* is the run that is edited, the *source* the one that activations are taken from. *The same expert* is the
+    one with the same id. `expert_weighted`: the base's contribution g E(x) of expert e at a position is replaced by the
+    source's; it is 0 where the source did not select e, and is added where the base did not. `expert_out`: the output
+    E(x) is replaced and the base's weight g stays; where either run did not select e, nothing changes. With the axis
+    "rank", or without either axis, slot r gets the source's activation at slot r, whichever expert it is: the same
+    rank, not the same expert. `router_logits` over experts replaces single logits, and the router selects again.
     `routing` replaces indices and weights together.
 
     Args:
         model: A `HookedMoE`.
         clean: Text, texts or tokens.
-        corrupted: As many tokens as the clean input has.
+        corrupted: An input with the same number of tokens.
         site: `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out`, `routed_out`, `shared_out`, `expert_out`,
             `expert_weighted`, `router_logits` or `routing`.
         metric: From logits [batch, pos, d_vocab] to a scalar.
         over: Axes of the sweep: "layer", then "expert" or "rank" where the site has them, then "pos", of which only
-            "layer" is needed; what is not an axis is patched all at once.
+            "layer" is required; along other axes everything is patched at once.
         direction: "denoising" edits the corrupted run with the clean one's activations, "noising" the other way round.
-        routing: "free": layers from the patched one on choose experts again. "frozen": they keep the base's, and their
-            weights follow the router logits; `routing` still sets the layer that it is patched into.
+        routing: "free": layers from the patched one on select experts again. "frozen": they keep the base's experts,
+            and only weights follow the router logits; the site `routing` still sets its own layer.
         selection: Layers, experts or ranks, and positions to patch; everything if not given. Padding is never patched.
         batch_size: Items to run at a time; found automatically if not given.
         kwargs: Of `forward`, for both runs: `attention_mask`, `prepend_bos`, `padding_side`.

@@ -94,19 +94,20 @@ def force_routing(
 ) -> Intervention:
     """Replay recorded routing, slot by slot, on an input of the same shape.
 
-    It separates which experts are used from what they read. With `what="indices"` the recorded experts get their
-    own affinity for the new input and the family's normalisation; with `"weights"` the recorded weight of each rank
-    goes to whatever expert has that rank. In generation, tokens after those that were recorded are routed freely.
+    It separates the effect of which experts are used from that of what they read. With `what="indices"` the recorded
+    experts are used, with their own affinity for the new input and the family's normalisation; with `"weights"` the
+    new input's own experts are used, and each rank gets its recorded weight. In generation, tokens after the recorded
+    ones are routed freely.
 
     Args:
-        model: what is intervened on.
+        model: the model.
         routing: what `model.routing` returned, or a cache that holds indices and weights.
-        layers: which layers; all that were recorded if not given.
+        layers: layers to replay; all recorded ones if not given.
         what: `"both"`, `"indices"` or `"weights"`.
 
     Raises:
-        InputError: layers that were not recorded, or routing among other numbers of experts; when it runs, an input
-            of another shape.
+        InputError: layers that were not recorded, or another number of experts; when it runs, an input of another
+            shape.
     """
     if what not in get_args(Replayed):
         raise InputError(f"what is {what!r}; expected one of {get_args(Replayed)}")
@@ -153,22 +154,22 @@ def steer_experts(
     rule: SteerRule = "affinity",
     where: Where | None = None,
 ) -> Intervention:
-    """Push experts into the selection or out of it: `model.steer_experts({3: {17: "on", 4: -2.0}})`.
+    """Steer experts into the selection or out of it: `model.steer_experts({3: {17: "on", 4: -2.0}})`.
 
-    A number is added to the expert's router logit, before all that the family does with logits. `"on"` and `"off"`
-    force the expert into the selection and out of it. With `rule="affinity"` affinities stay untouched: a forced
-    expert has its own, and the family's normalisation. With `rule="steermoe"` its log-softmax score becomes the
-    largest + 0.01, or the smallest − 0.01, and the family selects and weighs by these scores (arXiv 2509.09660);
-    where a family adds a bias or limits groups after that, it may still choose otherwise.
+    A number is added to the expert's router logit, before anything that the family does with logits. `"on"` and
+    `"off"` force the expert into the selection and out of it. With `rule="affinity"` affinities do not change: a
+    forced expert keeps its own, with the family's normalisation. With `rule="steermoe"` its log-softmax score becomes
+    the largest + 0.01, or the smallest − 0.01, and the family selects and weighs by these scores (arXiv 2509.09660);
+    where a family then adds a selection bias or restricts groups, it may still select otherwise.
 
     Args:
-        model: what is intervened on.
-        steering: from layer to expert to a number, `"on"` or `"off"`.
+        model: the model.
+        steering: for each layer, a number, `"on"` or `"off"` for some experts.
         rule: what "on" and "off" do.
         where: which tokens; see `ablate`.
 
     Raises:
-        InputError: no such layer or expert, another value, more experts on than are active, too few left.
+        InputError: no such layer or expert, another value, more experts "on" than are active, or too few experts left.
     """
     if rule not in get_args(SteerRule):
         raise InputError(f"rule is {rule!r}; expected one of {get_args(SteerRule)}")

@@ -1,4 +1,4 @@
-"""What all lenses share: from a point of the residual stream to logits, and from a cache to what is read there."""
+"""What all lenses share: from a point of the residual stream to logits, and from a cache to a `LensResult`."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -19,7 +19,7 @@ from moe_lens.summary import Summary
 class Lens(Summary, ABC):
     """Reads points of the residual stream as next-token distributions, through the model's final norm and unembedding.
 
-    A lens says how a point is translated into the basis that the final norm reads; everything else is common.
+    A lens translates a point into the basis that the final norm reads; everything else is the same for all lenses.
 
     Args:
         model: A `HookedMoE`.
@@ -33,19 +33,19 @@ class Lens(Summary, ABC):
 
     @abstractmethod
     def translate(self, resid: Float[Tensor, "*axes d_model"], layer: int) -> Float[Tensor, "*axes d_model"]:
-        """A point of the stream at a layer, in the basis of the stream that leaves the last one."""
+        """A point of the residual stream at a layer, translated into the basis of the last layer's output."""
 
     def logits(self, resid: Float[Tensor, "*axes d_model"], layer: int) -> Float[Tensor, "*axes d_vocab"]:
         """FinalNorm(translate(resid)) W_U; differentiable."""
         return self.unembed(self.translate(resid, layer))
 
     def unembed(self, resid: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_vocab"]:
-        """FinalNorm(resid) W_U, and what the family does to logits: the model's own, of the stream leaving it."""
+        """FinalNorm(resid) W_U with the family's own scaling: the model's logits, at its last residual stream."""
         logits = self.model.unembed(self.model.ln_final(resid))
         return self.model.adapter.apply_output_logits_transform(logits)
 
     def unembedding_digest(self) -> str:
-        """SHA-256 of the final norm and the unembedding, in bfloat16: the same in whatever dtype a model is loaded."""
+        """SHA-256 of the final norm and the unembedding in bfloat16, whatever the dtype of the loaded model."""
         digest = hashlib.sha256()
         for module in (self.model.ln_final, self.model.unembed):
             for parameter in module.parameters():
@@ -54,11 +54,11 @@ class Lens(Summary, ABC):
         return digest.hexdigest()
 
     def hooks(self, layers: Collection[int] | None = None, sums: Collection[PartialSum] | None = None) -> list[str]:
-        """The names that a cache must hold so that `decode` can read these layers.
+        """The hooks that must be cached so that `decode` can read these layers.
 
         Args:
             layers: Which layers; all if not given.
-            sums: What will be read; anything, if not given, which takes several times the memory.
+            sums: The sums to read; if not given, hooks for any sum, which take several times the memory.
         """
         model = self.model
         residual = {which.residual for which in sums or ()} | ({"pre"} if sums is None else set())
@@ -91,14 +91,14 @@ class Lens(Summary, ABC):
         targets: Int[Tensor, "batch pos"] | None = None,
         top: int = 5,
     ) -> LensResult:
-        """Read partial sums of a cache, a few rows of logits at a time.
+        """Read partial sums of a cache, in chunks of logits.
 
         Args:
             cache: A `MoECache` of this model that holds `hooks(layers, sums)`.
-            sums: What to read in every layer: one sum or several.
-            layers: Which layers; all if not given. A dense layer has no ranks and no experts to read.
+            sums: One sum or several, read in every layer.
+            layers: Which layers; all if not given. Sums that name ranks or experts are not read in dense layers.
             positions: Which positions of the cache, negative ones from its end; all if not given.
-            targets: The token to find at each of the positions, −1 for none; what follows in the text if not given.
+            targets: The target token at each of the positions, −1 for none; the next token of the text if not given.
             top: How many of the most likely tokens to keep.
 
         Raises:

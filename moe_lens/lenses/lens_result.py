@@ -1,4 +1,4 @@
-"""`LensResult`: what a lens read, as tensors, tables and a file."""
+"""`LensResult`: the predictions of a lens, as tensors, tables and a file."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -23,9 +23,9 @@ QUANTITIES = ("entropy", "cross_entropy", "target_rank", "kl_final", "kl_ensembl
 class LensResult(Summary):
     """What a lens reads at some layers, sums and positions, all in nats. Tensors are on the CPU.
 
-    "Final" is the model's own prediction, "ensemble" the lens on all routed experts + residual of the same layer, and
-    "layer" the lens on that layer's whole output. What cannot be read holds token −1, rank −1 and NaN: padding, sums
-    over some experts in a dense layer, and sums of experts none of which the token selected.
+    "Final" is the model's own prediction, "ensemble" the lens on `u + routed` of the same layer, "layer" the lens on that
+    layer's whole output. Cells that cannot be read hold token −1, rank −1 and NaN: padding, sums that name experts
+    or ranks in a dense layer, and sums of experts none of which the token selected.
     """
 
     layers: tuple[int, ...]
@@ -33,13 +33,13 @@ class LensResult(Summary):
     positions: tuple[int, ...]
     """Along the position axis of the cache."""
     dense: tuple[int, ...]
-    """Those of the layers that have no experts; sums over all experts are the residual plus the whole MLP there."""
+    """The layers without experts; sums over all experts are u plus the whole MLP there."""
     never_selected: tuple[tuple[int, int], ...]
     """(layer, expert) of experts that a sum names and no token of the text selected."""
     texts: Mapping[int, str]
-    """What the tokens that occur in the result read as; empty if the model has no tokenizer."""
+    """The text of each token in the result; empty if the model has no tokenizer."""
     targets: Int[Tensor, "batch pos"]
-    """The tokens that `cross_entropy` and `target_rank` are of: those that follow in the text; −1 where none does."""
+    """The tokens that `cross_entropy` and `target_rank` refer to: by default the next ones of the text; −1 if none."""
     top_tokens: Int[Tensor, "layer sum batch pos top"]
     """The most likely tokens, best first."""
     top_logits: Float[Tensor, "layer sum batch pos top"]
@@ -52,15 +52,15 @@ class LensResult(Summary):
     target_rank: Int[Tensor, "layer sum batch pos"]
     """How many tokens have a greater logit than the target: 0 is the best; −1 where there is no target."""
     kl_final: Float[Tensor, "layer sum batch pos"]
-    """KL(final ‖ lens): what the lens still lacks of the model's prediction."""
+    """KL(final ‖ lens): how far the lens is from the model's own prediction."""
     kl_ensemble: Float[Tensor, "layer sum batch pos"]
-    """KL(lens ‖ ensemble): how surprising this reading is to who knows all routed experts."""
+    """KL(lens ‖ ensemble): how far this sum's prediction is from that of all routed experts."""
     agrees_final: Float[Tensor, "layer sum batch pos"]
-    """1 where the final's most likely token is the lens's too, else 0."""
+    """1 where the lens and the final prediction have the same most likely token, else 0."""
     agrees_layer: Float[Tensor, "layer sum batch pos"]
-    """1 where the most likely token of the whole layer is the sum's too, else 0."""
+    """1 where the sum and the whole layer have the same most likely token, else 0."""
     expert: Int[Tensor, "layer sum batch pos"]
-    """The one routed expert that the sum has there; −1 where it has none, several or all."""
+    """The only routed expert of the sum at that token; −1 where it has none or several."""
     weight: Float[Tensor, "layer sum batch pos"]
     """What that expert's output is multiplied by; NaN where `expert` is −1."""
 
@@ -69,13 +69,13 @@ class LensResult(Summary):
         return f"LensResult({len(self.layers)} layers × {len(self.sums)} sums × {batch} × {pos} tokens)"
 
     def text(self, token: int) -> str:
-        """What a token reads as; `#17` if that is not known."""
+        """The text of a token; `#17` if it is not known."""
         return self.texts.get(token, f"#{token}")
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per layer, sum, batch and position: the most likely token, and every number of the cell.
+        """One row per layer, sum, batch and position: the most likely token, and all numbers of the cell.
 
-        What cannot be read is left out.
+        Cells that cannot be read are left out.
         """
         index = pd.MultiIndex.from_product(self._axes(), names=["layer", "sum", "batch", "pos"])
         best = {"token": self.top_tokens, "logit": self.top_logits, "prob": self.top_probs}
@@ -84,7 +84,7 @@ class LensResult(Summary):
         return self._readable(pd.DataFrame(columns, index=index))
 
     def top_frame(self) -> pd.DataFrame:
-        """One row per layer, sum, batch, position and place, from 0: token, logit, prob and text."""
+        """One row per layer, sum, batch, position and place (0 the most likely token): token, logit, prob and text."""
         places = range(self.top_tokens.shape[-1])
         index = pd.MultiIndex.from_product([*self._axes(), places], names=["layer", "sum", "batch", "pos", "place"])
         values = {"token": self.top_tokens, "logit": self.top_logits, "prob": self.top_probs}

@@ -7,15 +7,15 @@ from moe_lens.lenses.lens import Lens
 
 
 class LogitLens(Lens):
-    """Reads any point of the residual stream through the model's own final norm and unembedding, as it is.
+    """Reads any point of the residual stream through the model's own final norm and unembedding, without translation.
 
-    Early layers do not write in the basis that the unembedding reads, and where u is large beside what is added to it,
-    every sum reads alike: compare with `PartialSum(ranks=[])`, the residual alone.
+    Early layers do not use the basis that the unembedding reads. Where u is much larger than what is added to it, all
+    sums give the same prediction: compare with `PartialSum(ranks=[])`, u alone.
 
     Args:
         model: A `HookedMoE`.
     """
 
     def translate(self, resid: Float[Tensor, "*axes d_model"], layer: int) -> Float[Tensor, "*axes d_model"]:  # noqa: ARG002
-        """The point itself: the stream is read as if every layer wrote in the last one's basis."""
+        """The point itself, as if every layer used the basis of the last one."""
         return resid

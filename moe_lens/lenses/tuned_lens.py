@@ -71,7 +71,7 @@ class TunedLens(TranslatedLens):
             )
 
     def translate(self, resid: Float[Tensor, "*axes d_model"], layer: int) -> Float[Tensor, "*axes d_model"]:
-        """The stream at a layer in the basis of the last: h + A_l h + b_l, in the dtype of h."""
+        """The residual stream at a layer in the basis of the last: h + A_l h + b_l, in the dtype of h."""
         weight, bias = self.weights[layer], self.biases[layer]
         wide = resid.to(torch.promote_types(resid.dtype, weight.dtype))
         change = torch.nn.functional.linear(wide, weight.to(wide), bias.to(wide))
@@ -104,31 +104,31 @@ class TunedLens(TranslatedLens):
     ) -> "TunedLens":
         """Train translators on a corpus, by Adam on KL(final ‖ lens) averaged over tokens.
 
-        The corpus is streamed: items are read as they are needed, again from the start when it ends, and their rows
-        shuffled in a buffer. Interrupted and called again with the same arguments, training goes on from the checkpoint
-        and ends with the same translators; the corpus must then give the same items again.
+        The corpus is streamed: items are read as they are needed, from the start again when it ends, and their rows are
+        shuffled in a buffer. After an interruption, a call with the same arguments continues from the checkpoint and
+        ends with the same translators; the corpus must then yield the same items again.
 
         Args:
             model: A `HookedMoE`.
             texts: Texts, token ids [pos] or [batch, pos], or batches with `tokens` and `mask`.
-            held_out: What is evaluated at start and end, read once and kept. If not given, the first items of `texts`
-                that make up 32 rows; they are then never trained on.
+            held_out: What to evaluate on at start and end; it is read once and kept. If not given, the first 32 rows of
+                `texts`, which are then never trained on.
             mid: Whether to train a second lens on `resid_mid`.
             steps: Optimisation steps.
-            batch: Rows a step.
-            context: Greatest length of a row; the model's if not given.
-            lr: Size of a step: d_model times the rate of the weights. Warmed up over 5 % of the steps, then falls
+            batch: Rows of a step.
+            context: Maximum length of a row; the model's if not given.
+            lr: Learning rate: d_model times that of the weights. It is warmed up over 5 % of the steps, then falls
                 linearly to zero.
-            seed: Of the order of the rows.
-            checkpoint: A file for the state of the training, written every `every` steps and taken up if it exists.
+            seed: Random seed of the order of rows.
+            checkpoint: A file for the state of the training, written every `every` steps; training resumes from it.
             every: Steps between two checkpoints.
             progress: Whether to show a progress bar, on stderr.
 
         Returns:
-            The lens; `lens.tuning` says what its held-out KL was before and after.
+            The lens; `lens.tuning` holds its held-out KL before and after training.
 
         Raises:
-            InputError: A corpus that ends too early or holds something else, or a checkpoint of another training.
+            InputError: A corpus that is too short or holds something else, or a checkpoint of another training.
         """
         settings = TrainingSettings(
             steps=steps, batch=batch, context=context or int(model.cfg.n_ctx), lr=lr, seed=seed, mid=mid

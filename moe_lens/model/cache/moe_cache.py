@@ -1,4 +1,4 @@
-"""`MoECache`: TransformerLens's activation cache, with experts aligned to tokens and parts that sum to the whole."""
+"""`MoECache`: TransformerLens's activation cache, with experts by token and parts that sum to the stream."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class ExpertRows:
     values: Float[Tensor, "*tokens d_model"]
     """Zero where `mask` is false."""
     mask: Bool[Tensor, "*tokens"]
-    """Real tokens that chose the expert."""
+    """True at real tokens that selected the expert."""
 
 
 class _Part(NamedTuple):
@@ -38,19 +38,19 @@ class _Part(NamedTuple):
 
 
 class MoECache(ResidualPartsCache):
-    """Activations of one run, by hook name, with what routing and experts need on top of TransformerLens.
+    """Activations of one run by hook name: TransformerLens's cache, with methods for experts.
 
-    `cache[…]` returns the stored tensor itself, as in TransformerLens: changing it in place changes the cache. What the
-    methods return is new memory, but for `routing`, which holds the stored tensors too. Axes are those of the cache: no
-    batch axis after `remove_batch_dim`, and a position axis that counts the cached positions if a `pos_slice` was used.
+    `cache[…]` returns the stored tensor itself, as in TransformerLens: changing it in place changes the cache. Methods
+    return new tensors, except `routing`, which holds the stored ones too. Axes are those of the cache: no batch axis
+    after `remove_batch_dim`, and after a `pos_slice` the position axis has the cached positions only.
 
     Args:
-        cache_dict: tensors by full hook name; hooks that have two names may go by either.
-        model: the model that made them.
+        cache_dict: tensors by full hook name, or by either name of hooks that have two.
+        model: the model that computed them.
         has_batch_dim: whether the tensors' first axis is the batch.
         tokens: ids at the cached positions.
         mask: true at real tokens, false at padding; None when there is no padding.
-        following: the id that follows in the text, also where only some positions were cached; −1 where none does.
+        following: the id of the next token of the text, also where only some positions were cached; −1 if none.
     """
 
     # Routing and experts
@@ -79,7 +79,7 @@ class MoECache(ResidualPartsCache):
         )
 
     def expert_out(self, layer: int, *, expert: int, weighted: bool = False) -> ExpertRows:
-        """Output of one expert at every token, zero where a token did not choose it and at padding.
+        """Output of one expert at every token; zero where a token did not select it, and at padding.
 
         Args:
             layer: a layer with experts.
@@ -103,9 +103,9 @@ class MoECache(ResidualPartsCache):
         return ExpertRows(values.masked_fill(~mask[..., None], 0), mask)
 
     def select(self, name: str, selection: Selection) -> SelectedRows:
-        """The rows of an activation by slot that a selection means, and which layer, token, rank and expert each is of.
+        """The rows of an activation that a selection names, with the layer, token, rank and expert of each.
 
-        Positions count the cached ones, as if they were the whole text.
+        The cached positions are counted from 0, as if they were the whole text.
 
         Args:
             name: `"expert_out"`, `"expert_weighted"`, `"routing_weights"`, `"expert_post"`, …
@@ -143,8 +143,9 @@ class MoECache(ResidualPartsCache):
         """The residual stream entering a block, or leaving the last one, as a stack of components that sum to it.
 
         Components are `embed` (what enters block 0), `3_attn_out`, `0_mlp_out` of dense layers, `3_shared_out`, and
-        `3_rank_0` or `3_expert_17`: weighted outputs, zero where a token did not choose the expert. By expert there are
-        `n_experts` components a layer: 27 × 64 in DeepSeekMoE 16B, 14 MB a token in float32. `pos_slice` helps.
+        `3_rank_0` or `3_expert_17`: weighted outputs, zero where a token did not select the expert. By expert there
+        are `n_experts` components in each layer: 27 × 64 in DeepSeekMoE 16B, 14 MB for each token in float32; use
+        `pos_slice` to limit the positions.
 
         Args:
             layer: components before this block; None (or -1, as in TransformerLens) for the whole model.
@@ -157,7 +158,7 @@ class MoECache(ResidualPartsCache):
             The stack, [component, batch, pos, d_model], and its labels; or the stack alone.
 
         Raises:
-            HookError: something needed was not cached; the message names all of it.
+            HookError: hooks that are needed were not cached; the message names them all.
         """
         if by not in ("rank", "expert"):
             raise InputError(f"by is {by!r}; expected 'rank' or 'expert'")

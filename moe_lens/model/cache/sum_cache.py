@@ -1,4 +1,4 @@
-"""Points of the residual stream between "before the experts" and "after all of them", from cached activations."""
+"""Partial sums: points of the residual stream between before and after the experts, from cached activations."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,22 +24,22 @@ class ResidualSum:
     """A `PartialSum` of one layer, computed."""
 
     values: Float[Tensor, "*tokens d_model"]
-    """A new tensor: changing it leaves the cache alone."""
+    """A new tensor: changing it does not change the cache."""
     layer: int
-    """The layer in the model."""
+    """The layer of the model."""
     which: PartialSum
     """The sum that was asked for."""
     dense: bool
-    """Whether the layer has no experts, so that its whole MLP stands where the experts would."""
+    """Whether the layer has no experts, so that its whole MLP takes their place in the sum."""
 
 
 class SelectedExpert(NamedTuple):
-    """What a sum has of routed experts at each token."""
+    """The routed expert of a sum at each token."""
 
     expert: Int[Tensor, "*tokens"]
-    """The expert, if the sum is of a single one, by rank, id or drawn, and the token has it; −1 otherwise."""
+    """The expert, if the sum has a single one (by rank, by id or drawn) and the token selected it; −1 otherwise."""
     weight: Float[Tensor, "*tokens"]
-    """Its routing weight, 1 in a sum that is not weighted; NaN where there is no single expert."""
+    """Its routing weight, or 1 in an unweighted sum; NaN where there is no single expert."""
     present: Bool[Tensor, "*tokens"]
     """False where a sum names experts and the token selected none of them."""
 
@@ -50,11 +50,11 @@ class SumCache(AttributionCache):
     def partial_sum(
         self, layer: int, which: PartialSum | None = None, *, at: At | None = None, **chosen: Any
     ) -> ResidualSum:
-        """A point of the residual stream: `partial_sum(3, PartialSum(ranks=[0]))`, or just `partial_sum(3, ranks=[0])`.
+        """Compute a partial sum: `partial_sum(3, PartialSum(ranks=[0]))`, or just `partial_sum(3, ranks=[0])`.
 
-        In a dense layer a sum over all experts is the residual plus the whole MLP and is flagged `dense`; shared
-        experts add nothing there. Weighted outputs that were not cached are made as weights × outputs, without what a
-        hook may have changed in the weighted ones.
+        In a dense layer a sum over all experts is u plus the whole MLP, and the result says `dense`; shared experts add
+        nothing there. Weighted outputs that were not cached are computed as weights × outputs, so an edit of
+        `hook_expert_weighted` is then missing.
 
         Args:
             layer: the layer.
@@ -63,8 +63,8 @@ class SumCache(AttributionCache):
             chosen: keywords of a `PartialSum`, instead of one.
 
         Raises:
-            HookError: something needed was not cached, a dense layer is asked for ranks or experts, or the sum is empty
-                there, for want of shared experts.
+            HookError: an activation was not cached, the sum names ranks or experts in a dense layer, or it is empty
+                because the layer has no shared experts.
             InputError: ranks or experts that the model does not have, or both a PartialSum and keywords.
         """
         if which is not None and chosen:
