@@ -87,8 +87,8 @@ def single_expert(
     same sum); random (the kept ones are drawn at random); replaced (by their mean output, taken from other sources).
 
     Tables: perplexity (a row for each treatment, layer and k, token-weighted and as a geometric mean over windows, with
-    ratios to the whole model paired by source), similarity (cosine of residual + top expert with residual + all
-    experts, beside its controls).
+    ratios to the whole model paired by source), similarity (cosine of u + rank 0 with u + all active
+    experts, u the residual stream before them, beside its controls).
 
     Every text is read twice, and once more for each variant: 2 + 22 times for 6 active experts and all treatments, and
     22 times more for each layer with --layers both.
@@ -113,7 +113,8 @@ def lens(
     """What each layer would predict next if it ended after one expert, all of them, or none: Figure 2, in numbers.
 
     Table: lens (by domain, layer and partial sum: cross-entropy, entropy, KL to the model's own prediction and to all
-    experts together, agreement), with controls: the residual alone, a random active expert, one that was not selected.
+    experts together, agreement), with controls: u, the residual stream before the experts; u + a random active expert;
+    u + an expert that was not selected.
 
     Example: moe-lens lens --domain code=code.jsonl --tokens 20000 --out runs/lens
     """
@@ -140,9 +141,9 @@ def collect_activations(
 ) -> Work:
     """Activations and routing of every token, in shards: what probes, SAEs and transcoders are trained on.
 
-    Every shard has, of each token: token, document, position, counted, the active experts (indices) and their weights
-    in every MoE layer, and whatever --hook names. documents.parquet says which source a document is from. In Python:
-    moe_lens.studies.Collected.load(FOLDER).shards(), or .dataset() for `datasets`.
+    Every shard has, for each token: token, document, position, counted, the active experts (indices) and their weights
+    in every MoE layer, and the activations that --hook names. documents.parquet says which source a document is from.
+    In Python: moe_lens.studies.Collected.load(FOLDER).shards(), or .dataset() for `datasets`.
 
     Example: moe-lens collect --hook 'blocks.*.hook_resid_mid' --store float16 --tokens 1000000 --out runs/activations
     """

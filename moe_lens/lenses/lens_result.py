@@ -23,8 +23,8 @@ QUANTITIES = ("entropy", "cross_entropy", "target_rank", "kl_final", "kl_ensembl
 class LensResult(Summary):
     """What a lens reads at some layers, sums and positions, all in nats. Tensors are on the CPU.
 
-    "Final" is the model's own prediction, "ensemble" the lens on `u + routed` of the same layer, "layer" the lens on that
-    layer's whole output. Cells that cannot be read hold token −1, rank −1 and NaN: padding, sums that name experts
+    "Final" is the model's own prediction, "ensemble" the lens on `u + routed` of that layer, and "layer" the lens on
+    the layer's whole output. Cells that cannot be read hold token −1, rank −1 and NaN: padding, sums that name experts
     or ranks in a dense layer, and sums of experts none of which the token selected.
     """
 

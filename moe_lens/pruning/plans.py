@@ -25,24 +25,24 @@ Budget = Literal["layer", "global"]
 
 @dataclass(frozen=True, eq=False)
 class Plan(Summary):
-    """What a smaller model consists of. It changes nothing by itself: `preview` and `export` carry it out."""
+    """Which experts a smaller model has. A plan changes nothing by itself: `preview` and `export` apply it."""
 
     model: Mapping[str, Any]
-    """What tells the model from others: name and sizes."""
+    """The model's identity: its name and sizes."""
     layers: tuple[int, ...]
     """The layers that have experts."""
     kept: tuple[tuple[int, ...], ...]
-    """By layer: the experts that stay, ascending. Place in this tuple = their number in the smaller model."""
+    """The kept experts of each layer, ascending; an expert's index in this tuple is its id in the smaller model."""
     top_k: int
-    """Experts active per token; the greatest number where layers differ."""
+    """Active experts of a token; the largest number where layers differ."""
     values: Float[Tensor, "layer n_experts"]
     """The scores that the plan was made from; `uniform` ranks by them."""
     method: str
-    """How they were made."""
+    """The method of the scores."""
     merged: Mapping[tuple[int, int], int] | None = None
     """(layer, pruned expert) → the kept expert that it is averaged into; None: pruned experts are dropped."""
     shares: Float[Tensor, "layer n_experts"] | None = None
-    """Weights of the average, for a plan that merges: how often each expert was chosen."""
+    """Weights of the average in a plan that merges: how often each expert was selected."""
     fewer: Mapping[int, int] = field(default_factory=dict)
     """Layers in which fewer than `top_k` experts are active, and how many."""
 
@@ -100,7 +100,7 @@ class Plan(Summary):
         return self.fewer.get(layer, self.top_k)
 
     def of(self, layer: int) -> tuple[int, ...]:
-        """The experts that stay in a layer.
+        """The kept experts of a layer.
 
         Raises:
             InputError: the layer has no experts.
@@ -110,16 +110,16 @@ class Plan(Summary):
         return self.kept[self.layers.index(layer)]
 
     def pruned(self, layer: int) -> tuple[int, ...]:
-        """The experts of a layer that go."""
+        """The experts of a layer that are removed."""
         stay = set(self.of(layer))
         return tuple(expert for expert in range(self.n_experts) if expert not in stay)
 
     def preview(self, model: Any) -> AbstractContextManager[Intervention]:
-        """The plan in force on a `HookedMoE` inside `with`; see `moe_lens.pruning.preview`."""
+        """Apply the plan to a `HookedMoE` inside `with`; see `moe_lens.pruning.preview`."""
         return preview(self, model)
 
     def uniform(self) -> "Plan":
-        """The plan of the same size, rounded, that keeps equally many experts in every layer: the best by score.
+        """The plan of the same size, rounded, that keeps the same number of experts in every layer, by score.
 
         For formats whose config has one number of experts for all layers.
 
@@ -133,7 +133,7 @@ class Plan(Summary):
         return replace(self, kept=tuple(tuple(row) for row in best.tolist()))
 
     def check(self, model: Mapping[str, Any]) -> None:
-        """Hold the plan against a model's identity.
+        """Check that the plan was made for this model.
 
         Raises:
             InputError: the plan was made for another model; names what differs.
@@ -196,13 +196,13 @@ def plan(
     protect: Collection[tuple[int, int]] = (),
     top_k: int | Mapping[int, int] | None = None,
 ) -> Plan:
-    """Choose the experts that stay: those of greatest score.
+    """Choose the experts to keep: those with the largest scores.
 
-    Ties go to the lower expert number.
+    Ties go to the lower expert id.
 
     Args:
-        scores: What `score` gave.
-        keep: The share of experts that stays, in (0, 1); or how many of each layer; `"selected"`: all with a score
+        scores: What `score` returned.
+        keep: The share of experts to keep, in (0, 1); or their number in each layer; `"selected"`: all with a score
             above 0, whatever their number; None: all (to reduce `top_k` alone).
         budget: `"layer"`: the same number in every layer. `"global"`: the best of all layers together, with scores
             divided by their layer's sum, and at least `top_k` in each.

@@ -29,7 +29,7 @@ METHODS: dict[str, str] = {
     "random": "uniform in [0, 1), the control",
     "selected": "1 if any token chose it, else 0",
 }
-"""What each method measures; greater is more important in all of them."""
+"""What each method measures; experts with larger scores are kept."""
 assert set(METHODS) == set(get_args(Method))
 
 
@@ -39,11 +39,11 @@ class Scores(Summary):
 
     method: str
     model: Mapping[str, Any]
-    """What tells the model from others: name and sizes."""
+    """The model's identity: its name and sizes."""
     layers: tuple[int, ...]
     """The layers that have experts."""
     top_k: int
-    """Experts active per token."""
+    """Active experts of a token."""
     domains: tuple[str, ...]
     tokens: tuple[int, ...]
     """Calibration tokens of each domain."""
