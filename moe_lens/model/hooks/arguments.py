@@ -77,7 +77,7 @@ def _instead(what: str, word: str, known: Collection[str]) -> str:
     if what.startswith("generate") and hasattr(GenerationConfig(), word):
         return (
             f": it samples token by token, so that hooks see every step. transformers' own generation has it, "
-            f"with the same hooks and interventions in force: model.hf_generate(…, {word}=…)"
+            f"with the same hooks and interventions active: model.hf_generate(…, {word}=…)"
         )
     close = get_close_matches(word, known, n=1, cutoff=0.7)
     return f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(sorted(known))}"
