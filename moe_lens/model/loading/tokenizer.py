@@ -4,11 +4,11 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from moe_lens.errors import CheckpointError, InputError
-from moe_lens.model.hf_compat import get_tokenizer_config
-from moe_lens.model.loading.checkpoint import find_file
+from moe_lens.model.hf_compat import RELEASE, get_tokenizer_config
+from moe_lens.model.loading.checkpoint import HUB_ARGUMENTS, find_file
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
@@ -36,7 +36,7 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False, **kwar
     try:
         settings = get_tokenizer_config(name_or_path, **kwargs)
         flags = {key: settings[key] for key in ("add_bos_token", "add_eos_token") if settings.get(key) is not None}
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = _loader(name_or_path, settings, kwargs).from_pretrained(
             name_or_path, trust_remote_code=trust_remote_code, **{**flags, **kwargs}
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -45,6 +45,21 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False, **kwar
         if flags.get(f"add_{name}_token") and getattr(tokenizer, f"{name}_token") is None:
             raise CheckpointError(f"tokenizer_config.json of {name_or_path} has add_{name}_token, but no {name}_token.")
     return tokenizer
+
+
+def _loader(source: str, settings: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Any:
+    """What loads a tokenizer: `AutoTokenizer`, but for those that it gets wrong before transformers 5.22.
+
+    It takes tokenizer_config.json at its word where that names Llama's class over a tokenizer of bytes, as
+    DeepSeekMoE's does, and the text's spaces are lost. Mistral's checkpoints, with a tekken.json, have another class.
+    """
+    llama = str(settings.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer"
+    if RELEASE >= (5, 22) or not llama or "auto_map" in settings:
+        return AutoTokenizer
+    hub = {key: kwargs[key] for key in HUB_ARGUMENTS & kwargs.keys()}
+    path = find_file(source, "tokenizer.json", hub)
+    of_bytes = path is not None and '"ByteLevel"' in path.read_text(encoding="utf-8")
+    return PreTrainedTokenizerFast if of_bytes and not find_file(source, "tekken.json", hub) else AutoTokenizer
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, d_vocab: int, source: str) -> None:
