@@ -93,8 +93,8 @@ class OfDomain:
 
     def inference(self, factor: float = 1.0) -> Answer:
         """Whether the number and its controls support the inference."""
-        known = [bound.answer(factor) for bound in self.bounds]
-        return together([*known, UNDECIDED] if self.missing else known)
+        missing: list[Answer] = [UNDECIDED] if self.missing else []
+        return together([*(bound.answer(factor) for bound in self.bounds), *missing])
 
 
 def together(answers: Sequence[Answer]) -> Answer:

@@ -72,13 +72,10 @@ def made(truth: bool, **changes: Any) -> dict[str, StudyResult]:
             "losses": VariantLosses(variants, NAMES, nats, tokens, nats / tokens[:, None], torch.ones_like(tokens)),
         }
         totals = torch.zeros(SOURCES, 3, len(labels), len(QUANTITIES)).double()
-        read = {
-            "mid + rank 0": (0.05, 0.98, 0.97),
-            "mid": (1.0, 0.4, 0.0),
-            "mid + random active expert": (0.6, 0.7, 0.4),
-        }
+        top, none, active = (which.label for which in (sums[2], *PartialSum.controls(TOP_K)[:2]))
+        read = {top: (0.05, 0.98, 0.97), none: (1.0, 0.4, 0.0), active: (0.6, 0.7, 0.4)}
         if not truth:
-            read["mid + rank 0"] = read["mid + random active expert"]
+            read[top] = read[active]
         for label, values in read.items():
             for name, value in zip(("kl_ensemble", "agrees_ensemble", "agrees_where_it_matters"), values, strict=True):
                 totals[:, :, labels.index(label), list(QUANTITIES).index(name)] = scattered(value, 0.002, n=3)
