@@ -95,7 +95,7 @@ def trace(
     copies = tokens.expand(draws, -1).contiguous()
     std = noise * embedding_deviation(model)
     source = CleanRun.of(model, copies, keep=sorted(keep))
-    base = CleanRun.of(model, copies, keep=sorted(keep), fwd_hooks=[(EMBEDDING, _noisy(corrupted, std, seed))])
+    base = CleanRun.of(model, copies, keep=sorted(keep), fwd_hooks=[(EMBEDDING, noisy(corrupted, std, seed))])
     clean, floor = (_at_the_end(run, score) for run in (source, base))
     effects = {}
     for site, axes, made in _sites(model, base, source, place):
@@ -150,7 +150,7 @@ def _at_the_end(run: CleanRun, score: TokenMetric) -> Float[Tensor, " draw"]:
     return score.values(run.logits[:, -1], items, torch.full_like(items, run.pos - 1)).double().cpu()
 
 
-def _noisy(positions: Sequence[int], std: float, seed: int) -> Callable[..., Tensor]:
+def noisy(positions: Sequence[int], std: float, seed: int) -> Callable[..., Tensor]:
     """A hook that adds seeded noise to the embeddings at some positions, another draw for each item."""
 
     def corrupt(embeddings: Tensor, hook: Any) -> Tensor:  # noqa: ARG001  # TransformerLens passes hook by name

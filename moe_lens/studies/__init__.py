@@ -4,8 +4,12 @@ from moe_lens.studies.collect_activations import collect as collect
 from moe_lens.studies.collected import Collected as Collected
 from moe_lens.studies.comparison import Comparison as Comparison
 from moe_lens.studies.comparison import compare as compare
+from moe_lens.studies.facts import FactStudy as FactStudy
+from moe_lens.studies.facts import localise_facts as localise_facts
+from moe_lens.studies.facts import read_facts as read_facts
 from moe_lens.studies.lens import LensStudy as LensStudy
 from moe_lens.studies.lens_examples import LensExample as LensExample
+from moe_lens.studies.localisation import Localisation as Localisation
 from moe_lens.studies.routing import NULLS as NULLS
 from moe_lens.studies.routing import RoutingStudy as RoutingStudy
 from moe_lens.studies.single_expert_study import TREATMENTS as TREATMENTS
@@ -13,5 +17,3 @@ from moe_lens.studies.single_expert_study import SingleExpertStudy as SingleExpe
 from moe_lens.studies.study import Study as Study
 from moe_lens.studies.study import run as run
 from moe_lens.studies.study_result import StudyResult as StudyResult
-from moe_lens.studies.verdicts import Verdicts as Verdicts
-from moe_lens.studies.verdicts import judge as judge

@@ -10,6 +10,8 @@ from moe_lens.viz.lens import lens_table as lens_table
 from moe_lens.viz.lens import lens_text as lens_text
 from moe_lens.viz.lens_study import lens_by_layer as lens_by_layer
 from moe_lens.viz.lens_trajectory import lens_trajectory as lens_trajectory
+from moe_lens.viz.localisation import localisation_contrast as localisation_contrast
+from moe_lens.viz.localisation import localisation_costs as localisation_costs
 from moe_lens.viz.patching import patch_map as patch_map
 from moe_lens.viz.patching import trace_map as trace_map
 from moe_lens.viz.pruning import frontier as frontier

@@ -1,0 +1,98 @@
+"""Sources that are one document in several domains, as a chapter in three languages: kept together wherever they go."""
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moe_lens.errors import InputError
+
+LANGUAGE = r"(?<=/)[a-z]{2,3}([-_][A-Za-z]{2,4})?(?=/)"
+"""A language code between slashes: `handbook/de-DE/backup.html` and `handbook/fr-FR/backup.html` are parallel."""
+
+
+def parallel_blocks(sources: Mapping[str, Sequence[str]], differ: str = LANGUAGE) -> dict[str, dict[str, str]]:
+    """The block that each source of each domain belongs to: sources of one block are parallel.
+
+    Args:
+        sources: Of each domain.
+        differ: A regular expression of what may differ in the names of parallel sources.
+
+    Raises:
+        InputError: It is no regular expression.
+    """
+    try:
+        pattern = re.compile(differ)
+    except re.error as error:
+        raise InputError(
+            f"{differ!r} is no regular expression ({error}); expected what parallel names differ in"
+        ) from None
+    return {domain: {name: pattern.sub("*", name, count=1) for name in names} for domain, names in sources.items()}
+
+
+def balanced_halves(blocks: Mapping[str, Mapping[str, str]], seed: int = 0) -> dict[str, dict[str, int]]:
+    """Deal blocks into two halves, 0 and 1, so that each domain's sources are in both evenly; a half for each source.
+
+    Blocks come in random order, those of several domains first; each goes to the half where its domains have fewer
+    sources so far.
+
+    Args:
+        blocks: Of each domain's sources; see `parallel_blocks`.
+        seed: Of the deal.
+    """
+    counts: dict[str, dict[str, int]] = {}
+    for domain, of in blocks.items():
+        for block in of.values():
+            counts.setdefault(block, {}).setdefault(domain, 0)
+            counts[block][domain] += 1
+    order = sorted(counts)
+    shuffled = random.Random(seed)
+    shuffled.shuffle(order)
+    order.sort(key=lambda block: -len(counts[block]))
+    surplus = dict.fromkeys(blocks, 0)
+    half: dict[str, int] = {}
+    for block in order:
+        lean = sum(surplus[domain] * n for domain, n in counts[block].items())
+        half[block] = int(lean > 0) if lean else shuffled.randrange(2)
+        for domain, n in counts[block].items():
+            surplus[domain] += n if half[block] == 0 else -n
+    return {domain: {name: half[block] for name, block in of.items()} for domain, of in blocks.items()}
+
+
+def resampled_blocks(
+    blocks: Mapping[str, Mapping[str, str]], *, resamples: int = 2000, seed: int = 0
+) -> dict[str, Float[Tensor, "resample source"]]:
+    """How often each source is drawn, blocks being drawn with replacement: parallel sources are drawn together.
+
+    Domains that share blocks are one stratum; each stratum draws as many blocks as it has. A domain of it then has a
+    few sources more or fewer than it had, so that statistics must be ratios of sums.
+
+    Args:
+        blocks: Of each domain's sources, in the order of the sums that they will weigh.
+        resamples: How many times.
+        seed: Of the draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    times: dict[str, Tensor] = {}
+    for domains in _strata(blocks):
+        names = sorted({block for domain in domains for block in blocks[domain].values()})
+        drawn = torch.randint(len(names), (resamples, len(names)), generator=generator)
+        of_block = torch.zeros(resamples, len(names), dtype=torch.float64)
+        of_block.scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
+        place = {name: i for i, name in enumerate(names)}
+        for domain in domains:
+            times[domain] = of_block[:, [place[block] for block in blocks[domain].values()]]
+    return times
+
+
+def _strata(blocks: Mapping[str, Mapping[str, str]]) -> list[list[str]]:
+    """Domains that are linked by blocks of both, directly or through others."""
+    groups: list[tuple[list[str], set[str]]] = []
+    for domain, of in blocks.items():
+        linked = [group for group in groups if group[1] & set(of.values())]
+        groups = [group for group in groups if group not in linked]
+        groups.append(([d for g in linked for d in g[0]] + [domain], set(of.values()).union(*(g[1] for g in linked))))
+    return [domains for domains, _ in groups]

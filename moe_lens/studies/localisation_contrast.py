@@ -1,0 +1,171 @@
+"""Is what a coalition does to its own domain more than what it does to others, and more than other coalitions do?"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moe_lens.stats import MIN_SOURCES
+from moe_lens.stats.parallel_sources import resampled_blocks
+from moe_lens.stats.resampling import tail
+from moe_lens.studies.localisation_coalitions import KINDS, MATCHED, PICKED, Coalitions
+from moe_lens.studies.localisation_effects import CoalitionEffects
+
+
+@dataclass(frozen=True, eq=False)
+class Contrasts:
+    """Everything that is said of coalitions, from sums by source."""
+
+    effects: Mapping[str, CoalitionEffects]
+    """By the domain that was read."""
+    coalitions: Mapping[str, tuple[Coalitions, Coalitions]]
+    """By the domain that they are for: those taken out of half 0, and out of half 1."""
+    blocks: Mapping[str, Mapping[str, str]]
+    """The block of each source: parallel sources are resampled together."""
+
+    def contrast(self, level: float = 0.95) -> pd.DataFrame:
+        """The contrast of the picked experts less that of each kind of control: a row per domain, how and control.
+
+        A contrast is Δ own − mean Δ of the other domains, Δ the nats a token that the loss grows by without the
+        experts. Columns: estimate (contrast of the picked less the mean contrast of the controls) with low and high,
+        its interval over all sources at `level`; beaten, the share of controls whose contrast is below that of the
+        picked; controls, how many there are (0: none could be matched; then the estimate is missing); own and others,
+        Δ of the picked, control_own and control_others, mean Δ of the controls; experts and control_experts, how many
+        are taken out, and mass and control_mass, the share of the domain's routing weight that they carry, means over
+        both halves; sources and tokens of the domain.
+        """
+        rows = [row for how in self._how for domain in self.effects for row in self._rows(domain, how, level)]
+        return pd.DataFrame(rows)
+
+    def by_domain_read(self, level: float = 0.95) -> pd.DataFrame:
+        """Δ of each kind of coalition in each domain: a row per domain that they are for, how, kind and domain read.
+
+        Columns: added (nats a token, mean over the coalitions of the kind) with low and high, its interval; ratio, of
+        perplexities, exp(added); tokens, the greatest number that one of the coalitions was read on; sources.
+        """
+        rows = []
+        kinds = next(iter(self.effects.values())).kinds
+        for how in self._how:
+            for domain in self.effects:
+                for read, values in self._deltas(domain, how).items():
+                    for kind in KINDS:
+                        at = [i for i, k in enumerate(kinds) if k == kind and self._there(domain)[i]]
+                        if not at:
+                            continue
+                        mean = values[:, at].nanmean(1)
+                        low, high = self._interval(mean, read, level)
+                        tokens = self.effects[read].of(how)[1][:, self._number(domain)][:, at].sum(0).max()
+                        if int(tokens) == 0:
+                            continue
+                        rows.append(
+                            {"domain": domain, "how": how, "coalition": kind, "read": read, "added": float(mean[0]),
+                             "low": low, "high": high, "ratio": float(mean[0].exp()), "tokens": int(tokens),
+                             "sources": len(self.effects[read].sources)}
+                        )  # fmt: skip
+        return pd.DataFrame(rows)
+
+    @property
+    def _how(self) -> tuple[str, ...]:
+        return next(iter(self.effects.values())).how
+
+    def _number(self, domain: str) -> int:
+        return list(self.effects).index(domain)
+
+    def _there(self, domain: str) -> list[bool]:
+        """Whether each coalition is there in both halves."""
+        return (
+            self.coalitions[domain][0].members.any((1, 2)) & self.coalitions[domain][1].members.any((1, 2))
+        ).tolist()
+
+    def _deltas(self, domain: str, how: str) -> dict[str, Float[Tensor, "resample variant"]]:
+        """Δ of each of a domain's coalitions in every domain: of all sources first, then of each resample."""
+        found = {}
+        for read, effects in self.effects.items():
+            added, tokens = (value[:, self._number(domain)].double() for value in effects.of(how))
+            whole = torch.ones(1, len(effects.sources), dtype=torch.float64)
+            times = torch.cat([whole, self._times[read]])
+            found[read] = (times @ added) / (times @ tokens)
+        return found
+
+    @cached_property
+    def _times(self) -> dict[str, Float[Tensor, "resample source"]]:
+        return resampled_blocks({d: {s: self.blocks[d][s] for s in of.sources} for d, of in self.effects.items()})
+
+    def _rows(self, domain: str, how: str, level: float) -> Iterator[dict[str, Any]]:
+        deltas = self._deltas(domain, how)
+        own = deltas[domain]
+        others = torch.stack([values for read, values in deltas.items() if read != domain]).nanmean(0)
+        kinds = next(iter(self.effects.values())).kinds
+        picked = kinds.index(PICKED)
+        there = self._there(domain)
+        size, mass = self._sizes(domain)
+        for control in KINDS:
+            if control == PICKED:
+                continue
+            at = [i for i, kind in enumerate(kinds) if kind == control and there[i] and bool(own[0, i].isfinite())]
+            if control != MATCHED and not at:
+                continue
+            contrasts = (own - others)[:, at]
+            mine = (own - others)[:, picked]
+            difference = mine - contrasts.nanmean(1) if at else torch.full_like(mine, torch.nan)
+            low, high = self._interval(difference, domain, level)
+            yield {
+                "domain": domain,
+                "how": how,
+                "control": control,
+                "estimate": float(difference[0]),
+                "low": low,
+                "high": high,
+                "beaten": float((contrasts[0] < mine[0]).double().mean()) if at else float("nan"),
+                "controls": len(at),
+                "own": float(own[0, picked]),
+                "others": float(others[0, picked]),
+                "control_own": _mean(own[0, at]),
+                "control_others": _mean(others[0, at]),
+                "experts": float(size[picked]),
+                "control_experts": _mean(size[at]),
+                "mass": float(mass[picked]),
+                "control_mass": _mean(mass[at]),
+                "sources": len(self.effects[domain].sources),
+                "tokens": int(self.effects[domain].predicted.sum()),
+            }
+
+    def _sizes(self, domain: str) -> tuple[Float[Tensor, " variant"], Float[Tensor, " variant"]]:
+        """Experts and routing weight of each coalition, means over both halves."""
+        of = self.coalitions[domain]
+        size = torch.stack([c.members.sum((1, 2)).double() for c in of]).mean(0)
+        return size, torch.stack([c.mass for c in of]).mean(0)
+
+    def _interval(self, values: Float[Tensor, " resample"], domain: str, level: float) -> tuple[float, float]:
+        """Ends over the resamples, which follow the value of all sources; missing with too few sources somewhere."""
+        if min(len(of.sources) for of in self.effects.values()) < MIN_SOURCES or not bool(values.isfinite().any()):
+            return float("nan"), float("nan")
+        beyond = tail(self.effects[domain].predicted, level)
+        low, high = values[1:].nanquantile(torch.tensor([beyond, 1 - beyond], dtype=values.dtype)).tolist()
+        return low, high
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.nanmean()) if values.numel() else float("nan")
+
+
+def table(
+    domains: Mapping[str, tuple[Coalitions, Coalitions]], layers: Sequence[int], kinds: Sequence[tuple[str, int]]
+) -> pd.DataFrame:
+    """Who is in the coalitions: a row for every expert.
+
+    Columns: domain, out_of (the half of the sources that it is taken out of), coalition, number, layer, expert.
+    """
+    rows = [
+        {"domain": domain, "out_of": half, "coalition": kind, "number": number, "layer": layers[row], "expert": expert}
+        for domain, halves in domains.items()
+        for half, of in enumerate(halves)
+        for (kind, number), members in zip(kinds, of.members, strict=True)
+        for row, expert in members.nonzero().tolist()
+    ]
+    return pd.DataFrame(rows, columns=["domain", "out_of", "coalition", "number", "layer", "expert"])

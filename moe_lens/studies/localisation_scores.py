@@ -1,0 +1,66 @@
+"""What each expert is worth to texts, by source: what experts may be picked by."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moe_lens.errors import InputError
+from moe_lens.stats import Accumulator, Result
+from moe_lens.stats.sums import BySource
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreResult(Result):
+    """Nats that each expert saves, measured or estimated."""
+
+    layers: tuple[int, ...]
+    sources: tuple[str, ...]
+    predicted: Int[Tensor, " source"]
+    saved: Float[Tensor, "source layer n_experts"]
+    """Summed over predicted tokens."""
+
+    def per_token(self, kept: Sequence[bool]) -> Float[Tensor, "layer n_experts"]:
+        """Nats a token, over some of the sources."""
+        rows = torch.tensor(list(kept))
+        return self.saved[rows].sum(0) / self.predicted[rows].sum()
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row per layer and expert: saved, nats a token."""
+        mean = self.per_token([True] * len(self.sources))
+        index = pd.MultiIndex.from_product([self.layers, range(mean.shape[1])], names=["layer", "expert"])
+        return pd.DataFrame({"saved": mean.flatten().numpy()}, index=index).reset_index()
+
+
+class ScoreStats(Accumulator[ScoreResult]):
+    """Sums what experts save, by source."""
+
+    def __init__(self, layers: Sequence[int], n_experts: int):
+        self.layers = tuple(layers)
+        self._saved, self._predicted = BySource(), BySource()
+        about = {"layers": self.layers, "n_experts": n_experts}
+        super().__init__(about, {"saved": self._saved, "predicted": self._predicted})
+
+    def update(
+        self, saved: Float[Tensor, "batch layer n_experts"], predicted: Int[Tensor, " batch"], sources: Sequence[str]
+    ) -> Self:
+        """Count texts: nats that each expert saves each of them, and how many tokens were predicted.
+
+        Raises:
+            InputError: One is not finite.
+        """
+        if not saved.isfinite().all():
+            raise InputError("an attribution is not finite; the logits hold NaN or infinities")
+        self._saved.add(saved, sources)
+        self._predicted.add(predicted, sources)
+        return self
+
+    def result(self) -> ScoreResult:
+        """The sums so far."""
+        if not self._predicted.sources:
+            raise InputError("no tokens were counted; is there any text?")
+        return ScoreResult(self.layers, self._predicted.sources, self._predicted.stacked(), self._saved.stacked())

@@ -1,0 +1,71 @@
+"""A tiny model in which a known expert serves a known domain, its texts, and texts in which domains mean nothing."""
+
+import random
+from typing import Any
+
+import torch
+
+from moe_lens import HookedMoE
+from moe_lens.data import Domain, Passage
+from moe_lens.model.loading.tokenizer import load_tokenizer
+from tests.families import build
+from tests.studies.tiny import TOKENIZER
+
+WORDS = {
+    "sea": ["ship", "water", "sail", "fish", "wind", "storm"],
+    "law": ["court", "judge", "state", "party", "right", "order"],
+    "art": ["paint", "colour", "music", "song", "book", "poem"],
+}
+LAYER = 2
+PLANTED = {"sea": 2, "law": 5, "art": 7}
+"""The expert of each domain in the last layer; the other layers do nothing."""
+
+
+def planted_model() -> HookedMoE:
+    """A token of each domain is sent to the domain's expert, which alone says that the domain's tokens come next.
+
+    The other active experts are chosen by what else is in the token's embedding, and do nothing.
+    """
+    sizes: dict[str, Any] = {"hidden_size": 32, "n_routed_experts": 16, "num_experts_per_tok": 4}
+    hf = build("deepseek", vocab_size=4096, bos_token_id=0, eos_token_id=1, pad_token_id=1, **sizes)
+    tokenizer = load_tokenizer(str(TOKENIZER))
+    generator = torch.Generator().manual_seed(0)
+    read, say = torch.linalg.qr(torch.randn(32, 6, generator=generator)).Q.T.split(3)
+    groups: dict[int, int] = {}
+    for number, words in enumerate(WORDS.values()):
+        groups |= {token: number for word in words for token in tokenizer.encode(f" {word}", add_special_tokens=False)}
+    decoder, head = hf.model, hf.lm_head
+    with torch.no_grad():
+        head.weight.mul_(0.1)
+        for norm in (decoder.norm, *(layer.post_attention_layernorm for layer in decoder.layers)):
+            norm.weight.fill_(1)
+        for token, group in groups.items():
+            own = decoder.embed_tokens.weight[token] - read.T @ (read @ decoder.embed_tokens.weight[token])
+            decoder.embed_tokens.weight[token] = 4 * read[group] + own
+            head.weight[token] += say[group]
+        for layer in decoder.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            mlp = layer.mlp
+            if not hasattr(mlp, "experts"):
+                mlp.down_proj.weight.zero_()
+                continue
+            mlp.shared_experts.down_proj.weight.zero_()
+            mlp.experts.down_proj.zero_()
+            mlp.gate.weight.copy_(0.2 * (mlp.gate.weight - mlp.gate.weight @ read.T @ read))
+        mlp, m = decoder.layers[LAYER].mlp, hf.config.moe_intermediate_size
+        for group, expert in enumerate(PLANTED.values()):
+            mlp.gate.weight[expert] = 0.15 * read[group]  # a logit of 0.85: some 40 % of the token's weight
+            mlp.experts.gate_up_proj[expert, [0, m]] = read[group]
+            mlp.experts.down_proj[expert, :, 0] = 6 * say[group]
+    return HookedMoE.from_hf(hf, tokenizer).requires_grad_(False)
+
+
+def planted_domains(*, shuffled: bool = False, sources: int = 12, words: int = 24) -> list[Domain]:
+    """Texts of each domain's words alone, or of all words alike; the i-th sources of all domains are parallel."""
+    found = []
+    for name, vocabulary in WORDS.items():
+        draw = random.Random(name)
+        drawn = sum(WORDS.values(), []) if shuffled else vocabulary
+        texts = [" " + " ".join(draw.choices(drawn, k=words)) for _ in range(sources)]
+        found.append(Domain(name, tuple(Passage(t, f"book/{name}/{i}", f"{name}:{i}") for i, t in enumerate(texts))))
+    return found

@@ -1,0 +1,126 @@
+"""Tracing over facts: restoring coalitions against patching by hand, and the study on a model with planted experts."""
+
+import json
+
+import pytest
+import torch
+
+from moe_lens import HookedMoE, names
+from moe_lens.cli import main
+from moe_lens.errors import InputError
+from moe_lens.interventions.causal_tracing import EMBEDDING, noisy
+from moe_lens.interventions.traced_fact import Fact, TracedFact
+from moe_lens.studies import StudyResult, localise_facts, read_facts
+from tests.planted import LAYER, PLANTED, WORDS, planted_model
+from tests.studies.tiny import tiny_model
+from tests.wrapped import untouched
+
+
+@pytest.fixture(scope="module")
+def model() -> HookedMoE:
+    return planted_model()
+
+
+SAYS = {"sea": " wind", "law": " right", "art": " book"}
+"""A word of each domain that is one token."""
+
+
+def facts() -> list[Fact]:
+    """The last word says which domain's tokens come next."""
+    others = dict(zip(SAYS, [*list(SAYS)[1:], *SAYS], strict=False))
+    return [
+        Fact(f"{SAYS[others[name]]} {word}", f" {word}", SAYS[name], SAYS[others[name]], kind=name)
+        for name in SAYS
+        for word in WORDS[name][:4]
+    ]
+
+
+@pytest.mark.typed
+def test_restoring_a_coalition_is_patching_what_its_experts_add():
+    model = tiny_model()
+    fact = Fact("the old man looked", " old", " water", " fish")
+    with untouched(model):
+        traced = TracedFact.of(model, fact, noise_std=1.0, draws=2, seed=3)
+        members = torch.zeros(3, 2, 8, dtype=torch.bool)
+        members[0, 0, traced.clean.indices(1)[0, traced.at, 0]] = True
+        members[1] = True
+        found = traced.restored(members)
+    tokens = model.to_tokens(fact.prompt)
+    _, clean = model.run_with_cache(tokens)
+    copies = tokens.expand(2, -1)
+    noise = EMBEDDING, noisy([traced.at], 1.0, 3)
+    first = int(traced.clean.indices(1)[0, traced.at, 0])
+
+    def one(weighted, hook):
+        experts, new = model.experts_in_slots(1), weighted.clone()
+        new[:, traced.at][experts[:, traced.at] == first] = 0
+        new[:, traced.at, 0] += clean["expert_weighted", 1][0, traced.at, 0]
+        return new
+
+    def whole(routed, hook):
+        new = routed.clone()
+        new[:, traced.at] = clean["routed_out", hook.layer()][0, traced.at]
+        return new
+
+    ways = [[(names.mlp("hook_expert_weighted", 1), one)], [(names.mlp("hook_routed_out", at), whole) for at in (1, 2)]]
+    for hooks, ours in zip([*ways, []], found, strict=True):
+        logits = model.run_with_hooks(copies, fwd_hooks=[noise, *hooks])[:, -1]
+        assert torch.allclose(ours, traced.scores(logits).mean(0), atol=1e-4, rtol=0)
+    assert (found[:2, 0] - found[2, 0]).abs().min() > 1e-3
+    assert torch.allclose(traced.ends[1], found[2], atol=1e-9)
+
+
+def test_it_finds_the_planted_experts(model):
+    with untouched(model):
+        result = localise_facts(model, facts(), experts=1)
+    rows = result.tables["experts"]
+    rows = rows[rows["layer"] == LAYER]
+    assert {(of["domain"], of["expert"]) for of in rows.to_dict("records")} == set(PLANTED.items())
+    contrast = result.tables["contrast"]
+    for row in contrast[contrast["measure"] == "difference"].to_dict("records"):
+        assert row["picked"] > 0 and row["estimate"] >= 0
+        assert row["picked"] > 0.5 * row["all"] > 0  # not the same: of all, what noise has chosen goes, too
+        assert row["low"] != row["low"]  # few prompts: no interval
+    runs = result.tables["runs"].set_index(["domain", "run"])["difference"].unstack()
+    for row in runs.to_dict("records"):
+        assert row["corrupted"] < row["picked"] and row["random"] <= row["picked"] < row["clean"] + 1
+
+
+def test_the_facts_that_ship():
+    kinds = [fact.kind for fact in read_facts("small")]
+    assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(
+        ("agreement", "brackets", "digits", "quotation"), 24
+    )
+
+
+def test_the_command_and_what_is_refused(tmp_path, capsys):
+    path = tmp_path / "facts.jsonl"
+    rows = [
+        {"prompt": f"the {word} man", "subject": word, "answer": " water", "foil": " fish"} for word in ("old", "one")
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "out"
+    assert main(["localise", "--facts", str(path), "--experts", "1", "--out", str(out)]) == 0
+    assert list(StudyResult.load(out).tables["contrast"]["measure"]) == ["difference", "rank"]
+    capsys.readouterr()
+    assert main(["localise", "--facts", str(path), "--how", "zero"]) == 2
+    assert "--how is about texts" in capsys.readouterr().err
+    for row, message in (
+        ({"prompt": "a", "subject": "a", "answer": "b"}, r":1: a fact lacks foil"),
+        ({**rows[0], "colour": "red"}, r":1: a fact has colour; expected texts prompt"),
+        (["a"], ":1: expected an object"),
+    ):
+        path.write_text(json.dumps(row))
+        with pytest.raises(InputError, match=message):
+            read_facts(path)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_facts(tmp_path / "none.jsonl")
+
+
+@pytest.mark.untyped
+def test_facts_that_cannot_be_traced(model):
+    fact = facts()[0]
+    with pytest.raises(InputError, match="a kind of facts has a single source"):
+        localise_facts(model, [fact])
+    with pytest.raises(InputError, match="are the same token"):
+        localise_facts(model, [Fact(fact.prompt, fact.subject, fact.answer, fact.answer)] * 2)
