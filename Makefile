@@ -34,7 +34,7 @@ test: check .plain .typed  ## lint, formatting, types, import layers, tests; PYT
 
 # A part of the tests once more, with annotations checked at every call, and with two threads.
 .typed: $(VENV)/.installed-dev
-	$(PYTEST) -m typed --typed --threads 2
+	$(PYTEST) -m typed --typed --threads 2 --durations=20
 
 test-typed: $(VENV)/.installed-dev  ## all tests with annotations, shapes too, checked at every call: slow
 	$(PYTEST) --typed $(PYTEST_ARGS)

@@ -91,7 +91,7 @@ viz.lens_trajectory(lens.decode(cache, few))
 # %% [markdown]
 # ## Adding experts one by one
 #
-# KL(lens ‖ ensemble): how far the first j experts are from all of them.
+# KL(ensemble ‖ lens): what the first j experts lack of all of them.
 
 # %%
 cumulative = PartialSum.cumulative(model.top_k)

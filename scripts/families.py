@@ -76,14 +76,18 @@ image encoder of `dots3_note`.
 
 ## Quantised experts
 
-Experts in MXFP4, FP8 or bitsandbytes formats are other modules, on which hooks would not fire, so such a model is
-refused. MXFP4 and FP8 can be dequantised while loading (without an accelerator, transformers does so by itself):
+Experts in MXFP4 or FP8 are other modules, on which hooks would not fire, so such a model is refused. They can be
+dequantised while loading (without an accelerator, transformers does so by itself):
 
 ```python
 from transformers import FineGrainedFP8Config, Mxfp4Config
 
 model = HookedMoE.from_pretrained("openai/gpt-oss-20b", quantization_config=Mxfp4Config(dequantize=True))
 ```
+
+bitsandbytes quantises the other matrices and leaves packed experts as they are. Such a model is wrapped, but it cannot
+be saved. A GGUF file is loaded with `gguf_file="model.gguf"`, if transformers knows its architecture. Its numbers are
+dequantised, and can be saved.
 
 A PEFT adapter on experts or routers is refused: merge it first (`merge_and_unload`). If an adapter is in the folder
 of a checkpoint, transformers applies it where PEFT is installed; without PEFT, and for DeepSeekMoE, it is refused.

@@ -47,8 +47,8 @@ def group(n: int, function: Callable[..., Any], *arguments: Any, said: Path) -> 
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
-    env = {"WORLD_SIZE": str(n), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n)]
+    env: dict[str, Any] = {"WORLD_SIZE": str(n), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    ranks: list[dict[str, Any]] = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n)]
     return [Forked(function, *arguments, said=said / rank["RANK"], **env, **rank) for rank in ranks]
 
 

@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = INTERRUPTED
     if code == INTERRUPTED:
         what, code = ("terminated", TERMINATED) if terminated else ("interrupted", INTERRUPTED)
-        _say(f"{what}; no result was written. A study keeps what it did: the same command goes on from there")
+        _say(f"{what}; no result was written. A study keeps its progress: the same command resumes it")
     return code if isinstance(code, int) else 0
 
 

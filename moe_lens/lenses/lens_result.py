@@ -15,7 +15,8 @@ from moe_lens.partial_sum import PartialSum
 from moe_lens.storage import load_tensors, save_tensors
 from moe_lens.summary import Summary
 
-QUANTITIES = ("entropy", "cross_entropy", "target_rank", "kl_final", "kl_ensemble", "agrees_final", "agrees_layer")
+AGREEMENTS = ("agrees_final", "agrees_ensemble", "agrees_layer")
+QUANTITIES = ("entropy", "cross_entropy", "target_rank", "kl_final", "kl_ensemble", *AGREEMENTS)
 """Numbers that a result has for every cell."""
 
 
@@ -54,9 +55,11 @@ class LensResult(Summary):
     kl_final: Float[Tensor, "layer sum batch pos"]
     """KL(final ‖ lens): how far the lens is from the model's own prediction."""
     kl_ensemble: Float[Tensor, "layer sum batch pos"]
-    """KL(lens ‖ ensemble): how far this sum's prediction is from that of all routed experts."""
+    """KL(ensemble ‖ lens): how far this sum's prediction is from that of all routed experts."""
     agrees_final: Float[Tensor, "layer sum batch pos"]
     """1 where the lens and the final prediction have the same most likely token, else 0."""
+    agrees_ensemble: Float[Tensor, "layer sum batch pos"]
+    """1 where the lens and the ensemble have the same most likely token, else 0."""
     agrees_layer: Float[Tensor, "layer sum batch pos"]
     """1 where the sum and the whole layer have the same most likely token, else 0."""
     expert: Int[Tensor, "layer sum batch pos"]

@@ -68,7 +68,7 @@ def _read_block(
     absent = targets < 0
     # Differences first: the divergence of two nearly equal distributions is lost in the difference of two sums.
     kl_final = torch.linalg.vecdot(final.log_probs.exp(), final.log_probs - log_probs)
-    kl_ensemble = torch.linalg.vecdot(probs, log_probs - ensemble.log_probs)
+    kl_ensemble = torch.linalg.vecdot(ensemble.log_probs.exp(), ensemble.log_probs - log_probs)
     return {
         "top_tokens": best.indices,
         "top_logits": best.values,
@@ -79,6 +79,7 @@ def _read_block(
         "kl_final": kl_final.clamp(min=0),  # Gibbs' inequality; rounding can leave −1e−8
         "kl_ensemble": kl_ensemble.clamp(min=0),
         "agrees_final": _is_best(logits, final.best, best.values),
+        "agrees_ensemble": _is_best(logits, ensemble.best, best.values),
         "agrees_layer": _is_best(logits, layer_best, best.values),
     }
 

@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from moe_lens.report.rendering import rendered
-from moe_lens.report.sections import SECTIONS, Section, Studies
+from moe_lens.report.sections import SECTIONS, Section, Studies, verdicts_of
 from moe_lens.storage import written_whole
 from moe_lens.studies import StudyResult
 
@@ -26,7 +26,9 @@ class _Model:
 
 
 def write_page(folders: Iterable[str | Path], out: str | Path) -> Path:
-    """Write `report.html`, which needs no network, from saved studies; the path of the page.
+    """Write `report.html`, which needs no network, and `verdicts.json` from saved studies; the path of the page.
+
+    Of several models each has verdicts of its own, `verdicts-2.json` and so on in the order of the page.
 
     Args:
         folders: Of the studies, of any kinds and models.
@@ -36,9 +38,14 @@ def write_page(folders: Iterable[str | Path], out: str | Path) -> Path:
         InputError: A folder holds no result of a study, or the page cannot be written.
     """
     page = Path(out) / PAGE
-    content = page_of([StudyResult.load(folder) for folder in folders])
+    results = [StudyResult.load(folder) for folder in folders]
+    content = page_of(results)
     with written_whole(page) as temporary:
         temporary.write_text(content, encoding="utf-8")
+    for number, studies in enumerate(by_model(results), start=1):
+        found = verdicts_of(studies)
+        if found is not None:
+            found.save(page.with_name("verdicts.json" if number == 1 else f"verdicts-{number}.json"))
     return page
 
 

@@ -15,7 +15,7 @@ from moe_lens.partial_sum import PartialSum
 from moe_lens.report.published_numbers import Published, published, same_model
 from moe_lens.report.rendering import ROWS, as_html, ranged, rendered, table_html
 from moe_lens.stats import MEASURES, MIN_SOURCES
-from moe_lens.studies import NULLS, StudyResult
+from moe_lens.studies import NULLS, StudyResult, Verdicts, judge
 from moe_lens.studies.frames import where
 from moe_lens.studies.lens_examples import EXAMPLE_TOKENS, LensExample
 from moe_lens.studies.variant_losses import WHOLE
@@ -96,6 +96,22 @@ def _readings(result: StudyResult) -> dict[str, str]:
     none, random, *_ = PartialSum.controls(model["top_k"], seed=result.manifest["plan"]["settings"]["seed"])
     shown = {"top": PartialSum(ranks=[0]), "none": none, "random": random}
     return {name: ranged(100 * mean[which.label], ".0f", " %") for name, which in shown.items()}
+
+
+def verdicts_of(studies: Studies) -> Verdicts | None:
+    """The verdicts on the paper's claims; None if the studies read different texts."""
+    plans = [result.manifest["plan"]["domains"] for result in studies.values()]
+    return judge(studies) if all(plan == plans[0] for plan in plans) else None
+
+
+def verdicts(studies: Studies) -> Section:
+    """What the studies say about each claim of the paper."""
+    found = verdicts_of(studies)
+    values: dict[str, Any] = {"found": found, "same_model": same_model(_facts(next(iter(studies.values()))))}
+    if found is not None:
+        values |= {"rows": found.to_frame().to_dict("records"), "bounds": found.per_domain().to_dict("records")}
+        values["sentences"] = [found.sentence(row) for row in found.rows]
+    return section("verdicts", "Verdicts on the paper", **values)
 
 
 def texts(studies: Studies) -> Section:
@@ -263,6 +279,7 @@ def method(studies: Studies) -> Section:
 
 SECTIONS: tuple[Callable[[Studies], Section | None], ...] = (
     findings,
+    verdicts,
     texts,
     routing,
     ensemble,

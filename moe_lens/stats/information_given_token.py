@@ -122,7 +122,7 @@ def _frame(
 
 @checked
 def conditional_information(
-    results: Mapping[str, VocabularyResult], *, permutations: int = 999, seed: int = 0
+    results: Mapping[str, VocabularyResult], *, permutations: int = 1999, seed: int = 0
 ) -> ConditionalInformation:
     """Test whether experts depend on the domain given the token.
 

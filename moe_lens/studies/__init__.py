@@ -17,3 +17,5 @@ from moe_lens.studies.single_expert_study import SingleExpertStudy as SingleExpe
 from moe_lens.studies.study import Study as Study
 from moe_lens.studies.study import run as run
 from moe_lens.studies.study_result import StudyResult as StudyResult
+from moe_lens.studies.verdicts import Verdicts as Verdicts
+from moe_lens.studies.verdicts import judge as judge

@@ -24,11 +24,16 @@ QUANTITIES = {
     "cross_entropy": "−log p of the token that follows, nats",
     "entropy": "of the lens's distribution, nats",
     "kl_final": "KL(final ‖ lens): what the lens lacks of the model's own prediction, nats",
-    "kl_ensemble": "KL(lens ‖ all routed experts + residual), nats",
+    "kl_ensemble": "KL(all routed experts + residual ‖ lens): what the lens lacks of what they read, nats",
     "agrees_final": "share of tokens at which the lens's best token is the model's",
+    "agrees_ensemble": "share of tokens at which it is that of all routed experts + residual",
+    "agrees_where_it_matters": "the same, of the tokens at which the residual alone has another best token than those",
     "agrees_layer": "share of tokens at which it is that of the whole layer",
 }
-"""Quantities of a `LensResult` whose means over tokens are taken."""
+"""Quantities of a `LensResult`, or made of them, whose means over tokens are taken."""
+
+NONE = PartialSum(ranks=[])
+"""The residual alone: where it reads what all experts together read, any expert agrees with them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +82,10 @@ class LensStats(Accumulator[LensTotals]):
             counted: The tokens to count.
             sources: Of each row.
         """
-        values = torch.stack([getattr(read, name) for name in QUANTITIES], -1).double()  # layer sum batch pos quantity
+        of = {name: getattr(read, name) for name in QUANTITIES if name != "agrees_where_it_matters"}
+        alone = of["agrees_ensemble"][:, [read.sums.index(NONE)]]
+        of["agrees_where_it_matters"] = torch.where(alone == 0, of["agrees_ensemble"], torch.nan)
+        values = torch.stack([of[name] for name in QUANTITIES], -1).double()  # layer sum batch pos quantity
         known = values.isfinite() & counted[:, :, None]
         rows = counted.any(-1)
         kept = [source for source, row in zip(sources, rows.tolist(), strict=True) if row]

@@ -30,7 +30,7 @@ class _Panel(NamedTuple):
 
 PANELS = (
     _Panel("KL(final ‖ lens), nats", "kl_final", ".3f"),
-    _Panel("KL(lens ‖ ensemble), nats", "kl_ensemble", ".3f"),
+    _Panel("KL(ensemble ‖ lens), nats", "kl_ensemble", ".3f"),
     _Panel("entropy, nats", "entropy", ".3f"),
     _Panel("rank of the target", "target_rank", ".0f"),
 )

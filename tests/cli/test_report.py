@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,13 @@ def refused(capsys, *arguments: str) -> str:
 
 
 def test_the_folder_holds_three_studies_of_the_same_texts_with_their_nulls(made):
-    assert {path.name for path in made.iterdir()} == {"report.html", "routing", "single-expert", "lens"}
+    assert {path.name for path in made.iterdir()} == {
+        "report.html",
+        "verdicts.json",
+        "routing",
+        "single-expert",
+        "lens",
+    }
     routing, single, lens = (StudyResult.load(made / name) for name in ("routing", "single-expert", "lens"))
     assert routing.manifest["read"] == single.manifest["read"] == lens.manifest["read"]
     assert [(row["name"], row["sources"]) for row in routing.manifest["read"]] == [("many", 12), (NASTY, 1)]
@@ -79,6 +86,25 @@ def test_headlines_are_those_of_the_tables_beside_the_nulls(made):
     ratios = StudyResult.load(made / "single-expert").tables["perplexity"].query("k == 1 and treatment == 'random'")
     low, high = (f"{100 * (value - 1):+.0f}" for value in (ratios["ratio"].min(), ratios["ratio"].max()))
     assert f"keeping one of the active ones at random by {low if low == high else f'{low} to {high}'} %" in page
+
+
+def test_verdicts_stand_on_the_page_and_in_a_file(made):
+    page = " ".join(unescape(re.sub("<[^>]*>", " ", (made / "report.html").read_text(encoding="utf-8"))).split())
+    saved = json.loads((made / "verdicts.json").read_text(encoding="utf-8"))
+    assert [of["key"] for of in saved["verdicts"]] == ["1a", "1b", "2", "3", "4", "5", "6"]
+    assert saved["texts"] == ["many", NASTY] and saved["domains"][0]["name"] == "many"
+    for of in saved["verdicts"]:
+        # one source of the second domain decides nothing, so that no claim holds in both, nor is contradicted
+        assert of["number"] not in ("holds", "contradicted") and of["inference"] not in ("holds", "contradicted")
+        assert f"{of['claim']} {of['number']} {of['inference']} {of['at_half']}; {of['at_double']}" in page
+    assert "nothing here decides about DeepSeekMoE 16B" in page and "undecided: localisation was not run" in page
+    ratio = StudyResult.load(made / "single-expert").tables["perplexity"].query("treatment == 'dropped' and k == 1")
+    bounds = [of for of in saved["bounds"] if of["what"] == "perplexity, k = 1 ÷ all"]
+    assert [of["value"] for of in bounds] == pytest.approx(ratio["ratio"].tolist())
+    assert bounds[0]["low"] < bounds[0]["value"] < bounds[0]["high"] and bounds[1]["low"] is None
+    assert (
+        bounds[0]["low"] < ratio["ratio_low"].iloc[0] and bounds[0]["high"] > ratio["ratio_high"].iloc[0]
+    )  # of both domains
 
 
 def test_page_stands_alone_and_is_escaped(made):
@@ -109,12 +135,12 @@ def test_interrupted_the_same_command_goes_on_and_ends_with_the_same_page(
         patched.setattr(SingleExpertStudy, "step", interrupted)
         assert main(arguments(checkpoint, texts, out)) == 130
     assert "means" in steps and not (out / "report.html").exists()
-    assert "the same command goes on from there" in capsys.readouterr().err
+    assert "the same command resumes it" in capsys.readouterr().err
     monkeypatch.setattr(RoutingStudy, "step", None)  # what was complete is not done again
     assert main(arguments(checkpoint, texts, out)) == 0
     assert capsys.readouterr().out.strip() == str((out / "report.html").resolve())
     assert (out / "report.html").read_bytes() == (made / "report.html").read_bytes()
-    assert {path.name for path in out.iterdir()} == {"report.html", "routing", "single-expert", "lens"}
+    assert {path.name for path in out.iterdir()} == {"report.html", "verdicts.json", "routing", "single-expert", "lens"}
 
 
 def test_a_finished_report_is_drawn_again_from_its_folder_and_refuses_other_work(
@@ -122,7 +148,8 @@ def test_a_finished_report_is_drawn_again_from_its_folder_and_refuses_other_work
 ):
     assert main(["report", str(made), "--out", str(tmp_path)]) == 0
     assert (tmp_path / "report.html").read_bytes() == (made / "report.html").read_bytes()
-    assert {path.name for path in tmp_path.iterdir()} == {"report.html"}
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "verdicts.json"}
+    assert (tmp_path / "verdicts.json").read_bytes() == (made / "verdicts.json").read_bytes()
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
     given = arguments(checkpoint, texts, made)
     said = refused(capsys, *given[1:], "--seed", "1")

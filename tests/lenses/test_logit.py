@@ -111,8 +111,9 @@ def test_every_number_is_its_definition(model: HookedMoE, cache: MoECache):
                 "cross_entropy": -log_probs.gather(-1, some)[..., 0].where(following >= 0, torch.nan),
                 "target_rank": ranks.where(following >= 0, -1),
                 "kl_final": kl_div(log_probs, final, reduction="none", log_target=True).sum(-1),
-                "kl_ensemble": kl_div(ensemble, log_probs, reduction="none", log_target=True).sum(-1),
+                "kl_ensemble": kl_div(log_probs, ensemble, reduction="none", log_target=True).sum(-1),
                 "agrees_final": (logits.argmax(-1) == final.argmax(-1)).float(),
+                "agrees_ensemble": (logits.argmax(-1) == ensemble.argmax(-1)).float(),
                 "agrees_layer": (logits.argmax(-1) == whole).float(),
             }
             for name, expected in found.items():

@@ -448,12 +448,15 @@ def bfloat16(case: Case) -> None:
 
 
 def saving(case: Case) -> None:
-    """A saved model loads again, wrapped or not, and computes the same bits."""
+    """A saved model loads again with every parameter, and computes the same bits."""
     with tempfile.TemporaryDirectory() as folder:
         case.model.save_pretrained(folder)
         again = HookedMoE.from_pretrained(folder, dtype=torch.float32)
         with torch.no_grad():
             assert torch.equal(again(case.tokens), case.logits)
+        saved, loaded = case.model.state_dict(), again.state_dict()  # what logits do not depend on, too
+        assert saved.keys() == loaded.keys()
+        assert [name for name in saved if not torch.equal(saved[name], loaded[name])] == []
 
 
 LAWS: dict[str, Callable[[Case], None]] = {

@@ -60,7 +60,7 @@ def test_a_plan_to_split_layers_is_refused_before_loading(argument):
         HookedMoE.from_pretrained("tiny-deepseekmoe", **{argument: given})
 
 
-PLANS: list[tuple[dict[str, int], int]] = [
+PLANS: list[tuple[dict[str, Any], int]] = [
     ({"tp_size": 2}, 2),
     ({"tp_size": 2, "ep_size": 2}, 0),
     ({"fsdp_size": 2}, 0),

@@ -1,6 +1,7 @@
 """What is saved is the family's own checkpoint, with nothing of ours in it: transformers and moe_lens read it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config
 from transformers.utils.quantization_config import Mxfp4Config
 
-from moe_lens.errors import InputError, UnsupportedModelError
+from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.model.loading import saving
 from moe_lens.pruning import Plan, export
@@ -155,6 +156,67 @@ def in_a_base_model(folder: Path) -> HookedMoE:
     return HookedMoE.from_hf(AutoModelForCausalLM.from_pretrained(rewritten(folder, change)))
 
 
+GGUF = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate": "ffn_gate_inp",
+    "gate_proj": "ffn_gate_exps",
+    "up_proj": "ffn_up_exps",
+    "down_proj": "ffn_down_exps",
+}
+"""What tensors of a Qwen3-MoE are called in GGUF files."""
+NUMBERED = r"model\.layers\.\d+\.|mlp\.experts\.\d+\."
+
+
+def gguf(folder: Path) -> HookedMoE:
+    """Read from a GGUF file alone, whose numbers are not packed."""
+    writer: Any = pytest.importorskip("gguf").GGUFWriter(folder / "model.gguf", "qwen3moe")
+    hf = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        logits = hf(matrix_tokens()).logits
+    config: Any = hf.config
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_expert_count(config.num_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    stacks: dict[str, dict[int, Tensor]] = {}
+    for name, value in stored(folder).items():
+        layer, expert = (re.search(rf"{of}\.(\d+)\.", name) for of in ("layers", "experts"))
+        called = f"{GGUF[re.sub(NUMBERED, '', name.removesuffix('.weight'))]}.weight"
+        called = f"blk.{layer[1]}.{called}" if layer else called
+        stacks.setdefault(called, {})[int(expert[1]) if expert else 0] = value
+    for called, values in stacks.items():
+        whole = torch.stack([values[expert] for expert in range(len(values))]) if "_exps" in called else values[0]
+        writer.add_tensor(called, whole.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for file in (*folder.glob("*.safetensors"), folder / "config.json"):
+        file.unlink()
+    model = HookedMoE.from_pretrained(folder, gguf_file="model.gguf")
+    with torch.no_grad():
+        assert torch.equal(model(matrix_tokens()), logits), "as transformers computes it"
+    return model
+
+
 WIDE: dict[str, Any] = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 64, "moe_intermediate_size": 32}
 
 
@@ -168,11 +230,14 @@ WIDE: dict[str, Any] = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 
         ("gpt_oss", mxfp4),
         ("gpt_oss", on_disk),
         ("mixtral", in_a_base_model),
+        ("qwen3_moe", gguf),
     ],
 )
 @pytest.mark.parametrize("tied", [False, True])
 def test_saved_however_it_was_loaded(model_type: str, way: Any, tied: bool, tmp_path: Path) -> None:
     sizes: dict[str, Any] = {} if way is on_disk else WIDE
+    if way is gguf:
+        sizes = {**WIDE, "moe_intermediate_size": 768}  # GGUF files say it, transformers does not read it
     matrix_build(model_type, tie_word_embeddings=tied, **sizes).save_pretrained(tmp_path / "stored")
     model = way(tmp_path / "stored")
     with torch.no_grad():
@@ -238,6 +303,31 @@ def test_a_quantised_model_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="quantised .by bitsandbytes_4bit"):
         model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("how", [{"load_in_8bit": True}, {"load_in_4bit": True}])
+def test_what_bitsandbytes_packed_is_not_written(how: dict[str, Any], tmp_path: Path) -> None:
+    """Its experts stay as they are, so that it can be wrapped; the rest are bytes."""
+    pytest.importorskip("bitsandbytes")
+    matrix_build("qwen3_moe", **WIDE).save_pretrained(tmp_path / "stored")
+    packed = BitsAndBytesConfig(**how)
+    model = HookedMoE.from_pretrained(tmp_path / "stored", quantization_config=packed, dtype=torch.float32, check=False)
+    for refused in (lambda: model.save_pretrained(tmp_path / "saved"), model.state_dict):
+        with pytest.raises(UnsupportedModelError, match=r"quantised .*q_proj.weight is torch.u?int8"):
+            refused()
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_gguf_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "short.gguf").write_bytes(b"GGUF\x03\x00")
+    (tmp_path / "other.gguf").write_bytes(b"GG" * 100)
+    for name, says in {
+        "no": "has no file no.gguf",
+        "short": "cannot read .*short",
+        "other": "cannot read .*other",
+    }.items():
+        with pytest.raises(CheckpointError, match=says):
+            HookedMoE.from_pretrained(tmp_path, gguf_file=f"{name}.gguf")
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:

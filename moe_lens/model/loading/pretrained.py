@@ -4,6 +4,7 @@ import contextlib
 import copy
 import importlib.resources
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,9 @@ _OWN_LOADER = frozenset(
     {"quantization_config", "key_mapping", "distributed_config", "tp_plan", "tp_size", "device_mesh", "gguf_file"}
 )
 
+_UNREADABLE = (ImportError, OSError, ValueError, LookupError, RuntimeError, StrictDataclassError, struct.error)
+"""What transformers raises of a checkpoint that it cannot read."""
+
 
 def resolve_name(name_or_path: str) -> str:
     """The folder of the embedded model for its name; any other name or path as it is."""
@@ -91,7 +95,8 @@ def load_pretrained(
         cache_dir=hub.get("cache_dir"),
     )
     adapter = find_file(source, "adapter_config.json", hub)
-    path, raw = read_config(source, hub)
+    gguf = kwargs.get("gguf_file")
+    path, raw = read_config(source, hub) if gguf is None else _gguf_config(source, gguf, hub)
     check_release(raw["model_type"])
     own = raw["model_type"] == DeepseekConfig.model_type
     if adapter is not None and (own or not is_peft_available()):
@@ -120,6 +125,17 @@ def load_pretrained(
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code, **hub)
         check_vocabulary(tokenizer, model.config.get_text_config().vocab_size, source)
     return model, tokenizer
+
+
+def _gguf_config(source: str, file: str, hub: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """Path of a GGUF file, and the config that transformers makes of it; a config.json beside it is not read."""
+    path = find_file(source, file, hub)
+    if path is None:
+        raise CheckpointError(f"{source} has no file {file}")
+    try:
+        return path, AutoConfig.from_pretrained(source, gguf_file=file, **hub).to_dict()
+    except _UNREADABLE as error:
+        raise CheckpointError(f"transformers cannot read {path}: {error}") from error
 
 
 def _load_deepseek(
@@ -227,10 +243,11 @@ def _load_through_transformers(
         model, info = loader.from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=True, **hub, **kwargs
         )
-        own = AutoConfig.from_pretrained(source, trust_remote_code=kwargs.get("trust_remote_code", False), **hub)
+        read = {name: kwargs[name] for name in ("trust_remote_code", "gguf_file") if name in kwargs}
+        own = AutoConfig.from_pretrained(source, **read, **hub)
     except torch.OutOfMemoryError:
         raise
-    except (ImportError, OSError, ValueError, LookupError, RuntimeError, StrictDataclassError) as error:
+    except _UNREADABLE as error:
         raise CheckpointError(f"transformers cannot load {source}: {error}") from error
     depth, layers = read_depth(model.config, own), list_of_layers(model)
     problems = [*depth.problems, *(f"{name} is missing" for name in sorted(info["missing_keys"]))]

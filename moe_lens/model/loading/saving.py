@@ -1,7 +1,7 @@
 """Saving a wrapped model under the names that its family's checkpoints have, so that it loads again as it is."""
 
 from collections.abc import Collection, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,23 @@ def save_pretrained(
         raise InputError(f"{folder} is a file; expected a folder, which need not exist")
     check_numbers(model)
     state = original_state(model, original_names)
-    with _readable(model, state) if kwargs.get("save_original_format", True) else _as_it_is():
+    with _as_numbers(model), _readable(model, state) if kwargs.get("save_original_format", True) else nullcontext():
         model.save_pretrained(folder, state_dict=state, **kwargs)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
 @contextmanager
-def _as_it_is() -> Generator[None]:
-    yield
+def _as_numbers(model: PreTrainedModel) -> Generator[None]:
+    """While it is saved, a model that was unpacked when it was loaded says nothing of how its numbers were packed."""
+    of_model, of_config = vars(model), vars(model.config)
+    said = {name: of_model.pop(name) for name in ("hf_quantizer", "quantization_method") if name in of_model}
+    told = {name: of_config.pop(name) for name in ("quantization_config",) if name in of_config}
+    try:
+        yield
+    finally:
+        of_model.update(said)
+        of_config.update(told)
 
 
 @contextmanager

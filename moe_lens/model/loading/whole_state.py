@@ -34,13 +34,14 @@ def check_numbers(model: PreTrainedModel) -> None:
         UnsupportedModelError: it is quantised.
     """
     method: Any = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    how = getattr(getattr(method, "quant_method", None), "value", getattr(method, "quant_method", None))
     packed = [
         f"{name.replace(WRAPPER, '')} is {parameter.dtype}"
         for name, parameter in model.named_parameters()
         if not parameter.is_floating_point() or parameter.element_size() < 2
     ]
-    if packed or method is not None:
-        what = packed[0] if packed else f"by {getattr(method.quant_method, 'value', method.quant_method)}"
+    if packed or (method is not None and how != "gguf"):  # a GGUF file may have been unpacked while it was read
+        what = packed[0] if packed else f"by {how}"
         raise UnsupportedModelError(
             f"this model is quantised ({what}): packed numbers mean nothing without their scales. The checkpoint it "
             "was loaded from holds it; load it in 16 bits to have its parameters"

@@ -1,0 +1,135 @@
+"""Bounds, thresholds and answers: what verdicts are made of. `moe_lens.studies.verdicts` says what they mean."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Answer = Literal["holds", "contradicted", "undecided"]
+HOLDS: Answer = "holds"
+CONTRADICTED: Answer = "contradicted"
+UNDECIDED: Answer = "undecided"
+
+FACTORS = (0.5, 1.0, 2.0)
+"""Distances of a † threshold from what it is measured from, at which verdicts are also shown."""
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Where a bound is drawn."""
+
+    value: float
+    origin: float
+    """What the distance of the threshold is measured from: the value of a perfect, or an absent, effect."""
+    ours: bool = False
+    """Whether it is ours (†), not the paper's."""
+    strict: bool = False
+    """Whether the threshold itself is on the other side."""
+
+    def at(self, factor: float) -> float:
+        """The threshold at so many times its distance; the paper's own stay where they are."""
+        return self.origin + factor * (self.value - self.origin) if self.ours else self.value
+
+
+THRESHOLDS: dict[str, Threshold] = {
+    "share": Threshold(0.5, 0.0, strict=True),
+    "experts for half": Threshold(1 / 8, 0.0, ours=True),
+    "agreement": Threshold(0.95, 1.0, ours=True),
+    "agreement where it matters": Threshold(0.9, 1.0, ours=True),
+    "KL left": Threshold(0.1, 0.0, ours=True),
+    "cosine": Threshold(0.95, 1.0),
+    "cosine gained": Threshold(0.9, 1.0, ours=True),
+    "perplexity": Threshold(1.05, 1.0),
+    "pruned perplexity": Threshold(1.05, 1.0, ours=True),
+    "nothing": Threshold(0.0, 0.0, strict=True),
+}
+"""By name. "experts for half" is a share of all experts; "nothing" is what differences are compared with."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A quantity of one domain, and the side of a threshold that the claim puts it on."""
+
+    what: str
+    value: float
+    low: float | None
+    """Ends of its simultaneous interval; None below ten sources."""
+    high: float | None
+    above: bool
+    """Whether the claim says that it is above the threshold; below it otherwise."""
+    threshold: Threshold
+    control: bool = False
+    """Whether it belongs to the inference alone."""
+
+    def answer(self, factor: float = 1.0) -> Answer:
+        """On which side of the threshold, at so many times its distance, the interval lies."""
+        if self.low is None or self.high is None:
+            return UNDECIDED
+        at = self.threshold.at(factor)
+        low, high = (self.low, self.high) if self.above else (-self.high, -self.low)
+        at = at if self.above else -at
+        wholly, other = (low > at, high <= at) if self.threshold.strict else (low >= at, high < at)
+        return HOLDS if wholly else CONTRADICTED if other else UNDECIDED
+
+    def told(self) -> str:
+        """In words."""
+        ends = "no interval" if self.low is None else f"{self.low:.3g} to {self.high:.3g}"
+        mark = " †" if self.threshold.ours else ""
+        return f"{self.what} {self.value:.3g} ({ends}; {'>' if self.above else '<'} {self.threshold.value:.3g}{mark})"
+
+
+@dataclass(frozen=True)
+class OfDomain:
+    """What one domain says about a claim."""
+
+    domain: str
+    sources: int
+    bounds: tuple[Bound, ...]
+    missing: str = ""
+    """What of the controls was not run, if so."""
+
+    def number(self, factor: float = 1.0) -> Answer:
+        """Whether the number is reproduced."""
+        return together([bound.answer(factor) for bound in self.bounds if not bound.control])
+
+    def inference(self, factor: float = 1.0) -> Answer:
+        """Whether the number and its controls support the inference."""
+        missing: list[Answer] = [UNDECIDED] if self.missing else []
+        return together([*(bound.answer(factor) for bound in self.bounds), *missing])
+
+
+def together(answers: Sequence[Answer]) -> Answer:
+    """All must hold; one that is contradicted decides."""
+    if CONTRADICTED in answers:
+        return CONTRADICTED
+    return HOLDS if answers and set(answers) == {HOLDS} else UNDECIDED
+
+
+def over_domains(answers: Sequence[Answer]) -> str:
+    """Of all domains: the answer that they agree on, or "mixed (a of b)", a of b of which hold."""
+    if len(set(answers)) == 1:
+        return answers[0]
+    return f"mixed ({answers.count(HOLDS)} of {len(answers)})" if answers else UNDECIDED
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim, and what all domains say about it."""
+
+    key: str
+    claim: str
+    estimate: str
+    """What is estimated, and what the inference takes."""
+    has_number: bool
+    domains: tuple[OfDomain, ...] = ()
+    missing: str = ""
+    """Why nothing could be said, if so."""
+
+    def number(self, factor: float = 1.0) -> str:
+        """Whether the number is reproduced, over all domains; "–" where the claim names none."""
+        if not self.has_number:
+            return "–"
+        return over_domains([of.number(factor) for of in self.domains])
+
+    def inference(self, factor: float = 1.0) -> str:
+        """Whether the inference is supported, over all domains."""
+        return over_domains([of.inference(factor) for of in self.domains])

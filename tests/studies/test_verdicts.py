@@ -1,0 +1,200 @@
+"""Verdicts: true of planted truths, false of shuffled ones, undecided of what was not measured."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_lens import PartialSum
+from moe_lens.errors import InputError
+from moe_lens.stats import MEASURES, Result, RoutingResult, SimilarityResult
+from moe_lens.studies import StudyResult, judge
+from moe_lens.studies.lens import QUANTITIES, LensTotals
+from moe_lens.studies.variant_losses import VariantLosses
+from moe_lens.studies.verdict_bounds import Bound, OfDomain, Threshold, over_domains, together
+
+EXPERTS, TOP_K, SOURCES = 16, 2, 12
+LAYERS = (1, 2)
+DOMAINS = ("a", "b")
+NAMES = tuple(f"s{i:02d}" for i in range(SOURCES))
+
+
+def counts(generator: torch.Generator, served: Tensor | None, tokens: Tensor) -> RoutingResult:
+    """Two experts of each token; `served` are those that the domain's tokens go to in nine of ten cases."""
+    table = torch.zeros(SOURCES, len(LAYERS), EXPERTS, dtype=torch.long)
+    for i, n in enumerate(tokens.tolist()):
+        logits = torch.randn(len(LAYERS), n, EXPERTS, generator=generator)
+        if served is not None:
+            logits[torch.rand(len(LAYERS), n, generator=generator) < 0.9] += 9 * served
+        chosen = logits.topk(TOP_K).indices
+        table[i] = torch.nn.functional.one_hot(chosen, EXPERTS).sum((1, 2))
+    nothing = torch.zeros(SOURCES, len(LAYERS), 2)
+    return RoutingResult(LAYERS, TOP_K, NAMES, tokens, table, table, table.double(), nothing, nothing.long())
+
+
+def made(truth: bool, **changes: Any) -> dict[str, StudyResult]:
+    """Studies of a model in which expert 3 serves domain a, expert 5 domain b, and the first expert does all the work.
+
+    Shuffled, not `truth`: the domain decides nothing, and the first expert is one of two that do as much.
+    """
+    generator = torch.Generator().manual_seed(0)
+    results: dict[str, dict[str, dict[str, Result]]] = {"routing": {}, "single_expert": {}, "lens": {}}
+    sums = (*PartialSum.figure2(TOP_K), *PartialSum.controls(TOP_K))
+    labels = tuple(dict.fromkeys(which.label for which in sums))
+    for domain, expert in zip(DOMAINS, (3, 5), strict=True):
+        tokens = torch.randint(60, 100, (SOURCES,), generator=generator)
+        served = torch.zeros(EXPERTS).index_fill_(0, torch.tensor([expert, 8 + expert]), 1.0)
+        both = torch.zeros(EXPERTS).index_fill_(0, torch.tensor([3, 5]), 0.05)  # a token alone does not know the domain
+        results["routing"][domain] = {
+            "model routing": counts(generator, served if truth else None, tokens),
+            "token_unigram routing": counts(generator, both if truth else None, tokens),
+            "random_router routing": counts(generator, None, tokens),
+        }
+
+        def scattered(mean: float, by: float = 0.004, n: int = 1, tokens: Tensor = tokens) -> Tensor:
+            """Sums over tokens, of sources whose means scatter."""
+            return (mean + by * torch.randn(SOURCES, n, generator=generator).double()) * tokens[:, None]
+
+        cosines = dict.fromkeys(MEASURES, 0.5) | (
+            {"top": 0.99, "none": 0.6, "rest_top": 0.2} if truth else {"top": 0.97, "none": 0.965, "rest_top": 0.0}
+        )
+        table = torch.stack([scattered(value, n=len(LAYERS)) for value in cosines.values()], -1)
+        of_layer = tokens[:, None].expand(SOURCES, len(LAYERS))
+        kept = (0.02, 0.6) if truth else (0.4, 0.4)
+        variants = (("whole", None, TOP_K), ("dropped", None, 1), ("random", None, 1))
+        whole = scattered(2.0, 0.1)
+        nats = torch.cat([whole, *(whole + scattered(more) for more in kept)], 1)
+        results["single_expert"][domain] = {
+            "similarity": SimilarityResult(LAYERS, NAMES, of_layer, table, torch.zeros(len(LAYERS))),
+            "losses": VariantLosses(variants, NAMES, nats, tokens, nats / tokens[:, None], torch.ones_like(tokens)),
+        }
+        totals = torch.zeros(SOURCES, 3, len(labels), len(QUANTITIES)).double()
+        top, none, active = (which.label for which in (sums[2], *PartialSum.controls(TOP_K)[:2]))
+        read = {top: (0.05, 0.98, 0.97), none: (1.0, 0.4, 0.0), active: (0.6, 0.7, 0.4)}
+        if not truth:
+            read[top] = read[active]
+        for label, values in read.items():
+            for name, value in zip(("kl_ensemble", "agrees_ensemble", "agrees_where_it_matters"), values, strict=True):
+                totals[:, :, labels.index(label), list(QUANTITIES).index(name)] = scattered(value, 0.002, n=3)
+        n = tokens[:, None, None, None].expand(totals.shape)
+        results["lens"][domain] = {"lens": LensTotals((0, *LAYERS), labels, NAMES, totals, n)}
+    model = {"name": "planted", "moe_layers": list(LAYERS), "top_k": TOP_K}
+    domains = [{"name": name, "sha256": name * 4} for name in DOMAINS]
+    read = [{"name": name, "sources": SOURCES} for name in DOMAINS]
+    found = {}
+    for study, of in results.items():
+        plan = {"study": study, "settings": {"seed": 0}, "reading": {}, "model": model, "domains": domains}
+        manifest = {"plan": plan, "versions": {"moe_lens": "0"}, "read": read, **changes}
+        found[study] = StudyResult(manifest, {}, of)
+    return found
+
+
+@pytest.fixture(scope="module")
+def planted() -> dict[str, StudyResult]:
+    return made(truth=True)
+
+
+def answers(found: Any) -> dict[str, tuple[str, str]]:
+    return {row.key: (row.number(), row.inference()) for row in found.rows}
+
+
+def test_the_planted_truth_is_found(planted):
+    assert answers(judge(planted)) == {
+        **{key: ("holds", "holds") for key in ("1a", "1b", "2", "3", "4")},
+        "5": ("undecided", "undecided"),
+        "6": ("–", "undecided"),
+    }
+
+
+def test_what_was_shuffled_is_not():
+    found = answers(judge(made(truth=False)))
+    assert found["1a"] == ("contradicted", "contradicted")  # no expert is above half
+    assert found["1b"][0] == "contradicted" and found["2"] == ("contradicted", "contradicted")
+    # the trap of the paper: the cosine is as high, and says nothing, as it is without any expert
+    assert found["3"] == ("holds", "contradicted")
+    assert found["4"] == ("contradicted", "contradicted")
+
+
+def test_domains_that_disagree_are_mixed(planted):
+    shuffled = made(truth=False)
+    mixed = {
+        name: replace(study, results={"a": study.results["a"], "b": shuffled[name].results["b"]})
+        for name, study in planted.items()
+    }
+    found = judge(mixed)
+    assert answers(found)["4"] == ("mixed (1 of 2)", "mixed (1 of 2)")
+    assert answers(found)["3"] == ("holds", "mixed (1 of 2)")
+    (row,) = (row for row in found.rows if row.key == "4")
+    assert found.sentence(row) == (
+        "4, of planted on a, b: the number is mixed (1 of 2), the inference is mixed (1 of 2)."
+    )
+
+
+def test_what_was_not_run_is_undecided_and_says_so(planted):
+    found = judge({"single_expert": planted["single_expert"]})
+    frame: Any = found.to_frame().set_index("claim")
+    assert list(frame.iloc[:3]["number"]) == ["undecided"] * 3
+    assert frame.iloc[0]["inference"] == "undecided: the study routing was not run"
+    assert frame.iloc[-1]["inference"] == "undecided: localisation was not run"
+    # without nulls there is the number, and no control
+    own = {name: {"model routing": of["model routing"]} for name, of in planted["routing"].results.items()}
+    alone = judge({"routing": replace(planted["routing"], results=own)})
+    assert answers(alone)["1a"] == answers(alone)["1b"] == ("holds", "undecided")
+    assert alone.rows[0].domains[0].missing == "token_unigram routing was not run"
+
+
+def test_few_sources_decide_nothing(planted):
+    losses = planted["single_expert"].results["a"]["losses"]
+    assert isinstance(losses, VariantLosses)
+    parts = {n: getattr(losses, n)[:9] for n in ("sources", "nats", "tokens", "row_losses", "rows")}
+    few = {"similarity": planted["single_expert"].results["a"]["similarity"], "losses": replace(losses, **parts)}
+    found = judge({"single_expert": replace(planted["single_expert"], results={"a": few})})
+    assert answers(found)["4"] == ("undecided", "undecided")
+    assert found.per_domain().query("claim == '4'")["low"].isna().to_list() == [True, True]
+
+
+def test_a_changed_threshold_is_flagged_and_ours_are_shown_at_other_distances(planted, tmp_path):
+    usual = judge(planted)
+    assert usual.changed() == ()
+    frame: Any = usual.to_frame().set_index(usual.to_frame()["claim"].str.split().str[0])
+    # agreement .98: ≥ .95, and at half the distance from 1 ≥ .975; KL .05 is exactly at half of .10
+    assert frame.loc["2", "at_double"] == "holds / holds" and frame.loc["2", "at_half"].startswith("holds / ")
+    strict = judge(planted, {"agreement": 0.99, "perplexity": 1.001})
+    assert strict.changed() == ("agreement", "perplexity")
+    assert answers(strict)["2"][0] == "contradicted" and answers(strict)["4"][0] == "contradicted"
+    strict.save(tmp_path / "verdicts.json")
+    saved = json.loads((tmp_path / "verdicts.json").read_text())
+    assert saved["thresholds"]["agreement"] == {"value": 0.99, "ours": True, "usual": 0.95, "changed": True}
+    assert not saved["thresholds"]["share"]["changed"]
+    assert saved["domains"][0]["sha256"] == "aaaa" and saved["studies"]["lens"]["versions"] == {"moe_lens": "0"}
+    assert all("of planted on a, b" in of["sentence"] for of in saved["verdicts"])
+    with pytest.raises(InputError, match="there is no threshold 'x'; there are share, experts for half"):
+        judge(planted, {"x": 1})
+    with pytest.raises(InputError, match="got no study"):
+        judge({})
+    other = made(truth=True)
+    other["lens"].manifest["plan"]["model"]["name"] = "another"
+    with pytest.raises(InputError, match="different models or texts"):
+        judge({"routing": planted["routing"], "lens": other["lens"]})
+
+
+def test_sides_and_thresholds():
+    at = Threshold(0.95, 1.0, ours=True)
+    assert [at.at(factor) for factor in (0.5, 1, 2)] == pytest.approx([0.975, 0.95, 0.9])
+    assert replace(at, ours=False).at(2) == 0.95  # the paper's own stay
+    bound = Bound("x", 0.97, 0.95, 0.99, True, at)
+    assert [bound.answer(factor) for factor in (0.5, 1, 2)] == ["undecided", "holds", "holds"]
+    assert (
+        replace(bound, above=False).answer() == "undecided"
+        and replace(bound, above=False, low=0.96).answer() == "contradicted"
+    )
+    zero = Threshold(0.0, 0.0, strict=True)
+    assert Bound("x", 0, 0, 0, True, zero).answer() == Bound("x", 0, 0, 0, False, zero).answer() == "contradicted"
+    assert replace(bound, low=None, high=None).answer() == "undecided"
+    assert OfDomain("d", 12, (bound, replace(bound, low=None, high=None, control=True))).inference() == "undecided"
+    assert together(["holds", "undecided", "contradicted"]) == "contradicted" and together([]) == "undecided"
+    assert over_domains(["undecided", "undecided"]) == "undecided"
+    assert over_domains(["contradicted", "undecided", "holds"]) == "mixed (1 of 3)"
