@@ -28,6 +28,7 @@ TOUCHPOINTS = (
         )
     ),
     "transformer_lens.model_bridge.bridge_core:BridgeCore",
+    "transformer_lens.model_bridge.exceptions:StopAtLayerException",
     "transformer_lens.model_bridge.sources._bridge_builder:build_bridge_config_from_hf",
     "transformer_lens.model_bridge.sources._bridge_builder:detect_tokenizer_bos_eos",
     "transformer_lens.model_bridge.sources.transformers_driver:TransformersDriver._model=",
@@ -81,6 +82,7 @@ from transformer_lens.conversion_utils.conversion_steps.base_tensor_conversion i
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory  # noqa: E402
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter  # noqa: E402
 from transformer_lens.model_bridge.bridge_core import BridgeCore  # noqa: E402
+from transformer_lens.model_bridge.exceptions import StopAtLayerException  # noqa: E402
 from transformer_lens.model_bridge.generalized_components import (  # noqa: E402
     BlockBridge,
     EmbeddingBridge,
@@ -115,6 +117,7 @@ __all__ = [
     "PositionEmbeddingsAttentionBridge",
     "RMSNormalizationBridge",
     "RotaryEmbeddingBridge",
+    "StopAtLayerException",
     "TransformersDriver",
     "UnembeddingBridge",
     "build_bridge_config_from_hf",

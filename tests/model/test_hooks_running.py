@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_lens import names
-from moe_lens.errors import HookError
+from moe_lens.errors import HookError, InputError
 from tests.families import CONFIGS, tokens
 from tests.wrapped import listening, untouched, wrapped
 
@@ -151,6 +151,58 @@ def test_stopping_before_a_layer_gives_the_stream_there(family: str) -> None:
             by_hooks = case.model.run_with_hooks(case.tokens, stop_at_layer=stop)
             assert torch.equal(by_hooks, stream)
         assert torch.equal(case.model(case.tokens), case.logits), "and the next run goes to the end"
+
+
+@families
+def test_what_nobody_asks_for_is_not_unembedded(family: str) -> None:
+    case = wrapped(family)
+    last = names.block(names.RESID_POST, 2)
+    called: list[str] = []
+    heads: Any = {"norm": case.model.ln_final.original_component, "head": case.model.unembed.original_component}
+    plain = {name: module.forward for name, module in heads.items()}
+
+    def counted(name: str) -> Any:
+        return lambda *args, **kwargs: (called.append(name), plain[name](*args, **kwargs))[1]
+
+    def read(value: torch.Tensor, hook: Any) -> None:
+        case.model.unembed(case.model.ln_final(value))
+
+    with untouched(case.model), torch.no_grad():
+        _, whole = case.model.run_with_cache(case.tokens, names_filter=last)
+        try:
+            for name, module in heads.items():
+                module.forward = counted(name)
+            stream = case.model(case.tokens, stop_at_layer=3)
+            assert torch.equal(stream, whole[last])
+            by_hooks = case.model.run_with_hooks(
+                case.tokens, stop_at_layer=3, fwd_hooks=[(last, lambda value, hook: value * 2)]
+            )
+            assert torch.equal(by_hooks, whole[last] * 2), "an edit of what the last block gives is in it"
+            nothing, cache = case.model.run_with_cache(case.tokens, names_filter=last, return_type=None)
+            assert nothing is None and torch.equal(cache[last], whole[last])
+            assert called == []
+            # A lens inside a hook function is no end of the pass.
+            reached: list[str] = []
+            lens: Any = [(names.block(names.RESID_POST, 0), read), (last, watch(reached, "last"))]
+            assert case.model.run_with_hooks(case.tokens, fwd_hooks=lens, return_type=None) is None
+            assert called == ["norm", "head"] and reached == ["last"]
+            called.clear()
+            # Who listens to the head gets it.
+            seen: list[Any] = []
+            hear: Any = [("unembed.hook_out", lambda value, hook: seen.append(value))]
+            assert case.model.run_with_hooks(case.tokens, fwd_hooks=hear, return_type=None) is None
+            assert called == ["norm", "head"] and seen[0].shape == case.logits.shape
+        finally:
+            for module in heads.values():
+                del module.forward
+        assert torch.equal(case.model(case.tokens), case.logits), "and the next run goes to the end"
+
+
+def test_stopping_behind_the_end_is_refused() -> None:
+    case = wrapped("deepseek")
+    for run in (case.model, case.model.run_with_hooks):
+        with pytest.raises(InputError, match="there is no layer 4 to start or stop at; expected -3 to 3"):
+            run(case.tokens, stop_at_layer=4)
 
 
 def test_batch_of_one_device_and_dtype() -> None:

@@ -293,7 +293,7 @@ class ExpertBridge(HookTable):
     def _layer_index(self, layer: int | None) -> int:
         n_layers = len(self.blocks)
         if layer is not None and not -n_layers <= layer <= n_layers:
-            raise InputError(f"there is no layer {layer} to start or stop at; expected {-n_layers} to {n_layers - 1}")
+            raise InputError(f"there is no layer {layer} to start or stop at; expected {-n_layers} to {n_layers}")
         return n_layers if layer is None else layer + n_layers if layer < 0 else layer
 
     @staticmethod
@@ -411,7 +411,8 @@ class ExpertBridge(HookTable):
         Args:
             input: a text, texts, ids, embeddings, what a tokenizer of transformers returns, or a `TokenBatch`; see
                 `read`.
-            return_type: `"logits"`, `"loss"`, `"both"`, `"logits_and_cache"`, or None for nothing.
+            return_type: `"logits"`, `"loss"`, `"both"`, `"logits_and_cache"`, or None for nothing; the final norm and
+                the unembedding then run only if somebody listens there.
             loss_per_token: the loss at every token but the first, [batch, pos - 1], 0 where padding has a part in it.
             prepend_bos: see `to_tokens`.
             padding_side: see `to_tokens`.
@@ -438,7 +439,11 @@ class ExpertBridge(HookTable):
         refuse_unknown("the input, for forward,", words, forward_words(kind))
         with ForwardClaim(self) as claim:
             claim.running = _Running(given, 0 if past is None else past.get_seq_length())
-            return super().forward(
+            stop = kwargs.get("stop_at_layer")
+            in_vain = return_type is None and kwargs.get("labels") is None and not self._head_is_heard()
+            if self._layer_index(stop) == len(self.blocks) and (stop is not None or in_vain):
+                claim.end_after_blocks()
+            out = super().forward(
                 given.values,
                 return_type,
                 loss_per_token,
@@ -446,6 +451,12 @@ class ExpertBridge(HookTable):
                 **words,
                 **kwargs,
             )
+            return None if stop is None and return_type is None else out
+
+    def _head_is_heard(self) -> bool:
+        """Whether anybody listens to the final norm or the unembedding, or to modules in them."""
+        parts: Any = (self.ln_final, self.unembed)
+        return any(m._forward_hooks or m._forward_pre_hooks for part in parts for m in part.modules())
 
     def _finalize_return(
         self, return_type: str | None, logits: Any, input_ids: Any, *, attention_mask: Any = None, **kwargs: Any

@@ -11,6 +11,7 @@ from transformer_lens.hook_points import LensHandle
 from moe_lens.model.hooks.checked_point import CheckedPoint
 from moe_lens.model.hooks.interrupts import uninterrupted
 from moe_lens.model.hooks.ownership import Claim
+from moe_lens.model.tl_compat import StopAtLayerException
 
 Hooks = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
 Direction = Literal["fwd", "bwd"]
@@ -81,6 +82,14 @@ class ForwardClaim(Claim):
         """Let the next pass begin and end where it will: TransformerLens's own clearing can be interrupted."""
         run_all_blocks(self.model)
 
+    def end_after_blocks(self) -> None:
+        """Let the pass end with the last block's output: final norm and unembedding are not called."""
+        self.model.blocks[-1].register_forward_hook(_end_here)
+
+
+def _end_here(block: Any, args: Any, output: Any) -> None:  # noqa: ARG001
+    raise StopAtLayerException(output[0] if isinstance(output, tuple) else output)
+
 
 class GenerationClaim(Claim):
     """A generation: the claim on the model that it is."""
@@ -99,6 +108,9 @@ class GenerationClaim(Claim):
 
 def run_all_blocks(model: Any) -> None:
     """Clear where a forward pass was to start and stop."""
+    after_last = model.blocks[-1]._forward_hooks
+    for number in [number for number, hook in after_last.items() if hook is _end_here]:
+        del after_last[number]
     for block in model.blocks:
         state = block.__dict__
         if state.get("_stop_at_layer_idx") is not None or state.get("_start_at_layer_idx") is not None:
