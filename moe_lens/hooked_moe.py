@@ -55,7 +55,9 @@ class HookedMoE(Summary, GeneratingBridge):
             trust_remote_code: run code that comes with the checkpoint; DeepSeekMoE does not need it.
             kwargs: `dtype`, `device_map`, `revision`, `cache_dir`, … as in transformers; `device`, `tokenizer`,
                 `first_n_layers`, `default_prepend_bos` and `default_padding_side` as in TransformerLens, and its flags
-                for processing weights if they are off (`fold_ln=False`).
+                for processing weights if they are off (`fold_ln=False`). Without `dtype`, the checkpoint's own.
+                Without `device` and `device_map`, the first of these that has room: a GPU, several GPUs, main memory
+                too, the disk too; `max_memory` bounds what is used, as in transformers.
 
         Raises:
             CheckpointError: the checkpoint is incomplete or wrong; names file and tensor.

@@ -7,6 +7,7 @@ with random numbers for what is missing; whatever headers can tell is refused he
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -214,12 +215,9 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The narrowest dtype that holds every tensor without rounding."""
-        dtypes = [_FLOATS[tensor.dtype] for tensor in self.tensors.values()]
-        widest = dtypes[0]
-        for dtype in dtypes[1:]:
-            widest = torch.promote_types(widest, dtype)
-        return widest
+        """The narrowest dtype that holds every tensor of floating point without rounding; float32 if there is none."""
+        dtypes = {_FLOATS[tensor.dtype] for tensor in self.tensors.values() if tensor.dtype in _FLOATS}
+        return reduce(torch.promote_types, dtypes) if dtypes else torch.float32
 
 
 def not_whole(source: str, problems: list[str], limit: int = 8) -> CheckpointError:

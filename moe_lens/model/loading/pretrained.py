@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import importlib.resources
+import math
 import re
 import struct
 from pathlib import Path
@@ -28,7 +29,9 @@ from moe_lens.model.hf_compat import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from moe_lens.model.hf_compat import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, is_peft_available, resolve_revision
 from moe_lens.model.loading.checkpoint import HUB_ARGUMENTS, Checkpoint, find_file, not_whole, read_config
 from moe_lens.model.loading.depth import PREDICTING, layer_of, list_of_layers, read_depth
+from moe_lens.model.loading.memory_plan import Size
 from moe_lens.model.loading.packed_tensors import lazy_state_dict, parameter_shapes, stored_shapes
+from moe_lens.model.loading.placement import Placing, size_of
 from moe_lens.model.loading.tokenizer import check_vocabulary, has_tokenizer, load_tokenizer
 
 __all__ = ["EMBEDDED", "load_pretrained", "load_tokenizer", "resolve_name"]
@@ -76,6 +79,7 @@ def load_pretrained(
         name_or_path: name on the hub, folder, or "tiny-deepseekmoe" for the embedded model.
         trust_remote_code: whether to run code that comes with the checkpoint. DeepSeekMoE never needs it.
         kwargs: the loading arguments of transformers (`dtype`, `device_map`, `attn_implementation`, `revision`, …).
+            Without `device_map`, or with "auto", `memory_plan` says where parameters go; `max_memory` bounds it.
 
     Returns:
         The model in evaluation mode, and its tokenizer or None where the checkpoint has none.
@@ -147,13 +151,20 @@ def _load_deepseek(
     if kwargs.get("use_safetensors") is False or own_loader:
         if kwargs.get("use_safetensors") is not False and not hasattr(config, "quantization_config"):
             _deepseek_checkpoint(source, config, raw, hub, kwargs)
-        return _load_through_transformers(DeepseekForCausalLM, source, hub, {**kwargs, "config": config})
+        with Placing({**kwargs, "config": config}, None) as placing:
+            return placing.keep(_load_through_transformers(DeepseekForCausalLM, source, hub, placing.arguments))
     checkpoint, shapes = _deepseek_checkpoint(source, config, raw, hub, kwargs)
     dtype = _dtype(kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or "auto", config, checkpoint)
     parameters = lazy_state_dict(checkpoint, shapes, dtype)
     for name in ("variant", "use_safetensors"):
         kwargs.pop(name, None)
-    model = DeepseekForCausalLM.from_pretrained(None, config=config, state_dict=parameters, dtype=dtype, **kwargs)
+    size = size_of({name: math.prod(shape) for name, shape in shapes.items()}, dtype)
+    with Placing(kwargs, size) as placing:
+        model = placing.keep(
+            DeepseekForCausalLM.from_pretrained(
+                None, config=config, state_dict=parameters, dtype=dtype, **placing.arguments
+            )
+        )
     del model._weight_conversions  # none were needed to read; to write, transformers then takes the registered ones
     if kwargs.get("generation_config") is None:
         with contextlib.suppress(OSError):  # it has none: the one that was made from the model's config stays
@@ -225,14 +236,36 @@ def _dtype(asked: str | torch.dtype, config: PreTrainedConfig, checkpoint: Check
 
 def _load_other(source: str, raw: dict[str, Any], hub: dict[str, Any], kwargs: dict[str, Any]) -> PreTrainedModel:
     """A family that is transformers' own: headers are checked for contradictions, the model for what was not loaded."""
+    size = None
     if kwargs.get("use_safetensors") is not False and "gguf_file" not in kwargs:
-        Checkpoint.locate(source, hub, kwargs.get("variant"))
+        size = _size(Checkpoint.locate(source, hub, kwargs.get("variant")), raw, kwargs)
         kwargs = {**kwargs, "use_safetensors": True}
     model_type = raw["model_type"]
     whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
     own = whole is None or (model_type in CAUSAL and whole not in (raw.get("architectures") or ()))
     loader = AutoModelForCausalLM if own else AutoModelForImageTextToText
-    return _load_through_transformers(loader, source, hub, kwargs)
+    with Placing(kwargs, size) as placing:
+        return placing.keep(_load_through_transformers(loader, source, hub, placing.arguments))
+
+
+def _size(checkpoint: Checkpoint, raw: dict[str, Any], kwargs: dict[str, Any]) -> Size | None:
+    """Bytes of the layers that are loaded, in the dtype that was asked for or the checkpoint's; None if quantised."""
+    if raw.get("quantization_config") or kwargs.get("quantization_config"):
+        return None
+    said = (part.get(word) for part in (raw, raw.get("text_config") or {}) for word in ("dtype", "torch_dtype"))
+    asked = kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto"
+    asked = next(filter(None, said), None) if asked == "auto" else asked
+    dtype = getattr(torch, asked, None) if isinstance(asked, str) else asked
+    dtype = dtype if isinstance(dtype, torch.dtype) else checkpoint.dtype
+    behind = kwargs.get("num_hidden_layers") or math.inf
+    return size_of(
+        {
+            name: math.prod(tensor.shape)
+            for name, tensor in checkpoint.tensors.items()
+            if (layer := re.search(r"\blayers\.(\d+)\.", name)) is None or int(layer[1]) < behind
+        },
+        dtype,
+    )
 
 
 def _load_through_transformers(

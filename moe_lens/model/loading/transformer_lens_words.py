@@ -88,8 +88,7 @@ def _read_device(kwargs: dict[str, Any]) -> None:
         ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"from_pretrained: device is '{device}', but torch finds no CUDA device here")
-    if device.type != "cpu":
-        kwargs["device_map"] = {"": device}
+    kwargs["device_map"] = None if device.type == "cpu" else {"": device}  # None: transformers' word for the processor
 
 
 def refuse_processing(asked: Mapping[str, Any]) -> None:

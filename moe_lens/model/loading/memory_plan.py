@@ -1,0 +1,121 @@
+"""Where a model's parameters go: decided from its size and from what is free, before anything is loaded.
+
+The first of these that has room: one GPU; several GPUs; GPUs and main memory; GPUs, main memory and disk. Without a
+GPU, main memory is the first. A model that fits is never split. What a machine has is a table of numbers here
+(`Machine`), so that every case can be tried on any machine.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate.utils.modeling import convert_file_size_to_int
+
+from moe_lens.errors import InputError
+from moe_lens.model.loading.machine import Machine
+
+SHARE = 0.9
+"""Of what is free, for parameters: the rest is for activations, which a smaller batch makes smaller."""
+
+Place = int | str
+"""A GPU's number, "cpu" or "disk"."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes that the parameters take in the dtype that they are loaded in."""
+
+    total: int
+    largest: int
+    """Of the largest layer: what is kept elsewhere comes back layer by layer, and needs that much room."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which bytes go where, and what transformers is told so that they do."""
+
+    places: Mapping[Place, int]
+    """Bytes in each place; where a model is split, rounded by at most a layer."""
+    arguments: Mapping[str, Any]
+    """`device_map` and `max_memory` of `from_pretrained`; nothing where the model goes to main memory."""
+
+    @property
+    def offloads(self) -> int:
+        """Bytes on disk, which are read in every pass."""
+        return self.places.get("disk", 0)
+
+    def __str__(self) -> str:
+        return said(self.places)
+
+
+def said(places: Mapping[Place, int]) -> str:
+    """Which bytes are where, in words."""
+    kinds = {"cpu": "in main memory", "disk": "on disk, read in every pass"}
+    return ", ".join(f"{gibibytes(n)} {kinds.get(str(place), f'on GPU {place}')}" for place, n in places.items() if n)
+
+
+def gibibytes(count: int) -> str:
+    """Bytes in GiB, or in MiB where they are fewer."""
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
+def plan_memory(size: Size, machine: Machine, max_memory: Mapping[Place, int | str] | None = None) -> Plan:
+    """Decide where parameters go.
+
+    Args:
+        size: of the model.
+        machine: what is free.
+        max_memory: bytes to use at most, by GPU and "cpu", as in transformers: what is not named is not used.
+
+    Raises:
+        InputError: there is no room, not even for one layer at a time and the rest on disk; or no such place.
+    """
+    room = _room(machine, max_memory)
+    gpus = [place for place in room if place != "cpu"]
+    freest = max(gpus, key=lambda gpu: room[gpu], default="cpu")
+    if room.get(freest, 0) >= size.total:
+        whole = {} if freest == "cpu" else {"device_map": {"": freest}}
+        return Plan({freest: size.total}, whole)
+    # With no GPU the processor computes, and the layers on disk pass through main memory.
+    first = gpus[0] if gpus else "cpu"
+    if sum(room[gpu] for gpu in gpus) >= size.total + size.largest:
+        room.pop("cpu", None)
+        return Plan(_fill(size.total, room), {"device_map": "auto", "max_memory": room})
+    if room.get(first, 0) < size.largest:
+        where = "main memory" if first == "cpu" else f"GPU {first}"
+        raise InputError(
+            f"the model's largest layer takes {gibibytes(size.largest)}, and {where} has "
+            f"{gibibytes(room.get(first, 0))} for it. Free some memory, or choose another device or a narrower dtype"
+        )
+    places = _fill(size.total, {**room, first: room[first] - size.largest})
+    if (needed := places.get("disk", 0)) > machine.disk:
+        raise InputError(
+            f"the model takes {gibibytes(size.total)}: {gibibytes(needed)} more than memory has room for, and the disk "
+            f"has {gibibytes(machine.disk)}. Free some of either, or set HF_HOME to a folder on a larger disk"
+        )
+    return Plan(places, {"device_map": "auto", "max_memory": room})
+
+
+def _room(machine: Machine, max_memory: Mapping[Place, int | str] | None) -> dict[Place, int]:
+    free: dict[Place, int] = {**machine.gpus, "cpu": machine.memory}
+    if max_memory is None:
+        return {place: int(SHARE * bytes_) for place, bytes_ in free.items()}
+    if unknown := [place for place in max_memory if place not in free]:
+        raise InputError(f"max_memory names {unknown[0]!r}; there is {', '.join(map(repr, free))}")
+    try:
+        named = {place: convert_file_size_to_int(most) for place, most in max_memory.items()}
+    except ValueError:
+        raise InputError(
+            f"max_memory is {dict(max_memory)!r}; expected sizes such as '9GiB' or numbers of bytes"
+        ) from None
+    return {place: named[place] for place in free if place in named}
+
+
+def _fill(total: int, room: Mapping[Place, int]) -> dict[Place, int]:
+    """Fill one place after the other; what is left goes to disk."""
+    places: dict[Place, int] = {}
+    for place, most in room.items():
+        if taken := min(total, most):
+            places[place] = taken
+        total -= taken
+    return {**places, "disk": total} if total else places

@@ -1,0 +1,145 @@
+"""Putting a memory plan into transformers' words, and finding out afterwards where parameters are."""
+
+import contextlib
+import logging
+import re
+import shutil
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any, Self
+
+import torch
+from filelock import FileLock, Timeout
+from huggingface_hub.constants import HF_HOME
+from transformers import PreTrainedModel
+
+from moe_lens.model.loading.machine import Machine
+from moe_lens.model.loading.memory_plan import Place, Size, gibibytes, plan_memory
+
+_LOG = logging.getLogger(__name__)
+_LAYER = re.compile(r"(.*?\.\d+)\.")
+"""A tensor's layer: what stands before the first number of its name, and the number."""
+_ELSEWHERE = ("tp_plan", "tp_size", "device_mesh", "distributed_config")
+"""Arguments that place parameters in other ways."""
+_LOCK = "in-use.lock"
+
+
+def offload_root() -> Path:
+    """The folder beside the hub's cache in which parameters are kept that fit nowhere else."""
+    return Path(HF_HOME) / "moe_lens-offload"
+
+
+def is_open(kwargs: Mapping[str, Any]) -> bool:
+    """Whether arguments of `from_pretrained` leave open where parameters go."""
+    if any(kwargs.get(name) is not None for name in _ELSEWHERE) or torch.get_default_device().type != "cpu":
+        return False
+    return kwargs.get("device_map") == "auto" if "device_map" in kwargs else True
+
+
+def size_of(numbers: Mapping[str, int], dtype: torch.dtype) -> Size:
+    """Bytes of parameters in a dtype.
+
+    Args:
+        numbers: how many values each tensor has, by name.
+        dtype: that they are loaded in.
+    """
+    layers: dict[str, int] = {}
+    for name, number in numbers.items():
+        found = _LAYER.match(name)
+        key = found[1] if found else name
+        layers[key] = layers.get(key, 0) + number * dtype.itemsize
+    return Size(sum(layers.values()), max(layers.values(), default=0))
+
+
+class Placing:
+    """Loading a model into the places that were chosen, or else into those of a plan; a context manager.
+
+    Args:
+        kwargs: of `from_pretrained`.
+        size: of the model; None if it is kept in fewer bits than it is counted in: transformers then divides it.
+
+    Raises:
+        InputError: there is no room for the model.
+    """
+
+    def __init__(self, kwargs: Mapping[str, Any], size: Size | None):
+        self.arguments = dict(kwargs)
+        """Of `from_pretrained`, with places for all parameters."""
+        self._folder: Path | None = None
+        self._model: PreTrainedModel | None = None
+        if is_open(kwargs):
+            self._plan(size)
+        device_map = self.arguments.get("device_map")
+        divided = isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential")
+        if isinstance(device_map, Mapping):
+            divided = "disk" in device_map.values()
+        if divided and self.arguments.get("offload_folder") is None:
+            self._folder, self._lock = _new_folder(offload_root())
+            self.arguments["offload_folder"] = str(self._folder)
+
+    def _plan(self, size: Size | None) -> None:
+        machine = Machine.here(offload_root())
+        self.arguments.pop("device_map", None)
+        if size is None:
+            self.arguments |= {"device_map": "auto"} if machine.gpus or self.arguments.get("max_memory") else {}
+            return
+        plan = plan_memory(size, machine, self.arguments.pop("max_memory", None))
+        self.arguments |= plan.arguments
+        if plan.offloads:
+            _LOG.warning("The model does not fit into memory: %s", plan)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def keep(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model that was loaded; what it keeps on disk is there as long as it is."""
+        self._model = model
+        return model
+
+    def __exit__(self, *_: object) -> None:
+        if self._folder is None:
+            return
+        written = sum(file.stat().st_size for file in self._folder.iterdir() if file.name != _LOCK)
+        if self._model is None or not written:
+            _remove(self._folder, self._lock)
+        else:
+            _LOG.warning("%s of parameters are kept in %s while the model is", gibibytes(written), self._folder)
+            weakref.finalize(self._model, _remove, self._folder, self._lock)
+
+
+def _new_folder(root: Path) -> tuple[Path, FileLock]:
+    """A folder, and what says that it is in use; those of processes that were killed are removed."""
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / _LOCK):
+        for folder in filter(Path.is_dir, root.iterdir()):
+            lock = FileLock(folder / _LOCK)
+            with contextlib.suppress(Timeout, OSError):
+                lock.acquire(blocking=False)
+                _remove(folder, lock)
+        folder = Path(mkdtemp(dir=root))
+        lock = FileLock(folder / _LOCK)
+        lock.acquire()
+    return folder, lock
+
+
+def _remove(folder: Path, lock: FileLock) -> None:
+    lock.release()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def places(model: PreTrainedModel) -> dict[Place, int]:
+    """Bytes of parameters in each place: GPUs by number, "cpu", "disk"."""
+    device_map: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
+    found: dict[Place, int] = {}
+    for name, parameter in model.named_parameters():
+        at: Any = parameter.device
+        if at.type == "meta":  # kept elsewhere: transformers' map says where
+            parts = name.split(".")
+            prefixes = (".".join(parts[:n]) for n in range(len(parts), -1, -1))
+            at = next((device_map[prefix] for prefix in prefixes if prefix in device_map), "disk")
+        if isinstance(at, torch.device):
+            at = at.type if at.index is None else at.index
+        found[at] = found.get(at, 0) + parameter.numel() * parameter.element_size()
+    return found

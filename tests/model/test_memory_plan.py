@@ -1,0 +1,98 @@
+"""Where parameters go is a function of numbers: machines that nobody here has are tried too."""
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from moe_lens.errors import InputError
+from moe_lens.model.loading.machine import Machine, free_memory
+from moe_lens.model.loading.memory_plan import SHARE, Size, plan_memory
+
+GIB = 2**30
+SIZE = Size(total=30 * GIB, largest=GIB)
+
+
+def machine(*gpus: float, memory: float = 64, disk: float = 500) -> Machine:
+    """A machine by its free GiB, of which all is usable."""
+    usable = lambda gib: round(gib * GIB / SHARE) + 1  # noqa: E731
+    return Machine({at: usable(gib) for at, gib in enumerate(gpus)}, usable(memory), int(disk * GIB))
+
+
+@pytest.mark.parametrize(
+    ("where", "places", "device_map"),
+    [
+        (machine(), {"cpu": 30}, None),
+        (machine(80), {0: 30}, {"": 0}),
+        (machine(30), {0: 30}, {"": 0}),  # it fits to the byte
+        (machine(24, 80), {1: 30}, {"": 1}),  # never split where one GPU has room
+        (machine(80, 80), {0: 30}, {"": 0}),
+        (machine(24, 24), {0: 24, 1: 6}, "auto"),
+        (machine(24), {0: 23, "cpu": 7}, "auto"),  # a layer's room is kept for those that come and go
+        (machine(8, 8), {0: 7, 1: 8, "cpu": 15}, "auto"),
+        (machine(24, memory=4), {0: 23, "cpu": 4, "disk": 3}, "auto"),
+        (machine(memory=10), {"cpu": 9, "disk": 21}, "auto"),
+    ],
+)
+def test_a_model_goes_to_the_first_places_that_hold_it(where, places, device_map):
+    plan = plan_memory(SIZE, where)
+    assert {place: round(n / GIB, 3) for place, n in plan.places.items()} == places
+    assert sum(plan.places.values()) == SIZE.total
+    assert plan.arguments.get("device_map") == device_map
+    assert plan.offloads == plan.places.get("disk", 0)
+    if device_map == "auto":
+        assert plan.arguments["max_memory"].keys() >= places.keys() - {"disk"}
+
+
+def test_what_max_memory_names_is_all_that_is_used_and_as_far_as_it_says():
+    plan = plan_memory(SIZE, machine(80), {"cpu": "11GiB"})
+    assert plan.places == {"cpu": 10 * GIB, "disk": 20 * GIB}
+    assert plan.arguments == {"device_map": "auto", "max_memory": {"cpu": 11 * GIB}}
+    assert plan_memory(SIZE, machine(memory=1), {"cpu": 40 * GIB}).arguments == {}, "who says so knows better"
+    assert str(plan) == "10.0 GiB in main memory, 20.0 GiB on disk, read in every pass"
+    assert str(plan_memory(SIZE, machine(24, 24))) == "24.0 GiB on GPU 0, 6.0 GiB on GPU 1"
+
+
+@pytest.mark.parametrize(
+    ("where", "max_memory", "told"),
+    [
+        (machine(memory=0.5), None, r"largest layer takes 1.0 GiB, and main memory has 512.0 MiB for it"),
+        (machine(0.5), None, r"largest layer takes 1.0 GiB, and GPU 0 has 512.0 MiB"),
+        (machine(memory=10, disk=5), None, r"takes 30.0 GiB: 21.0 GiB more than memory .* disk has 5.0 GiB. .*HF_HOME"),
+        (machine(), {0: "9GiB"}, r"max_memory names 0; there is 'cpu'"),
+        (machine(), {"cpu": "much"}, r"expected sizes as '9GiB'"),
+    ],
+)
+def test_no_room_is_said_with_numbers(where, max_memory, told):
+    with pytest.raises(InputError, match=told):
+        plan_memory(SIZE, where, max_memory)
+
+
+def group(folder: Path, limit: str, *, used: int, files: int, version: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    prefix = "" if version == 2 else "total_"
+    (folder / "memory.stat").write_text(f"anon 5\n{prefix}inactive_file {files}\n{prefix}active_file 0\n")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_container_has_what_its_groups_leave(tmp_path, version, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 64 * GIB}))
+    mount = tmp_path / "groups" if version == 2 else tmp_path / "groups" / "memory"
+    own = tmp_path / "own"
+    own.write_text("0::/pods/one\n" if version == 2 else "9:name=systemd:/\n4:cpu,memory:/pods/one\n")
+    left = lambda: free_memory(tmp_path / "groups", own)  # noqa: E731
+    assert left() == 64 * GIB, "no group at all"
+    unlimited = "max" if version == 2 else str(2**63 - 4096)
+    group(mount / "pods" / "one", unlimited, used=GIB, files=0, version=version)
+    assert left() == 64 * GIB
+    group(mount / "pods" / "one", str(16 * GIB), used=10 * GIB, files=4 * GIB, version=version)
+    assert left() == 10 * GIB, "what is used, but for pages of files"
+    group(mount / "pods", str(12 * GIB), used=11 * GIB, files=0, version=version)
+    assert left() == GIB, "the group around it is the narrower one"
+    own.write_text("0::/elsewhere\n" if version == 2 else "4:memory:/elsewhere\n")
+    group(mount, str(8 * GIB), used=2 * GIB, files=0, version=version)
+    assert left() == 6 * GIB, "its own group is mounted as the root"
+    assert free_memory(tmp_path / "groups", tmp_path / "absent") == 64 * GIB, "no Linux"
