@@ -3,6 +3,7 @@
 import logging
 import os
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from moe_lens.errors import InputError
@@ -23,32 +24,41 @@ def quiet() -> None:
     warnings.simplefilter("ignore")
 
 
-def load_model(name: str, dtype: str, device: str) -> "HookedMoE":
+def load_model(
+    name: str, dtype: str, device: str, max_memory: Mapping[int | str, int | str] | None = None
+) -> "HookedMoE":
     """The model, for reading only.
 
     Args:
         name: On the hub, a folder, or the embedded one.
-        dtype: What it computes in.
-        device: "auto" spreads it; under torchrun, "cuda" is this process's own device.
+        dtype: What it computes in; "auto" is the checkpoint's own, float32 for the embedded model.
+        device: "auto" puts it where there is room; under torchrun, "cuda" is this process's own device.
+        max_memory: Bounds "auto", by place.
 
     Raises:
         InputError: There is no such device, or the model has no layer with experts.
         MoELensError: The model cannot be loaded.
     """
-    import torch
-
     from moe_lens import HookedMoE
+    from moe_lens.model.loading.pretrained import EMBEDDED
 
-    if device == "auto":
-        model = HookedMoE.from_pretrained(name, dtype=getattr(torch, dtype), device_map="auto")
-    else:
-        place = _place(device)
-        model = HookedMoE.from_pretrained(name, dtype=getattr(torch, dtype))
-        if place.type != "cpu":
-            model.original_model.to(place)
+    where = {"max_memory": max_memory} if device == "auto" else {"device": _place(device)}
+    model = HookedMoE.from_pretrained(name, dtype="float32" if dtype == "auto" and name == EMBEDDED else dtype, **where)
     if not model.moe_layers:
         raise InputError(f"{name} has no layer with experts")
     return model.eval().requires_grad_(False)
+
+
+def where_it_is(model: "HookedMoE") -> str | None:
+    """The dtype of a large model, and what of it is in which place; None for one that is small and in main memory."""
+    from moe_lens.model.loading.memory_plan import said
+    from moe_lens.model.loading.placement import places
+
+    found = places(model.original_model)
+    if found.keys() == {"cpu"} and found["cpu"] < 2**30:
+        return None
+    dtype = str(next(model.original_model.parameters()).dtype).removeprefix("torch.")
+    return f"{model.cfg.model_name} in {dtype}: {said(found)}"
 
 
 def join_processes(device: str) -> None:
@@ -57,7 +67,7 @@ def join_processes(device: str) -> None:
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
         if device == "auto":
-            raise InputError("--device auto spreads one model over all devices; it does not go together with torchrun")
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         on_gpu = _place(device).type == "cuda"
         if on_gpu:
             torch.cuda.set_device(_place(device))

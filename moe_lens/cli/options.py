@@ -13,9 +13,19 @@ from moe_lens.data import Corpus, Domain, embedded_domains, parse_domains
 from moe_lens.errors import CheckpointError, InputError
 
 
+class StoredDtype(StrEnum):
+    """Floating-point types that activations can be saved in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
+
+
 class Dtype(StrEnum):
     """Floating-point types that a model can be loaded in."""
 
+    auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -40,6 +50,26 @@ def _device(name: str) -> str:
     if not re.fullmatch("[a-z]+(:[0-9]+)?", name):
         raise InputError(f"--device {name!r}: expected cpu, cuda, cuda:1, … or auto")
     return name
+
+
+def max_memory(given: Sequence[str] | None, device: str) -> dict[int | str, int | str] | None:
+    """Sizes by place, of --max-memory.
+
+    Raises:
+        InputError: Something else, or a device that was chosen already.
+    """
+    if not given:
+        return None
+    if device != "auto":
+        raise InputError(f"--max-memory is for --device auto, and --device is {device}; leave one of them out")
+    found: dict[int | str, int | str] = {}
+    for text in given:
+        matched = re.fullmatch(r"(cpu|[0-9]+)=([0-9]+(?:[KMG]i?B)?)", text)
+        if matched is None:
+            raise InputError(f"--max-memory {text!r}: expected PLACE=SIZE, such as cpu=9GiB or 0=20GiB")
+        place, most = matched.groups()
+        found[int(place) if place != "cpu" else place] = int(most) if most.isdigit() else most
+    return found
 
 
 Config = Annotated[
@@ -98,12 +128,26 @@ BatchTokens = Annotated[
 ]
 ShardTokens = Annotated[int, typer.Option(min=1, help="Save progress after every this many tokens.")]
 Seed = Annotated[int, typer.Option(help="Random seed for sampling texts.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="Precision in which the model is loaded and run.")]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(
+        help="Precision that the model is loaded and run in; auto: the checkpoint's, float32 for the embedded."
+    ),
+]
 Device = Annotated[
     str,
     typer.Option(
         callback=_device,
-        help="Device to run on: cpu, cuda, cuda:1, …; auto spreads a large model over several devices.",
+        help="Device to run on: cpu, cuda, cuda:1, …; auto: a GPU if there is one, several, main memory or the disk "
+        "beside it as far as the model needs them.",
+    ),
+]
+MaxMemory = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PLACE=SIZE",
+        help="With --device auto, the most to use of a place: cpu=9GiB, 0=20GiB for the first GPU; may be repeated. "
+        "What is not named is not used, and what fits nowhere is read from disk in every pass.  [90 % of what is free]",
     ),
 ]
 

@@ -74,8 +74,9 @@ def prune(
         "moe-lens-pruned"
     ),
     seed: options.Seed = 0,
-    dtype: options.DtypeOption = options.Dtype.float32,
-    device: options.Device = "cpu",
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.Device = "auto",
+    max_memory: options.MaxMemory = None,
     config: options.Config = None,
 ) -> None:
     """Write a smaller model that plain transformers loads, and measure what pruning costs.
@@ -120,7 +121,7 @@ def prune(
     )
     console = Console(stderr=True)
     with OutputFolder(out) as folder, console.status(f"loading {model}") as status:
-        loaded = load_model(model, dtype.value, device)
+        loaded = load_model(model, dtype.value, device, options.max_memory(max_memory, device))
         made = run(loaded, domains, settings, folder.scratch / "model", watch=status.update)  # appears with the rest
         page = write_pruning(made, folder)
     console.print(f"done in {time.monotonic() - started:.0f} s", highlight=False)

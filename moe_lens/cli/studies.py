@@ -233,8 +233,8 @@ def collect_activations(
         ),
     ] = None,
     store: Annotated[
-        options.Dtype, typer.Option(help="Precision of activations and weights on disk.")
-    ] = options.Dtype.float32,
+        options.StoredDtype, typer.Option(help="Precision of activations and weights on disk.")
+    ] = options.StoredDtype.float32,
     kind: Annotated[Kind, typer.Option("--format", help="File format of the shards.")] = Kind.safetensors,
 ) -> Work:
     """Activations and routing of every token, in shards: what probes, SAEs and transcoders are trained on.

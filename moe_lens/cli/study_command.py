@@ -12,7 +12,7 @@ import typer
 
 from moe_lens.cli import options
 from moe_lens.cli.app import app
-from moe_lens.cli.model_loading import join_processes, leave_processes, load_model, quiet
+from moe_lens.cli.model_loading import join_processes, leave_processes, load_model, quiet, where_it_is
 from moe_lens.data import Reading
 
 if TYPE_CHECKING:
@@ -44,8 +44,9 @@ class Arguments:
     seed: options.Seed = 0
     batch_tokens: options.BatchTokens = 2048
     shard_tokens: options.ShardTokens = 2**15
-    dtype: options.DtypeOption = options.Dtype.float32
-    device: options.Device = "cpu"
+    dtype: options.DtypeOption = options.Dtype.auto
+    device: options.Device = "auto"
+    max_memory: options.MaxMemory = None
     config: options.Config = None
 
     def domains(self) -> options.Opened:
@@ -122,6 +123,7 @@ def _run(made: "Study | Work", domains: options.Opened, out: Path, given: Argume
     from moe_lens import distributed
     from moe_lens.studies import Study, run
 
+    max_memory = options.max_memory(given.max_memory, given.device)
     quiet()
     started = time.monotonic()
     work = partial(run, made) if isinstance(made, Study) else made
@@ -129,7 +131,9 @@ def _run(made: "Study | Work", domains: options.Opened, out: Path, given: Argume
     try:
         console = Console(stderr=True, quiet=distributed.rank() > 0)
         with console.status(Text(f"loading {given.model}")):
-            model = load_model(given.model, given.dtype.value, given.device)
+            model = load_model(given.model, given.dtype.value, given.device, max_memory)
+        if (where := where_it_is(model)) is not None:
+            console.print(Text(where))
         columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
         with Progress(*columns, console=console, transient=True) as progress:
             task, read = progress.add_task("reading"), 0

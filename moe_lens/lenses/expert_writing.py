@@ -15,6 +15,7 @@ from moe_lens.checked import checked
 from moe_lens.errors import HookError, InputError
 from moe_lens.lenses.logit_lens import LogitLens
 from moe_lens.lenses.token_rows import Rows, row_batches, rows
+from moe_lens.model.loading.placement import input_device
 from moe_lens.protocols import require_stream_width
 from moe_lens.routing import output_factors
 from moe_lens.summary import Summary
@@ -282,7 +283,7 @@ class _Sums:
         def keep_weights(value: Tensor, hook: Any) -> None:  # noqa: ARG001
             held["weights"] = value.detach().float().cpu()
 
-        place = self.model.original_model.get_input_embeddings().weight.device
+        place = input_device(self.model.original_model)
         hooks = [(self._out, keep), (self._post, keep), (names.mlp(names.ROUTING_WEIGHTS, self.layer), keep_weights)]
         with self.model.hooks(fwd_hooks=hooks):
             mask = part.mask.long().to(place)

@@ -14,6 +14,7 @@ from moe_lens import names
 from moe_lens.checked import checked
 from moe_lens.errors import HookError, InputError
 from moe_lens.lenses.token_rows import row_batches, rows
+from moe_lens.model.loading.placement import input_device
 from moe_lens.summary import Summary
 
 _CHUNK = 2**12
@@ -118,7 +119,7 @@ def _inputs(model: Any, layer: int, directions: Tensor, texts: Iterable[Any], ba
     sums, total = torch.zeros(n_experts, d_model, dtype=torch.float64), torch.zeros(d_model, dtype=torch.float64)
     counts, tokens = torch.zeros(n_experts, dtype=torch.long), 0
     wanted = [names.mlp(name, layer) for name in (names.MLP_IN, names.EXPERT_INDICES)]
-    place = model.original_model.get_input_embeddings().weight.device
+    place = input_device(model.original_model)
     for part in row_batches(rows(model, texts), batch):
         _, cache = model.run_with_cache(
             part.tokens.to(place),

@@ -11,6 +11,7 @@ from moe_lens import names
 from moe_lens.errors import InputError
 from moe_lens.lenses.lens import Lens
 from moe_lens.lenses.token_rows import Rows
+from moe_lens.model.loading.placement import input_device
 
 CHUNK = 256
 """Tokens whose logits are held at a time: few enough to stay in a CPU's cache with a small vocabulary (twice as fast as
@@ -57,7 +58,7 @@ class Streams:
         n_layers, device = model.cfg.n_layers, model.W_U.device
         self.last = names.block(names.RESID_POST, n_layers - 1)
         wanted = [*(site.hook for site in sites(lens)), self.last]
-        place = model.original_model.get_input_embeddings().weight.device
+        place = input_device(model.original_model)
         _, cache = model.run_with_cache(
             batch.tokens.to(place),
             names_filter=wanted,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_lens.model.hf_compat import cache_of, cache_word
+from moe_lens.model.loading.placement import input_device
 
 PROMPT, NEW, ROUNDS = 128, 32, 7
 """Tokens of a prompt, tokens decoded after it, and repetitions of which the median counts."""
@@ -53,7 +54,7 @@ def speed(models: Mapping[str, Any], *, watch: Callable[[], None] = lambda: None
 
 
 def _once(model: Any, batch: int) -> dict[str, float]:
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     generator = torch.Generator().manual_seed(batch)
     tokens = torch.randint(model.config.get_text_config().vocab_size, (batch, PROMPT), generator=generator).to(device)
     began = _now(device)

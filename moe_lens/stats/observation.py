@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_lens import names
 from moe_lens.errors import InputError
+from moe_lens.model.loading import placement
 from moe_lens.protocols import HookedModel
 from moe_lens.routing import LayerRouting, Routing, affinity
 from moe_lens.stats.routed_batch import RoutedBatch
@@ -92,7 +93,7 @@ def routing_hooks(model: HookedModel, layers: dict[int, LayerRouting]) -> Hooks:
 
 def input_device(model: Any) -> torch.device:
     """Where the model wants its tokens."""
-    return model.original_model.get_input_embeddings().weight.device
+    return placement.input_device(model.original_model)
 
 
 @torch.no_grad()

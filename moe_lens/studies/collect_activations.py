@@ -17,6 +17,7 @@ from moe_lens.checked import checked
 from moe_lens.data import Domains, Reading, Shard, TokenBatch, as_domains, batch_windows, shards
 from moe_lens.errors import InputError, several
 from moe_lens.manifest import file_digest
+from moe_lens.model.loading.placement import places
 from moe_lens.routing import LayerRouting
 from moe_lens.stats.observation import Hooks, routing_hooks
 from moe_lens.studies.batch_halving import Halving
@@ -286,4 +287,5 @@ def _assemble(folder: StudyFolder, stems: Sequence[str]) -> None:
     )
     documents.to_parquet(scratch / DOCUMENTS, index=False)
     whole = {"documents": file_digest(scratch / DOCUMENTS), "shards": notes}
-    folder.finish(scratch, {"versions": versions(), "command": shlex.join(sys.argv), **whole})
+    held = {str(place): bytes_ for place, bytes_ in places(model.original_model).items()}
+    folder.finish(scratch, {"bytes_in": held, "versions": versions(), "command": shlex.join(sys.argv), **whole})

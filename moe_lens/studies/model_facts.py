@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from moe_lens.model.loading.placement import places
+
 SAMPLED = 64
 """Values of each parameter that the digest looks at."""
 
@@ -23,6 +25,7 @@ def model_facts(model: Any, name: str) -> dict[str, Any]:
         "type": hf.config.model_type,
         "fingerprint": parameters_digest(hf),
         "dtype": str(next(hf.parameters()).dtype).removeprefix("torch."),
+        "device": model_device(hf),
         "parameters": sum(parameter.numel() for parameter in hf.parameters()),
         "layers": int(model.cfg.n_layers),
         "moe_layers": list(model.moe_layers),
@@ -33,6 +36,12 @@ def model_facts(model: Any, name: str) -> dict[str, Any]:
         "vocabulary": int(model.cfg.d_vocab),
         "texts_open_with": [] if tokenizer is None else tokenizer.convert_ids_to_tokens(model.own_ids("")[0]),
     }
+
+
+def model_device(hf: Any) -> str:
+    """The kind of device that computes: "cpu" or "cuda". Numbers are not the same on another to the last bit."""
+    place = next((at for at in places(hf) if at not in ("cpu", "disk")), "cpu")
+    return "cuda" if isinstance(place, int) else place
 
 
 def parameters_digest(hf: Any) -> str:

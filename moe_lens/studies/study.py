@@ -21,6 +21,7 @@ from moe_lens import distributed
 from moe_lens.checked import checked
 from moe_lens.data import Corpus, Domain, Domains, Reading, Shard, TokenBatch, as_domains, batch_windows, shards
 from moe_lens.errors import InputError
+from moe_lens.model.loading.placement import places
 from moe_lens.stats import Accumulator, Result
 from moe_lens.studies.batch_halving import Halving
 from moe_lens.studies.model_facts import model_facts
@@ -160,6 +161,7 @@ def run(
     manifest = {
         "plan": plan,
         "read": read,
+        "bytes_in": {str(place): bytes_ for place, bytes_ in places(model.original_model).items()},
         "versions": versions(),
         "command": command or shlex.join(sys.argv),
     }

@@ -8,6 +8,7 @@ import torch
 
 from moe_lens import HookedMoE
 from moe_lens.cli import main
+from moe_lens.model.loading import placement
 from moe_lens.report.published_numbers import MODEL, PUBLISHED, published, published_table, same_model
 from moe_lens.studies import Collected, StudyResult
 from tests.studies.tiny import save_checkpoint, write_jsonl
@@ -205,3 +206,30 @@ def test_help_teaches(command, capsys):
     said = capsys.readouterr().out
     assert "Example: moe-lens" in said or command in ("report", "compare") and "moe-lens" in said
     assert "--out" in said
+
+
+def test_a_model_that_memory_does_not_hold_gives_the_same_tables(saved, folder, config, tmp_path, monkeypatch, capsys):
+    """Most of it is read from disk in every pass; the plan is told and kept."""
+    monkeypatch.setattr(placement, "HF_HOME", str(tmp_path / "home"))
+    out, whole = tmp_path / "split", StudyResult.load(folder / "routing")
+    size = sum(whole.manifest["bytes_in"].values())
+    assert whole.manifest["bytes_in"] == {"cpu": size} and whole.manifest["plan"]["model"]["device"] == "cpu"
+    told = f"cpu={int(size * 0.7)}"
+    assert main(["routing", "--config", str(config), "--out", str(out), "--max-memory", told]) == 0
+    split = StudyResult.load(out)
+    assert split.manifest["bytes_in"]["disk"] > 0 and sum(split.manifest["bytes_in"].values()) == size
+    for name, table in whole.tables.items():
+        pd.testing.assert_frame_equal(table, split.tables[name])
+    capsys.readouterr()
+    # Going on in another precision is refused.
+    assert "dtype" in (
+        line := refused(capsys, "routing", "--config", str(config), "--out", str(out), "--dtype", "bfloat16")
+    )
+    assert "bfloat16" in line
+
+
+def test_max_memory_that_cannot_be_meant(capsys):
+    assert "expected PLACE=SIZE, such as cpu=9GiB" in refused(capsys, "routing", "--max-memory", "9GiB")
+    assert "is for --device auto" in refused(capsys, "routing", "--device", "cpu", "--max-memory", "cpu=9GiB")
+    assert "max_memory names 7; there is" in refused(capsys, "routing", "--max-memory", "7=9GiB")
+    assert "largest layer takes" in refused(capsys, "routing", "--max-memory", "cpu=1KiB")

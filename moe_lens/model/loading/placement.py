@@ -143,3 +143,13 @@ def places(model: PreTrainedModel) -> dict[Place, int]:
             at = at.type if at.index is None else at.index
         found[at] = found.get(at, 0) + parameter.numel() * parameter.element_size()
     return found
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a transformers model wants its tokens: where its embedding is, or comes to when it is kept elsewhere."""
+    embedding = model.get_input_embeddings()
+    if not embedding.weight.is_meta:
+        return embedding.weight.device
+    inner = (getattr(part, "_hf_hook", None) for part in embedding.modules())
+    place = next((hook.execution_device for hook in inner if hook is not None), None)
+    return torch.device("cpu" if place is None else place)
