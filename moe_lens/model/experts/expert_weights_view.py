@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moe_lens.errors import UnsupportedModelError
+from moe_lens.model.experts.quantised import Matrices, PackedMatrices, Scheme, packed_product
 
 
 class Rows(NamedTuple):
@@ -36,6 +37,11 @@ class Rows(NamedTuple):
     def first(self, n_experts: int, n_rows: int) -> "Rows":
         """Those of the first experts alone."""
         return Rows(self.ids[:n_rows], self.tokens[:n_rows], self.ends[:n_experts], self.n_tokens)
+
+    def of_used(self) -> tuple[Int[Tensor, " used"], "Rows"]:
+        """The experts that have rows, and the same rows counted among those alone."""
+        used, ids = self.ids.unique_consecutive(return_inverse=True)
+        return used, Rows(ids, self.tokens, self.ends[used], self.n_tokens)
 
 
 Product = Callable[[Tensor, Tensor, Rows], Tensor]
@@ -73,7 +79,10 @@ class Experts:
         refuse_adapters("the experts", module)
         known = self._read_flags()
         parameters = self._parameters() if known else [None]
-        full = all(isinstance(p, Tensor) and p.is_floating_point() and p.element_size() >= 2 for p in parameters)
+        full = all(
+            isinstance(p, PackedMatrices) or (isinstance(p, Tensor) and p.is_floating_point() and p.element_size() >= 2)
+            for p in parameters
+        )
         if not full or "FP8" in type(module).__name__:
             raise UnsupportedModelError(
                 f"{type(module).__name__} is not under transformers' experts contract (packed gate_up_proj and "
@@ -109,30 +118,60 @@ class Experts:
 
     # --- parameters ---
 
-    def _parameters(self) -> list[Any]:
-        """All that experts own, as the module stores it."""
+    def _stored(self) -> list[tuple[Any, str]]:
+        """Modules and names of the parameters: matrices, then biases."""
         first = "gate_up_proj" if self.has_gate else "up_proj"
         names = [first, "down_proj", *([f"{first}_bias", "down_proj_bias"] if self.has_bias else [])]
-        return [getattr(self.module, name, None) for name in names]
+        return [(self.module, name) for name in names]
 
-    def first(self) -> list[tuple[Tensor, Tensor | None]]:
+    def _parameters(self) -> list[Any]:
+        """All that experts own, as it is stored."""
+        return [getattr(holder, name, None) for holder, name in self._stored()]
+
+    def pack(self, scheme: Scheme) -> None:
+        """Keep the matrices in 4 or 8 bits from now on; biases stay as they are.
+
+        Raises:
+            UnsupportedModelError: they cannot be cut into the scheme's blocks.
+        """
+        stored = self._stored()
+        for holder, name in stored[:2] if self.has_bias else stored:
+            packed = PackedMatrices.pack(self._cut(getattr(holder, name).detach()), scheme, name)
+            delattr(holder, name)
+            holder.add_module(name, packed)
+
+    def first(self) -> list[tuple[Tensor | Matrices, Tensor | None]]:
         """Matrices and biases of the products with what experts read; their columns together make the neurons."""
         weight, bias = self._parameters()[0], self._parameters()[2] if self.has_bias else None
-        return [(self._oriented(weight[: self.n_matrices]), bias)]
+        return [(self._oriented(weight), bias)]
 
-    def second(self) -> tuple[Tensor, Tensor | None]:
+    def second(self) -> tuple[Tensor | Matrices, Tensor | None]:
         """Matrices and biases of the product that makes their output."""
         return self._oriented(self._parameters()[1]), self._parameters()[3] if self.has_bias else None
 
-    def _oriented(self, weight: Tensor) -> Tensor:
-        return weight if self.transposed else weight.mT
+    def _cut(self, weight: Tensor) -> Float[Tensor, "expert rows columns"]:
+        """A stored parameter as one matrix for each expert."""
+        return weight
 
-    def branch(self, number: int) -> Float[Tensor, "expert d_model d_expert"]:
+    def _oriented(self, weight: Tensor | PackedMatrices, transposed: bool | None = None) -> Tensor | Matrices:
+        """Matrices [expert, in, out] of a parameter that is stored so (`transposed`) or the other way round."""
+        transposed = self.transposed if transposed is None else transposed
+        if isinstance(weight, PackedMatrices):
+            return Matrices(weight, transposed, self.n_matrices)
+        matrices = self._cut(weight)[: self.n_matrices]
+        return matrices if transposed else matrices.mT
+
+    def branch(self, number: int) -> Tensor | Matrices:
         """The matrices of the activated (0) or the linear (1) branch, which without a gate are the same."""
         matrices = [matrix for matrix, _ in self.first()]
         if not self.has_gate or len(matrices) == 2:
             return matrices[min(number, len(matrices) - 1)]
-        return split_branches(matrices[0], self.interleaved)[number]
+        whole = matrices[0]
+        if isinstance(whole, Matrices):
+            half = whole.shape[-1] // 2
+            ends = slice(number, None, 2) if self.interleaved else slice(number * half, (number + 1) * half)
+            return whole.narrowed(ends)
+        return split_branches(whole, self.interleaved)[number]
 
     def sizes(self) -> tuple[int, int]:
         """Numbers in all experts' parameters, and in those of one expert that has any."""
@@ -183,6 +222,16 @@ class Experts:
     ) -> Float[Tensor, "tokens d_model"]:
         """The sum over slots, in `dtype`."""
         return weighted.sum(1).to(dtype)
+
+
+def multiplied(x: Tensor, matrix: Tensor | Matrices, rows: Rows, product: Product) -> Tensor:
+    """Each row times the matrix of its expert; of packed matrices those in use are unpacked, and not kept."""
+    if isinstance(matrix, Tensor):
+        return product(x, matrix, rows)
+    used, of_used = rows.of_used()
+    if not len(used):
+        return x.new_zeros(0, matrix.shape[-1], dtype=matrix.dtype)
+    return packed_product(x, lambda: matrix[used], lambda values, unpacked: product(values, unpacked, of_used))
 
 
 def grouped_product(x: Tensor, matrix: Tensor, rows: Rows) -> Tensor:

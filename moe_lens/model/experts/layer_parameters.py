@@ -61,7 +61,7 @@ class LayerParameters:
             raise InputError(f"{self.name}[{layer}]: layer {layer} has none; MoE layers are {list(self._views)}")
         view = self._views[layer]()
         if experts is None:
-            return view
+            return view if isinstance(view, Tensor) else view[:]
         what = f"{self.name}[{layer}, expert]"
         if isinstance(experts, slice):
             for end in (experts.start, experts.stop):

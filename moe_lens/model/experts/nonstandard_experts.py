@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from moe_lens.model.experts.expert_weights_view import Experts, Rows, looped_product
+from moe_lens.model.experts.quantised import Matrices
 from moe_lens.model.families.family import Family
 
 Routed = tuple[Tensor, Tensor, Tensor]
@@ -83,19 +84,19 @@ class LongcatExperts(Looped):
 class DbrxExperts(Looped):
     """DBRX: the matrices of all experts stand below one another in three two-dimensional parameters."""
 
-    def _parameters(self) -> list[Any]:
-        return [getattr(self.module.mlp, name, None) for name in ("w1", "v1", "w2")]
+    def _stored(self) -> list[tuple[Any, str]]:
+        return [(self.module.mlp, name) for name in ("w1", "v1", "w2")]
 
-    def _cut(self, parameter: Tensor) -> Float[Tensor, "expert d_expert d_model"]:
-        return parameter.view(self.n_experts, -1, parameter.shape[-1])
+    def _cut(self, weight: Tensor) -> Float[Tensor, "expert d_expert d_model"]:
+        return weight.view(self.n_experts, -1, weight.shape[-1])
 
-    def first(self) -> list[tuple[Tensor, Tensor | None]]:
+    def first(self) -> list[tuple[Tensor | Matrices, Tensor | None]]:
         """Two products, one for each branch."""
-        return [(self._cut(parameter).mT, None) for parameter in self._parameters()[:2]]
+        return [(self._oriented(parameter), None) for parameter in self._parameters()[:2]]
 
-    def second(self) -> tuple[Tensor, Tensor | None]:
+    def second(self) -> tuple[Tensor | Matrices, Tensor | None]:
         """Stored transposed."""
-        return self._cut(self._parameters()[2]), None
+        return self._oriented(self._parameters()[2], transposed=True), None
 
     def holders(self) -> list[nn.Module]:
         """A module within."""
@@ -115,8 +116,8 @@ class JetmoeExperts(Looped):
         """As many as there are matrices."""
         return int(self.module.input_linear.num_experts)
 
-    def _parameters(self) -> list[Any]:
-        return [getattr(holder, "weight", None) for holder in self.holders()]
+    def _stored(self) -> list[tuple[Any, str]]:
+        return [(holder, "weight") for holder in self.holders()]
 
     def holders(self) -> list[nn.Module]:
         """Two modules of the block."""

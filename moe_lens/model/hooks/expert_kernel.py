@@ -12,7 +12,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lens import names
-from moe_lens.model.experts.expert_weights_view import Experts, Product, Rows, join_branches, split_branches
+from moe_lens.model.experts.expert_weights_view import (
+    Experts,
+    Product,
+    Rows,
+    join_branches,
+    multiplied,
+    split_branches,
+)
+from moe_lens.model.experts.quantised import Matrices
 from moe_lens.model.hooks.layer_hooks import LayerHooks
 
 
@@ -75,8 +83,8 @@ def _outputs(
         given, identical = x[:busy], x[busy:]
         rows, place, permutation = rows.first(experts.n_matrices, busy), place.clamp(max=busy), permutation[:busy]
 
-    def times(value: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-        out = product(value, matrix, rows)
+    def times(value: Tensor, matrix: Tensor | Matrices, bias: Tensor | None) -> Tensor:
+        out = multiplied(value, matrix, rows, product)
         return out if bias is None else out + bias[rows.ids]
 
     parts = [times(given, *first) for first in experts.first()]

@@ -1,0 +1,254 @@
+"""Matrices in 4 or 8 bits: kept packed, read expert by expert, and multiplied without keeping what was unpacked.
+
+bitsandbytes packs and unpacks. "nf4" is its NormalFloat of QLoRA (arXiv 2305.14314): blocks of 64 numbers share a scale
+in float32, 4.5 bits a number. "int8" has a scale for each stored row, 8 bits and little more. Matrices are given to it
+flat, expert by expert: on the CPU it reads blocks across rows that are no multiple of 64 wrongly.
+"""
+
+import importlib
+import logging
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moe_lens.errors import InputError, UnsupportedModelError
+
+Scheme = Literal["nf4", "int8"]
+Multiply = Callable[[Tensor, Tensor], Tensor]
+BLOCK = 64
+"""Numbers that share a scale in "nf4"."""
+
+
+def library() -> Any:
+    """Bitsandbytes' functions, without the kernels that it would fetch from a hub and run.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    if "bitsandbytes" in sys.modules:
+        return importlib.import_module("bitsandbytes.functional")
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    disabled, kernels = log.disabled, sys.modules.get("kernels")
+    log.disabled = True  # it would say that there are no kernels
+    sys.modules["kernels"] = None  # pyright: ignore[reportArgumentType]  # importing it now raises ImportError
+    try:
+        return importlib.import_module("bitsandbytes.functional")
+    except ImportError as error:
+        raise InputError("weights in 4 and 8 bits need bitsandbytes: pip install 'moe-lens[quant]'") from error
+    finally:
+        log.disabled = disabled
+        del sys.modules["kernels"]
+        if kernels is not None:
+            sys.modules["kernels"] = kernels
+
+
+def check_scheme(scheme: Any) -> Scheme:
+    """The scheme, if it is one and bitsandbytes is there.
+
+    Raises:
+        InputError: it is none, or bitsandbytes is not installed.
+    """
+    if scheme not in get_args(Scheme):
+        raise InputError(f"quantize is {scheme!r}; expected one of {', '.join(map(repr, get_args(Scheme)))}")
+    library()
+    return scheme
+
+
+class PackedMatrices(nn.Module):
+    """Matrices of one shape, one for each expert, in 4 or 8 bits; `read` unpacks those that are asked for."""
+
+    data: Tensor
+    """The packed numbers [expert, …]."""
+    scale: Tensor
+    """Scales [expert, block or row], in float32 whatever the model computes in."""
+
+    def __init__(self, data: Tensor, scale: Tensor, scheme: Scheme, shape: Sequence[int], dtype: torch.dtype):
+        super().__init__()
+        self.register_buffer("data", data)
+        self.register_buffer("scale", scale)
+        self.scheme: Scheme = scheme
+        self.shape, self.dtype = torch.Size(shape), dtype
+
+    @classmethod
+    @torch.no_grad()
+    def pack(cls, weight: Float[Tensor, "expert rows columns"], scheme: Scheme, name: str = "weight") -> Self:
+        """Pack matrices.
+
+        Args:
+            weight: What is packed, in the dtype that it is unpacked to.
+            scheme: "nf4" or "int8".
+            name: What it is called in messages.
+
+        Raises:
+            UnsupportedModelError: a matrix that is no multiple of 64 numbers cannot be cut into blocks of "nf4".
+        """
+        functional, n_numbers = library(), math.prod(weight.shape[1:])
+        if scheme == "nf4" and n_numbers % BLOCK:
+            raise UnsupportedModelError(
+                f"{name}: a matrix of {weight.shape[1]} × {weight.shape[2]} numbers is no multiple of {BLOCK}, the "
+                'block of "nf4"; quantize="int8" takes it'
+            )
+        if scheme == "nf4":
+            packed = [functional.quantize_4bit(m.flatten(), blocksize=BLOCK, quant_type="nf4") for m in weight.unbind()]
+            data, scale = [data.flatten() for data, _ in packed], [state.absmax for _, state in packed]
+        else:
+            packed = [functional.int8_vectorwise_quant(matrix.contiguous()) for matrix in weight.unbind()]
+            data, scale = [part[0] for part in packed], [part[1] for part in packed]
+        return cls(torch.stack(data), torch.stack(scale).float(), scheme, weight.shape, weight.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: ARG002
+        """Move with the model; a change of dtype changes what is unpacked to, never the scales."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        moved = fn(self.data)
+        self.data, self.scale = moved, self.scale.to(moved.device)
+        return self
+
+    @torch.no_grad()
+    def read(self, experts: Sequence[int] | Tensor | slice = slice(None)) -> Float[Tensor, "expert rows columns"]:
+        """The matrices of some experts, unpacked."""
+        functional = library()
+        data, scale = self.data[experts], self.scale[experts]
+        shape = (len(data), *self.shape[1:])
+        if not len(data):
+            return data.new_empty(shape, dtype=self.dtype)
+        if self.scheme == "int8":
+            rows = functional.int8_vectorwise_dequant(data.flatten(0, 1), scale.flatten())
+            return rows.to(self.dtype).view(shape)
+        state = functional.QuantState(
+            absmax=scale.flatten(),
+            shape=torch.Size([math.prod(shape)]),
+            code=_nf4(str(data.device)),
+            blocksize=BLOCK,
+            quant_type="nf4",
+            dtype=self.dtype if self.dtype != torch.float64 else torch.float32,
+        )
+        return functional.dequantize_4bit(data.flatten()[:, None], state).to(self.dtype).view(shape)
+
+    def numel(self) -> int:
+        """Numbers that are packed."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that they take."""
+        return self.data.nbytes + self.scale.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.data.device
+
+    def extra_repr(self) -> str:
+        """Scheme and shape."""
+        return f"{self.scheme}, {tuple(self.shape)}"
+
+
+def _nf4(device: str) -> Tensor:
+    return library().get_4bit_type("nf4", device=device)
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """Packed matrices as a kernel wants them, [expert, in, out]: an index unpacks, and nothing unpacked is kept."""
+
+    packed: PackedMatrices
+    transposed: bool
+    """Whether they are stored [in, out]."""
+    count: int
+    """How many of the experts, the first ones, are meant."""
+    columns: slice = field(default_factory=lambda: slice(None))
+    """Which columns."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """[expert, in, out]."""
+        _, rows, columns = self.packed.shape
+        n_in, n_out = (rows, columns) if self.transposed else (columns, rows)
+        return torch.Size([self.count, n_in, len(range(*self.columns.indices(n_out)))])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What they are unpacked to."""
+        return self.packed.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.packed.device
+
+    @property
+    def ndim(self) -> int:
+        """Three."""
+        return 3
+
+    def __len__(self) -> int:
+        """How many matrices."""
+        return self.count
+
+    def numel(self) -> int:
+        """Numbers that are packed."""
+        return math.prod(self.shape)
+
+    def narrowed(self, columns: slice) -> "Matrices":
+        """Some of the columns."""
+        return replace(self, columns=columns)
+
+    def __getitem__(self, experts: Any) -> Tensor:
+        """One expert's matrix [in, out], or those of several [expert, in, out]: a copy."""
+        if isinstance(experts, int):
+            return self[[experts]][0]
+        if isinstance(experts, slice):
+            experts = range(*experts.indices(self.count))
+        found = self.packed.read(experts if isinstance(experts, Tensor) else list(experts))
+        return (found if self.transposed else found.mT)[..., self.columns]
+
+
+class _Product(torch.autograd.Function):
+    """A product with matrices that are unpacked again for the gradient instead of being kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, read: Callable[[], Tensor], multiply: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        ctx.read, ctx.multiply, ctx.dtype = read, multiply, x.dtype
+        return multiply(x, read())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.multiply(gradients[0], ctx.read().mT).to(ctx.dtype), None, None
+
+
+def packed_product(x: Tensor, read: Callable[[], Tensor], multiply: Multiply) -> Tensor:
+    """`multiply(x, read())` whose gradient with respect to x reads again: between the two passes nothing is kept."""
+    return _Product.apply(x, read, multiply)  # pyright: ignore[reportReturnType]
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer whose weight is packed; `weight` unpacks it."""
+
+    packed: PackedMatrices
+
+    @classmethod
+    def convert(cls, linear: nn.Linear, scheme: Scheme, name: str) -> None:
+        """Pack the weight of a linear layer, in place."""
+        packed = PackedMatrices.pack(linear.weight.detach()[None], scheme, name)
+        del linear.weight
+        linear.__class__ = cls
+        linear.add_module("packed", packed)
+
+    @property
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """A copy, [out_features, in_features]."""
+        return self.packed.read()[0]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """X Wᵀ + b."""
+        out = packed_product(input, lambda: self.weight.mT, torch.matmul)
+        return out if self.bias is None else out + self.bias
