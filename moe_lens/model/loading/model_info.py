@@ -12,8 +12,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoM
 import moe_lens.model.families.deepseek as _registers  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from moe_lens.errors import CheckpointError, MoELensError, UnsupportedModelError
 from moe_lens.model.experts.expert_weights_view import top_k_of
-from moe_lens.model.experts.nonstandard_experts import experts_of
-from moe_lens.model.families.table import Layout, check_release, family_of
+from moe_lens.model.experts.moe_layers import decoder_layers, experts_by_layer, moe_blocks
+from moe_lens.model.families.table import check_release, family_of
 from moe_lens.model.hf_compat import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from moe_lens.model.loading.checkpoint import read_config
 from moe_lens.model.loading.pretrained import resolve_name
@@ -97,12 +97,7 @@ def config_info(config: PreTrainedConfig) -> ModelInfo:
     causal = listed and "language_model" not in decoder
     with torch.device("meta"):
         model = (AutoModelForCausalLM if causal else AutoModelForImageTextToText).from_config(config)
-    layout = family.layout or Layout()
-    layers: Any = model.get_submodule(f"{decoder}.{layout.layers}")
-    blocks = {at: layer if layout.bare else getattr(layer, layout.mlp, None) for at, layer in enumerate(layers)}
-    if layout.inner:
-        blocks = {at: getattr(block, layout.inner, None) for at, block in blocks.items()}
-    found = {at: experts for at, moe in blocks.items() if (experts := experts_of(moe, family)) is not None}
+    layers, blocks, found = decoder_layers(model, family), moe_blocks(model, family), experts_by_layer(model, family)
     if not found:
         raise UnsupportedModelError(f"this {config.model_type} has no layer with experts")
     text = config.get_text_config()
@@ -116,7 +111,9 @@ def config_info(config: PreTrainedConfig) -> ModelInfo:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     sizes = [of_layer.sizes() for of_layer in found.values()]
     idle = sum(every - one * min(top_k, experts.n_matrices) for every, one in sizes)
-    for at, experts_of_text in found.items() if layout.inner else ():  # no token of text uses the others
+    for at, experts_of_text in (
+        found.items() if family.layout and family.layout.inner else ()
+    ):  # no token of text uses the others
         modules = [module for name, module in layers[at].named_modules() if name.endswith(".experts")]
         others = [module for module in modules if module is not experts_of_text.module]
         idle += sum(parameter.numel() for module in others for parameter in module.parameters())

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from moe_lens.model.experts.nonstandard_experts import experts_of
+from moe_lens.model.experts.moe_layers import experts_by_layer
 from moe_lens.model.experts.quantised import BLOCK, PackedLinear, PackedMatrices, Scheme, check_scheme
 from moe_lens.model.families.table import family_of
 
@@ -26,8 +26,7 @@ def quantise(model: PreTrainedModel, scheme: Scheme) -> None:
     """
     check_scheme(scheme)
     family = family_of(model.config)
-    found = [experts for module in model.modules() if (experts := experts_of(module, family)) is not None]
-    for experts in found:
+    for experts in experts_by_layer(model, family).values():
         with experts.on_device():
             experts.pack(scheme)
     for name, linear in _linears(model, family):
