@@ -221,13 +221,13 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.multiply(gradients[0], ctx.read().mT).to(ctx.dtype), None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.multiply(grad_outputs[0], ctx.read().mT).to(ctx.dtype), None, None
 
 
 def packed_product(x: Tensor, read: Callable[[], Tensor], multiply: Multiply) -> Tensor:
     """`multiply(x, read())` whose gradient with respect to x reads again: between the two passes nothing is kept."""
-    return _Product.apply(x, read, multiply)  # pyright: ignore[reportReturnType]
+    return _Product.apply(x, read, multiply)
 
 
 class PackedLinear(nn.Linear):
@@ -250,5 +250,5 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """X Wᵀ + b."""
-        out = packed_product(input, lambda: self.weight.mT, torch.matmul)
-        return out if self.bias is None else out + self.bias
+        out, bias = packed_product(input, lambda: self.weight.mT, torch.matmul), self._parameters["bias"]
+        return out if bias is None else out + bias

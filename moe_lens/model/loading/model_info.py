@@ -111,9 +111,8 @@ def config_info(config: PreTrainedConfig) -> ModelInfo:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     sizes = [of_layer.sizes() for of_layer in found.values()]
     idle = sum(every - one * min(top_k, experts.n_matrices) for every, one in sizes)
-    for at, experts_of_text in (
-        found.items() if family.layout and family.layout.inner else ()
-    ):  # no token of text uses the others
+    inner = bool(family.layout and family.layout.inner)
+    for at, experts_of_text in found.items() if inner else ():  # no token of text uses the others
         modules = [module for name, module in layers[at].named_modules() if name.endswith(".experts")]
         others = [module for module in modules if module is not experts_of_text.module]
         idle += sum(parameter.numel() for module in others for parameter in module.parameters())
