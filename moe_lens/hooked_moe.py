@@ -18,6 +18,7 @@ from moe_lens.interventions import ablation, rerouting
 from moe_lens.interventions.intervention import Intervention, check_interventions
 from moe_lens.model.experts.expert_weights_view import grouped_product
 from moe_lens.model.experts.layer_parameters import LayerParameters
+from moe_lens.model.experts.quantised import Scheme
 from moe_lens.model.hooks.adapter import build_adapter
 from moe_lens.model.hooks.expert_kernel import experts_forward
 from moe_lens.model.hooks.generation import GeneratingBridge
@@ -26,6 +27,7 @@ from moe_lens.model.hooks.output_capture import capture_once
 from moe_lens.model.hooks.self_check import self_check
 from moe_lens.model.hooks.transaction import undone_on_error
 from moe_lens.model.loading.pretrained import load_pretrained
+from moe_lens.model.loading.quantising import read_quantize
 from moe_lens.model.loading.saving import save_pretrained
 from moe_lens.model.loading.transformer_lens_words import read_words
 from moe_lens.model.loading.validate import check_tokenizer, check_wrappable, refuse_plan, refuse_shards
@@ -45,7 +47,13 @@ class HookedMoE(Summary, GeneratingBridge):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path, *, check: bool = True, trust_remote_code: bool = False, **kwargs: Any
+        cls,
+        name_or_path: str | Path,
+        *,
+        check: bool = True,
+        trust_remote_code: bool = False,
+        quantize: Scheme | None = None,
+        **kwargs: Any,
     ) -> Self:
         """Load a model by hub name, local folder, or `"tiny-deepseekmoe"`, the embedded one.
 
@@ -53,6 +61,8 @@ class HookedMoE(Summary, GeneratingBridge):
             name_or_path: what transformers' `from_pretrained` takes.
             check: run the self-check on a few tokens.
             trust_remote_code: run code that comes with the checkpoint; DeepSeekMoE does not need it.
+            quantize: pack experts and the blocks' linear layers while loading, in 4 bits (`"nf4"`, `"fp4"`) or 8
+                (`"int8"`), by bitsandbytes. Routers, norms and embeddings stay. A `BitsAndBytesConfig` means the same.
             kwargs: `dtype`, `device_map`, `revision`, `cache_dir`, … as in transformers; `device`, `tokenizer`,
                 `first_n_layers`, `default_prepend_bos` and `default_padding_side` as in TransformerLens, and its flags
                 for processing weights if they are off (`fold_ln=False`). Without `dtype`, the checkpoint's own.
@@ -67,6 +77,7 @@ class HookedMoE(Summary, GeneratingBridge):
         """
         refuse_plan(kwargs)
         asked = read_words(kwargs)
+        read_quantize(quantize, kwargs)
         model, tokenizer = load_pretrained(str(name_or_path), trust_remote_code=trust_remote_code, **kwargs)
         hooked = cls.from_hf(model, asked.tokenizer or tokenizer, name=str(name_or_path), check=check)
         if asked.prepend_bos is not None:

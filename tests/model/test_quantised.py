@@ -1,15 +1,18 @@
 """Matrices in 4 and 8 bits: what is unpacked, and that every family computes what the unpacked matrices would give."""
 
 import copy
+import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from moe_lens import names
-from moe_lens.errors import InputError, UnsupportedModelError
+from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.model.experts.quantised import PackedLinear, PackedMatrices
 from moe_lens.model.families.table import here
@@ -75,7 +78,7 @@ def test_scales_stay_exact_when_a_model_is_cast() -> None:
 
 def test_a_linear_layer_is_packed_in_place_and_differentiates() -> None:
     linear = nn.Linear(24, 40)
-    PackedLinear.convert(linear, "int8", "q_proj")
+    PackedLinear.convert(linear, "q_proj", linear.weight.detach(), "int8")
     plain = nn.Linear(24, 40)
     plain.weight.data, plain.bias.data = linear.weight, linear.bias.data
     x = matrices((5, 24)).requires_grad_()
@@ -130,8 +133,81 @@ def test_every_family_computes_what_unpacked_matrices_give(model_type: str) -> N
     assert deviation(logits, exact) > 1e-3 * float(exact.abs().max()), "negative control: packing changes numbers"
 
 
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stored")
+    build("mixtral").save_pretrained(folder)
+    return folder
+
+
+def logits(model: HookedMoE) -> Tensor:
+    with torch.no_grad():
+        return model(tokens())
+
+
+def test_loading_packs_as_packing_does_and_what_is_saved_comes_back(stored: Path, tmp_path: Path) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(stored)
+    quantise(reference, "nf4")
+    expected = logits(HookedMoE.from_hf(reference))
+    model = HookedMoE.from_pretrained(stored, quantize="nf4")
+    assert torch.equal(logits(model), expected)
+    theirs = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    assert torch.equal(logits(HookedMoE.from_pretrained(stored, quantization_config=theirs)), expected)
+    model.save_pretrained(tmp_path / "packed")
+    again = HookedMoE.from_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(again), expected)
+    for name, part in packed_in(again.original_model):
+        other = dict(packed_in(model.original_model))[name]
+        assert torch.equal(part.data, other.data) and torch.equal(part.scale, other.scale)
+    sizes = [sum(f.stat().st_size for f in at.glob("*.safetensors")) for at in (stored, tmp_path / "packed")]
+    assert sizes[1] < sizes[0] / 2
+    with pytest.raises(OSError, match=r"model\.safetensors"):  # rather than experts at random
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    for call in (model.state_dict, lambda: model.load_state_dict({})):
+        with pytest.raises(UnsupportedModelError, match="this model is quantised"):
+            call()
+
+
+def test_the_embedded_model_is_packed_by_name() -> None:
+    model = HookedMoE.from_pretrained("tiny-deepseekmoe", quantize="int8", dtype=torch.float32)
+    exact = HookedMoE.from_pretrained("tiny-deepseekmoe", dtype=torch.float32)
+    text = "The old man looked at the sea and"
+    with torch.no_grad():
+        losses = [float(of(text, return_type="loss")) for of in (model, exact)]
+    assert 0 < abs(losses[0] - losses[1]) < 0.02, "8 bits are near, and not the same"
+    assert deviation(model.W_in[3, 17], exact.W_in[3, 17]) < 0.02
+    for write in (lambda w: w.mul_(0), lambda w: w.T.zero_(), lambda w: w.__setitem__(0, 1), lambda w: w.__iadd__(1)):
+        with pytest.raises(InputError, match="leaves the model as it is"):
+            write(model.W_in[3, 17])
+    with pytest.raises(InputError, match="the model would not change"):
+        torch.add(torch.ones(128, 64), 1, out=model.W_in[3, 17])
+    assert type(model.W_in[3, 17] + 1) is Tensor and (model.W_in[3, 17].T @ model.W_in[3, 4]).shape == (64, 64)
+
+
+def test_weights_that_are_no_numbers_are_refused(stored: Path, tmp_path: Path) -> None:
+    broken = build("mixtral")
+    broken.model.layers[1].mlp.experts.down_proj.data[2, 3, 4] = torch.nan
+    broken.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.experts\.down_proj is NaN or infinite in places"):
+        HookedMoE.from_pretrained(tmp_path, quantize="nf4")
+
+
+def test_two_wishes_are_one_too_many(stored: Path) -> None:
+    with pytest.raises(InputError, match="got quantize='nf4' and another quantisation"):
+        HookedMoE.from_pretrained(stored, quantize="nf4", load_in_8bit=True)
+    with pytest.raises(InputError, match="quantize is 'nf5'; expected one of"):
+        HookedMoE.from_pretrained(stored, quantize="nf5")  # pyright: ignore[reportArgumentType]
+
+
+def test_without_the_library_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, stored: Path) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    with pytest.raises(InputError, match=r"need bitsandbytes: pip install 'moe-lens\[quant\]'"):
+        HookedMoE.from_pretrained(stored, quantize="nf4")
+
+
 def test_what_cannot_be_packed_is_refused() -> None:
-    with pytest.raises(InputError, match="quantize is 'nf8'; expected one of 'nf4', 'int8'"):
+    with pytest.raises(InputError, match="quantize is 'nf8'; expected one of 'nf4', 'fp4', 'int8'"):
         quantise(build("olmoe"), "nf8")  # pyright: ignore[reportArgumentType]
     with pytest.raises(UnsupportedModelError, match=r"a matrix of 40 × 23 numbers is no multiple of 64"):
         PackedMatrices.pack(matrices((2, 40, 23)), "nf4", "down_proj")

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moe_lens.errors import UnsupportedModelError
-from moe_lens.model.experts.quantised import Matrices, PackedMatrices, Scheme, packed_product
+from moe_lens.model.experts.quantised import Matrices, PackedMatrices, Scheme, check_blocks, packed_product
 
 
 class Rows(NamedTuple):
@@ -128,17 +128,32 @@ class Experts:
         """All that experts own, as it is stored."""
         return [getattr(holder, name, None) for holder, name in self._stored()]
 
-    def pack(self, scheme: Scheme) -> None:
-        """Keep the matrices in 4 or 8 bits from now on; biases stay as they are.
+    def matrices(self, scheme: Scheme) -> list[tuple[nn.Module, str]]:
+        """Modules and names of the parameters that are matrices, all of which a scheme can pack.
+
+        Raises:
+            UnsupportedModelError: it cannot.
+        """
+        found = self._stored()[:2] if self.has_bias else self._stored()
+        for holder, name in found:
+            check_blocks(name, self._cut(getattr(holder, name)).shape, scheme)
+        return found
+
+    def pack(self, holder: nn.Module, name: str, weight: Tensor, scheme: Scheme) -> None:
+        """Keep one of `matrices` in 4 or 8 bits from now on.
+
+        Args:
+            holder: Its module.
+            name: Its name there.
+            weight: Its numbers, as they were stored.
+            scheme: How to pack them.
 
         Raises:
             UnsupportedModelError: they cannot be cut into the scheme's blocks.
         """
-        stored = self._stored()
-        for holder, name in stored[:2] if self.has_bias else stored:
-            packed = PackedMatrices.pack(self._cut(getattr(holder, name).detach()), scheme, name)
-            delattr(holder, name)
-            holder.add_module(name, packed)
+        packed = PackedMatrices.pack(self._cut(weight), scheme, name)
+        delattr(holder, name)
+        holder.add_module(name, packed)
 
     def first(self) -> list[tuple[Tensor | Matrices, Tensor | None]]:
         """Matrices and biases of the products with what experts read; their columns together make the neurons."""
@@ -231,7 +246,7 @@ def multiplied(x: Tensor, matrix: Tensor | Matrices, rows: Rows, product: Produc
     used, of_used = rows.of_used()
     if not len(used):
         return x.new_zeros(0, matrix.shape[-1], dtype=matrix.dtype)
-    return packed_product(x, lambda: matrix[used], lambda values, unpacked: product(values, unpacked, of_used))
+    return packed_product(x, lambda: matrix.read(used), lambda values, unpacked: product(values, unpacked, of_used))
 
 
 def grouped_product(x: Tensor, matrix: Tensor, rows: Rows) -> Tensor:

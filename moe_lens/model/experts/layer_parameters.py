@@ -9,12 +9,13 @@ from torch import Tensor
 
 from moe_lens.errors import InputError
 from moe_lens.ids import ids, one_id
+from moe_lens.model.experts.quantised import Matrices
 
 
 class LayerParameters:
     """`W[layer]` or `W[layer, expert]`: a view of the model's own parameter, so that writing to it edits the model."""
 
-    def __init__(self, name: str, views: Mapping[int, Callable[[], Tensor]]):
+    def __init__(self, name: str, views: Mapping[int, Callable[[], Tensor | Matrices]]):
         self.name, self._views = name, views
 
     @property
@@ -28,7 +29,7 @@ class LayerParameters:
 
     def __iter__(self) -> Iterator[Tensor]:
         """The parameter of each of `layers`, in order."""
-        return (view() for view in self._views.values())
+        return (self[layer] for layer in self._views)
 
     @property
     def shape(self) -> torch.Size:
@@ -45,7 +46,8 @@ class LayerParameters:
     def __getitem__(self, key: Any) -> Tensor:
         """The parameter of a layer [expert, …], of one expert […], or of several [expert, …]: numbers, a mask, a slice.
 
-        One expert's is a view, so is a slice; that of several numbers, in their order, or of a mask is a copy.
+        One expert's is a view, so is a slice; that of several numbers, in their order, or of a mask is a copy. Of packed
+        matrices all are copies that refuse to be written to, and only those that are asked for are unpacked.
 
         Raises:
             InputError: a layer without experts, or experts that do not exist or have no parameters.
@@ -61,7 +63,7 @@ class LayerParameters:
             raise InputError(f"{self.name}[{layer}]: layer {layer} has none; MoE layers are {list(self._views)}")
         view = self._views[layer]()
         if experts is None:
-            return view if isinstance(view, Tensor) else view[:]
+            return view[:] if isinstance(view, Matrices) else view
         what = f"{self.name}[{layer}, expert]"
         if isinstance(experts, slice):
             for end in (experts.start, experts.stop):

@@ -1,8 +1,9 @@
 """Matrices in 4 or 8 bits: kept packed, read expert by expert, and multiplied without keeping what was unpacked.
 
-bitsandbytes packs and unpacks. "nf4" is its NormalFloat of QLoRA (arXiv 2305.14314): blocks of 64 numbers share a scale
-in float32, 4.5 bits a number. "int8" has a scale for each stored row, 8 bits and little more. Matrices are given to it
-flat, expert by expert: on the CPU it reads blocks across rows that are no multiple of 64 wrongly.
+bitsandbytes packs and unpacks. "nf4" is the NormalFloat of QLoRA (arXiv 2305.14314), "fp4" a float of 4 bits: blocks of
+64 numbers share a scale in float32, 4.5 bits a number. "int8" has a scale for each stored row, 8 bits and little more.
+Matrices are given to it flat, expert by expert: on the CPU it reads blocks across rows that are no multiple of 64
+wrongly.
 """
 
 import importlib
@@ -19,10 +20,10 @@ from torch import Tensor, nn
 
 from moe_lens.errors import InputError, UnsupportedModelError
 
-Scheme = Literal["nf4", "int8"]
+Scheme = Literal["nf4", "fp4", "int8"]
 Multiply = Callable[[Tensor, Tensor], Tensor]
 BLOCK = 64
-"""Numbers that share a scale in "nf4"."""
+"""Numbers that share a scale in 4 bits."""
 
 
 def library() -> Any:
@@ -31,7 +32,7 @@ def library() -> Any:
     Raises:
         InputError: it is not installed.
     """
-    if "bitsandbytes" in sys.modules:
+    if sys.modules.get("bitsandbytes") is not None:
         return importlib.import_module("bitsandbytes.functional")
     log = logging.getLogger("bitsandbytes.backends.cpu.ops")
     disabled, kernels = log.disabled, sys.modules.get("kernels")
@@ -60,6 +61,19 @@ def check_scheme(scheme: Any) -> Scheme:
     return scheme
 
 
+def check_blocks(name: str, shape: Sequence[int], scheme: Scheme) -> None:
+    """Refuse matrices that cannot be cut into a scheme's blocks.
+
+    Raises:
+        UnsupportedModelError: 4 bits, and a matrix that is no multiple of 64 numbers.
+    """
+    if scheme != "int8" and math.prod(shape[1:]) % BLOCK:
+        raise UnsupportedModelError(
+            f"{name}: a matrix of {' × '.join(map(str, shape[1:]))} numbers is no multiple of {BLOCK}, the block of "
+            f'"{scheme}"; quantize="int8" takes it'
+        )
+
+
 class PackedMatrices(nn.Module):
     """Matrices of one shape, one for each expert, in 4 or 8 bits; `read` unpacks those that are asked for."""
 
@@ -78,29 +92,32 @@ class PackedMatrices(nn.Module):
     @classmethod
     @torch.no_grad()
     def pack(cls, weight: Float[Tensor, "expert rows columns"], scheme: Scheme, name: str = "weight") -> Self:
-        """Pack matrices.
+        """Pack matrices; of those on the meta device, make the room.
 
         Args:
             weight: What is packed, in the dtype that it is unpacked to.
-            scheme: "nf4" or "int8".
+            scheme: "nf4", "fp4" or "int8".
             name: What it is called in messages.
 
         Raises:
-            UnsupportedModelError: a matrix that is no multiple of 64 numbers cannot be cut into blocks of "nf4".
+            UnsupportedModelError: see `check_blocks`.
         """
-        functional, n_numbers = library(), math.prod(weight.shape[1:])
-        if scheme == "nf4" and n_numbers % BLOCK:
-            raise UnsupportedModelError(
-                f"{name}: a matrix of {weight.shape[1]} × {weight.shape[2]} numbers is no multiple of {BLOCK}, the "
-                'block of "nf4"; quantize="int8" takes it'
-            )
-        if scheme == "nf4":
-            packed = [functional.quantize_4bit(m.flatten(), blocksize=BLOCK, quant_type="nf4") for m in weight.unbind()]
-            data, scale = [data.flatten() for data, _ in packed], [state.absmax for _, state in packed]
+        functional, (n_experts, n_rows, n_columns) = library(), weight.shape
+        check_blocks(name, weight.shape, scheme)
+        if weight.is_meta:
+            int8 = scheme == "int8"
+            size = (n_experts, n_rows, n_columns) if int8 else (n_experts, n_rows * n_columns // 2)
+            data = torch.empty(size, dtype=torch.int8 if int8 else torch.uint8, device="meta")
+            scales = n_rows if int8 else n_rows * n_columns // BLOCK
+            scale = torch.empty(n_experts, scales, dtype=torch.float32, device="meta")
+            return cls(data, scale, scheme, weight.shape, weight.dtype)
+        if scheme == "int8":
+            packed = [functional.int8_vectorwise_quant(matrix.contiguous())[:2] for matrix in weight.unbind()]
         else:
-            packed = [functional.int8_vectorwise_quant(matrix.contiguous()) for matrix in weight.unbind()]
-            data, scale = [part[0] for part in packed], [part[1] for part in packed]
-        return cls(torch.stack(data), torch.stack(scale).float(), scheme, weight.shape, weight.dtype)
+            flat = [functional.quantize_4bit(m.flatten(), blocksize=BLOCK, quant_type=scheme) for m in weight.unbind()]
+            packed = [(data.flatten(), state.absmax) for data, state in flat]
+        data, scale = (torch.stack(parts) for parts in zip(*packed, strict=True))
+        return cls(data, scale.float(), scheme, weight.shape, weight.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: ARG002
         """Move with the model; a change of dtype changes what is unpacked to, never the scales."""
@@ -123,9 +140,9 @@ class PackedMatrices(nn.Module):
         state = functional.QuantState(
             absmax=scale.flatten(),
             shape=torch.Size([math.prod(shape)]),
-            code=_nf4(str(data.device)),
+            code=functional.get_4bit_type(self.scheme, device=data.device),
             blocksize=BLOCK,
-            quant_type="nf4",
+            quant_type=self.scheme,
             dtype=self.dtype if self.dtype != torch.float64 else torch.float32,
         )
         return functional.dequantize_4bit(data.flatten()[:, None], state).to(self.dtype).view(shape)
@@ -149,8 +166,26 @@ class PackedMatrices(nn.Module):
         return f"{self.scheme}, {tuple(self.shape)}"
 
 
-def _nf4(device: str) -> Tensor:
-    return library().get_4bit_type("nf4", device=device)
+class ReadOnly(Tensor):
+    """Numbers that were unpacked: writing to them would change nothing of the model, and raises."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG003
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        in_place = name.endswith("_") and not name.startswith("__") and name != "requires_grad_"
+        if isinstance(args[0] if args else None, cls) and (in_place or name == "__setitem__" or name.startswith("__i")):
+            raise InputError(f"{name} writes to what was unpacked from 4 or 8 bits, which leaves the model as it is")
+        if isinstance(kwargs.get("out"), cls):
+            raise InputError(f"{name}(out=…) writes to what was unpacked from 4 or 8 bits: the model would not change")
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **kwargs)
+            if isinstance(out, Tensor) and any(_shares(out, given) for given in args if isinstance(given, cls)):
+                return out.as_subclass(cls)
+        return out
+
+
+def _shares(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0
 
 
 @dataclass(frozen=True)
@@ -200,12 +235,16 @@ class Matrices:
         return replace(self, columns=columns)
 
     def __getitem__(self, experts: Any) -> Tensor:
-        """One expert's matrix [in, out], or those of several [expert, in, out]: a copy."""
+        """One expert's matrix [in, out], or those of several [expert, in, out]: a copy, to be read only."""
         if isinstance(experts, int):
             return self[[experts]][0]
         if isinstance(experts, slice):
             experts = range(*experts.indices(self.count))
-        found = self.packed.read(experts if isinstance(experts, Tensor) else list(experts))
+        return self.read(experts if isinstance(experts, Tensor) else list(experts)).as_subclass(ReadOnly)
+
+    def read(self, experts: Sequence[int] | Tensor) -> Float[Tensor, "expert in out"]:
+        """The matrices of some experts."""
+        found = self.packed.read(experts)
         return (found if self.transposed else found.mT)[..., self.columns]
 
 
@@ -236,19 +275,19 @@ class PackedLinear(nn.Linear):
     packed: PackedMatrices
 
     @classmethod
-    def convert(cls, linear: nn.Linear, scheme: Scheme, name: str) -> None:
-        """Pack the weight of a linear layer, in place."""
-        packed = PackedMatrices.pack(linear.weight.detach()[None], scheme, name)
+    def convert(cls, linear: nn.Linear, name: str, weight: Tensor, scheme: Scheme) -> None:
+        """Give a linear layer a packed weight, in place."""
+        packed = PackedMatrices.pack(weight[None], scheme, name)
         del linear.weight
         linear.__class__ = cls
         linear.add_module("packed", packed)
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """A copy, [out_features, in_features]."""
-        return self.packed.read()[0]
+        """A copy [out_features, in_features], to be read only."""
+        return self.packed.read()[0].as_subclass(ReadOnly)
 
     def forward(self, input: Tensor) -> Tensor:
         """X Wᵀ + b."""
-        out, bias = packed_product(input, lambda: self.weight.mT, torch.matmul), self._parameters["bias"]
+        out, bias = packed_product(input, lambda: self.packed.read()[0].mT, torch.matmul), self._parameters["bias"]
         return out if bias is None else out + bias

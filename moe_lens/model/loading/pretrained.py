@@ -32,6 +32,7 @@ from moe_lens.model.loading.depth import PREDICTING, layer_of, list_of_layers, r
 from moe_lens.model.loading.memory_plan import Size
 from moe_lens.model.loading.packed_tensors import lazy_state_dict, parameter_shapes, stored_shapes
 from moe_lens.model.loading.placement import Placing, size_of
+from moe_lens.model.loading.quantising import METHOD, VARIANT
 from moe_lens.model.loading.tokenizer import check_vocabulary, has_tokenizer, load_tokenizer
 
 __all__ = ["EMBEDDED", "load_pretrained", "load_tokenizer", "resolve_name"]
@@ -102,6 +103,8 @@ def load_pretrained(
     gguf = kwargs.get("gguf_file")
     path, raw = read_config(source, hub) if gguf is None else _gguf_config(source, gguf, hub)
     check_release(raw["model_type"])
+    if (raw.get("quantization_config") or {}).get("quant_method") == METHOD:
+        kwargs["variant"] = VARIANT
     own = raw["model_type"] == DeepseekConfig.model_type
     if adapter is not None and (own or not is_peft_available()):
         raise UnsupportedModelError(
@@ -294,6 +297,7 @@ def _load_through_transformers(
         for name, there, here in sorted(info["mismatched_keys"])
     ]
     problems += [str(message) for message in info.get("error_msgs", [])]
+    problems += getattr(getattr(model, "hf_quantizer", None), "problems", [])
     problems += [f"{name} is NaN or infinite in places" for name, p in model.named_parameters() if not _is_finite(p)]
     if problems:
         raise not_whole(source, problems)

@@ -16,6 +16,7 @@ from moe_lens.model.hf_compat import (
     rename_source_key,
     revert_weight_conversion,
 )
+from moe_lens.model.loading.quantising import VARIANT, packed_in
 from moe_lens.model.loading.whole_state import check_numbers, original_state
 
 
@@ -30,9 +31,16 @@ def save_pretrained(
     """
     if folder.is_file():
         raise InputError(f"{folder} is a file; expected a folder, which need not exist")
-    check_numbers(model)
     state = original_state(model, original_names)
-    with _as_numbers(model), _readable(model, state) if kwargs.get("save_original_format", True) else nullcontext():
+    if packed_in(model):
+        quantiser: Any = model.hf_quantizer
+        quantiser.state = state
+        kwargs = {"variant": VARIANT, **kwargs, "save_original_format": False}
+        numbers = nullcontext()
+    else:
+        check_numbers(model)
+        numbers = _as_numbers(model)
+    with numbers, _readable(model, state) if kwargs.get("save_original_format", True) else nullcontext():
         model.save_pretrained(folder, state_dict=state, **kwargs)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -11,6 +11,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
 from moe_lens.errors import MoELensError, UnsupportedModelError
+from moe_lens.model.loading.quantising import packed_in
 
 WRAPPER = "_original_component."
 
@@ -35,7 +36,8 @@ def check_numbers(model: PreTrainedModel) -> None:
     """
     method: Any = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     how = getattr(getattr(method, "quant_method", None), "value", getattr(method, "quant_method", None))
-    packed = [
+    ours = [f"{name.replace(WRAPPER, '')} is {one.scheme}" for name, one in packed_in(model)]
+    packed = ours + [
         f"{name.replace(WRAPPER, '')} is {parameter.dtype}"
         for name, parameter in model.named_parameters()
         if not parameter.is_floating_point() or parameter.element_size() < 2
