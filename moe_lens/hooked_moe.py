@@ -27,7 +27,7 @@ from moe_lens.model.hooks.output_capture import capture_once
 from moe_lens.model.hooks.self_check import self_check
 from moe_lens.model.hooks.transaction import undone_on_error
 from moe_lens.model.loading.pretrained import load_pretrained
-from moe_lens.model.loading.quantising import read_quantize
+from moe_lens.model.loading.quantising import packed_in, read_quantize
 from moe_lens.model.loading.saving import save_pretrained
 from moe_lens.model.loading.transformer_lens_words import read_words
 from moe_lens.model.loading.validate import check_tokenizer, check_wrappable, refuse_plan, refuse_shards
@@ -156,7 +156,8 @@ class HookedMoE(Summary, GeneratingBridge):
         layers = f"{self.cfg.n_layers}, of them {len(self.moe_layers)} with experts"
         shared = any(self.has_shared(layer) for layer in self.moe_layers)
         experts = f"{self.n_experts}, {self.top_k} active a token{', and shared ones' if shared else ''}"
-        parameters = sum(parameter.numel() for parameter in self.original_model.parameters())
+        packed = [part for _, part in packed_in(self.original_model)]
+        parameters = sum(part.numel() for part in (*self.original_model.parameters(), *packed))
         return {
             "name": self.cfg.model_name,
             "model_type": self.family.model_type,
@@ -164,7 +165,7 @@ class HookedMoE(Summary, GeneratingBridge):
             "experts": experts,
             "d_model": self.cfg.d_model,
             "parameters": f"{parameters:,}",
-            "dtype": str(first.dtype).removeprefix("torch."),
+            "dtype": str(first.dtype).removeprefix("torch.") + (f", experts in {packed[0].scheme}" if packed else ""),
             "device": str(first.device),
         }
 

@@ -4,7 +4,7 @@ import logging
 import os
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe_lens.errors import InputError
 
@@ -25,7 +25,11 @@ def quiet() -> None:
 
 
 def load_model(
-    name: str, dtype: str, device: str, max_memory: Mapping[int | str, int | str] | None = None
+    name: str,
+    dtype: str,
+    device: str,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    quantize: Any = None,
 ) -> "HookedMoE":
     """The model, for reading only.
 
@@ -34,6 +38,7 @@ def load_model(
         dtype: What it computes in; "auto" is the checkpoint's own, float32 for the embedded model.
         device: "auto" puts it where there is room; under torchrun, "cuda" is this process's own device.
         max_memory: Bounds "auto", by place.
+        quantize: How large matrices are packed; None for not at all.
 
     Raises:
         InputError: There is no such device, or the model has no layer with experts.
@@ -43,7 +48,8 @@ def load_model(
     from moe_lens.model.loading.pretrained import EMBEDDED
 
     where = {"max_memory": max_memory} if device == "auto" else {"device": _place(device)}
-    model = HookedMoE.from_pretrained(name, dtype="float32" if dtype == "auto" and name == EMBEDDED else dtype, **where)
+    dtype = "float32" if dtype == "auto" and name == EMBEDDED else dtype
+    model = HookedMoE.from_pretrained(name, dtype=dtype, quantize=quantize, **where)
     if not model.moe_layers:
         raise InputError(f"{name} has no layer with experts")
     return model.eval().requires_grad_(False)

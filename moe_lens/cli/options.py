@@ -22,6 +22,14 @@ class StoredDtype(StrEnum):
     float64 = "float64"
 
 
+class Quantize(StrEnum):
+    """How large matrices can be packed."""
+
+    nf4 = "nf4"
+    fp4 = "fp4"
+    int8 = "int8"
+
+
 class Dtype(StrEnum):
     """Floating-point types that a model can be loaded in."""
 
@@ -133,6 +141,10 @@ DtypeOption = Annotated[
     typer.Option(
         help="Precision that the model is loaded and run in; auto: the checkpoint's, float32 for the embedded."
     ),
+]
+QuantizeOption = Annotated[
+    Quantize | None,
+    typer.Option(help="Pack experts and linear layers in 4 or 8 bits while loading; needs bitsandbytes."),
 ]
 Device = Annotated[
     str,

@@ -45,6 +45,7 @@ class Arguments:
     batch_tokens: options.BatchTokens = 2048
     shard_tokens: options.ShardTokens = 2**15
     dtype: options.DtypeOption = options.Dtype.auto
+    quantize: options.QuantizeOption = None
     device: options.Device = "auto"
     max_memory: options.MaxMemory = None
     config: options.Config = None
@@ -131,7 +132,8 @@ def _run(made: "Study | Work", domains: options.Opened, out: Path, given: Argume
     try:
         console = Console(stderr=True, quiet=distributed.rank() > 0)
         with console.status(Text(f"loading {given.model}")):
-            model = load_model(given.model, given.dtype.value, given.device, max_memory)
+            packing = given.quantize and given.quantize.value
+            model = load_model(given.model, given.dtype.value, given.device, max_memory, packing)
         if (where := where_it_is(model)) is not None:
             console.print(Text(where))
         columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()

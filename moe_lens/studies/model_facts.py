@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from moe_lens.model.loading.placement import places
+from moe_lens.model.loading.quantising import packed_in
 
 SAMPLED = 64
 """Values of each parameter that the digest looks at."""
@@ -26,7 +27,8 @@ def model_facts(model: Any, name: str) -> dict[str, Any]:
         "fingerprint": parameters_digest(hf),
         "dtype": str(next(hf.parameters()).dtype).removeprefix("torch."),
         "device": model_device(hf),
-        "parameters": sum(parameter.numel() for parameter in hf.parameters()),
+        "quantised": next((part.scheme for _, part in packed_in(hf)), None),
+        "parameters": sum(part.numel() for part in (*hf.parameters(), *(part for _, part in packed_in(hf)))),
         "layers": int(model.cfg.n_layers),
         "moe_layers": list(model.moe_layers),
         "experts": int(model.n_experts),
@@ -52,7 +54,8 @@ def parameters_digest(hf: Any) -> str:
     """
     config = {key: value for key, value in hf.config.to_dict().items() if key not in _VOLATILE and key[0] != "_"}
     found = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, parameter in sorted(hf.named_parameters()):
+    packed = [(f"{name}.{half}", getattr(part, half)) for name, part in packed_in(hf) for half in ("data", "scale")]
+    for name, parameter in sorted([*hf.named_parameters(), *packed], key=lambda pair: pair[0]):
         found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if not parameter.is_meta and parameter.numel():
             flat = parameter.detach().flatten()

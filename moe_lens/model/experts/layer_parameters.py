@@ -46,8 +46,8 @@ class LayerParameters:
     def __getitem__(self, key: Any) -> Tensor:
         """The parameter of a layer [expert, …], of one expert […], or of several [expert, …]: numbers, a mask, a slice.
 
-        One expert's is a view, so is a slice; that of several numbers, in their order, or of a mask is a copy. Of packed
-        matrices all are copies that refuse to be written to, and only those that are asked for are unpacked.
+        One expert's is a view, so is a slice; that of several numbers, in their order, or of a mask is a copy. Of
+        packed matrices all are copies that refuse to be written to, and only those that are asked for are unpacked.
 
         Raises:
             InputError: a layer without experts, or experts that do not exist or have no parameters.

@@ -138,8 +138,9 @@ def quantise(model: PreTrainedModel, scheme: Scheme) -> None:
         InputError: an unknown scheme, or bitsandbytes is not installed.
         UnsupportedModelError: an unknown family, or experts that cannot be cut into the scheme's blocks.
     """
-    model.hf_quantizer = Packer(PackingConfig(scheme=check_scheme(scheme)), pre_quantized=False)
-    model.config.quantization_config = model.hf_quantizer.quantization_config
+    model_: Any = model
+    model_.hf_quantizer = Packer(PackingConfig(scheme=check_scheme(scheme)), pre_quantized=False)
+    model_.config.quantization_config = model_.hf_quantizer.quantization_config
     for name, pack in packers(model, scheme).items():
         with align_module_device(model.get_submodule(name.rpartition(".")[0])):
             pack(model.get_parameter(name).detach())
