@@ -1,8 +1,7 @@
 """What packing in 4 and 8 bits does to the embedded model: size, loss, and which experts are chosen.
 
-Run `python benchmarks/quantisation.py`; needs `pip install 'moe-lens[quant]'`. Loss is the mean over the shipped texts of
-each domain, cut to TOKENS tokens a text; the share is that of (token, layer) slots whose expert is also chosen by the
-unpacked model.
+Run `python benchmarks/quantisation.py`; needs `pip install 'moe-lens[quant]'`. Loss is the mean over TEXTS texts of
+each shipped domain, cut to TOKENS tokens; the share is that of (token, layer) slots whose expert the unpacked model chose too.
 """
 
 import torch
