@@ -1,8 +1,10 @@
 """What packing in 4 and 8 bits does to the embedded model: size, loss, and which experts are chosen.
 
-Run `python benchmarks/quantisation.py`; needs `pip install 'moe-lens[quant]'`. Loss is the mean over TEXTS texts of
-each shipped domain, cut to TOKENS tokens; the share is that of (token, layer) slots whose expert the unpacked model chose too.
+Run `python benchmarks/quantisation.py`; needs `pip install 'moe-lens[quant]'`. Loss is the mean over some texts of each
+shipped domain, cut to TOKENS tokens; the share is that of (token, layer) slots whose expert was chosen unpacked too.
 """
+
+from typing import Any
 
 import torch
 
@@ -33,7 +35,7 @@ def main() -> None:
     size = sum(p.nbytes for p in exact.original_model.parameters())
     print(f"{'float32':8}  {size / 1e6:6.1f} MB  loss {loss:.4f}")
     for name in ("bfloat16", "int8", "nf4", "fp4"):
-        how = {"dtype": torch.bfloat16} if name == "bfloat16" else {"dtype": torch.float32, "quantize": name}
+        how: dict[str, Any] = {"dtype": torch.bfloat16} if name == "bfloat16" else {"dtype": torch.float32, "quantize": name}
         model = HookedMoE.from_pretrained("tiny-deepseekmoe", **how)
         size = sum(part.nbytes for part in (*model.original_model.parameters(), *(p for _, p in packed_in(model))))
         other, found = measured(model, texts)

@@ -47,7 +47,7 @@ def load_model(
     from moe_lens import HookedMoE
     from moe_lens.model.loading.pretrained import EMBEDDED
 
-    where = {"max_memory": max_memory} if device == "auto" else {"device": _place(device)}
+    where: dict[str, Any] = {"max_memory": max_memory} if device == "auto" else {"device": _place(device)}
     dtype = "float32" if dtype == "auto" and name == EMBEDDED else dtype
     model = HookedMoE.from_pretrained(name, dtype=dtype, quantize=quantize, **where)
     if not model.moe_layers:

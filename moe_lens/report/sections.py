@@ -217,7 +217,7 @@ def localisation(studies: Studies) -> Section | None:
         contrast=as_html(viz.localisation_contrast(result)),
         rows=where(table, control="matched").to_dict("records"),
         picked_by=result.manifest["plan"]["settings"]["by"],
-        few=any(of.sources < MIN_SOURCES for of in table.itertuples()),
+        few=bool((table["sources"] < MIN_SOURCES).any()),
         least=MIN_SOURCES,
     )
 

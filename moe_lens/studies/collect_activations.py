@@ -3,7 +3,7 @@
 import fnmatch
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,8 @@ def collect(
         while folder.has(f"{mine}-{done:06d}"):
             done += 1
         collector = _Collector(model, points, dtype, reading, batch_tokens)
-        places = {"rank": distributed.rank(), "world_size": distributed.world_size()}
-        for shard in shards(domain, model, reading, start=done, **places):
+        processes = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+        for shard in shards(domain, model, reading, start=done, **processes):
             tensors = collector.shard(shard)
             stem = f"{mine}-{shard.number:06d}"
             file = f"{stem}.{kind}"
@@ -105,7 +105,7 @@ def collect(
             done = shard.number + 1
         made += [f"{mine}-{shard:06d}" for shard in range(done)]
     every = [stem for stems in distributed.gather(made) for stem in stems]
-    agreed(lambda: _assemble(folder, sorted(every)))
+    agreed(lambda: _assemble(folder, sorted(every), places(model.original_model)))
     return Collected.load(out)
 
 
@@ -268,8 +268,8 @@ def _passages(shard: Shard) -> dict[str, Any]:
     return {"documents": [[number, source, tokens] for number, (source, tokens) in counts.items()]}
 
 
-def _assemble(folder: StudyFolder, stems: Sequence[str]) -> None:
-    """Put all shards into the folder, with what is known of them."""
+def _assemble(folder: StudyFolder, stems: Sequence[str], bytes_in: Mapping[Any, int]) -> None:
+    """Put all shards into the folder, with what is known of them and of where the model was."""
     if not stems:
         raise InputError("the texts hold no passage of two tokens or more")
     folder.there()
@@ -287,5 +287,5 @@ def _assemble(folder: StudyFolder, stems: Sequence[str]) -> None:
     )
     documents.to_parquet(scratch / DOCUMENTS, index=False)
     whole = {"documents": file_digest(scratch / DOCUMENTS), "shards": notes}
-    held = {str(place): bytes_ for place, bytes_ in places(model.original_model).items()}
+    held = {str(place): bytes_ for place, bytes_ in bytes_in.items()}
     folder.finish(scratch, {"bytes_in": held, "versions": versions(), "command": shlex.join(sys.argv), **whole})

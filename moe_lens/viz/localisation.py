@@ -32,7 +32,7 @@ def localisation_costs(result: StudyResult) -> "Figure":
 
     table = table_of(result, "localisation", "contrast")
     table = table[table["control"] == "matched"]
-    ways = list(table["how"].unique())
+    ways = list(dict.fromkeys(table["how"]))
     figure = make_subplots(rows=1, cols=len(ways), shared_yaxes=True, subplot_titles=[_way(how) for how in ways])
     for column, how in enumerate(ways, start=1):
         rows = table[table["how"] == how]

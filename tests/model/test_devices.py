@@ -124,6 +124,7 @@ def test_what_does_not_fit_is_kept_elsewhere_and_nothing_is_left_behind(family, 
 
 def test_who_names_a_device_gets_it(monkeypatch):
     monkeypatch.setattr(placement, "plan_memory", lambda *_: pytest.fail("nothing is open"))
+    given: dict[str, Any]
     for given in ({"device": "cpu"}, {"device_map": {"": "cpu"}}, {"device_map": None}):
         HookedMoE.from_pretrained("tiny-deepseekmoe", **given)
     with torch.device("meta"):

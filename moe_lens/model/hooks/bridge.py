@@ -437,7 +437,8 @@ class ExpertBridge(HookTable):
         if "token_type_ids" not in further_words(kind):
             words.pop("token_type_ids", None)
         refuse_unknown("the input, for forward,", words, forward_words(kind))
-        with ForwardClaim(self) as claim:
+        claim = ForwardClaim(self)
+        with claim:
             claim.running = _Running(given, 0 if past is None else past.get_seq_length())
             stop = kwargs.get("stop_at_layer")
             in_vain = return_type is None and kwargs.get("labels") is None and not self._head_is_heard()

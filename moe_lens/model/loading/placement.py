@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from moe_lens.model.loading.machine import Machine
 from moe_lens.model.loading.memory_plan import Place, Size, gibibytes, plan_memory
+from moe_lens.model.loading.quantising import packed_in
 
 _LOG = logging.getLogger(__name__)
 _LAYER = re.compile(r"(.*?\.\d+)\.")
@@ -129,8 +130,8 @@ def _remove(folder: Path, lock: FileLock) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def places(model: PreTrainedModel) -> dict[Place, int]:
-    """Bytes of parameters in each place: GPUs by number, "cpu", "disk"."""
+def places(model: Any) -> dict[Place, int]:
+    """Bytes of a transformers model's parameters, packed ones too, in each place: GPUs by number, "cpu", "disk"."""
     device_map: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
     found: dict[Place, int] = {}
     for name, parameter in model.named_parameters():
@@ -140,9 +141,16 @@ def places(model: PreTrainedModel) -> dict[Place, int]:
             prefixes = (".".join(parts[:n]) for n in range(len(parts), -1, -1))
             at = next((device_map[prefix] for prefix in prefixes if prefix in device_map), "disk")
         if isinstance(at, torch.device):
-            at = at.type if at.index is None else at.index
+            at = _place(at)
         found[at] = found.get(at, 0) + parameter.numel() * parameter.element_size()
+    for _, packed in packed_in(model):
+        at = _place(packed.device)
+        found[at] = found.get(at, 0) + packed.nbytes
     return found
+
+
+def _place(device: Any) -> Place:
+    return device.type if device.index is None else device.index
 
 
 def input_device(model: Any) -> torch.device:
