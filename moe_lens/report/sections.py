@@ -217,7 +217,7 @@ def localisation(studies: Studies) -> Section | None:
         contrast=as_html(viz.localisation_contrast(result)),
         rows=where(table, control="matched").to_dict("records"),
         picked_by=result.manifest["plan"]["settings"]["by"],
-        few=bool((table["sources"] < MIN_SOURCES).any()),
+        few=min(table["sources"]) < MIN_SOURCES,
         least=MIN_SOURCES,
     )
 
