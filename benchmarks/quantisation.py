@@ -35,7 +35,9 @@ def main() -> None:
     size = sum(p.nbytes for p in exact.original_model.parameters())
     print(f"{'float32':8}  {size / 1e6:6.1f} MB  loss {loss:.4f}")
     for name in ("bfloat16", "int8", "nf4", "fp4"):
-        how: dict[str, Any] = {"dtype": torch.bfloat16} if name == "bfloat16" else {"dtype": torch.float32, "quantize": name}
+        how: dict[str, Any] = (
+            {"dtype": torch.bfloat16} if name == "bfloat16" else {"dtype": torch.float32, "quantize": name}
+        )
         model = HookedMoE.from_pretrained("tiny-deepseekmoe", **how)
         size = sum(part.nbytes for part in (*model.original_model.parameters(), *(p for _, p in packed_in(model))))
         other, found = measured(model, texts)

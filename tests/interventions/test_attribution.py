@@ -344,10 +344,7 @@ def test_padding_changes_nothing_and_is_attributed_nothing(method: Any, side: st
     assert torch.equal(found.count[..., real], expected.count)
     assert not found.values[..., ~real].any() and not found.count[..., ~real].any()
     shown: list[tuple[Tensor, dict[str, Any]]] = [(alone, {}), (padded, {"attention_mask": mask})]
-    of_last = [
-        expert_attribution(case.model, tokens, Logit(5), method=method, **about)
-        for tokens, about in shown
-    ]
+    of_last = [expert_attribution(case.model, tokens, Logit(5), method=method, **about) for tokens, about in shown]
     assert near(of_last[1].values.sum(-1), of_last[0].values.sum(-1), 1e-10), "the last token is a real one"
 
 

@@ -1,6 +1,6 @@
 """TransformerLens's words: done as they mean, or answered by what to write; its hook names are answered by ours."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_a_device_that_is_not_there_is_said() -> None:
 @pytest.mark.parametrize("word", PROCESSING)
 def test_processing_is_refused_at_loading(word: str) -> None:
     with pytest.raises(UnsupportedModelError, match=word):
-        HookedMoE.from_pretrained(EMBEDDED, **{word: True})
+        HookedMoE.from_pretrained(EMBEDDED, **cast(Any, {word: True}))
     with pytest.raises(InputError, match=r"HookedMoE\.from_pretrained"):
         HookedMoE.boot_transformers(EMBEDDED)
 
