@@ -41,7 +41,7 @@ def balanced_halves(blocks: Mapping[str, Mapping[str, str]], seed: int = 0) -> d
 
     Args:
         blocks: Of each domain's sources; see `parallel_blocks`.
-        seed: Of the deal.
+        seed: Of the random division.
     """
     counts: dict[str, dict[str, int]] = {}
     for domain, of in blocks.items():

@@ -149,7 +149,7 @@ def folds(sources: Sequence[str], domains: Sequence[str], n_folds: int, seed: in
         sources: Of each row; those of different domains are different, whatever their names.
         domains: Of each row.
         n_folds: How many folds; fewer where a domain has fewer sources.
-        seed: Of the deal.
+        seed: Of the random division.
     """
     of_domain: dict[str, list[str]] = {}
     for domain, source in sorted(set(zip(domains, sources, strict=True))):

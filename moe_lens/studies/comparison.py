@@ -5,7 +5,7 @@ paired by source, both sides being resampled together; otherwise each side is re
 
 Of thousands of differences many have an interval that leaves out 0 by chance. Each also has a p-value that counts all
 of them: its studentised difference against the greatest one of the whole table (Westfall and Young's maxT), where each
-source's difference has a random sign, or, if sources are not paired, where sources are dealt to the sides at random.
+source's difference has a random sign, or, if sources are not paired, where sources are assigned to the sides at random.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -230,7 +230,7 @@ def _differences(a: Means, b: Means, seed: int) -> tuple[pd.DataFrame, Float[Ten
 def studentised(
     one: Float[Tensor, "source value"], other: Float[Tensor, "another value"], paired: bool, seed: int
 ) -> tuple[Float[Tensor, " value"], Float[Tensor, "resample value"]]:
-    """T of the difference of means over sources, and what it is with random signs, or sources dealt at random.
+    """T of the difference of means over sources, and what it is with random signs, or sources assigned at random.
 
     Args:
         one: By source.
