@@ -27,7 +27,7 @@ def model_facts(model: Any, name: str) -> dict[str, Any]:
         "fingerprint": parameters_digest(hf),
         "dtype": str(next(hf.parameters()).dtype).removeprefix("torch."),
         "device": model_device(hf),
-        "quantised": next((part.scheme for _, part in packed_in(hf)), None),
+        "quantised": next((part.scheme for _, part in packed_in(hf)), "no"),
         "parameters": sum(part.numel() for part in (*hf.parameters(), *(part for _, part in packed_in(hf)))),
         "layers": int(model.cfg.n_layers),
         "moe_layers": list(model.moe_layers),

@@ -79,7 +79,7 @@ def test_the_report_collects_saved_studies(saved, tmp_path, capsys):
     for shown in ("routing", "single_expert", "lens", "perplexity", "most_specialised"):
         assert shown in content
     assert "Beside the paper" not in content  # the model has three active experts: nothing to set beside six
-    assert [path.name for path in (tmp_path / "page").iterdir()] == ["report.html"]
+    assert {path.name for path in (tmp_path / "page").iterdir()} == {"report.html", "verdicts.json"}
 
 
 @pytest.mark.typed
