@@ -60,7 +60,7 @@ def test_what_max_memory_names_is_all_that_is_used_and_as_far_as_it_says():
         (machine(0.5), None, r"largest layer takes 1.0 GiB, and GPU 0 has 512.0 MiB"),
         (machine(memory=10, disk=5), None, r"takes 30.0 GiB: 21.0 GiB more than memory .* disk has 5.0 GiB. .*HF_HOME"),
         (machine(), {0: "9GiB"}, r"max_memory names 0; there is 'cpu'"),
-        (machine(), {"cpu": "much"}, r"expected sizes as '9GiB'"),
+        (machine(), {"cpu": "much"}, r"expected sizes such as '9GiB'"),
     ],
 )
 def test_no_room_is_said_with_numbers(where, max_memory, told):
