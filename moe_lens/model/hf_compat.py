@@ -40,6 +40,12 @@ TOUCHPOINTS = (
     "transformers.models.auto.modeling_auto:MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "transformers.models.auto.modeling_auto:MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
     "transformers.models.auto.tokenization_auto:get_tokenizer_config",
+    "transformers.quantizers:HfQuantizer._process_model_before_weight_loading",
+    "transformers.quantizers:HfQuantizer.get_quantize_ops",
+    "transformers.quantizers:HfQuantizer.get_state_dict_and_metadata",
+    "transformers.quantizers:HfQuantizer.param_needs_quantization",
+    "transformers.quantizers.auto:register_quantization_config",
+    "transformers.quantizers.auto:register_quantizer",
     "transformers.utils:is_peft_available",
     "transformers.utils.generic:TransformersKwargs",
     "transformers.utils.hub:cached_file",
@@ -83,6 +89,8 @@ from transformers.models.auto.modeling_auto import (  # noqa: E402
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config  # noqa: E402
+from transformers.quantizers import HfQuantizer  # noqa: E402
+from transformers.quantizers.auto import register_quantization_config, register_quantizer  # noqa: E402
 from transformers.utils import is_peft_available  # noqa: E402
 from transformers.utils.generic import TransformersKwargs  # noqa: E402
 from transformers.utils.hub import cached_file, is_offline_mode, resolve_revision  # noqa: E402
@@ -91,6 +99,7 @@ from transformers.utils.output_capturing import (  # noqa: E402
     install_output_capuring_hook,
     maybe_install_capturing_hooks,
 )
+from transformers.utils.quantization_config import QuantizationConfigMixin  # noqa: E402
 
 __all__ = [
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -119,6 +128,10 @@ __all__ = [
     "is_peft_available",
     "maybe_install_capturing_hooks",
     "register_checkpoint_conversion_mapping",
+    "HfQuantizer",
+    "QuantizationConfigMixin",
+    "register_quantization_config",
+    "register_quantizer",
     "resolve_revision",
 ]
 

@@ -13,8 +13,8 @@ from moe_lens import HookedMoE
 from moe_lens.data import Domain, Passage, Reading, from_generator, from_hub, token_batches
 from moe_lens.errors import InputError
 from moe_lens.model.loading.tokenizer import load_tokenizer
-from moe_lens.stats import RoutingResult
-from moe_lens.studies import RoutingStudy, SingleExpertStudy, StudyResult, collect, forward_passes, run
+from moe_lens.stats import RoutingResult, observation
+from moe_lens.studies import RoutingStudy, SingleExpertStudy, StudyResult, collect, run
 from moe_lens.studies.study_folder import SPACE
 from tests.studies.tiny import TOKENIZER, assert_same, domain, passages, tiny_hf, tiny_model
 
@@ -216,16 +216,16 @@ def test_a_disk_that_fills_on_the_way_keeps_what_was_done(model, tmp_path, monke
 def test_out_of_memory_halves_the_batch(model, monkeypatch):
     texts = [domain("d")]
     whole = run(RoutingStudy(), model, texts, reading=SMALL)
-    plainly, sizes = forward_passes.forward, []
+    plainly, sizes = observation.forward, []
 
-    def scarce(model, batch, hooks):
-        logits = plainly(model, batch, hooks)
+    def scarce(model, batch, hooks, **how):
+        logits = plainly(model, batch, hooks, **how)
         sizes.append(batch.tokens.numel())
         if batch.tokens.numel() > limit:  # after the hooks have run: what they noted must not count
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return logits
 
-    monkeypatch.setattr(forward_passes, "forward", scarce)
+    monkeypatch.setattr(observation, "forward", scarce)
     limit = 60
     assert_same(whole, run(RoutingStudy(), model, texts, reading=SMALL, batch_tokens=400), 2e-6)
     assert max(sizes) > 60 and sum(size > 60 for size in sizes) <= 4  # it does not try again what did not fit

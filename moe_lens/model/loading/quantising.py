@@ -13,14 +13,17 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moe_lens.errors import InputError
 from moe_lens.model.experts.moe_layers import experts_by_layer
 from moe_lens.model.experts.quantised import BLOCK, PackedLinear, PackedMatrices, Scheme, check_scheme
 from moe_lens.model.families.table import family_of
+from moe_lens.model.hf_compat import (
+    HfQuantizer,
+    QuantizationConfigMixin,
+    register_quantization_config,
+    register_quantizer,
+)
 
 METHOD = "moe_lens"
 """What config.json calls it."""
