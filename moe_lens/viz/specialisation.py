@@ -146,7 +146,7 @@ def experts_for_half(result: StudyResult) -> "Figure":
                     hovertemplate=f"layer %{{x}}: %{{y}} experts<extra>{told}</extra>",
                 )
     half = -(-int(result.manifest["plan"]["model"]["experts"]) // 2)
-    _line(figure, half, f"uniform {half}", above=False)
+    _line(figure, float(half), f"uniform {half}", above=False)
     styled(figure, height=320, legend={"orientation": "h", "y": 1.1, "x": 0})
     figure.update_yaxes(title_text="experts that take half", rangemode="tozero")
     figure.update_xaxes(title_text="layer", dtick=1, showgrid=False)
