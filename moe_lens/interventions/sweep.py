@@ -216,7 +216,8 @@ class _Sweep:
                 last = layer == self.n_layers - 1
                 changed = changed.cumsum(1) > 0  # attention carries a change to all later positions
                 only = changed & needed if last else changed
-                stack.only = None if only.all() or layer in stack.hooked_layers | self.foreign else only
+                whole = only.all() or layer in stack.hooked_layers | self.foreign
+                stack.only = None if whole or not self.clean.replay.takes_some(layer) else only
                 resid = self.clean.replay.block(layer, resid, stack.items, stack.only)
                 if stack.only is not None and not last:
                     clean = self.clean.stream(layer + 1, stack.items).to(resid)

@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_lens import names
+from moe_lens import HookedMoE, names
 from moe_lens.errors import InputError
 from moe_lens.interventions.metrics import KLDivergence, LogitDifference, Loss
 from moe_lens.interventions.sweep import CleanRun, Variant, sweep, token_sweep
 from tests.families import CONFIGS
+from tests.matrix.configs import build as matrix_build
+from tests.matrix.configs import tokens as matrix_tokens
 from tests.wrapped import deviation, listening, untouched, wrapped
 
 families = pytest.mark.parametrize("family", CONFIGS)
@@ -269,3 +271,22 @@ def test_bad_input_is_named(variant: dict[str, Any], metric: Any, message: str):
     run = CleanRun.of(case.model, case.tokens)
     with untouched(case.model), pytest.raises(InputError, match=message):
         sweep(case.model, run, [Variant(**variant)], metric or LogitDifference(5, 6))
+
+
+def test_layers_whose_router_stands_beside_the_experts_are_swept_too() -> None:
+    """Gemma 4: experts are given flat tokens, of which none can be left out by position."""
+    model = HookedMoE.from_hf(matrix_build("gemma4_text").double(), check=False)
+    text, other = matrix_tokens(pos=8), matrix_tokens(pos=8, seed=5)
+    metric = LogitDifference(3, 5)
+    run = CleanRun.of(model, text)
+    with torch.no_grad():
+        donor = model.run_with_cache(other, names_filter="blocks.1.hook_resid_pre")[1]["blocks.1.hook_resid_pre"]
+    where = torch.zeros(text.shape, dtype=torch.bool)
+    where[:, 4] = True
+    mixed = torch.where(where[..., None], donor, run.stream(1, torch.arange(len(text))))
+    variant = Variant(1, lambda items: mixed[items], changed=where)
+    for routing in ("free", "frozen"):
+        hooks = [("blocks.1.hook_resid_pre", lambda value, hook: mixed)]
+        expected = naive(model, run, hooks, metric, routing, 1)
+        assert abs(float(sweep(model, run, [variant], metric, routing=routing)[0]) - expected) <= 1e-12
+        assert abs(expected - float(metric(run.logits))) > 1e-6, "negative control: something changed"

@@ -39,8 +39,8 @@ class Replay:
             layer: the block.
             resid: the stream entering it.
             items: which item of the recorded pass each row stands for: whose mask and positions it gets.
-            only: tokens whose MLP is computed; at the others the result lacks what the MLP adds. Hooks inside that MLP
-                would see these tokens as one row.
+            only: tokens whose MLP is computed, where `takes_some`; at the others the result lacks what the MLP adds.
+                Hooks inside that MLP would see these tokens as one row.
         """
         args, kwargs = self.arguments[layer]
         block = self.model.blocks[layer]
@@ -48,6 +48,10 @@ class Replay:
         with nullcontext() if only is None or mlp is None else _only(mlp, only):
             out = block(resid, *self._of(items, args), **self._of(items, kwargs))
         return out[0] if isinstance(out, tuple) else out
+
+    def takes_some(self, layer: int) -> bool:
+        """Whether a block's MLP can be run for some tokens alone: not where its router stands outside."""
+        return not getattr(self.model.blocks[layer]._modules.get("mlp"), "flat", False)
 
     def logits(self, resid: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_vocab"]:
         """Logits of rows of the residual stream that leaves the last block."""

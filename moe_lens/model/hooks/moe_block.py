@@ -36,6 +36,8 @@ class MoEBlock(GeneralizedComponent):
     """The decoder layer around it, where shared experts may be."""
     moe: Any = None
     """The module of transformers that holds router and experts."""
+    flat: bool = False
+    """Whether it is given tokens without their batch axis, beside a router that is not in it."""
     beside: Callable[..., Tensor] | None = None
     """What computes shared experts that are not in the block but beside it."""
 
@@ -133,6 +135,8 @@ class BareExperts(MoEBlock):
 
     The layer gives them flat tokens; `hook_in` and `hook_out` show them by batch and position, as everything does.
     """
+
+    flat = True
 
     def _holder(self, original_component: nn.Module) -> Any:  # noqa: ARG002
         return self.layer
