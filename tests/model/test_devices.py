@@ -80,6 +80,7 @@ def split_and_wrap(folder: Path) -> None:
             HookedMoE.from_hf(model)
         except Exception as error:
             sys.stdout.write(json.dumps([plan, type(error).__name__, str(error)]) + "\n")
+        torch.distributed.barrier()  # the first process holds the store by which the other finds it
     torch.distributed.destroy_process_group()
 
 
