@@ -18,6 +18,9 @@ from moe_lens.stats.multiple_tests import benjamini_hochberg, holm, most_signifi
 from moe_lens.stats.source_permutation import Deviations
 from tests.stats.routed import routed
 
+F64 = 1e-12
+"""Both sides are float64 and of size 1: sums of up to some thousand terms in another order, each rounded by 1e-16."""
+
 EXPERTS, TOP_K, LAYERS = 8, 2, 2
 
 
@@ -149,13 +152,13 @@ def test_every_number_by_its_definition():
         with np.errstate(divide="ignore", invalid="ignore"):
             terms = np.where(joint > 0, joint * np.log(joint / independent), 0)
             pmi = np.where(joint > 0, np.log(joint / independent) / -np.log(joint), -1)
-        assert float(found.mi[layer]) == pytest.approx(terms.sum(), abs=1e-12)
-        assert found.npmi[:, layer].numpy() == pytest.approx(pmi, abs=1e-12)
+        assert float(found.mi[layer]) == pytest.approx(terms.sum(), abs=F64)
+        assert found.npmi[:, layer].numpy() == pytest.approx(pmi, abs=F64)
         for i, (a, b) in enumerate([(0, 1), (0, 2), (1, 2)]):
             middle = (q[a, layer] + q[b, layer]) / 2
             with np.errstate(divide="ignore", invalid="ignore"):
                 kl = [np.where(q[d, layer] > 0, q[d, layer] * np.log(q[d, layer] / middle), 0).sum() for d in (a, b)]
-            assert float(found.jsd[layer, i]) == pytest.approx(sum(kl) / 2, abs=1e-12)
+            assert float(found.jsd[layer, i]) == pytest.approx(sum(kl) / 2, abs=F64)
     others = (found.shares[1] + found.shares[2]) / 2
     assert torch.allclose(found.differences[0], found.shares[0] - others)
 
@@ -281,6 +284,7 @@ def test_many_tests_are_one_family():
     p = torch.tensor([[0.01, 0.04, torch.nan], [0.03, 0.005, 0.5]], dtype=torch.float64)
     assert holm(p).nan_to_num(-1).tolist() == [[0.04, 0.09, -1], [0.09, 0.025, 0.5]]
     known = p[~p.isnan()]
+    # p m / rank: two roundings of numbers below 1 on either side
     assert benjamini_hochberg(p)[~p.isnan()].numpy() == pytest.approx(false_discovery_control(known.numpy()), abs=1e-15)
     assert not len(holm(torch.tensor([]))) and benjamini_hochberg(torch.tensor([0.75])).tolist() == [0.75]
     frame = pd.DataFrame(
@@ -298,8 +302,8 @@ def test_permutations_keep_sources_together():
         results[name] = stats.update(routed(chosen.expand(1, 1, 500, 2), sources=["s"], n_experts=4)).result()
     found = compare_domains(results, permutations=200)
     assert float(found.p_values.min()) > 0.9
-    assert found.mi.tolist() == pytest.approx([np.log(2)], abs=1e-12)
-    assert (found.mi - found.mi_null).tolist() == pytest.approx([0], abs=1e-12)
+    assert found.mi.tolist() == pytest.approx([np.log(2)], abs=F64)
+    assert (found.mi - found.mi_null).tolist() == pytest.approx([0], abs=F64)
     assert npmi(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])).tolist() == [[1, -1, 0], [-1, 1, 0]]
 
 

@@ -24,6 +24,9 @@ from moe_lens.stats.conditional_distance import PairOfDomains, Units
 from moe_lens.stats.null_routing import systematic_sample
 from tests.stats.routed import random_batch, routed
 
+F64 = 1e-12
+"""Both sides are float64 and of size 1: sums of up to some thousand terms in another order, each rounded by 1e-16."""
+
 LAYERS, EXPERTS, TOP_K, VOCABULARY = (1, 3), 5, 2, 7
 
 
@@ -63,11 +66,11 @@ def test_counts_equal_a_plain_loop(by, seed):
             summary: Any = result.per_layer(at_least=2).set_index("layer").loc[layer]
             for j, name in enumerate(("specialisation", "specialisation_top1")):
                 expected = (counts[j, i, kept].max(-1) / occurred[kept] * occurred[kept]).sum() / occurred[kept].sum()
-                assert summary[name] == pytest.approx(expected, abs=1e-12)
+                assert summary[name] == pytest.approx(expected, abs=F64)
             joint = counts[0, i, kept] / counts[0, i, kept].sum()
             with np.errstate(divide="ignore", invalid="ignore"):
                 terms = joint * np.log(joint / (joint.sum(0) * joint.sum(1, keepdims=True)))
-            assert summary["information"] == pytest.approx(np.where(joint > 0, terms, 0).sum(), abs=1e-12)
+            assert summary["information"] == pytest.approx(np.where(joint > 0, terms, 0).sum(), abs=F64)
     frame: Any = result.to_frame()
     assert frame.groupby(["layer", "token"])["specialisation"].sum().to_numpy() == pytest.approx(TOP_K)
     assert frame.groupby(["layer", "token"])["specialisation_top1"].sum().to_numpy() == pytest.approx(1)
@@ -117,12 +120,12 @@ def test_distance_given_the_token_against_plain_loops():
     second = units.domain_of.numpy()
     every = np.ones(units.n_sources)
     share = c.sum(0) / c.sum((0, 2))[:, None] * TOP_K  # of the token in both domains: what residuals are taken from
-    assert found == pytest.approx(plain_distance(c, second, share, every), abs=1e-12)
+    assert found == pytest.approx(plain_distance(c, second, share, every), abs=F64)
     for source in range(units.n_sources):
         left = every * (np.arange(units.n_sources) != source)
-        assert without[source] == pytest.approx(plain_distance(c, second, share, left), abs=1e-12)
+        assert without[source] == pytest.approx(plain_distance(c, second, share, left), abs=F64)
     for row, value in zip(signs, null, strict=True):
-        assert value == pytest.approx(plain_distance(c, second, share, every, row), abs=1e-12)
+        assert value == pytest.approx(plain_distance(c, second, share, every, row), abs=F64)
     assert abs(null[0] - null[1]) > 1e-3  # signs do something
 
 
@@ -185,8 +188,8 @@ def test_what_the_domain_decides_beyond_the_token_is_found():
     three = conditional_information({**dict(zip("ab", results, strict=True)), "c": third}, permutations=99)
     assert three.pairs == (("a", "b"), ("a", "c"), ("b", "c"))
     for name in ("excess", "low", "high"):
-        assert float(getattr(three, f"pair_{name}")[0, 0]) == pytest.approx(float(getattr(two, name)[0]), abs=1e-12)
-    assert float(three.excess[0]) == pytest.approx(float(three.pair_excess[0].mean()), abs=1e-12)
+        assert float(getattr(three, f"pair_{name}")[0, 0]) == pytest.approx(float(getattr(two, name)[0]), abs=F64)
+    assert float(three.excess[0]) == pytest.approx(float(three.pair_excess[0].mean()), abs=F64)
     assert (three.low < three.excess).all() and (three.excess < three.high).all()
     table: Any = three.per_pair()
     assert (table["p_holm"] >= table["p_value"]).all() and table["smallest_p"].eq(0.01).all()

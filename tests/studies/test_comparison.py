@@ -12,6 +12,9 @@ from moe_lens.stats import RoutingResult
 from moe_lens.studies import StudyResult, compare
 from moe_lens.studies.comparison import studentised
 
+F64 = 1e-12
+"""Both sides are float64 and of size 1: sums of up to some thousand terms in another order, each rounded by 1e-16."""
+
 EXPERTS = 40
 
 
@@ -38,9 +41,9 @@ def test_studentised_is_the_t_of_students_tests():
     generator = torch.Generator().manual_seed(0)
     one, other = torch.randn(11, 3, generator=generator).double(), torch.randn(14, 3, generator=generator).double() + 1
     t, null = studentised(one, other, False, 0)
-    assert t.numpy() == pytest.approx(ttest_ind(other, one, equal_var=False)[0], abs=1e-12)
+    assert t.numpy() == pytest.approx(ttest_ind(other, one, equal_var=False)[0], abs=F64)
     paired, signs = studentised(one, other[:11], True, 0)
-    assert paired.numpy() == pytest.approx(ttest_rel(other[:11], one)[0], abs=1e-12)
+    assert paired.numpy() == pytest.approx(ttest_rel(other[:11], one)[0], abs=F64)
     # without a difference t is about as large as Student's is
     assert 0.9 < float(null.std()) < 1.3 and 0.9 < float(signs.std()) < 1.3
     same, none = studentised(one, one, True, 0)

@@ -2,6 +2,7 @@
 
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -163,7 +164,7 @@ _next: dict[int, Any] = {}
 """Of each thread, what was looked up last."""
 
 
-class OpensScope:
+class OpensScope(ABC):
     """Something that opens a scope of hooks in each `with`, also inside itself."""
 
     if TYPE_CHECKING:
@@ -179,9 +180,9 @@ class OpensScope:
     def __init__(self) -> None:
         self.__dict__["_open"] = []
 
+    @abstractmethod
     def scope(self) -> HookScope:
         """A scope, entered."""
-        raise NotImplementedError
 
     def entered(self) -> Any:
         """What `with … as` gives."""
