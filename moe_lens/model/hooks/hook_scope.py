@@ -178,7 +178,7 @@ class OpensScope(ABC):
     """Scopes that no `with` holds, innermost last."""
 
     def __init__(self) -> None:
-        self.__dict__["_open"] = []
+        object.__setattr__(self, "_open", [])  # also where the class is frozen
 
     @abstractmethod
     def scope(self) -> HookScope:
