@@ -53,6 +53,39 @@ def test_what_max_memory_names_is_all_that_is_used_and_as_far_as_it_says():
     assert str(plan_memory(SIZE, machine(24, 24))) == "24.0 GiB on GPU 0, 6.0 GiB on GPU 1"
 
 
+MODULES = {"embed": 2, "attn": 4, "head": 2, "0.experts": 8, "1.experts": 8, "2.experts": 6}
+STREAMED = Size(total=30 * GIB, largest=9 * GIB, modules={name: n * GIB for name, n in MODULES.items()})
+
+
+@pytest.mark.parametrize(
+    ("where", "max_memory", "places", "on_disk"),
+    [
+        (machine(memory=30), None, {"cpu": 30}, []),
+        (machine(memory=29), {"cpu": "29GiB"}, {"cpu": 8, "disk": 22}, ["0", "1", "2"]),  # two that come and go are 16
+        (machine(), {"cpu": 32 * GIB - 1}, {"cpu": 30}, []),
+        (machine(24, memory=29), None, {0: 8, "cpu": 8, "disk": 14}, ["1", "2"]),
+        (machine(24, memory=64), None, {0: 8, "cpu": 22}, []),
+        (machine(8), {0: "8GiB"}, {"disk": 30}, ["0", "1", "2", "embed", "attn", "head"]),
+    ],
+)
+def test_what_can_be_read_from_the_checkpoint_leaves_memory_to_what_every_token_needs(
+    where, max_memory, places, on_disk
+):
+    plan = plan_memory(STREAMED, where, max_memory)
+    assert {place: round(n / GIB, 3) for place, n in plan.places.items()} == places
+    found = plan.arguments.get("device_map", {})
+    kept = {name.removesuffix(".experts") for name, place in found.items() if place == "disk"}
+    assert kept == set(on_disk)
+
+
+def test_a_model_that_is_read_in_every_pass_leaves_half_of_main_memory_to_batches():
+    modules = {"head": 2 * GIB, "attn": 4 * GIB, **{f"{layer}.experts": GIB for layer in range(24)}}
+    size = Size(total=30 * GIB, largest=GIB, modules=modules)
+    # 14 GiB, of which the two that come and go take 2 × 4: the rest is the head and, as attention has no room, experts
+    assert plan_memory(size, Machine({}, 28 * GIB, 0)).places == {"cpu": 6 * GIB, "disk": 24 * GIB}
+    assert plan_memory(size, Machine({}, 28 * GIB, 0), {"cpu": "28GiB"}).places == {"cpu": 20 * GIB, "disk": 10 * GIB}
+
+
 @pytest.mark.parametrize(
     ("where", "max_memory", "told"),
     [

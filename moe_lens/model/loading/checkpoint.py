@@ -23,7 +23,8 @@ HUB_ARGUMENTS = frozenset(
 )
 """Arguments of `from_pretrained` that say where files come from."""
 
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""By the names that safetensors has for them."""
 
 
 class StoredTensor(NamedTuple):
@@ -195,9 +196,9 @@ class Checkpoint:
             if (shape := known.get(name)) is not None and tensor.shape != shape
         ]
         problems += [
-            f"{tensor.file.name}: {name} is {tensor.dtype}, expected one of {', '.join(_FLOATS)}"
+            f"{tensor.file.name}: {name} is {tensor.dtype}, expected one of {', '.join(FLOATS)}"
             for name, tensor in self.tensors.items()
-            if name in expected and tensor.dtype not in _FLOATS
+            if name in expected and tensor.dtype not in FLOATS
         ]
         problems += [
             f"{tensor.file.name}: {name} is unexpected, config.json has no place for it"
@@ -216,7 +217,7 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """The narrowest dtype that holds every tensor of floating point without rounding; float32 if there is none."""
-        dtypes = {_FLOATS[tensor.dtype] for tensor in self.tensors.values() if tensor.dtype in _FLOATS}
+        dtypes = {FLOATS[tensor.dtype] for tensor in self.tensors.values() if tensor.dtype in FLOATS}
         return reduce(torch.promote_types, dtypes) if dtypes else torch.float32
 
 

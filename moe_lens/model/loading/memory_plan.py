@@ -1,12 +1,13 @@
 """Where a model's parameters go: decided from its size and from what is free, before anything is loaded.
 
 The first of these that has room: one GPU; several GPUs; GPUs and main memory; GPUs, main memory and disk. Without a
-GPU, main memory is the first. A model that fits is never split. What a machine has is a table of numbers here
-(`Machine`), so that every case can be tried on any machine.
+GPU, main memory is the first. A model that fits is never split. Where parameters can be read from the checkpoint
+itself, experts stay there first: they are the most, and a token uses few of them. What a machine has is a table of
+numbers here (`Machine`), so that every case can be tried on any machine.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate.utils.modeling import convert_file_size_to_int
@@ -16,6 +17,9 @@ from moe_lens.model.loading.machine import Machine
 
 SHARE = 0.9
 """Of what is free, for parameters: the rest is for activations, which a smaller batch makes smaller."""
+STREAMED_SHARE = 0.5
+"""Of main memory, where a model is read in every pass and the processor computes: what is left makes batches larger,
+and so passes fewer."""
 
 Place = int | str
 """A GPU's number, "cpu" or "disk"."""
@@ -28,6 +32,9 @@ class Size:
     total: int
     largest: int
     """Of the largest layer: what is kept elsewhere comes back layer by layer, and needs that much room."""
+    modules: Mapping[str, int] = field(default_factory=dict)
+    """Of the modules that own parameters, where those can be read from the checkpoint itself: first what is to stay in
+    memory first."""
 
 
 @dataclass(frozen=True)
@@ -78,15 +85,15 @@ def plan_memory(size: Size, machine: Machine, max_memory: Mapping[Place, int | s
         return Plan({freest: size.total}, whole)
     # With no GPU the processor computes, and the layers on disk pass through main memory.
     first = gpus[0] if gpus else "cpu"
+    if size.modules and len(gpus) < 2:
+        if first == "cpu" and max_memory is None:
+            room["cpu"] = int(STREAMED_SHARE * machine.memory)
+        return _streamed(size, room, first)
     if sum(room[gpu] for gpu in gpus) >= size.total + size.largest:
         room.pop("cpu", None)
         return Plan(_fill(size.total, room), {"device_map": "auto", "max_memory": room})
     if room.get(first, 0) < size.largest:
-        where = "main memory" if first == "cpu" else f"GPU {first}"
-        raise InputError(
-            f"the model's largest layer takes {gibibytes(size.largest)}, and {where} has "
-            f"{gibibytes(room.get(first, 0))} for it. Free some memory, or choose another device or a narrower dtype"
-        )
+        raise _no_room("layer", size.largest, first, room)
     places = _fill(size.total, {**room, first: room[first] - size.largest})
     if (needed := places.get("disk", 0)) > machine.disk:
         raise InputError(
@@ -94,6 +101,35 @@ def plan_memory(size: Size, machine: Machine, max_memory: Mapping[Place, int | s
             f"has {gibibytes(machine.disk)}. Free some of either, or set HF_HOME to a folder on a larger disk"
         )
     return Plan(places, {"device_map": "auto", "max_memory": room})
+
+
+def _streamed(size: Size, room: dict[Place, int], first: Place) -> Plan:
+    """Modules in their order, each in the first place that has room; the others are read from the checkpoint.
+
+    What is read needs room for two modules, one that computes and one that is coming.
+    """
+    coming = 2 * max(size.modules.values())
+    if room.get(first, 0) < coming // 2:
+        raise _no_room("module", coming // 2, first, room)
+    left = {place: max(0, bytes_ - coming) for place, bytes_ in room.items()}
+    where: dict[str, Place] = {}
+    places: dict[Place, int] = {}
+    for module, bytes_ in size.modules.items():
+        place: Place = next((place for place, free in left.items() if free >= bytes_), "disk")
+        where[module] = place
+        places[place] = places.get(place, 0) + bytes_
+        if place != "disk":
+            left[place] -= bytes_
+    order = [*room, "disk"]
+    return Plan({place: places[place] for place in order if place in places}, {"device_map": where})
+
+
+def _no_room(what: str, needed: int, place: Place, room: Mapping[Place, int]) -> InputError:
+    where = "main memory" if place == "cpu" else f"GPU {place}"
+    return InputError(
+        f"the model's largest {what} takes {gibibytes(needed)}, and {where} has {gibibytes(room.get(place, 0))} for "
+        "it. Free some memory, or choose another device or a narrower dtype"
+    )
 
 
 def _room(machine: Machine, max_memory: Mapping[Place, int | str] | None) -> dict[Place, int]:

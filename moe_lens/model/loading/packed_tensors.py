@@ -9,6 +9,7 @@ allocated once, in its final dtype, and filled one stored tensor at a time; tran
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_lens.errors import CheckpointError
-from moe_lens.model.loading.checkpoint import Checkpoint, StoredTensor
+from moe_lens.model.loading.checkpoint import FLOATS, Checkpoint, StoredTensor
 
 _PACKED = re.compile(r"(?P<experts>.*\.mlp\.experts)\.(?P<matrix>gate_up_proj|down_proj)")
 
@@ -71,13 +72,35 @@ class LazyParameter:
     def __getitem__(self, _: Any) -> Tensor:
         out = torch.empty(self.shape, dtype=self.dtype)
         file, handle = None, None
-        for part in parts_of(self.name, self.shape):
-            stored = self.checkpoint.tensors[part.name]
-            if stored.file != file:  # at most a few files per parameter: a layer's experts may straddle two shards
-                file, handle = stored.file, safe_open(stored.file, framework="pt")
+        for part in self.parts:
+            if self.stored(part).file != file:  # a few files at most: a layer's experts may straddle two shards
+                file = self.stored(part).file
+                handle = safe_open(file, framework="pt")
             assert handle is not None
-            out[part.place].copy_(_finite(handle.get_tensor(part.name), part.name, stored, self.dtype))
+            out[part.place].copy_(self.checked(part, handle.get_tensor(part.name)))
         return out
+
+    @cached_property
+    def parts(self) -> list[StoredPart]:
+        """The stored tensors that it is made of."""
+        return parts_of(self.name, self.shape)
+
+    def stored(self, part: StoredPart) -> StoredTensor:
+        """Where one of its parts is."""
+        return self.checkpoint.tensors[part.name]
+
+    @cached_property
+    def stored_dtype(self) -> torch.dtype:
+        """The narrowest dtype that holds what is stored."""
+        return reduce(torch.promote_types, {FLOATS[self.stored(part).dtype] for part in self.parts})
+
+    def checked(self, part: StoredPart, value: Tensor) -> Tensor:
+        """A part that was read.
+
+        Raises:
+            CheckpointError: It has NaN, Inf, or numbers that `dtype` cannot hold.
+        """
+        return _finite(value, part.name, self.stored(part), self.dtype)
 
 
 def _finite(value: Tensor, name: str, stored: StoredTensor, dtype: torch.dtype) -> Tensor:

@@ -25,6 +25,8 @@ _LAYER = re.compile(r"(.*?\.\d+)\.")
 _ELSEWHERE = ("tp_plan", "tp_size", "device_mesh", "distributed_config")
 """Arguments that place parameters in other ways."""
 _LOCK = "in-use.lock"
+DIVIDED = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Words for `device_map` that let accelerate divide a model."""
 
 
 def offload_root() -> Path:
@@ -39,19 +41,26 @@ def is_open(kwargs: Mapping[str, Any]) -> bool:
     return kwargs.get("device_map") == "auto" if "device_map" in kwargs else True
 
 
-def size_of(numbers: Mapping[str, int], dtype: torch.dtype) -> Size:
+def size_of(numbers: Mapping[str, int], dtype: torch.dtype, *, streamed: bool = False) -> Size:
     """Bytes of parameters in a dtype.
 
     Args:
         numbers: how many values each tensor has, by name.
         dtype: that they are loaded in.
+        streamed: whether they can be read from the checkpoint itself. Names are then those in the model.
     """
     layers: dict[str, int] = {}
+    modules: dict[str, int] = {}
     for name, number in numbers.items():
         found = _LAYER.match(name)
-        key = found[1] if found else name
-        layers[key] = layers.get(key, 0) + number * dtype.itemsize
-    return Size(sum(layers.values()), max(layers.values(), default=0))
+        for group, key in ((layers, found[1] if found else name), (modules, name.rpartition(".")[0])):
+            group[key] = group.get(key, 0) + number * dtype.itemsize
+    order = sorted(modules, key=lambda module: module.endswith(".experts"))
+    return Size(
+        sum(layers.values()),
+        max(layers.values(), default=0),
+        {module: modules[module] for module in order} if streamed else {},
+    )
 
 
 class Placing:
@@ -60,6 +69,7 @@ class Placing:
     Args:
         kwargs: of `from_pretrained`.
         size: of the model; None if it is kept in fewer bits than it is counted in: transformers then divides it.
+            One with `modules` is never written to disk: `streamed` says whether it is to be read from there.
 
     Raises:
         InputError: there is no room for the model.
@@ -73,10 +83,12 @@ class Placing:
         if is_open(kwargs):
             self._plan(size)
         device_map = self.arguments.get("device_map")
-        divided = isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential")
+        divided = isinstance(device_map, str) and device_map in DIVIDED
         if isinstance(device_map, Mapping):
             divided = "disk" in device_map.values()
-        if divided and self.arguments.get("offload_folder") is None:
+        self.streamed = divided and size is not None and bool(size.modules)
+        """Whether some parameters are to be read from the checkpoint in every pass, as `device_map` says."""
+        if divided and not self.streamed and self.arguments.get("offload_folder") is None:
             self._folder, self._lock = _new_folder(offload_root())
             self.arguments["offload_folder"] = str(self._folder)
 
@@ -137,9 +149,7 @@ def places(model: Any) -> dict[Place, int]:
     for name, parameter in model.named_parameters():
         at: Any = parameter.device
         if at.type == "meta":  # kept elsewhere: transformers' map says where
-            parts = name.split(".")
-            prefixes = (".".join(parts[:n]) for n in range(len(parts), -1, -1))
-            at = next((device_map[prefix] for prefix in prefixes if prefix in device_map), "disk")
+            at = place_of(name, device_map)
         if isinstance(at, torch.device):
             at = _place(at)
         found[at] = found.get(at, 0) + parameter.numel() * parameter.element_size()
@@ -147,6 +157,13 @@ def places(model: Any) -> dict[Place, int]:
         at = _place(packed.device)
         found[at] = found.get(at, 0) + packed.nbytes
     return found
+
+
+def place_of(name: str, places: Mapping[str, Any], otherwise: Any = "disk") -> Any:
+    """The place of a parameter, where a map has names of modules around it; the innermost counts."""
+    parts = name.split(".")
+    prefixes = (".".join(parts[:n]) for n in range(len(parts), -1, -1))
+    return next((places[prefix] for prefix in prefixes if prefix in places), otherwise)
 
 
 def _place(device: Any) -> Place:

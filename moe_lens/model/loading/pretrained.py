@@ -33,6 +33,7 @@ from moe_lens.model.loading.memory_plan import Size
 from moe_lens.model.loading.packed_tensors import lazy_state_dict, parameter_shapes, stored_shapes
 from moe_lens.model.loading.placement import Placing, size_of
 from moe_lens.model.loading.quantising import METHOD, VARIANT
+from moe_lens.model.loading.streaming import load_streamed
 from moe_lens.model.loading.tokenizer import check_vocabulary, has_tokenizer, load_tokenizer
 
 __all__ = ["EMBEDDED", "load_pretrained", "load_tokenizer", "resolve_name"]
@@ -161,14 +162,15 @@ def _load_deepseek(
     parameters = lazy_state_dict(checkpoint, shapes, dtype)
     for name in ("variant", "use_safetensors"):
         kwargs.pop(name, None)
-    size = size_of({name: math.prod(shape) for name, shape in shapes.items()}, dtype)
+    size = size_of({name: math.prod(shape) for name, shape in shapes.items()}, dtype, streamed=True)
     with Placing(kwargs, size) as placing:
-        model = placing.keep(
-            DeepseekForCausalLM.from_pretrained(
+        if placing.streamed:
+            model = load_streamed(DeepseekForCausalLM, config, parameters, dtype, **placing.arguments)
+        else:
+            model = DeepseekForCausalLM.from_pretrained(
                 None, config=config, state_dict=parameters, dtype=dtype, **placing.arguments
             )
-        )
-    del model._weight_conversions  # none were needed to read; to write, transformers then takes the registered ones
+            del model._weight_conversions  # none were needed to read; to write, transformers takes the registered ones
     if kwargs.get("generation_config") is None:
         with contextlib.suppress(OSError):  # it has none: the one that was made from the model's config stays
             model.generation_config = GenerationConfig.from_pretrained(source, **hub)

@@ -1,0 +1,174 @@
+"""Parameters that are read from a checkpoint's own files whenever a model needs them: nothing is written.
+
+One thread reads, and goes ahead: while a layer computes, the next one comes.
+"""
+
+import math
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_lens.model.loading.checkpoint import FLOATS
+from moe_lens.model.loading.packed_tensors import LazyParameter, StoredPart
+from moe_lens.model.loading.stored_file import Bytes, StoredFile, page_block
+
+AHEAD = 2
+"""How many parameters are read before they are asked for: those of a layer's experts are two."""
+
+
+class StreamedWeights(Mapping[str, Tensor]):
+    """By name, parameters in the dtype that a model has them in, each read anew when it is asked for.
+
+    What is read has a buffer that serves again when no tensor looks into it any more: the first touch of fresh memory
+    costs as much as the reading.
+
+    Args:
+        parameters: What can be read.
+        order: Names in the order in which a forward pass is expected to ask for them, over and over; the first pass
+            shows how it does.
+        tied: Other names of some of them.
+        kept: Those that are in main memory, for a GPU that computes.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, LazyParameter],
+        order: Sequence[str] = (),
+        tied: Mapping[str, str] | None = None,
+        kept: Mapping[str, Tensor] | None = None,
+    ):
+        self._parameters, self._order = dict(parameters), tuple(order)
+        self._tied, self._kept = dict(tied or {}), dict(kept or {})
+        self._next = dict(zip(self._order, self._order[1:] + self._order[:1], strict=True))
+        paths = {parameter.stored(part).file for parameter in parameters.values() for part in parameter.parts}
+        block = page_block()
+        self._files: dict[Path, StoredFile] = {path: StoredFile(path, block) for path in sorted(paths)}
+        self._reader = ThreadPoolExecutor(1, "moe_lens-reader")
+        self._ahead: dict[str, Future[Bytes]] = {}
+        self._last: str | None = None
+        self._alive: dict[str, Callable[[], Bytes | None]] = {}
+        self._free: dict[int, list[Tensor]] = {}
+        self._finite = set[str]()
+        self.bytes_read = 0
+        """So far, of tensors."""
+
+    def __reduce__(self) -> Any:
+        """What it was made of: a copy has its own thread and opens the files itself."""
+        return type(self), (self._parameters, self._order, self._tied, self._kept)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._parameters, **self._tied})
+
+    def __len__(self) -> int:
+        return len(self._parameters) + len(self._tied)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether it can be read; a Mapping's own way of asking is to read it."""
+        return name in self._parameters or name in self._tied
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A parameter. Those that a forward pass asks for next are then being read.
+
+        Raises:
+            CheckpointError: It holds NaN or infinities, or its file is not what it was when the model was loaded.
+        """
+        name = self._tied.get(name, name)
+        if name in self._kept:
+            return self._kept[name]
+        if (lease := self._alive.get(name, _gone)()) is not None:  # two that align one module, one inside the other
+            return self._tensor(name, lease, self._parameters[name].dtype)
+        if name not in self._ahead:  # what was read ahead is not what comes: a pass that ended early
+            for future in self._ahead.values():
+                future.cancel()
+            self._ahead.clear()
+        if self._last in self._next:
+            self._next[self._last] = name
+        self._last = name
+        asked = self._ahead.pop(name, None) or self._reader.submit(self._read, name)
+        following = self._next.get(name, name)
+        for _ in range(AHEAD):
+            if following != name and following not in self._ahead:
+                self._ahead[following] = self._reader.submit(self._read, following)
+            following = self._next.get(following, name)
+        found = self._numbers(name, asked.result())
+        self._alive[name] = weakref.ref(found)
+        return self._tensor(name, found, self._parameters[name].dtype)
+
+    def some(self, name: str, experts: Sequence[int]) -> Tensor:
+        """The matrices of some experts [expert, …]; no others are read.
+
+        Raises:
+            CheckpointError: See `__getitem__`.
+        """
+        name = self._tied.get(name, name)
+        if name in self._kept:
+            return self._kept[name][list(experts)]
+        parameter = self._parameters[name]
+        out = torch.empty((len(experts), *parameter.shape[1:]), dtype=parameter.dtype)
+        for at, expert in enumerate(experts):
+            for part in parameter.parts:
+                if part.place is ...:
+                    raise AssertionError(f"{name} is stored whole")
+                if part.place[0] == expert:
+                    read = torch.empty(part.shape, dtype=parameter.stored_dtype)
+                    self._reader.submit(self._fill, parameter, part, read).result()
+                    out[at, part.place[1]] = parameter.checked(part, read)
+        return out
+
+    def _numbers(self, name: str, lease: Bytes) -> Bytes:
+        """What was read in the model's dtype, proved to be numbers when it is read for the first time."""
+        parameter = self._parameters[name]
+        read = self._tensor(name, lease, parameter.stored_dtype)
+        if name not in self._finite:
+            for part in parameter.parts:
+                parameter.checked(part, read[part.place])
+            self._finite.add(name)
+        if parameter.dtype == parameter.stored_dtype:
+            return lease
+        numbers = self._lease(name, parameter.dtype)
+        self._tensor(name, numbers, parameter.dtype).copy_(read)
+        return numbers
+
+    def _tensor(self, name: str, lease: Bytes, dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(lease).view(dtype).view(self._parameters[name].shape)
+
+    def _lease(self, name: str, dtype: torch.dtype) -> Bytes:
+        """Room for a parameter; it serves again when the last tensor that looks at it is gone."""
+        size = math.prod(self._parameters[name].shape) * dtype.itemsize
+        free = self._free.setdefault(size, [])
+        whole = free.pop() if free else torch.empty(size, dtype=torch.uint8)
+        lease = whole.numpy()[:]
+        weakref.finalize(lease, free.append, whole).atexit = False
+        return lease
+
+    def settled(self) -> int:
+        """Bytes that were read so far, when what is being read ahead has come."""
+        self._reader.submit(int).result()
+        return self.bytes_read
+
+    # --- in the reading thread, where torch must not compute: it would start threads of its own there ---
+
+    def _read(self, name: str) -> Bytes:
+        parameter = self._parameters[name]
+        lease = self._lease(name, parameter.stored_dtype)
+        read = self._tensor(name, lease, parameter.stored_dtype)
+        for part in parameter.parts:
+            self._fill(parameter, part, read[part.place])
+        return lease
+
+    def _fill(self, parameter: LazyParameter, part: StoredPart, out: Tensor) -> None:
+        stored = parameter.stored(part)
+        into = out if FLOATS[stored.dtype] == out.dtype else torch.empty(part.shape, dtype=FLOATS[stored.dtype])
+        self._files[stored.file].read(part.name, into.view(-1).view(torch.uint8).numpy())
+        self.bytes_read += into.nbytes
+        if into is not out:  # a parameter of which parts are stored in several dtypes: seldom, and slow
+            out.copy_(into)
+
+
+def _gone() -> None:
+    return None

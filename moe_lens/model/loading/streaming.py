@@ -1,0 +1,100 @@
+"""Loading a model of which a part stays in its checkpoint: placed by a map, moved by accelerate, read by us."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
+from accelerate.utils import get_balanced_memory, set_module_tensor_to_device
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from moe_lens.model.loading.packed_tensors import LazyParameter
+from moe_lens.model.loading.placement import place_of
+from moe_lens.model.loading.streamed_weights import StreamedWeights
+
+_OF_LOADING = frozenset(
+    {"offload_folder", "offload_buffers", "offload_state_dict", "low_cpu_mem_usage", "max_memory", "disable_mmap"}
+)
+"""Arguments of `from_pretrained` that mean nothing where nothing is written and no file is mapped."""
+
+
+def load_streamed(
+    kind: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    parameters: Mapping[str, LazyParameter],
+    dtype: torch.dtype,
+    device_map: str | Mapping[str, Any],
+    max_memory: Any = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """A model whose parameters are where a map says; those on "disk" are read from the checkpoint in every pass.
+
+    Args:
+        kind: Class of the model.
+        config: Of the model; not changed.
+        parameters: All that it has, each once.
+        dtype: Of the model.
+        device_map: Places by the names of modules, or one of accelerate's words.
+        max_memory: What accelerate may use, where it divides the model.
+        kwargs: The other arguments of `from_pretrained`.
+
+    Raises:
+        CheckpointError: A parameter that is not on disk holds NaN or infinities.
+    """
+    model_: Any = kind
+    generation = kwargs.pop("generation_config", None)
+    wanted = {name: value for name, value in kwargs.items() if name not in _OF_LOADING}
+    with init_empty_weights(include_buffers=False):
+        model: Any = model_._from_config(type(config).from_dict(config.to_dict()), dtype=dtype, **wanted)
+    tied: dict[str, str] = model.all_tied_weights_keys
+    places = _places(model, tied, device_map, max_memory)
+    computes = next((place for place in places.values() if place not in ("cpu", "disk")), "cpu")
+    where = {name: place_of(name, places) for name in parameters}
+    elsewhere = [name for name, place in where.items() if place == "disk"]
+    resident = StreamedWeights(parameters)
+    kept = {}
+    for name, place in where.items():
+        if place == "cpu" != computes:
+            kept[name] = resident[name]
+        elif place != "disk":
+            set_module_tensor_to_device(model, name, place, value=resident[name], dtype=dtype)
+    model.tie_weights()
+    weights: Any = StreamedWeights(parameters, elsewhere, tied, kept)
+    # An index that is empty, and not None: accelerate would write what is on disk a second time.
+    dispatch_model(model, places, state_dict=weights, offload_index={}, skip_keys=model._skip_keys_device_placement)
+    model.eval()
+    if generation is not None:
+        model.generation_config = generation
+    return model
+
+
+def _places(
+    model: Any, tied: Mapping[str, str], device_map: str | Mapping[str, Any], max_memory: Any
+) -> dict[str, Any]:
+    """Places of the modules that own anything."""
+    if isinstance(device_map, str):
+        apart = model._no_split_modules
+        low = device_map == "balanced_low_0"
+        room = get_balanced_memory(model, max_memory, no_split_module_classes=apart, low_zero=low)
+        return dict(infer_auto_device_map(model, room, no_split_module_classes=apart))
+    computes: Any = next((place for place in device_map.values() if place not in ("cpu", "disk")), "cpu")
+    places: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        own = [f"{name}.{own}" for own, _ in module.named_parameters(recurse=False)]
+        if own:
+            places[name] = place_of(tied.get(own[0], own[0]), device_map)
+        elif list(module.buffers(recurse=False)):
+            places[name] = place_of(name, device_map, computes)
+    return places
+
+
+def streamed_weights(model: nn.Module) -> StreamedWeights | None:
+    """What a model reads its parameters from in every pass; None where it has them in memory, or wrote them down."""
+    for module in model.modules():
+        hook: Any = getattr(module, "_hf_hook", None)
+        found = getattr(getattr(hook, "weights_map", None), "dataset", None)
+        found = getattr(found, "state_dict", found)
+        if isinstance(found, StreamedWeights):
+            return found
+    return None

@@ -1,0 +1,158 @@
+"""A model of which a part stays in its checkpoint is the model itself, bit for bit, and nothing is written."""
+
+import errno
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moe_lens import HookedMoE
+from moe_lens.errors import CheckpointError
+from moe_lens.model.loading import placement, stored_file
+from moe_lens.model.loading.streamed_weights import StreamedWeights
+from moe_lens.model.loading.streaming import streamed_weights
+from tests.families import build, tokens
+
+EXPERTS = {
+    "": "cpu",
+    "model.layers.1.mlp.experts": "disk",
+    "model.layers.2.mlp.experts": "disk",
+}
+ALL = {"model": "disk", "lm_head": "disk"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("stored")
+    build("deepseek").save_pretrained(path / "model", max_shard_size="60KB")
+    assert len(list((path / "model").glob("*.safetensors"))) > 2, "experts of one layer straddle files"
+    return path / "model"
+
+
+@pytest.fixture(scope="module")
+def whole(folder) -> HookedMoE:
+    return HookedMoE.from_pretrained(folder).requires_grad_(False)
+
+
+def streamed(folder: Path, places: dict[str, Any], **how: Any) -> tuple[HookedMoE, StreamedWeights]:
+    model = HookedMoE.from_pretrained(folder, device_map=places, **how).requires_grad_(False)
+    weights = streamed_weights(model.original_model)
+    assert weights is not None
+    return model, weights
+
+
+@pytest.mark.parametrize("places", [EXPERTS, ALL], ids=["experts", "all"])
+def test_every_activation_is_the_plain_model_s_and_every_byte_is_read_once(folder, whole, places, monkeypatch):
+    monkeypatch.setattr(placement, "_new_folder", lambda _: pytest.fail("nothing is written"))
+    model, weights = streamed(folder, places)
+    elsewhere = [p for p in model.original_model.parameters() if p.is_meta]
+    size = sum(p.numel() * p.element_size() for p in elsewhere)
+    assert size == placement.places(model.original_model)["disk"] > 0
+    with torch.no_grad():
+        plain, expected = whole.run_with_cache(tokens(2, 9))
+        for _ in range(2):
+            logits, cache = model.run_with_cache(tokens(2, 9))
+            assert torch.equal(logits, plain)
+            assert all(torch.equal(cache[name], expected[name]) for name in expected.keys())  # noqa: SIM118
+    with torch.no_grad():
+        model(tokens(2, 9))
+        read = weights.settled()
+        model(tokens(2, 9))
+    assert weights.settled() - read == size, "each pass reads each byte once, ahead of the next what it was given"
+    assert all(p.is_meta for p in elsewhere), "nothing stays behind a pass"
+
+
+def test_a_plan_that_divides_keeps_all_but_experts_and_is_what_is_really_placed(folder, whole, monkeypatch, caplog):
+    monkeypatch.setattr(placement, "_new_folder", lambda _: pytest.fail("nothing is written"))
+    clean = lambda name: name.replace("_original_component.", "")  # noqa: E731
+    sizes = {clean(name): p.numel() * p.element_size() for name, p in whole.original_model.named_parameters()}
+    experts = {name for name in sizes if ".mlp.experts." in name}
+    # What comes and goes needs the room of both layers' experts, and for all the rest a byte is lacking.
+    model = HookedMoE.from_pretrained(folder, max_memory={"cpu": sum(sizes.values()) - 1}).requires_grad_(False)
+    found = {clean(name) for name, p in model.original_model.named_parameters() if p.is_meta}
+    assert found == {*experts, "lm_head.weight"}
+    elsewhere = sum(sizes[name] for name in found)
+    assert placement.places(model.original_model) == {"cpu": sum(sizes.values()) - elsewhere, "disk": elsewhere}
+    assert "does not fit into memory" in caplog.text and "on disk, read in every pass" in caplog.text
+    assert torch.equal(model(tokens(2, 9)), whole(tokens(2, 9)))
+
+
+def test_files_that_change_while_they_are_read_are_an_error(folder, whole, tmp_path):
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    model, _ = streamed(copied, EXPERTS)
+    ids = tokens(2, 9)
+    assert torch.equal(model(ids), whole(ids))
+    files = sorted(copied.glob("*.safetensors"))
+    for file in files:
+        os.utime(file, (1, 1))
+    with pytest.raises(CheckpointError, match=r"safetensors has changed since the model was loaded.*Load it again"):
+        model(ids)
+    for file in files:
+        file.unlink()
+    with pytest.raises(CheckpointError, match=r"safetensors has changed since the model was loaded"):
+        model(ids)
+
+
+def test_numbers_are_proved_finite_in_the_first_pass(folder, tmp_path):
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    name = "model.layers.2.mlp.experts.5.up_proj.weight"
+    (file,) = (f for f in copied.glob("*.safetensors") if name in load_file(f))
+    state = load_file(file)
+    state[name][3, 4] = float("nan")
+    save_file(state, file, {"format": "pt"})
+    model, _ = streamed(copied, EXPERTS)
+    for _ in range(2):  # what is broken stays so
+        with pytest.raises(CheckpointError, match=rf"{name} has 1 numbers that are NaN or infinite, of 512"):
+            model(tokens(2, 9))
+
+
+def test_what_is_stored_in_another_dtype_comes_in_the_model_s(folder):
+    whole = HookedMoE.from_pretrained(folder, dtype=torch.bfloat16).requires_grad_(False)
+    model, weights = streamed(folder, ALL, dtype=torch.bfloat16)
+    ids = tokens(2, 9)
+    assert torch.equal(model(ids), whole(ids))
+    assert model(ids).dtype == torch.bfloat16
+    assert weights.settled() > 0
+
+
+def test_buffers_serve_again_only_when_nobody_looks_at_them(folder):
+    _, weights = streamed(folder, EXPERTS)
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    first = weights[name]
+    view, kept = first[3], first.clone()
+    at, read = first.data_ptr(), weights.settled()
+    assert weights[name].data_ptr() == at and weights.settled() == read, "what is there is not read again"
+    del first
+    other = name.replace("layers.1", "layers.2")
+    assert all(weights[other].data_ptr() != at for _ in range(4)), "a view is left"
+    assert torch.equal(view, kept[3])
+    del view
+    assert at in {weights[which].data_ptr() for which in 3 * (name, other)}, "and then it does"
+
+
+def test_a_file_system_that_knows_no_other_way_is_read_through_its_cache(folder, whole, monkeypatch):
+    """Opening past the cache fails on some, and reading on others."""
+    opened = os.open
+    model, _ = streamed(folder, EXPERTS)
+
+    def refuse(path: Any, flags: int, *rest: Any, **named: Any) -> int:
+        if flags & getattr(os, "O_DIRECT", 0):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return opened(path, flags, *rest, **named)
+
+    monkeypatch.setattr(stored_file.os, "open", refuse)
+    for model_ in (model, streamed(folder, EXPERTS)[0]):
+        assert torch.equal(model_(tokens(2, 9)), whole(tokens(2, 9)))
+
+
+def test_a_copy_reads_for_itself(folder, whole):
+    _, weights = streamed(folder, EXPERTS)
+    copy = pickle.loads(pickle.dumps(weights))
+    name = "model.layers.1.mlp.experts.down_proj"
+    assert torch.equal(copy[name], weights[name])
+    assert torch.equal(copy[name], whole.original_model.get_parameter(name))
