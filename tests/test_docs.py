@@ -72,3 +72,11 @@ def test_every_page_is_in_the_navigation():
     navigation = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")
     for page in DOCS.rglob("*.md"):
         assert f": {page.relative_to(DOCS).as_posix()}\n" in navigation
+
+
+def test_the_first_page_names_every_page():
+    first = (DOCS / "index.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\]\((\w[\w-]*\.md)\)", first))
+    assert named == {page.name for page in DOCS.glob("*.md")} - {"index.md", "changelog.md"}
+    nav = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")
+    assert all(f": {name}\n" in nav for name in named)
