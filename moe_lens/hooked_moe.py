@@ -14,7 +14,7 @@ from moe_lens import names
 from moe_lens.checked import checked
 from moe_lens.errors import HookError, InputError
 from moe_lens.ids import ids
-from moe_lens.interventions import ablation, rerouting
+from moe_lens.interventions import ablation, any_k, rerouting
 from moe_lens.interventions.intervention import Intervention, check_interventions
 from moe_lens.model.experts.expert_weights_view import grouped_product
 from moe_lens.model.experts.layer_parameters import LayerParameters
@@ -215,6 +215,7 @@ class HookedMoE(Summary, GeneratingBridge):
 
     ablate = ablation.ablate
     keep_top = ablation.keep_top
+    use_experts = any_k.use_experts
     force_routing = rerouting.force_routing
     steer_experts = rerouting.steer_experts
 
@@ -227,7 +228,7 @@ class HookedMoE(Summary, GeneratingBridge):
         Args:
             input: what `forward` takes. Padding is moved to the left, so that generation continues the text.
             args: `max_new_tokens` and so on, in TransformerLens's order.
-            interventions: what `ablate`, `keep_top`, `force_routing` and `steer_experts` return.
+            interventions: what `ablate`, `keep_top`, `use_experts`, `force_routing` and `steer_experts` return.
             kwargs: `max_new_tokens`, `do_sample`, `temperature`, `return_type`, …; and inputs of
                 some transformers models, such as `pixel_values`.
 

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 
 ROUTER_LOGITS = "hook_router_logits"
+N_ACTIVE = "hook_n_active"
 EXPERT_INDICES = "hook_expert_indices"
 ROUTING_WEIGHTS = "hook_routing_weights"
 EXPERT_KEPT = "hook_expert_kept"
@@ -43,6 +44,12 @@ class Hook:
 MLP_HOOKS = (
     Hook(MLP_IN, "b p d", "changes what router and experts read"),
     Hook(ROUTER_LOGITS, "b p E", "re-routes: selection and weights are computed again by the model's own rule"),
+    Hook(
+        N_ACTIVE,
+        "b p 1 (int)",
+        "the model's own rule selects and weighs that many experts for the token; k is then the largest number of the "
+        "pass, and slots behind a token's number are left out",
+    ),
     Hook(
         EXPERT_INDICES,
         "b p k (int)",

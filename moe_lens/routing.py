@@ -51,7 +51,8 @@ class _RoutedSlots(Summary):
     n_experts: int
     """Number of routed experts."""
     indices: Int[Tensor, "*axes top_k"]
-    """Ids of the active experts by rank, the largest weight first."""
+    """Ids of the active experts by rank, the largest weight first; −1 in slots behind a token's number of experts,
+    where tokens have different numbers of them (`use_experts`)."""
     weights: Float[Tensor, "*axes top_k"]
     """What the active experts' outputs (in Llama 4, their inputs) are multiplied by, with any scale of the family; they
     need not sum to one."""
@@ -89,7 +90,7 @@ class _RoutedSlots(Summary):
     def dense_weights(self) -> Float[Tensor, "*axes n_experts"]:
         """Weights of all experts, zero for those not selected: the paper's g_{i,t}."""
         dense = self.weights.new_zeros(*self.indices.shape[:-1], self.n_experts)
-        return dense.scatter(-1, self.indices, self.weights)
+        return dense.scatter_add(-1, self.indices.clamp(min=0), self.weights.masked_fill(self.indices < 0, 0))
 
     def margin(self) -> Float[Tensor, "*axes"]:
         """The smallest router logit of the selected experts minus the largest of the others.
@@ -102,8 +103,10 @@ class _RoutedSlots(Summary):
         """
         if self.logits is None:
             raise InputError("the margin needs router logits, which this routing does not hold")
-        chosen = self.logits.gather(-1, self.indices).amin(-1)
-        others = self.logits.scatter(-1, self.indices, -torch.inf)
+        empty = self.indices < 0
+        chosen = self.logits.gather(-1, self.indices.clamp(min=0)).masked_fill(empty, torch.inf).amin(-1)
+        first = self.indices[..., :1].expand_as(self.indices)
+        others = self.logits.scatter(-1, torch.where(empty, first, self.indices), -torch.inf)
         return chosen - others.amax(-1)
 
 

@@ -208,7 +208,11 @@ class Selection:
             wanted = self.by_layer.get(layer, ())
             chosen = torch.isin(indices, torch.tensor(wanted, dtype=indices.dtype, device=indices.device))
         elif self.routed and (self.layers is None or layer in tuple(self.layers)):
-            ranks = range(indices.shape[-1]) if self.ranks is None else self.ranks
+            ranks = range(indices.shape[-1]) if self.ranks is None else tuple(self.ranks)
+            if max(ranks, default=0) >= indices.shape[-1]:
+                raise InputError(
+                    f"there is no rank {max(ranks)} in layer {layer}: tokens have {indices.shape[-1]} experts"
+                )
             chosen[..., list(ranks)] = True
         return chosen if positions is None else chosen & positions.to(chosen.device)[..., None]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 Edit = Callable[[str, Tensor], Tensor]
@@ -32,9 +33,9 @@ def allowed_experts(scores: Tensor, groups: int, kept: int, best_of_group: int) 
     return sorted(e for g in largest(group_scores, kept) for e in members[g])
 
 
-def choose(config: Any, logits: Tensor, bias: Tensor | None) -> tuple[list[int], Tensor]:
+def choose(config: Any, logits: Tensor, bias: Tensor | None, k: int) -> tuple[list[int], Tensor]:
     """Experts that one token uses, and the affinity of all experts."""
-    kind, k = config.model_type, config.num_experts_per_tok
+    kind = config.model_type
     if kind == "gpt_oss":
         return largest(logits, k), logits.exp()  # what a softmax over all would divide by cancels below
     if kind == "deepseek_v3":
@@ -103,19 +104,23 @@ def plain_moe(config: Any, moe: Any, x: Tensor, edit: Edit = unedited) -> Tensor
     logits = x.to(wide) @ router.weight.to(wide).T + (router.bias if config.model_type == "gpt_oss" else 0)
     logits = edit("hook_router_logits", logits)
 
+    counts = edit("hook_n_active", torch.full((batch, pos, 1), config.num_experts_per_tok))
+    n_slots = int(counts.max())
+
     routed_by: dict[tuple[int, int], tuple[list[int], Tensor]] = {}
     for at in where:
-        chosen, affinity = choose(config, logits[at], getattr(router, "e_score_correction_bias", None))
+        chosen, affinity = choose(config, logits[at], getattr(router, "e_score_correction_bias", None), int(counts[at]))
         chosen = sorted(chosen)
         routed_by[at] = [chosen[i] for i in largest(affinity[chosen], len(chosen))], affinity
-    indices = torch.tensor([routed_by[at][0] for at in where]).view(batch, pos, -1)
+    indices = torch.tensor([(routed_by[at][0] + [-1] * n_slots)[:n_slots] for at in where]).view(batch, pos, -1)
     indices = edit("hook_expert_indices", indices)
-    weights = torch.stack([weigh(config, routed_by[at][1], indices[at].tolist()) for at in where])
+    each_weights = [weigh(config, routed_by[at][1], indices[at][: int(counts[at])].tolist()) for at in where]
+    weights = torch.stack([pad(weights, (0, n_slots - len(weights))) for weights in each_weights])
     weights = weights.view(batch, pos, -1)
     if config.model_type not in ("mixtral", "deepseek_v2", "deepseek_v3"):
         weights = weights.to(logits.dtype)
     weights = edit("hook_routing_weights", weights)
-    kept = edit("hook_expert_kept", torch.ones_like(indices, dtype=torch.bool))
+    kept = edit("hook_expert_kept", indices >= 0)
 
     experts = [PlainExpert(config, moe.experts, e) for e in range(moe.experts.num_experts)]
     slots = [(b, p, k) for b, p in where for k in range(indices.shape[-1])]

@@ -24,6 +24,15 @@ EPSILON = 0.01
 """By how much SteerMoE's own code (arXiv 2509.09660) passes the largest, or stays under the smallest, score."""
 
 
+def holders(
+    indices: Int[Tensor, "batch pos top_k"], slots: Bool[Tensor, "batch pos top_k"], n_experts: int
+) -> Bool[Tensor, "batch pos n_experts"]:
+    """Experts that are in some of a token's slots; slots without an expert hold −1."""
+    where = indices.masked_fill(~slots | (indices < 0), n_experts)
+    marked = torch.zeros(*indices.shape[:2], n_experts + 1, dtype=torch.bool, device=indices.device)
+    return marked.scatter(-1, where, True)[..., :n_experts]
+
+
 def reselect(
     layer: int,
     indices: Int[Tensor, "batch pos top_k"],
@@ -34,12 +43,14 @@ def reselect(
 
     A free slot goes to the expert with the largest score among those that the family allows; for an expert that is
     forced in, the selected one with the smallest score leaves. Who stays keeps the slot; ties go to the lowest id.
+    Slots without an expert, of −1, stay without.
 
     Raises:
         InputError: a token has too few experts left; the message names it.
     """
-    top_k = indices.shape[-1]
-    selected = torch.zeros_like(wishes, dtype=torch.bool).scatter(-1, indices, True)
+    top_k, present = indices.shape[-1], indices >= 0
+    wanted = torch.arange(top_k, device=indices.device) < present.sum(-1, keepdim=True)
+    selected = holders(indices, present, wishes.shape[-1])
     worth = selected.to(torch.int8)
     worth = torch.where(scores.isneginf() & ~selected, -1, worth)
     worth = torch.where(wishes > 0, 2, worth)
@@ -47,17 +58,19 @@ def reselect(
     by_score = scores.sort(dim=-1, descending=True, stable=True).indices
     by_worth = worth.gather(-1, by_score).sort(dim=-1, descending=True, stable=True).indices
     picked = by_score.gather(-1, by_worth)[..., :top_k]
-    short = (worth.gather(-1, picked) < 0).any(-1)
+    short = (wanted & (worth.gather(-1, picked) < 0)).any(-1)
     if short.any():
+        least = int(wanted[short][0].sum())
         raise InputError(
-            f"layer {layer}, token {first_token(short)}: fewer than {top_k} experts are left to select from (experts "
+            f"layer {layer}, token {first_token(short)}: fewer than {least} experts are left to select from (experts "
             "that are forbidden, or in groups that the router leaves out, do not count); forbid fewer"
         )
-    stays = torch.zeros_like(selected).scatter(-1, picked, True).gather(-1, indices)
-    comes = ~selected.gather(-1, picked)
+    stays = torch.zeros_like(selected).scatter(-1, picked, wanted).gather(-1, indices.clamp(min=0)) & present
+    comes = wanted & ~selected.gather(-1, picked)
     incoming = picked.gather(-1, comes.to(torch.int8).argsort(dim=-1, descending=True, stable=True))
-    turn = ((~stays).long().cumsum(-1) - 1).clamp(min=0)
-    return torch.where(stays, indices, incoming.gather(-1, turn))
+    leaves = present & ~stays
+    turn = (leaves.long().cumsum(-1) - 1).clamp(min=0)
+    return torch.where(leaves, incoming.gather(-1, turn), indices)
 
 
 def _wish(
@@ -79,12 +92,11 @@ def forbid(model: HookedModel, selection: Selection, layer: int) -> Hook:
 
     def out(indices: Tensor) -> tuple[Tensor, int]:
         where = positions(model, selection, indices)
-        which = torch.zeros(*indices.shape[:2], model.n_experts, dtype=torch.bool, device=indices.device)
         if selection.by_layer is not None:
+            which = torch.zeros(*indices.shape[:2], model.n_experts, dtype=torch.bool, device=indices.device)
             which[..., list(selection.by_layer[layer])] = True
             return which if where is None else which & where[..., None], -1
-        meant = selection.slots(layer, indices, where)
-        return which.scatter(-1, indices, meant), -1
+        return holders(indices, selection.slots(layer, indices, where), model.n_experts), -1
 
     return _wish(model, layer, out)
 

@@ -25,7 +25,7 @@ OTHER = tokens(seed=7)
 def loop(indices: list[int], scores: list[float], wishes: list[int]) -> list[int]:
     """`reselect` for one token: who is in, who is out, who fills the free slots."""
     on = [e for e, wish in enumerate(wishes) if wish > 0]
-    slots: list[Any] = [None if wishes[e] < 0 else e for e in indices]
+    slots: list[Any] = [None if wishes[e] < 0 else e for e in indices if e >= 0]
     best = lambda experts: sorted(experts, key=lambda e: (-scores[e], e))  # noqa: E731
     for e in best(set(on) - set(slots)):
         if None not in slots:
@@ -43,16 +43,22 @@ def test_selecting_again_is_what_a_loop_makes_of_it(data: st.DataObject) -> None
     n, k = 7, 3
     scores = data.draw(st.lists(st.sampled_from([-torch.inf, 0.0, 0.1, 0.2, 0.5, 0.9, 1.5]), min_size=n, max_size=n))
     indices = data.draw(st.permutations(range(n)))[:k]
+    slots = data.draw(st.integers(1, k))
+    indices[slots:] = [-1] * (k - slots)  # a token may have fewer experts than others
     wishes = data.draw(st.lists(st.sampled_from([-1, 0, 0, 0, 1]), min_size=n, max_size=n))
-    while wishes.count(1) > k:
+    while wishes.count(1) > slots:
         wishes[wishes.index(1)] = 0
     expected = loop(indices, scores, wishes)
     given_ = torch.tensor([[indices]]), torch.tensor([[scores]]), torch.tensor([[wishes]], dtype=torch.int8)
     if None in expected:
-        with pytest.raises(InputError, match=re.escape("layer 4, token (batch 0, position 0): fewer than 3 experts")):
+        with pytest.raises(
+            InputError, match=re.escape(f"layer 4, token (batch 0, position 0): fewer than {slots} experts")
+        ):
             reselect(4, *given_)
         return
     found = reselect(4, *given_)[0, 0].tolist()
+    assert found[slots:] == [-1] * (k - slots)
+    found, indices = found[:slots], indices[:slots]
     assert sorted(found) == sorted(expected)
     assert [e for e, was in zip(found, indices, strict=True) if was in expected] == [
         e for e in indices if e in expected

@@ -1,5 +1,6 @@
 """What must hold for every family, each law a function of one wrapped tiny model that raises AssertionError."""
 
+import re
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_lens import names
-from moe_lens.errors import HookError
+from moe_lens.errors import HookError, InputError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.model.families.table import FAMILIES, Family
 from moe_lens.routing import affinity
@@ -322,7 +323,7 @@ def edits(case: Case) -> None:
         if value.dtype == torch.bool:
             return torch.zeros_like(value)
         if not value.is_floating_point():
-            return (value + 1) % case.model.n_experts if value.dim() == 3 else value.flip(1)
+            return torch.where(value < 0, -1, (value + 1) % case.model.n_experts) if value.dim() == 3 else value.flip(1)
         noise = torch.randn(value.shape, generator=generator, dtype=value.dtype)
         return value * 1.5 + 0.5 * noise * max(value.std().item(), 0.3)
 
@@ -459,6 +460,65 @@ def saving(case: Case) -> None:
         assert [name for name in saved if not torch.equal(saved[name], loaded[name])] == []
 
 
+def any_k(case: Case) -> None:
+    """One expert, or as many as a token may choose from, are chosen and weighed by the rule in the table, and summed as
+    the experts say; the model's own number changes no bit; a token's own number is what this number gives all.
+    """
+    model, layer, family = case.model, case.layer, case.family
+    n_active = names.mlp(names.N_ACTIVE, layer)
+    if family.select == "sparsemixer" or family.shared_logits:
+        with pytest.raises(InputError, match=rf"this {family.model_type} .* keep_top"):
+            model.use_experts(1)
+        return
+    able = [at for at in model.moe_layers if names.mlp(names.N_ACTIVE, at) in model.hook_dict]
+    if able != list(model.moe_layers):
+        assert family.select == "token"
+        with pytest.raises(InputError, match=rf"by the token's id.*layers={re.escape(str(able))}"):
+            model.use_experts(1)
+    with torch.no_grad(), model.use_experts(model.top_k, layers=able):
+        assert torch.equal(model(case.tokens), case.logits), "its own number"
+    text: Any = case.hf.config.get_text_config()
+    most = model.n_experts
+    if family.groups and getattr(text, "topk_method", "group_limited_greedy") != "greedy":
+        most = model.n_experts // text.n_group * text.topk_group
+        if most < model.n_experts:
+            with pytest.raises(HookError, match=f"may choose among {most} of {model.n_experts}"):
+                case.run(model.use_experts(most + 1, layers=[layer]).fwd_hooks)
+    scores: list[Tensor] = []
+
+    def note(value: Tensor, hook: Any) -> None:
+        scores.append(model.selection_state(layer).scores)
+
+    parts = (names.EXPERT_INDICES, names.ROUTING_WEIGHTS, names.EXPERT_OUT, names.ROUTED_OUT, names.MLP_IN)
+    wanted = [names.mlp(name, layer) for name in parts]
+
+    def with_experts(hooks: Any) -> list[Tensor]:
+        with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+            _, cache = model.run_with_cache(case.tokens, names_filter=wanted)
+        return [cache[name] for name in wanted]
+
+    found = {}
+    for k in (1, most):
+        found[k] = with_experts(
+            [*model.use_experts(k, layers=[layer]).fwd_hooks, (names.mlp(names.EXPERT_INDICES, layer), note)]
+        )
+        indices, weights, outputs, routed, x = found[k]
+        best = scores[-1].topk(k, dim=-1).indices.sort(-1).values
+        assert torch.equal(indices.sort(-1).values, best), f"the {k} largest scores are chosen"
+        close(weights, weigh(case, case.at(names.ROUTER_LOGITS), indices), what=f"weights of {k}")
+        if not family.weighs_input:
+            close(outputs, model.expert_outputs(layer, x, indices), what=f"outputs of {k}")
+            close((outputs * weights[..., None]).sum(-2), routed, what=f"sum of {k}")
+
+    some = torch.arange(case.tokens.numel()).view_as(case.tokens) % 2 == 0
+    mixed = with_experts([(n_active, lambda value, hook: torch.where(some[..., None], 1, most))])
+    routed = torch.where(some[..., None], found[1][3], found[most][3])
+    close(mixed[3], routed, what="each token its own number")
+    assert not mixed[1][some][:, 1:].any() and not mixed[2][some][:, 1:].any(), "nothing in slots behind"
+    close(mixed[1][some][:, :1], found[1][1][some])
+    close(mixed[1][~some], found[most][1][~some])
+
+
 LAWS: dict[str, Callable[[Case], None]] = {
     "logits": parity,
     "observing": observing,
@@ -470,6 +530,7 @@ LAWS: dict[str, Callable[[Case], None]] = {
     "generation": generation,
     "bfloat16": bfloat16,
     "saving": saving,
+    "any k": any_k,
 }
 WORDS = {name: " ".join((law.__doc__ or "").split()) for name, law in LAWS.items()}
 """What each law says."""

@@ -22,7 +22,7 @@ FP64 = 1e-10
 
 families = pytest.mark.parametrize("family", CONFIGS)
 TABLE = [hook.name for hook in names.MLP_HOOKS]
-WHICH = re.compile(f"({names.EXPERT_INDICES}|{names.EXPERT_KEPT})$")
+WHICH = re.compile(f"({names.N_ACTIVE}|{names.EXPERT_INDICES}|{names.EXPERT_KEPT})$")
 """Hooks whose values are no quantities: they cannot be halved."""
 GROUPED = ["deepseek_v2, groups", "deepseek_v3"]
 
@@ -34,6 +34,8 @@ def replaced(value: Tensor, one_token: bool) -> Tensor:
         other = value * 0.7 + 0.5 * torch.randn(value.shape, generator=generator).to(value.dtype)
     elif value.dtype == torch.bool:
         other = torch.rand(value.shape, generator=generator) < 0.5
+    elif value.shape[-1] == 1:  # numbers of experts: 1, 2 or 4 in place of 3; expert groups leave 4
+        other = (value + torch.randint(3, value.shape, generator=generator)) % 4 + 1
     else:  # ids: another expert in every slot, none twice
         other = (value + torch.randint(1, 8, (*value.shape[:2], 1), generator=generator)) % 8
     if not one_token:
@@ -220,8 +222,9 @@ def test_an_expert_forced_twice_is_found_at_its_token() -> None:
 def test_wrong_shapes_and_types_are_refused_by_name(hook: str) -> None:
     case = wrapped("deepseek")
     name = names.mlp(hook, 1)
-    short, whole = as_hook(lambda value: value[:, :-1]), as_hook(torch.Tensor.long)
-    for wrong, says in ((short, "expected a tensor of shape"), (whole, "returned torch.int64")):
+    other = torch.float32 if hook == names.N_ACTIVE else torch.int64
+    short, whole = as_hook(lambda value: value[:, :-1]), as_hook(lambda value: value.to(other))
+    for wrong, says in ((short, "expected a tensor of shape"), (whole, f"returned {other}")):
         with untouched(case.model), pytest.raises(HookError, match=says) as error:
             case.model.run_with_hooks(case.tokens, fwd_hooks=[(name, wrong)])
         assert name in str(error.value)

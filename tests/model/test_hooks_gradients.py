@@ -12,7 +12,7 @@ from moe_lens.errors import HookError
 from tests.families import CONFIGS, build
 from tests.wrapped import deviation, listening, untouched, wrapped
 
-DISCRETE = (names.EXPERT_INDICES, names.EXPERT_KEPT)
+DISCRETE = (names.N_ACTIVE, names.EXPERT_INDICES, names.EXPERT_KEPT)
 
 families = pytest.mark.parametrize("family", CONFIGS)
 FP32 = 1e-4  # of the largest gradient of a hook: a backward pass sums in yet another order

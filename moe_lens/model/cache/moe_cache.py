@@ -205,7 +205,8 @@ class MoECache(ResidualPartsCache):
             hooks = made if ready[0] not in self and all(name in self for name in made) else ready
             if by == "expert":
                 hooks = [*hooks, names.mlp(names.EXPERT_INDICES, layer)]
-            count = self.model.top_k if by == "rank" else self.model.n_experts
+            slots = self._n_slots(layer) or self.model.top_k
+            count = slots if by == "rank" else self.model.n_experts
             yield _Part([f"{layer}_{by}_{number}" for number in range(count)], hooks, layer)
 
     def _fill(self, rows: Tensor, layer: int, by: str, where: Slice) -> None:
@@ -219,4 +220,7 @@ class MoECache(ResidualPartsCache):
             chosen = rearrange(
                 where.apply(self[names.mlp(names.EXPERT_INDICES, layer)], dim=-2), "... rank -> rank ..."
             )
-            rows.scatter_(0, chosen[..., None].expand_as(slots).to(rows.device), slots.to(rows))
+            where_to = chosen.clamp(min=0)[..., None].expand_as(
+                slots
+            )  # slots without an expert add nothing to the first
+            rows.scatter_add_(0, where_to.to(rows.device), slots.to(rows))

@@ -72,7 +72,7 @@ class SumCache(AttributionCache):
         which = which or PartialSum(**chosen)
         layer = self._layer(layer)
         dense = layer not in self.model.moe_layers
-        self._check(which)
+        self._check(which, layer)
         terms = list(self._terms(layer, which, dense, at))
         if not terms:
             raise HookError(f"layer {layer} has no shared experts: the sum {which.label!r} is empty there")
@@ -88,7 +88,7 @@ class SumCache(AttributionCache):
                 always active.
         """
         layer = self._moe_layer(layer, "experts")
-        self._check(which)
+        self._check(which, layer)
         indices = self._taken(names.mlp(names.EXPERT_INDICES, layer), at)
         weights = self._taken(names.mlp(names.ROUTING_WEIGHTS, layer), at)
         present = torch.ones_like(indices[..., 0], dtype=torch.bool)
@@ -132,7 +132,7 @@ class SumCache(AttributionCache):
                 yield self._taken(names.block(names.BLOCK_MLP_OUT, layer), at)
             return
         whole = names.mlp(names.ROUTED_OUT, layer)
-        every = not which.restricted or len(which.ranks or ()) == self.model.top_k
+        every = not which.restricted or len(which.ranks or ()) == self._n_slots(layer)
         if every and which.weighted and whole in self:
             yield self._taken(whole, at)
         elif every:
@@ -167,24 +167,30 @@ class SumCache(AttributionCache):
         """True in the slots, [*tokens, top_k], of the experts that a sum picks out."""
         if which.experts:
             return torch.isin(indices, torch.tensor(list(which.experts), device=indices.device))
-        ranks = torch.arange(self.model.top_k, device=indices.device)
+        top_k = indices.shape[-1]
+        ranks = torch.arange(top_k, device=indices.device)
         if which.drawn:
-            return ranks == self._draw(layer, which.seed, self.model.top_k, at).to(ranks.device)[..., None]
+            return ranks == self._draw(layer, which.seed, top_k, at).to(ranks.device)[..., None]
         return torch.isin(ranks, torch.tensor(list(which.ranks or ()), device=ranks.device)).expand_as(indices)
 
     def _draw(self, layer: int, seed: int, below: int, at: At | None) -> Int[Tensor, "*tokens"]:
         """A number for every token. All tokens draw, so that a token's number does not depend on who else is read."""
-        tokens = self[names.mlp(names.EXPERT_INDICES, layer)].shape[:-1]
+        indices = self[names.mlp(names.EXPERT_INDICES, layer)]
+        if (indices < 0).any():
+            raise InputError(
+                f"tokens of layer {layer} have different numbers of experts: there is no random one for all"
+            )
+        tokens = indices.shape[:-1]
         generator = torch.Generator().manual_seed(seed * 100_003 + layer)
         drawn = torch.randint(below, tokens, generator=generator)
         return drawn if at is None else drawn[tuple(axis.cpu() for axis in at)]
 
     def _unselected(self, layer: int, seed: int, at: At | None) -> Int[Tensor, "*tokens"]:
         """For each token, an expert that it did not select; each of them is equally likely."""
-        free = self.model.n_experts - self.model.top_k
+        indices = self._taken(names.mlp(names.EXPERT_INDICES, layer), at)
+        free = self.model.n_experts - indices.shape[-1]
         if not free:
             raise InputError(f"all {self.model.n_experts} experts are always active: none is left unselected to draw")
-        indices = self._taken(names.mlp(names.EXPERT_INDICES, layer), at)
         expert = self._draw(layer, seed, free, at).to(indices.device)
         for selected in indices.sort(-1).values.unbind(-1):  # the n-th of those that are left
             expert = expert + (expert >= selected).long()
@@ -213,9 +219,15 @@ class SumCache(AttributionCache):
                 "hook_expert_weighted and hook_routed_out can be read and edited all the same"
             )
 
-    def _check(self, which: PartialSum) -> None:
+    def _n_slots(self, layer: int) -> int | None:
+        """Slots of a layer in the run that was cached; None if nothing shows it."""
+        axes = {names.EXPERT_INDICES: -1, names.ROUTING_WEIGHTS: -1, names.EXPERT_OUT: -2, names.EXPERT_WEIGHTED: -2}
+        held = (self[full].shape[axis] for name, axis in axes.items() if (full := names.mlp(name, layer)) in self)
+        return next(held, None)
+
+    def _check(self, which: PartialSum, layer: int) -> None:
         self._terms_of_a_sum()
-        self._check_ids("rank", which.ranks or (), self.model.top_k)
+        self._check_ids("rank", which.ranks or (), self._n_slots(layer) or self.model.top_k)
         self._check_ids("expert", which.experts or (), self.model.n_experts)
 
     def _check_ids(self, what: str, numbers: Any, count: int) -> None:

@@ -44,16 +44,19 @@ class SelectionState(NamedTuple):
     """The family takes the largest: affinities, for most; −inf in expert groups that are left out."""
     wishes: Int[Tensor, "batch pos n_experts"]
     """1 where an expert is to be chosen, −1 where it must not be; interventions of the pass add theirs in place."""
+    logits: Float[Tensor, "batch pos n_experts"]
+    """Router logits, as hooks have left them."""
 
 
 class LayerHooks:
     """The hook points of one MoE layer and the layout of the tokens that are passing through it."""
 
-    def __init__(self, layer: int, linear_branch: bool, shared: bool):
+    def __init__(self, layer: int, linear_branch: bool, shared: bool, counts: bool = False):
         self.layer = layer
         absent = {names.MLP_IN, names.MLP_OUT}
         absent |= set() if linear_branch else {names.EXPERT_PRE_LINEAR}
         absent |= set() if shared else {names.SHARED_OUT}
+        absent |= set() if counts else {names.N_ACTIVE}
         self.points: dict[str, HookPoint] = {
             hook.name: CheckedPoint() for hook in names.MLP_HOOKS if hook.name not in absent
         }
@@ -67,7 +70,8 @@ class LayerHooks:
         self._slots: Tensor | None = None
         self._used: Tensor | None = None
         self._kept: Tensor | None = None
-        self._scores: Callable[[], Tensor] | None = None
+        self._filled: Tensor | None = None
+        self._scores: Callable[[], tuple[Tensor, Tensor]] | None = None
         self._choice: SelectionState | None = None
         self.factors: dict[str, float] = {}
         """What the family multiplies by after the experts, by hook; hooks show the product."""
@@ -79,7 +83,7 @@ class LayerHooks:
 
     def finish(self) -> None:
         """Let go of the pass's tensors."""
-        self._routing = self._slots = self._used = self._kept = self._scores = self._choice = None
+        self._routing = self._slots = self._used = self._kept = self._filled = self._scores = self._choice = None
 
     def check_all_come(self, x: Tensor) -> None:
         """Hooks show every token.
@@ -94,13 +98,19 @@ class LayerHooks:
                 "have experts of their own. Give it text alone, or remove the hooks on routing and experts"
             )
 
-    def routed(self, indices: Tensor, weights: Tensor) -> None:
-        """Note the model's own, unedited routing: it defines the ranks."""
-        self._routing, self._used = (indices, weights), indices
+    def routed(self, indices: Tensor, weights: Tensor, filled: Tensor | None = None) -> None:
+        """Note the model's own routing, by the number of experts in force: it defines the ranks.
 
-    def selecting(self, scores: Callable[[], Tensor]) -> None:
-        """Note how to find the scores of which the model has taken its largest."""
-        self._scores = scores
+        Args:
+            indices: [tokens, top_k].
+            weights: [tokens, top_k].
+            filled: true in slots that hold a chosen expert; None if all do.
+        """
+        self._routing, self._used, self._filled = (indices, weights), indices, filled
+
+    def selecting(self, logits: Tensor, scores: Callable[[], Tensor]) -> None:
+        """Note from which logits the router selects, and how to find the scores of which it takes its largest."""
+        self._scores = lambda: (logits, scores())
 
     def selection_state(self) -> SelectionState:
         """What the pass now running selects from.
@@ -111,8 +121,8 @@ class LayerHooks:
         if self._choice is None:
             if self._scores is None:
                 raise HookError(f"layer {self.layer} is not selecting: ask from a hook on {names.EXPERT_INDICES}")
-            scores = self._scores().view(self.batch, self.pos, -1)
-            self._choice = SelectionState(scores, torch.zeros_like(scores, dtype=torch.int8))
+            logits, scores = (values.view(self.batch, self.pos, -1) for values in self._scores())
+            self._choice = SelectionState(scores, torch.zeros_like(scores, dtype=torch.int8), logits)
         return self._choice
 
     def forced(self, indices: Tensor) -> None:
@@ -144,7 +154,10 @@ class LayerHooks:
         """Where, in the model's order of slots, the slot of each (token, rank) is."""
         if self._slots is None:
             assert self._routing is not None, "experts ran before their router"
-            order = rank_order(*self._routing)
+            indices, weights = self._routing
+            if self._filled is not None:
+                weights = weights.masked_fill(~self._filled, -torch.inf)  # behind all others
+            order = rank_order(indices, weights)
             first = torch.arange(0, order.numel(), order.shape[1], device=order.device)
             self._slots = (first[:, None] + order).flatten()
         return self._slots
@@ -184,11 +197,14 @@ class LayerHooks:
 
     def keep(self, tokens: int, top_k: int, device: torch.device) -> Bool[Tensor, " slots"] | None:
         """The slots to compute, in the model's order; None for all of them."""
-        if not self.has_listeners(names.EXPERT_KEPT):
+        if self._filled is None and not self.has_listeners(names.EXPERT_KEPT):
             return None
-        kept = torch.ones(tokens, top_k, dtype=torch.bool, device=device)
+        if self._filled is None:
+            kept = torch.ones(tokens, top_k, dtype=torch.bool, device=device)
+        else:
+            kept = self._filled.to(device)
         edited = self.over_slots(names.EXPERT_KEPT, kept)
-        if edited is kept or bool(edited.all()):
+        if bool(edited.all()):
             return None
         self._kept = edited.flatten()
         return self._kept

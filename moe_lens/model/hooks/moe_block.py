@@ -64,7 +64,9 @@ class MoEBlock(GeneralizedComponent):
         shared = getattr(block, family.shared, None) if family.shared else None
         beside = getattr(self.layer, family.shared, None) if family.shared and shared is None else None
         has_shared = shared is not None or beside is not None or family.constant is not None
-        self.__dict__["hooks"] = hooks = LayerHooks(-1, linear_branch=experts.has_gate, shared=has_shared)
+        rule = rule_of(family, router, experts.n_experts)
+        hooks = LayerHooks(-1, linear_branch=experts.has_gate, shared=has_shared, counts=rule.counts)
+        self.__dict__["hooks"] = hooks
         hooks.factors = _factors(family, moe, router, self.layer)
         if isinstance(self._modules.get("hook_router_scores"), HookPoint):
             self._hook_registry.pop("hook_router_scores")
@@ -73,7 +75,6 @@ class MoEBlock(GeneralizedComponent):
         for name, point in hooks.points.items():
             setattr(self, name, point)
         # partials, not closures: a deep copy of the model then has hooks of its own
-        rule = rule_of(family, router, experts.n_experts)
         compute = partial(_on_device, experts, hooks)
         if family.experts in BLOCKS:
             own = BLOCKS[family.experts]

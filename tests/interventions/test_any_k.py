@@ -1,0 +1,175 @@
+"""Any number of experts: rules that give each token its own, and what stands on the axis of slots.
+
+That the experts of any number are chosen, weighed and summed by every family's own rule is a law of `tests/matrix`, and
+`tests/model/test_hooks_edits.py` compares numbers of a token's own with the plain re-implementation.
+"""
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_lens import Routing, names
+from moe_lens.errors import HookError, InputError
+from moe_lens.interventions.any_k import by_mass
+from moe_lens.stats import RoutedBatch
+from tests.wrapped import Case, deviation, untouched, wrapped
+
+
+def shares_by_hand(case: Case, logits: Tensor) -> list[float]:
+    """Softmax for one family of the test, sigmoid over its sum for the other."""
+    values = [math.exp(x) if case.name == "olmoe" else 1 / (1 + math.exp(-x)) for x in logits.tolist()]
+    return [value / sum(values) for value in values]
+
+
+def mass(shares: list[float], order: list[int], value: float) -> int:
+    total = 0.0
+    for place, expert in enumerate(order):
+        total += shares[expert]
+        if total >= value:
+            return place + 1
+    return len(order)
+
+
+def threshold(shares: list[float], order: list[int], value: float) -> int:
+    return sum(share >= value for share in shares)
+
+
+def entropy(shares: list[float], order: list[int], value: float) -> int:
+    return round(value * math.exp(-sum(share * math.log(share) for share in shares)))
+
+
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3"])
+@pytest.mark.parametrize(("rule", "value"), [(mass, 0.6), (threshold, 0.13), (entropy, 0.5)])
+def test_a_token_has_as_many_experts_as_its_router_says(family: str, rule: Callable[..., int], value: float) -> None:
+    case = wrapped(family)
+    model, layer = case.model, case.last
+    scores: list[Tensor] = []
+
+    def note(counts: Tensor, hook: Any) -> None:
+        scores.append(model.selection_state(layer).scores)
+
+    options: dict[str, Any] = {rule.__name__: value, "least": 2, "most": 4, "layers": [layer]}
+    with untouched(model), torch.no_grad(), model.use_experts(**options):
+        _, cache = model.run_with_cache(case.tokens, names_filter=lambda name: ".mlp.hook" in name)
+        model.run_with_hooks(case.tokens, fwd_hooks=[(names.mlp(names.N_ACTIVE, layer), note)])
+    found = cache["n_active", layer][..., 0]
+    expected = torch.empty_like(found)
+    for at in [(b, p) for b in range(found.shape[0]) for p in range(found.shape[1])]:
+        logits = cache["router_logits", layer][at]
+        order = sorted(range(len(logits)), key=lambda e: -float(scores[0][at][e]))
+        expected[at] = min(max(rule(shares_by_hand(case, logits), order, value), 2), 4)
+    assert torch.equal(found, expected)
+    assert len(found.unique()) > 1, "or the test shows nothing"
+    slots = torch.arange(cache["expert_indices", layer].shape[-1]) < found[..., None]
+    assert torch.equal(cache["expert_indices", layer] >= 0, slots)
+    assert torch.equal(cache["expert_kept", layer], slots)
+    assert torch.equal(cache["routing_weights", layer] != 0, slots)
+    routing = cache.routing(layer)
+    assert torch.equal((routing.dense_weights() > 0).sum(-1), found)
+    for at in [(0, 3), (1, 7)]:
+        chosen = routing.indices[at][routing.indices[at] >= 0].tolist()
+        out = [e for e in range(model.n_experts) if e not in chosen]
+        logits = cache["router_logits", layer][at]
+        assert routing.margin()[at] == logits[chosen].min() - logits[out].max()
+    with pytest.raises(InputError, match="expert indices from -1"):
+        RoutedBatch(routing=Routing.stack([routing]))
+
+
+def test_all_the_mass_is_all_the_experts() -> None:
+    shares = torch.tensor([[[0.5, 0.25, 0.125, 0.125]]], dtype=torch.float64)
+    assert by_mass(shares, shares, 1.0).item() == 4
+    assert by_mass(shares, shares, 0.875).item() == 3
+    assert by_mass(shares, shares.flip(-1), 0.5).item() == 3, "in the order in which they are chosen"
+
+
+def test_sums_and_parts_of_a_run_with_more_experts_know_how_many_there_were() -> None:
+    case = wrapped("deepseek")
+    model, layer = case.model, case.last
+    with torch.no_grad(), model.use_experts(5):
+        _, cache = model.run_with_cache(case.tokens)
+    weighted = cache["expert_weighted", layer]
+    assert weighted.shape[2] == 5
+    routed = cache.partial_sum(layer, ranks=range(5), residual="none").values
+    two = cache.partial_sum(layer, ranks=range(model.top_k), residual="none").values
+    assert deviation(routed, cache["routed_out", layer]) == 0
+    assert deviation(two, weighted[:, :, : model.top_k].sum(2)) <= 1e-6
+    assert deviation(two, routed) > 1e-2, "not the whole"
+    assert cache.partial_sum(layer, ranks=[4], residual="none").values.equal(weighted[:, :, 4])
+    for by in ("rank", "expert"):
+        stack, _ = cache.decompose_experts(by=by)
+        last = cache["resid_post", model.cfg.n_layers - 1]
+        assert deviation(stack.sum(0), last) <= 1e-5 * last.abs().max().item()
+    assert f"{layer}_rank_4" in cache.decompose_experts(by="rank")[1]
+    with pytest.raises(InputError, match="there is no rank 5"):
+        cache.partial_sum(layer, ranks=[5])
+
+
+def test_parts_of_a_run_with_a_number_for_each_token() -> None:
+    case = wrapped("deepseek")
+    model = case.model
+    with torch.no_grad(), model.use_experts(mass=0.5):
+        logits, cache = model.run_with_cache(case.tokens)
+    last = cache["resid_post", model.cfg.n_layers - 1]
+    for by in ("rank", "expert"):
+        assert deviation(cache.decompose_experts(by=by)[0].sum(0), last) <= 1e-5 * last.abs().max().item()
+    with pytest.raises(InputError, match="different numbers of experts"):
+        cache.partial_sum(case.last, drawn="active")
+    with torch.no_grad(), model.use_experts(mass=0.5), model.ablate({case.last: [2]}, how="reroute"):
+        _, without = model.run_with_cache(case.tokens)
+    before, after = cache["expert_indices", case.last], without["expert_indices", case.last]
+    assert (before == 2).any() and not (after == 2).any()
+    assert torch.equal((before >= 0).sum(-1), (after >= 0).sum(-1)), "another expert in its place"
+    assert deviation(logits, without["resid_post", 0].new_zeros(logits.shape)) > 0
+
+
+def test_generation_pickling_and_nesting() -> None:
+    case = wrapped("mixtral")
+    model, prompt = case.model, case.tokens[:1, :6]
+    options: Any = {"max_new_tokens": 3, "do_sample": False, "stop_at_eos": False, "verbose": False}
+    options["output_logits"] = True
+    one = model.use_experts(1)
+    with untouched(model):
+        inside = model.generate(prompt, interventions=[one], **options)
+        with one:
+            same = model.generate(prompt, **options)
+        assert all(map(torch.equal, inside.logits, same.logits))
+        anew = pickle.loads(pickle.dumps(one)).bind(model)
+        with torch.no_grad(), model.use_experts(5), anew:
+            inner = model(case.tokens)
+        with torch.no_grad(), copy.deepcopy(one):
+            assert torch.equal(model(case.tokens), inner), "the inner number is in force"
+    assert deviation(inner, case.logits) > 1e-3
+    assert repr(model.use_experts(mass=0.5, most=4, layers=[0])).startswith("Intervention(use_experts mass 0.5, 1 to 4")
+
+
+def test_what_cannot_be_is_refused() -> None:
+    model = wrapped("deepseek_v3").model
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({}, "got nothing; expected one of k, mass, threshold and entropy"),
+        ({"k": 2, "mass": 0.5}, "got k, mass; expected one"),
+        ({"k": 0}, "k is 0; expected a whole number from 1 to 8"),
+        ({"k": True}, "k is True"),
+        ({"k": 9}, "k is 9"),
+        ({"k": 2, "least": 2}, "leave them out with k"),
+        ({"mass": 1.5}, "mass is 1.5; expected a number above 0 and at most 1"),
+        ({"threshold": 0.0}, "threshold is 0.0"),
+        ({"entropy": -1.0}, "entropy is -1.0; expected a number above 0"),
+        ({"mass": 0.5, "least": 5, "most": 3}, "least is 5 and most is 3"),
+        ({"k": 2, "layers": [99]}, "99"),
+    ]
+    for options, says in wrong:
+        with pytest.raises(InputError, match=says):
+            model.use_experts(**options)
+    x = wrapped("deepseek_v3").tokens
+    too_many = "5 experts are wanted for a token, which may choose among 4 of 8"
+    with torch.no_grad(), model.use_experts(5), pytest.raises(HookError, match=too_many):
+        model(x)
+    third = model.ablate(ranks=[2])
+    with torch.no_grad(), model.use_experts(2), third, pytest.raises(InputError, match="there is no rank 2 in layer"):
+        model(x)
