@@ -16,6 +16,7 @@ from moe_lens.hooked_moe import HookedMoE
 from moe_lens.json_files import read_json
 from moe_lens.lenses.logit_lens import LogitLens
 from moe_lens.lenses.training_summary import TrainingSummary
+from moe_lens.lenses.tuned_lens_package import read_translators
 from moe_lens.lenses.tuned_loss import TranslatedLens
 from moe_lens.lenses.tuned_training import TrainingSettings, train
 from moe_lens.model.loading.pretrained import EMBEDDED
@@ -190,6 +191,25 @@ class TunedLens(TranslatedLens):
         mid = cls(model, list(tensors["mid.weight"]), list(tensors["mid.bias"])) if "mid.bias" in tensors else None
         tuning = None if config["tuning"] is None else TrainingSummary.from_json(config["tuning"])
         return cls(model, list(tensors["post.weight"]), list(tensors["post.bias"]), mid=mid, tuning=tuning)
+
+    @classmethod
+    def from_tuned_lens(cls, folder: str | Path, model: Any, *, strict: bool = True) -> "TunedLens":
+        """Load a lens that the package tuned-lens trained and saved.
+
+        Its translator i reads the stream before block i; here it is that of layer i − 1, whose output this is. Its
+        translator of the embeddings is left out. The package trains with any model of transformers; tensors alone are
+        loaded from its file.
+
+        Args:
+            folder: What `save` of that package wrote: `config.json` and `params.pt`.
+            model: The `HookedMoE` to read.
+            strict: Whether to refuse a model of another name or with another unembedding than the one the lens was
+                trained for. Names are compared without what stands before their last slash.
+
+        Raises:
+            InputError: No lens there, a broken one, or one of another model.
+        """
+        return cls(model, *read_translators(Path(folder), model, strict=strict))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

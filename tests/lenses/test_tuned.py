@@ -1,10 +1,12 @@
 """The TunedLens against its definition, its training against plain autograd, and its files against other models'."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -291,6 +293,88 @@ def test_a_lens_that_cannot_be_written_is_an_error(model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         random_lens(model).save_pretrained(tmp_path / "file")
+
+
+# Files of the package tuned-lens
+
+
+class TheirLens(torch.nn.Module):
+    """What tuned-lens 0.2 does and saves: a translator for the stream before each block, then norm and unembedding."""
+
+    def __init__(self, hf: Any):
+        super().__init__()
+        self.hf = hf
+        self.layer_translators = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, h: Tensor, i: int) -> Tensor:
+        return self.hf.lm_head(self.hf.model.norm(h + self.layer_translators[i](h)))
+
+    def save(self, folder: Path, **config: Any) -> None:
+        folder.mkdir(exist_ok=True)
+        torch.save(self.layer_translators.state_dict(), folder / "params.pt")
+        text = str.encode(numpy.array_str(self.hf.lm_head.weight.detach().numpy(), precision=1))
+        facts = {"base_model_name_or_path": "some/random", "d_model": 32, "num_hidden_layers": 3, "bias": True}
+        facts |= {"unembed_hash": hashlib.sha256(text).hexdigest(), "lens_type": "linear_tuned_lens", **config}
+        (folder / "config.json").write_text(json.dumps(facts))
+
+
+@pytest.mark.typed
+@torch.no_grad()
+def test_a_lens_of_the_package_tuned_lens_reads_alike(model, tmp_path):
+    theirs = TheirLens(build("deepseek"))  # the same weights, never wrapped
+    theirs.save(tmp_path)
+    lens = TunedLens.from_tuned_lens(str(tmp_path), model)
+    hidden = theirs.hf(HELD_OUT, output_hidden_states=True).hidden_states
+    logits, cache = model.run_with_cache(HELD_OUT)
+    for layer in range(2):
+        expected = theirs(hidden[layer + 1], layer + 1)
+        assert torch.allclose(lens.logits(cache["resid_post", layer], layer), expected, atol=1e-5, rtol=0)
+        assert not torch.allclose(theirs(hidden[layer], layer), expected, atol=0.1)
+    assert torch.allclose(lens.logits(cache["resid_post", 2], 2), logits, atol=1e-5, rtol=0)
+    lens.save_pretrained(tmp_path / "ours")
+    assert torch.equal(TunedLens.from_pretrained(tmp_path / "ours", model).weights[1], lens.weights[1])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"d_model": 64}, r"3 layers of width 64\); this model is tiny/random \(3 of 32\)"),
+        ({"base_model_name_or_path": "other"}, "was trained for other; this model is called tiny/random"),
+        ({"unembed_hash": "0"}, "another unembedding"),
+        ({"lens_type": "mlp"}, "lens_type is 'mlp'"),
+    ],
+)
+def test_a_lens_of_that_package_of_another_model_is_refused(model, tmp_path, config, message):
+    TheirLens(build("deepseek")).save(tmp_path, **config)
+    with pytest.raises(InputError, match=message):
+        TunedLens.from_tuned_lens(tmp_path, model)
+    if "trained for" in message or "unembedding" in message:
+        assert TunedLens.from_tuned_lens(tmp_path, model, strict=False).model is model
+
+
+def test_files_of_that_package_are_read_as_tensors_or_refused(model, tmp_path):
+    theirs = TheirLens(build("deepseek"))
+    with pytest.raises(InputError, match="there is no lens at"):
+        TunedLens.from_tuned_lens(tmp_path / "nowhere", model)
+    random_lens(model).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"TunedLens.from_pretrained reads this one"):
+        TunedLens.from_tuned_lens(tmp_path, model)
+    theirs.save(tmp_path)
+    state = torch.load(tmp_path / "params.pt", weights_only=True)
+    wrong = {
+        "cut": b"PK",
+        "holds 5 tensors": {name: tensor for name, tensor in state.items() if name != "2.bias"},
+        "0.weight holds NaN": {**state, "0.weight": state["0.weight"] * torch.nan},
+        "something else": [1],
+        "nothing else is loaded": {"0.weight": Path("a")},
+    }
+    for message, content in wrong.items():
+        if isinstance(content, bytes):
+            (tmp_path / "params.pt").write_bytes(content)
+        else:
+            torch.save(content, tmp_path / "params.pt")
+        with pytest.raises(InputError, match="cannot be read as tensors" if message == "cut" else message):
+            TunedLens.from_tuned_lens(tmp_path, model)
 
 
 # The embedded model's
