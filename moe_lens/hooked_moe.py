@@ -17,7 +17,6 @@ from moe_lens.ids import ids
 from moe_lens.interventions import ablation, any_k, rerouting
 from moe_lens.interventions.intervention import Intervention, check_interventions
 from moe_lens.model.experts.expert_weights_view import grouped_product
-from moe_lens.model.experts.layer_parameters import LayerParameters
 from moe_lens.model.experts.quantised import Scheme
 from moe_lens.model.hooks.adapter import build_adapter
 from moe_lens.model.hooks.expert_kernel import experts_forward
@@ -169,33 +168,6 @@ class HookedMoE(Summary, GeneratingBridge):
             "device": str(first.device),
         }
 
-    @property
-    def W_router(self) -> LayerParameters:
-        """Router rows, `W_router[layer]` [n_experts, d_model]."""
-        path = f"{self.family.router}.{self.family.router_weight}"
-        rows = self.n_experts  # behind them are those of shared experts, in families that weigh them too
-        return LayerParameters(
-            "W_router", {at: lambda at=at: self._moe(at).get_parameter(path)[:rows] for at in self.moe_layers}
-        )
-
-    @property
-    def W_gate(self) -> LayerParameters:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Activated branch of the experts, `W_gate[layer, expert]` [d_model, d_expert]."""
-        return self._first("W_gate", 0)
-
-    @property
-    def W_in(self) -> LayerParameters:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Linear branch of the experts, `W_in[layer, expert]` [d_model, d_expert]."""
-        return self._first("W_in", 1)
-
-    @property
-    def W_out(self) -> LayerParameters:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Output matrix of the experts, `W_out[layer, expert]` [d_expert, d_model]."""
-        return LayerParameters("W_out", {at: lambda at=at: self._experts(at).second()[0] for at in self.moe_layers})
-
-    def _first(self, name: str, branch: int) -> LayerParameters:
-        return LayerParameters(name, {at: lambda at=at: self._experts(at).branch(branch) for at in self.moe_layers})
-
     # --- routing ---
 
     def routing(self, input: Any, **kwargs: Any) -> Routing:
@@ -306,12 +278,13 @@ class HookedMoE(Summary, GeneratingBridge):
         moe, module = self._moe(layer), self._experts(layer)
         for narrower in self.family.narrows:
             x = moe.get_submodule(narrower)(x)
-        matrix, _ = module.second()
         rows = x[..., None, :].expand(*experts.shape, x.shape[-1]).reshape(-1, x.shape[-1])
-        rows = rows.to(matrix.device, matrix.dtype)
-        silent = LayerHooks(layer, linear_branch=module.has_gate, shared=False)
-        flat = experts.reshape(-1, 1).to(rows.device)
-        out = experts_forward(module, silent, rows, flat, rows.new_ones(flat.shape), grouped_product)
+        with module.on_device():
+            matrix, _ = module.second()
+            rows = rows.to(matrix.device, matrix.dtype)
+            silent = LayerHooks(layer, linear_branch=module.has_gate, shared=False)
+            flat = experts.reshape(-1, 1).to(rows.device)
+            out = experts_forward(module, silent, rows, flat, rows.new_ones(flat.shape), grouped_product)
         return out.view(*experts.shape, -1).to(x.device)
 
 

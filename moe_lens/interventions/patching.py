@@ -15,6 +15,7 @@ from moe_lens.interventions.metrics import Metric, among, describe, evaluate
 from moe_lens.interventions.patch_result import PatchResult
 from moe_lens.interventions.patch_sites import SITES, Parts, Units, differing, logits_variant, stream_variant
 from moe_lens.interventions.sweep import RoutingMode, sweep
+from moe_lens.model.loading.placement import output_place
 from moe_lens.selection import Selection
 
 Direction = Literal["denoising", "noising"]
@@ -137,7 +138,7 @@ def _units(chosen: Selection, layer: int, unit: str | None, at: dict[str, int]) 
 
 
 def _experts(model: Any, chosen: Selection, layer: int, at: dict[str, int]) -> Bool[Tensor, " n_experts"]:
-    wanted = torch.zeros(model.n_experts, dtype=torch.bool, device=model.W_U.device)
+    wanted = torch.zeros(model.n_experts, dtype=torch.bool, device=output_place(model.original_model)[0])
     wanted[list((chosen.by_layer or {}).get(layer, range(model.n_experts)))] = True
     return wanted if "expert" not in at else wanted & (torch.arange(len(wanted), device=wanted.device) == at["expert"])
 

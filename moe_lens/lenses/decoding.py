@@ -11,6 +11,7 @@ from moe_lens import names
 from moe_lens.errors import HookError, InputError
 from moe_lens.lenses.lens_result import LensResult, blank
 from moe_lens.lenses.metrics import Distribution, read
+from moe_lens.model.loading.placement import output_place
 from moe_lens.partial_sum import PartialSum
 
 CHUNK = 2**24
@@ -65,7 +66,7 @@ class Decoding:
                 f"targets are {tuple(to_find.shape)}, the greatest {int(to_find.max())}; expected ids below {d_vocab} "
                 f"in the shape {(self.batch, len(self.positions))} of batch and positions"
             )
-        kept = self.model.W_U.dtype
+        _, kept = output_place(self.model.original_model)
         cells = blank(
             len(self.layers),
             len(self.sums),
@@ -143,7 +144,7 @@ class Decoding:
 
     def _placed(self, resid: Tensor) -> Tensor:
         """Where the unembedding is, and in its precision: a cache may be elsewhere."""
-        return resid.to(self.model.W_U.device, self.model.W_U.dtype)
+        return resid.to(*output_place(self.model.original_model))
 
     @staticmethod
     def _wide(logits: Tensor) -> Tensor:

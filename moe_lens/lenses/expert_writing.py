@@ -15,7 +15,7 @@ from moe_lens.checked import checked
 from moe_lens.errors import HookError, InputError
 from moe_lens.lenses.logit_lens import LogitLens
 from moe_lens.lenses.token_rows import Rows, row_batches, rows
-from moe_lens.model.loading.placement import input_device
+from moe_lens.model.loading.placement import input_device, output_place
 from moe_lens.protocols import require_stream_width
 from moe_lens.routing import output_factors
 from moe_lens.summary import Summary
@@ -188,8 +188,8 @@ def expert_vocabulary(
 @torch.no_grad()
 def writes(model: Any, directions: Float[Tensor, "direction d_model"], top: int) -> Iterator[Writing]:
     """What each direction promotes and suppresses."""
-    lens, device = LogitLens(model), model.W_U.device
-    zero = torch.zeros_like(directions[:1]).to(device, model.W_U.dtype)
+    lens, (device, dtype) = LogitLens(model), output_place(model.original_model)
+    zero = torch.zeros_like(directions[:1]).to(device, dtype)
     try:
         nothing = lens.unembed(zero).float()  # the biases of norm and unembedding, where a family has them
     except (ValueError, RuntimeError) as error:
@@ -197,7 +197,7 @@ def writes(model: Any, directions: Float[Tensor, "direction d_model"], top: int)
     for part in directions.split(max(1, _CHUNK // model.cfg.d_vocab)):
         # Of root mean square 1, so that the norm's epsilon does not count for more where a direction is short.
         unit = part / part.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
-        logits = lens.unembed(unit.to(device, model.W_U.dtype)).float() - nothing
+        logits = lens.unembed(unit.to(device, dtype)).float() - nothing
         logits = logits - logits.mean(-1, keepdim=True)
         for best, worst in zip(_rows(logits.topk(top)), _rows(logits.topk(top, largest=False)), strict=True):
             yield Writing(_texts(model, best[0]), *best, _texts(model, worst[0]), *worst)

@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.lenses.decoding import Decoding
 from moe_lens.lenses.lens_result import LensResult
+from moe_lens.model.experts.elsewhere import every_parameter
 from moe_lens.partial_sum import PartialSum
 from moe_lens.summary import Summary
 
@@ -48,7 +49,7 @@ class Lens(Summary, ABC):
         """SHA-256 of the final norm and the unembedding in bfloat16, whatever the dtype of the loaded model."""
         digest = hashlib.sha256()
         for module in (self.model.ln_final, self.model.unembed):
-            for parameter in module.parameters():
+            for parameter in every_parameter(module):
                 rounded = parameter.detach().to(torch.bfloat16).cpu().contiguous()
                 digest.update(rounded.view(torch.int16).numpy().tobytes())
         return digest.hexdigest()

@@ -13,6 +13,7 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.checked import checked
 from moe_lens.errors import HookError, InputError
+from moe_lens.model.experts.elsewhere import numbers_of
 from moe_lens.routing import LayerRouting
 from moe_lens.summary import Summary
 
@@ -165,11 +166,11 @@ def _heads(cache: Any, layer: int) -> tuple[list[str], Tensor]:
             f"the attention of layer {layer} does not end in one output matrix that reads {n_heads} heads; "
             "pass heads=False to keep it whole"
         )
-    matrix = rearrange(projection.weight, "d_model (head width) -> head width d_model", head=n_heads)
+    matrix = rearrange(numbers_of(projection), "d_model (head width) -> head width d_model", head=n_heads)
     z = rearrange(z, "... (head width) -> head ... width", head=n_heads)
     stack = torch.stack([part @ weight for part, weight in zip(z, matrix, strict=True)])
     labels = [f"{layer}_head_{head}" for head in range(n_heads)]
-    bias = getattr(projection, "bias", None)
+    bias: Any = numbers_of(projection, "bias")
     if bias is not None:
         stack = torch.cat([stack, bias.expand_as(whole)[None]])
         labels.append(f"{layer}_attn_bias")

@@ -95,7 +95,7 @@ def router_geometry(
 
 def _attraction(model: Any, layer: int, centred: Tensor, top: int) -> tuple[Tensor, Tensor]:
     """Tokens whose embedding, alone and normed as the layer norms its stream, gives an expert the largest logits."""
-    embedding = model.original_model.get_input_embeddings().weight.detach()
+    embedding = model.W_E.detach()
     norm, place = getattr(model.blocks[layer], "ln2", None), centred.device
     if norm is None:
         raise InputError(

@@ -19,6 +19,7 @@ from moe_lens.lenses.training_summary import TrainingSummary
 from moe_lens.lenses.tuned_lens_package import read_translators
 from moe_lens.lenses.tuned_loss import TranslatedLens
 from moe_lens.lenses.tuned_training import TrainingSettings, train
+from moe_lens.model.loading.placement import output_place
 from moe_lens.model.loading.pretrained import EMBEDDED
 from moe_lens.storage import load_tensors, save_tensors, written_whole
 
@@ -55,8 +56,9 @@ class TunedLens(TranslatedLens):
         tuning: TrainingSummary | None = None,
     ):
         super().__init__(model)
-        n_layers, d_model, device = model.cfg.n_layers, model.cfg.d_model, model.W_U.device
-        wide = torch.promote_types(model.W_U.dtype, torch.float32)
+        n_layers, d_model = model.cfg.n_layers, model.cfg.d_model
+        device, dtype = output_place(model.original_model)
+        wide = torch.promote_types(dtype, torch.float32)
         zeros = [torch.zeros(d_model, d_model, dtype=wide, device=device) for _ in range(n_layers)]
         self.weights = list(zeros if weights is None else (weight.to(device, wide) for weight in weights))
         self.biases = list(

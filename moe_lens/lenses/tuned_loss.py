@@ -11,7 +11,7 @@ from moe_lens import names
 from moe_lens.errors import InputError
 from moe_lens.lenses.lens import Lens
 from moe_lens.lenses.token_rows import Rows
-from moe_lens.model.loading.placement import input_device
+from moe_lens.model.loading.placement import input_device, output_place
 
 CHUNK = 256
 """Tokens whose logits are held at a time: few enough to stay in a CPU's cache with a small vocabulary (twice as fast as
@@ -55,7 +55,7 @@ class Streams:
     @torch.no_grad()
     def __init__(self, lens: TranslatedLens, batch: Rows):
         model = lens.model
-        n_layers, device = model.cfg.n_layers, model.W_U.device
+        n_layers, (device, _) = model.cfg.n_layers, output_place(model.original_model)
         self.last = names.block(names.RESID_POST, n_layers - 1)
         wanted = [*(site.hook for site in sites(lens)), self.last]
         place = input_device(model.original_model)

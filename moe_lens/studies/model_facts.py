@@ -8,6 +8,7 @@ import torch
 
 from moe_lens.model.loading.placement import places
 from moe_lens.model.loading.quantising import packed_in
+from moe_lens.model.loading.streaming import values_at
 
 SAMPLED = 64
 """Values of each parameter that the digest looks at."""
@@ -50,17 +51,16 @@ def parameters_digest(hf: Any) -> str:
     """A hash of a transformers model's config and of `SAMPLED` evenly spaced values of every parameter.
 
     It tells checkpoints apart at once even if they are large; two that differ in other values alone look the same to
-    it, and parameters that are offloaded count with their shapes only.
+    it. Where parameters are kept makes no difference.
     """
     config = {key: value for key, value in hf.config.to_dict().items() if key not in _VOLATILE and key[0] != "_"}
     found = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     packed = [(f"{name}.{half}", getattr(part, half)) for name, part in packed_in(hf) for half in ("data", "scale")]
     for name, parameter in sorted([*hf.named_parameters(), *packed], key=lambda pair: pair[0]):
         found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if not parameter.is_meta and parameter.numel():
-            flat = parameter.detach().flatten()
-            at = torch.linspace(0, len(flat) - 1, min(SAMPLED, len(flat)), dtype=torch.float64).long()
-            found.update(flat[at.to(flat.device)].double().cpu().numpy().tobytes())
+        if size := parameter.numel():
+            at = torch.linspace(0, size - 1, min(SAMPLED, size), dtype=torch.float64).long()
+            found.update(values_at(hf, name, parameter, at).double().cpu().numpy().tobytes())
     return found.hexdigest()[:16]
 
 

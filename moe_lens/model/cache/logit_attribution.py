@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.errors import InputError
 from moe_lens.model.cache.hook_cache import Cut, HookCache, as_slice
+from moe_lens.model.experts.elsewhere import numbers_of
 
 
 class AttributionCache(HookCache):
@@ -107,7 +108,7 @@ class AttributionCache(HookCache):
 
 def gain(norm: Any) -> Float[Tensor, " d_model"]:
     """What a norm multiplies by."""
-    weight = norm.original_component.weight.detach()
+    weight = numbers_of(norm.original_component).detach()
     return 1 + weight if norm.uses_weight_offset else weight
 
 

@@ -16,7 +16,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moe_lens.errors import UnsupportedModelError
-from moe_lens.model.experts.quantised import Matrices, PackedMatrices, Scheme, check_blocks, packed_product
+from moe_lens.model.experts.elsewhere import StoredMatrices, is_elsewhere
+from moe_lens.model.experts.quantised import (
+    Matrices,
+    PackedMatrices,
+    ReadableMatrices,
+    Scheme,
+    check_blocks,
+    packed_product,
+)
 
 
 class Rows(NamedTuple):
@@ -80,7 +88,8 @@ class Experts:
         known = self._read_flags()
         parameters = self._parameters() if known else [None]
         full = all(
-            isinstance(p, PackedMatrices) or (isinstance(p, Tensor) and p.is_floating_point() and p.element_size() >= 2)
+            isinstance(p, PackedMatrices)
+            or (isinstance(p, Tensor | StoredMatrices) and p.is_floating_point() and p.element_size() >= 2)
             for p in parameters
         )
         if not full or "FP8" in type(module).__name__:
@@ -126,7 +135,10 @@ class Experts:
 
     def _parameters(self) -> list[Any]:
         """All that experts own, as it is stored."""
-        return [getattr(holder, name, None) for holder, name in self._stored()]
+        return [
+            StoredMatrices(holder, name, self._cut) if is_elsewhere(holder, name) else getattr(holder, name, None)
+            for holder, name in self._stored()
+        ]
 
     def matrices(self, scheme: Scheme) -> list[tuple[nn.Module, str]]:
         """Modules and names of the parameters that are matrices, all of which a scheme can pack.
@@ -168,10 +180,10 @@ class Experts:
         """A stored parameter as one matrix for each expert."""
         return weight
 
-    def _oriented(self, weight: Tensor | PackedMatrices, transposed: bool | None = None) -> Tensor | Matrices:
+    def _oriented(self, weight: Tensor | ReadableMatrices, transposed: bool | None = None) -> Tensor | Matrices:
         """Matrices [expert, in, out] of a parameter that is stored so (`transposed`) or the other way round."""
         transposed = self.transposed if transposed is None else transposed
-        if isinstance(weight, PackedMatrices):
+        if not isinstance(weight, Tensor):
             return Matrices(weight, transposed, self.n_matrices)
         matrices = self._cut(weight)[: self.n_matrices]
         return matrices if transposed else matrices.mT

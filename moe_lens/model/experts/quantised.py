@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Protocol, Self, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -166,22 +166,41 @@ class PackedMatrices(nn.Module):
         return f"{self.scheme}, {tuple(self.shape)}"
 
 
+@runtime_checkable
+class ReadableMatrices(Protocol):
+    """Matrices, one for each expert, that are not there as numbers until they are read."""
+
+    shape: torch.Size
+    """[expert, rows, columns], as stored."""
+    dtype: torch.dtype
+    """Of what is read."""
+    device: torch.device
+    """Of what is read."""
+
+    def read(self, experts: Sequence[int] | Tensor) -> Float[Tensor, "expert rows columns"]:
+        """The matrices of some experts."""
+        ...
+
+
 class ReadOnly(Tensor):
-    """Numbers that were unpacked: writing to them would change nothing of the model, and raises."""
+    """A copy of numbers that are kept packed or elsewhere: writing to it would leave the model as it is, and raises."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG003
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         in_place = name.endswith("_") and not name.startswith("__") and name != "requires_grad_"
         if isinstance(args[0] if args else None, cls) and (in_place or name == "__setitem__" or name.startswith("__i")):
-            raise InputError(f"{name} writes to what was unpacked from 4 or 8 bits, which leaves the model as it is")
+            raise InputError(f"{name} writes to a copy, which leaves the model as it is: {_WHY}")
         if isinstance(kwargs.get("out"), cls):
-            raise InputError(f"{name}(out=…) writes to what was unpacked from 4 or 8 bits: the model would not change")
+            raise InputError(f"{name}(out=…) writes to a copy, which leaves the model as it is: {_WHY}")
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **kwargs)
             if isinstance(out, Tensor) and any(_shares(out, given) for given in args if isinstance(given, cls)):
                 return out.as_subclass(cls)
         return out
+
+
+_WHY = "its parameters are packed in 4 or 8 bits, or kept elsewhere and read when they are needed"
 
 
 def _shares(one: Tensor, other: Tensor) -> bool:
@@ -190,9 +209,9 @@ def _shares(one: Tensor, other: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Matrices:
-    """Packed matrices as a kernel wants them, [expert, in, out]: an index unpacks, and nothing unpacked is kept."""
+    """Such matrices as a kernel wants them, [expert, in, out]: an index reads, and nothing that was read is kept."""
 
-    packed: PackedMatrices
+    packed: ReadableMatrices
     transposed: bool
     """Whether they are stored [in, out]."""
     count: int

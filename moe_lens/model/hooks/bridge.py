@@ -18,10 +18,10 @@ from moe_lens.model.cache.hook_cache import following_tokens
 from moe_lens.model.cache.moe_cache import MoECache
 from moe_lens.model.hooks.arguments import forward_words, further_words, refuse_unknown
 from moe_lens.model.hooks.hook_scope import ForwardClaim, HookContext, Hooks, without_batch
-from moe_lens.model.hooks.hook_table import HookTable
 from moe_lens.model.hooks.key_value_cache import name_as_transformer_lens
 from moe_lens.model.hooks.layer_hooks import SelectionState
 from moe_lens.model.hooks.model_input import ModelInput, Reading
+from moe_lens.model.hooks.parameter_views import ParameterViews
 from moe_lens.model.loading.tokenizer import encode, own_ids
 from moe_lens.model.tl_compat import BridgeCore
 from moe_lens.selection import Step
@@ -47,7 +47,7 @@ class _Running:
 
 
 @checked
-class ExpertBridge(HookTable):
+class ExpertBridge(ParameterViews):
     """The running half of `HookedMoE`: it copies what it caches, and tells hook functions what is running."""
 
     default_padding_side: str | None = None

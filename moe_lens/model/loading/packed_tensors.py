@@ -85,6 +85,13 @@ class LazyParameter:
         """The stored tensors that it is made of."""
         return parts_of(self.name, self.shape)
 
+    def begin(self, part: StoredPart) -> int:
+        """The place of a part's first number in the parameter, counted through all axes; parts are in that order."""
+        if part.place is ...:
+            return 0
+        _, rows, columns = self.shape
+        return (part.place[0] * rows + part.place[1].start) * columns
+
     def stored(self, part: StoredPart) -> StoredTensor:
         """Where one of its parts is."""
         return self.checkpoint.tensors[part.name]

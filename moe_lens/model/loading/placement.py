@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedModel
 
+from moe_lens.model.experts.elsewhere import device_of
 from moe_lens.model.loading.machine import Machine
 from moe_lens.model.loading.memory_plan import Place, Size, gibibytes, plan_memory
 from moe_lens.model.loading.quantising import packed_in
@@ -172,9 +173,10 @@ def _place(device: Any) -> Place:
 
 def input_device(model: Any) -> torch.device:
     """Where a transformers model wants its tokens: where its embedding is, or comes to when it is kept elsewhere."""
-    embedding = model.get_input_embeddings()
-    if not embedding.weight.is_meta:
-        return embedding.weight.device
-    inner = (getattr(part, "_hf_hook", None) for part in embedding.modules())
-    place = next((hook.execution_device for hook in inner if hook is not None), None)
-    return torch.device("cpu" if place is None else place)
+    return device_of(model.get_input_embeddings())
+
+
+def output_place(model: Any) -> tuple[torch.device, torch.dtype]:
+    """Where a transformers model's unembedding is, or comes to when it is kept elsewhere, and in which dtype."""
+    head = model.get_output_embeddings()
+    return device_of(head), head.weight.dtype

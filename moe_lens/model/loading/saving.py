@@ -1,5 +1,6 @@
 """Saving a wrapped model under the names that its family's checkpoints have, so that it loads again as it is."""
 
+import warnings
 from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,6 +19,8 @@ from moe_lens.model.hf_compat import (
 )
 from moe_lens.model.loading.quantising import VARIANT, packed_in
 from moe_lens.model.loading.whole_state import check_numbers, original_state
+
+_SHARD = "2GB"
 
 
 def save_pretrained(
@@ -40,7 +43,11 @@ def save_pretrained(
     else:
         check_numbers(model)
         numbers = _as_numbers(model)
-    with numbers, _readable(model, state) if kwargs.get("save_original_format", True) else nullcontext():
+    if any(value.is_meta for value in state.values()):
+        kwargs.setdefault("max_shard_size", _SHARD)  # transformers reads a whole file's worth before it writes it
+    way_back = _readable(model, state) if kwargs.get("save_original_format", True) else nullcontext()
+    with numbers, way_back, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
         model.save_pretrained(folder, state_dict=state, **kwargs)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -3,6 +3,7 @@
 One thread reads, and goes ahead: while a layer computes, the next one comes.
 """
 
+import bisect
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -109,16 +110,31 @@ class StreamedWeights(Mapping[str, Tensor]):
         if name in self._kept:
             return self._kept[name][list(experts)]
         parameter = self._parameters[name]
+        if parameter.parts[0].place is ...:
+            return self[name][list(experts)]
         out = torch.empty((len(experts), *parameter.shape[1:]), dtype=parameter.dtype)
         for at, expert in enumerate(experts):
             for part in parameter.parts:
-                if part.place is ...:
-                    raise AssertionError(f"{name} is stored whole")
                 if part.place[0] == expert:
                     read = torch.empty(part.shape, dtype=parameter.stored_dtype)
                     self._reader.submit(self._fill, parameter, part, read).result()
                     out[at, part.place[1]] = parameter.checked(part, read)
         return out
+
+    def sampled(self, name: str, at: Sequence[int]) -> Tensor:
+        """Single numbers of a parameter, and no others read.
+
+        Args:
+            name: Of the parameter.
+            at: Places in it, counted through all of its axes.
+
+        Raises:
+            CheckpointError: Its file is not what it was when the model was loaded.
+        """
+        name = self._tied.get(name, name)
+        if name in self._kept:
+            return self._kept[name].flatten()[list(at)]
+        return self._reader.submit(self._sample, self._parameters[name], at).result().to(self._parameters[name].dtype)
 
     def _numbers(self, name: str, lease: Bytes) -> Bytes:
         """What was read in the model's dtype, proved to be numbers when it is read for the first time."""
@@ -161,10 +177,19 @@ class StreamedWeights(Mapping[str, Tensor]):
             self._fill(parameter, part, read[part.place])
         return lease
 
-    def _fill(self, parameter: LazyParameter, part: StoredPart, out: Tensor) -> None:
-        stored = parameter.stored(part)
-        into = out if FLOATS[stored.dtype] == out.dtype else torch.empty(part.shape, dtype=FLOATS[stored.dtype])
-        self._files[stored.file].read(part.name, into.view(-1).view(torch.uint8).numpy())
+    def _sample(self, parameter: LazyParameter, at: Sequence[int]) -> Tensor:
+        out = torch.empty(len(at), dtype=parameter.stored_dtype)
+        begins = [parameter.begin(part) for part in parameter.parts]
+        for i, place in enumerate(at):
+            number = bisect.bisect_right(begins, place) - 1
+            self._fill(parameter, parameter.parts[number], out[i : i + 1], place - begins[number])
+        return out
+
+    def _fill(self, parameter: LazyParameter, part: StoredPart, out: Tensor, first: int = 0) -> None:
+        """Numbers of a part from the first one on, as many as there is room for."""
+        stored, dtype = parameter.stored(part), FLOATS[parameter.stored(part).dtype]
+        into = out if dtype == out.dtype else torch.empty(out.shape, dtype=dtype)
+        self._files[stored.file].read(part.name, into.view(-1).view(torch.uint8).numpy(), first * dtype.itemsize)
         self.bytes_read += into.nbytes
         if into is not out:  # a parameter of which parts are stored in several dtypes: seldom, and slow
             out.copy_(into)

@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
 from accelerate.utils import get_balanced_memory, set_module_tensor_to_device
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from moe_lens.model.experts.elsewhere import is_elsewhere, numbers_of
 from moe_lens.model.loading.packed_tensors import LazyParameter
 from moe_lens.model.loading.placement import place_of
 from moe_lens.model.loading.streamed_weights import StreamedWeights
+from moe_lens.model.loading.whole_state import WRAPPER
 
 _OF_LOADING = frozenset(
     {"offload_folder", "offload_buffers", "offload_state_dict", "low_cpu_mem_usage", "max_memory", "disable_mmap"}
@@ -87,6 +89,25 @@ def _places(
         elif list(module.buffers(recurse=False)):
             places[name] = place_of(name, device_map, computes)
     return places
+
+
+def values_at(model: nn.Module, name: str, parameter: Tensor, at: Tensor) -> Tensor:
+    """Single numbers of a parameter, in memory or not.
+
+    Args:
+        model: Wrapped or not.
+        name: Of the parameter in it.
+        parameter: It.
+        at: Places in it, counted through all of its axes.
+    """
+    owner, _, own = name.rpartition(".")
+    if parameter.is_meta and is_elsewhere(model.get_submodule(owner), own):
+        weights = streamed_weights(model)
+        if weights is not None:
+            return weights.sampled(name.replace(WRAPPER, ""), at.tolist())
+        parameter = numbers_of(model.get_submodule(owner), own)
+    flat = parameter.detach().flatten()
+    return flat[at.to(flat.device)]
 
 
 def streamed_weights(model: nn.Module) -> StreamedWeights | None:

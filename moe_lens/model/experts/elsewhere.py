@@ -1,0 +1,97 @@
+"""Parameters of modules whose numbers accelerate keeps elsewhere, for those who ask between two passes.
+
+In a pass they come by themselves. Outside one, a parameter is on the meta device and has a shape alone.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import has_offloaded_params
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moe_lens.model.experts.quantised import ReadOnly
+
+
+def is_elsewhere(module: nn.Module, name: str = "weight") -> bool:
+    """Whether a module's parameter is kept elsewhere, and not there now."""
+    parameter = getattr(module, name, None)
+    return isinstance(parameter, Tensor) and parameter.is_meta and has_offloaded_params(module)
+
+
+def device_of(module: Any, name: str = "weight") -> torch.device:
+    """Where a module's parameter is, or comes to in a pass."""
+    if not is_elsewhere(module, name):
+        return getattr(module, name).device
+    place = module._hf_hook.execution_device
+    return torch.device("cpu" if place is None else place)
+
+
+def numbers_of(module: Any, name: str = "weight") -> Tensor:
+    """A module's parameter itself, or a copy that refuses to be written to, read from where it is kept."""
+    if not is_elsewhere(module, name):
+        return getattr(module, name)
+    return module._hf_hook.weights_map[name].to(device_of(module, name)).as_subclass(ReadOnly)
+
+
+def every_parameter(module: nn.Module) -> Iterator[Tensor]:
+    """All parameters of a module and those within, as `numbers_of` gives them, one at a time."""
+    for part in module.modules():
+        for name, _ in part.named_parameters(recurse=False):
+            yield numbers_of(part, name)
+
+
+@dataclass(frozen=True)
+class StoredMatrices:
+    """Matrices of experts, one parameter of theirs, that are kept elsewhere; `read` reads those that are asked for."""
+
+    holder: Any
+    """The module that owns the parameter."""
+    name: str
+    """What it is called there."""
+    cut: Callable[[Tensor], Tensor]
+    """From the parameter to one matrix for each expert."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """[expert, rows, columns], as stored."""
+        return self.cut(self._parameter).shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameter."""
+        return self._parameter.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where they come to."""
+        return device_of(self.holder, self.name)
+
+    @property
+    def _parameter(self) -> Tensor:
+        return getattr(self.holder, self.name)
+
+    def is_floating_point(self) -> bool:
+        """Whether they are numbers that a kernel can use."""
+        return self._parameter.is_floating_point()
+
+    def element_size(self) -> int:
+        """Bytes of a number."""
+        return self._parameter.element_size()
+
+    def numel(self) -> int:
+        """Numbers in all of them."""
+        return self._parameter.numel()
+
+    def read(self, experts: Sequence[int] | Tensor) -> Float[Tensor, "expert rows columns"]:
+        """The matrices of some experts."""
+        weights = self.holder._hf_hook.weights_map
+        numbers = [int(expert) for expert in experts]
+        source: Any = getattr(getattr(weights, "dataset", None), "state_dict", None)
+        if hasattr(source, "some") and self.shape == self._parameter.shape:
+            found = source.some(f"{weights.prefix}{self.name}", numbers)
+        else:
+            found = self.cut(weights[self.name])[numbers]
+        return found.to(self.device)

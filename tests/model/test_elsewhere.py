@@ -1,0 +1,96 @@
+"""Between two passes, parameters that are kept elsewhere can be read as any others, and not be written to."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_lens import HookedMoE, LogitLens, PartialSum
+from moe_lens.errors import InputError
+from moe_lens.model.loading.streaming import streamed_weights
+from moe_lens.studies.model_facts import parameters_digest
+from tests.families import build, tokens
+
+ALL = {"model": "disk", "lm_head": "disk"}
+
+
+@pytest.fixture(scope="module", params=["deepseek", "mixtral", "gpt_oss"])
+def pair(request, tmp_path_factory) -> tuple[HookedMoE, HookedMoE]:
+    """A model in memory, and the same one on disk: read from its checkpoint, or what transformers wrote of it."""
+    path: Path = tmp_path_factory.mktemp("stored")
+    build(request.param).save_pretrained(path / "model")
+    whole = HookedMoE.from_pretrained(path / "model").requires_grad_(False)
+    away = HookedMoE.from_pretrained(path / "model", device_map=ALL, offload_folder=str(path / "off"))
+    assert all(p.is_meta for p in away.requires_grad_(False).original_model.parameters())
+    assert (streamed_weights(away.original_model) is not None) == (request.param == "deepseek")
+    return whole, away
+
+
+def test_every_matrix_is_the_plain_model_s(pair):
+    whole, away = pair
+    layer, names = whole.moe_layers[-1], ["W_router", "W_gate", "W_in", "W_out"]
+    for name in names:
+        mine, theirs = getattr(away, name), getattr(whole, name)
+        assert mine.shape == theirs.shape
+        assert torch.equal(mine[layer], theirs[layer])
+        assert torch.equal(mine[layer, [6, 1]], theirs[layer, [6, 1]])
+        for experts in (5, slice(2, 4)):
+            assert torch.equal(mine[layer, experts], theirs[layer, experts])
+            with pytest.raises(InputError, match="writes to a copy, which leaves the model as it is"):
+                mine[layer, experts].mul_(2)
+    for name in ("W_U", "W_E", "W_Q", "W_O"):
+        assert torch.equal(getattr(away, name), getattr(whole, name)), name
+    with pytest.raises(InputError, match="kept elsewhere and read when they are needed"):
+        away.W_U[0] = 1
+    assert all(p.is_meta for p in away.original_model.parameters()), "nothing stays"
+
+
+def test_one_expert_is_read_alone(pair):
+    _, away = pair
+    weights = streamed_weights(away.original_model)
+    if weights is None:
+        pytest.skip("what transformers wrote is read a parameter at a time")
+    read = weights.settled()
+    found = away.W_out[away.moe_layers[0], 3]
+    assert weights.settled() - read == found.numel() * found.element_size()
+
+
+def test_lenses_attribution_and_single_experts_compute_as_in_memory(pair):
+    whole, away = pair
+    ids, layer = tokens(2, 9), whole.moe_layers[-1]
+    found: list[Any] = []
+    for model in pair:
+        _, cache = model.run_with_cache(ids)
+        sums = [PartialSum(ranks=[0]), PartialSum()]
+        stack, _ = cache.decompose_resid(return_labels=True)
+        found.append(
+            (
+                *vars(LogitLens(model).decode(cache, sums)).values(),
+                cache.logit_attrs(stack, 7),
+                model.expert_outputs(layer, cache[f"blocks.{layer}.mlp.hook_in"], torch.ones(8, dtype=torch.bool)),
+            )
+        )
+    for mine, theirs in zip(*found, strict=True):
+        if isinstance(mine, torch.Tensor):
+            assert torch.equal(mine.nan_to_num(), theirs.nan_to_num())
+    assert LogitLens(away).unembedding_digest() == LogitLens(whole).unembedding_digest()
+
+
+def test_a_model_is_known_wherever_it_is_kept(pair):
+    whole, away = pair
+    known = parameters_digest(whole.original_model)
+    assert parameters_digest(away.original_model) == known
+    with torch.no_grad():
+        before = whole.W_out[whole.moe_layers[0], 0][0, 0].clone()
+        whole.W_out[whole.moe_layers[0], 0][0, 0] += 1
+        assert parameters_digest(whole.original_model) != known
+        whole.W_out[whole.moe_layers[0], 0][0, 0] = before
+
+
+def test_a_model_on_disk_is_saved_whole(pair, tmp_path):
+    whole, away = pair
+    away.save_pretrained(tmp_path / "saved")
+    again = HookedMoE.from_pretrained(tmp_path / "saved").requires_grad_(False)
+    assert torch.equal(again(tokens(2, 9)), whole(tokens(2, 9)))
+    assert all(p.is_meta for p in away.original_model.parameters())
