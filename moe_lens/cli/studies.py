@@ -121,6 +121,51 @@ def single_expert(
     return SingleExpertStudy(treatments=chosen, layers=layers.value, k=tuple(k) if k else None)
 
 
+@command("experts-per-token", "moe-lens-experts-per-token")
+def experts_per_token(
+    k: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--k",
+            min=1,
+            help="Number of experts of every token; may be repeated. Without it: 1, 2, 4, … and all, and some near the "
+            "model's own, which is always run.",
+        ),
+    ] = None,
+    mass: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Give a token the fewest experts whose affinities have this share together; may be repeated.  "
+            "[0.15, 0.3, 0.5]"
+        ),
+    ] = None,
+    threshold: Annotated[
+        list[float] | None,
+        typer.Option(help="Give a token the experts with at least this share of affinity; may be repeated."),
+    ] = None,
+    entropy: Annotated[
+        list[float] | None,
+        typer.Option(help="Give a token this number × exp(entropy of its affinities) experts; may be repeated."),
+    ] = None,
+) -> "Study":
+    """What fewer or more experts than the model was trained with cost: the same for all tokens, or as the router says.
+
+    Tables: numbers (a row for each number and rule: mean number of experts, loss, perplexity, ratio to the model's own
+    number, and what a rule saves against a number that is the same for all tokens at the same mean; beside each rule,
+    the same numbers dealt to other tokens at random), layers (mean number of experts of each layer).
+
+    Every text is read once for each number, and twice for each rule.
+
+    Example: moe-lens experts-per-token --k 2 --k 12 --mass 0.3 --entropy 0.15 --out runs/numbers
+    """
+    from moe_lens.studies import ExpertsPerToken
+
+    chosen: dict[str, Any] = {"threshold": tuple(threshold or ()), "entropy": tuple(entropy or ())}
+    if mass is not None or threshold or entropy:
+        chosen["mass"] = tuple(mass or ())
+    return ExpertsPerToken(k=tuple(k) if k else None, **chosen)
+
+
 @command("lens", "moe-lens-logit-lens")
 def lens(
     lens: Annotated[

@@ -4,6 +4,7 @@ from moe_lens.studies.collect_activations import collect as collect
 from moe_lens.studies.collected import Collected as Collected
 from moe_lens.studies.comparison import Comparison as Comparison
 from moe_lens.studies.comparison import compare as compare
+from moe_lens.studies.experts_per_token import ExpertsPerToken as ExpertsPerToken
 from moe_lens.studies.facts import FactStudy as FactStudy
 from moe_lens.studies.facts import localise_facts as localise_facts
 from moe_lens.studies.facts import read_facts as read_facts

@@ -1,0 +1,118 @@
+"""What any number of experts costs: against the model run by hand, and a rule that helps against one that does not."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from moe_lens import HookedMoE, names
+from moe_lens.data import Reading, batch_windows, shards
+from moe_lens.errors import InputError
+from moe_lens.studies import ExpertsPerToken, StudyResult, run
+from moe_lens.studies.experts_per_token import Used, deal, label, table
+from moe_lens.studies.variant_losses import WHOLE, VariantLosses
+from tests.studies.tiny import domain, tiny_model
+
+READING = Reading(tokens=None, context=24, shard_tokens=10**6)
+STUDY = ExpertsPerToken(k=(1, 6), mass=(0.5,), entropy=(0.4,))
+
+
+@pytest.fixture(scope="module")
+def model() -> HookedMoE:
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def result(model: HookedMoE) -> StudyResult:
+    return run(STUDY, model, [domain("d", n=10, sources=10)], reading=READING, batch_tokens=150)
+
+
+def test_losses_and_numbers_are_those_of_the_model_run_text_by_text(model: HookedMoE, result: StudyResult) -> None:
+    (shard,) = shards(domain("d", n=10, sources=10), model, READING)
+    found = result.tables["numbers"].set_index(["rule", "value", "dealt"])
+    seen: list[torch.Tensor] = []
+    hook = [(names.mlp(names.N_ACTIVE, at), lambda n, hook: seen.append(n[0, :, 0])) for at in model.moe_layers]
+    ways = {("k", 1.0): {"k": 1}, ("k", 6.0): {"k": 6}, ("k", 3.0): {"k": 3}, ("mass", 0.5): {"mass": 0.5}}
+    for (rule, value), options in ways.items():
+        nats, tokens, used = 0.0, 0, []
+        for window in shard.windows:
+            ids = torch.tensor([window.ids])
+            seen.clear()
+            with torch.no_grad(), model.use_experts(**options):
+                logits = model.run_with_hooks(ids, fwd_hooks=hook)
+            nats += float(cross_entropy(logits[0, :-1].double(), ids[0, 1:], reduction="sum"))
+            tokens += ids.shape[1] - 1
+            used.append(torch.stack(seen)[:, len(window.ids) - window.counted :])
+        row = found.loc[(rule, value, False)]
+        assert row["loss"] == pytest.approx(nats / tokens, rel=1e-5)
+        assert row["experts"] == pytest.approx(float(torch.cat(used, 1).double().mean()), rel=1e-12)
+    numbers: Any = result.tables["numbers"]
+    whole = numbers[["rule", "value", "own", "ratio"]].to_dict("records")
+    assert [row for row in whole if row["own"]] == [{"rule": "k", "value": 3.0, "own": True, "ratio": 1.0}]
+    layers: Any = result.tables["layers"]
+    rows = layers[["rule", "dealt", "experts"]].to_dict("records")
+    own = [row["experts"] for row in rows if row["rule"] == "mass" and not row["dealt"]]
+    assert sum(own) / len(own) == pytest.approx(found.loc[("mass", 0.5, False), "experts"])
+    assert len(set(own)) > 1
+
+
+def test_dealt_numbers_are_the_same_numbers_at_other_tokens(model: HookedMoE, result: StudyResult) -> None:
+    found = result.tables["numbers"].set_index(["rule", "value", "dealt"])
+    for rule, value in STUDY.rules():
+        own, dealt = (found["loss"].to_dict()[rule, value, way] for way in (False, True))
+        assert own != dealt
+    # In one layer what is dealt cannot change the numbers of the layers behind.
+    (shard,) = shards(domain("d", n=10, sources=10), model, READING)
+    batch = next(iter(batch_windows(shard.windows, model, batch_tokens=150)))
+    seen: list[torch.Tensor] = []
+    layer = model.moe_layers[-1]
+    watch = [(names.mlp(names.N_ACTIVE, layer), lambda n, hook: seen.append(n[..., 0].clone()))]
+    hooks = [one for one in deal(model, batch, 0) if one[0] == watch[0][0]]
+    ways = [*model.use_experts(mass=0.5, layers=[layer]).fwd_hooks]
+    for more in ([], hooks):
+        with torch.no_grad():
+            model.run_with_hooks(batch.tokens, fwd_hooks=[*ways, *more, *watch], attention_mask=batch.mask.long())
+    own, dealt = seen
+    assert not torch.equal(own[batch.counted], dealt[batch.counted])
+    assert torch.equal(own[batch.counted].sort().values, dealt[batch.counted].sort().values)
+    assert torch.equal(own[~batch.counted], dealt[~batch.counted])
+
+
+def made(saved: float, seed: int = 0) -> tuple[VariantLosses, Used]:
+    """20 sources of 50 tokens; a rule of 3 experts on average that saves some nats a token, and more where it helps."""
+    generator = torch.Generator().manual_seed(seed)
+    variants = ((WHOLE, None, 4), ("k", None, 2), (label("mass", 0.5, False), None, 0))
+    tokens = torch.full((20,), 50)
+    base = 200 + 10 * torch.randn(20, generator=generator, dtype=torch.float64)
+    noise = torch.randn(20, generator=generator, dtype=torch.float64)
+    two = base + 20 + noise
+    mixed = (base + two) / 2 - 50 * saved + torch.randn(20, generator=generator, dtype=torch.float64)
+    nats = torch.stack([base, two, mixed], 1)
+    sources = tuple(f"s{i:02d}" for i in range(20))
+    ones = torch.ones(20, dtype=torch.long)
+    experts = torch.tensor([4, 2, 3])[None, :, None] * tokens[:, None, None]
+    losses = VariantLosses(variants, sources, nats, tokens, nats / 50, ones)
+    return losses, Used(variants, (0,), sources, experts, tokens)
+
+
+def test_a_rule_gains_what_was_planted_and_nothing_where_nothing_was() -> None:
+    columns = ["gain", "gain_low", "gain_high"]
+    gain, low, _ = table(*made(0.05))[columns].iloc[-1].tolist()
+    assert gain == pytest.approx(0.05, abs=0.02)  # the noise is 1 / 50 / √20 nats
+    assert low > 0
+    _, low, high = table(*made(0.0))[columns].iloc[-1].tolist()
+    assert low < 0 < high
+    assert all(map(math.isnan, table(*made(0.05))["gain"].tolist()[:2]))
+    losses, used = made(0.05)
+    beyond = Used(used.variants, (0,), used.sources, used.experts + torch.tensor([0, 0, 100])[:, None], used.tokens)
+    assert all(map(math.isnan, table(losses, beyond)["gain"].tolist())), "no greater number was run"
+
+
+def test_what_is_run_if_nothing_is_said(model: HookedMoE) -> None:
+    assert ExpertsPerToken().numbers(model) == [1, 2, 4, 6, 8]  # 3 of 8 experts
+    with pytest.raises(InputError, match="k is 9; expected a whole number from 1 to 8"):
+        run(ExpertsPerToken(k=(9,)), model, [domain("d")])
+    with pytest.raises(InputError, match="mass is 2.0"):
+        run(ExpertsPerToken(mass=(2.0,)), model, [domain("d")])
