@@ -25,6 +25,10 @@ class InputError(MoELensError):
     """Texts, tokens or arguments that cannot be worked with."""
 
 
+class UnfitError(InputError):
+    """What was asked for cannot be done with this model or these texts: too few experts, domains or sources."""
+
+
 class SelfCheckError(MoELensError):
     """The hooked parts of a freshly loaded model do not sum to the whole; the message names layer and deviation."""
 

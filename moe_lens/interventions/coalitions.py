@@ -18,8 +18,12 @@ from moe_lens.interventions.metrics import Loss
 from moe_lens.interventions.rerouting import reselect
 from moe_lens.interventions.sweep import LOGITS, TOKENS
 
-Removal = Literal["reroute", "zero"]
-"""How experts are taken out: forbidden before selection, so that others come, or their contribution set to zero."""
+Removal = Literal["reroute", "zero", "prune"]
+"""How experts are taken out: forbidden before selection, so that others come; their contribution set to zero; or gone
+from the model, so that affinities, too, are those of a router without them."""
+
+CACHED = 2**20
+"""Logits at a time on a CPU: about as many as its cache holds."""
 
 
 @torch.no_grad()
@@ -51,14 +55,14 @@ def added_losses(
 
     device = run.logits.device
     most = int(coalitions.sum(-1).max()) if coalitions.numel() else 0
-    if how == "reroute" and model.n_experts - most < model.top_k:
+    if how != "zero" and model.n_experts - most < model.top_k:
         raise InputError(f"{model.n_experts - most} experts of a layer would be left; a token needs {model.top_k}")
     reads = metric.reads(run.batch, run.pos).to(device)
     clean = torch.zeros(reads.shape, device=device)
     batch, pos = reads.nonzero().unbind(-1)
     clean[reads] = metric.values(run.logits[batch, pos], batch, pos).to(clean)
     coalitions = coalitions.to(device)
-    first = _first_layers(model, run, coalitions, pairs.to(device))
+    first = _first_layers(model, run, coalitions, pairs.to(device), chosen=how != "prune")
     found = torch.zeros(len(pairs), dtype=torch.float64)
     queue = [number for number in first.argsort(stable=True).tolist() if int(first[number]) < model.cfg.n_layers]
 
@@ -68,7 +72,8 @@ def added_losses(
         states = _without(model, run, coalitions[taken], items, int(first[some[0]]), how)
         row, at = reads[items].nonzero().unbind(-1)
         added = torch.zeros(reads[items].shape, dtype=torch.float64, device=device)
-        for part in torch.arange(len(row), device=device).split(max(1, LOGITS // run.logits.shape[-1])):
+        at_once = LOGITS if device.type != "cpu" else CACHED
+        for part in torch.arange(len(row), device=device).split(max(1, at_once // run.logits.shape[-1])):
             r, p = row[part], at[part]
             losses = metric.values(run.replay.logits(states[r, p]), items[r], p)
             added[r, p] = (losses - clean[items[r], p]).double()
@@ -90,16 +95,22 @@ def added_losses(
 
 
 def _first_layers(
-    model: Any, run: CleanRun, coalitions: Bool[Tensor, "coalition layer n_experts"], pairs: Int[Tensor, "pair 2"]
+    model: Any,
+    run: CleanRun,
+    coalitions: Bool[Tensor, "coalition layer n_experts"],
+    pairs: Int[Tensor, "pair 2"],
+    *,
+    chosen: bool,
 ) -> Int[Tensor, " pair"]:
-    """The first layer of each pair in which the text chose an expert of the coalition; n_layers if there is none."""
+    """The first layer of each pair in which the coalition has an expert, that the text chose; n_layers if none has."""
     real, rows = run.mask, torch.arange(run.batch, device=pairs.device)
     first = torch.full((len(pairs),), model.cfg.n_layers, device=pairs.device)
     for row, layer in reversed(list(enumerate(model.moe_layers))):
         indices = run.indices(layer).masked_fill(~real[..., None], model.n_experts).to(pairs.device)
         used = torch.zeros(run.batch, model.n_experts + 1, dtype=torch.bool, device=pairs.device)
         used[rows[:, None], indices.flatten(1)] = True
-        hit = (used[pairs[:, 1], :-1] & coalitions[pairs[:, 0], row]).any(-1)
+        members = coalitions[pairs[:, 0], row]
+        hit = (members & used[pairs[:, 1], :-1] if chosen else members).any(-1)
         first = torch.where(hit, layer, first)
     return first
 
@@ -112,7 +123,7 @@ def _without(
         hook
         for row, layer in enumerate(model.moe_layers)
         if layer >= start and bool(taken[:, row].any())
-        for hook in (_forbidden if how == "reroute" else _zeroed)(model, layer, taken[:, row])
+        for hook in HOOKS[how](model, layer, taken[:, row])
     ]
     resid = run.stream(start, items)
     with model.hooks(hooks):
@@ -136,6 +147,14 @@ def _forbidden(model: Any, layer: int, taken: Bool[Tensor, "rows n_experts"]) ->
     return [(names.mlp(names.EXPERT_INDICES, layer), choose)]
 
 
+def _gone(model: Any, layer: int, taken: Bool[Tensor, "rows n_experts"]) -> Hooks:
+    def masked(logits: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        return logits.masked_fill(taken.to(logits.device)[:, None], -torch.inf)
+
+    # Without affinity an expert might still be chosen for its bias.
+    return [(names.mlp(names.ROUTER_LOGITS, layer), masked), *_forbidden(model, layer, taken)]
+
+
 def _zeroed(model: Any, layer: int, taken: Bool[Tensor, "rows n_experts"]) -> Hooks:
     def out() -> Tensor:
         experts = model.experts_in_slots(layer)
@@ -148,6 +167,9 @@ def _zeroed(model: Any, layer: int, taken: Bool[Tensor, "rows n_experts"]) -> Ho
         return kept & ~out()
 
     return [(names.mlp(names.ROUTING_WEIGHTS, layer), weigh), (names.mlp(names.EXPERT_KEPT, layer), compute)]
+
+
+HOOKS = {"reroute": _forbidden, "zero": _zeroed, "prune": _gone}
 
 
 def _members(out: Bool[Tensor, "rows n_experts"], experts: Int[Tensor, "rows pos top_k"]) -> Bool[Tensor, "rows pos k"]:

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens import names
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, UnfitError
 from moe_lens.interventions.intervention import Hook, Intervention, Recipe, first_token, positions, this_pass
 from moe_lens.model.cache.moe_cache import MoECache
 from moe_lens.protocols import HookedModel
@@ -46,7 +46,7 @@ def reselect(
     Slots without an expert, of −1, stay without.
 
     Raises:
-        InputError: a token has too few experts left; the message names it.
+        UnfitError: a token has too few experts left; the message names it.
     """
     top_k, present = indices.shape[-1], indices >= 0
     wanted = torch.arange(top_k, device=indices.device) < present.sum(-1, keepdim=True)
@@ -61,7 +61,7 @@ def reselect(
     short = (wanted & (worth.gather(-1, picked) < 0)).any(-1)
     if short.any():
         least = int(wanted[short][0].sum())
-        raise InputError(
+        raise UnfitError(
             f"layer {layer}, token {first_token(short)}: fewer than {least} experts are left to select from (experts "
             "that are forbidden, or in groups that the router leaves out, do not count); forbid fewer"
         )

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-BLOCK = 2**20
-"""Logits that are looked at together on a processor: what is computed of them stays in its cache. Whole vocabularies
-pass memory ten times otherwise, which takes as long as the matrix product that made them."""
+BLOCK = 2**16
+"""Logits that are looked at together on a processor: what is computed of them stays in its cache. They pass memory ten
+times otherwise, which takes as long as the matrix product that made them, and memory of some MB is asked for anew."""
 
 
 class Distribution(NamedTuple):
@@ -59,7 +59,7 @@ def read(
 def _read_block(
     logits: Tensor, final: Distribution, ensemble: Distribution, layer_best: Tensor, targets: Tensor, top: int
 ) -> dict[str, Tensor]:
-    best = logits.topk(top)
+    best = logits.topk(top) if top > 1 else logits.max(-1, keepdim=True)  # which is quicker
     log_probs = logits.log_softmax(-1)
     probs = log_probs.exp()
     target = targets.clamp(min=0)[:, None]

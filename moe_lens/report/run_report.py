@@ -1,14 +1,17 @@
 """The main job: the studies of the paper run into one folder, and the page that is drawn from it."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moe_lens.checked import checked
 from moe_lens.data import Domains, Reading, as_domains
+from moe_lens.errors import UnfitError, UnsupportedModelError
 from moe_lens.manifest import studies_in
 from moe_lens.report.report_page import write_page
-from moe_lens.studies import LensStudy, RoutingStudy, SingleExpertStudy, Study
+from moe_lens.studies import LensStudy, Localisation, PruningStudy, RoutingStudy, SingleExpertStudy, Study
 from moe_lens.studies import run as run_study
 from moe_lens.studies.study import agreed, pinned
 
@@ -19,8 +22,15 @@ STUDIES: Mapping[str, Study] = {
 }
 """By the folder in the report's folder that each is saved in."""
 
+OF_HALVES: Mapping[str, Study] = {"pruning": PruningStudy(), "localisation": Localisation(controls="primary")}
+"""Those that take two sources of every domain, and many passes: they read a quarter as much, and are left out where
+they cannot be made."""
+
 READING = Reading(tokens=2048, context=128)
 """How texts are read if nothing else is asked for: short windows, so that few tokens are of many sources."""
+
+SHORT = 32
+"""Tokens of a window for `OF_HALVES`, at most."""
 
 
 @checked
@@ -35,7 +45,7 @@ def run(
     command: str | None = None,
     watch: Callable[[str, int], None] = lambda what, tokens: None,  # noqa: ARG005
 ) -> Path:
-    """Run `STUDIES`, or resume where they were interrupted, and write the page; the path of the page.
+    """Run `STUDIES` and `OF_HALVES`, or resume where they were interrupted, and write the page; the path of the page.
 
     Args:
         model: A `HookedMoE`.
@@ -53,14 +63,19 @@ def run(
     for study in STUDIES.values():
         study.check(model)
     domains = pinned(as_domains(domains))
-    how = {"reading": reading, "name": name, "batch_tokens": batch_tokens, "command": command}
+    how = {"name": name, "batch_tokens": batch_tokens, "command": command}
+
+    def go(folder: str, study: Study, reading: Reading) -> None:
+        def watch_one(what: str, tokens: int) -> None:
+            watch(f"{folder}, {what}", tokens)
+
+        run_study(study, model, domains, out=Path(out) / folder, reading=reading, watch=watch_one, **how)
+
     for folder, study in STUDIES.items():
-        run_study(
-            study,
-            model,
-            domains,
-            out=Path(out) / folder,
-            watch=lambda what, tokens, folder=folder: watch(f"{folder}, {what}", tokens),
-            **how,
-        )
+        go(folder, study, reading)
+    few = None if reading.tokens is None else max(2, reading.tokens // 4)
+    short = replace(reading, tokens=few, context=min(reading.context, SHORT))
+    for folder, study in OF_HALVES.items():
+        with suppress(UnfitError, UnsupportedModelError):  # the verdict says what was not run
+            go(folder, study, short)
     return agreed(lambda: write_page(studies_in(out), out))

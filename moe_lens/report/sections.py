@@ -5,6 +5,7 @@ To add one, write such a function and put it into `SECTIONS`.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import pandas as pd
@@ -15,9 +16,10 @@ from moe_lens.partial_sum import PartialSum
 from moe_lens.report.published_numbers import Published, published, same_model
 from moe_lens.report.rendering import ROWS, as_html, ranged, rendered, table_html
 from moe_lens.stats import MEASURES, MIN_SOURCES
-from moe_lens.studies import NULLS, StudyResult, Verdicts, judge
+from moe_lens.studies import NULLS, PruningStudy, StudyResult, Verdicts, judge
 from moe_lens.studies.frames import where
 from moe_lens.studies.lens_examples import EXAMPLE_TOKENS, LensExample
+from moe_lens.studies.localisation_coalitions import PICKED, RANDOM
 from moe_lens.studies.variant_losses import WHOLE
 from moe_lens.viz.style import colour
 
@@ -101,7 +103,12 @@ def _readings(result: StudyResult) -> dict[str, str]:
 def verdicts_of(studies: Studies) -> Verdicts | None:
     """The verdicts on the paper's claims; None if the studies read different texts."""
     plans = [result.manifest["plan"]["domains"] for result in studies.values()]
-    return judge(studies) if all(plan == plans[0] for plan in plans) else None
+    return _judged(*studies.items()) if all(plan == plans[0] for plan in plans) else None
+
+
+@lru_cache(maxsize=1)  # the page asks, and the file beside it
+def _judged(*studies: tuple[str, StudyResult]) -> Verdicts:
+    return judge(dict(studies))
 
 
 def verdicts(studies: Studies) -> Section:
@@ -204,6 +211,33 @@ def lens(studies: Studies) -> Section | None:
     return section("lens", "Lens", by_layer=by_layer, examples=examples, tokens=EXAMPLE_TOKENS)
 
 
+def pruning(studies: Studies) -> Section | None:
+    """What a domain loses with a part of the experts gone, beside random plans."""
+    result = studies.get("pruning")
+    if result is None:
+        return None
+    table, rows = result.tables["pruning"], []
+    for domain in result.domains:
+        random = where(table, domain=domain, kind=RANDOM)["ratio"]
+        read = where(table, plan=domain, kind=PICKED).set_index("domain")["ratio"]
+        own = where(table, domain=domain, plan=domain, kind=PICKED).to_dict("records")[0]
+        beaten = float((random > own["ratio"]).mean())
+        rows.append(
+            {**own, "random": ranged(random, ".2f"), "beaten": beaten, "n": len(random), "read": read.to_dict()}
+        )
+    settings = result.manifest["plan"]["settings"]
+    return section(
+        "pruning",
+        "Pruning",
+        figure=as_html(viz.pruning_ratios(result)),
+        rows=rows,
+        domains=result.domains,
+        gone=PruningStudy(**settings).gone(_facts(result)["experts"], _facts(result)["top_k"]),
+        experts=_facts(result)["experts"],
+        least=MIN_SOURCES,
+    )
+
+
 def localisation(studies: Studies) -> Section | None:
     """What taking out a domain's experts costs it, beyond what it costs others and what other experts would."""
     result = studies.get("localisation")
@@ -216,7 +250,7 @@ def localisation(studies: Studies) -> Section | None:
         costs=as_html(viz.localisation_costs(result)),
         contrast=as_html(viz.localisation_contrast(result)),
         rows=where(table, control="matched").to_dict("records"),
-        picked_by=result.manifest["plan"]["settings"]["by"],
+        settings=result.manifest["plan"]["settings"],
         few=min(table["sources"]) < MIN_SOURCES,
         least=MIN_SOURCES,
     )
@@ -285,6 +319,7 @@ SECTIONS: tuple[Callable[[Studies], Section | None], ...] = (
     ensemble,
     perplexity,
     lens,
+    pruning,
     localisation,
     paper,
     method,

@@ -13,7 +13,7 @@ from moe_lens.errors import InputError
 from moe_lens.stats.routing_stats import RoutingResult
 from moe_lens.stats.source_permutation import Deviations
 
-CHUNK = 2**24
+CHUNK = 2**20
 """Numbers that are held at a time while labels are permuted."""
 
 

@@ -97,7 +97,8 @@ class Deviations:
 
     def reassigned(self, order: Int[Tensor, "some source"]) -> Float[Tensor, "some domain layer n_experts"]:
         """Shares if each source deviated as much as the one that `order` puts in its place; may be a little below 0."""
-        return self.share + _summed(self.member, self.standard[order] * self.spread)
+        deviations = self.standard.index_select(0, order.flatten()).view(*order.shape, *self.spread.shape[1:])
+        return self.share + _summed(self.member, deviations.mul_(self.spread))
 
 
 def _summed(

@@ -11,6 +11,7 @@ from moe_lens.studies.facts import read_facts as read_facts
 from moe_lens.studies.lens import LensStudy as LensStudy
 from moe_lens.studies.lens_examples import LensExample as LensExample
 from moe_lens.studies.localisation import Localisation as Localisation
+from moe_lens.studies.pruning_study import PruningStudy as PruningStudy
 from moe_lens.studies.routing import NULLS as NULLS
 from moe_lens.studies.routing import RoutingStudy as RoutingStudy
 from moe_lens.studies.single_expert_study import TREATMENTS as TREATMENTS

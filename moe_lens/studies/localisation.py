@@ -15,24 +15,26 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe_lens.data import TokenBatch
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, UnfitError
 from moe_lens.interventions import CleanRun, Loss, expert_attribution
 from moe_lens.interventions.attribution_gradients import Slots
 from moe_lens.interventions.attribution_knockout import Knockouts
-from moe_lens.interventions.coalitions import Removal, added_losses
+from moe_lens.interventions.coalitions import Removal
 from moe_lens.stats import Result, RoutingResult, RoutingStats, observe
 from moe_lens.stats.parallel_sources import LANGUAGE, balanced_halves, parallel_blocks
 from moe_lens.studies import localisation_coalitions as chosen
 from moe_lens.studies.forward_passes import input_device
 from moe_lens.studies.frames import by_domain
 from moe_lens.studies.localisation_contrast import Contrasts, table
-from moe_lens.studies.localisation_effects import CoalitionEffects, CoalitionStats
+from moe_lens.studies.localisation_effects import CoalitionEffects, CoalitionStats, read_without
 from moe_lens.studies.localisation_scores import ScoreResult, ScoreStats
 from moe_lens.studies.study import Earlier, Gathered, Study
 from moe_lens.studies.study_result import StudyResult
 
 By = Literal["routing", "attribution", "knockout"]
 Controlled = Literal["each", "primary"]
+
+REMOVALS: tuple[Removal, ...] = ("reroute", "zero")
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,14 @@ class Localisation(Study):
         for name, value, expected in (("by", self.by, By), ("controls", self.controls, Controlled)):
             if value not in get_args(expected):
                 raise InputError(f"{name} is {value!r}; expected one of {', '.join(get_args(expected))}")
-        wrong = [how for how in self.how if how not in get_args(Removal)]
+        wrong = [how for how in self.how if how not in REMOVALS]
         if wrong or not self.how or len(set(self.how)) < len(self.how):
-            raise InputError(f"how is {self.how!r}; expected one or both of {', '.join(get_args(Removal))}")
+            raise InputError(f"how is {self.how!r}; expected one or both of {', '.join(REMOVALS)}")
         if self.matched < 1 or (self.experts is not None and self.experts < 1):
             raise InputError(f"matched is {self.matched}, experts is {self.experts}; expected at least 1 of each")
         room = _most(model.n_experts, model.top_k)
         if room < 1:
-            raise InputError(
+            raise UnfitError(
                 f"this model chooses {model.top_k} of {model.n_experts} experts: with any of them taken out there are "
                 "none left to hold them against"
             )
@@ -115,26 +117,10 @@ class Localisation(Study):
         self, model: Any, batch: TokenBatch, domain: str, domains: list[str], members: Tensor, half: Mapping[str, int]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Nats and predicted tokens of each text, nats added without each coalition, and which of those were run."""
-        device = input_device(model)
-        tokens, mask = batch.tokens.to(device), batch.mask.to(device)
-        metric, run = Loss(tokens, mask), CleanRun.of(model, tokens, attention_mask=mask.long())
-        reads = metric.reads(*tokens.shape).to(run.logits.device)
-        at = reads.nonzero().unbind(-1)
-        nats = torch.zeros(reads.shape, dtype=torch.float64, device=reads.device)
-        nats[at] = metric.values(run.logits[at], *at).double()
-        n_domains, n_variants = members.shape[1:3]
+        read = self._read(batch, domains.index(domain), len(domains))
         halves = torch.tensor([half[source] for source in batch.sources])
-        read = self._read(batch, domains.index(domain), n_domains)
-        there = members.any((-2, -1))[halves][:, None]  # [batch, 1, domain, variant]
-        read &= there
-        added = torch.zeros(read.shape, dtype=torch.float64)
-        flat = members.flatten(0, 2)
-        for number, how in enumerate(self.how):
-            row, of_domain, variant = read[:, number].nonzero().unbind(-1)
-            coalition = (halves[row] * n_domains + of_domain) * n_variants + variant
-            pairs = torch.stack([coalition, row], 1)
-            added[row, number, of_domain, variant] = added_losses(model, run, metric, flat, pairs, how)
-        return nats.sum(-1).cpu(), reads.sum(-1).cpu(), added, read
+        read &= members.any((-2, -1))[halves][:, None]  # [batch, 1, domain, variant]
+        return *read_without(model, batch, members, half, read, self.how), read
 
     def _read(self, batch: TokenBatch, own: int, n_domains: int) -> Tensor:
         """Which texts are read without which coalitions.
@@ -169,17 +155,17 @@ class Localisation(Study):
         """The coalitions of each domain: those taken out of half 0 of the sources, and out of half 1.
 
         Raises:
-            InputError: Fewer than two domains, or a domain of a single source.
+            UnfitError: Fewer than two domains, or a domain of a single source.
         """
         if len(results) < 2:
-            raise InputError(
+            raise UnfitError(
                 f"got the domain {next(iter(results))!r} alone; expected at least two: what is picked for one "
                 "is held against the others"
             )
         halves = self._halves(results)
         alone = [domain for domain, of in halves.items() if len(set(of.values())) < 2]
         if alone:
-            raise InputError(
+            raise UnfitError(
                 f"domain {alone[0]!r} has too few sources to pick experts on one half of them and take them out on "
                 "the other; give texts of two sources or more"
             )

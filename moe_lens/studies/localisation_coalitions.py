@@ -102,7 +102,7 @@ def matched(picked: Experts, mass: Mass, top_k: int, generator: torch.Generator)
     then, where some layers had too little, in any of these layers until the whole is equal.
     """
     aim, none = float(mass[picked].sum()), torch.zeros_like(picked)
-    most = picked.shape[1] - top_k
+    most, worth = picked.shape[1] - top_k, mass.tolist()
     for _ in range(ATTEMPTS if aim > 0 else 0):
         members = torch.zeros_like(picked)
         for row in picked.any(1).nonzero()[:, 0].tolist():
@@ -111,10 +111,12 @@ def matched(picked: Experts, mass: Mass, top_k: int, generator: torch.Generator)
             carried = torch.cat([mass.new_zeros(1), mass[row, order].cumsum(0)])
             members[row, order[: int((carried - mass[row, picked[row]].sum()).abs().argmin())]] = True
         rest = (picked.any(1, keepdim=True) & ~picked & ~members).nonzero()
+        lacking, counts = aim - float(mass[members].sum()), members.sum(1).tolist()
         for row, expert in rest[torch.randperm(len(rest), generator=generator)].tolist():
-            lacking = aim - float(mass[members].sum())
-            if int(members[row].sum()) < most and abs(lacking - float(mass[row, expert])) < lacking:
+            if counts[row] < most and abs(lacking - worth[row][expert]) < lacking:
                 members[row, expert] = True
-        if abs(float(mass[members].sum()) - aim) <= TOLERANCE * aim:
+                counts[row] += 1
+                lacking -= worth[row][expert]
+        if abs(lacking) <= TOLERANCE * aim:
             return members
     return none

@@ -1,17 +1,21 @@
 """What coalitions of experts are worth to texts: sums by source."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moe_lens.data import TokenBatch
 from moe_lens.errors import InputError
+from moe_lens.interventions import CleanRun, Loss
+from moe_lens.interventions.coalitions import Removal, added_losses
 from moe_lens.stats import Accumulator, Result
 from moe_lens.stats.sums import BySource
+from moe_lens.studies.forward_passes import input_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,3 +101,42 @@ class CoalitionStats(Accumulator[CoalitionEffects]):
         shape = (len(self.how), -1, len(self.kinds))
         added, tokens = (value[:, 1:].unflatten(1, shape) for value in (sums, counts))
         return CoalitionEffects(self.how, self.kinds, self._sums.sources, sums[:, 0], counts[:, 0], added, tokens)
+
+
+def read_without(
+    model: Any,
+    batch: TokenBatch,
+    members: Bool[Tensor, "2 domain variant layer n_experts"],
+    half: Mapping[str, int],
+    read: Bool[Tensor, "batch how domain variant"],
+    how: Sequence[Removal],
+) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"], Float[Tensor, "batch how domain variant"]]:
+    """What texts lose without coalitions: what `CoalitionStats` counts.
+
+    Args:
+        model: A `HookedMoE`.
+        batch: The texts.
+        members: The coalitions that sources of either half are read without, by the domain that they are for.
+        half: Of each source.
+        read: Which texts are read without which coalitions.
+        how: Ways of taking out.
+
+    Returns:
+        Nats and predicted tokens of each text, and nats added without each coalition.
+    """
+    device = input_device(model)
+    tokens, mask = batch.tokens.to(device), batch.mask.to(device)
+    metric, run = Loss(tokens, mask), CleanRun.of(model, tokens, attention_mask=mask.long())
+    reads = metric.reads(*tokens.shape).to(run.logits.device)
+    at = reads.nonzero().unbind(-1)
+    nats = torch.zeros(reads.shape, dtype=torch.float64, device=reads.device)
+    nats[at] = metric.values(run.logits[at], *at).double()
+    halves = torch.tensor([half[source] for source in batch.sources])
+    added = torch.zeros(read.shape, dtype=torch.float64)
+    n_domains, n_variants = members.shape[1:3]
+    for number, way in enumerate(how):
+        row, of_domain, variant = read[:, number].nonzero().unbind(-1)
+        coalition = (halves[row] * n_domains + of_domain) * n_variants + variant
+        pairs = torch.stack([coalition, row], 1)
+        added[row, number, of_domain, variant] = added_losses(model, run, metric, members.flatten(0, 2), pairs, way)
+    return nats.sum(-1).cpu(), reads.sum(-1).cpu(), added

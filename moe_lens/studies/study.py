@@ -20,7 +20,7 @@ from torch import Tensor
 from moe_lens import distributed
 from moe_lens.checked import checked
 from moe_lens.data import Corpus, Domain, Domains, Reading, Shard, TokenBatch, as_domains, batch_windows, shards
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, UnfitError, UnsupportedModelError
 from moe_lens.model.loading.placement import places
 from moe_lens.stats import Accumulator, Result
 from moe_lens.studies.batch_halving import Halving
@@ -140,21 +140,12 @@ def run(
         if agreed(folder.finished):
             return StudyResult.load(out)
         agreed(folder.begin)
-    earlier: dict[str, dict[str, Gathered]] = {domain.name: {} for domain in domains}
-    for place, each in enumerate(study.chosen_passes()):
-        for number, domain in enumerate(domains):
-            into = {**study.begin(model, each), **({TEXTS: TextStats()} if place == 0 else {})}
-            key = f"{place}-{each}-{number:02d}-{distributed.rank()}of{distributed.world_size()}"
-            shown = f"{each}: {domain.name}"
-            prepared = study.prepare(model, each, domain.name, earlier)
-            _Pass(study, model, domain, reading, each, into, prepared, batch_tokens, folder, key).go(
-                lambda tokens, shown=shown: watch(shown, tokens)
-            )
-            for accumulator in into.values():
-                accumulator.all_reduce()
-            if place == 0 and not into[TEXTS].result().sources:
-                raise InputError(f"domain {domain.name!r} holds no text of two tokens or more")
-            earlier[domain.name][each] = into
+    try:
+        earlier = _read(study, model, domains, reading, batch_tokens, folder, watch)
+    except (UnfitError, UnsupportedModelError):  # nothing can come of what was done
+        if folder is not None:
+            agreed(folder.discard)
+        raise
     results = {domain.name: study.results(earlier[domain.name]) for domain in domains}
     texts = {domain.name: earlier[domain.name][study.passes[0]][TEXTS].result() for domain in domains}
     read = [{"name": domain, **of.facts()} for domain, of in texts.items()]
@@ -170,6 +161,34 @@ def run(
         agreed(lambda: _finish(folder, result))
         return StudyResult.load(out)
     return result
+
+
+def _read(
+    study: Study,
+    model: Any,
+    domains: Sequence[Domain | Corpus],
+    reading: Reading,
+    batch_tokens: int,
+    folder: StudyFolder | None,
+    watch: Callable[[str, int], None],
+) -> dict[str, dict[str, Gathered]]:
+    """All passes over all domains."""
+    earlier: dict[str, dict[str, Gathered]] = {domain.name: {} for domain in domains}
+    for place, each in enumerate(study.chosen_passes()):
+        for number, domain in enumerate(domains):
+            into = {**study.begin(model, each), **({TEXTS: TextStats()} if place == 0 else {})}
+            key = f"{place}-{each}-{number:02d}-{distributed.rank()}of{distributed.world_size()}"
+            shown = f"{each}: {domain.name}"
+            prepared = study.prepare(model, each, domain.name, earlier)
+            _Pass(study, model, domain, reading, each, into, prepared, batch_tokens, folder, key).go(
+                lambda tokens, shown=shown: watch(shown, tokens)
+            )
+            for accumulator in into.values():
+                accumulator.all_reduce()
+            if place == 0 and not into[TEXTS].result().sources:
+                raise InputError(f"domain {domain.name!r} holds no text of two tokens or more")
+            earlier[domain.name][each] = into
+    return earlier
 
 
 def pinned(domains: Sequence[Domain | Corpus]) -> list[Domain | Corpus]:

@@ -79,6 +79,10 @@ class StudyFolder:
             reason = error.strerror or str(error)
             raise InputError(f"{self.path}: cannot be written ({reason}); choose another --out") from None
 
+    def discard(self) -> None:
+        """Drop what was done."""
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+
     def there(self) -> None:
         """Make sure that the progress so far is still there.
 

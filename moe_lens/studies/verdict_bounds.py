@@ -40,6 +40,7 @@ THRESHOLDS: dict[str, Threshold] = {
     "cosine gained": Threshold(0.9, 1.0, ours=True),
     "perplexity": Threshold(1.05, 1.0),
     "pruned perplexity": Threshold(1.05, 1.0, ours=True),
+    "controls beaten": Threshold(0.95, 1.0),
     "nothing": Threshold(0.0, 0.0, strict=True),
 }
 """By name. "experts for half" is a share of all experts; "nothing" is what differences are compared with."""
@@ -52,29 +53,28 @@ class Bound:
     what: str
     value: float
     low: float | None
-    """Ends of its simultaneous interval; None below ten sources."""
+    """Ends of its simultaneous interval; None below ten sources, and of a share that was counted."""
     high: float | None
     above: bool
     """Whether the claim says that it is above the threshold; below it otherwise."""
     threshold: Threshold
     control: bool = False
     """Whether it belongs to the inference alone."""
+    counted: bool = False
+    """Whether it is a share of random controls, counted: it holds where it reaches the threshold, and contradicts
+    nothing where it does not."""
 
     def answer(self, factor: float = 1.0) -> Answer:
         """On which side of the threshold, at so many times its distance, the interval lies."""
+        at = self.threshold.at(factor)
+        if self.counted and self.value >= at:
+            return HOLDS
         if self.low is None or self.high is None:
             return UNDECIDED
-        at = self.threshold.at(factor)
         low, high = (self.low, self.high) if self.above else (-self.high, -self.low)
         at = at if self.above else -at
         wholly, other = (low > at, high <= at) if self.threshold.strict else (low >= at, high < at)
         return HOLDS if wholly else CONTRADICTED if other else UNDECIDED
-
-    def told(self) -> str:
-        """In words."""
-        ends = "no interval" if self.low is None else f"{self.low:.3g} to {self.high:.3g}"
-        mark = " †" if self.threshold.ours else ""
-        return f"{self.what} {self.value:.3g} ({ends}; {'>' if self.above else '<'} {self.threshold.value:.3g}{mark})"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from moe_lens.viz.localisation import localisation_costs as localisation_costs
 from moe_lens.viz.patching import patch_map as patch_map
 from moe_lens.viz.patching import trace_map as trace_map
 from moe_lens.viz.pruning import frontier as frontier
+from moe_lens.viz.pruning import pruning_ratios as pruning_ratios
 from moe_lens.viz.pruning import specialists as specialists
 from moe_lens.viz.similarity import perplexity_by_k as perplexity_by_k
 from moe_lens.viz.similarity import similarity_by_layer as similarity_by_layer

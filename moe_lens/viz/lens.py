@@ -82,9 +82,8 @@ def lens_table(
             **limits,
         )
     )
-    styled(figure, height=40 * rows + 90, annotations=notes)
-    figure.update_annotations(font_size=9)
-    figure.update_layout(font_color=INK, margin={"t": 50, "b": 10})
+    styled(figure, height=40 * rows + 90)
+    figure.update_layout(font_color=INK, margin={"t": 50, "b": 10}, annotations=notes)
     labels = [as_text(which.label).replace(" + ", "<br>+ ") for which in result.sums]
     figure.update_xaxes(tickvals=list(range(columns)), ticktext=labels, side="top", showgrid=False)
     layers = [f"{layer} (dense)" if layer in result.dense else str(layer) for layer in result.layers]

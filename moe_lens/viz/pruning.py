@@ -4,11 +4,44 @@ from typing import TYPE_CHECKING, Any
 
 from moe_lens.checked import checked
 from moe_lens.pruning.frontier import ALL, Frontier
-from moe_lens.viz.style import MUTED, colour, error_bars, styled
+from moe_lens.studies import StudyResult
+from moe_lens.studies.localisation_coalitions import RANDOM
+from moe_lens.viz.of_study import table_of
+from moe_lens.viz.style import MUTED, PALETTE, colour, error_bars, styled
 from moe_lens.viz.token_text import as_text
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
+
+
+def pruning_ratios(result: StudyResult) -> "Figure":
+    """Perplexity ÷ that of the whole model in each domain: its own plan, random ones, and those of other domains."""
+    import plotly.graph_objects as go
+
+    table = table_of(result, "pruning", "pruning")
+    random = table["kind"] == RANDOM
+    own = (table["plan"] == table["domain"]) & ~random
+    figure = go.Figure()
+    for name, which, marker in (
+        ("random", random, {"color": MUTED, "size": 5, "opacity": 0.5}),
+        ("made for another domain", ~own & ~random, {"color": PALETTE[1], "size": 8, "symbol": "circle-open"}),
+        ("made for this domain", own, {"color": PALETTE[1], "size": 10, "symbol": "diamond"}),
+    ):
+        rows = table[which]
+        figure.add_scatter(
+            x=[as_text(domain) for domain in rows["domain"]],
+            y=rows["ratio"],
+            error_y=error_bars(rows["ratio"], rows["low"], rows["high"]) if which is own else None,
+            mode="markers",
+            marker=marker,
+            name=name,
+            customdata=[as_text(plan) for plan in rows["plan"]],
+            hovertemplate=f"%{{x}}: × %{{y:.3f}}<extra>{name}{'' if which is random else ' (%{customdata})'}</extra>",
+        )
+    styled(figure, height=360, legend={"orientation": "h", "y": -0.15, "x": 0})
+    figure.add_hline(y=1, line={"color": MUTED, "width": 1})
+    figure.update_yaxes(title_text="perplexity ÷ that of the whole model", type="log")
+    return figure
 
 
 def frontier(result: Frontier) -> "Figure":

@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 
 import moe_lens
+from moe_lens import viz
 from moe_lens.cli import main
+from moe_lens.data import Reading
 from moe_lens.model.loading.tokenizer import load_tokenizer
-from moe_lens.studies import NULLS, RoutingStudy, SingleExpertStudy, StudyResult
+from moe_lens.report import run
+from moe_lens.studies import NULLS, Localisation, PruningStudy, RoutingStudy, SingleExpertStudy, StudyResult
 from tests.families import build
+from tests.planted import planted_domains, planted_model
 
 TOKENIZER = Path(moe_lens.__file__).parent / "assets" / "tiny-deepseekmoe"
 NASTY = "<b>&</script>"
@@ -57,6 +61,26 @@ def refused(capsys, *arguments: str) -> str:
     return lines[0]
 
 
+def test_pruning_and_localisation_are_part_of_it(tmp_path, monkeypatch):
+    few = {"pruning": PruningStudy(random=3), "localisation": Localisation(experts=1, matched=3, controls="primary")}
+    monkeypatch.setattr("moe_lens.report.run_report.STUDIES", {})
+    monkeypatch.setattr("moe_lens.report.run_report.OF_HALVES", few)
+    texts = planted_domains(words=12)
+    page = run(planted_model(), texts, tmp_path / "out", reading=Reading(tokens=1200, context=24), name="planted")
+    plans = [StudyResult.load(tmp_path / "out" / name).manifest["plan"]["reading"] for name in few]
+    assert [(plan["tokens"], plan["context"]) for plan in plans] == [(300, 24)] * 2
+    shown = " ".join(unescape(re.sub("<[^>]*>", " ", page.read_text(encoding="utf-8"))).split())
+    pruned = StudyResult.load(tmp_path / "out" / "pruning").tables["pruning"]
+    own = pruned.query("domain == 'sea' and plan == 'sea' and kind == 'picked'")["ratio"].item()
+    random = pruned.query("domain == 'sea' and kind == 'random'")["ratio"]
+    assert f"sea (12 sources) {own:.3f} " in shown and f"{100 * (random > own).mean():.0f} % of 3" in shown
+    assert "set to zero" in shown and "not run with controls" in shown
+    saved = {of["key"]: of for of in json.loads((tmp_path / "out" / "verdicts.json").read_text())["verdicts"]}
+    assert saved["5"]["number"] == saved["6"]["inference"] == "holds"
+    figure = viz.pruning_ratios(StudyResult.load(tmp_path / "out" / "pruning")).to_dict()["data"]
+    assert [len(trace["y"]) for trace in figure] == [9, 6, 3]  # 3 random plans, 2 other domains, and the own
+
+
 def test_the_folder_holds_three_studies_of_the_same_texts_with_their_nulls(made):
     assert {path.name for path in made.iterdir()} == {
         "report.html",
@@ -97,7 +121,9 @@ def test_verdicts_stand_on_the_page_and_in_a_file(made):
         # one source of the second domain decides nothing, so that no claim holds in both, nor is contradicted
         assert of["number"] not in ("holds", "contradicted") and of["inference"] not in ("holds", "contradicted")
         assert f"{of['claim']} {of['number']} {of['inference']} {of['at_half']}; {of['at_double']}" in page
-    assert "nothing here decides about DeepSeekMoE 16B" in page and "undecided: localisation was not run" in page
+    assert (
+        "nothing here decides about DeepSeekMoE 16B" in page and "undecided: the study localisation was not run" in page
+    )
     ratio = StudyResult.load(made / "single-expert").tables["perplexity"].query("treatment == 'dropped' and k == 1")
     bounds = [of for of in saved["bounds"] if of["what"] == "perplexity, k = 1 ÷ all"]
     assert [of["value"] for of in bounds] == pytest.approx(ratio["ratio"].tolist())

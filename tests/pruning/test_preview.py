@@ -3,6 +3,8 @@ import torch
 
 from moe_lens import HookedMoE, names
 from moe_lens.errors import InputError
+from moe_lens.interventions import CleanRun, Loss
+from moe_lens.interventions.coalitions import added_losses
 from moe_lens.pruning import plan, score
 from moe_lens.pruning.expert_averages import averaged, matching, members, views
 from moe_lens.pruning.merging import grouped
@@ -34,6 +36,32 @@ def test_the_preview_is_the_smaller_model(name, top_k):
     assert (found - expected).abs().max() <= 1e-5
     assert (before - expected).abs().max() > 0.01
     assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("name", ["deepseek", "gpt_oss", "deepseek_v3"])
+def test_experts_that_are_gone_cost_what_the_preview_costs(name):
+    """The fast way of studies, many plans side by side, against one plan at a time; a bias brings none back."""
+    hooked, plan = hooked_and_plan(name)
+    if name == "deepseek_v3":
+        hooked._moe(1).gate.e_score_correction_bias.data[1] = 100.0  # expert 1 of layer 1 goes
+    gone = torch.ones(2, len(hooked.moe_layers), hooked.n_experts, dtype=torch.bool)
+    gone[1] = False
+    for row, kept in enumerate(plan.kept):
+        gone[0, row, list(kept)] = False
+    metric, run = Loss(tokens()), CleanRun.of(hooked, tokens())
+    pairs = torch.cartesian_prod(torch.arange(2), torch.arange(len(tokens())))
+    added = added_losses(hooked, run, metric, gone, pairs, "prune").view(2, -1)
+
+    def nats() -> torch.Tensor:
+        found = torch.nn.functional.cross_entropy(hooked(tokens())[:, :-1].mT, tokens()[:, 1:], reduction="none")
+        return found.double().sum(1)
+
+    with torch.no_grad():
+        whole = nats()
+        with plan.preview(hooked):
+            expected = nats() - whole
+    assert torch.allclose(added[0], expected, atol=1e-4, rtol=0) and bool(expected.abs().min() > 0.01)
+    assert torch.equal(added[1], torch.zeros_like(added[1]))
 
 
 def test_layers_with_fewer_active_experts_keep_the_first():

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from moe_lens import PartialSum
+from moe_lens.data import Reading
 from moe_lens.errors import InputError
 from moe_lens.stats import MEASURES, Result, RoutingResult, SimilarityResult
-from moe_lens.studies import StudyResult, judge
+from moe_lens.studies import Localisation, PruningStudy, RoutingStudy, StudyResult, Verdicts, judge, run
 from moe_lens.studies.lens import QUANTITIES, LensTotals
 from moe_lens.studies.variant_losses import VariantLosses
 from moe_lens.studies.verdict_bounds import Bound, OfDomain, Threshold, over_domains, together
+from tests.planted import planted_domains, planted_model
 
 EXPERTS, TOP_K, SOURCES = 16, 2, 12
 LAYERS = (1, 2)
@@ -97,6 +99,45 @@ def planted() -> dict[str, StudyResult]:
     return made(truth=True)
 
 
+@pytest.fixture(scope="module")
+def of_a_model() -> dict[bool, Verdicts]:
+    """By whether domains mean nothing: of a model in which experts 2, 5 and 7 of one layer serve a domain each."""
+    model, found = planted_model(), {}
+    studies = RoutingStudy(nulls=True), PruningStudy(random=20), Localisation(experts=1, matched=20, how=("reroute",))
+    for shuffled in (False, True):
+        texts, reading = planted_domains(shuffled=shuffled, words=12), Reading(tokens=None, context=24)
+        found[shuffled] = judge({study.name: run(study, model, texts, reading=reading) for study in studies})
+    return found
+
+
+def values(found: Verdicts, claim: str, what: str) -> list[float]:
+    return [
+        row["value"] for row in found.per_domain().to_dict("records") if (row["claim"], row["what"]) == (claim, what)
+    ]
+
+
+def test_experts_planted_in_a_model_are_found_and_what_explains_them_is_too(of_a_model):
+    found = of_a_model[False]
+    said = answers(found)
+    # every token of a domain goes to the domain's expert; but then the token says it all, and the domain adds nothing
+    assert said["1a"] == ("holds", "contradicted")
+    assert min(values(found, "1a", "greatest share")) > 0.9
+    assert max(values(found, "1a", "the same less that given the token")) < 0.01
+    assert said["6"] == ("–", "holds")
+    # three quarters of the experts are enough, the planted one among them: so they are for most random plans
+    assert said["5"] == ("holds", "undecided")
+    assert max(values(found, "5", "perplexity, pruned ÷ whole")) < 1.02
+    assert all(0.1 < share < 0.6 for share in values(found, "5", "share of 20 random plans beaten"))
+
+
+def test_where_domains_mean_nothing_nothing_is_found(of_a_model):
+    found = of_a_model[True]
+    said = answers(found)
+    assert said["1a"] == ("contradicted", "contradicted")  # a third of the tokens of every domain are an expert's
+    assert said["6"] != ("–", "holds") and min(values(found, "6", "own − others, picked less matched")) < 0.2
+    assert said["5"][1] != "holds"
+
+
 def answers(found: Any) -> dict[str, tuple[str, str]]:
     return {row.key: (row.number(), row.inference()) for row in found.rows}
 
@@ -138,7 +179,7 @@ def test_what_was_not_run_is_undecided_and_says_so(planted):
     frame: Any = found.to_frame().set_index("claim")
     assert list(frame.iloc[:3]["number"]) == ["undecided"] * 3
     assert frame.iloc[0]["inference"] == "undecided: the study routing was not run"
-    assert frame.iloc[-1]["inference"] == "undecided: localisation was not run"
+    assert frame.iloc[-1]["inference"] == "undecided: the study localisation was not run"
     # without nulls there is the number, and no control
     own = {name: {"model routing": of["model routing"]} for name, of in planted["routing"].results.items()}
     alone = judge({"routing": replace(planted["routing"], results=own)})
@@ -183,17 +224,24 @@ def test_a_changed_threshold_is_flagged_and_ours_are_shown_at_other_distances(pl
 
 def test_sides_and_thresholds():
     at = Threshold(0.95, 1.0, ours=True)
-    assert [at.at(factor) for factor in (0.5, 1, 2)] == pytest.approx([0.975, 0.95, 0.9])
-    assert replace(at, ours=False).at(2) == 0.95  # the paper's own stay
+    assert [at.at(factor) for factor in (0.5, 1.0, 2.0)] == pytest.approx([0.975, 0.95, 0.9])
+    assert replace(at, ours=False).at(2.0) == 0.95  # the paper's own stay
     bound = Bound("x", 0.97, 0.95, 0.99, True, at)
-    assert [bound.answer(factor) for factor in (0.5, 1, 2)] == ["undecided", "holds", "holds"]
+    assert [bound.answer(factor) for factor in (0.5, 1.0, 2.0)] == ["undecided", "holds", "holds"]
     assert (
         replace(bound, above=False).answer() == "undecided"
         and replace(bound, above=False, low=0.96).answer() == "contradicted"
     )
     zero = Threshold(0.0, 0.0, strict=True)
-    assert Bound("x", 0, 0, 0, True, zero).answer() == Bound("x", 0, 0, 0, False, zero).answer() == "contradicted"
+    assert (
+        Bound("x", 0.0, 0.0, 0.0, True, zero).answer()
+        == Bound("x", 0.0, 0.0, 0.0, False, zero).answer()
+        == "contradicted"
+    )
     assert replace(bound, low=None, high=None).answer() == "undecided"
+    # a share of controls has no interval: it holds or decides nothing
+    share = replace(bound, low=None, high=None, counted=True)
+    assert share.answer() == "holds" and replace(share, value=0.5).answer() == "undecided"
     assert OfDomain("d", 12, (bound, replace(bound, low=None, high=None, control=True))).inference() == "undecided"
     assert together(["holds", "undecided", "contradicted"]) == "contradicted" and together([]) == "undecided"
     assert over_domains(["undecided", "undecided"]) == "undecided"
