@@ -78,7 +78,7 @@ def test_pruning_and_localisation_are_part_of_it(tmp_path, monkeypatch):
     saved = {of["key"]: of for of in json.loads((tmp_path / "out" / "verdicts.json").read_text())["verdicts"]}
     assert saved["5"]["number"] == saved["6"]["inference"] == "holds"
     figure = viz.pruning_ratios(StudyResult.load(tmp_path / "out" / "pruning")).to_dict()["data"]
-    assert [len(trace["y"]) for trace in figure] == [9, 6, 3]  # 3 random plans, 2 other domains, and the own
+    assert [len(trace["x"]) for trace in figure] == [9, 6, 3]  # 3 random plans, 2 other domains, and the own
 
 
 def test_the_folder_holds_three_studies_of_the_same_texts_with_their_nulls(made):
