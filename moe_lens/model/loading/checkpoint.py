@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from moe_lens import storage
 from moe_lens.errors import CheckpointError
@@ -27,12 +28,33 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 """By the names that safetensors has for them."""
 
 
-class StoredTensor(NamedTuple):
+class OpenFiles:
+    """Safetensors files, each opened when something of it is first read; for one thread."""
+
+    def __init__(self) -> None:
+        self._handles: dict[Path, Any] = {}
+
+    def read(self, file: Path, name: str) -> Tensor:
+        """A tensor as it is stored."""
+        if file not in self._handles:
+            self._handles[file] = safe_open(file, framework="pt")
+        return self._handles[file].get_tensor(name)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
     """One tensor in one safetensors file."""
 
     file: Path
+    name: str
+    """In the file."""
     shape: tuple[int, ...]
     dtype: str
+    """As safetensors calls it."""
+
+    def read(self, files: OpenFiles) -> Tensor:
+        """The tensor as it is stored."""
+        return files.read(self.file, self.name)
 
 
 def find_file(source: str, name: str, hub: Mapping[str, Any]) -> Path | None:
@@ -236,7 +258,8 @@ def _header(file: Path) -> dict[str, StoredTensor]:
         with safe_open(file, framework="pt") as handle:
             slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118  no mapping
             return {
-                name: StoredTensor(file, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()
+                name: StoredTensor(file, name, tuple(part.get_shape()), part.get_dtype())
+                for name, part in slices.items()
             }
     except (SafetensorError, OSError) as error:
         raise CheckpointError(

@@ -13,12 +13,11 @@ from functools import cached_property, reduce
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_lens.errors import CheckpointError
-from moe_lens.model.loading.checkpoint import FLOATS, Checkpoint, StoredTensor
+from moe_lens.model.loading.checkpoint import FLOATS, Checkpoint, OpenFiles, StoredTensor
 
 _PACKED = re.compile(r"(?P<experts>.*\.mlp\.experts)\.(?P<matrix>gate_up_proj|down_proj)")
 
@@ -71,13 +70,9 @@ class LazyParameter:
 
     def __getitem__(self, _: Any) -> Tensor:
         out = torch.empty(self.shape, dtype=self.dtype)
-        file, handle = None, None
+        files = OpenFiles()  # a few at most: a layer's experts may straddle two shards
         for part in self.parts:
-            if self.stored(part).file != file:  # a few files at most: a layer's experts may straddle two shards
-                file = self.stored(part).file
-                handle = safe_open(file, framework="pt")
-            assert handle is not None
-            out[part.place].copy_(self.checked(part, handle.get_tensor(part.name)))
+            out[part.place].copy_(self.checked(part, self.stored(part).read(files)))
         return out
 
     @cached_property

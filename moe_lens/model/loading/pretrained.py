@@ -13,6 +13,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -27,12 +29,15 @@ from moe_lens.model.families.deepseek import DeepseekConfig, DeepseekForCausalLM
 from moe_lens.model.families.table import check_release
 from moe_lens.model.hf_compat import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from moe_lens.model.hf_compat import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, is_peft_available, resolve_revision
-from moe_lens.model.loading.checkpoint import HUB_ARGUMENTS, Checkpoint, find_file, not_whole, read_config
+from moe_lens.model.loading.checkpoint import HUB_ARGUMENTS, Checkpoint, StoredTensor, find_file, not_whole, read_config
 from moe_lens.model.loading.depth import PREDICTING, layer_of, list_of_layers, read_depth
+from moe_lens.model.loading.formats.view import packing_of
 from moe_lens.model.loading.memory_plan import Size
 from moe_lens.model.loading.packed_tensors import lazy_state_dict, parameter_shapes, stored_shapes
 from moe_lens.model.loading.placement import Placing, size_of
 from moe_lens.model.loading.quantising import METHOD, VARIANT
+from moe_lens.model.loading.stored_names import mapped
+from moe_lens.model.loading.stored_view import LazyTensor, locate, read_packing
 from moe_lens.model.loading.streaming import load_streamed
 from moe_lens.model.loading.tokenizer import check_vocabulary, has_tokenizer, load_tokenizer
 
@@ -54,9 +59,7 @@ _REQUIRED = (
 )
 
 # What these ask for happens inside transformers' own loader.
-_OWN_LOADER = frozenset(
-    {"quantization_config", "key_mapping", "distributed_config", "tp_plan", "tp_size", "device_mesh", "gguf_file"}
-)
+_OWN_LOADER = frozenset({"distributed_config", "tp_plan", "tp_size", "device_mesh", "gguf_file"})
 
 _UNREADABLE = (ImportError, OSError, ValueError, LookupError, RuntimeError, StrictDataclassError, struct.error)
 """What transformers raises of a checkpoint that it cannot read."""
@@ -104,8 +107,10 @@ def load_pretrained(
     gguf = kwargs.get("gguf_file")
     path, raw = read_config(source, hub) if gguf is None else _gguf_config(source, gguf, hub)
     check_release(raw["model_type"])
-    if (raw.get("quantization_config") or {}).get("quant_method") == METHOD:
+    said = packing_of(raw)
+    if said is not None and said.get("quant_method") == METHOD:
         kwargs["variant"] = VARIANT
+    read_packing(raw, kwargs)
     own = raw["model_type"] == DeepseekConfig.model_type
     if adapter is not None and (own or not is_peft_available()):
         raise UnsupportedModelError(
@@ -151,18 +156,22 @@ def _load_deepseek(
 ) -> PreTrainedModel:
     """Check every header, then let transformers place parameters that are read one stored tensor at a time."""
     config, kwargs = _deepseek_config(path, raw, kwargs)
-    own_loader = bool(_OWN_LOADER & kwargs.keys()) or hasattr(config, "quantization_config")
-    if kwargs.get("use_safetensors") is False or own_loader:
-        if kwargs.get("use_safetensors") is not False and not hasattr(config, "quantization_config"):
-            _deepseek_checkpoint(source, config, raw, hub, kwargs)
+    packed = kwargs.get("variant") == VARIANT
+    if not packed:
+        vars(config).pop("quantization_config", None)
+    if packed or kwargs.get("use_safetensors") is False or _OWN_LOADER & kwargs.keys():
         with Placing({**kwargs, "config": config}, None) as placing:
             return placing.keep(_load_through_transformers(DeepseekForCausalLM, source, hub, placing.arguments))
     checkpoint, shapes = _deepseek_checkpoint(source, config, raw, hub, kwargs)
     dtype = _dtype(kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or "auto", config, checkpoint)
     parameters = lazy_state_dict(checkpoint, shapes, dtype)
-    for name in ("variant", "use_safetensors"):
+    for name in ("variant", "use_safetensors", "key_mapping"):
         kwargs.pop(name, None)
-    size = size_of({name: math.prod(shape) for name, shape in shapes.items()}, dtype, streamed=True)
+    size = None
+    if kwargs.get("quantization_config") is None:
+        as_stored = all(type(stored) is StoredTensor for stored in checkpoint.tensors.values())
+        numbers = {name: math.prod(shape) for name, shape in shapes.items()}
+        size = size_of(numbers, dtype, streamed=as_stored)
     with Placing(kwargs, size) as placing:
         if placing.streamed:
             model = load_streamed(DeepseekForCausalLM, config, parameters, dtype, **placing.arguments)
@@ -171,10 +180,14 @@ def _load_deepseek(
                 None, config=config, state_dict=parameters, dtype=dtype, **placing.arguments
             )
             del model._weight_conversions  # none were needed to read; to write, transformers takes the registered ones
+    _read_generation_config(model, source, hub, kwargs)
+    return model
+
+
+def _read_generation_config(model: Any, source: str, hub: dict[str, Any], kwargs: dict[str, Any]) -> None:
     if kwargs.get("generation_config") is None:
         with contextlib.suppress(OSError):  # it has none: the one that was made from the model's config stays
             model.generation_config = GenerationConfig.from_pretrained(source, **hub)
-    return model
 
 
 def _deepseek_config(path: Path, raw: dict[str, Any], kwargs: dict[str, Any]) -> tuple[DeepseekConfig, dict[str, Any]]:
@@ -204,7 +217,8 @@ def _deepseek_checkpoint(
     source: str, config: DeepseekConfig, raw: dict[str, Any], hub: dict[str, Any], kwargs: dict[str, Any]
 ) -> tuple[Checkpoint, dict[str, tuple[int, ...]]]:
     """The checkpoint, proved to hold what `config` asks for, and the shapes of the model's parameters."""
-    checkpoint = Checkpoint.locate(source, hub, kwargs.get("variant"))
+    checkpoint, _ = locate(source, raw, hub, kwargs.get("variant"))
+    checkpoint = mapped(checkpoint, kwargs.get("key_mapping") or {})
     there = len(checkpoint.tensors)
     said = {name: raw[name] for name in ("num_hidden_layers", *PREDICTING) if isinstance(raw.get(name), int)}
     depth = read_depth(config, PreTrainedConfig(**said))
@@ -241,28 +255,34 @@ def _dtype(asked: str | torch.dtype, config: PreTrainedConfig, checkpoint: Check
 
 def _load_other(source: str, raw: dict[str, Any], hub: dict[str, Any], kwargs: dict[str, Any]) -> PreTrainedModel:
     """A family that is transformers' own: headers are checked for contradictions, the model for what was not loaded."""
-    size = None
+    size, seen = None, None
     if kwargs.get("use_safetensors") is not False and "gguf_file" not in kwargs:
-        size = _size(Checkpoint.locate(source, hub, kwargs.get("variant")), raw, kwargs)
+        dtype = _asked_dtype(raw, kwargs)
+        checkpoint, differs = locate(source, raw, hub, kwargs.get("variant"), dtype or torch.bfloat16)
+        if kwargs.get("quantization_config") is None and kwargs.get("variant") != VARIANT:
+            size = _size(checkpoint, dtype or checkpoint.dtype, kwargs.get("num_hidden_layers") or math.inf)
         kwargs = {**kwargs, "use_safetensors": True}
+        if differs:
+            seen, kwargs["dtype"] = checkpoint, dtype or checkpoint.dtype
     model_type = raw["model_type"]
     whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
     own = whole is None or (model_type in CAUSAL and whole not in (raw.get("architectures") or ()))
     loader = AutoModelForCausalLM if own else AutoModelForImageTextToText
     with Placing(kwargs, size) as placing:
-        return placing.keep(_load_through_transformers(loader, source, hub, placing.arguments))
+        return placing.keep(_load_through_transformers(loader, source, hub, placing.arguments, seen))
 
 
-def _size(checkpoint: Checkpoint, raw: dict[str, Any], kwargs: dict[str, Any]) -> Size | None:
-    """Bytes of the layers that are loaded, in the dtype that was asked for or the checkpoint's; None if quantised."""
-    if raw.get("quantization_config") or kwargs.get("quantization_config"):
-        return None
+def _asked_dtype(raw: dict[str, Any], kwargs: dict[str, Any]) -> torch.dtype | None:
+    """The dtype that was asked for, or else that of config.json; None if neither says one."""
     said = (part.get(word) for part in (raw, raw.get("text_config") or {}) for word in ("dtype", "torch_dtype"))
     asked = kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto"
     asked = next(filter(None, said), None) if asked == "auto" else asked
     dtype = getattr(torch, asked, None) if isinstance(asked, str) else asked
-    dtype = dtype if isinstance(dtype, torch.dtype) else checkpoint.dtype
-    behind = kwargs.get("num_hidden_layers") or math.inf
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def _size(checkpoint: Checkpoint, dtype: torch.dtype, behind: float) -> Size:
+    """Bytes of the layers that are loaded, those before `behind`."""
     return size_of(
         {
             name: math.prod(tensor.shape)
@@ -274,13 +294,25 @@ def _size(checkpoint: Checkpoint, raw: dict[str, Any], kwargs: dict[str, Any]) -
 
 
 def _load_through_transformers(
-    loader: Any, source: str, hub: dict[str, Any], kwargs: dict[str, Any]
+    loader: Any, source: str, hub: dict[str, Any], kwargs: dict[str, Any], seen: Checkpoint | None = None
 ) -> PreTrainedModel:
-    """Load by `loader.from_pretrained`; whatever it would fill with random numbers is an error here."""
+    """Load by `loader.from_pretrained`; whatever it would fill with random numbers is an error here.
+
+    Args:
+        loader: A class of transformers.
+        source: Folder or name on the hub.
+        hub: See `HUB_ARGUMENTS`.
+        kwargs: Of `from_pretrained`.
+        seen: The checkpoint, where it is another view than that of its files.
+    """
+    how = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, info = loader.from_pretrained(
-            source, output_loading_info=True, ignore_mismatched_sizes=True, **hub, **kwargs
-        )
+        if seen is None:
+            model, info = loader.from_pretrained(source, **how, **hub, **kwargs)
+        else:
+            kind, arguments = _from_view(loader, source, hub, kwargs, seen)
+            model, info = kind.from_pretrained(None, **how, **arguments)
+            _read_generation_config(model, source, hub, kwargs)
         read = {name: kwargs[name] for name in ("trust_remote_code", "gguf_file") if name in kwargs}
         own = AutoConfig.from_pretrained(source, **read, **hub)
     except torch.OutOfMemoryError:
@@ -304,6 +336,30 @@ def _load_through_transformers(
     if problems:
         raise not_whole(source, problems)
     return model
+
+
+def _from_view(
+    loader: Any, source: str, hub: dict[str, Any], kwargs: dict[str, Any], seen: Checkpoint
+) -> tuple[Any, dict[str, Any]]:
+    """A class of transformers, and arguments by which it loads what was read, as if nothing had been packed."""
+    own = ("dtype", "torch_dtype", "quantization_config", "variant", "use_safetensors", "trust_remote_code")
+    plain = {name: value for name, value in kwargs.items() if name not in own}
+    loaded: Any = plain.pop("config", None)
+    if isinstance(loaded, PreTrainedConfig):
+        loaded = copy.deepcopy(loaded), plain
+    else:
+        loaded = AutoConfig.from_pretrained(source, return_unused_kwargs=True, **hub, **plain)
+    config, left = loaded
+    causal = loader is AutoModelForCausalLM
+    kind: Any = (MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)[type(config)]
+    text = config.get_text_config()
+    if kind.config_class is type(text):  # a text model, of which the config is a part of the whole model's
+        config = text
+    for part in (config, text):
+        vars(part).pop("quantization_config", None)
+    asked = {name: kwargs[name] for name in ("dtype", "quantization_config") if name in kwargs}
+    state = {name: LazyTensor(stored) for name, stored in seen.tensors.items()}
+    return kind, {**left, **asked, "config": config, "state_dict": state}
 
 
 def _is_finite(parameter: torch.Tensor) -> bool:

@@ -189,7 +189,7 @@ class StreamedWeights(Mapping[str, Tensor]):
         """Numbers of a part from the first one on, as many as there is room for."""
         stored, dtype = parameter.stored(part), FLOATS[parameter.stored(part).dtype]
         into = out if dtype == out.dtype else torch.empty(out.shape, dtype=dtype)
-        self._files[stored.file].read(part.name, into.view(-1).view(torch.uint8).numpy(), first * dtype.itemsize)
+        self._files[stored.file].read(stored.name, into.view(-1).view(torch.uint8).numpy(), first * dtype.itemsize)
         self.bytes_read += into.nbytes
         if into is not out:  # a parameter of which parts are stored in several dtypes: seldom, and slow
             out.copy_(into)

@@ -1,0 +1,66 @@
+"""bitsandbytes as it is saved: 4 bits in blocks, 8 bits in rows."""
+
+import json
+import math
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moe_lens.errors import CheckpointError
+from moe_lens.model.loading.checkpoint import OpenFiles
+from moe_lens.model.loading.formats import arithmetic
+from moe_lens.model.loading.formats.packed_tensor import Found, Parts, Tensors, beside, lacks, made_of
+
+_FOUR_BITS = {role: f".{role}" for role in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")}
+
+
+def bitsandbytes(tensors: Tensors, said: Mapping[str, Any]) -> Found:  # noqa: ARG001
+    """4 bits: two numbers in a byte and a scale for each block; 8 bits: a scale for each row."""
+    files = OpenFiles()
+    for name, stored in tensors.items():
+        rows = name.removesuffix("weight") + "SCB"
+        if stored.dtype == "I8" and name.endswith("weight"):
+            if rows not in tensors:
+                raise lacks(stored, "SCB")
+            layout = tensors.get(f"{name}_format")
+            parts = {"weight": stored, "scale": tensors[rows], **({"format": layout} if layout else {})}
+            yield made_of(name, parts, stored.shape, _int8_rows)
+        states = [end for end in ("nf4", "fp4") if f"{name}.quant_state.bitsandbytes__{end}" in tensors]
+        if stored.dtype == "U8" and states:
+            state = tensors[f"{name}.quant_state.bitsandbytes__{states[0]}"]
+            how = _json_of(state.file, state.read(files))
+            parts = {"weight": stored, "state": state, **beside(tensors, name, _FOUR_BITS)}
+            if absent := {"absmax", "quant_map"} - parts.keys():
+                raise lacks(stored, " and ".join(sorted(absent)))
+            yield made_of(name, parts, tuple(how["shape"]), partial(_four_bits, how))
+
+
+def _json_of(file: Path, stored: Tensor) -> dict[str, Any]:
+    try:
+        return json.loads(bytes(stored.tolist()))
+    except ValueError as error:
+        raise CheckpointError(f"{file} has a quant_state that is no JSON: {error}") from error
+
+
+def _int8_rows(parts: Parts) -> Tensor:
+    if "format" in parts and int(parts["format"]) != 0:
+        raise ValueError("its rows are in an order of a GPU's own")
+    return arithmetic.scaled(parts["weight"], parts["scale"].float() / 127, (1, parts["weight"].shape[1]))
+
+
+def _four_bits(how: Mapping[str, Any], parts: Parts) -> Tensor:
+    scale = parts["absmax"]
+    if "nested_absmax" in parts:
+        scale = _coded(scale, parts["nested_quant_map"], parts["nested_absmax"], how["nested_blocksize"])
+        scale = scale + how["nested_offset"]
+    index = arithmetic.nibbles(parts["weight"].reshape(1, -1), low_first=False)[0]
+    numbers = _coded(index, parts["quant_map"], scale, how["blocksize"])
+    return numbers[: math.prod(how["shape"])].view(how["shape"])
+
+
+def _coded(index: Tensor, code: Tensor, scale: Tensor, block: int) -> Tensor:
+    """Values of a code by their numbers, times the scale of their block."""
+    return arithmetic.scaled(arithmetic.table(index, code)[None], scale[None], (1, int(block)))[0]

@@ -1,0 +1,115 @@
+"""A packed checkpoint as a view of plain numbers, by the format that its config names; or a refusal by name.
+
+Nothing is read here but headers and, for a few formats, some bytes beside each matrix. Rules go by names, shapes and
+dtypes of what is stored as well as by `quantization_config`, so that one serves several formats.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from moe_lens.errors import CheckpointError, UnsupportedModelError
+from moe_lens.model.loading.checkpoint import Checkpoint, StoredTensor
+from moe_lens.model.loading.formats.blocks import bitsandbytes
+from moe_lens.model.loading.formats.compressed import compressed
+from moe_lens.model.loading.formats.floats import fp8, modelopt, mxfp4
+from moe_lens.model.loading.formats.packed_tensor import FP8, Found, Tensors
+from moe_lens.model.loading.formats.words import awq, gptq
+
+FORMATS: dict[str, Callable[[Tensors, Mapping[str, Any]], Found]] = {
+    "awq": awq,
+    "bitsandbytes": bitsandbytes,
+    "compressed-tensors": compressed,
+    "fbgemm_fp8": fp8,
+    "fp8": fp8,
+    "gptq": gptq,
+    "modelopt": modelopt,
+    "modelopt_fp4": modelopt,
+    "mxfp4": mxfp4,
+    "mxfp8": fp8,
+}
+"""By `quant_method`."""
+_BESIDE = re.compile(
+    r".*[._]((input|output|activation)_(scale|scale_inv|zero_point|global_scale|g_idx)|[qkv]_(cache_)?(scale|zero_point))"
+)
+"""Of activations and of the key-value cache: they are no part of the weights, which compute in more bits here."""
+_ELSEWHERE = {
+    "aqlm": "codebooks that its own library decodes",
+    "bitnet": "weights of three values, with activations in 8 bits to which they are bound",
+    "eetq": "an order of numbers that its kernels alone know",
+    "exl2": "a format of ExLlama, read by its own library",
+    "exl3": "a format of ExLlama, read by its own library",
+    "fouroversix": "a format that its own library decodes",
+    "fp_quant": "matrices that were rotated before they were packed",
+    "gemma": "a format of its own kernels",
+    "higgs": "matrices that were rotated before they were packed",
+    "hqq": "tensors whose layout its own library knows",
+    "metal": "an order of numbers that its kernels alone know",
+    "quanto": "tensors that its own library unpacks",
+    "quark": "several layouts under one name",
+    "sinq": "two sets of scales that its own library applies",
+    "spqr": "sparse outliers that its own library adds",
+    "torchao": "tensors of its own classes, which its library alone puts together",
+    "vptq": "codebooks that its own library decodes",
+}
+"""Formats that are not read, and what stands in the way."""
+
+
+def packing_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a config.json says of how its checkpoint is packed; None if nothing."""
+    for part in (config, config.get("text_config") or {}):
+        for name in ("quantization_config", "compression_config"):
+            if said := part.get(name):
+                return said
+    return None
+
+
+def method_of(said: Mapping[str, Any]) -> str:
+    """The name of a format."""
+    if said.get("load_in_4bit") or said.get("load_in_8bit"):
+        return "bitsandbytes"
+    method = str(said.get("quant_method", ""))
+    if method == "auto-round":
+        return str(said.get("packing_format", "")).removeprefix("auto_round:auto_") or method
+    return method
+
+
+def unpacked(checkpoint: Checkpoint, said: Mapping[str, Any], to: torch.dtype) -> Checkpoint:
+    """A view of a checkpoint in which every packed matrix is one of numbers, under the name that it has unpacked.
+
+    Args:
+        checkpoint: As it is stored.
+        said: Its `quantization_config`.
+        to: What matrices are unpacked to.
+
+    Raises:
+        UnsupportedModelError: a format that is not read; names it.
+        CheckpointError: a packed tensor that lacks a part, or parts that do not fit.
+    """
+    format_ = FORMATS.get(method_of(said))
+    if format_ is None:
+        raise _unread(method_of(said))
+    tensors, used = dict[str, StoredTensor](), set[int]()
+    for packed in format_(checkpoint.tensors, said):
+        used |= {id(part) for part in packed.parts.values()}
+        tensors[packed.name] = replace(packed, to=to)
+    left = {name: stored for name, stored in checkpoint.tensors.items() if id(stored) not in used}
+    plain = {name: stored for name, stored in left.items() if not _BESIDE.fullmatch(name)}
+    for name, stored in plain.items():
+        if stored.dtype in (*FP8, "I8", "U8", "I32", "F4") and re.search(r"weight|_proj|_blocks|_scales|qzeros", name):
+            raise CheckpointError(
+                f"{stored.file}: {name} is {stored.dtype}, and nothing beside it says how {method_of(said)} packed it"
+            )
+    return Checkpoint(checkpoint.files, {**plain, **tensors})
+
+
+def _unread(method: str) -> UnsupportedModelError:
+    why = _ELSEWHERE.get(method)
+    return UnsupportedModelError(
+        f"the checkpoint is packed by {method or 'a method that it does not name'}"
+        + (f" ({why})" if why else "")
+        + f", which is not read here. Read are {', '.join(sorted(FORMATS))}; or load the checkpoint it was made from"
+    )

@@ -1,0 +1,78 @@
+"""A checkpoint as its family stores it: without a trainer's names, and with numbers where it holds packed ones."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_lens.errors import InputError, UnsupportedModelError
+from moe_lens.model.loading.checkpoint import Checkpoint, OpenFiles, StoredTensor
+from moe_lens.model.loading.formats.view import method_of, packing_of, unpacked
+from moe_lens.model.loading.quantising import METHOD
+from moe_lens.model.loading.stored_names import without_wrappers
+
+
+def locate(
+    source: str, raw: Mapping[str, Any], hub: Mapping[str, Any], variant: str | None, to: torch.dtype = torch.float32
+) -> tuple[Checkpoint, bool]:
+    """A checkpoint's tensors by the names of the family, and whether they differ from those that are stored.
+
+    Args:
+        source: Folder or name on the hub.
+        raw: Its config.json.
+        hub: See `HUB_ARGUMENTS`.
+        variant: Of the names of files.
+        to: What packed matrices are unpacked to.
+
+    Raises:
+        CheckpointError: see `Checkpoint.locate`, and packed tensors that are not whole.
+        UnsupportedModelError: packed in a format that is not read.
+    """
+    stored = Checkpoint.locate(source, hub, variant)
+    seen = without_wrappers(stored)
+    said = packing_of(raw)
+    if said is not None and said.get("quant_method") != METHOD:
+        seen = unpacked(seen, said, to)
+    return seen, seen is not stored
+
+
+def read_packing(raw: Mapping[str, Any], kwargs: dict[str, Any]) -> None:
+    """Drop a `quantization_config` that says of a packed checkpoint what its config.json says.
+
+    Args:
+        raw: config.json.
+        kwargs: Arguments of `from_pretrained`; changed.
+
+    Raises:
+        InputError: it says something else, and is no wish to pack the numbers anew.
+        UnsupportedModelError: weights that are pickled, and packed.
+    """
+    said, asked = packing_of(raw), kwargs.get("quantization_config")
+    if said is None or said.get("quant_method") == METHOD:
+        return
+    if kwargs.get("use_safetensors") is False:
+        raise UnsupportedModelError(f"pickled weights that are packed by {method_of(said)} are not read: convert them")
+    given = asked if isinstance(asked, Mapping) else getattr(asked, "to_dict", dict)()
+    method = str(getattr(given.get("quant_method", ""), "value", given.get("quant_method", "")))
+    if asked is not None and method != METHOD:
+        if method != method_of(said):
+            raise InputError(
+                f"quantization_config says {method or 'nothing'}, and the checkpoint is packed by {method_of(said)}; "
+                'leave it out, or pass quantize="nf4" or "int8" to pack the numbers anew'
+            )
+        del kwargs["quantization_config"]
+
+
+class LazyTensor:
+    """A stored tensor that is read when it is indexed, as transformers does with a slice of a safetensors file."""
+
+    def __init__(self, stored: StoredTensor):
+        self._stored = stored
+
+    def __getitem__(self, _: Any) -> Tensor:
+        return self._stored.read(OpenFiles())
+
+    def get_shape(self) -> list[int]:
+        """Of the tensor."""
+        return list(self._stored.shape)

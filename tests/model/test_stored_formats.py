@@ -1,0 +1,369 @@
+"""Checkpoints that are stored packed: what is read is what a formula, written here anew, says of the stored bytes."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import FineGrainedFP8Config
+from transformers.utils.quantization_config import Mxfp4Config
+
+from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
+from moe_lens.hooked_moe import HookedMoE
+from moe_lens.model.loading.checkpoint import Checkpoint, OpenFiles
+from moe_lens.model.loading.formats.view import unpacked
+from moe_lens.model.loading.pretrained import load_pretrained
+from moe_lens.model.loading.quantising import PackingConfig, packed_in
+from tests.matrix.configs import build
+
+Stored = tuple[dict[str, Tensor], np.ndarray]
+"""Tensors by what follows the name of the layer (`q_proj`), and the numbers that they stand for [out, in]."""
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+def random(seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def bits_of(numbers: np.ndarray, bits: int) -> np.ndarray:
+    """Rows of unsigned numbers as one stream of bits in words, the lowest bit first."""
+    stream = np.unpackbits(numbers.astype(np.uint8)[..., None], axis=-1, bitorder="little")[..., :bits]
+    stream = stream.reshape(len(numbers), -1)
+    stream = np.pad(stream, ((0, 0), (0, -stream.shape[1] % 32)))
+    return np.packbits(stream, axis=-1, bitorder="little").view(np.int32)
+
+
+def pairs(numbers: np.ndarray) -> np.ndarray:
+    """Two numbers of four bits in each byte, the first in the lower half."""
+    return (numbers[..., 0::2] | numbers[..., 1::2] << 4).astype(np.uint8)
+
+
+def in_blocks(values: np.ndarray, scale: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Each number times the scale of the block that it is in."""
+    out = np.empty_like(values, np.float32)
+    for row in range(values.shape[0]):
+        for column in range(0, values.shape[1], width):
+            out[row, column : column + width] = (
+                values[row, column : column + width] * scale[row // height, column // width]
+            )
+    return out
+
+
+def floats8(shape: tuple[int, int], seed: int) -> Tensor:
+    return torch.from_numpy(random(seed).normal(size=shape).astype(np.float32)).to(torch.float8_e4m3fn)
+
+
+def scales(*shape: int, seed: int) -> np.ndarray:
+    return random(seed + 1).uniform(0.05, 0.15, shape).astype(np.float32)
+
+
+def fp8_blocks(rows: int, columns: int, seed: int) -> Stored:
+    weight, scale = floats8((rows, columns), seed), scales(math.ceil(rows / 40), math.ceil(columns / 24), seed=seed)
+    numbers = in_blocks(weight.float().numpy(), scale, 40, 24)
+    return {"weight": weight, "weight_scale_inv": torch.from_numpy(scale), "activation_scale": torch.ones(())}, numbers
+
+
+def fp8_rows(rows: int, columns: int, seed: int) -> Stored:
+    weight, scale = floats8((rows, columns), seed), scales(rows, 1, seed=seed)
+    return {"weight": weight, "weight_scale": torch.from_numpy(scale)}, weight.float().numpy() * scale
+
+
+def fp8_one(rows: int, columns: int, seed: int) -> Stored:
+    weight, scale = floats8((rows, columns), seed), scales(1, seed=seed)
+    beside = {"weight_scale": torch.from_numpy(scale), "input_scale": torch.ones(1)}
+    return {"weight": weight, **beside}, weight.float().numpy() * scale
+
+
+def mxfp8(rows: int, columns: int, seed: int) -> Stored:
+    weight = floats8((rows, columns), seed)
+    power = random(seed).integers(122, 126, (rows, math.ceil(columns / 32)))
+    numbers = in_blocks(weight.float().numpy(), 2.0 ** (power - 127), 1, 32)
+    return {"weight": weight, "weight_scale_inv": torch.from_numpy(power.astype(np.uint8))}, numbers
+
+
+def int8_rows(rows: int, columns: int, seed: int) -> Stored:
+    weight, scale = random(seed).integers(-127, 128, (rows, columns)), scales(rows, 1, seed=seed) / 64
+    stored = {"weight": torch.from_numpy(weight.astype(np.int8)), "weight_scale": torch.from_numpy(scale)}
+    return stored, (weight * scale).astype(np.float32)
+
+
+def words4(rows: int, columns: int, seed: int, *, zeros: bool = False, order: bool = False) -> Stored:
+    number, groups = random(seed).integers(-8, 8, (rows, columns)), math.ceil(columns / 16)
+    scale, zero = scales(rows, groups, seed=seed) / 4, np.zeros((rows, groups), int)
+    of = np.arange(columns) // 16
+    stored = {"weight_packed": bits_of(number + 8, 4), "weight_scale": scale, "weight_shape": np.array([rows, columns])}
+    if zeros:
+        zero = random(seed + 2).integers(-8, 8, (rows, groups))
+        stored["weight_zero_point"] = np.ascontiguousarray(bits_of((zero + 8).T, 4).T)
+    if order:
+        of = random(seed + 3).permutation(of)
+        stored["weight_g_idx"] = of.astype(np.int32)
+    numbers = ((number - zero[:, of]) * scale[:, of]).astype(np.float32)
+    return {name: torch.from_numpy(value) for name, value in stored.items()}, numbers
+
+
+def nvfp4(rows: int, columns: int, seed: int) -> Stored:
+    index, scale = random(seed).integers(0, 16, (rows, columns)), floats8((rows, columns // 16), seed + 1).abs()
+    numbers = in_blocks(E2M1[index], scale.float().numpy() / np.float32(16), 1, 16)
+    one = {"weight_global_scale": torch.tensor([16.0])}
+    return {"weight_packed": torch.from_numpy(pairs(index)), "weight_scale": scale, **one}, numbers
+
+
+def modelopt(rows: int, columns: int, seed: int) -> Stored:
+    stored, numbers = nvfp4(rows, columns, seed)
+    renamed = {"weight": stored["weight_packed"], "weight_scale": stored["weight_scale"]}
+    return {**renamed, "weight_scale_2": torch.tensor(1 / 16), "input_scale": torch.tensor(1.0)}, numbers
+
+
+def mxfp4_pack(rows: int, columns: int, seed: int) -> Stored:
+    index, power = random(seed).integers(0, 16, (rows, columns)), random(seed).integers(122, 126, (rows, columns // 32))
+    numbers = in_blocks(E2M1[index], 2.0 ** (power - 127), 1, 32)
+    packed = {"weight_packed": pairs(index), "weight_scale": power.astype(np.uint8)}
+    return {name: torch.from_numpy(value) for name, value in packed.items()}, numbers
+
+
+def gptq(rows: int, columns: int, seed: int, *, bits: int = 4, offset: int = 1, order: bool = False) -> Stored:
+    number, groups = random(seed).integers(0, 2**bits, (rows, columns)), columns // 32
+    zero, scale = random(seed + 1).integers(0, 2**bits, (rows, groups)), scales(rows, groups, seed=seed) / 2**bits
+    scale = scale.astype(np.float16)
+    of = np.arange(columns) // 32
+    of = random(seed + 2).permutation(of) if order else of
+    stored = {
+        "qweight": np.ascontiguousarray(bits_of(number, bits).T),
+        "qzeros": bits_of((zero.T - offset) % 2**bits, bits),
+        "scales": np.ascontiguousarray(scale.T),
+        "g_idx": of.astype(np.int32),
+    }
+    numbers = ((number - zero[:, of]) * scale.astype(np.float32)[:, of]).astype(np.float32)
+    return {name: torch.from_numpy(value) for name, value in stored.items()}, numbers
+
+
+def awq(rows: int, columns: int, seed: int) -> Stored:
+    stored, numbers = gptq(rows, columns, seed, offset=0)
+    number = random(seed).integers(0, 16, (rows, columns)).T
+    zero = random(seed + 1).integers(0, 16, (rows, columns // 32)).T
+
+    def words(values: np.ndarray) -> Tensor:
+        """Of eight columns, the even ones in the lower half of a word, the odd ones in the upper."""
+        eight = values.reshape(len(values), -1, 8)
+        return torch.from_numpy(
+            bits_of(np.concatenate((eight[..., 0::2], eight[..., 1::2]), -1).reshape(values.shape), 4)
+        )
+
+    return {"qweight": words(number), "qzeros": words(zero), "scales": stored["scales"]}, numbers
+
+
+def bnb4(rows: int, columns: int, seed: int, *, nested: bool = True) -> Stored:
+    index, code = (
+        random(seed).integers(0, 16, rows * columns),
+        np.sort(random(seed).uniform(-1, 1, 16).astype(np.float32)),
+    )
+    blocks = rows * columns // 64
+    how: dict[str, Any] = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [rows, columns]}
+    high_first = (index[0::2] << 4 | index[1::2]).astype(np.uint8)[:, None]
+    stored: dict[str, np.ndarray] = {"weight": high_first, "weight.quant_map": code}
+    scale = scales(blocks, seed=seed)
+    stored["weight.absmax"] = scale
+    if nested:
+        of, coarse = random(seed).integers(0, 256, blocks), scales(math.ceil(blocks / 256), seed=seed)
+        fine = np.sort(random(seed).uniform(-1, 1, 256).astype(np.float32))
+        scale = fine[of] * coarse[np.arange(blocks) // 256] + np.float32(0.125)
+        stored |= {
+            "weight.absmax": of.astype(np.uint8),
+            "weight.nested_absmax": coarse,
+            "weight.nested_quant_map": fine,
+        }
+        how |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.125}
+    stored["weight.quant_state.bitsandbytes__nf4"] = np.frombuffer(json.dumps(how).encode(), np.uint8).copy()
+    numbers = (code[index] * scale[np.arange(rows * columns) // 64]).reshape(rows, columns).astype(np.float32)
+    return {name: torch.from_numpy(value) for name, value in stored.items()}, numbers
+
+
+def bnb8(rows: int, columns: int, seed: int) -> Stored:
+    weight, largest = random(seed).integers(-127, 128, (rows, columns)), scales(rows, seed=seed)
+    stored = {"weight": weight.astype(np.int8), "SCB": largest, "weight_format": np.array(0, np.uint8)}
+    numbers = (weight * (largest.astype(np.float64) / 127)[:, None]).astype(np.float32)
+    return {name: torch.from_numpy(value) for name, value in stored.items()}, numbers
+
+
+def compressed(form: str, **weights: Any) -> dict[str, Any]:
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups, "ignore": ["lm_head"]}
+
+
+BNB = {"quant_method": "bitsandbytes"}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
+WAYS: dict[str, tuple[dict[str, Any], Callable[[int, int, int], Stored]]] = {
+    "fp8 in blocks": ({"quant_method": "fp8", "weight_block_size": [40, 24]}, fp8_blocks),
+    "fp8, one scale": ({"quant_method": "fp8", "activation_scheme": "static"}, fp8_one),
+    "fbgemm_fp8": ({"quant_method": "fbgemm_fp8"}, fp8_rows),
+    "mxfp8": ({"quant_method": "mxfp8", "weight_block_size": [1, 32]}, mxfp8),
+    "modelopt fp8": ({"quant_method": "modelopt", "quant_algo": "FP8"}, fp8_one),
+    "modelopt nvfp4": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, modelopt),
+    "compressed-tensors float-quantized": (compressed("float-quantized", num_bits=8, strategy="channel"), fp8_rows),
+    "compressed-tensors int-quantized": (compressed("int-quantized", num_bits=8, strategy="channel"), int8_rows),
+    "compressed-tensors pack-quantized": (compressed("pack-quantized", num_bits=4, group_size=16), words4),
+    "compressed-tensors pack-quantized, zeros": (
+        compressed("pack-quantized", num_bits=4, group_size=16),
+        lambda *at: words4(*at, zeros=True),
+    ),
+    "compressed-tensors pack-quantized, in another order": (
+        compressed("pack-quantized", num_bits=4, group_size=16),
+        lambda *at: words4(*at, zeros=True, order=True),
+    ),
+    "compressed-tensors nvfp4-pack-quantized": (compressed("nvfp4-pack-quantized", num_bits=4), nvfp4),
+    "compressed-tensors mxfp4-pack-quantized": (compressed("mxfp4-pack-quantized", num_bits=4), mxfp4_pack),
+    "bitsandbytes 4 bits": ({**BNB, "load_in_4bit": True}, lambda *at: bnb4(*at, nested=False)),
+    "bitsandbytes 4 bits, scales packed too": ({**BNB, "load_in_4bit": True}, bnb4),
+    "bitsandbytes 8 bits": ({**BNB, "load_in_8bit": True}, bnb8),
+    "gptq 4 bits": (GPTQ, gptq),
+    "gptq 8 bits, in another order": ({**GPTQ, "bits": 8}, lambda *at: gptq(*at, bits=8, order=True)),
+    "gptq 3 bits": ({**GPTQ, "bits": 3}, lambda *at: gptq(*at, bits=3)),
+    "gptq_v2": ({**GPTQ, "checkpoint_format": "gptq_v2"}, lambda *at: gptq(*at, offset=0)),
+    "auto-round as gptq": ({**GPTQ, "quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}, gptq),
+    "awq gemm": ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}, awq),
+}  # fmt: skip
+"""What config.json says, and the tensors of a matrix."""
+
+SIZES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"hidden_size": 64, "head_dim": 16, "moe_intermediate_size": 96, "num_hidden_layers": 2},
+    "deepseek": {"hidden_size": 64, "moe_intermediate_size": 96, "intermediate_size": 96, "num_hidden_layers": 2},
+}
+
+
+def write(folder: Path, tensors: dict[str, Tensor], said: dict[str, Any] | None) -> None:
+    file = folder / "model.safetensors"
+    save_file({name: value.contiguous() for name, value in tensors.items()}, file, {"format": "pt"})
+    raw = json.loads((folder / "config.json").read_text())
+    raw.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps({**raw, **({"quantization_config": said} if said else {})}))
+
+
+def pack(folder: Path, way: str, model_type: str) -> dict[str, Tensor]:
+    """A checkpoint of which every matrix of the layers is packed; its numbers by name."""
+    build(model_type, **SIZES[model_type]).save_pretrained(folder)
+    said, make = WAYS[way]
+    stored, numbers = dict[str, Tensor](), dict[str, Tensor]()
+    for seed, (name, value) in enumerate(load_file(folder / "model.safetensors").items()):
+        if name.endswith("_proj.weight"):
+            parts, exact = make(value.shape[0], value.shape[1], seed)
+            stored |= {f"{name.removesuffix('weight')}{part}": one for part, one in parts.items()}
+            numbers[name] = torch.from_numpy(exact)
+        else:
+            stored[name] = numbers[name] = value
+    write(folder, stored, said)
+    return numbers
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_matrix_is_what_a_formula_gives(way: str, tmp_path: Path) -> None:
+    said, make = WAYS[way]
+    parts, exact = make(96, 160, 3)
+    save_file({f"q_proj.{part}": one for part, one in parts.items()}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.locate(str(tmp_path), {})
+    for dtype in (torch.float32, torch.bfloat16):
+        seen = unpacked(checkpoint, said, dtype)
+        assert seen.tensors.keys() == {"q_proj.weight"}, "scales are no parameters"
+        found, wanted = seen.tensors["q_proj.weight"].read(OpenFiles()), torch.from_numpy(exact)
+        assert found.dtype == dtype and found.shape == seen.tensors["q_proj.weight"].shape == wanted.shape
+        assert (found.float() - wanted).abs().max() <= torch.finfo(dtype).eps * wanted.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("way", "model_type"),
+    [("fp8 in blocks", "qwen3_moe"), ("gptq 4 bits", "deepseek"), ("bitsandbytes 4 bits", "qwen3_moe")],
+)
+def test_a_model_has_the_numbers_that_its_checkpoint_stands_for(way: str, model_type: str, tmp_path: Path) -> None:
+    numbers = pack(tmp_path, way, model_type)
+    found = {dtype: load_pretrained(str(tmp_path), dtype=dtype)[0] for dtype in (torch.float32, torch.bfloat16)}
+    write(tmp_path, numbers, None)
+    for dtype, model in found.items():
+        plain = load_pretrained(str(tmp_path), dtype=dtype)[0].state_dict()
+        state = model.state_dict()
+        assert state.keys() == plain.keys()
+        for name, value in state.items():
+            error = (value.float() - plain[name].float()).abs().max()
+            assert error <= torch.finfo(dtype).eps * plain[name].abs().max(), name
+        assert not hasattr(model.config, "quantization_config"), "what is saved says that it is packed no more"
+
+
+def test_a_packed_checkpoint_is_packed_anew_on_request(tmp_path: Path) -> None:
+    numbers = pack(tmp_path, "fp8 in blocks", "deepseek")
+    packed = packed_in(load_pretrained(str(tmp_path), quantization_config=PackingConfig(scheme="int8"))[0])
+    write(tmp_path, numbers, None)
+    plain = packed_in(load_pretrained(str(tmp_path), quantization_config=PackingConfig(scheme="int8"))[0])
+    assert len(plain) == len(packed) > 8
+    for (name, one), (_, other) in zip(packed, plain, strict=True):
+        assert torch.equal(one.data, other.data), name
+
+
+def test_gpt_oss_s_experts_are_read_as_they_are_stored(tmp_path: Path) -> None:
+    build("gpt_oss", hidden_size=64, intermediate_size=96).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    numbers = dict(stored)
+    for seed, name in enumerate(name for name in numbers if name.endswith(("gate_up_proj", "down_proj"))):
+        experts, inner, outer = stored.pop(name).shape
+        parts = [mxfp4_pack(outer, inner, 100 * seed + expert) for expert in range(experts)]
+        blocks = torch.stack([one["weight_packed"] for one, _ in parts])
+        stored[f"{name}_blocks"] = blocks.view(experts, outer, inner // 32, 16)
+        stored[f"{name}_scales"] = torch.stack([one["weight_scale"] for one, _ in parts])
+        numbers[name] = torch.stack([torch.from_numpy(exact).T for _, exact in parts])
+    write(tmp_path, stored, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
+    model = load_pretrained(str(tmp_path), dtype=torch.float32)[0]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, numbers[name].float()), name
+
+
+DEEPSEEK_V3 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+
+
+def test_deepseek_v3_s_576_rows_are_four_blocks_and_a_half(tmp_path: Path) -> None:
+    """Negative control: blocks of 576 / 5 rows, as dividing by the number of scales gives, are another matrix."""
+    weight, scale = floats8((576, 256), 0), scales(5, 2, seed=0)
+    stored = {"a.weight": weight, "a.weight_scale_inv": torch.from_numpy(scale)}
+    save_file(stored, tmp_path / "model.safetensors")
+    found = unpacked(Checkpoint.locate(str(tmp_path), {}), DEEPSEEK_V3, torch.float32).tensors["a.weight"]
+    exact = in_blocks(weight.float().numpy(), scale, 128, 128)
+    assert torch.equal(found.read(OpenFiles()), torch.from_numpy(exact))
+    assert np.abs(exact - in_blocks(weight.float().numpy(), scale, 116, 128)).max() > 0.01
+
+
+def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
+    def seen(said: dict[str, Any], **tensors: Tensor) -> Tensor:
+        named = {name.replace("__", "."): value for name, value in tensors.items()}
+        save_file(named, tmp_path / "model.safetensors")
+        view = unpacked(Checkpoint.locate(str(tmp_path), {}), said, torch.float32)
+        return view.tensors["a.weight"].read(OpenFiles())
+
+    weight = floats8((64, 64), 0)
+    with pytest.raises(CheckpointError, match=r"a\.weight is packed \(F8_E4M3\), and its scale is missing"):
+        seen(DEEPSEEK_V3, a__weight=weight)
+    with pytest.raises(CheckpointError, match=r"a\.weight cannot be unpacked: 64 × 64 numbers .* need 1 × 1 scales"):
+        seen(DEEPSEEK_V3, a__weight=weight, a__weight_scale_inv=torch.ones(2, 1))
+    with pytest.raises(CheckpointError, match=r"a\.weight is I8, and nothing beside it says how fp8 packed it"):
+        seen(DEEPSEEK_V3, a__weight=torch.ones(4, 4, dtype=torch.int8))
+    with pytest.raises(CheckpointError, match=r"qweight is packed \(I32\), and its scale and zeros is missing"):
+        seen(GPTQ, a__qweight=torch.ones(4, 4, dtype=torch.int32))
+    with pytest.raises(UnsupportedModelError, match="in the format marlin-24, which is not read"):
+        seen(compressed("marlin-24", num_bits=4), a__weight=weight)
+    with pytest.raises(UnsupportedModelError, match="after its matrices were rotated"):
+        seen({**compressed("pack-quantized", num_bits=4), "transform_config": {"u": {}}}, a__weight=weight)
+    with pytest.raises(UnsupportedModelError, match=r"AWQ in the layout gemv of 4 bits; only gemm of 4"):
+        seen({"quant_method": "awq", "version": "GEMV"}, a__weight=weight)
+    with pytest.raises(UnsupportedModelError, match=r"GPTQ in the layout marlin"):
+        seen({**GPTQ, "checkpoint_format": "marlin"}, a__weight=weight)
+    with pytest.raises(UnsupportedModelError, match=r"packed by torchao \(tensors of its own classes.*Read are awq, "):
+        seen({"quant_method": "torchao"}, a__weight=weight)
+
+
+def test_another_packing_than_the_stored_one_is_not_taken_for_it(tmp_path: Path) -> None:
+    pack(tmp_path, "fp8 in blocks", "deepseek")
+    with pytest.raises(InputError, match="quantization_config says mxfp4, and the checkpoint is packed by fp8"):
+        HookedMoE.from_pretrained(tmp_path, quantization_config=Mxfp4Config(dequantize=True))
+    HookedMoE.from_pretrained(tmp_path, quantization_config=FineGrainedFP8Config(dequantize=True))
