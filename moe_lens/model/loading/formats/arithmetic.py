@@ -4,7 +4,7 @@ Matrices are computed in float32, on any device; who calls casts them. No librar
 """
 
 import torch
-from jaxtyping import Float, Int, Shaped, UInt8
+from jaxtyping import Float, Integer, Shaped, UInt8
 from torch import Tensor
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -43,13 +43,13 @@ def exponents(scale: Shaped[Tensor, "*blocks"]) -> Float[Tensor, "*blocks"]:
     return (scale.view(torch.uint8).float() - 127).exp2() if scale.element_size() == 1 else scale.float()
 
 
-def nibbles(packed: UInt8[Tensor, "rows half"], *, low_first: bool = True) -> Int[Tensor, "rows columns"]:
+def nibbles(packed: UInt8[Tensor, "rows half"], *, low_first: bool = True) -> Integer[Tensor, "rows columns"]:
     """The two numbers of 4 bits in each byte, as numbers from 0 to 15."""
     low, high = (packed & 15).int(), (packed >> 4).int()
     return torch.stack((low, high) if low_first else (high, low), -1).flatten(-2)
 
 
-def table(index: Int[Tensor, "*shape"], values: Float[Tensor, " n"]) -> Float[Tensor, "*shape"]:
+def table(index: Integer[Tensor, "*shape"], values: Float[Tensor, " n"]) -> Float[Tensor, "*shape"]:
     """Values by their numbers."""
     return values.float()[index.long()]
 
@@ -59,7 +59,7 @@ def e2m1(packed: UInt8[Tensor, "rows half"]) -> Float[Tensor, "rows columns"]:
     return table(nibbles(packed), torch.tensor(E2M1, device=packed.device))
 
 
-def bit_stream(words: Int[Tensor, "rows words"], bits: int, count: int) -> Int[Tensor, "rows count"]:
+def bit_stream(words: Integer[Tensor, "rows words"], bits: int, count: int) -> Integer[Tensor, "rows count"]:
     """Unsigned numbers that follow one another in words of 32 bits, the lowest bits first; they may straddle words.
 
     Args:
