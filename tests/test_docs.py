@@ -53,6 +53,16 @@ def test_interventions_run_as_written(
     assert values["swapped"] != values["loss"] != values["single"]
 
 
+@pytest.mark.slow
+def test_coming_from_another_tool_runs_as_written(capsys: pytest.CaptureFixture[str]):
+    values: dict[str, Any] = {}
+    exec(compile(code_of(DOCS / "coming-from.md"), "coming-from.md", "exec"), values)
+    assert values["gradient"].abs().sum(-1).min() > 0
+    change = (values["skipped"] - values["model"](values["prompts"])).abs().amax((-1, -2))
+    assert change[0] < 1e-4 < 1e-2 < change[1]
+    assert capsys.readouterr().out
+
+
 def test_texts_run_as_written():
     values: dict[str, Any] = {}
     exec(compile(code_of(DOCS / "data.md"), "data.md", "exec"), values)

@@ -52,6 +52,32 @@ def test_gradients_at_hooks_are_those_of_an_added_zero(family: str) -> None:
 
 
 @families
+def test_what_a_hook_function_keeps_has_the_gradient(family: str) -> None:
+    """TransformerLens's habit: keep the activation, call `backward` on a loss of one's own, read `.grad`."""
+    case = wrapped(family)
+    layer = case.model.moe_layers[0]
+    table = [names.mlp(hook.name, layer) for hook in names.MLP_HOOKS if hook.name not in DISCRETE]
+    table = [name for name in table if name in case.model.hook_dict]
+    table += [names.block(hook.name, layer) for hook in names.RESIDUAL_HOOKS]
+    plain = case.model(case.tokens, return_type="loss")
+    _, expected = gradients(case.model, case.tokens, table)
+    kept: dict[str, Tensor] = {}
+
+    def keep(value: Tensor, hook: Any) -> None:
+        value.retain_grad()
+        kept[name] = value
+
+    for name in table:
+        loss = case.model.run_with_hooks(case.tokens, fwd_hooks=[(name, keep)], return_type="loss")
+        assert torch.equal(loss, plain), name
+        loss.backward()
+        case.model.zero_grad()
+        gradient = kept[name].grad
+        assert gradient is not None, name
+        assert deviation(gradient, expected[name]) <= FP32 * expected[name].abs().max().item(), name
+
+
+@families
 def test_every_float_hook_has_a_gradient_at_once_and_nothing_warns(family: str) -> None:
     case = wrapped(family)
     with untouched(case.model), warnings.catch_warnings():

@@ -11,6 +11,7 @@ from transformer_lens.hook_points import HookPoint
 
 from moe_lens import names
 from moe_lens.errors import HookError
+from moe_lens.model.cache.caching_hook import CachingHook
 from moe_lens.model.hooks.checked_point import CheckedPoint
 from moe_lens.model.hooks.ownership import Owner
 from moe_lens.model.hooks.scaling import unscaled
@@ -28,13 +29,19 @@ def rank_order(
 def call_hook(point: HookPoint, value: Tensor) -> tuple[Tensor, bool]:
     """Run the hooks of a point on `value`, which nobody else holds; the result and whether it must replace the value.
 
-    An edit is a returned tensor or a change in place. Backward hooks need the result in the graph, edited or not.
+    An edit is a returned tensor or a change in place. Backward hooks need the result in the graph, edited or not, and
+    so does a hook function that may have kept it, to ask for its gradient later.
     """
     version = None if value.is_inference() else value._version
     seen = point(value)
-    if seen is value and version is not None and value._version == version and not point.bwd_hooks:
+    unchanged = seen is value and version is not None and value._version == version
+    if unchanged and not point.bwd_hooks and not (seen.requires_grad and _may_be_kept(point)):
         return value, False
     return seen, True
+
+
+def _may_be_kept(point: HookPoint) -> bool:
+    return torch.is_grad_enabled() and not all(isinstance(handle.user_hook, CachingHook) for handle in point.fwd_hooks)
 
 
 class SelectionState(NamedTuple):
