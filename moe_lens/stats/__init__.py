@@ -25,6 +25,8 @@ from moe_lens.stats.information_given_token import ConditionalInformation as Con
 from moe_lens.stats.information_given_token import conditional_information as conditional_information
 from moe_lens.stats.loss import LossResult as LossResult
 from moe_lens.stats.loss import LossStats as LossStats
+from moe_lens.stats.neuron_use import NeuronResult as NeuronResult
+from moe_lens.stats.neuron_use import NeuronStats as NeuronStats
 from moe_lens.stats.null_routing import random_router as random_router
 from moe_lens.stats.null_routing import token_unigram_routing as token_unigram_routing
 from moe_lens.stats.null_routing import uniform_routing as uniform_routing

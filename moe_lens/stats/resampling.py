@@ -65,20 +65,23 @@ def bootstrap_all(
     seed: int = 0,
 ) -> Float[Tensor, "2 *shape"] | None:
     """`bootstrap` of many values at once, all from the same draws: lower and upper ends, NaN if never finite."""
-    n_sources = len(sizes)
-    if n_sources < MIN_SOURCES:
+    if len(sizes) < MIN_SOURCES:
         return None
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(n_sources, (resamples, n_sources), generator=generator)
-    times = torch.zeros(resamples, n_sources, dtype=torch.float64)
-    times.scatter_add_(1, drawn, torch.ones(1, dtype=torch.float64).expand(resamples, n_sources))
-    values = statistic(times).double()
+    values = statistic(times_drawn(len(sizes), resamples, seed)).double()
     values = values.masked_fill(~values.isfinite(), torch.nan)
     beyond = tail(sizes, level)
     at = torch.tensor([beyond, 1 - beyond], dtype=torch.float64)
     # torch refuses quantiles of more than 2²⁴ numbers at a time
     columns = values.flatten(1).split(2**23 // resamples, 1) if values.ndim > 1 else (values[:, None],)
     return torch.cat([column.nanquantile(at, dim=0) for column in columns], 1).view(2, *values.shape[1:])
+
+
+def times_drawn(n_sources: int, resamples: int, seed: int) -> Float[Tensor, "resample source"]:
+    """How often each source is drawn when as many as there are are drawn with replacement; rows sum to `n_sources`."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(n_sources, (resamples, n_sources), generator=generator)
+    times = torch.zeros(resamples, n_sources, dtype=torch.float64)
+    return times.scatter_add_(1, drawn, torch.ones(1, dtype=torch.float64).expand(resamples, n_sources))
 
 
 def tail(sizes: Real[Tensor, " source"], level: float = 0.95) -> float:

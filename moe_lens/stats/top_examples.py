@@ -28,14 +28,17 @@ class TopExamplesResult(Result):
     position: Int[Tensor, " example"]
     """Of the token in its row."""
     source: tuple[str, ...]
+    shown: Float[Tensor, "example context"] | None = None
+    """What was to be shown of each token of the context, such as the expert's weight there; NaN where there is none."""
 
     def of(self, target: int) -> "TopExamplesResult":
         """The examples of one target."""
         at = self.target == target
         rows = at.nonzero()[:, 0].tolist()
         source = tuple(self.source[row] for row in rows)
+        shown = None if self.shown is None else self.shown[at]
         return TopExamplesResult(
-            self.before, self.target[at], self.score[at], self.tokens[at], self.position[at], source
+            self.before, self.target[at], self.score[at], self.tokens[at], self.position[at], source, shown
         )
 
     def to_frame(self) -> pd.DataFrame:
@@ -67,14 +70,17 @@ class TopExamples(Accumulator[TopExamplesResult]):
         n: How many contexts to keep for each.
         before: Tokens of context to keep before the token.
         after: Tokens to keep after it.
+        shows: Whether `update` is also told what to show of each token of a context.
     """
 
-    def __init__(self, n_targets: int, n: int = 10, *, before: int = 15, after: int = 5):
+    def __init__(self, n_targets: int, n: int = 10, *, before: int = 15, after: int = 5, shows: bool = False):
         if min(n_targets, n) < 1 or min(before, after) < 0:
             raise InputError(f"got {n_targets} targets, n = {n}, before = {before}, after = {after}")
         self.n_targets, self.n, self.before, self.after = n_targets, n, before, after
-        self._best = TopRows(n, before + after + 2)
-        about = {"n_targets": n_targets, "n": n, "before": before, "after": after}
+        self.shows = shows
+        width = before + after + 1
+        self._best = TopRows(n, 1 + width * (1 + shows))
+        about = {"n_targets": n_targets, "n": n, "before": before, "after": after, "shows": shows}
         super().__init__(about, {"best": self._best})
 
     def update(
@@ -85,6 +91,7 @@ class TopExamples(Accumulator[TopExamplesResult]):
         sources: Sequence[str],
         *,
         mask: Bool[Tensor, "batch pos"] | None = None,
+        shown: Float[Tensor, "batch pos target"] | None = None,
     ) -> Self:
         """Look at a batch.
 
@@ -94,12 +101,15 @@ class TopExamples(Accumulator[TopExamplesResult]):
             counted: The tokens that may be kept as examples.
             sources: Of each row.
             mask: The tokens that may stand in a context: all but padding. If not given, the counted ones.
+            shown: What to show of every target at every token, kept in float32; just where `shows` was said.
 
         Raises:
             InputError: another number of targets than announced.
         """
         if scores.shape[-1] != self.n_targets:
             raise InputError(f"scores of {scores.shape[-1]} targets; expected {self.n_targets}")
+        if (shown is not None) != self.shows:
+            raise InputError(f"shows is {self.shows}, and this update is {'not ' * self.shows}told what to show")
         real = (counted if mask is None else mask).cpu()
         known = (
             scores.double()
@@ -122,6 +132,9 @@ class TopExamples(Accumulator[TopExamplesResult]):
         inside[:, self.before] = True
         context = tokens.cpu()[row[:, None], around].long().masked_fill(~inside, -1)
         content = torch.cat([context, position[:, None]], 1)
+        if shown is not None:
+            values = shown.cpu()[row[:, None], around, target.cpu()[:, None]].float().masked_fill(~inside, torch.nan)
+            content = torch.cat([content, values.view(torch.int32).long()], 1)
         self._best.add(target, score, content, [str(sources[i]) for i in row.tolist()])
         return self
 
@@ -140,12 +153,13 @@ class TopExamples(Accumulator[TopExamplesResult]):
         """The contexts so far."""
         if not len(self._best.target):
             raise InputError("no tokens were counted; update with a batch that holds text first")
-        best = self._best
+        best, width = self._best, self.before + self.after + 1
         return TopExamplesResult(
             before=self.before,
             target=best.target,
             score=best.score,
-            tokens=best.content[:, :-1],
-            position=best.content[:, -1],
+            tokens=best.content[:, :width],
+            position=best.content[:, width],
             source=best.names(),
+            shown=best.content[:, width + 1 :].int().view(torch.float32) if self.shows else None,
         )

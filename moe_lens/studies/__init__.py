@@ -1,5 +1,6 @@
 """The paper's experiments: a model and domains in, a frozen result out; nothing is drawn or printed here."""
 
+from moe_lens.studies.atlas import Atlas as Atlas
 from moe_lens.studies.collect_activations import collect as collect
 from moe_lens.studies.collected import Collected as Collected
 from moe_lens.studies.comparison import Comparison as Comparison

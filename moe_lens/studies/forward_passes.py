@@ -1,5 +1,6 @@
 """Running a model over batches: activations are handed on layer by layer, logits do not outlive their batch."""
 
+import hashlib
 from typing import Any
 
 import torch
@@ -47,3 +48,24 @@ def predicted(batch: TokenBatch) -> Bool[Tensor, "batch pos"]:
     mask = batch.counted.clone()
     mask[:, 0] = False
     return mask
+
+
+def drawn_by_place(
+    batch: TokenBatch, seed: object, before: int = 1, after: int = 1
+) -> Float[Tensor, "before batch pos after"]:
+    """Uniform random numbers in [0, 1) for every token, 0 at padding.
+
+    They depend on the seed and on where the token stands in its text, not on what else is read at the same time.
+
+    Args:
+        batch: The tokens.
+        seed: Of the draws.
+        before: How many numbers a token has along the first axis.
+        after: And along the last.
+    """
+    drawn = torch.zeros(before, *batch.tokens.shape, after)
+    for row, window in enumerate(batch.windows):
+        key = hashlib.sha256(f"{seed} {window.document} {window.start} {window.source}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
+        drawn[:, row, : len(window.ids)] = torch.rand(before, len(window.ids), after, generator=generator)
+    return drawn

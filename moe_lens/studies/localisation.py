@@ -16,18 +16,14 @@ from torch import Tensor
 
 from moe_lens.data import TokenBatch
 from moe_lens.errors import InputError, UnfitError
-from moe_lens.interventions import CleanRun, Loss, expert_attribution
-from moe_lens.interventions.attribution_gradients import Slots
-from moe_lens.interventions.attribution_knockout import Knockouts
 from moe_lens.interventions.coalitions import Removal
 from moe_lens.stats import Result, RoutingResult, RoutingStats, observe
 from moe_lens.stats.parallel_sources import LANGUAGE, balanced_halves, parallel_blocks
 from moe_lens.studies import localisation_coalitions as chosen
-from moe_lens.studies.forward_passes import input_device
 from moe_lens.studies.frames import by_domain
 from moe_lens.studies.localisation_contrast import Contrasts, table
 from moe_lens.studies.localisation_effects import CoalitionEffects, CoalitionStats, read_without
-from moe_lens.studies.localisation_scores import ScoreResult, ScoreStats
+from moe_lens.studies.localisation_scores import ScoreResult, ScoreStats, scores_of
 from moe_lens.studies.study import Earlier, Gathered, Study
 from moe_lens.studies.study_result import StudyResult
 
@@ -109,7 +105,7 @@ class Localisation(Study):
         if name == "routing":
             into["routing"].update(observe(model, batch))
         elif name == "scores":
-            into["scores"].update(*_scores(model, batch, self.by), batch.sources)
+            into["scores"].update(*scores_of(model, batch, self.by), batch.sources)
         else:
             into["effects"].update(*self._effects(model, batch, *prepared), batch.sources)
 
@@ -255,20 +251,3 @@ def _routing(of: Mapping[str, Result]) -> RoutingResult:
     result = of["routing"]
     assert isinstance(result, RoutingResult)
     return result
-
-
-def _scores(model: Any, batch: TokenBatch, by: str) -> tuple[Tensor, Tensor]:
-    """Nats that each expert saves each text, and how many tokens were predicted."""
-    device = input_device(model)
-    tokens, mask = batch.tokens.to(device), batch.mask.to(device)
-    metric = Loss(tokens, mask)
-    reads = metric.reads(*tokens.shape).cpu()
-    if by == "attribution":
-        found = expert_attribution(model, tokens, metric, method="gradient", attention_mask=mask.long())
-        return -found.values.sum(-1).double().cpu().movedim(-1, 0) * reads.sum(), reads.sum(-1)
-    hooks = Slots.hooks(model.moe_layers, weights=False)
-    run = CleanRun.of(model, tokens, keep=hooks, attention_mask=mask.long())
-    slots = Slots.of(run.cache, model.moe_layers, None)
-    every = mask[None, :, :, None].expand(len(model.moe_layers), -1, -1, model.top_k)
-    saved = -Knockouts(model, run, slots, every, "expert").by_item(metric, "free")
-    return saved.movedim(-1, 0), reads.sum(-1)

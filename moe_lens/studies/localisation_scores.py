@@ -2,16 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moe_lens.data import TokenBatch
 from moe_lens.errors import InputError
+from moe_lens.interventions import CleanRun, Loss, expert_attribution
+from moe_lens.interventions.attribution_gradients import Slots
+from moe_lens.interventions.attribution_knockout import Knockouts
 from moe_lens.stats import Accumulator, Result
 from moe_lens.stats.sums import BySource
+from moe_lens.studies.forward_passes import input_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,3 +69,20 @@ class ScoreStats(Accumulator[ScoreResult]):
         if not self._predicted.sources:
             raise InputError("no tokens were counted; is there any text?")
         return ScoreResult(self.layers, self._predicted.sources, self._predicted.stacked(), self._saved.stacked())
+
+
+def scores_of(model: Any, batch: TokenBatch, by: str) -> tuple[Tensor, Tensor]:
+    """Nats that each expert saves each text, and how many tokens were predicted."""
+    device = input_device(model)
+    tokens, mask = batch.tokens.to(device), batch.mask.to(device)
+    metric = Loss(tokens, mask)
+    reads = metric.reads(*tokens.shape).cpu()
+    if by == "attribution":
+        found = expert_attribution(model, tokens, metric, method="gradient", attention_mask=mask.long())
+        return -found.values.sum(-1).double().cpu().movedim(-1, 0) * reads.sum(), reads.sum(-1)
+    hooks = Slots.hooks(model.moe_layers, weights=False)
+    run = CleanRun.of(model, tokens, keep=hooks, attention_mask=mask.long())
+    slots = Slots.of(run.cache, model.moe_layers, None)
+    every = mask[None, :, :, None].expand(len(model.moe_layers), -1, -1, model.top_k)
+    saved = -Knockouts(model, run, slots, every, "expert").by_item(metric, "free")
+    return saved.movedim(-1, 0), reads.sum(-1)

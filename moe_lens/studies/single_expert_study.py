@@ -5,7 +5,6 @@ for each variant of the model. Means, which centre the cosines and stand in for 
 other half of the domain's sources.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
@@ -21,7 +20,7 @@ from moe_lens.errors import InputError
 from moe_lens.protocols import require_stream_width
 from moe_lens.routing import output_factors
 from moe_lens.stats import ActivationMeans, Means, Result, SimilarityResult, SimilarityStats, halves
-from moe_lens.studies.forward_passes import Hooks, each_layer, losses, predicted
+from moe_lens.studies.forward_passes import Hooks, drawn_by_place, each_layer, losses, predicted
 from moe_lens.studies.frames import by_domain
 from moe_lens.studies.study import TEXTS, Earlier, Gathered, Study
 from moe_lens.studies.variant_losses import WHOLE, Variant, VariantLosses, VariantStats
@@ -179,12 +178,7 @@ def random_places(model: Any, batch: TokenBatch, seed: int) -> dict[int, Int[Ten
 
     It depends on the seed and on where the token stands in its text, not on what else is read at the same time.
     """
-    drawn = torch.zeros(len(model.moe_layers), *batch.tokens.shape, model.top_k)
-    for row, window in enumerate(batch.windows):
-        key = hashlib.sha256(f"{seed} {window.document} {window.start} {window.source}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
-        n = len(window.ids)
-        drawn[:, row, :n] = torch.rand(len(model.moe_layers), n, model.top_k, generator=generator)
+    drawn = drawn_by_place(batch, seed, len(model.moe_layers), model.top_k)
     places = drawn.argsort(-1)
     return {layer: batch.pack(places[at]) for at, layer in enumerate(model.moe_layers)}
 

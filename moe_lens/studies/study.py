@@ -91,6 +91,21 @@ class Study(ABC):
             results: By domain.
         """
 
+    def read_off(
+        self,
+        model: Any,  # noqa: ARG002
+        results: Mapping[str, Mapping[str, Result]],  # noqa: ARG002
+        tables: Mapping[str, pd.DataFrame],  # noqa: ARG002
+    ) -> dict[str, pd.DataFrame]:
+        """Further tables, which ask the model itself once everything is read; most studies have none.
+
+        Args:
+            model: A `HookedMoE`.
+            results: By domain.
+            tables: Those that took no model.
+        """
+        return {}
+
 
 @checked
 def run(
@@ -156,7 +171,8 @@ def run(
         "versions": versions(),
         "command": command or shlex.join(sys.argv),
     }
-    result = StudyResult(manifest, study.tables(plan["model"], results), results)
+    tables = study.tables(plan["model"], results)
+    result = StudyResult(manifest, {**tables, **study.read_off(model, results, tables)}, results)
     if folder is not None and out is not None:
         agreed(lambda: _finish(folder, result))
         return StudyResult.load(out)

@@ -7,7 +7,7 @@ import torch
 
 from moe_lens import names
 from moe_lens.errors import InputError
-from moe_lens.stats import SCORES, ImportanceStats, OutputSimilarityStats, weight_similarity
+from moe_lens.stats import SCORES, ImportanceStats, NeuronStats, OutputSimilarityStats, weight_similarity
 from tests.wrapped import wrapped
 
 D, K, EXPERTS = 6, 2, 5
@@ -167,3 +167,23 @@ def test_weights_that_are_alike_but_for_the_order_of_neurons():
     live = wrapped("deepseek").model
     pairs = live.n_experts * (live.n_experts - 1) // 2
     assert len(weight_similarity(live, live.moe_layers[0])) == 3 * pairs
+
+
+@pytest.mark.typed
+def test_neurons_are_summed_by_expert():
+    parts = [activations(seed) for seed in range(3)]
+    stats = NeuronStats([2], EXPERTS)
+    for _, inner, _, indices, counted in parts:
+        stats.update(2, inner, indices, counted)
+    result = NeuronStats([2], EXPERTS).load_state_dict(stats.state_dict()).result()
+    frame = result.to_frame().set_index(["layer", "expert", "neuron"])
+    for expert in range(EXPERTS):
+        own = [inner[(indices == expert) & counted[..., None]] for _, inner, _, indices, counted in parts]
+        values = torch.cat(own).double()
+        assert int(result.routed[0, expert]) == len(values)
+        assert torch.allclose(result.sums[0, expert], values.sum(0), atol=1e-12)
+        assert torch.allclose(result.sizes[0, expert], values.abs().sum(0), atol=1e-12)
+        if len(values):
+            assert frame.loc[(2, expert, 3), "size"] == pytest.approx(float(values[:, 3].abs().mean()))
+    with pytest.raises(InputError, match="no tokens were counted"):
+        NeuronStats([2], EXPERTS).result()

@@ -95,3 +95,25 @@ def test_what_does_not_fit_is_refused():
         TopExamples(2, 0)
     with pytest.raises(InputError, match="no tokens"):
         TopExamples(2).result()
+
+
+@pytest.mark.typed
+def test_what_is_shown_of_a_context_goes_with_its_tokens():
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.rand(2, 5, 3, generator=generator)
+    tokens = torch.arange(10).view(2, 5)
+    counted = torch.ones(2, 5, dtype=torch.bool)
+    counted[1, 4] = False
+    shown = tokens[..., None] * 10.0 + torch.arange(3) + 0.25
+    examples = TopExamples(3, 4, before=2, after=1, shows=True)
+    examples.update(scores, tokens, counted, ["a", "b"], shown=shown)
+    again = TopExamples(3, 4, before=2, after=1, shows=True).load_state_dict(examples.state_dict()).result()
+    assert again.shown is not None
+    inside = again.tokens >= 0
+    assert not inside.all() and torch.equal(again.shown.isnan(), ~inside)
+    expected = again.tokens * 10.0 + again.target[:, None] + 0.25
+    assert torch.equal(again.shown[inside], expected.float()[inside])
+    one = again.of(1)
+    assert one.shown is not None and torch.equal(one.shown.nan_to_num(), again.shown[again.target == 1].nan_to_num())
+    with pytest.raises(InputError, match="shows is True, and this update is not told what to show"):
+        examples.update(scores, tokens, counted, ["a", "b"])

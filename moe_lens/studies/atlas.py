@@ -1,0 +1,172 @@
+"""The study `atlas`: a page for every expert. What chooses it, what it reads and writes, and what breaks without it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from moe_lens import names
+from moe_lens.data import TokenBatch
+from moe_lens.errors import InputError
+from moe_lens.protocols import require_stream_width
+from moe_lens.routing import output_factors
+from moe_lens.stats import (
+    ActivationMeans,
+    ImportanceStats,
+    NeuronStats,
+    OutputSimilarityStats,
+    PairStats,
+    Result,
+    RoutingStats,
+    VocabularyStats,
+    halves,
+    observe,
+)
+from moe_lens.studies import atlas_choice, atlas_knockouts, atlas_reading
+from moe_lens.studies.atlas_contexts import TEXTS as SAMPLE
+from moe_lens.studies.atlas_contexts import context_stats, contexts_table, count_contexts
+from moe_lens.studies.forward_passes import drawn_by_place, each_layer, forward
+from moe_lens.studies.localisation_effects import CoalitionStats
+from moe_lens.studies.localisation_scores import ScoreStats, scores_of
+from moe_lens.studies.study import TEXTS, Earlier, Gathered, Study
+from moe_lens.studies.texts_read import Texts
+
+COMPARED_TOKENS = 256
+"""Tokens of a domain on which every expert is computed, to compare their outputs."""
+_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Atlas(Study):
+    """Everything that is told of each expert, with how sure it is."""
+
+    contexts: bool = True
+    """Whether pieces of the texts are kept, and shown."""
+    texts: tuple[str, ...] = ()
+    """Further texts to show token by token."""
+    knockout_tokens: int = 512
+    """Tokens of a domain that are read without an expert: the beginning of every window."""
+    seed: int = 0
+    """Of halves, of random contexts and of controls."""
+
+    name: ClassVar[str] = "atlas"
+    passes: ClassVar[tuple[str, ...]] = ("choice", "outputs", "effects")
+
+    def check(self, model: Any) -> None:
+        """Refuse outputs that have no mean in the stream, texts that are none, and a number that is none."""
+        require_stream_width(model, "what they write")
+        if self.knockout_tokens < 1:
+            raise InputError(f"knockout_tokens is {self.knockout_tokens}; expected at least 1")
+        for text in self.texts:
+            if model.tokenizer is None or len(model.own_ids(text)[1]) < 1:
+                raise InputError(f"the text {text!r} holds no token")
+
+    def begin(self, model: Any, name: str) -> Gathered:
+        """Empty counts and sums."""
+        layers, n_experts, top_k = model.moe_layers, model.n_experts, model.top_k
+        if name == "choice":
+            counts: dict[str, Any] = {
+                "routing": RoutingStats(layers, n_experts, top_k),
+                "pairs": PairStats(layers, n_experts, top_k),
+                "tokens": VocabularyStats(layers, n_experts, top_k, model.cfg.d_vocab),
+            }
+            return counts | (context_stats(len(layers) * n_experts) if self.contexts else {})
+        if name == "outputs":
+            means = {f"means{half}": ActivationMeans(layers, n_experts, top_k, model.cfg.d_model) for half in (0, 1)}
+            kinds = {"importance": ImportanceStats, "neurons": NeuronStats, "alike": OutputSimilarityStats}
+            return means | {kind: of(layers, n_experts) for kind, of in kinds.items()}
+        return {
+            "first_order": ScoreStats(layers, n_experts),
+            "knockouts": CoalitionStats([atlas_knockouts.HOW], atlas_knockouts.kinds(layers)),
+        }
+
+    def prepare(self, model: Any, name: str, domain: str, earlier: Earlier) -> Any:  # noqa: ARG002
+        """Of the domain that is read: halves of its sources, or how far windows are read without which experts."""
+        if name == "choice":
+            return None
+        texts = _texts(earlier[domain]["choice"][TEXTS].result())
+        if name == "outputs":
+            return halves(texts.sources, self.seed), COMPARED_TOKENS / int(texts.tokens.sum())
+        routing = {name: of["choice"]["routing"].result() for name, of in earlier.items()}
+        members = atlas_knockouts.coalitions(routing, self.seed)
+        return list(earlier).index(domain), members, -(-self.knockout_tokens // int(texts.windows.sum()))
+
+    def step(self, model: Any, name: str, batch: TokenBatch, into: Gathered, prepared: Any) -> None:
+        """Count choices, sum up outputs, or measure what experts are worth."""
+        if name == "choice":
+            routed = observe(model, batch)
+            for kind in ("routing", "pairs", "tokens"):
+                into[kind].update(routed)
+            if self.contexts:
+                count_contexts(into, routed, batch, self.seed)
+        elif name == "outputs":
+            self._outputs(model, batch, into, *prepared)
+        else:
+            into["first_order"].update(*scores_of(model, batch, "attribution"), batch.sources)
+            into["knockouts"].update(*atlas_knockouts.measure(model, batch, *prepared), batch.sources)
+
+    def _outputs(self, model: Any, batch: TokenBatch, into: Gathered, half: Mapping[str, int], rate: float) -> None:
+        row_half = torch.tensor([half[source] for source in batch.sources])[:, None]
+        sample = batch.counted & (drawn_by_place(batch, f"{self.seed} compared")[0, ..., 0] < rate)
+        wanted = [names.RESID_MID, names.MLP_IN, names.EXPERT_INDICES, names.ROUTING_WEIGHTS]
+        wanted += [names.EXPERT_OUT, names.EXPERT_POST]
+
+        def sum_up(layer: int, of: dict[str, Tensor]) -> None:
+            resid, read, indices, weights, outputs, inner = (batch.unpack(of[name]) for name in wanted)
+            factors = output_factors(weights, model.family)
+            for number in (0, 1):
+                counted = batch.counted & (row_half == number)
+                parts = (value.cpu() for value in (resid, outputs, factors, indices))
+                into[f"means{number}"].update(layer, *parts, counted)
+            into["importance"].update(layer, resid, outputs, weights, indices, batch.counted, factors)
+            into["neurons"].update(layer, inner, indices, batch.counted)
+            for part in read[sample.to(read.device)].split(_CHUNK):
+                every = torch.arange(model.n_experts, device=part.device).expand(len(part), -1)
+                into["alike"].update(layer, model.expert_outputs(layer, part, every).detach())
+
+        forward(model, batch, each_layer(model, wanted, sum_up), last=True)
+
+    def results(self, earlier: Mapping[str, Gathered]) -> dict[str, Result]:
+        """All sums; means of those halves that hold any text."""
+        kept = {name: sums for into in earlier.values() for name, sums in into.items() if name != TEXTS}
+        empty = {name for name, sums in kept.items() if isinstance(sums, ActivationMeans) and not sums.seen}
+        return {name: sums.result() for name, sums in kept.items() if name not in empty}
+
+    def tables(
+        self,
+        model: Mapping[str, Any],
+        results: Mapping[str, Mapping[str, Result]],
+    ) -> dict[str, pd.DataFrame]:
+        """Tables of what was counted.
+
+        `experts` (of all domains together), `domains` (by domain, with intervals, nulls and tests), `tokens` (those
+        that choose an expert, by how much they add to its divergence from the base rate), `sent` (where each token is
+        sent), `partners`, `knockouts`, and, if they are kept, `contexts`.
+        """
+        tables = atlas_choice.tables(results, seed=self.seed)
+        tables["knockouts"] = atlas_knockouts.table(results, tuple(model["moe_layers"]), self.seed)
+        if self.contexts:
+            tables["contexts"] = contexts_table(results, tuple(model["moe_layers"]), int(model["experts"]))
+        return tables
+
+    def read_off(
+        self, model: Any, results: Mapping[str, Mapping[str, Result]], tables: Mapping[str, pd.DataFrame]
+    ) -> dict[str, pd.DataFrame]:
+        """Tables of what only the model itself can tell.
+
+        `writing` (tokens that an expert's mean output, its neurons and its router row point at), `neurons`, `nearest`
+        (experts of like weights and outputs), `text_tokens` and `text_slots` (texts token by token), `words` (the
+        texts of all tokens in any table).
+        """
+        found = atlas_reading.tables(model, results)
+        samples = {name: of[SAMPLE] for name, of in results.items()} if self.contexts else {}
+        found |= atlas_reading.shown_texts(model, samples, self.texts)
+        return {**found, "words": atlas_reading.words(model, {**tables, **found})}
+
+
+def _texts(result: Result) -> Texts:
+    assert isinstance(result, Texts)
+    return result

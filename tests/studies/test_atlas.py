@@ -1,0 +1,224 @@
+"""The atlas against counts and ablations made by hand, on a model whose truth is planted."""
+
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from moe_lens import HookedMoE
+from moe_lens.data import Reading, batch_windows, shards
+from moe_lens.errors import InputError
+from moe_lens.studies import Atlas, StudyResult, run
+from moe_lens.studies.atlas_choice import RARE
+from moe_lens.studies.forward_passes import losses, predicted
+from tests.planted import LAYER, PLANTED, WORDS, planted_domains, planted_model
+from tests.studies.tiny import assert_same
+from tests.wrapped import untouched
+
+READING = Reading(tokens=None, context=64)
+TEXT = " the ship and the judge"
+
+
+@pytest.fixture(scope="module")
+def model() -> HookedMoE:
+    return planted_model()
+
+
+@pytest.fixture(scope="module")
+def found(model) -> StudyResult:
+    with untouched(model):
+        return run(Atlas(texts=(TEXT,)), model, planted_domains(), reading=READING)
+
+
+@pytest.fixture(scope="module")
+def by_hand(model) -> Any:
+    """A row for each counted token: domain, source, position, token, and experts, weights and logits of the layer."""
+    rows = []
+    for of in planted_domains():
+        for shard in shards(of, model, READING):
+            for window in shard.windows:
+                _, cache = model.run_with_cache(torch.tensor([window.ids]))
+                routing = cache.routing(LAYER)
+                for pos in range(window.opening, len(window.ids)):
+                    slots = (routing.indices[0, pos].tolist(), routing.weights[0, pos].tolist())
+                    logits = cache["router_logits", LAYER][0, pos].tolist()
+                    rows.append((of.name, window.source, pos, window.ids[pos], *slots, logits))
+    return pd.DataFrame(rows, columns=["domain", "source", "position", "token", "experts", "weights", "logits"])
+
+
+def here(result: StudyResult, table: str, **equal: Any) -> Any:
+    rows: Any = result.tables[table].query(f"layer == {LAYER}")
+    for column, value in equal.items():
+        rows = rows[rows[column] == value]
+    assert len(rows), (table, equal)
+    return rows
+
+
+def tokens_of(model: Any, domain: str) -> set[int]:
+    return {token for word in WORDS[domain] for token in model.tokenizer.encode(f" {word}", add_special_tokens=False)}
+
+
+def test_shares_tokens_and_their_lifts_are_those_counted_by_hand(found, by_hand):
+    for row in here(found, "domains").to_dict("records"):
+        own = by_hand[by_hand["domain"] == row["domain"]]
+        chose = own["experts"].map(lambda experts, row=row: row["expert"] in experts)
+        assert (row["assigned"], row["tokens"]) == (chose.sum(), len(own))
+        every = by_hand["experts"].map(lambda experts, row=row: row["expert"] in experts)
+        chance = every.groupby(by_hand["token"]).mean()
+        assert row["token_alone"] == pytest.approx(own["token"].map(chance).mean(), abs=1e-12)
+    for row in here(found, "tokens").to_dict("records"):
+        chose = by_hand["experts"].map(lambda experts, row=row: row["expert"] in experts)
+        of_token = by_hand["token"] == row["token"]
+        assert (row["assigned"], row["occurred"]) == ((chose & of_token).sum(), of_token.sum())
+        assert row["lift"] == pytest.approx(chose[of_token].mean() / chose.mean(), abs=1e-12)
+        assert row["lift"] > 1 and row["occurred"] >= 5
+
+
+def test_contexts_are_the_strongest_random_ones_and_those_that_nearly_chose(found, by_hand):
+    places = by_hand.set_index(["domain", "source", "position"])
+    table = here(found, "contexts")
+    for row in table.to_dict("records"):
+        token = places.loc[(row["domain"], row["source"], row["position"])]
+        assert row["tokens"][row["at"]] == token["token"]
+        chosen = dict(zip(token["experts"], token["weights"], strict=True))
+        assert row["weights"][row["at"]] == pytest.approx(chosen.get(row["expert"], 0), abs=1e-6)
+        assert (row["expert"] in chosen) == (row["kind"] != "nearly")
+    for expert, rows in table.groupby("expert"):
+        all_weights = [
+            weights[experts.index(expert)]
+            for experts, weights in zip(by_hand["experts"], by_hand["weights"], strict=True)
+            if expert in experts
+        ]
+        missed = [
+            logits[expert] - min(logits[e] for e in experts)
+            for experts, logits in zip(by_hand["experts"], by_hand["logits"], strict=True)
+            if expert not in experts
+        ]
+        of = {kind: rows[rows["kind"] == kind].sort_values("place") for kind in ("strongest", "random", "nearly")}
+        assert list(of["strongest"]["score"]) == pytest.approx(sorted(all_weights)[::-1][:6], abs=1e-6)
+        assert list(of["nearly"]["score"]) == pytest.approx(sorted(missed)[::-1][:3], abs=1e-5)
+        assert len(of["random"]) == min(6, len(all_weights)) and (of["random"]["score"].diff().dropna() <= 0).all()
+
+
+def test_it_says_whose_expert_it_is_how_sure_it_is_and_what_it_writes(model, found):
+    for name, expert in PLANTED.items():
+        row = here(found, "domains", domain=name, expert=expert).iloc[0]
+        assert (row["share"], row["first"]) == (1, 1) and row["p_value"] < 0.01
+        knocked = here(found, "knockouts", domain=name, place=0)
+        assert set(knocked["expert"]) == {expert}
+        own = knocked[knocked["read"] == name].iloc[0]
+        assert own["starred"] and 0 < own["low"] <= own["added"] <= own["high"]
+        assert own["controls"] == 4 and abs(own["control_mass"] / own["mass"] - 1) < 0.1
+        assert own["control_added"] == 0 and own["beyond"] == own["added"]
+        assert max(abs(knocked[knocked["read"] != name]["added"])) < 1e-6
+        written = here(found, "writing", of="mean", expert=expert, effect="promoted")
+        assert set(written["token"][:5]) <= tokens_of(model, name) and written["recurs"][:5].all()
+        neuron = here(found, "neurons", expert=expert, place=0).iloc[0]
+        assert neuron["neuron"] == 0
+        of_neuron = here(found, "writing", of="neuron", expert=expert, number=0, effect="promoted")
+        assert set(of_neuron["token"]) <= tokens_of(model, name)
+        router = here(found, "writing", of="router", expert=expert)
+        assert set(router["token"][:5]) <= tokens_of(model, name)
+
+
+def test_knockouts_and_first_order_effects_are_those_of_ablating_and_of_gradients(model, found):
+    batches = [
+        batch
+        for shard in shards(planted_domains()[0], model, READING)
+        for batch in batch_windows(shard.windows, model, batch_tokens=10**6)
+    ]
+    for expert in (PLANTED["sea"], 14):
+        added = tokens = 0.0
+        for batch in batches:
+            mask = predicted(batch)
+            whole, without = (losses(model, batch, hooks) for hooks in ([], _without(model, expert)))
+            added += float(((without - whole).double() * mask).sum())
+            tokens += int(mask.sum())
+        row = here(found, "knockouts", domain="sea", expert=expert, read="sea").iloc[0]
+        assert row["tokens"] == tokens
+        assert row["added"] == pytest.approx(added / tokens, abs=1e-5)
+    small, step = 0.0, 1e-2
+    for batch in batches:
+        ends = [losses(model, batch, _without(model, PLANTED["sea"], part)) for part in (1 - step, 1 + step)]
+        small += float(((ends[0] - ends[1]).double() * predicted(batch)).sum()) / (2 * step)
+    row = here(found, "domains", domain="sea", expert=PLANTED["sea"]).iloc[0]
+    assert row["saved"] == pytest.approx(small / row["predicted"], rel=1e-2)
+    assert row["saved_low"] <= row["saved"] <= row["saved_high"]
+
+
+def _without(model: Any, expert: int, part: float = 0.0) -> Any:
+    """Hooks that leave a part of what an expert adds."""
+    name = f"blocks.{LAYER}.mlp.hook_routing_weights"
+
+    def weigh(weights: torch.Tensor, hook: Any) -> torch.Tensor:  # noqa: ARG001
+        return weights * torch.where(model.experts_in_slots(LAYER) == expert, part, 1.0)
+
+    return [(name, weigh)]
+
+
+def test_texts_are_shown_with_their_routing_and_the_lens_of_each_rank(model, found):
+    tokens: Any = found.tables["text_tokens"]
+    own = tokens[tokens["domain"] == ""]
+    assert model.tokenizer.decode(own["token"].tolist()) == TEXT
+    assert set(tokens["domain"]) == {*WORDS, ""} and set(tokens.groupby("domain")["text"].nunique()) == {1, 2}
+    ids = torch.tensor([model.own_ids("")[0] + own["token"].tolist()])
+    logits, cache = model.run_with_cache(ids)
+    opening = ids.shape[1] - len(own)
+    assert own["predicted"].tolist() == logits[0, opening:].argmax(-1).tolist()
+    slots = here(found, "text_slots", text=own["text"].iloc[0])
+    routing = cache.routing(LAYER)
+    for row in slots.to_dict("records"):
+        at = 0, opening + row["pos"], row["rank"]
+        assert row["expert"] == routing.indices[at] and row["weight"] == pytest.approx(float(routing.weights[at]))
+        stream = cache["resid_mid", LAYER][at[:2]] + cache["expert_weighted", LAYER][at]
+        probs = model.unembed(model.ln_final(stream[None, None]))[0, 0].softmax(-1)
+        assert row["token"] == int(probs.argmax()) and row["prob"] == pytest.approx(float(probs.max()), abs=1e-6)
+
+
+def test_negative_control_where_domains_mean_nothing_no_expert_is_a_domains(model):
+    study = Atlas(contexts=False)
+    result = run(study, model, planted_domains(shuffled=True), reading=READING)
+    table: Any = result.tables["domains"]
+    assert table["p_value"].min() > 0.05
+    assert here(result, "domains")["first"].max() < 0.95
+    assert not {"contexts", "text_tokens", "text_slots"} & set(result.tables)
+    assert not {"strongest", "random", "nearly", "sample"} & {name for of in result.results.values() for name in of}
+
+
+@pytest.mark.typed
+def test_resumed_it_is_the_same_and_what_one_small_domain_cannot_tell_is_missing(model, tmp_path):
+    texts = planted_domains(sources=3)[:1]
+    reading = Reading(tokens=None, context=24, shard_tokens=30)
+    whole = run(Atlas(), model, texts, reading=reading)
+    shards_read = 0
+
+    def interrupt(what: str, tokens: int) -> None:  # noqa: ARG001
+        nonlocal shards_read
+        shards_read += 1
+        if shards_read in (2, 5, 8):
+            raise KeyboardInterrupt
+
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            run(Atlas(), model, texts, reading=reading, out=tmp_path / "atlas", watch=interrupt)
+    resumed = run(Atlas(), model, texts, reading=reading, out=tmp_path / "atlas", watch=interrupt)
+    assert_same(resumed, whole)
+    for name, table in whole.tables.items():
+        pd.testing.assert_frame_equal(resumed.tables[name], table, check_dtype=False)
+    domains: Any = whole.tables["domains"]
+    assert domains[["difference", "p_value", "first", "low"]].isna().all().all()
+    experts: Any = whole.tables["experts"]
+    rare = experts[experts["rare"]]
+    assert 0 < len(rare) < len(experts) and (experts["rare"] == (experts["assigned"] < RARE)).all()
+    tables: Any = whole.tables
+    for table in (tables["neurons"], tables["writing"].query("of == 'mean'")):
+        told = set(zip(table["layer"], table["expert"], strict=True))
+        assert told and not told & set(zip(rare["layer"], rare["expert"], strict=True))
+
+
+def test_what_cannot_be_done_is_refused(model):
+    with pytest.raises(InputError, match="knockout_tokens is 0; expected at least 1"):
+        run(Atlas(knockout_tokens=0), model, planted_domains())
+    with pytest.raises(InputError, match="the text '' holds no token"):
+        run(Atlas(texts=("",)), model, planted_domains())
