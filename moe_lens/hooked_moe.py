@@ -25,7 +25,7 @@ from moe_lens.model.hooks.layer_hooks import LayerHooks
 from moe_lens.model.hooks.output_capture import capture_once
 from moe_lens.model.hooks.self_check import self_check
 from moe_lens.model.hooks.transaction import undone_on_error
-from moe_lens.model.loading.pretrained import load_pretrained
+from moe_lens.model.loading.pretrained import Trust, load_pretrained
 from moe_lens.model.loading.quantising import packed_in, read_quantize
 from moe_lens.model.loading.saving import save_pretrained
 from moe_lens.model.loading.transformer_lens_words import read_words
@@ -50,7 +50,7 @@ class HookedMoE(Summary, GeneratingBridge):
         name_or_path: str | Path,
         *,
         check: bool = True,
-        trust_remote_code: bool = False,
+        trust_remote_code: Trust = False,
         quantize: Scheme | None = None,
         **kwargs: Any,
     ) -> Self:
@@ -59,7 +59,8 @@ class HookedMoE(Summary, GeneratingBridge):
         Args:
             name_or_path: what transformers' `from_pretrained` takes.
             check: run the self-check on a few tokens.
-            trust_remote_code: run code that comes with the checkpoint; DeepSeekMoE does not need it.
+            trust_remote_code: run code that comes with the checkpoint; `"tokenizer"` for its tokenizer's alone.
+                DeepSeekMoE does not need it.
             quantize: pack experts and the blocks' linear layers while loading, in 4 bits (`"nf4"`, `"fp4"`) or 8
                 (`"int8"`), by bitsandbytes. Routers, norms and embeddings stay. A `BitsAndBytesConfig` means the same.
             kwargs: `dtype`, `device_map`, `revision`, `cache_dir`, … as in transformers; `device`, `tokenizer`,

@@ -30,6 +30,7 @@ def load_model(
     device: str,
     max_memory: Mapping[int | str, int | str] | None = None,
     quantize: Any = None,
+    trust_tokenizer: bool = False,
 ) -> "HookedMoE":
     """The model, for reading only.
 
@@ -39,6 +40,7 @@ def load_model(
         device: "auto" puts it where there is room; under torchrun, "cuda" is this process's own device.
         max_memory: Bounds "auto", by place.
         quantize: How large matrices are packed; None for not at all.
+        trust_tokenizer: Whether to run code that comes with its tokenizer.
 
     Raises:
         InputError: There is no such device, or the model has no layer with experts.
@@ -48,8 +50,9 @@ def load_model(
     from moe_lens.model.loading.pretrained import EMBEDDED
 
     where: dict[str, Any] = {"max_memory": max_memory} if device == "auto" else {"device": _place(device)}
+    trust = "tokenizer" if trust_tokenizer else False
     dtype = "float32" if dtype == "auto" and name == EMBEDDED else dtype
-    model = HookedMoE.from_pretrained(name, dtype=dtype, quantize=quantize, **where)
+    model = HookedMoE.from_pretrained(name, dtype=dtype, quantize=quantize, trust_remote_code=trust, **where)
     if not model.moe_layers:
         raise InputError(f"{name} has no layer with experts")
     return model.eval().requires_grad_(False)

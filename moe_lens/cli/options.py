@@ -146,6 +146,12 @@ QuantizeOption = Annotated[
     Quantize | None,
     typer.Option(help="Pack experts and linear layers in 4 or 8 bits while loading; needs bitsandbytes."),
 ]
+TrustTokenizer = Annotated[
+    bool,
+    typer.Option(
+        "--trust-tokenizer-code", help="Run code that comes with the model's tokenizer. No other code is run."
+    ),
+]
 Device = Annotated[
     str,
     typer.Option(

@@ -77,6 +77,7 @@ def prune(
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
     max_memory: options.MaxMemory = None,
+    trust_tokenizer_code: options.TrustTokenizer = False,
     config: options.Config = None,
 ) -> None:
     """Write a smaller model that plain transformers loads, and measure what pruning costs.
@@ -121,7 +122,8 @@ def prune(
     )
     console = Console(stderr=True)
     with OutputFolder(out) as folder, console.status(f"loading {model}") as status:
-        loaded = load_model(model, dtype.value, device, options.max_memory(max_memory, device))
+        memory, trust = options.max_memory(max_memory, device), trust_tokenizer_code
+        loaded = load_model(model, dtype.value, device, memory, trust_tokenizer=trust)
         made = run(loaded, domains, settings, folder.scratch / "model", watch=status.update)  # appears with the rest
         page = write_pruning(made, folder)
     console.print(f"done in {time.monotonic() - started:.0f} s", highlight=False)

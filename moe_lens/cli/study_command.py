@@ -48,6 +48,7 @@ class Arguments:
     quantize: options.QuantizeOption = None
     device: options.Device = "auto"
     max_memory: options.MaxMemory = None
+    trust_tokenizer_code: options.TrustTokenizer = False
     config: options.Config = None
 
     def domains(self) -> options.Opened:
@@ -133,7 +134,8 @@ def _run(made: "Study | Work", domains: options.Opened, out: Path, given: Argume
         console = Console(stderr=True, quiet=distributed.rank() > 0)
         with console.status(Text(f"loading {given.model}")):
             packing = given.quantize and given.quantize.value
-            model = load_model(given.model, given.dtype.value, given.device, max_memory, packing)
+            trust = given.trust_tokenizer_code
+            model = load_model(given.model, given.dtype.value, given.device, max_memory, packing, trust)
         if (where := where_it_is(model)) is not None:
             console.print(Text(where))
         columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()

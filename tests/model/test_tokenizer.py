@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from moe_lens.data import Domain, Passage, tokenize
-from moe_lens.errors import CheckpointError, InputError, SelfCheckError
+from moe_lens.errors import CheckpointError, InputError, SelfCheckError, UnsupportedModelError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.model.loading.pretrained import load_pretrained, load_tokenizer
 from moe_lens.studies.model_facts import model_facts
@@ -189,6 +190,30 @@ def test_remote_tokenizer_code_is_not_run(tmp_path: Path) -> None:
     write_tokenizer(folder, backend(), auto_map=auto_map, tokenizer_class="EvilTokenizer")
     with pytest.raises(CheckpointError, match="trust_remote_code"):
         load_tokenizer(str(folder))
+
+
+def test_a_tokenizer_s_code_can_be_trusted_alone_and_one_that_cannot_be_read_does_not_bar_the_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_checkpoint(tmp_path, wide := {**TINY, "vocab_size": 320}, random_tensors(wide))
+    write_tokenizer(
+        folder, backend(), auto_map={"AutoTokenizer": [None, "own.OwnTokenizer"]}, tokenizer_class="OwnTokenizer"
+    )
+    base = "PreTrainedTokenizerFast"
+    (folder / "own.py").write_text(f"from transformers import {base}\nclass OwnTokenizer({base}):\n    pass\n")
+    with caplog.at_level(logging.WARNING):
+        assert load_pretrained(str(folder))[1] is None
+    assert 'trust_remote_code="tokenizer" runs it and no other' in caplog.messages[-1]
+    assert "reads tokens but no text" in caplog.messages[-1]
+    model, tokenizer = load_pretrained(str(folder), trust_remote_code="tokenizer")
+    assert type(tokenizer).__name__ == "OwnTokenizer" and model is not None
+    (folder / "own.py").write_text("raise RuntimeError('no such library')")
+    assert load_pretrained(str(folder), trust_remote_code="tokenizer")[1] is None
+    config = json.loads((folder / "config.json").read_text())
+    code = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
+    (folder / "config.json").write_text(json.dumps({**config, **code}))
+    with pytest.raises(UnsupportedModelError, match="model_type 'own' is unknown"):  # the model's own is never run
+        load_pretrained(str(folder), trust_remote_code="tokenizer")
 
 
 # --- the tokenizer of a model: the one that was passed, as it is ---

@@ -58,6 +58,8 @@ _HOUSEKEEPING = frozenset(
         "rope_theta",
         "sep_token_id",
         "task_specific_params",
+        "unsloth_fixed",
+        "unsloth_version",
         "tokenizer_class",
         "torch_dtype",
         "torchscript",

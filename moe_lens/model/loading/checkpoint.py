@@ -65,7 +65,9 @@ def find_file(source: str, name: str, hub: Mapping[str, Any]) -> Path | None:
     """
     folder = Path(source) / (hub.get("subfolder") or "")
     if Path(source).is_file():
-        raise CheckpointError(f"{source} is a file; expected a checkpoint's folder or its name on the hub.")
+        beside = Path(source).parent
+        whole = f", such as {beside}" if (beside / "config.json").is_file() else ""
+        raise CheckpointError(f"{source} is a file; expected a checkpoint's folder{whole} or its name on the hub.")
     if (folder / name).is_dir():
         raise CheckpointError(f"{folder / name} is a folder; expected a file.")
     try:
@@ -95,8 +97,9 @@ def read_config(source: str, hub: Mapping[str, Any]) -> tuple[Path, dict[str, An
         # transformers answers alike for both
         unanswered = "the hub's repository has none or the hub cannot be reached"
         hub_says = "the hub may not be asked (HF_HUB_OFFLINE)" if is_offline_mode() else unanswered
+        revision = "" if hub.get("revision") is None else f" in its revision {str(hub['revision'])!r}"
         raise CheckpointError(
-            f"{source} has no config.json"
+            f"{source} has no config.json{revision}"
             + ("" if Path(source).is_dir() else f": there is no such folder, and {hub_says}")
             + ". Expected a folder with config.json and safetensors, or a name on the hub."
         )
@@ -167,8 +170,9 @@ class Checkpoint:
         for pickled in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
             if find_file(source, pickled, hub) is not None:
                 raise CheckpointError(
-                    f"{source} has pickled weights only ({pickled}), and reading a pickle can run code. Convert them "
-                    "to safetensors, or pass use_safetensors=False if you trust them."
+                    f"{source} has pickled weights only ({pickled}), and reading a pickle can run code. If you "
+                    f"trust them, convert them once: HookedMoE.from_pretrained({source!r}, use_safetensors=False)"
+                    ".save_pretrained(folder). In Python, use_safetensors=False alone reads them each time."
                 )
         raise CheckpointError(f"{source} has no weights: neither {stem}.safetensors nor {index_name}.")
 

@@ -3,11 +3,12 @@
 import contextlib
 import copy
 import importlib.resources
+import logging
 import math
 import re
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -29,7 +30,16 @@ from moe_lens.model.families.deepseek import DeepseekConfig, DeepseekForCausalLM
 from moe_lens.model.families.table import check_release
 from moe_lens.model.hf_compat import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from moe_lens.model.hf_compat import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, is_peft_available, resolve_revision
-from moe_lens.model.loading.checkpoint import HUB_ARGUMENTS, Checkpoint, StoredTensor, find_file, not_whole, read_config
+from moe_lens.model.loading.checkpoint import (
+    HUB_ARGUMENTS,
+    Checkpoint,
+    OpenFiles,
+    StoredTensor,
+    find_file,
+    not_whole,
+    read_config,
+    read_json,
+)
 from moe_lens.model.loading.depth import PREDICTING, layer_of, list_of_layers, read_depth
 from moe_lens.model.loading.formats.view import packing_of
 from moe_lens.model.loading.memory_plan import Size
@@ -61,6 +71,8 @@ _REQUIRED = (
 # What these ask for happens inside transformers' own loader.
 _OWN_LOADER = frozenset({"distributed_config", "tp_plan", "tp_size", "device_mesh", "gguf_file"})
 
+Trust = bool | Literal["tokenizer"]
+_LOG = logging.getLogger(__name__)
 _UNREADABLE = (ImportError, OSError, ValueError, LookupError, RuntimeError, StrictDataclassError, struct.error)
 """What transformers raises of a checkpoint that it cannot read."""
 
@@ -76,18 +88,19 @@ def resolve_name(name_or_path: str) -> str:
 
 
 def load_pretrained(
-    name_or_path: str, *, trust_remote_code: bool = False, **kwargs: Any
+    name_or_path: str, *, trust_remote_code: Trust = False, **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a causal language model and its tokenizer, refusing a checkpoint that is not whole.
 
     Args:
         name_or_path: name on the hub, folder, or "tiny-deepseekmoe" for the embedded model.
-        trust_remote_code: whether to run code that comes with the checkpoint. DeepSeekMoE never needs it.
+        trust_remote_code: whether to run code that comes with the checkpoint; "tokenizer" for the tokenizer's alone.
+            DeepSeekMoE never needs it.
         kwargs: the loading arguments of transformers (`dtype`, `device_map`, `attn_implementation`, `revision`, …).
             Without `device_map`, or with "auto", `memory_plan` says where parameters go; `max_memory` bounds it.
 
     Returns:
-        The model in evaluation mode, and its tokenizer or None where the checkpoint has none.
+        The model in evaluation mode, and its tokenizer or None where the checkpoint has none that can be read.
 
     Raises:
         CheckpointError: something is missing, unexpected, misshapen, unreadable, NaN or infinite.
@@ -104,6 +117,12 @@ def load_pretrained(
         cache_dir=hub.get("cache_dir"),
     )
     adapter = find_file(source, "adapter_config.json", hub)
+    if adapter is not None and find_file(source, "config.json", hub) is None:
+        base = read_json(adapter).get("base_model_name_or_path") or "a model that it does not name"
+        raise UnsupportedModelError(
+            f"{source} is an adapter of PEFT on {base}, not a model. Load that one; or merge the adapter into it "
+            "(merge_and_unload) and load what save_pretrained then writes"
+        )
     gguf = kwargs.get("gguf_file")
     path, raw = read_config(source, hub) if gguf is None else _gguf_config(source, gguf, hub)
     check_release(raw["model_type"])
@@ -117,7 +136,7 @@ def load_pretrained(
             f"{adapter}: beside the weights lies an adapter of PEFT, which would be left out. Merge it first "
             "(merge_and_unload) and load what save_pretrained then writes, or take it out of the folder"
         )
-    if not own and raw["model_type"] not in CONFIG_MAPPING and not trust_remote_code:
+    if not own and raw["model_type"] not in CONFIG_MAPPING and trust_remote_code is not True:
         raise UnsupportedModelError(
             f"{path}: model_type {raw['model_type']!r} is unknown to this version of transformers. If the checkpoint "
             "brings its own code and you trust it, pass trust_remote_code=True."
@@ -126,18 +145,27 @@ def load_pretrained(
         if own:
             model = _load_deepseek(source, path, raw, hub, kwargs)
         else:
-            model = _load_other(source, raw, hub, {**kwargs, "trust_remote_code": trust_remote_code})
+            model = _load_other(source, raw, hub, {**kwargs, "trust_remote_code": trust_remote_code is True})
     except TypeError as error:  # transformers hands what it does not read to the model's own __init__
         word = re.search(r"got an unexpected keyword argument '(\w+)'", str(error))
         if word is None or word[1] not in kwargs:
             raise
         raise InputError(f"from_pretrained has no argument {word[1]!r}, and {path} no such setting") from error
     model.config.name_or_path = model.name_or_path = str(name_or_path)
-    tokenizer = None
-    if has_tokenizer(source, hub):
-        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code, **hub)
-        check_vocabulary(tokenizer, model.config.get_text_config().vocab_size, source)
-    return model, tokenizer
+    return model, _tokenizer(model, source, hub, trusted=trust_remote_code in (True, "tokenizer"))
+
+
+def _tokenizer(model: Any, source: str, hub: dict[str, Any], *, trusted: bool) -> PreTrainedTokenizerBase | None:
+    """The checkpoint's tokenizer; one that cannot be read is no reason to refuse the weights."""
+    if not has_tokenizer(source, hub):
+        return None
+    try:
+        tokenizer = load_tokenizer(source, trust_remote_code=trusted, **hub)
+    except CheckpointError as error:
+        _LOG.warning("%s. The model is loaded without it, and reads tokens but no text", error)
+        return None
+    check_vocabulary(tokenizer, model.config.get_text_config().vocab_size, source)
+    return tokenizer
 
 
 def _gguf_config(source: str, file: str, hub: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
@@ -230,8 +258,24 @@ def _deepseek_checkpoint(
     shapes = _shapes(config, depth.loaded)
     ahead = [name for name in checkpoint.tensors if layer_of(name, "model.layers") in depth.predicting]
     left_out = stored_shapes(_shapes(config, min(depth.own, there))) if depth.loaded < depth.own else {}
-    checkpoint.check(stored_shapes(shapes), {**left_out, **dict.fromkeys(ahead)})
+    tables = [name for name in checkpoint.tensors if name.endswith("rotary_emb.inv_freq")]  # rope_theta gives them
+    head = _tied_head(checkpoint, config)
+    checkpoint.check(stored_shapes(shapes), {**left_out, **dict.fromkeys([*ahead, *tables, *head])})
     return checkpoint, shapes
+
+
+def _tied_head(checkpoint: Checkpoint, config: DeepseekConfig) -> list[str]:
+    """The name of an unembedding that is stored although it is the embedding; the two must not differ."""
+    head, embedding = (checkpoint.tensors.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    if not config.tie_word_embeddings or head is None or embedding is None:
+        return []
+    files = OpenFiles()
+    if head.shape != embedding.shape or not torch.equal(head.read(files), embedding.read(files)):
+        raise not_whole(
+            str(head.file.parent),
+            [f"{head.file.name}: lm_head.weight differs from the embedding, and config.json says tie_word_embeddings"],
+        )
+    return ["lm_head.weight"]
 
 
 def _shapes(config: DeepseekConfig, n_layers: int) -> dict[str, tuple[int, ...]]:

@@ -39,8 +39,14 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False, **kwar
         tokenizer = _loader(name_or_path, settings, kwargs).from_pretrained(
             name_or_path, trust_remote_code=trust_remote_code, **{**flags, **kwargs}
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"The tokenizer of {name_or_path} cannot be read: {error}") from error
+    except Exception as error:  # libraries and code that comes with a tokenizer raise whatever they like
+        why = str(error).strip().partition("\n")[0]
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            why = (
+                'it brings its own code. If you trust that, trust_remote_code="tokenizer" runs it and no other '
+                "(on the command line, --trust-tokenizer-code)"
+            )
+        raise CheckpointError(f"The tokenizer of {name_or_path} cannot be read: {why}") from error
     for name in ("bos", "eos"):
         if flags.get(f"add_{name}_token") and getattr(tokenizer, f"{name}_token") is None:
             raise CheckpointError(f"tokenizer_config.json of {name_or_path} has add_{name}_token, but no {name}_token.")
