@@ -18,12 +18,14 @@ def report(
         typer.Argument(metavar="[FOLDER]...", help="Saved studies, of any kind, or reports, to show instead."),
     ] = None,
 ) -> Work | None:
-    """What the experts of a model do on real text: three studies, and one HTML page of them that opens offline.
+    """What the experts of a model do on real text: five studies, and one HTML page of them that opens offline.
 
     Which experts each domain is sent to, beside what an untrained router and the token alone would give; one expert
-    against the ensemble, with controls; what fewer experts cost; and what each expert would predict next. The folder
-    receives report.html and, in routing, single-expert and lens, what `moe-lens routing --nulls`, `single-expert` and
-    `lens` save. With folders that were saved: one page of all of them.
+    against the ensemble, with controls; what fewer experts cost; what each expert would predict next; what is lost
+    without a quarter of the experts, and without those that a domain prefers, beside random ones; and verdicts on the
+    paper's claims. The folder receives report.html, verdicts.json and, in routing, single-expert, lens, pruning and
+    localisation, the studies. The last two read a quarter of --tokens, and are left out where a domain has a single
+    source. With folders that were saved: one page of all of them.
 
     Example: moe-lens report runs/routing runs/single-expert --out page
     """

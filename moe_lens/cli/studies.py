@@ -62,6 +62,12 @@ class Kind(StrEnum):
     parquet = "parquet"
 
 
+Parallel = Annotated[
+    str | None,
+    typer.Option(metavar="REGEX", help="What names of sources that are one document in several domains differ in."),
+]
+
+
 @command("routing", "moe-lens-routing")
 def routing(
     nulls: Annotated[
@@ -70,6 +76,7 @@ def routing(
             "--nulls", help="Also measure a random router, token-unigram and uniform routing: 2 more forward passes."
         ),
     ] = False,
+    parallel: Parallel = None,
 ) -> "Study":
     """Which experts each domain's tokens are sent to, with intervals over sources and tests between domains.
 
@@ -80,11 +87,14 @@ def routing(
 
     Example: moe-lens routing --domain prose=prose.jsonl --domain code=code.jsonl --tokens 100000 --out runs/routing
 
+    With --parallel two domains that have such sources are compared on those alone, by swapping them; those without a
+    partner are left out of the pair, and counted (domain_pairs: sources, dropped).
+
     Several processes: torchrun --nproc-per-node 4 -m moe_lens routing …
     """
     from moe_lens.studies import RoutingStudy
 
-    return RoutingStudy(nulls=nulls)
+    return RoutingStudy(nulls=nulls, parallel=parallel)
 
 
 @command("single-expert", "moe-lens-single-expert")
@@ -212,14 +222,7 @@ def localise(
         ),
     ] = None,
     matched: Annotated[int, typer.Option(min=1, help="Coalitions to match on routing weight.")] = MATCHED,
-    parallel: Annotated[
-        str | None,
-        typer.Option(
-            metavar="REGEX",
-            help="What names of sources that are one document in several domains differ in: they stay together.  "
-            "[a language code between slashes]",
-        ),
-    ] = None,
+    parallel: Parallel = None,
     facts: Annotated[
         str | None,
         typer.Option(
@@ -238,6 +241,9 @@ def localise(
     Tables: contrast (a row for each domain, way of taking out and control: nats a token with their interval over all
     sources, and the share of controls that are beaten), effects (what each kind of coalition costs each domain),
     coalitions (who was picked), halves.
+
+    Parallel sources stay together; without --parallel they are those whose names differ in a language code between
+    slashes.
 
     Every text is read some 2 × (matched + 10) times for each domain and way of taking out.
 

@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -24,13 +24,26 @@ def parallel_blocks(sources: Mapping[str, Sequence[str]], differ: str = LANGUAGE
     Raises:
         InputError: It is no regular expression.
     """
+    key = parallel_key(differ)
+    return {domain: {name: key(name) for name in names} for domain, names in sources.items()}
+
+
+def parallel_key(differ: str = LANGUAGE) -> Callable[[str], str]:
+    """From the name of a source to what parallel ones have in common.
+
+    Args:
+        differ: A regular expression of what may differ in the names of parallel sources.
+
+    Raises:
+        InputError: It is no regular expression.
+    """
     try:
         pattern = re.compile(differ)
     except re.error as error:
         raise InputError(
             f"{differ!r} is no regular expression ({error}); expected what parallel names differ in"
         ) from None
-    return {domain: {name: pattern.sub("*", name, count=1) for name in names} for domain, names in sources.items()}
+    return lambda name: pattern.sub("*", name, count=1)
 
 
 def balanced_halves(blocks: Mapping[str, Mapping[str, str]], seed: int = 0) -> dict[str, dict[str, int]]:

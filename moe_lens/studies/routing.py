@@ -25,6 +25,7 @@ from moe_lens.stats import (
     token_unigram_routing,
     uniform_routing,
 )
+from moe_lens.stats.parallel_sources import parallel_key
 from moe_lens.studies.frames import by_domain
 from moe_lens.studies.study import TEXTS, Earlier, Gathered, Study
 
@@ -57,6 +58,9 @@ class RoutingStudy(Study):
     """Whether everything is also measured of `nulls_of` the model, which reads the texts once more."""
     seed: int = 0
     """Of the nulls, and of permutations."""
+    parallel: str | None = None
+    """A regular expression of what may differ in the names of sources that are one document in several domains, such
+    as `parallel_sources.LANGUAGE`: pairs of domains that have such sources are compared on those, by swapping them."""
 
     name: ClassVar[str] = "routing"
     passes: ClassVar[tuple[str, ...]] = (MODEL, "nulls")
@@ -64,6 +68,11 @@ class RoutingStudy(Study):
     def chosen_passes(self) -> tuple[str, ...]:
         """The model's own routing, and the nulls' if they are asked for."""
         return self.passes if self.nulls else self.passes[:1]
+
+    def check(self, model: Any) -> None:  # noqa: ARG002
+        """Refuse what is no regular expression."""
+        if self.parallel is not None:
+            parallel_key(self.parallel)
 
     def begin(self, model: Any, name: str) -> Gathered:
         """Counts of experts, of pairs of them, and of them by token."""
@@ -130,7 +139,8 @@ class RoutingStudy(Study):
                     more = by_domain({name: of.per_layer().assign(by=by) for name, of in of_token.items()})
                     tables["vocabulary"] = pd.concat([tables["vocabulary"], more], ignore_index=True)
             if len(results) > 1:
-                compared = compare_domains(counts, seed=self.seed)
+                key = None if self.parallel is None else parallel_key(self.parallel)
+                compared = compare_domains(counts, seed=self.seed, parallel=key)
                 beyond = conditional_information(tokens, seed=self.seed)
                 tables["domain_experts"] = compared.to_frame()
                 tables["domain_layers"] = compared.per_layer()

@@ -1,13 +1,20 @@
 """Forward passes of studies on a tiny random model, against what the model gives when asked directly."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.functional import log_softmax
 
 from moe_lens import HookedMoE, names
-from moe_lens.data import TokenBatch
+from moe_lens.data import Reading, TokenBatch
+from moe_lens.errors import InputError
+from moe_lens.stats import compare_domains
+from moe_lens.stats.parallel_sources import LANGUAGE
+from moe_lens.studies import RoutingStudy, run
 from moe_lens.studies.forward_passes import each_layer, losses, token_losses
 from tests.families import build, tokens
+from tests.planted import planted_domains, planted_model
 
 LENGTHS = (12, 9, 12, 5, 11, 7)
 SOURCES = ("a", "b", "c", "a", "d", "b")
@@ -53,3 +60,16 @@ def test_layers_are_handed_on_complete_and_equal_to_a_cache(model):
         assert torch.equal(parts[names.RESID_MID], cache["resid_mid", layer])
         assert torch.equal(parts[names.EXPERT_INDICES], cache["expert_indices", layer])
         assert torch.equal(parts[names.EXPERT_WEIGHTED], cache["expert_weighted", layer])
+
+
+def test_parallel_sources_are_compared_as_such():
+    texts = planted_domains(shuffled=True, words=12)
+    found = run(RoutingStudy(parallel=LANGUAGE), planted_model(), texts, reading=Reading(tokens=None, context=24))
+    pairs = found.tables["domain_pairs"]
+    assert set(pairs["sources"]) == {12} and set(pairs["dropped"]) == {0}
+    counts: Any = {name: of["model routing"] for name, of in found.results.items()}
+    by_hand = compare_domains(counts, parallel=lambda name: name.split("/")[-1]).per_pair()
+    assert pairs["p_value"].tolist() == by_hand["p_value"].tolist()
+    assert pairs["p_value"].tolist() != compare_domains(counts).per_pair()["p_value"].tolist()
+    with pytest.raises(InputError, match="no regular expression"):
+        run(RoutingStudy(parallel="("), planted_model(), texts)

@@ -13,10 +13,11 @@ from moe_lens.data import Reading
 from moe_lens.errors import InputError
 from moe_lens.stats import MEASURES, Result, RoutingResult, SimilarityResult
 from moe_lens.studies import Localisation, PruningStudy, RoutingStudy, StudyResult, Verdicts, judge, run
+from moe_lens.studies.frames import where
 from moe_lens.studies.lens import QUANTITIES, LensTotals
 from moe_lens.studies.variant_losses import VariantLosses
 from moe_lens.studies.verdict_bounds import Bound, OfDomain, Threshold, over_domains, together
-from tests.planted import planted_domains, planted_model
+from tests.planted import LAYER, PLANTED, planted_domains, planted_model
 
 EXPERTS, TOP_K, SOURCES = 16, 2, 12
 LAYERS = (1, 2)
@@ -100,13 +101,14 @@ def planted() -> dict[str, StudyResult]:
 
 
 @pytest.fixture(scope="module")
-def of_a_model() -> dict[bool, Verdicts]:
+def of_a_model() -> dict[bool, tuple[Verdicts, StudyResult]]:
     """By whether domains mean nothing: of a model in which experts 2, 5 and 7 of one layer serve a domain each."""
     model, found = planted_model(), {}
-    studies = RoutingStudy(nulls=True), PruningStudy(random=20), Localisation(experts=1, matched=20, how=("reroute",))
+    studies = RoutingStudy(nulls=True), PruningStudy(random=20), Localisation(experts=1, matched=10, how=("reroute",))
     for shuffled in (False, True):
         texts, reading = planted_domains(shuffled=shuffled, words=12), Reading(tokens=None, context=24)
-        found[shuffled] = judge({study.name: run(study, model, texts, reading=reading) for study in studies})
+        results = {study.name: run(study, model, texts, reading=reading) for study in studies}
+        found[shuffled] = judge(results), results["routing"]
     return found
 
 
@@ -117,13 +119,19 @@ def values(found: Verdicts, claim: str, what: str) -> list[float]:
 
 
 def test_experts_planted_in_a_model_are_found_and_what_explains_them_is_too(of_a_model):
-    found = of_a_model[False]
+    found, routing = of_a_model[False]
     said = answers(found)
     # every token of a domain goes to the domain's expert; but then the token says it all, and the domain adds nothing
     assert said["1a"] == ("holds", "contradicted")
     assert min(values(found, "1a", "greatest share")) > 0.9
     assert max(values(found, "1a", "the same less that given the token")) < 0.01
     assert said["6"] == ("–", "holds")
+    best = where(routing.tables["domain_experts"], routing="model").query("difference > 0 and p_value <= 0.05")
+    first = best.sort_values("difference").groupby("domain").last()
+    found_there = {domain: (row["layer"], row["expert"]) for domain, row in first.to_dict("index").items()}
+    assert found_there == {domain: (LAYER, expert) for domain, expert in PLANTED.items()}
+    # no token is in two domains
+    assert set(where(routing.tables["given_token_pairs"], routing="model")["finding"]) == {"cannot be told"}
     # three quarters of the experts are enough, the planted one among them: so they are for most random plans
     assert said["5"] == ("holds", "undecided")
     assert max(values(found, "5", "perplexity, pruned ÷ whole")) < 1.02
@@ -131,11 +139,13 @@ def test_experts_planted_in_a_model_are_found_and_what_explains_them_is_too(of_a
 
 
 def test_where_domains_mean_nothing_nothing_is_found(of_a_model):
-    found = of_a_model[True]
+    found, routing = of_a_model[True]
     said = answers(found)
     assert said["1a"] == ("contradicted", "contradicted")  # a third of the tokens of every domain are an expert's
     assert said["6"] != ("–", "holds") and min(values(found, "6", "own − others, picked less matched")) < 0.2
     assert said["5"][1] != "holds"
+    assert where(routing.tables["domain_experts"], routing="model")["p_value"].min() > 0.05
+    assert set(where(routing.tables["given_token_pairs"], routing="model")["finding"]) == {"not rejected"}
 
 
 def answers(found: Any) -> dict[str, tuple[str, str]]:
