@@ -144,7 +144,7 @@ def test_where_domains_mean_nothing_nothing_is_found(of_a_model):
     assert said["1a"] == ("contradicted", "contradicted")  # a third of the tokens of every domain are an expert's
     assert said["6"] != ("–", "holds") and min(values(found, "6", "own − others, picked less matched")) < 0.2
     assert said["5"][1] != "holds"
-    assert where(routing.tables["domain_experts"], routing="model")["p_value"].min() > 0.05
+    assert min(where(routing.tables["domain_experts"], routing="model")["p_value"]) > 0.05
     assert set(where(routing.tables["given_token_pairs"], routing="model")["finding"]) == {"not rejected"}
 
 
