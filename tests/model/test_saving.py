@@ -196,6 +196,16 @@ def gguf(folder: Path) -> HookedMoE:
     writer.add_vocab_size(config.vocab_size)
     writer.add_expert_count(config.num_experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)][: config.vocab_size - 3]
+    vocabulary = [*letters, "th", "the", "<|end|>"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([1] * (len(vocabulary) - 1) + [3])
+    writer.add_token_merges(["t h", "th e"])
+    writer.add_eos_token_id(len(vocabulary) - 1)
+    writer.add_pad_token_id(len(vocabulary) - 1)
     stacks: dict[str, dict[int, Tensor]] = {}
     for name, value in stored(folder).items():
         layer, expert = (re.search(rf"{of}\.(\d+)\.", name) for of in ("layers", "experts"))
@@ -211,7 +221,9 @@ def gguf(folder: Path) -> HookedMoE:
     writer.close()
     for file in (*folder.glob("*.safetensors"), folder / "config.json"):
         file.unlink()
-    model = HookedMoE.from_pretrained(folder, gguf_file="model.gguf")
+    model = HookedMoE.from_pretrained(folder / "model.gguf")
+    read: Any = model.tokenizer
+    assert read.tokenize("the") == ["the"], "its tokenizer is the file's"
     with torch.no_grad():
         assert torch.equal(model(matrix_tokens()), logits), "as transformers computes it"
     return model
@@ -237,7 +249,7 @@ WIDE: dict[str, Any] = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 
 def test_saved_however_it_was_loaded(model_type: str, way: Any, tied: bool, tmp_path: Path) -> None:
     sizes: dict[str, Any] = {} if way is on_disk else WIDE
     if way is gguf:
-        sizes = {**WIDE, "moe_intermediate_size": 768}  # GGUF files say it, transformers does not read it
+        sizes = {**WIDE, "moe_intermediate_size": 96}  # transformers does not read it, and would take 768
     matrix_build(model_type, tie_word_embeddings=tied, **sizes).save_pretrained(tmp_path / "stored")
     model = way(tmp_path / "stored")
     with torch.no_grad():
@@ -329,6 +341,15 @@ def test_a_gguf_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(CheckpointError, match=says):
             HookedMoE.from_pretrained(tmp_path, gguf_file=f"{name}.gguf")
+    (tmp_path / "large-00001-of-00003.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UnsupportedModelError, match="one of 3 parts of a model. Join them"):
+        HookedMoE.from_pretrained(tmp_path / "large-00001-of-00003.gguf")
+    writer: Any = pytest.importorskip("gguf").GGUFWriter(tmp_path / "v2.gguf", "deepseek2")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedModelError, match="does not read GGUF files of the architecture 'deepseek2'"):
+        HookedMoE.from_pretrained(tmp_path / "v2.gguf")
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ from moe_lens.model.loading.checkpoint import (
 )
 from moe_lens.model.loading.depth import PREDICTING, layer_of, list_of_layers, read_depth
 from moe_lens.model.loading.formats.view import packing_of
+from moe_lens.model.loading.gguf_file import find_gguf, read_gguf_config
 from moe_lens.model.loading.memory_plan import Size
 from moe_lens.model.loading.packed_tensors import lazy_state_dict, parameter_shapes, stored_shapes
 from moe_lens.model.loading.placement import Placing, size_of
@@ -107,7 +108,7 @@ def load_pretrained(
         UnsupportedModelError: a model_type, or a feature of its config, that is not known.
         InputError: an argument that neither transformers nor the model reads.
     """
-    source = resolve_name(str(name_or_path))
+    source = find_gguf(resolve_name(str(name_or_path)), kwargs)
     hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS & kwargs.keys()}
     hub["revision"] = resolve_revision(
         source,
@@ -117,14 +118,18 @@ def load_pretrained(
         cache_dir=hub.get("cache_dir"),
     )
     adapter = find_file(source, "adapter_config.json", hub)
-    if adapter is not None and find_file(source, "config.json", hub) is None:
+    if kwargs.get("gguf_file") is None and adapter is not None and find_file(source, "config.json", hub) is None:
         base = read_json(adapter).get("base_model_name_or_path") or "a model that it does not name"
         raise UnsupportedModelError(
             f"{source} is an adapter of PEFT on {base}, not a model. Load that one; or merge the adapter into it "
             "(merge_and_unload) and load what save_pretrained then writes"
         )
     gguf = kwargs.get("gguf_file")
-    path, raw = read_config(source, hub) if gguf is None else _gguf_config(source, gguf, hub)
+    if gguf is None:
+        path, raw = read_config(source, hub)
+    else:
+        path, raw, sizes = read_gguf_config(source, gguf, hub, _UNREADABLE)
+        kwargs |= {name: size for name, size in sizes.items() if name not in kwargs}
     check_release(raw["model_type"])
     said = packing_of(raw)
     if said is not None and said.get("quant_method") == METHOD:
@@ -152,31 +157,23 @@ def load_pretrained(
             raise
         raise InputError(f"from_pretrained has no argument {word[1]!r}, and {path} no such setting") from error
     model.config.name_or_path = model.name_or_path = str(name_or_path)
-    return model, _tokenizer(model, source, hub, trusted=trust_remote_code in (True, "tokenizer"))
+    return model, _tokenizer(model, source, hub, trusted=trust_remote_code in (True, "tokenizer"), gguf=gguf)
 
 
-def _tokenizer(model: Any, source: str, hub: dict[str, Any], *, trusted: bool) -> PreTrainedTokenizerBase | None:
+def _tokenizer(
+    model: Any, source: str, hub: dict[str, Any], *, trusted: bool, gguf: str | None
+) -> PreTrainedTokenizerBase | None:
     """The checkpoint's tokenizer; one that cannot be read is no reason to refuse the weights."""
-    if not has_tokenizer(source, hub):
+    if gguf is None and not has_tokenizer(source, hub):
         return None
+    within = {} if gguf is None else {"gguf_file": gguf}
     try:
-        tokenizer = load_tokenizer(source, trust_remote_code=trusted, **hub)
+        tokenizer = load_tokenizer(source, trust_remote_code=trusted, **within, **hub)
     except CheckpointError as error:
         _LOG.warning("%s. The model is loaded without it, and reads tokens but no text", error)
         return None
     check_vocabulary(tokenizer, model.config.get_text_config().vocab_size, source)
     return tokenizer
-
-
-def _gguf_config(source: str, file: str, hub: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """Path of a GGUF file, and the config that transformers makes of it; a config.json beside it is not read."""
-    path = find_file(source, file, hub)
-    if path is None:
-        raise CheckpointError(f"{source} has no file {file}")
-    try:
-        return path, AutoConfig.from_pretrained(source, gguf_file=file, **hub).to_dict()
-    except _UNREADABLE as error:
-        raise CheckpointError(f"transformers cannot read {path}: {error}") from error
 
 
 def _load_deepseek(
