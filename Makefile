@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 REPORT_ARGS ?=
+ATLAS_ARGS ?=
 PYTEST_ARGS ?=
 SINCE ?= $(shell git merge-base HEAD main 2>/dev/null || echo HEAD)
 
@@ -13,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help report install .installed-all test .plain .typed test-typed quick test-latest .latest test-oldest .oldest test-python .python \
+.PHONY: help report atlas install .installed-all test .plain .typed test-typed quick test-latest .latest test-oldest .oldest test-python .python \
     test-wheel .wheel check docs docs-serve examples notebooks picture clean
 
 help:  ## list the targets
@@ -21,6 +22,9 @@ help:  ## list the targets
 
 report: $(VENV)/.installed  ## the main job on the embedded model; REPORT_ARGS="--help" shows what else it can do
 	$(BIN)/moe-lens report $(REPORT_ARGS)
+
+atlas: $(VENV)/.installed  ## a page for every expert of the embedded model, in moe-lens-atlas/; ATLAS_ARGS="--help"
+	$(BIN)/moe-lens atlas $(ATLAS_ARGS)
 
 install: $(VENV)/.installed  ## create .venv and install the package there, editable
 

@@ -1,13 +1,15 @@
 """A tiny model in which a known expert serves a known domain, its texts, and texts in which domains mean nothing."""
 
 import random
+from functools import cache
 from typing import Any
 
 import torch
 
 from moe_lens import HookedMoE
-from moe_lens.data import Domain, Passage
+from moe_lens.data import Domain, Passage, Reading
 from moe_lens.model.loading.tokenizer import load_tokenizer
+from moe_lens.studies import Atlas, StudyResult, run
 from tests.families import build
 from tests.studies.tiny import TOKENIZER
 
@@ -69,3 +71,14 @@ def planted_domains(*, shuffled: bool = False, sources: int = 12, words: int = 2
         texts = [" " + " ".join(draw.choices(drawn, k=words)) for _ in range(sources)]
         found.append(Domain(name, tuple(Passage(t, f"book/{name}/{i}", f"{name}:{i}") for i, t in enumerate(texts))))
     return found
+
+
+ATLAS_READING = Reading(tokens=None, context=64)
+OWN_TEXT = " the ship and the judge"
+
+
+@cache
+def planted_atlas() -> tuple[HookedMoE, StudyResult]:
+    """The model and its atlas, for many tests."""
+    model = planted_model()
+    return model, run(Atlas(texts=(OWN_TEXT,)), model, planted_domains(), reading=ATLAS_READING)

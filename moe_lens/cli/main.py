@@ -13,6 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 import moe_lens
+from moe_lens.cli import atlas as _atlas
 from moe_lens.cli import models as _models
 from moe_lens.cli import prune as _prune
 from moe_lens.cli import report as _report
@@ -22,6 +23,7 @@ from moe_lens.cli.config_file import defaults
 from moe_lens.errors import InputError, MoELensError
 
 __all__ = [
+    "_atlas",
     "_models",
     "_prune",
     "_report",

@@ -121,8 +121,13 @@ class Choices:
         return pd.DataFrame(columns)
 
     def sent(self, layer: int) -> pd.DataFrame:
-        """For each token the experts that it chose most often: layer, token, expert, assigned, occurred."""
-        best, expert = self.together.topk(min(SENT, self.together.shape[1]), dim=1)
+        """For each token the experts that it chose most often: layer, token, expert, assigned, occurred.
+
+        Of those chosen equally often, the ones that fewer tokens choose come first.
+        """
+        base = self.together.sum(0).double() / self.together.sum()
+        expert = (self.together - base / 2).topk(min(SENT, self.together.shape[1]), dim=1).indices
+        best = self.together.gather(1, expert)
         row, place = (best > 0).nonzero().unbind(-1)
         columns = {
             "layer": layer,

@@ -1,5 +1,6 @@
 """The atlas against counts and ablations made by hand, on a model whose truth is planted."""
 
+from collections.abc import Generator
 from typing import Any
 
 import pandas as pd
@@ -12,23 +13,21 @@ from moe_lens.errors import InputError
 from moe_lens.studies import Atlas, StudyResult, run
 from moe_lens.studies.atlas_choice import RARE
 from moe_lens.studies.forward_passes import losses, predicted
-from tests.planted import LAYER, PLANTED, WORDS, planted_domains, planted_model
+from tests.planted import ATLAS_READING, LAYER, OWN_TEXT, PLANTED, WORDS, planted_atlas, planted_domains
 from tests.studies.tiny import assert_same
 from tests.wrapped import untouched
-
-READING = Reading(tokens=None, context=64)
-TEXT = " the ship and the judge"
 
 
 @pytest.fixture(scope="module")
 def model() -> HookedMoE:
-    return planted_model()
+    model, _ = planted_atlas()
+    return model
 
 
 @pytest.fixture(scope="module")
-def found(model) -> StudyResult:
+def found(model) -> Generator[StudyResult]:
     with untouched(model):
-        return run(Atlas(texts=(TEXT,)), model, planted_domains(), reading=READING)
+        yield planted_atlas()[1]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +35,7 @@ def by_hand(model) -> Any:
     """A row for each counted token: domain, source, position, token, and experts, weights and logits of the layer."""
     rows = []
     for of in planted_domains():
-        for shard in shards(of, model, READING):
+        for shard in shards(of, model, ATLAS_READING):
             for window in shard.windows:
                 _, cache = model.run_with_cache(torch.tensor([window.ids]))
                 routing = cache.routing(LAYER)
@@ -125,7 +124,7 @@ def test_it_says_whose_expert_it_is_how_sure_it_is_and_what_it_writes(model, fou
 def test_knockouts_and_first_order_effects_are_those_of_ablating_and_of_gradients(model, found):
     batches = [
         batch
-        for shard in shards(planted_domains()[0], model, READING)
+        for shard in shards(planted_domains()[0], model, ATLAS_READING)
         for batch in batch_windows(shard.windows, model, batch_tokens=10**6)
     ]
     for expert in (PLANTED["sea"], 14):
@@ -160,7 +159,7 @@ def _without(model: Any, expert: int, part: float = 0.0) -> Any:
 def test_texts_are_shown_with_their_routing_and_the_lens_of_each_rank(model, found):
     tokens: Any = found.tables["text_tokens"]
     own = tokens[tokens["domain"] == ""]
-    assert model.tokenizer.decode(own["token"].tolist()) == TEXT
+    assert model.tokenizer.decode(own["token"].tolist()) == OWN_TEXT
     assert set(tokens["domain"]) == {*WORDS, ""} and set(tokens.groupby("domain")["text"].nunique()) == {1, 2}
     ids = torch.tensor([model.own_ids("")[0] + own["token"].tolist()])
     logits, cache = model.run_with_cache(ids)
@@ -178,7 +177,7 @@ def test_texts_are_shown_with_their_routing_and_the_lens_of_each_rank(model, fou
 
 def test_negative_control_where_domains_mean_nothing_no_expert_is_a_domains(model):
     study = Atlas(contexts=False)
-    result = run(study, model, planted_domains(shuffled=True), reading=READING)
+    result = run(study, model, planted_domains(shuffled=True), reading=ATLAS_READING)
     table: Any = result.tables["domains"]
     assert table["p_value"].min() > 0.05
     assert here(result, "domains")["first"].max() < 0.95

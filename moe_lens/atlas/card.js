@@ -1,0 +1,152 @@
+"use strict";
+// Everything about one expert. Every number beside how many it is of; what cannot be told says so.
+const [ASSIGNED, SHARE, LOW, HIGH, ALONE, DIFFERENCE, P, FIRST, SAVED, SAVED_LOW, SAVED_HIGH] = Array(11).keys();
+
+atlas.views.layer = async ({ layer, expert }) => {
+  const { about } = atlas, l = Number(layer), e = Number(expert || 0);
+  if (!about.layers.includes(l) || !(e >= 0 && e < about.experts)) return [h("h1", {}, "No such expert"), h("p", {}, `Layers are ${about.layers.join(", ")}; experts 0 to ${about.experts - 1}.`)];
+  const file = await atlas.load(`layer-${l}`), of = file.experts[e];
+  const row = about.layers.indexOf(l), early = l < about.model.layers / 2;
+  const step = (to, label) => to >= 0 && to < about.experts ? expertLink(l, to, label) : h("span", {}, label);
+  const layerStep = (to, label) => about.layers[to] !== undefined ? expertLink(about.layers[to], e, label) : h("span", {}, label);
+  return [
+    h("p", { class: "steps" }, step(e - 1, "‹ expert"), " ", step(e + 1, "expert ›"), " ", layerStep(row - 1, "‹ layer"), " ", layerStep(row + 1, "layer ›")),
+    h("h1", {}, `Layer ${l}, expert ${e}`),
+    summary(of, row, e),
+    facts(of),
+    profile(of),
+    h("div", { class: "columns" }, reads(of), writesSection(of, early)),
+    about.contexts && contexts(of, file.sources),
+    h("div", { class: "columns" }, together(of, l), nearest(of, l)),
+    effects(of),
+  ];
+};
+
+atlas.drawAlone = async (layer, expert) => {
+  const [, ...parts] = await atlas.views.layer({ layer, expert }); // without the steps to other experts
+  document.getElementById("view").replaceChildren(...parts.flat(Infinity).filter(Boolean));
+};
+
+const total = () => atlas.about.domains.reduce((sum, domain) => sum + domain.tokens, 0);
+
+// The expert of a layer whose share is most above that of other domains.
+const leaderOf = (row, domain) => {
+  const differences = atlas.data.get("map").domains[domain].difference[row];
+  return differences.indexOf(Math.max(...differences));
+};
+
+// The answer in a few sentences.
+const summary = (of, l, e) => {
+  const { about } = atlas;
+  if (of.rare) return h("p", { class: "lead warn" }, `Only ${whole(of.assigned)} of ${whole(total())} tokens chose it: what it stands for cannot be told from these texts.`);
+  if (about.domains.length < 2) return h("p", { class: "lead" }, `${percent(of.share)} of the tokens choose it. With one domain there is nothing to compare it with.`);
+  const best = of.domains.reduce((most, d, i) => (d[DIFFERENCE] > of.domains[most][DIFFERENCE] ? i : most), 0);
+  const d = of.domains[best], sure = d[P] !== null && d[P] < 0.05;
+  const others = d[SHARE] - d[DIFFERENCE];
+  const leader = leaderOf(l, best);
+  const first = d[FIRST] === null ? "too few sources to tell whether it is the layer's foremost" : `the layer's foremost for ${atlas.domains[best]} in ${percent(d[FIRST], 0)} of resamples of the sources${leader === e ? "" : ` (it is expert ${leader})`}`;
+  return h("p", { class: "lead" }, sure ? "" : "No difference between domains was shown. ",
+    h("b", {}, atlas.domains[best]), ` chooses it most beyond the others: ${percent(d[SHARE])} of its tokens (${span(d[LOW], d[HIGH], percent)}), ${percent(others)} of other domains'; ${first}; ${pValue(d[P])} (corrected).`);
+};
+
+const facts = (of) => h("ul", { class: "facts" }, [
+  ["chosen by", `${whole(of.assigned)} of ${whole(total())} tokens (${percent(of.share)})`],
+  ["first choice of", `${whole(of.top1)}`],
+  ["mean weight", number(of.weight)],
+  ["adds, beside the stream", number(of.relative_norm)],
+  ["greatest activation", `${number(of.max_activation)}${of.super ? " (super expert?)" : ""}`],
+  ["entropy of its tokens", `${number(of.entropy)} nats`],
+].map(([name, value]) => h("li", {}, h("span", { class: "muted" }, name), " ", h("b", {}, value))));
+
+const profile = (of) => {
+  const { about } = atlas, uniform = about.top_k / about.experts;
+  const most = Math.max(...of.domains.map((d) => Math.max(d[HIGH] || 0, d[SHARE], d[ALONE])), uniform) * 1.05;
+  const at = (v) => `${((100 * v) / most).toFixed(2)}%`;
+  const bar = (d) => h("div", { class: "bar", role: "img", "aria-label": `${percent(d[SHARE])}, ${span(d[LOW], d[HIGH], percent)}; by the token alone ${percent(d[ALONE])}` },
+    h("i", { class: "value", vars: { x: at(d[SHARE]) } }),
+    d[LOW] !== null && h("i", { class: "whisker", vars: { x: at(d[LOW]), w: at(d[HIGH] - d[LOW]) } }),
+    h("i", { class: "null", vars: { x: at(d[ALONE]) }, title: `by the token alone ${percent(d[ALONE])}` }),
+    h("i", { class: "uniform", vars: { x: at(uniform) }, title: `all experts alike ${percent(uniform)}` }));
+  const rows = of.domains.map((d, i) => [
+    h("b", {}, atlas.domains[i]), bar(d),
+    h("span", {}, percent(d[SHARE]), h("small", {}, ` ${span(d[LOW], d[HIGH], percent)}`)),
+    percent(d[ALONE]), d[P] === null ? "cannot be told" : `${pValue(d[P])}${d[P] < 0.05 ? " *" : ""}`,
+    d[FIRST] === null ? "cannot be told" : percent(d[FIRST], 0),
+    `${whole(d[ASSIGNED])} of ${whole(about.domains[i].tokens)}; ${whole(about.domains[i].sources)} sources`,
+  ]);
+  return section("Whose tokens choose it",
+    "Bar: share of the domain's tokens; line: 95 % interval over sources; diamond: the share if every token chose as it does in all domains together; "
+    + `dashed: all experts alike, ${percent(uniform)}. p: the domain's share against the others', labels permuted over sources, corrected for all experts, layers and domains (maxT).`,
+    table(["Domain", "", "Share", "By the token alone", "p (maxT)", "Foremost in resamples", "n"], rows, { class: "profile" }));
+};
+
+const reads = (of) => section("What it reads",
+  `Tokens that choose it, by how much they add to its difference from the base rate. Lift: the share of a token's occurrences that choose it, over that of all tokens. Tokens seen ${atlas.about.limits.at_least} times or more.`,
+  of.rare ? cannot(of) : of.tokens.length ? table(["Token", "Lift", "n"], of.tokens.map(([token, assigned, occurred, lift]) => [tokenLink(token), `× ${number(lift)}`, `${whole(assigned)} of ${whole(occurred)}`])) : h("p", {}, "None stands out."),
+  h("h3", {}, "What its router row looks for"),
+  h("p", { class: "note" }, "Token embeddings, alone in the stream, that raise its router logit most above the other experts'. In deep layers the stream is no longer an embedding."),
+  of.router.length ? tokenList(of.router.map(([token, value]) => [token, number(value)])) : h("p", {}, "This family's routers cannot be read so."));
+
+const cannot = (of) => h("p", { class: "warn" }, `Cannot be told: ${whole(of.assigned)} tokens chose it.`);
+const tokenList = (items) => h("p", { class: "tokens" }, items.map(([token, value, mark]) => h("span", {}, tokenLink(token, { class: `token${mark ? " recurs" : ""}` }), h("small", {}, ` ${value} `))));
+
+const writesSection = (of, early) => section("What it writes",
+  "Its mean output, less the mean over the layer's experts, through the final norm and the unembedding: tokens and their logits.",
+  early && h("p", { class: "warn" }, "An early layer: later layers may read what it writes otherwise than the unembedding does."),
+  of.promoted.length ? [
+    h("h3", {}, "Promotes"), tokenList(of.promoted.map(([token, value, recurs]) => [token, number(value), recurs])),
+    h("h3", {}, "Suppresses"), tokenList(of.suppressed.map(([token, value, recurs]) => [token, number(value), recurs])),
+    h("p", { class: "note" }, of.promoted[0][2] === null ? "Whether they recur in other sources cannot be told: too few tokens in one half of them." : `Underlined: among the first ${atlas.about.limits.seen_again} of both halves of the sources. The others may be chance.`),
+  ] : of.rare ? cannot(of) : h("p", {}, "It writes nothing."),
+  of.neurons.length > 0 && [
+    h("h3", {}, "Its most used neurons"),
+    table(["Neuron", "Mean activation", "Promotes", "Suppresses"], of.neurons.map(([index, , activation, size, up, down]) => [String(index), h("span", {}, number(activation), h("small", {}, ` |…| ${number(size)}`)), tokenList(up.map((t) => [t, ""])), tokenList(down.map((t) => [t, ""]))])),
+  ]);
+
+const contexts = (of, sources) => {
+  const most = Math.max(1e-9, ...Object.values(of.contexts).flat().flatMap((line) => line[6]));
+  const piece = ([domain, source, position, at, , tokens, weights]) => h("li", {},
+    h("span", { class: "running", dir: "auto" }, tokens.map((token, i) => h("span", { class: `piece${i === at ? " here" : ""}`, vars: { w: (weights[i] / most).toFixed(3) }, title: `weight ${number(weights[i], 2)}` }, shownInline(textOf(token), "↵ ")))),
+    h("small", { class: "muted" }, ` ${atlas.domains[domain]} · `, h("bdi", {}, sources[source]), ` · token ${position}`));
+  const group = (kind, title, note) => h("div", {}, h("h3", {}, title), h("p", { class: "note" }, note),
+    of.contexts[kind] ? h("ul", { class: "contexts" }, of.contexts[kind].map(piece)) : h("p", {}, "None."));
+  return section("Where it is chosen", "Outlined: the token. Colour: the expert's weight at each token.",
+    group("strongest", "Strongest", "Greatest weight. These alone mislead."),
+    group("random", "At random", "Drawn from all tokens that chose it."),
+    group("nearly", "Nearly", "Did not choose it, and came nearest by router logit."));
+};
+
+const together = (of, l) => {
+  const list = (kind, title) => of.partners[kind] && of.partners[kind].length > 0 && [h("h3", {}, title),
+    table(["Expert", "Lift", "n"], of.partners[kind].map(([layer, other, tokens, lift]) => [expertLink(layer, other, layer === l ? `expert ${other}` : `layer ${layer}, expert ${other}`), `× ${number(lift)}`, whole(tokens)]))];
+  const lists = [list("with", "In its layer"), list("before", "In the layer before"), list("after", "In the next layer")].filter(Boolean);
+  return section("Who goes with it", "Experts that its tokens choose more often than independent choices would have it. n: tokens that chose both.",
+    of.rare ? cannot(of) : lists.length ? lists : h("p", {}, "None stands out."));
+};
+
+const nearest = (of, l) => {
+  const list = (kind, title, note, tokens) => h("div", {}, h("h3", {}, title), h("p", { class: "note" }, note),
+    table(["Expert", "Value", "By chance"], (of.nearest[kind] || []).map(([other, value, chance]) => [expertLink(l, other, `expert ${other}`), number(value), number(chance)])));
+  return section("Which are like it", null,
+    list("weights", "By weights", "Overlap of the spaces that its matrices read and write, in [0, 1]; by chance: of random matrices."),
+    list("outputs", "By outputs", "Correlation of outputs on the same tokens, chosen or not; by chance: cosine on different tokens."));
+};
+
+const effects = (of) => {
+  const { about } = atlas;
+  const rows = of.domains.map((d, i) => [h("b", {}, atlas.domains[i]), milli(d[SAVED]), span(d[SAVED_LOW], d[SAVED_HIGH], milli), whole(about.domains[i].predicted || about.domains[i].tokens)]);
+  return section("What breaks without it", "Loss in millinats a token; above 0: the loss grows without the expert.",
+    of.knockouts.length > 0 && [h("h3", {}, "Taken out, exactly"),
+      h("p", { class: "note" }, `Its contribution set to zero, on the first tokens of every window. It was picked for its share, on these same texts. Controls: other experts of the layer that carry as much of the domain's routing weight. * grows more than with them, the interval corrected for all such comparisons.`),
+      of.knockouts.map(knockout)],
+    !of.knockouts.length && h("p", {}, "Exact knock-outs were made of the two foremost experts of each layer and domain; this is none of them."),
+    h("h3", {}, "First order"),
+    h("p", { class: "note" }, "Gradient × activation: how the loss changes for a small part of the expert. Where the expert does much, the whole can differ widely from it."),
+    table(["Domain", "Estimate", "95 % interval", "n"], rows));
+};
+
+const knockout = (k) => h("div", { class: "knockout" },
+  table(["Read", "Loss grows by", "95 % interval", "n"], k.read.map(([domain, added, low, high, tokens, sources]) => [
+    h("b", {}, atlas.domains[domain] + (domain === k.domain && k.starred ? " *" : "")), milli(added), span(low, high, milli), `${whole(tokens)} tokens, ${whole(sources)} sources`])),
+  h("p", {}, k.controls ? `On ${atlas.domains[k.domain]}, ${k.controls} control${k.controls > 1 ? "s" : ""} of as much weight (${percent(k.mass)} and ${percent(k.control_mass)} of the layer's): the loss grows by ${milli(k.control_added)}. `
+    + `Beyond them: ${milli(k.beyond)} (${k.beyond_low === null ? "no interval: too few sources" : `${span(k.beyond_low, k.beyond_high, milli)}, corrected`}).` : `On ${atlas.domains[k.domain]}: no other experts of the layer carry as much weight; there is nothing to hold it against.`));

@@ -1,0 +1,118 @@
+"use strict";
+// Layers × experts, coloured by a measure.
+const MEASURES = {
+  difference: { label: "Specialisation: share above that of other domains", shown: (v) => `${(100 * v).toFixed(1)} points`, around: true, domain: true,
+    what: "Share of the domain's tokens that choose the expert, less the mean share of the other domains. Over all domains: of the domain where that is greatest." },
+  beyond: { label: "Specialisation beyond the token", shown: (v) => `${(100 * v).toFixed(1)} points`, around: true, domain: true,
+    what: "Share of the domain's tokens that choose the expert, less what it would be if every token chose as it does in all domains together. Over all domains: where that is greatest." },
+  share: { label: "Share of tokens that choose it", shown: (v) => percent(v), domain: true, what: "All experts alike would have the same share, active experts over experts." },
+  first: { label: "Foremost of its layer, share of resamples", shown: (v) => percent(v), domain: true,
+    what: "How often the expert is its layer's foremost for the domain when sources are drawn again. Over all domains: where that is most often." },
+  saved: { label: "Effect on the loss (first order)", shown: (v) => `${milli(v)} millinats a token`, around: true, domain: true,
+    what: "What the loss would grow by without the expert, by gradient × activation. An estimate: cards have exact knock-outs of the foremost." },
+  entropy: { label: "Entropy of the tokens that choose it", shown: (v) => `${number(v)} nats`, what: "Low: few different tokens choose it. Experts that few tokens chose come out too low." },
+  weight: { label: "Mean routing weight where chosen", shown: (v) => number(v), what: "" },
+  relative_norm: { label: "Size of what it adds, beside the stream", shown: (v) => number(v), what: "Mean over its tokens of the length of its contribution over that of the residual stream." },
+  max_activation: { label: "Greatest activation (super experts)", shown: (v) => number(v), what: "Greatest component of the expert's output. Outlined: above the 99.5th percentile of all and a tenth of the greatest, the rule for super experts but for its third condition." },
+};
+
+atlas.values = (measure, domain) => {
+  const { all, domains } = atlas.data.get("map");
+  const own = (of) => measure === "beyond" ? of.share.map((row, l) => row.map((v, e) => v - of.token_alone[l][e])) : of[measure];
+  if (!MEASURES[measure].domain || (domain < 0 && all[measure])) return all[measure];
+  if (domain >= 0) return own(domains[domain]);
+  const each = domains.map(own);
+  return each[0].map((row, l) => row.map((_, e) => {
+    const known = each.map((grid) => grid[l][e]).filter((v) => v !== null);
+    return known.length ? Math.max(...known) : null;
+  }));
+};
+
+const scaleOf = (values, around) => {
+  const known = values.flat().filter((v) => v !== null);
+  const high = Math.max(...known, 1e-12), low = Math.min(...known, high);
+  const most = Math.max(Math.abs(low), Math.abs(high));
+  return around
+    ? { low: -most, high: most, colour: (v) => mixed(diverging(), (v + most) / (2 * most)) }
+    : { low, high, colour: (v) => mixed(CIVIDIS, high > low ? (v - low) / (high - low) : 0.5) };
+};
+
+atlas.views.map = ({ measure, domain, tested }) => {
+  const { about } = atlas;
+  measure = Object.hasOwn(MEASURES, measure || "") ? measure : about.domains.length > 1 ? "difference" : "share";
+  const chosen = atlas.domains.indexOf(domain || "");
+  const of = MEASURES[measure], values = atlas.values(measure, chosen), scale = scaleOf(values, of.around);
+  const { all, domains } = atlas.data.get("map");
+  const passes = (l, e) => domains.some((d, i) => (chosen < 0 || i === chosen) && d.p_value[l][e] !== null && d.p_value[l][e] < 0.05);
+  const told = h("p", { id: "told", role: "status" }, "Point at an expert, or move with the arrow keys; Enter opens its page.");
+  const say = (l, e) => {
+    const value = values[l][e];
+    const rare = all.rare[l][e] ? `; only ${whole(all.assigned[l][e])} tokens chose it: cannot be told` : ` (n = ${whole(all.assigned[l][e])} tokens)`;
+    return `Layer ${about.layers[l]}, expert ${e}: ${value === null ? "no value" : of.shown(value)}${rare}`;
+  };
+  const cell = (l, e) => {
+    const value = values[l][e];
+    const out = tested && !passes(l, e), rare = all.rare[l][e];
+    const starred = measure === "max_activation" && all.super_expert[l][e];
+    return h("a", {
+      class: `cell${out ? " out" : ""}${rare ? " rare" : ""}${starred ? " marked" : ""}`,
+      href: `#layer=${about.layers[l]}&expert=${e}`, "aria-label": say(l, e), title: say(l, e),
+      tabindex: l || e ? -1 : 0, "data-l": l, "data-e": e,
+      vars: rare || value === null ? {} : { c: scale.colour(value) },
+      onfocus: () => { told.textContent = say(l, e); }, onmouseenter: () => { told.textContent = say(l, e); },
+    });
+  };
+  const grid = h("div", { class: "map", onkeydown: moveInMap },
+    about.layers.map((layer, l) => h("div", { class: "row" },
+      h("span", { class: "layer" }, `Layer ${layer}`),
+      h("div", { class: "cells" }, values[l].map((_, e) => cell(l, e))))));
+  const change = (what) => (value) => go({ [what]: value });
+  return [
+    h("h1", {}, "Map of experts"),
+    h("p", { class: "lead" }, `Each square is one of ${about.experts} experts of a layer; a token chooses ${about.top_k} of them.`),
+    h("div", { class: "controls" },
+      choose("Colour", Object.entries(MEASURES).filter(([, m]) => about.domains.length > 1 || !["difference", "first"].includes(m)).map(([k, m]) => [k, m.label]), measure, change("measure")),
+      choose("Domain", [["", "all domains"], ...atlas.domains.map((d) => [d, d])], domain || "", change("domain")),
+      about.domains.length > 1 && h("label", { class: "choose" },
+        h("input", { type: "checkbox", checked: Boolean(tested), onchange: (event) => go({ tested: event.target.checked ? "yes" : "" }) }),
+        " only experts whose share differs between domains (corrected p < .05)")),
+    h("p", { class: "note" }, of.what, chosen >= 0 && !of.domain ? " Over the tokens of all domains together." : ""),
+    legend(scale, of),
+    grid, told,
+    about.domains.length > 1 && foremost(domain),
+  ];
+};
+
+const legend = (scale, of) => {
+  const steps = Array.from({ length: 24 }, (_, i) => scale.low + ((i + 0.5) / 24) * (scale.high - scale.low));
+  return h("div", { class: "legend" }, h("span", {}, of.shown(scale.low)),
+    h("span", { class: "ramp", "aria-hidden": "true" }, steps.map((v) => h("i", { vars: { c: scale.colour(v) } }))),
+    h("span", {}, of.shown(scale.high)), h("span", { class: "key" }, h("i", { class: "rare" }), " too rare to tell"));
+};
+
+const moveInMap = (event) => {
+  const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
+  const { l, e } = event.target.dataset;
+  if (!step || l === undefined) return;
+  const next = event.currentTarget.querySelector(`[data-l="${Number(l) + step[0]}"][data-e="${Number(e) + step[1]}"]`);
+  if (!next) return;
+  event.preventDefault();
+  event.target.tabIndex = -1;
+  next.tabIndex = 0;
+  next.focus();
+};
+
+// Whose expert is whose: of each layer and domain the one whose share is most above that of the other domains.
+const foremost = (domain) => {
+  const { domains } = atlas.data.get("map");
+  const rows = atlas.about.layers.map((layer, l) => [`Layer ${layer}`, ...domains.map((d) => {
+    const e = leaderOf(l, domains.indexOf(d));
+    const starred = d.p_value[l][e] !== null && d.p_value[l][e] < 0.05;
+    return h("span", {}, expertLink(layer, e, `expert ${e}${starred ? "*" : ""}`), h("br"),
+      h("small", {}, d.first[l][e] === null ? "cannot be told" : `first in ${percent(d.first[l][e], 0)}`));
+  })]);
+  return section("Foremost expert of each domain",
+    "The expert whose share among the domain's tokens is most above that among other domains' tokens, and in how many of "
+    + `${whole(atlas.about.limits.resamples)} resamples of the sources it is that again. * the share differs, corrected for all experts, layers and domains (maxT, p < .05).`,
+    table(["", ...atlas.domains.map((name) => h("span", { class: name === domain ? "chosen" : null }, name))], rows, { class: "foremost" }));
+};

@@ -1,0 +1,123 @@
+"""Writing the folder: the page as it ships, and the data of a study as scripts."""
+
+import shutil
+import tempfile
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import moe_lens
+from moe_lens.atlas import records
+from moe_lens.atlas.script_files import script, sharded
+from moe_lens.data import EMBEDDED, embedded_domain
+from moe_lens.errors import InputError
+from moe_lens.stats import MIN_SOURCES
+from moe_lens.studies import Atlas, StudyResult
+from moe_lens.studies.atlas_choice import AT_LEAST, RARE, RESAMPLES
+from moe_lens.studies.atlas_reading import SEEN_AGAIN
+
+PAGE = "index.html"
+SHIPPED = (PAGE, "atlas.css", "base.js", "map.js", "card.js", "text.js", "start.js")
+DATA = "data"
+SHARD = 450_000
+"""Greatest number of bytes of a part of the search index, and of what it holds beside."""
+
+
+def write_atlas(result: StudyResult | str | Path, out: str | Path) -> Path:
+    """Write `index.html` and what it shows; the path of the page. The same result gives the same files.
+
+    The folder opens from the disk, and nothing in it asks for anything from elsewhere. A page of an expert is
+    `index.html#layer=3&expert=17`. Files of the folder that have other names are left as they are.
+
+    Args:
+        result: Of the study `atlas`, or the folder that it was saved in.
+        out: The folder; made if it does not exist.
+
+    Raises:
+        InputError: It is the result of another study, or the folder cannot be written.
+    """
+    out, files = Path(out), files_of(of_atlas(result))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=out))
+        try:
+            (scratch / DATA).mkdir()
+            for name, content in files.items():
+                (scratch / name).write_text(content, encoding="utf-8", newline="\n")
+            # The data is exchanged whole, and the page last: what is there always fits together.
+            if (out / DATA).exists():
+                (out / DATA).rename(scratch / "before")
+            (scratch / DATA).rename(out / DATA)
+            for name in reversed(SHIPPED):
+                (scratch / name).replace(out / name)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror or error}); choose another --out") from None
+    return out / PAGE
+
+
+def of_atlas(result: StudyResult | str | Path) -> StudyResult:
+    """The result of the study `atlas`, loaded if need be.
+
+    Raises:
+        InputError: It is the result of another study.
+    """
+    result = StudyResult.load(result) if isinstance(result, str | Path) else result
+    if result.study != Atlas.name:
+        raise InputError(f"this is the result of the study {result.study!r}; expected {Atlas.name!r}")
+    return result
+
+
+def files_of(result: StudyResult) -> dict[str, str]:
+    """The content of every file of the folder, by its path there."""
+    shipped = resources.files("moe_lens.atlas")
+    files = {name: (shipped / name).read_text(encoding="utf-8") for name in SHIPPED}
+    layers, texts = records.experts(result), records.texts(result)
+    shards = list(sharded(records.tokens(result), SHARD))
+    about = about_of(result)
+    about |= {"shards": [min(shard) for shard in shards]}
+    about |= {"texts": [{name: text[name] for name in ("domain", "source")} for text in texts]}
+    named: dict[str, Any] = {"about": about}
+    named |= {"map": records.measures(result), "words": records.words(result)}
+    named |= {f"layer-{layer}": of for layer, of in layers.items()}
+    named |= {f"search-{number}": shard for number, shard in enumerate(shards)}
+    named |= {f"text-{number}": text for number, text in enumerate(texts)}
+    return files | {f"{DATA}/{name}.js": script(name, value) for name, value in named.items()}
+
+
+def about_of(result: StudyResult) -> dict[str, Any]:
+    """What was measured of which model on which texts, and the limits below which nothing is told."""
+    plan = result.manifest["plan"]
+    return {
+        "version": moe_lens.__version__,
+        "model": plan["model"],
+        "layers": plan["model"]["moe_layers"],
+        "experts": plan["model"]["experts"],
+        "top_k": plan["model"]["top_k"],
+        "domains": result.manifest["read"],
+        "reading": plan["reading"],
+        "settings": plan["settings"],
+        "command": result.manifest["command"],
+        "versions": result.manifest["versions"],
+        "contexts": "contexts" in result.tables,
+        "limits": {
+            "rare": RARE,
+            "at_least": AT_LEAST,
+            "sources": MIN_SOURCES,
+            "resamples": RESAMPLES,
+            "seen_again": SEEN_AGAIN,
+        },
+        "attribution": _attribution(plan["domains"]),
+    }
+
+
+def _attribution(domains: list[dict[str, Any]]) -> str | None:
+    """Where texts that ship with the package come from, and their licences, if any of them was read."""
+    for given in domains:
+        if given["name"] in EMBEDDED:
+            own = {"name": given["name"], **embedded_domain(given["name"]).identity}
+            if own == given:
+                path = resources.files("moe_lens") / "assets" / "domains" / "ATTRIBUTION.md"
+                return path.read_text(encoding="utf-8")
+    return None

@@ -1,0 +1,51 @@
+"""The main job: the study run into a folder, and the pages written beside it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moe_lens.atlas.pages import write_atlas
+from moe_lens.checked import checked
+from moe_lens.data import Domains, Reading
+from moe_lens.studies import Atlas
+from moe_lens.studies import run as run_study
+from moe_lens.studies.study import agreed
+
+READING = Reading(tokens=4096, context=128)
+"""How texts are read if nothing else is asked for: short windows, so that few tokens are of many sources."""
+STUDY = "study"
+"""The folder of the study in that of the pages."""
+
+
+@checked
+def run(
+    model: Any,
+    domains: Domains,
+    out: str | Path,
+    *,
+    study: Atlas | None = None,
+    reading: Reading = READING,
+    name: str | None = None,
+    batch_tokens: int = 2048,
+    command: str | None = None,
+    watch: Callable[[str, int], None] = lambda what, tokens: None,  # noqa: ARG005
+) -> Path:
+    """Run the study `atlas`, or resume where it was interrupted, and write the pages; the path of the first.
+
+    Args:
+        model: A `HookedMoE`.
+        domains: Texts in memory or corpora, each with a name of its own; or a dictionary `{name: texts}`.
+        out: The folder: the study is saved in the folder `study` in it.
+        study: With its settings.
+        reading: How texts are read.
+        name: What the model was loaded as.
+        batch_tokens: Rows × columns that the model reads at once to begin with.
+        command: For the record; the arguments of this process if not given.
+        watch: Called with what is being read and how many tokens were, after every shard.
+
+    Raises:
+        InputError: The texts or the model cannot be worked with, or the folder holds the atlas of something else.
+    """
+    how = {"reading": reading, "name": name, "batch_tokens": batch_tokens, "command": command, "watch": watch}
+    result = run_study(study or Atlas(), model, domains, out=Path(out) / STUDY, **how)
+    return agreed(lambda: write_atlas(result, out))

@@ -1,0 +1,38 @@
+"use strict";
+// Texts token by token: who was chosen, with which weight, and what a lens reads after each of them alone.
+atlas.views.text = async ({ text, layer, pos }) => {
+  const { about } = atlas;
+  if (!about.texts.length) return [h("h1", {}, "Texts"), h("p", {}, "This atlas was made without texts.")];
+  const chosen = about.texts[Number(text)] ? Number(text) : 0;
+  const row = Math.max(0, about.layers.indexOf(Number(layer)));
+  const of = await atlas.load(`text-${chosen}`);
+  const slots = of.layers[about.layers[row]];
+  const at = of.tokens[Number(pos)] === undefined ? 0 : Number(pos || 0);
+  const shares = slots.map((ranks) => ranks[0][1] / (ranks.reduce((sum, slot) => sum + slot[1], 0) || 1));
+  const name = (t) => `${t.domain || "own"}: ${t.source}`;
+  const words = of.tokens.map((token, i) => h("a", {
+    class: `piece${i === at ? " here" : ""}`, href: `#text=${chosen}&layer=${about.layers[row]}&pos=${i}`, "aria-current": i === at ? "true" : null,
+    vars: { w: shares[i].toFixed(3) }, title: `first: expert ${slots[i][0][0]}, ${percent(shares[i], 0)} of the weight`,
+  }, shownInline(textOf(token))));
+  const mine = slots[at];
+  const others = about.layers.map((l) => [`Layer ${l}`, ...of.layers[l][at].map(([expert, weight]) => h("span", {}, expertLink(l, expert, String(expert)), h("small", {}, ` ${number(weight, 2)}`)))]);
+  return [
+    h("h1", {}, "Texts, token by token"),
+    h("div", { class: "controls" },
+      choose("Text", about.texts.map((t, i) => [i, name(t)]), chosen, (value) => go({ text: value, pos: 0 })),
+      choose("Layer", about.layers.map((l) => [l, String(l)]), about.layers[row], (value) => go({ layer: value }))),
+    h("p", { class: "note" }, "Darker: more of the weight goes to the first expert. Click a token, or move with ← and →."),
+    h("p", { class: "running", dir: "auto" }, words),
+    section(`At token ${at + 1} of ${of.tokens.length}`, null,
+      h("p", {}, "Token ", tokenLink(of.tokens[at]), ", the model predicts next ", tokenLink(of.predicted[at]), "."),
+      h("h3", {}, `Layer ${about.layers[row]}`),
+      table(["Rank", "Expert", "Weight", "Reads next, after this expert alone", "Probability"],
+        mine.map(([expert, weight, token, prob], rank) => [String(rank), expertLink(about.layers[row], expert, `expert ${expert}`), number(weight), token < 0 ? "–" : tokenLink(token), prob === null ? "–" : percent(prob)])),
+      h("p", { class: "note" }, "A logit lens on the stream before the experts plus this one: in early layers the unembedding may not read it."),
+      h("h3", {}, "All layers"), h("p", { class: "note" }, "Experts by rank, with their weights."),
+      table(["", ...mine.map((_, rank) => `rank ${rank}`)], others)),
+  ];
+};
+
+// Spaces as they are; line ends and what has no shape of its own by name.
+const shownInline = (text, newline = "↵\n") => [...text].map((c) => (c === " " ? " " : c === "\n" ? newline : readable(c))).join("") || "∅";

@@ -1,0 +1,41 @@
+"""`moe-lens atlas`: a page for every expert."""
+
+from functools import partial
+from typing import Annotated
+
+import typer
+
+from moe_lens.cli.study_command import Work, command
+
+
+@command("atlas", "moe-lens-atlas", tokens=4096, window=128)
+def atlas(
+    contexts: Annotated[
+        bool,
+        typer.Option(
+            "--contexts/--no-contexts", help="Show pieces of the texts. Without: no text but single tokens leaves them."
+        ),
+    ] = True,
+    text: Annotated[
+        list[str] | None, typer.Option(help="A text of your own to show token by token; may be repeated.")
+    ] = None,
+    knockout_tokens: Annotated[
+        int,
+        typer.Option(min=1, help="Tokens of each domain to read without experts: the beginnings of all windows."),
+    ] = 512,
+) -> Work:
+    """A page for every expert: what chooses it, what it reads and writes, and what breaks without it.
+
+    A folder with index.html, which opens from the disk and asks for nothing from elsewhere: a map of all experts, a
+    page for each (index.html#layer=3&expert=17), texts token by token, and a search for tokens. Tables are saved in its
+    folder study: experts, domains, tokens, sent, partners, writing, neurons, nearest, knockouts, contexts.
+
+    Texts are read four times, and their beginnings once more for each of the experts that are taken out and their
+    controls.
+
+    Example: moe-lens atlas --domain prose=prose.jsonl --domain code=code.jsonl --out atlas
+    """
+    from moe_lens.atlas import run
+    from moe_lens.studies import Atlas
+
+    return partial(run, study=Atlas(contexts=contexts, texts=tuple(text or ()), knockout_tokens=knockout_tokens))

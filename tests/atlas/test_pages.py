@@ -1,0 +1,261 @@
+"""The folder of the atlas: its files, and what a browser that opens them shows, asks for and refuses to run."""
+
+import json
+import re
+from collections.abc import Generator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_lens.atlas import expert_card, write_atlas
+from moe_lens.atlas.pages import DATA, SHARD, SHIPPED
+from moe_lens.atlas.script_files import script, sharded
+from moe_lens.cli import main
+from moe_lens.errors import HookError, InputError
+from moe_lens.studies import StudyResult
+from tests.browser import CHROMIUM, Page, browser
+from tests.planted import LAYER, PLANTED, planted_atlas
+from tests.studies.tiny import save_checkpoint, write_jsonl
+from tests.test_docs import DOCS, code_of
+
+HOSTILE = (
+    "</script><script>document.title='ran'</script>",
+    '<img/src="x"/onerror="document.title=\'ran\'">',
+    "'\"`${document.title='ran'}\\",
+    "line\u2028separator\u2029&amp;<!--",
+    "\u202eright to left\u0634\u0645\u0633",
+)
+
+
+def hostile(result: StudyResult) -> StudyResult:
+    """The same with tokens, sources and a domain's name that would like to be more than text."""
+    words: Any = result.tables["words"].copy()
+    sea: Any = result.tables["tokens"].query(f"layer == {LAYER} and expert == {PLANTED['sea']}")
+    for token, text in zip(sea["token"], HOSTILE, strict=False):
+        words.loc[words["token"] == token, "text"] = text
+    tables = {name: table.replace({"source": {"book/sea/1": HOSTILE[0]}}) for name, table in result.tables.items()}
+    return replace(result, tables={**tables, "words": words})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("atlas") / "with spaces & ü"
+    write_atlas(hostile(planted_atlas()[1]), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def page(folder, tmp_path_factory) -> Generator[Page]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on the path")
+    with browser(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+def show(page: Page, folder: Path, place: str) -> None:
+    page.requests.clear()
+    page.complaints.clear()
+    page.open(folder / "index.html", place)
+    page.until(f"document.getElementById('view').dataset.shown === {json.dumps(place)}")
+
+
+def text(page: Page, selector: str = "main") -> str:
+    return page.ask(f"document.querySelector({json.dumps(selector)}).innerText")
+
+
+def given(folder: Path, name: str) -> Any:
+    found = re.fullmatch(r"atlas\.put\((\".*?\"), (.*)\);\n", (folder / DATA / f"{name}.js").read_text("utf-8"))
+    assert found and json.loads(found[1]) == name
+    return json.loads(found[2])
+
+
+def test_texts_in_scripts_are_data_whatever_they_hold():
+    for hostile_text in HOSTILE:
+        written = script("x", {hostile_text: [hostile_text, float("nan"), 0.123456, 10**12]})
+        assert not set("<>&\u2028\u2029") & set(written)
+        value = json.loads(written.removeprefix('atlas.put("x", ').removesuffix(");\n"))
+        assert value == {hostile_text: [hostile_text, None, 0.1235, 10**12]}
+
+
+def test_parts_of_the_index_hold_everything_once_and_are_small():
+    entries = {number: "x" * (number % 97) for number in range(1000)}
+    parts = list(sharded(entries, 1000))
+    assert {key: value for part in parts for key, value in part.items()} == entries
+    assert sum(map(len, parts)) == 1000 and max(len(json.dumps(part, separators=(",", ":"))) for part in parts) < 1100
+    assert list(sharded({1: "x" * 5000}, 1000)) == [{1: "x" * 5000}] and SHARD <= 500_000
+
+
+def test_files_are_the_same_for_the_same_result_and_name_nothing_elsewhere(folder, tmp_path):
+    assert write_atlas(hostile(planted_atlas()[1]), tmp_path) == tmp_path / "index.html"
+    files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert files == {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {str(name) for name in files if name.parts[0] != DATA} == set(SHIPPED)
+    shipped = "".join((folder / name).read_text("utf-8") for name in SHIPPED)
+    assert not re.search(r"https?:|url\(|innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|fetch\(", shipped)
+    words = given(folder, "words")
+    known = dict(zip(words["ids"], words["texts"], strict=True))
+    used = {entry[0] for expert in given(folder, f"layer-{LAYER}")["experts"] for entry in expert["tokens"]}
+    assert used <= known.keys() and set(HOSTILE) <= set(known.values())
+
+
+def test_another_studys_result_and_a_place_that_cannot_be_written_are_refused(tmp_path):
+    result = planted_atlas()[1]
+    other = replace(result, manifest={**result.manifest, "plan": {**result.manifest["plan"], "study": "routing"}})
+    with pytest.raises(InputError, match="the result of the study 'routing'; expected 'atlas'"):
+        write_atlas(other, tmp_path / "a")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        write_atlas(result, tmp_path / "file" / "a")
+
+
+def test_the_map_shows_all_experts_and_whose_they_are(page, folder):
+    show(page, folder, "")
+    assert page.ask("document.querySelectorAll('.cell').length") == 2 * 16
+    foremost = page.ask("[...document.querySelectorAll('.foremost tbody tr')].map((row) => row.innerText)")
+    for name, expert in PLANTED.items():
+        assert re.search(rf"expert {expert}\*\s*first in 100 %", foremost[1]), (name, foremost)
+    assert page.requests and all(url.startswith("file:") or url == "about:blank" for url in page.requests)
+    assert not page.complaints
+    page.ask("document.querySelector('.cell').focus()")
+    key = {"key": "ArrowRight", "code": "ArrowRight", "windowsVirtualKeyCode": 39}
+    page.send("Input.dispatchKeyEvent", type="keyDown", **key)
+    assert page.ask("document.activeElement.dataset.e") == "1"
+    assert text(page, "#told").startswith("Layer 1, expert 1: ")
+    show(page, folder, "#map=&measure=share&domain=sea&tested=yes")
+    lit = page.ask("[...document.querySelectorAll('.cell:not(.out)')].map((cell) => cell.getAttribute('href'))")
+    assert f"#layer={LAYER}&expert={PLANTED['sea']}" in lit and len(lit) < 32
+
+
+def test_a_link_opens_the_card_of_an_expert_with_the_studys_numbers(page, folder):
+    place = f"#layer={LAYER}&expert={PLANTED['sea']}"
+    show(page, folder, place)
+    shown, tables = text(page), planted_atlas()[1].tables
+    domains: Any = tables["domains"].query(f"layer == {LAYER} and expert == {PLANTED['sea']} and domain == 'sea'")
+    row = domains.iloc[0]
+    assert (
+        f"Layer {LAYER}, expert {PLANTED['sea']}" in shown and "sea chooses it most beyond the others: 100.0 %" in shown
+    )
+    assert f"{row['assigned']} of {row['tokens']}; {row['sources']} sources" in shown
+    knocked: Any = tables["knockouts"].query(f"layer == {LAYER} and expert == {PLANTED['sea']} and read == 'sea'")
+    assert re.search(rf"sea \*\s*{round(1000 * knocked.iloc[0]['added'], -1):,.0f}\s", shown)
+    assert (
+        "4 controls of as much weight" in shown and page.ask("document.querySelectorAll('.contexts li').length") == 15
+    )
+    assert all(f"{part}" in shown for part in ("Strongest", "At random", "Nearly", "In its layer", "By outputs"))
+    assert not page.complaints and f"layer-{LAYER}.js" in "".join(page.requests)
+    key = {"key": "]", "code": "BracketRight", "text": "]"}
+    page.send("Input.dispatchKeyEvent", type="keyDown", **key)
+    page.until(f"location.hash === '#layer={LAYER}&expert={PLANTED['sea'] + 1}'")
+    show(page, folder, "#layer=99&expert=0")
+    assert "No such expert" in text(page) and not page.complaints
+
+
+def test_hostile_tokens_are_found_and_shown_and_never_run(page, folder):
+    show(page, folder, f"#layer={LAYER}&expert={PLANTED['sea']}")
+    shown = page.ask("document.querySelector('main').textContent")
+    assert all(known in shown for known in HOSTILE[:3])
+    assert "line\\u{2028}separator\\u{2029}&amp;<!--" in shown and "\\u{202e}right␣to␣left\u0634\u0645\u0633" in shown
+    show(page, folder, "#text=0")
+    assert "</script>" in page.ask("document.body.textContent")
+    page.ask(
+        "const box = document.getElementById('search'); box.value = '<img/src'; box.dispatchEvent(new Event('input'))"
+    )
+    assert text(page, "#found a").startswith("<img/src=")
+    page.ask("document.querySelector('#found a').click()")
+    page.until("document.getElementById('view').dataset.view === 'token'")
+    page.until("document.querySelector('h1').textContent.startsWith('Token <img')")
+    assert f"expert {PLANTED['sea']} 100 %" in text(page).replace("\xa0", " ")
+    assert page.ask("document.images.length + document.scripts.length") == page.ask("document.scripts.length")
+    assert "ran" not in page.ask("document.title").split("·")[1] and not page.complaints
+    assert all(url.startswith("file:") or url == "about:blank" for url in page.requests)
+
+
+def test_negative_control_a_browser_that_was_given_markup_would_run_it(page, folder, tmp_path):
+    broken = tmp_path / "index.html"
+    broken.write_text(f"<!doctype html><title>calm</title><p id=x>{HOSTILE[1]}</p>", "utf-8")
+    page.open(broken)
+    page.until("document.title === 'ran'")
+
+
+def test_texts_are_shown_by_token_with_ranks_and_lens(page, folder):
+    show(page, folder, "#text=6&layer=2&pos=1")
+    shown = text(page)
+    tokens: Any = planted_atlas()[1].tables["text_slots"].query("text == 6 and layer == 2 and pos == 1")
+    for row in tokens.to_dict("records"):
+        assert re.search(rf"{row['rank']}\s*expert {row['expert']}\s", shown)
+    key = {"key": "ArrowRight", "code": "ArrowRight", "windowsVirtualKeyCode": 39}
+    page.send("Input.dispatchKeyEvent", type="keyDown", **key)
+    page.until("location.hash.includes('pos=2')")
+    page.until("document.querySelector('.here') === document.querySelectorAll('.running .piece')[2]")
+    assert not page.complaints
+
+
+def test_a_card_by_itself_shows_the_same_in_a_notebook(page, folder, tmp_path):
+    card = expert_card(hostile(planted_atlas()[1]), LAYER, PLANTED["sea"])
+    notebook = tmp_path / "notebook.html"
+    notebook.write_text(f"<!doctype html><title>calm</title>{card._repr_html_()}", "utf-8")
+    card.save(tmp_path / "card.html")
+    show(page, folder, f"#layer={LAYER}&expert={PLANTED['sea']}")
+    whole = text(page)
+    page.open(tmp_path / "card.html")
+    page.until("document.querySelector('section') !== null")
+    alone = text(page)
+    assert alone == whole[whole.index(f"Layer {LAYER}") :] and page.ask("document.querySelectorAll('a').length") == 0
+    page.requests.clear()
+    page.open(notebook)
+    page.until("document.title === 'calm'")
+    assert all(url.startswith(("file:", "about:")) for url in page.requests) and not page.complaints
+    with pytest.raises(InputError, match="expert 16; the layer has 0 to 15"):
+        expert_card(planted_atlas()[1], LAYER, 16)
+    with pytest.raises(HookError, match=r"layer 0 has no experts; MoE layers are \[1, 2\]"):
+        expert_card(planted_atlas()[1], 0, 0)
+
+
+@pytest.mark.parametrize("place", ["", f"#layer={LAYER}&expert=2", "#text=0", "#about", "#token=377"])
+def test_narrow_dark_and_printed(page, folder, place):
+    show(page, folder, place)
+    try:
+        page.send("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=1, mobile=False)
+        assert page.ask("document.documentElement.scrollWidth") <= 360
+        background = "getComputedStyle(document.body).backgroundColor"
+        light = page.ask(background)
+        dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+        page.send("Emulation.setEmulatedMedia", features=dark)
+        assert page.ask(background) != light
+        page.send("Emulation.setEmulatedMedia", media="print")
+        assert page.ask("getComputedStyle(document.querySelector('header nav')).display") == "none"
+    finally:
+        page.send("Emulation.clearDeviceMetricsOverride")
+        page.send("Emulation.setEmulatedMedia", media="", features=[])
+    assert not page.complaints
+
+
+@pytest.mark.slow
+def test_the_guide_runs_as_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    values: dict[str, Any] = {}
+    exec(compile(code_of(DOCS / "atlas.md"), "atlas.md", "exec"), values)
+    assert values["german"]["share"].iloc[0] > 0.5 > values["german"]["token_alone"].iloc[-1]
+    assert capsys.readouterr().out and values["page"] == Path("atlas/index.html")
+    assert "CC BY-SA 3.0" in given(tmp_path / "atlas", "about")["attribution"]
+
+
+def test_the_command_writes_a_folder_and_keeps_texts_out_if_asked(tmp_path, capsys):
+    save_checkpoint(tmp_path / "model")
+    for seed, name in enumerate("ab"):
+        write_jsonl(tmp_path / f"{name}.jsonl", n=4, sources=4, seed=seed)
+    texts = [part for name in "ab" for part in ("--domain", f"{name}={tmp_path}/{name}.jsonl")]
+    how = ["--model", f"{tmp_path}/model", *texts, "--tokens", "40", "--window", "24", "--knockout-tokens", "8"]
+    command = ["atlas", *how, "--out", f"{tmp_path}/atlas", "--no-contexts", "--text", "the sea"]
+    assert main(command) == 0 and main(command) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "atlas" / "index.html")] * 2
+    about = given(tmp_path / "atlas", "about")
+    assert (
+        about["contexts"] is False and [of["domain"] for of in about["texts"]] == [""] and about["attribution"] is None
+    )
+    assert all(not expert["contexts"] for expert in given(tmp_path / "atlas", "layer-1")["experts"])
+    assert not {"contexts"} & set(StudyResult.load(tmp_path / "atlas" / "study").tables)
+    assert main(["atlas", *how, "--out", f"{tmp_path}/atlas"]) == 2
+    assert "another" in capsys.readouterr().err
