@@ -63,7 +63,7 @@ def test_the_check_would_notice_one():
     assert loaded_by("import moe_lens, plotly") & DRAWING == {"plotly"}
 
 
-COMMANDS = ("report", "routing", "single-expert", "lens", "collect", "compare", "prune", "models", "info")
+COMMANDS = ("report", "atlas", "routing", "single-expert", "lens", "collect", "compare", "prune", "models", "info")
 ANSWERED = [
     (0, ["--help"]),
     (0, ["--version"]),

@@ -96,5 +96,6 @@ def test_the_wheel_holds_the_package_with_its_assets_and_nothing_else(tmp_path: 
     git = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "moe_lens"]
     listed = subprocess.run(git, cwd=ROOT, check=True, capture_output=True, text=True)
     assert held == set(listed.stdout.splitlines())
-    assert {"moe_lens/py.typed", "moe_lens/assets/tiny-deepseekmoe/config.json"} <= held
+    pages = {"moe_lens/atlas/index.html", "moe_lens/atlas/atlas.css", "moe_lens/atlas/start.js"}
+    assert {"moe_lens/py.typed", "moe_lens/assets/tiny-deepseekmoe/config.json"} | pages <= held
     assert "moe-lens = moe_lens.cli:main" in points
