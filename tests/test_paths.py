@@ -25,6 +25,7 @@ INTERNAL = {
     "model/loading": "behind HookedMoE.from_pretrained and save_pretrained, which take both",
     "data/corpus.py: digest": "of a file that from_file has opened",
     "json_files.py": "the bottom of the package, which offers none of it",
+    "lenses/tuned_lens_package.py": "behind TunedLens.from_tuned_lens, which takes both",
     "lenses/tuned_training.py": "behind TunedLens.fit, which takes both",
     "manifest.py": "the bottom of the package, which offers none of it",
     "pruning/prune_job.py": "the work of the command `prune`",
