@@ -275,6 +275,45 @@ def localise(
     return Localisation(by=by.value, experts=experts, matched=matched, **chosen)
 
 
+@command("contrast", "moe-lens-contrast", tokens=2048, window=128)
+def contrast(
+    pairs: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help="Paired prompts, a line for each with a and b as JSON; span_a and span_b, the parts to look at, if "
+            "not all; answer and foil, a token each, what is expected after a and after b; template, what pairs share. "
+            "german-english: those that ship with the package.",
+        ),
+    ] = "german-english",
+    experts: Annotated[
+        int | None,
+        typer.Option(min=1, help="Experts of each layer to steer.  [half of a token's active ones]"),
+    ] = None,
+    push: Annotated[float, typer.Option(help="Added to the router logits of experts that are pushed.")] = 2.0,
+    matched: Annotated[int, typer.Option(min=1, help="Coalitions to match on routing weight.")] = 20,
+) -> Work:
+    """Which experts do two kinds of prompts differ in, and does the answer hang on them?
+
+    Units are templates, or pairs where they share none: one random sign for each, and the greatest statistic of all
+    experts. Then experts of A, picked on half of the units, are forbidden in A's prompts of the other half, and pushed
+    in B's, beside coalitions of the same routing weight and the opposite sign. --domain gives neutral texts.
+
+    Tables: experts (difference of shares, t, p-value, and the same at tokens that both prompts have), test (how many
+    are found, and how often when A and B are swapped at random), steering (answer − foil in nats, with intervals over
+    units), neutral (nats a token that steering adds to neutral texts).
+
+    Example: moe-lens contrast --pairs refusals.jsonl --domain neutral=prose.jsonl --out runs/refusal
+    """
+    from moe_lens.studies import contrast_prompts, read_pairs
+
+    return partial(_contrast, read_pairs(pairs), contrast_prompts, experts=experts, push=push, matched=matched)
+
+
+def _contrast(pairs: Any, work: Work, model: Any, domains: Any, **how: Any) -> Any:
+    return work(model, pairs, domains, **how)
+
+
 @command("collect", "moe-lens-collected")
 def collect_activations(
     hook: Annotated[

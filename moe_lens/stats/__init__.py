@@ -42,5 +42,7 @@ from moe_lens.stats.routing_stats import RoutingResult as RoutingResult
 from moe_lens.stats.routing_stats import RoutingStats as RoutingStats
 from moe_lens.stats.top_examples import TopExamples as TopExamples
 from moe_lens.stats.top_examples import TopExamplesResult as TopExamplesResult
+from moe_lens.stats.unit_signs import SignTest as SignTest
+from moe_lens.stats.unit_signs import sign_test as sign_test
 from moe_lens.stats.vocabulary_specialisation import VocabularyResult as VocabularyResult
 from moe_lens.stats.vocabulary_specialisation import VocabularyStats as VocabularyStats

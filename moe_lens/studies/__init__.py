@@ -5,6 +5,8 @@ from moe_lens.studies.collect_activations import collect as collect
 from moe_lens.studies.collected import Collected as Collected
 from moe_lens.studies.comparison import Comparison as Comparison
 from moe_lens.studies.comparison import compare as compare
+from moe_lens.studies.contrast import ContrastStudy as ContrastStudy
+from moe_lens.studies.contrast import contrast_prompts as contrast_prompts
 from moe_lens.studies.experts_per_token import ExpertsPerToken as ExpertsPerToken
 from moe_lens.studies.facts import FactStudy as FactStudy
 from moe_lens.studies.facts import localise_facts as localise_facts
@@ -12,6 +14,8 @@ from moe_lens.studies.facts import read_facts as read_facts
 from moe_lens.studies.lens import LensStudy as LensStudy
 from moe_lens.studies.lens_examples import LensExample as LensExample
 from moe_lens.studies.localisation import Localisation as Localisation
+from moe_lens.studies.prompt_pairs import Pair as Pair
+from moe_lens.studies.prompt_pairs import read_pairs as read_pairs
 from moe_lens.studies.pruning_study import PruningStudy as PruningStudy
 from moe_lens.studies.routing import NULLS as NULLS
 from moe_lens.studies.routing import RoutingStudy as RoutingStudy

@@ -97,6 +97,11 @@ class VariantStats(Accumulator[VariantLosses]):
         self._sums, self._counts = BySource(), BySource()
         super().__init__({"variants": self.variants}, {"sums": self._sums, "counts": self._counts})
 
+    @property
+    def seen(self) -> bool:
+        """Whether anything was counted."""
+        return bool(self._counts.sources)
+
     def update(
         self,
         losses: Float[Tensor, "variant batch pos"],
