@@ -24,15 +24,36 @@ from moe_lens.errors import UntestedVersionWarning  # noqa: E402
 warnings.filterwarnings("ignore", category=UntestedVersionWarning)  # newer releases are what this is also run on
 
 from moe_lens.model.families.family import dotted  # noqa: E402
-from moe_lens.model.families.refusals import REFUSED  # noqa: E402
+from moe_lens.model.families.refusals import ABSENT, REFUSED  # noqa: E402
 from moe_lens.model.families.table import FAMILIES, here  # noqa: E402
 from moe_lens.model.hf_compat import NEWEST, OLDEST  # noqa: E402
+from moe_lens.model.loading.formats.view import FORMATS, UNREAD  # noqa: E402
 
 DENSE = {"bamba"}
 """Model types whose source speaks of experts, and which have none."""
 
 Outcome = Mapping[str, Mapping[str, str]]
 """By model type and check: empty where it passes, else what failed."""
+
+FOUND = {
+    "`model.gguf`": "`--model model.gguf`, or `gguf_file=` with a folder or a name on the hub: read with config and "
+    "tokenizer if transformers knows its architecture, else refused by name; several parts are to be joined first",
+    "weights in `.bin`": "refused with the line that converts them, or read with `use_safetensors=False`",
+    "names with `_orig_mod.`, `module.`, `base_model.model.`, … of what a model was trained in": "taken off, with a "
+    "line that says so",
+    "other names": "`key_mapping={pattern: replacement}`, as in transformers",
+    "`inv_freq` tables, or an unembedding that is the embedding": "left out; one that differs from the embedding it is "
+    "tied to is refused for DeepSeekMoE",
+    "a PEFT adapter alone": "refused; the error names its base model",
+    "a PEFT adapter beside weights": "transformers applies it where PEFT is installed; without PEFT, for DeepSeekMoE, "
+    "and on experts or routers, refused: merge it first (`merge_and_unload`)",
+    "a tokenizer with code of its own": '`trust_remote_code="tokenizer"`, `--trust-tokenizer-code`: that code is run '
+    "and no other",
+    "a tokenizer that cannot be read": "the model is loaded without it, with a line that says why",
+    "fewer layers wanted": "`num_hidden_layers=n` loads the first n; layers that predict several tokens ahead are left "
+    "out",
+}
+"""What lies in folders of checkpoints, and what becomes of it."""
 
 HEAD = """# Families
 
@@ -74,26 +95,26 @@ All layers with experts must have the same number of experts and of active exper
 differ is refused. Only two model types can differ: `hunyuan_v1_moe`, whose `moe_topk` can be a list by layer, and the
 image encoder of `dots3_note`.
 
-## Quantised experts
+## Checkpoints as they lie on disk
 
-Experts in MXFP4 or FP8 are other modules, on which hooks would not fire, so such a model is refused. They can be
-dequantised while loading (without an accelerator, transformers does so by itself):
+Matrices that are stored packed are unpacked while they are read, one at a time, in float32, and kept in the dtype
+that was asked for. No library of the format and no GPU is needed. `quantize="nf4"` (or `"int8"`) packs the numbers
+anew while they are loaded ([Experts in 4 and 8 bits](quantised.md)). A model that was unpacked is saved as plain
+numbers.
 
-```python
-from transformers import FineGrainedFP8Config, Mxfp4Config
+| `quant_method` | what happens |
+|---|---|
+{formats}
 
-model = HookedMoE.from_pretrained("openai/gpt-oss-20b", quantization_config=Mxfp4Config(dequantize=True))
-```
+A matrix without its scales, or with as many as do not fit, is refused by its name; and so is any format that is not in
+the table. Scales of activations are left out: activations are computed in the model's dtype.
 
-bitsandbytes quantises the other matrices and leaves packed experts as they are. Such a model is wrapped, but it cannot
-be saved. A GGUF file is loaded with `gguf_file="model.gguf"`, if transformers knows its architecture. Its numbers are
-dequantised, and can be saved.
+| what is there | what happens |
+|---|---|
+{found}
 
-A PEFT adapter on experts or routers is refused: merge it first (`merge_and_unload`). If an adapter is in the folder
-of a checkpoint, transformers applies it where PEFT is installed; without PEFT, and for DeepSeekMoE, it is refused.
-
-As in transformers, `num_hidden_layers=n` loads only the first n layers, and extra layers after the last that predict
-several tokens ahead are left out.
+A model that transformers loaded with bitsandbytes or in FP8 and that is wrapped by `from_hf` keeps what it is:
+experts that are other modules are refused, and what is packed cannot be saved.
 
 ## Refused
 
@@ -103,6 +124,10 @@ wrong values:
 | model type | why |
 |---|---|
 {refused}
+
+vLLM's list of architectures (`registry.py`) names 40 kinds of text models with experts. Thirty are in the table, one
+(Mistral Large 3) was not tried, and these have no code in transformers and are refused by name:
+{absent}.
 """
 
 
@@ -154,8 +179,17 @@ def page(outcome: Outcome, laws: Mapping[str, str]) -> str:
         newest=dotted(NEWEST),
         laws="\n".join(f"| {law} | {cell(text)} |" for law, text in laws.items()),
         families="\n".join(rows),
+        formats=formats(),
+        found="\n".join(f"| {what} | {cell(then)} |" for what, then in FOUND.items()),
+        absent=", ".join(f"{known} (`{name}`)" for name, known in ABSENT.items()),
         refused="\n".join(f"| `{name}` | {cell(why)} |" for name, why in sorted(REFUSED.items())),
     )
+
+
+def formats() -> str:
+    """The rows of packed formats, read and refused."""
+    read = [f"| `{name}` | read: {cell(of.stored)} |" for name, of in sorted(FORMATS.items())]
+    return "\n".join([*read, *(f"| `{name}` | refused: {cell(why)} |" for name, why in sorted(UNREAD.items()))])
 
 
 def obeyed(

@@ -1,5 +1,6 @@
 """Checkpoints that are stored packed: what is read is what a formula, written here anew, says of the stored bytes."""
 
+import importlib.util
 import json
 import math
 from collections.abc import Callable
@@ -17,11 +18,12 @@ from transformers.utils.quantization_config import Mxfp4Config
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.model.loading.checkpoint import Checkpoint, OpenFiles
-from moe_lens.model.loading.formats.view import unpacked
+from moe_lens.model.loading.formats.view import FORMATS, UNREAD, method_of, unpacked
 from moe_lens.model.loading.pretrained import load_pretrained
 from moe_lens.model.loading.quantising import PackingConfig, packed_in
 from tests.matrix.configs import build
 
+ROOT = Path(__file__).parents[2]
 Stored = tuple[dict[str, Tensor], np.ndarray]
 """Tensors by what follows the name of the layer (`q_proj`), and the numbers that they stand for [out, in]."""
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
@@ -367,3 +369,16 @@ def test_another_packing_than_the_stored_one_is_not_taken_for_it(tmp_path: Path)
     with pytest.raises(InputError, match="quantization_config says mxfp4, and the checkpoint is packed by fp8"):
         HookedMoE.from_pretrained(tmp_path, quantization_config=Mxfp4Config(dequantize=True))
     HookedMoE.from_pretrained(tmp_path, quantization_config=FineGrainedFP8Config(dequantize=True))
+
+
+def test_the_page_says_what_happens_with_each_format_and_each_that_is_read_is_tried() -> None:
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("script_families", ROOT / "scripts" / "families.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.formats() in page and "| `gptq` | read: 2, 3, 4 and 8 bits" in page
+    tried = {method_of(said) for said, _ in WAYS.values()}
+    assert FORMATS.keys() - tried == {"mxfp4", "modelopt_fp4"}, "the one has a test of its own"
+    assert FORMATS["modelopt_fp4"].find is FORMATS["modelopt"].find
+    assert not FORMATS.keys() & UNREAD.keys()

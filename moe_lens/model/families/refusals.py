@@ -27,6 +27,20 @@ REFUSED = {
     "either",
 }
 
+ABSENT = {
+    "arctic": "Snowflake Arctic",
+    "bailing_moe": "Ling and Ring, first generation",
+    "bailing_moe_v2": "Ling and Ring 2",
+    "grok-1": "Grok-1",
+    "minimax_m1": "MiniMax-M1",
+    "minimax_text_01": "MiniMax-Text-01",
+    "pangu_ultra_moe": "openPangu Ultra",
+    "PanguProMoE": "Pangu Pro",
+    "step3_text": "Step 3",
+}
+"""Model types with experts that people use and that transformers has no code for. Code that comes with a checkpoint is
+no way in: what is hooked has to be known, and such code is written for other releases."""
+
 
 def refusal(model_type: str, supported: Iterable[str]) -> str:
     """What a user is told of a model type that is not in the table: why, what to do, and what works."""

@@ -27,6 +27,7 @@ from transformers import (
 
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
 from moe_lens.model.families.deepseek import DeepseekConfig, DeepseekForCausalLM
+from moe_lens.model.families.refusals import ABSENT
 from moe_lens.model.families.table import check_release
 from moe_lens.model.hf_compat import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from moe_lens.model.hf_compat import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, is_peft_available, resolve_revision
@@ -142,9 +143,12 @@ def load_pretrained(
             "(merge_and_unload) and load what save_pretrained then writes, or take it out of the folder"
         )
     if not own and raw["model_type"] not in CONFIG_MAPPING and trust_remote_code is not True:
+        known = ABSENT.get(raw["model_type"])
         raise UnsupportedModelError(
-            f"{path}: model_type {raw['model_type']!r} is unknown to this version of transformers. If the checkpoint "
-            "brings its own code and you trust it, pass trust_remote_code=True."
+            f"{path}: model_type {raw['model_type']!r}"
+            + (f" ({known})" if known else "")
+            + " is unknown to this version of transformers, and what is not its own code is not hooked. `moe-lens "
+            "models` lists what is supported"
         )
     try:
         if own:

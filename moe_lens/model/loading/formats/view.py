@@ -7,7 +7,7 @@ dtypes of what is stored as well as by `quantization_config`, so that one serves
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,38 +19,56 @@ from moe_lens.model.loading.formats.floats import fp8, modelopt, mxfp4
 from moe_lens.model.loading.formats.packed_tensor import FP8, Found, Tensors
 from moe_lens.model.loading.formats.words import awq, gptq
 
-FORMATS: dict[str, Callable[[Tensors, Mapping[str, Any]], Found]] = {
-    "awq": awq,
-    "bitsandbytes": bitsandbytes,
-    "compressed-tensors": compressed,
-    "fbgemm_fp8": fp8,
-    "fp8": fp8,
-    "gptq": gptq,
-    "modelopt": modelopt,
-    "modelopt_fp4": modelopt,
-    "mxfp4": mxfp4,
-    "mxfp8": fp8,
+
+class Format(NamedTuple):
+    """A way of storing matrices."""
+
+    find: Callable[[Tensors, Mapping[str, Any]], Found]
+    """The packed matrices of a checkpoint."""
+    stored: str
+    """What is read, in words."""
+
+
+FORMATS = {
+    "awq": Format(awq, "4 bits in the layout gemm; other layouts are refused"),
+    "bitsandbytes": Format(bitsandbytes, "4 bits (nf4, fp4; scales packed or not) and 8 bits"),
+    "compressed-tensors": Format(
+        compressed,
+        "float-, int-, naive- and pack-quantized, nvfp4- and mxfp4-pack-quantized; marlin, sparse and rotated "
+        "matrices are refused",
+    ),
+    "fbgemm_fp8": Format(fp8, "FP8 with a scale for each row"),
+    "fp8": Format(
+        fp8,
+        "FP8 with a scale for each block (cut off at the end where rows or columns do not divide, as DeepSeek-V3's), "
+        "for each row, or one; 4 bits in blocks of 32 beside it",
+    ),
+    "gptq": Format(gptq, "2, 3, 4 and 8 bits, groups in any order, gptq and gptq_v2; marlin is refused"),
+    "modelopt": Format(modelopt, "FP8 with one scale, NVFP4"),
+    "modelopt_fp4": Format(modelopt, "NVFP4"),
+    "mxfp4": Format(mxfp4, "experts in 4 bits in blocks of 32, as gpt-oss's"),
+    "mxfp8": Format(fp8, "FP8 in blocks of 32 with powers of two as scales"),
 }
-"""By `quant_method`."""
+"""By `quant_method`. A checkpoint of auto-round says which of them it is packed as."""
 _BESIDE = re.compile(
     r".*[._]((input|output|activation)_(scale|scale_inv|zero_point|global_scale|g_idx)|[qkv]_(cache_)?(scale|zero_point))"
 )
 """Of activations and of the key-value cache: they are no part of the weights, which compute in more bits here."""
-_ELSEWHERE = {
+UNREAD = {
     "aqlm": "codebooks that its own library decodes",
     "bitnet": "weights of three values, with activations in 8 bits to which they are bound",
-    "eetq": "an order of numbers that its kernels alone know",
-    "exl2": "a format of ExLlama, read by its own library",
-    "exl3": "a format of ExLlama, read by its own library",
-    "fouroversix": "a format that its own library decodes",
+    "eetq": "a format that its own library reads",
+    "exl2": "a format that its own library reads",
+    "exl3": "a format that its own library reads",
+    "fouroversix": "a format that its own library reads",
     "fp_quant": "matrices that were rotated before they were packed",
-    "gemma": "a format of its own kernels",
+    "gemma": "a format that its own library reads",
     "higgs": "matrices that were rotated before they were packed",
-    "hqq": "tensors whose layout its own library knows",
-    "metal": "an order of numbers that its kernels alone know",
+    "hqq": "a format that its own library reads",
+    "metal": "a format that its own library reads",
     "quanto": "tensors that its own library unpacks",
     "quark": "several layouts under one name",
-    "sinq": "two sets of scales that its own library applies",
+    "sinq": "a format that its own library reads",
     "spqr": "sparse outliers that its own library adds",
     "torchao": "tensors of its own classes, which its library alone puts together",
     "vptq": "codebooks that its own library decodes",
@@ -93,7 +111,7 @@ def unpacked(checkpoint: Checkpoint, said: Mapping[str, Any], to: torch.dtype) -
     if format_ is None:
         raise _unread(method_of(said))
     tensors, used = dict[str, StoredTensor](), set[int]()
-    for packed in format_(checkpoint.tensors, said):
+    for packed in format_.find(checkpoint.tensors, said):
         used |= {id(part) for part in packed.parts.values()}
         tensors[packed.name] = replace(packed, to=to)
     left = {name: stored for name, stored in checkpoint.tensors.items() if id(stored) not in used}
@@ -107,7 +125,7 @@ def unpacked(checkpoint: Checkpoint, said: Mapping[str, Any], to: torch.dtype) -
 
 
 def _unread(method: str) -> UnsupportedModelError:
-    why = _ELSEWHERE.get(method)
+    why = UNREAD.get(method)
     return UnsupportedModelError(
         f"the checkpoint is packed by {method or 'a method that it does not name'}"
         + (f" ({why})" if why else "")
