@@ -242,6 +242,7 @@ def test_the_guide_runs_as_written(tmp_path, monkeypatch, capsys):
     assert "CC BY-SA 3.0" in given(tmp_path / "atlas", "about")["attribution"]
 
 
+@pytest.mark.typed
 def test_the_command_writes_a_folder_and_keeps_texts_out_if_asked(tmp_path, capsys):
     save_checkpoint(tmp_path / "model")
     for seed, name in enumerate("ab"):
@@ -257,5 +258,7 @@ def test_the_command_writes_a_folder_and_keeps_texts_out_if_asked(tmp_path, caps
     )
     assert all(not expert["contexts"] for expert in given(tmp_path / "atlas", "layer-1")["experts"])
     assert not {"contexts"} & set(StudyResult.load(tmp_path / "atlas" / "study").tables)
+    card = expert_card(tmp_path / "atlas" / "study", 1, 0)
+    assert "Layer 1, expert 0" in card.page and repr(card).startswith("ExpertCard(layer 1, expert 0: ")
     assert main(["atlas", *how, "--out", f"{tmp_path}/atlas"]) == 2
     assert "another" in capsys.readouterr().err

@@ -1,0 +1,60 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+# ---
+
+# %% [markdown]
+# # Which expert is German's, and what breaks without it?
+#
+# The atlas gathers, for every expert, which tokens choose it and how sure that is, what it writes, and what taking it
+# out costs. Its folder opens from the disk; here its tables are read. Few tokens are used, so that this takes seconds.
+
+# %%
+import tempfile
+from pathlib import Path
+
+from moe_lens import HookedMoE
+from moe_lens.atlas import run
+from moe_lens.data import Reading, embedded_domains
+from moe_lens.studies import Atlas, StudyResult
+
+model = HookedMoE.from_pretrained("tiny-deepseekmoe")
+folder = Path(tempfile.mkdtemp())
+page = run(model, embedded_domains(), folder, study=Atlas(knockout_tokens=96), reading=Reading(tokens=768, context=64))
+tables = StudyResult.load(folder / "study").tables
+sum(path.stat().st_size for path in [page, *(folder / "data").iterdir()]) // 1000, "kB of pages"
+
+# %% [markdown]
+# ## Whose tokens choose it
+#
+# `difference` is the share beyond the mean of the other domains; `token_alone` what the share would be if every token
+# chose as it does in all domains; `p_value` is corrected for all experts, layers and domains; `first` says in how many
+# resamples of the sources the expert is its layer's foremost for German.
+
+# %%
+german = tables["domains"].query("domain == 'german' and layer == 4").sort_values("difference", ascending=False)
+german[["expert", "share", "low", "high", "token_alone", "difference", "p_value", "first"]].head(3).round(3)
+
+# %% [markdown]
+# ## What it writes
+#
+# Tokens that its mean output promotes, less what all experts of the layer write. Those that recur are found in both halves
+# of the sources.
+
+# %%
+expert = int(german["expert"].iloc[0])
+words = tables["words"].set_index("token")["text"]
+writing = tables["writing"].query(f"of == 'mean' and layer == 4 and expert == {expert} and effect == 'promoted'")
+writing.assign(text=writing["token"].map(words))[["text", "value", "recurs"]].round(2)
+
+# %% [markdown]
+# ## What breaks without it
+#
+# Nats a token that the loss grows by, beside other experts of the layer that carry as much of German's routing weight.
+
+# %%
+without = tables["knockouts"].query(f"layer == 4 and expert == {expert} and domain == 'german'")
+without[["read", "added", "low", "high", "tokens", "control_added", "beyond", "starred"]].round(4)
