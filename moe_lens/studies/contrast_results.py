@@ -58,9 +58,8 @@ class ContrastResult(Result):
             named = {f"{prefix}t": found.t, f"{prefix}p_value": found.p_values}
             for name, value in {"same" if prefix else "difference": found.mean, **named}.items():
                 columns[name] = (value if known else value * torch.nan).flatten().numpy()
-        frame = pd.DataFrame(columns, index=index).reset_index()
-        order = (-abs(frame["t"].to_numpy())).argsort(kind="stable")
-        return pd.DataFrame(frame.take(order)).reset_index(drop=True)
+        frame = pd.DataFrame(pd.DataFrame(columns, index=index).reset_index())
+        return frame.sort_values("t", key=abs, ascending=False, kind="stable", ignore_index=True)
 
     def test(self, draws: int, seed: int) -> pd.DataFrame:
         """A row for all tokens looked at, and one for tokens that both prompts have.
