@@ -59,7 +59,9 @@ class ContrastResult(Result):
             for name, value in {"same" if prefix else "difference": found.mean, **named}.items():
                 columns[name] = (value if known else value * torch.nan).flatten().numpy()
         frame = pd.DataFrame(pd.DataFrame(columns, index=index).reset_index())
-        return frame.sort_values("t", key=abs, ascending=False, kind="stable", ignore_index=True)
+        ordered = frame.sort_values("t", key=abs, ascending=False, kind="stable", ignore_index=True)
+        assert isinstance(ordered, pd.DataFrame)
+        return ordered
 
     def test(self, draws: int, seed: int) -> pd.DataFrame:
         """A row for all tokens looked at, and one for tokens that both prompts have.
