@@ -1,5 +1,6 @@
 """GGUF files: found by their own path, with the config and the tokenizer that they hold."""
 
+import importlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -75,11 +76,8 @@ def read_gguf_config(
 
 
 def _sizes(path: Path) -> dict[str, int]:
-    try:
-        from gguf import GGUFReader  # transformers has asked for it by now
-    except ImportError:
-        return {}
-    fields = GGUFReader(str(path)).fields
+    reader: Any = importlib.import_module("gguf")  # transformers has asked for it by now
+    fields = reader.GGUFReader(str(path)).fields
     name = fields["general.architecture"].contents()
     found = {ours: fields.get(f"{name}.{theirs}") for theirs, ours in _SIZES.items()}
     return {ours: int(field.contents()) for ours, field in found.items() if field is not None}
