@@ -97,7 +97,9 @@ def input_device(model: Any) -> torch.device:
 
 
 @torch.no_grad()
-def forward(model: Any, batch: TextBatch, hooks: Hooks, *, last: bool = False) -> Float[Tensor, "rows columns d_vocab"]:
+def forward(
+    model: Any, batch: TextBatch, hooks: Hooks, *, last: bool = False, blocks_only: bool = False
+) -> Float[Tensor, "rows columns d_vocab_or_model"]:
     """Logits for what the model reads of a batch, with hooks in place.
 
     Rows are those of the batch; of one with a `packing` they are packed, and `unpacked` brings them into its rows.
@@ -107,6 +109,7 @@ def forward(model: Any, batch: TextBatch, hooks: Hooks, *, last: bool = False) -
         batch: What to read.
         hooks: In place while it is read.
         last: Whether the unembedding sees the last position alone, where logits are not asked for.
+        blocks_only: Whether to end before the final norm, and give the residual stream instead of logits.
 
     Raises:
         InputError: They hold NaN; the message names the layer where that begins.
@@ -118,14 +121,15 @@ def forward(model: Any, batch: TextBatch, hooks: Hooks, *, last: bool = False) -
     else:
         # Positions that start again mark windows that must not see one another, if there is no mask and no cache.
         tokens, how["position_ids"] = packing.tokens, packing.positions.to(device)
-    logits = model.run_with_hooks(tokens.to(device), fwd_hooks=hooks, return_type="logits", **how)
+    run = {**how, "stop_at_layer": model.cfg.n_layers} if blocks_only else how
+    logits = model.run_with_hooks(tokens.to(device), fwd_hooks=hooks, return_type="logits", **run)
     if last or not logits.sum(-1).isnan().any():
         return logits
     bad = unpacked(batch, logits.isnan().any(-1)).cpu() & batch.mask
     if bad.any():
         row = int(bad.any(-1).nonzero()[0, 0])
         raise InputError(
-            f"the logits hold NaN in a text of source {batch.sources[row]!r}; {_first_not_finite(model, tokens, how)}. "
+            f"the {'residual stream holds' if blocks_only else 'logits hold'} NaN in a text of source {batch.sources[row]!r}; {_first_not_finite(model, tokens, how)}. "
             "A parameter may be broken, or the dtype too narrow"
         )
     return logits

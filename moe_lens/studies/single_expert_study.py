@@ -7,6 +7,7 @@ other half of the domain's sources.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 import pandas as pd
@@ -20,8 +21,9 @@ from moe_lens.errors import InputError
 from moe_lens.protocols import require_stream_width
 from moe_lens.routing import output_factors
 from moe_lens.stats import ActivationMeans, Means, Result, SimilarityResult, SimilarityStats, halves
-from moe_lens.studies.forward_passes import Hooks, drawn_by_place, each_layer, losses, predicted
+from moe_lens.studies.forward_passes import Hooks, drawn_by_place, each_layer, forward, losses, predicted
 from moe_lens.studies.frames import by_domain
+from moe_lens.studies.side_by_side import versions_losses
 from moe_lens.studies.study import TEXTS, Earlier, Gathered, Study
 from moe_lens.studies.variant_losses import WHOLE, Variant, VariantLosses, VariantStats
 
@@ -117,7 +119,7 @@ class SingleExpertStudy(Study):
             for half in (0, 1):
                 into[f"half{half}"].update(layer, resid, outputs, weights, indices, batch.counted & (member == half))
 
-        losses(model, batch, each_layer(model, wanted, update))
+        forward(model, batch, each_layer(model, wanted, update), blocks_only=True)
 
     def _losses(
         self, model: Any, batch: TokenBatch, into: Gathered, halves: Int[Tensor, " batch"], means: Sequence[Means]
@@ -132,16 +134,16 @@ class SingleExpertStudy(Study):
         found = [losses(model, batch, each_layer(model, wanted, compare))]
         places = random_places(model, batch, self.seed) if "random" in self.treatments else {}
         half = batch.pack(halves[:, None].expand(batch.tokens.shape))
-        for treatment, layer, k in self.variants(model):
+
+        def version(treatment: str, layer: int | None, k: int, rows: slice) -> Hooks:
             layers = model.moe_layers if layer is None else (layer,)
-            hooks: Hooks
             if treatment == "replaced":
-                hooks = [replace(model, at, k, half, means) for at in layers]
-            elif treatment == "random":
-                hooks = [hook for at in layers for hook in keep(at, places[at] < k)]
-            else:
-                hooks = model.keep_top(k, layers=layers, renormalize=treatment == "renormalised").fwd_hooks
-            found.append(losses(model, batch, hooks))
+                return [replace(model, at, k, half, means, rows) for at in layers]
+            if treatment == "random":
+                return [hook for at in layers for hook in keep(at, places[at] < k)]
+            return [hook for at in layers for hook in keep(at, torch.arange(model.top_k) < k, treatment)]
+
+        found += versions_losses(model, batch, [partial(version, *variant) for variant in self.variants(model)])
         into["losses"].update(torch.stack(found), predicted(batch), batch.sources)
 
     def results(self, earlier: Mapping[str, Gathered]) -> dict[str, Result]:
@@ -183,11 +185,21 @@ def random_places(model: Any, batch: TokenBatch, seed: int) -> dict[int, Int[Ten
     return {layer: batch.pack(places[at]) for at, layer in enumerate(model.moe_layers)}
 
 
-def keep(layer: int, kept: Bool[Tensor, "rows columns top_k"]) -> Hooks:
-    """Hooks that leave a layer some of its active experts: the others have no weight, and are not computed."""
+def keep(layer: int, kept: Bool[Tensor, "... top_k"], treatment: str = "dropped") -> Hooks:
+    """Hooks that leave a layer some of its active experts: the others have no weight, and are not computed.
+
+    Args:
+        layer: Which.
+        kept: In which slots, by rank, of all tokens or of each.
+        treatment: "renormalised" gives the kept weights the sum that all had.
+    """
 
     def weigh(weights: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        return weights.masked_fill(~kept.to(weights.device), 0)
+        rest = weights.masked_fill(~kept.to(weights.device), 0)
+        if treatment != "renormalised":
+            return rest
+        total = rest.sum(-1, keepdim=True)
+        return rest * (weights.sum(-1, keepdim=True) / total.masked_fill(total == 0, 1))
 
     def compute(computed: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
         return computed & kept.to(computed.device)
@@ -196,13 +208,22 @@ def keep(layer: int, kept: Bool[Tensor, "rows columns top_k"]) -> Hooks:
 
 
 def replace(
-    model: Any, layer: int, k: int, half: Int[Tensor, "rows columns"], means: Sequence[Means]
+    model: Any, layer: int, k: int, half: Int[Tensor, "rows columns"], means: Sequence[Means], rows: slice
 ) -> tuple[str, Callable[..., Tensor | None]]:
-    """A hook that puts means in the place of all outputs but those of the first k; each half has its own."""
+    """A hook that puts means in the place of all outputs but those of the first k; each half has its own.
+
+    Args:
+        model: A `HookedMoE`.
+        layer: In which layer.
+        k: How many are kept.
+        half: Of each token.
+        means: Of either half.
+        rows: Those of the pass that are meant.
+    """
     table = torch.stack([of.experts[of.layers.index(layer)] for of in means])
 
     def replaced(outputs: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        others = model.experts_in_slots(layer)[..., k:]
+        others = model.experts_in_slots(layer)[rows][..., k:]
         instead = table.to(outputs)[half.to(others.device)[..., None], others]
         return torch.cat([outputs[..., :k, :], instead], -2)
 

@@ -1,0 +1,53 @@
+"""Versions that share a pass over weights on disk have the losses of versions run alone."""
+
+import pytest
+import torch
+
+from moe_lens import HookedMoE
+from moe_lens.data import Reading, batch_windows, shards
+from moe_lens.studies import SingleExpertStudy, forward_passes, run, side_by_side
+from moe_lens.studies.forward_passes import losses
+from tests.studies.tiny import domain, tiny_model
+
+
+@pytest.fixture(scope="module")
+def model() -> HookedMoE:
+    return tiny_model()
+
+
+@pytest.mark.parametrize("packed", [None, 24])
+def test_versions_on_disk_share_passes_and_have_their_own_losses(model, monkeypatch, packed):
+    study = SingleExpertStudy(layers="both", k=(0, 1, 2))
+    reading = Reading(tokens=None, context=24, shard_tokens=10**6, packed=packed is not None)
+    how = {"reading": reading, "batch_tokens": 150}
+    texts = [domain("d", n=10, sources=10)]
+    alone = run(study, model, texts, **how).results["d"]["losses"]
+    passes: list[int] = []
+    monkeypatch.setattr(
+        side_by_side,
+        "losses",
+        lambda model, batch, hooks: passes.append(len(batch.tokens)) or losses(model, batch, hooks),
+    )
+    run(study, model, texts, **how)
+    one_by_one = len(passes)
+    passes.clear()
+    monkeypatch.setattr(side_by_side, "places", lambda _: {"disk": 1})
+    monkeypatch.setattr(side_by_side, "TOGETHER_TOKENS", 1000)
+    together = run(study, model, texts, **how).results["d"]["losses"]
+    assert len(passes) < one_by_one / 4
+    assert together.variants == alone.variants
+    assert torch.allclose(together.nats, alone.nats, rtol=1e-5)
+    assert not torch.allclose(alone.nats[:, :1], alone.nats[:, 1:], rtol=1e-3), "and versions differ"
+
+
+def test_losses_of_few_rows_at_a_time_are_those_of_all_at_once(model, monkeypatch):
+    (shard,) = shards(domain("d", n=10, sources=10), model, Reading(tokens=None, context=24, shard_tokens=10**6))
+    batch = next(iter(batch_windows(shard.windows, model, batch_tokens=150, packed=None)))
+    whole = losses(model, batch, [])
+    seen: list[int] = []
+    monkeypatch.setattr(forward_passes, "WHOLE", 0)
+    monkeypatch.setattr(forward_passes, "LOSS_CHUNK", 2 * 24 * model.cfg.d_vocab)
+    with model.hooks([("unembed.hook_out", lambda value, hook: seen.append(value.shape[0]))]):
+        found = losses(model, batch, [])
+    assert len(seen) > 1 and max(seen) <= 2, "no more rows' logits are there at once"
+    assert torch.allclose(found, whole, atol=1e-5)
