@@ -23,7 +23,7 @@ from moe_lens.model.loading.checkpoint import Checkpoint
 from moe_lens.pruning.checkpoint_formats import ExpertTensor
 from moe_lens.pruning.expert_averages import averaged, members
 from moe_lens.pruning.plans import Plan
-from moe_lens.studies.forward_passes import each_layer, losses, nothing
+from moe_lens.studies.forward_passes import each_layer, forward, nothing
 
 _OUTWARD = ("down_proj", "w2")
 """What stored tensors call the matrix whose columns are neurons; in the others neurons are rows."""
@@ -63,7 +63,7 @@ def merge(plan: Plan, model: Any, domains: Sequence[Tokens], *, on_batch: Callab
                 indices = of[names.EXPERT_INDICES].cpu()[counted]
                 chosen[at] += indices.flatten().bincount(minlength=plan.n_experts)
 
-            losses(model, batch, each_layer(model, wanted, update))
+            forward(model, batch, each_layer(model, wanted, update), blocks_only=True)
             on_batch()
     return grouped(plan, products, chosen)
 

@@ -12,7 +12,7 @@ from moe_lens.data import Tokens
 from moe_lens.model.cache.hook_cache import identity
 from moe_lens.pruning.plans import Plan
 from moe_lens.pruning.preview import preview
-from moe_lens.studies.forward_passes import each_layer, losses, nothing
+from moe_lens.studies.forward_passes import each_layer, forward, nothing
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def reconstruction_error(
         def keep(layer: int, of: dict[str, Tensor], inputs: Any = inputs, outputs: Any = outputs) -> None:
             inputs[layer], outputs[layer] = of[names.MLP_IN].clone(), of[names.MLP_OUT].clone()
 
-        losses(model, batch, each_layer(model, [names.MLP_IN, names.MLP_OUT], keep))
+        forward(model, batch, each_layer(model, [names.MLP_IN, names.MLP_OUT], keep), blocks_only=True)
         for expert in range(model.n_experts):
             with preview(_without(model, expert), model):
                 for row, layer in enumerate(model.moe_layers):

@@ -16,7 +16,7 @@ from moe_lens.model.cache.hook_cache import identity
 from moe_lens.pruning.reconstruction import reconstruction_error
 from moe_lens.pruning.scores import Method, Scores
 from moe_lens.stats import ImportanceResult, ImportanceStats
-from moe_lens.studies.forward_passes import input_device, losses, nothing, predicted
+from moe_lens.studies.forward_passes import forward, input_device, nothing, predicted
 
 _BY_LOSS: tuple[Method, ...] = ("gradient", "knockout")
 """Methods that are about the loss; the others are about routing and outputs."""
@@ -108,7 +108,7 @@ def importance(model: Any, tokens: Tokens, on_batch: Callable[[], None] = nothin
     """What scores from routing and outputs are made of, on one domain."""
     stats = ImportanceStats(model.moe_layers, model.n_experts)
     for batch in tokens:
-        losses(model, batch, stats.hooks(model, batch.counted))
+        forward(model, batch, stats.hooks(model, batch.counted), blocks_only=True)
         on_batch()
     return stats.result()
 

@@ -128,8 +128,9 @@ def forward(
     bad = unpacked(batch, logits.isnan().any(-1)).cpu() & batch.mask
     if bad.any():
         row = int(bad.any(-1).nonzero()[0, 0])
+        where = "the residual stream holds NaN" if blocks_only else "the logits hold NaN"
         raise InputError(
-            f"the {'residual stream holds' if blocks_only else 'logits hold'} NaN in a text of source {batch.sources[row]!r}; {_first_not_finite(model, tokens, how)}. "
+            f"{where} in a text of source {batch.sources[row]!r}; {_first_not_finite(model, tokens, how)}. "
             "A parameter may be broken, or the dtype too narrow"
         )
     return logits

@@ -1,5 +1,7 @@
 """Versions that share a pass over weights on disk have the losses of versions run alone."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -21,19 +23,20 @@ def test_versions_on_disk_share_passes_and_have_their_own_losses(model, monkeypa
     reading = Reading(tokens=None, context=24, shard_tokens=10**6, packed=packed is not None)
     how = {"reading": reading, "batch_tokens": 150}
     texts = [domain("d", n=10, sources=10)]
-    alone = run(study, model, texts, **how).results["d"]["losses"]
+    alone: Any = run(study, model, texts, **how).results["d"]["losses"]
     passes: list[int] = []
-    monkeypatch.setattr(
-        side_by_side,
-        "losses",
-        lambda model, batch, hooks: passes.append(len(batch.tokens)) or losses(model, batch, hooks),
-    )
+
+    def counted(model: HookedMoE, batch: Any, hooks: Any) -> torch.Tensor:
+        passes.append(len(batch.tokens))
+        return losses(model, batch, hooks)
+
+    monkeypatch.setattr(side_by_side, "losses", counted)
     run(study, model, texts, **how)
     one_by_one = len(passes)
     passes.clear()
     monkeypatch.setattr(side_by_side, "places", lambda _: {"disk": 1})
     monkeypatch.setattr(side_by_side, "TOGETHER_TOKENS", 1000)
-    together = run(study, model, texts, **how).results["d"]["losses"]
+    together: Any = run(study, model, texts, **how).results["d"]["losses"]
     assert len(passes) < one_by_one / 4
     assert together.variants == alone.variants
     assert torch.allclose(together.nats, alone.nats, rtol=1e-5)
