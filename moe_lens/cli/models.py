@@ -28,7 +28,7 @@ def info(
         ),
     ],
 ) -> None:
-    """Describe a model: layers, experts, router, parameters and memory. Reads its config only, no weights."""
+    """Describe a model: layers, experts, router, parameters, and how it fits this machine. Reads its config only."""
     print(info_text(model))
 
 
@@ -48,9 +48,13 @@ def families_text() -> str:
 
 def info_text(name_or_path: str) -> str:
     """What a model is, from its config alone."""
-    from moe_lens.model.loading.model_info import model_info
+    from moe_lens.model.loading.machine import Machine
+    from moe_lens.model.loading.model_info import here, model_info
+    from moe_lens.model.loading.placement import offload_root
 
-    return "\n".join(f"{label:<12}{value}" for label, value in rows(model_info(name_or_path)))
+    info = model_info(name_or_path)
+    places = [(f"in {how}", where) for how, where in here(info, Machine.here(offload_root()))]
+    return "\n".join(f"{label:<12}{value}" for label, value in [*rows(info), *places])
 
 
 def rows(info: "ModelInfo") -> list[tuple[str, str]]:

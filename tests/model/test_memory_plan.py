@@ -1,5 +1,6 @@
 """Where parameters go is a function of numbers: machines that nobody here has are tried too."""
 
+import shutil
 from pathlib import Path
 
 import psutil
@@ -8,6 +9,7 @@ import pytest
 from moe_lens.errors import InputError
 from moe_lens.model.loading.machine import Machine, free_memory
 from moe_lens.model.loading.memory_plan import SHARE, Size, plan_memory
+from moe_lens.model.loading.model_info import here, model_info
 
 GIB = 2**30
 SIZE = Size(total=30 * GIB, largest=GIB)
@@ -129,3 +131,14 @@ def test_a_container_has_what_its_groups_leave(tmp_path, version, monkeypatch):
     group(mount, str(8 * GIB), used=2 * GIB, files=0, version=version)
     assert left() == 6 * GIB, "its own group is mounted as the root"
     assert free_memory(tmp_path / "groups", tmp_path / "absent") == 64 * GIB, "no Linux"
+
+
+def test_a_model_s_config_tells_how_it_would_be_loaded_on_a_machine(tmp_path):
+    shutil.copy(Path(__file__).parent / "deepseek_moe_16b.json", tmp_path / "config.json")
+    sixteen = model_info(tmp_path)
+    said = lambda where: dict(here(sixteen, where))  # noqa: E731
+    assert said(machine(80)) == {"bfloat16": "fits: 30.5 GiB on GPU 0", "nf4": "fits: 9.1 GiB on GPU 0"}
+    assert said(machine(memory=19))["nf4"] == "fits: 9.1 GiB in main memory"
+    on_disk = said(machine(memory=19))["bfloat16"]
+    assert on_disk.startswith("30.5 GiB: ") and on_disk.endswith(" on disk, read in every pass")
+    assert "largest module takes 1.0 GiB, and main memory has" in said(machine(memory=1))["bfloat16"]

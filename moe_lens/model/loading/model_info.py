@@ -1,7 +1,8 @@
 """What a model is, from its config alone: no weights are read or made."""
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,22 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
-import moe_lens.model.families.deepseek as _registers  # noqa: F401  # pyright: ignore[reportUnusedImport]
-from moe_lens.errors import CheckpointError, MoELensError, UnsupportedModelError
+from moe_lens.errors import CheckpointError, InputError, MoELensError, UnsupportedModelError
 from moe_lens.model.experts.expert_weights_view import top_k_of
 from moe_lens.model.experts.moe_layers import decoder_layers, experts_by_layer, moe_blocks
+from moe_lens.model.families.deepseek import DeepseekConfig
 from moe_lens.model.families.table import check_release, family_of
 from moe_lens.model.hf_compat import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from moe_lens.model.loading.checkpoint import read_config
+from moe_lens.model.loading.machine import Machine
+from moe_lens.model.loading.memory_plan import Size, gibibytes, plan_memory
+from moe_lens.model.loading.placement import size_of
 from moe_lens.model.loading.pretrained import resolve_name
+from moe_lens.model.loading.quantising import packers
 
 DTYPES = (torch.float32, torch.bfloat16)
+FOUR_BITS = 0.5 + 4 / 64
+"""Bytes of a number that is packed in 4 bits, with its share of a scale."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +56,35 @@ class ModelInfo:
     gpt-oss for example, leave the input embedding out."""
     note: str
     """What is particular to the family's hooks."""
+    dtype: torch.dtype
+    """That the config says the checkpoint is in."""
+    numbers: Mapping[str, int] = field(repr=False)
+    """How many each parameter has, by name."""
+    packed: frozenset[str] = field(repr=False)
+    """Names of those that 4 bits are for; none where the family's matrices cannot be cut into blocks."""
 
     def memory(self, dtype: torch.dtype) -> int:
         """Bytes that the parameters take; activations and caches come on top."""
         return self.parameters * dtype.itemsize
+
+
+def here(info: ModelInfo, machine: Machine) -> list[tuple[str, str]]:
+    """How a model would be loaded on a machine, as it is stored and in 4 bits: the bytes, and where they would be."""
+    found: list[tuple[str, str]] = []
+    streamed = info.model_type == DeepseekConfig.model_type
+    ways = [(str(info.dtype).removeprefix("torch."), size_of(info.numbers, info.dtype, streamed=streamed))]
+    if info.packed:
+        width = {name: FOUR_BITS if name in info.packed else info.dtype.itemsize for name in info.numbers}
+        total = int(sum(number * width[name] for name, number in info.numbers.items()))
+        ways.append(("nf4", Size(total, 0)))
+    for how, size in ways:
+        try:
+            plan = plan_memory(size, machine)
+            where = f"{gibibytes(size.total)}: {plan}" if len(plan.places) > 1 else f"fits: {plan}"
+        except InputError as error:
+            where = str(error)
+        found.append((how, where))
+    return found
 
 
 def model_info(name_or_path: str | Path, **hub: Any) -> ModelInfo:
@@ -109,6 +141,7 @@ def config_info(config: PreTrainedConfig) -> ModelInfo:
             f"this {config.model_type} has {experts.n_experts} experts, and its config asks for {top_k} a token"
         )
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    dtype: Any = config.dtype or text.dtype or torch.bfloat16
     sizes = [of_layer.sizes() for of_layer in found.values()]
     idle = sum(every - one * min(top_k, experts.n_matrices) for every, one in sizes)
     inner = bool(family.layout and family.layout.inner)
@@ -130,4 +163,14 @@ def config_info(config: PreTrainedConfig) -> ModelInfo:
         parameters=parameters,
         active=parameters - idle,
         note=family.note,
+        dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+        numbers={name: parameter.numel() for name, parameter in model.named_parameters()},
+        packed=_packed(model),
     )
+
+
+def _packed(model: Any) -> frozenset[str]:
+    try:
+        return frozenset(packers(model, "nf4"))
+    except UnsupportedModelError:
+        return frozenset()
