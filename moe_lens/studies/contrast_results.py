@@ -58,10 +58,8 @@ class ContrastResult(Result):
             named = {f"{prefix}t": found.t, f"{prefix}p_value": found.p_values}
             for name, value in {"same" if prefix else "difference": found.mean, **named}.items():
                 columns[name] = (value if known else value * torch.nan).flatten().numpy()
-        frame = pd.DataFrame(pd.DataFrame(columns, index=index).reset_index())
-        ordered = frame.sort_values("t", key=abs, ascending=False, kind="stable", ignore_index=True)
-        assert isinstance(ordered, pd.DataFrame)
-        return ordered
+        frame = pd.DataFrame(columns, index=index).reset_index()
+        return frame.sort_values("t", key=abs, ascending=False, kind="stable", ignore_index=True)
 
     def test(self, draws: int, seed: int) -> pd.DataFrame:
         """A row for all tokens looked at, and one for tokens that both prompts have.
@@ -83,8 +81,8 @@ class ContrastResult(Result):
             n_found = int((found.p_values <= 0.05).sum())
             row |= {"experts_found": n_found, "shuffled": sum(level) / SHUFFLES, "smallest_p": found.smallest_p}
             rows.append({**row, "finding": "A and B choose different experts" if n_found else "not rejected"})
-        frame = pd.DataFrame(rows).astype({"experts_found": "Int64"})
-        return frame[["tokens", "experts_found", "shuffled", "smallest_p", "units", "pairs", "finding"]]
+        columns = ["tokens", "experts_found", "shuffled", "smallest_p", "units", "pairs", "finding"]
+        return pd.DataFrame(rows, columns=columns).astype({"experts_found": "Int64"})
 
     def to_frame(self) -> pd.DataFrame:
         """A row per layer and expert, as `experts` has them with 1,000 draws."""
