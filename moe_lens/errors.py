@@ -29,6 +29,10 @@ class UnfitError(InputError):
     """What was asked for cannot be done with this model or these texts: too few experts, domains or sources."""
 
 
+class TokenError(InputError, AssertionError):
+    """A text that is not one token, or a token that is not in a text; TransformerLens raises an `AssertionError`."""
+
+
 class SelfCheckError(MoELensError):
     """The hooked parts of a freshly loaded model do not sum to the whole; the message names layer and deviation."""
 
@@ -54,6 +58,26 @@ def several(given: T, what: str) -> T:
     if isinstance(given, str | bytes):
         raise InputError(f"got one text, {given[:40]!r}, for {what}; expected several {what}: put it in a list")
     return given
+
+
+def check_characters(what: str, text: str) -> None:
+    """Nothing, where a text is made of whole characters.
+
+    Args:
+        what: The text, for the message.
+        text: To look at.
+
+    Raises:
+        InputError: It holds half of one, which no tokenizer can read.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start].encode("unicode_escape").decode()
+        raise InputError(
+            f"{what} holds half of a character ({half}, a lone surrogate), which no tokenizer can read; texts that "
+            "were cut inside an emoji do"
+        ) from None
 
 
 class UntestedVersionWarning(UserWarning):

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, check_characters
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,7 @@ def passage(text: str, source: Any, origin: str, file: str) -> Passage:
         raise InputError(f"{origin}: the source is a {type(source).__name__}; expected a text or a number")
     of = str(file if is_missing(source) or source == "" else source)
     for what, value in (("text", text), ("source", of)):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            half = value[error.start].encode("unicode_escape").decode()
-            raise InputError(
-                f"{origin}: the {what} holds half of a character ({half}, a lone surrogate), which no tokenizer can "
-                "read; texts that were cut inside an emoji do"
-            ) from None
+        check_characters(f"{origin}: the {what}", value)
     return Passage(text, of, origin)
 
 

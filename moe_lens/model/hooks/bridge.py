@@ -1,7 +1,7 @@
 """Running a model with hook functions and caches."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,22 @@ from moe_lens.model.cache.caching_hook import CachingHook
 from moe_lens.model.cache.hook_cache import following_tokens
 from moe_lens.model.cache.moe_cache import MoECache
 from moe_lens.model.hooks.arguments import forward_words, further_words, refuse_unknown
+from moe_lens.model.hooks.forward_checks import (
+    NamesFilter,
+    additive,
+    as_names,
+    check_kept,
+    check_mask,
+    check_positions,
+    check_returned,
+    layer_limits,
+)
+from moe_lens.model.hooks.hook_pairs import as_pairs
 from moe_lens.model.hooks.hook_scope import ForwardClaim, HookContext, Hooks, without_batch
 from moe_lens.model.hooks.key_value_cache import name_as_transformer_lens
 from moe_lens.model.hooks.layer_hooks import SelectionState
 from moe_lens.model.hooks.model_input import ModelInput, Reading
-from moe_lens.model.hooks.parameter_views import ParameterViews
+from moe_lens.model.hooks.token_words import TokenWords
 from moe_lens.model.loading.tokenizer import encode, own_ids
 from moe_lens.model.tl_compat import BridgeCore
 from moe_lens.selection import Step
@@ -30,11 +41,18 @@ OF_INPUT = frozenset({"attention_mask", "prepend_bos", "padding_side"})
 """Keywords of `forward` that say how the input is read."""
 RETURNED = ("logits", "loss", "both", "logits_and_cache", None)
 """What `forward` gives back: TransformerLens's words, but for `"predictions"`, which are of masked language models."""
-NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 
 
-def _none_of(name: str) -> bool:  # noqa: ARG001
-    return False
+@dataclass(frozen=True)
+class _Among:
+    """A name or a predicate on names, when only some blocks run: it may then mean no hook at all."""
+
+    name: str | Callable[[str], bool]
+    runs: Callable[[str], bool]
+    may_be_none: bool = True
+
+    def __call__(self, hook: str) -> bool:
+        return (hook == self.name if isinstance(self.name, str) else self.name(hook)) and self.runs(hook)
 
 
 @dataclass
@@ -47,7 +65,7 @@ class _Running:
 
 
 @checked
-class ExpertBridge(ParameterViews):
+class ExpertBridge(TokenWords):
     """The running half of `HookedMoE`: it copies what it caches, and tells hook functions what is running."""
 
     default_padding_side: str | None = None
@@ -140,14 +158,6 @@ class ExpertBridge(ParameterViews):
         asked = None if prepend_bos is None and getattr(self.cfg, "default_prepend_bos", True) else bool(prepend_bos)
         return encode(tokenizer, text, bos=asked, limit=self.cfg.n_ctx if truncate else None)
 
-    def _need_tokenizer(self) -> Any:
-        if self.tokenizer is None:
-            raise InputError(
-                "this model has no tokenizer, so text cannot be read: pass token ids, or wrap it with its tokenizer, "
-                "HookedMoE.from_hf(model, tokenizer); from_pretrained takes the tokenizer that is beside the weights"
-            )
-        return self.tokenizer
-
     def own_ids(self, text: str) -> tuple[list[int], list[int]]:
         """A text as the model's own tokenizer encodes it: the special tokens that it puts first, and the text's ids.
 
@@ -192,8 +202,7 @@ class ExpertBridge(ParameterViews):
 
     def _selected(self, names_filter: NamesFilter) -> list[tuple[HookPoint, list[str]]]:
         """Hook points that a filter selects, each with the names under which it was asked for."""
-        if isinstance(names_filter, str):
-            names_filter = [names_filter]
+        names_filter = as_names(names_filter)
         if names_filter is None or callable(names_filter):
             wanted = [n for n in self._all_hooks if names_filter is None or names_filter(n)]
             wanted = [n for n in wanted if self._gated_hook_reason(self._all_hooks[n].name or n) is None]
@@ -221,6 +230,7 @@ class ExpertBridge(ParameterViews):
 
         What is stored is a copy: a later change in place by another hook does not reach it.
         """
+        check_kept(device, dtype)
         cache = {} if cache is None else cache
         positions = Slice.unwrap(pos_slice)
         fwd_hooks = [
@@ -267,15 +277,16 @@ class ExpertBridge(ParameterViews):
         """
         if incl_bwd and stop_at_layer is not None:
             raise HookError("incl_bwd needs the whole model: leave stop_at_layer out")
-        kept, fwd_hooks, bwd_hooks = self.get_caching_hooks(
-            names_filter, incl_bwd, device, pos_slice=pos_slice, dtype=dtype
-        )
         given = self.read(
             input,
             **{word: kwargs.pop(word) for word in OF_INPUT & kwargs.keys()},
             residual=start_at_layer is not None,
         )
-        first, last = (self._layer_index(at) for at in (start_at_layer or 0, stop_at_layer))
+        check_positions(pos_slice, given.values.shape[1])
+        kept, fwd_hooks, bwd_hooks = self.get_caching_hooks(
+            names_filter, incl_bwd, device, pos_slice=pos_slice, dtype=dtype
+        )
+        first, last = layer_limits(len(self.blocks), start_at_layer, stop_at_layer)
         runs = [name for name, _ in fwd_hooks if self._runs(name, first, last)]
         fwd_hooks, bwd_hooks = ([(n, keep) for n, keep in hooks if n in runs] for hooks in (fwd_hooks, bwd_hooks))
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
@@ -289,12 +300,6 @@ class ExpertBridge(ParameterViews):
         if remove_batch_dim:
             cache.remove_batch_dim()
         return output, cache if return_cache_object else cache.cache_dict
-
-    def _layer_index(self, layer: int | None) -> int:
-        n_layers = len(self.blocks)
-        if layer is not None and not -n_layers <= layer <= n_layers:
-            raise InputError(f"there is no layer {layer} to start or stop at; expected {-n_layers} to {n_layers}")
-        return n_layers if layer is None else layer + n_layers if layer < 0 else layer
 
     @staticmethod
     def _runs(name: str, first: int, last: int) -> bool:
@@ -336,7 +341,7 @@ class ExpertBridge(ParameterViews):
             HookError: when it is entered: a hook that does not exist.
             InUseError: when it is entered: another thread uses the model.
         """
-        return HookContext(self, (fwd_hooks, bwd_hooks), reset_hooks_end, clear_contexts)
+        return HookContext(self, (as_pairs(fwd_hooks), as_pairs(bwd_hooks)), reset_hooks_end, clear_contexts)
 
     def run_with_hooks(
         self,
@@ -371,11 +376,11 @@ class ExpertBridge(ParameterViews):
         """
         if "names_filter" in kwargs:
             raise InputError("run_with_hooks takes no names_filter: it caches nothing; run_with_cache does")
-        first, last = (self._layer_index(at) for at in (start_at_layer or 0, stop_at_layer))
+        first, last = layer_limits(len(self.blocks), start_at_layer, stop_at_layer)
         fwd, bwd = (
             [
                 (self._among(name, first, last), without_batch(function) if remove_batch_dim else function)
-                for name, function in hooks
+                for name, function in as_pairs(hooks)
             ]
             for hooks in (fwd_hooks, bwd_hooks)
         )
@@ -386,10 +391,10 @@ class ExpertBridge(ParameterViews):
 
     def _among(self, name: str | Callable[[str], bool], first: int, last: int) -> str | Callable[[str], bool]:
         """What a name or a predicate means when only the blocks from `first` to before `last` run."""
-        if not isinstance(name, str):
-            return lambda hook: name(hook) and self._runs(hook, first, last)
         self.points_of(name, None, "fwd")
-        return name if self._runs(name, first, last) else _none_of
+        if isinstance(name, str) and self._runs(name, first, last):
+            return name
+        return _Among(name, lambda hook: self._runs(hook, first, last))
 
     # --- the forward pass that is running, for hook functions that ask ---
 
@@ -437,22 +442,32 @@ class ExpertBridge(ParameterViews):
         if "token_type_ids" not in further_words(kind):
             words.pop("token_type_ids", None)
         refuse_unknown("the input, for forward,", words, forward_words(kind))
+        check_returned(return_type, {**words, **kwargs}, given)
+        check_mask(given, past)
+        stop = kwargs.get("stop_at_layer")
+        _, last = layer_limits(len(self.blocks), kwargs.get("start_at_layer"), stop)
+        mask = given.attention_mask
+        if mask is not None and mask.dtype == torch.bool and mask.dim() == 4 and self._attends_eagerly():
+            mask = additive(mask, self.original_model.dtype)  # pyright: ignore[reportArgumentType]
         claim = ForwardClaim(self)
         with claim:
             claim.running = _Running(given, 0 if past is None else past.get_seq_length())
-            stop = kwargs.get("stop_at_layer")
             in_vain = return_type is None and kwargs.get("labels") is None and not self._head_is_heard()
-            if self._layer_index(stop) == len(self.blocks) and (stop is not None or in_vain):
+            if last == len(self.blocks) and (stop is not None or in_vain):
                 claim.end_after_blocks()
             out = super().forward(
                 given.values,
                 return_type,
                 loss_per_token,
-                attention_mask=given.attention_mask,
+                attention_mask=mask,
                 **words,
                 **kwargs,
             )
             return None if stop is None and return_type is None else out
+
+    def _attends_eagerly(self) -> bool:
+        """Whether transformers' eager attention runs, which adds a mask to scores whatever it holds."""
+        return self._hf_config.get_text_config()._attn_implementation == "eager"
 
     def _head_is_heard(self) -> bool:
         """Whether anybody listens to the final norm or the unembedding, or to modules in them."""

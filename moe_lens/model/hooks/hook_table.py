@@ -13,6 +13,7 @@ from moe_lens.model.experts.expert_weights_view import Experts, top_k_of
 from moe_lens.model.families.table import Family
 from moe_lens.model.hooks.arguments import refuse_unknown
 from moe_lens.model.hooks.checked_point import CheckedPoint, check_points
+from moe_lens.model.hooks.hook_pairs import check_function
 from moe_lens.model.hooks.hook_scope import run_all_blocks
 from moe_lens.model.hooks.key_value_cache import Driver
 from moe_lens.model.hooks.layer_hooks import LayerHooks
@@ -214,18 +215,24 @@ class HookTable(WholeState):
             InUseError: the model belongs to another thread.
         """
         self.owner.check()
+        check_function(hook_fn)
+        _check_direction(dir)
         if isinstance(name, str):
             name = self._find(name).name or name
+        else:
+            self.points_of(name, hook_fn, dir)
         super().add_hook(name, hook_fn, dir=dir, is_permanent=is_permanent)
 
-    def remove_all_hook_fns(self, *args: Any, **kwargs: Any) -> None:
+    def remove_all_hook_fns(self, direction: Any = "both", *args: Any, **kwargs: Any) -> None:
         """As TransformerLens's.
 
         Raises:
+            HookError: the direction is none.
             InUseError: the model belongs to another thread.
         """
         self.owner.check()
-        super().remove_all_hook_fns(*args, **kwargs)
+        _check_direction(direction, "both")
+        super().remove_all_hook_fns(direction, *args, **kwargs)
 
     def points_of(
         self, name: str | Callable[[str], bool], function: Any, direction: Literal["fwd", "bwd"]
@@ -240,6 +247,10 @@ class HookTable(WholeState):
             found: dict[str, Any] = {name: self._find(name)}
         else:
             found = {point.name or n: point for n, point in list(self._all_hooks.items()) if name(n)}
+            if not found and not getattr(name, "may_be_none", False):
+                raise HookError(
+                    "a function from names to True or False chose no hook point; model.hook_dict has their names"
+                )
             gated = [n for n in found if self._gated_hook_reason(n) is not None]
             self._warn_gated_skipped("hooks", gated, stacklevel=2)
             found = {n: point for n, point in found.items() if n not in gated}
@@ -306,3 +317,9 @@ class HookTable(WholeState):
             InputError: a word that TransformerLens does not have.
         """
         self.enable_compatibility_mode(verbose, False, **processing)
+
+
+def _check_direction(direction: Any, *others: str) -> None:
+    words = ("fwd", "bwd", *others)
+    if direction not in words:
+        raise HookError(f"the direction of a hook is {direction!r}; expected one of {words}")

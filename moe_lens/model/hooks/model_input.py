@@ -121,6 +121,12 @@ class Reading:
             if not row and not self.may_be_empty:
                 which = "the text" if len(rows) == 1 else f"text {number} of {len(rows)}"
                 raise InputError(f"{which} is empty: it has no token to run a model on")
+        for text, row in zip(texts, rows, strict=True):
+            if row and max(row) >= self.d_vocab:
+                raise InputError(
+                    f"the tokenizer reads {text!r:.40} as ids up to {max(row)}, but the model embeds 0 to "
+                    f"{self.d_vocab - 1}: is it this model's tokenizer?"
+                )
         return self._padded([torch.tensor(row, dtype=torch.long) for row in rows])
 
     def _numbers(self, value: Any, residual: bool) -> tuple[Tensor, Tensor | None]:
@@ -210,6 +216,12 @@ class Reading:
                 "(with the key-value cache's tokens in front, if there are any) or [batch, heads, query, key]"
             )
         if attention_mask.dim() == 4:
+            if not attention_mask.is_meta and _is_of_ones(attention_mask):
+                raise InputError(
+                    f"attention_mask [batch, heads, query, key] holds 1 and 0 in {attention_mask.dtype}, which would "
+                    "be added to the scores; expected booleans, or 0 where attention may reach and a large negative "
+                    "number elsewhere"
+                )
             whole, rows = attention_mask.expand(batch, -1, -1, -1), values[..., 0] if values.dim() == 3 else values
             try:
                 return {"attention_mask": attention_mask, "seen": self.keep(whole, rows)}
@@ -228,6 +240,13 @@ class Reading:
 
         parts = {name: moved(getattr(given, name)) for name in ("values", "attention_mask", "seen")}
         return replace(given, **parts, words={name: moved(value) for name, value in given.words.items()})
+
+
+def _is_of_ones(mask: Tensor) -> bool:
+    """Whether numbers stand in a mask where booleans are meant."""
+    if mask.dtype == torch.bool:
+        return False
+    return not mask.is_floating_point() or bool((mask == 1).any() & ((mask == 0) | (mask == 1)).all())
 
 
 def _of_tokenizer(given: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:

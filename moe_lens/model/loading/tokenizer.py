@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from moe_lens.errors import CheckpointError, InputError
+from moe_lens.errors import CheckpointError, InputError, check_characters
 from moe_lens.model.hf_compat import RELEASE, get_tokenizer_config
 from moe_lens.model.loading.checkpoint import HUB_ARGUMENTS, find_file
 
@@ -133,4 +133,5 @@ def _opened(opening: list[int], ids: list[int]) -> tuple[list[int], list[int]]:
 
 
 def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    check_characters("the text", text)
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])

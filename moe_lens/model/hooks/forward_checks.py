@@ -1,0 +1,174 @@
+"""What a forward pass is asked for, held against what it can give; torch and transformers would go on in silence."""
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens.utilities import Slice
+
+from moe_lens.errors import InputError
+from moe_lens.model.hooks.model_input import ModelInput
+
+NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
+_OF_TRANSFORMERS = {
+    "output_hidden_states": "run_with_cache(input) keeps hook_resid_pre of every layer",
+    "output_attentions": "run_with_cache(input) keeps attn.hook_pattern of every layer",
+    "output_router_logits": "run_with_cache(input) keeps router_logits of every layer",
+    "return_dict": 'return_type="logits", "loss", "both" or "logits_and_cache" says what comes back',
+}
+"""Words of transformers' models that change what they return, which here does not come back."""
+
+
+def layer_limits(n_layers: int, start: Any, stop: Any) -> tuple[int, int]:
+    """The blocks that run: from the first to before the second.
+
+    Args:
+        n_layers: Blocks of the model.
+        start: `start_at_layer`; negative ones count from the end. None: the first.
+        stop: `stop_at_layer`, likewise. None: all.
+
+    Raises:
+        InputError: There is no such layer, or the pass would stop before it starts.
+    """
+    first, last = _layer(n_layers, 0 if start is None else start), _layer(n_layers, n_layers if stop is None else stop)
+    if start is not None and stop is not None and first > last:
+        raise InputError(f"start_at_layer={start} is behind stop_at_layer={stop}: no block would run")
+    return first, last
+
+
+def _layer(n_layers: int, layer: Any) -> int:
+    try:
+        number = n_layers + 1 if isinstance(layer, bool) else operator.index(layer)
+    except TypeError:
+        number = n_layers + 1
+    if not -n_layers <= number <= n_layers:
+        raise InputError(f"there is no layer {layer!r} to start or stop at; expected {-n_layers} to {n_layers}")
+    return number + n_layers if number < 0 else number
+
+
+def as_names(names_filter: Any) -> Any:
+    """A filter of names as a predicate, a list of names or None.
+
+    Raises:
+        InputError: It is something else.
+    """
+    if names_filter is None or callable(names_filter):
+        return names_filter
+    if isinstance(names_filter, str):
+        return [names_filter]
+    try:
+        names = list(names_filter)
+    except TypeError:
+        names = [names_filter]
+    for name in names:
+        if not isinstance(name, str):
+            raise InputError(
+                f"names_filter holds a {type(name).__name__}, {name!r:.80}; expected a name, names, or a function from "
+                "a name to True or False"
+            )
+    return names
+
+
+def check_kept(device: Any, dtype: Any) -> None:
+    """Nothing, where activations can be kept there and so.
+
+    Args:
+        device: Of what is kept; None for where it is computed.
+        dtype: Of what is kept; None for what is computed.
+
+    Raises:
+        InputError: No device of torch, or no floating-point dtype: whole numbers would cut off what comes behind the
+            point.
+    """
+    if device is not None:
+        try:
+            torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise InputError(f"device is {device!r}; expected one such as 'cpu' or 'cuda:0'") from error
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InputError(f"dtype is {dtype!r}; expected a floating-point one, such as torch.float16")
+
+
+def check_positions(pos_slice: Any, pos: int) -> None:
+    """Nothing, where a slice of positions fits so many.
+
+    Args:
+        pos_slice: What TransformerLens's `Slice` takes, or one.
+        pos: How many there are.
+
+    Raises:
+        InputError: It is no slice, or names a position that is not there.
+    """
+    try:
+        Slice.unwrap(pos_slice).apply(torch.arange(pos))
+    except (IndexError, TypeError, ValueError) as error:
+        raise InputError(f"pos_slice is {pos_slice!r}, and there are {pos} positions: {error}") from error
+
+
+def check_returned(return_type: Any, words: Mapping[str, Any], given: ModelInput) -> None:
+    """Nothing, where what is to come back can come back.
+
+    Args:
+        return_type: Of `forward`.
+        words: Its keywords.
+        given: What it reads.
+
+    Raises:
+        InputError: The loss of a pass that stops early, or of embeddings without labels; or a word that only
+            transformers' own output answers.
+    """
+    for word, instead in _OF_TRANSFORMERS.items():
+        if words.get(word):
+            raise InputError(f"forward gives no output of transformers: {word}={words[word]!r}; {instead}")
+    labels = words.get("labels")
+    if labels is not None and (not isinstance(labels, Tensor) or labels.shape != given.values.shape[:2]):
+        came = f"of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
+        raise InputError(f"labels are {came}; expected a tensor of ids of shape {tuple(given.values.shape[:2])}")
+    if words.get("start_at_layer") is not None and given.tokens is not None:
+        raise InputError(
+            "start_at_layer needs a residual stream [batch, pos, d_model], as hook_resid_pre has it; got ids"
+        )
+    if return_type in (None, "logits"):
+        return
+    if words.get("stop_at_layer") is not None:
+        raise InputError(
+            f"return_type={return_type!r} with stop_at_layer: a pass that stops early gives the residual stream there"
+        )
+    if return_type != "logits_and_cache" and given.tokens is None and labels is None:
+        raise InputError(f"return_type={return_type!r} of embeddings or a residual stream needs the ids: pass labels=")
+
+
+def check_mask(given: ModelInput, past: Any) -> None:
+    """Nothing, where a mask [batch, pos] covers what attention reads: the key-value cache's tokens and these.
+
+    transformers takes a mask of another length from its beginning, so that padding would be read as text.
+
+    Args:
+        given: What is read.
+        past: The key-value cache; None if there is none.
+
+    Raises:
+        InputError: The mask is too short or too long, or the cache is of another batch.
+    """
+    batch, pos = given.values.shape[:2]
+    before = 0 if past is None else int(past.get_seq_length())
+    for layer in getattr(past, "layers", ()) if before else ():
+        held = getattr(layer, "keys", None)
+        if isinstance(held, Tensor) and held.dim() == 4 and len(held) != batch:
+            raise InputError(f"past_key_values holds a batch of {len(held)}, and the input is one of {batch}")
+    mask = given.attention_mask
+    if mask is None or mask.dim() != 2:
+        return
+    width = mask.shape[1]
+    if width < before + pos or (past is None and width > pos):
+        raise InputError(
+            f"attention_mask has shape {tuple(mask.shape)} for {pos} tokens behind {before} in the key-value cache; "
+            f"expected ({batch}, {before + pos}), 0 at padding in either"
+        )
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask [batch, heads, query, key] of booleans as numbers that are added to attention scores."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)

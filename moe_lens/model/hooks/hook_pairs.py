@@ -1,0 +1,53 @@
+"""Hooks as people write them: pairs of a name, or a predicate on names, and a function."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from types import FunctionType, MethodType
+from typing import Any
+
+from moe_lens.errors import HookError
+
+Pair = tuple[str | Callable[[str], bool], Callable[..., Any]]
+_EXPECTED = "expected pairs [(name, function), …], the name being a text or a function from a name to True or False"
+
+
+def as_pairs(hooks: Any) -> list[Pair]:
+    """Hooks in a list, which can be gone through again.
+
+    Args:
+        hooks: Pairs; of an intervention, its `fwd_hooks`.
+
+    Raises:
+        HookError: They are no pairs, or a function does not take an activation and `hook`.
+    """
+    if isinstance(hooks, str | Mapping) or not isinstance(hooks, Iterable):
+        raise HookError(f"hooks are a {type(hooks).__name__}; {_EXPECTED}")
+    pairs = list(hooks)
+    for pair in pairs:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise HookError(f"a hook is {pair!r:.80}; {_EXPECTED}")
+        name, function = pair
+        if not isinstance(name, str) and not callable(name):
+            raise HookError(f"a hook is named by a {type(name).__name__}, {name!r:.80}; {_EXPECTED}")
+        check_function(function)
+    return [(name, function) for name, function in pairs]
+
+
+def check_function(function: Any) -> None:
+    """Nothing, where a hook function can be called as TransformerLens calls it: `function(activation, hook=point)`.
+
+    Raises:
+        HookError: It cannot.
+    """
+    if not callable(function):
+        raise HookError(f"a hook function is {function!r:.80}; expected a function of (activation, hook)")
+    plain = function.__func__ if isinstance(function, MethodType) else function
+    if not isinstance(plain, FunctionType):
+        return  # what else there is says so itself when it is called
+    code = plain.__code__
+    named = code.co_varnames[code.co_posonlyargcount : code.co_argcount + code.co_kwonlyargcount]
+    if "hook" not in named and not code.co_flags & inspect.CO_VARKEYWORDS:
+        raise HookError(
+            f"the hook function {plain.__qualname__} takes ({', '.join(code.co_varnames[: code.co_argcount])}); "
+            "expected (activation, hook): the hook point is passed by that name"
+        )

@@ -1,0 +1,279 @@
+"""Calls as people bring them from TransformerLens and transformers: done as they mean, or refused in a line."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from moe_lens import HookedMoE
+from moe_lens.errors import HookError, InputError, TokenError
+from tests.wrapped import wrapped
+
+TEXT = "The old man looked at the sea."
+PRE = "blocks.1.hook_resid_pre"
+pytestmark = pytest.mark.untyped  # wrong kinds are passed on purpose
+
+
+@pytest.fixture(scope="module")
+def model() -> HookedMoE:
+    return HookedMoE.from_pretrained("tiny-deepseekmoe", dtype=torch.float32, check=False)
+
+
+def zero(value: Tensor, hook: Any) -> Tensor:
+    return value * 0
+
+
+# --- tokens ---
+
+
+def test_tokens_are_named_alike_in_every_form(model: HookedMoE) -> None:
+    ids = model.to_tokens(TEXT)
+    names = model.to_str_tokens(TEXT)
+    row = ids[0].tolist()
+    for form in (ids, ids[0], ids[0].numpy(), row, model.tokenizer(TEXT, return_tensors="pt"), torch.stack([ids])):
+        assert model.to_str_tokens(form) == names
+    assert model.to_str_tokens(torch.cat([ids, ids])) == [names, names]
+    assert model.to_str_tokens([row, row[:2]]) == [names, names[:2]] == model.to_str_tokens([TEXT, ids[0, :2]])
+    assert model.to_str_tokens("", prepend_bos=False) == []
+    assert model.to_str_tokens(torch.tensor(row[1])) == names[1:2] == [model.to_single_str_token(row[1])]
+    assert model.to_string(ids) == ["".join(names)] and model.to_string(row) == "".join(names)
+    assert model.to_string([row, row[:2]]) == ["".join(names), "".join(names[:2])]
+    assert model.to_string(row[1]) == names[1] and model.to_string([]) == ""
+    assert [model.get_token_position(name, row, mode="last") for name in names[2:]] == list(range(2, len(names)))
+    assert model.get_token_position(" the", "the sea the sea the", mode="first") < model.get_token_position(
+        " the", "the sea the sea the", mode="last"
+    )
+
+
+def test_directions_of_tokens_are_those_of_the_unembedding(model: HookedMoE) -> None:
+    W_U: Any = model.W_U
+    token = model.to_single_token(" the")
+    for one in (token, " the", torch.tensor([token]), [token]):
+        assert torch.equal(model.tokens_to_residual_directions(one), W_U[:, token])
+    assert torch.equal(model.tokens_to_residual_directions([" the", 5]), W_U[:, [token, 5]].T)
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    assert torch.equal(model.tokens_to_residual_directions(ids)[1, 2], W_U[:, 6])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m: m.to_single_token(" the old man"),
+        lambda m: m.to_single_token(""),
+        lambda m: m.get_token_position(" zebra", TEXT),
+        lambda m: m.tokens_to_residual_directions(" the old man"),
+    ],
+)
+def test_a_text_that_is_not_one_token_there_is_both_libraries_error(
+    model: HookedMoE, call: Callable[[HookedMoE], Any]
+) -> None:
+    with pytest.raises(TokenError) as error:
+        call(model)
+    assert isinstance(error.value, AssertionError) and isinstance(error.value, InputError)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda m: m.to_string(10**6), "0 to 4095"),
+        (lambda m: m.to_string([-1]), "from 0"),
+        (lambda m: m.to_string(torch.tensor([1.5])), "1.5"),
+        (lambda m: m.to_string(torch.zeros(1, 1, 1, dtype=torch.long)), "two axes"),
+        (lambda m: m.to_single_token(5), "expected a text"),
+        (lambda m: m.to_single_str_token(10**6), "0 to 4095"),
+        (lambda m: m.tokens_to_residual_directions(-1), "from 0"),
+        (lambda m: m.tokens_to_residual_directions(torch.tensor([5.0])), "5.0"),
+        (lambda m: m.tokens_to_residual_directions([[1, 2], [3]]), "differ in length"),
+        (lambda m: m.get_token_position(5, [TEXT, TEXT]), "2 texts"),
+        (lambda m: m.get_token_position(5, TEXT, mode="lst"), "did you mean 'last'"),
+        (lambda m: m("cut \ud83d emoji"), "half of a character"),
+        (lambda m: m.to_tokens(["whole", "cut \ud83d emoji"]), "half of a character"),
+        (lambda m: m.generate("cut \ud83d", max_new_tokens=1), "half of a character"),
+    ],
+)
+def test_what_is_no_token_is_refused(model: HookedMoE, call: Callable[[HookedMoE], Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        call(model)
+
+
+def test_a_tokenizer_of_another_model_is_named(model: HookedMoE) -> None:
+    other = wrapped("mixtral").model
+    other.tokenizer = model.tokenizer
+    try:
+        with pytest.raises(InputError, match="is it this model's tokenizer"):
+            other(TEXT)
+    finally:
+        other.tokenizer = None
+
+
+# --- what a pass is asked for ---
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ({"stop_at_layer": 2.5}, "no layer 2.5"),
+        ({"stop_at_layer": True}, "no layer True"),
+        ({"start_at_layer": 1}, "needs a residual stream"),
+        ({"stop_at_layer": 1, "return_type": "loss"}, "stops early"),
+        ({"logits_to_keep": 1, "return_type": "loss"}, "at every token"),
+        ({"labels": torch.zeros(1, 3, dtype=torch.long)}, "labels are of shape"),
+        ({"labels": "a"}, "labels are a str"),
+        ({"output_hidden_states": True}, "run_with_cache"),
+        ({"return_dict": True}, "return_type"),
+        ({"attention_mask": torch.ones(2, 40).long()}, "attention_mask has shape"),
+    ],
+)
+def test_a_pass_that_cannot_give_what_is_asked_is_refused(words: dict[str, Any], says: str) -> None:
+    case = wrapped("mixtral")
+    with pytest.raises(InputError, match=says):
+        case.model(case.tokens, **words)
+
+
+def test_a_residual_stream_needs_labels_for_a_loss_and_runs_forwards() -> None:
+    case = wrapped("mixtral")
+    middle = case.model(case.tokens, stop_at_layer=1)
+    with pytest.raises(InputError, match="labels="):
+        case.model(middle, start_at_layer=1, return_type="loss")
+    with pytest.raises(InputError, match="no block would run"):
+        case.model(middle, start_at_layer=2, stop_at_layer=1)
+    loss = case.model(middle, start_at_layer=1, return_type="loss", labels=case.tokens)
+    assert torch.allclose(loss, case.model(case.tokens, return_type="loss"), atol=1e-6)
+
+
+def test_the_loss_of_logits_of_another_shape_is_refused() -> None:
+    case = wrapped("mixtral")
+    model, tokens = case.model, case.tokens
+    right = model.loss_fn(case.logits, tokens)
+    assert torch.allclose(right, model(tokens, return_type="loss"), atol=1e-6)
+    for other in (tokens[:, :-2], tokens[:1]):  # negative control: torch's gather takes both
+        assert case.logits.log_softmax(-1)[:, :-1].gather(-1, other[:, 1:, None]).numel() == other[:, 1:].numel()
+        with pytest.raises(InputError, match="at every token"):
+            model.loss_fn(case.logits, other)
+
+
+@pytest.mark.parametrize("listened", [False, True])
+def test_masks_of_queries_and_keys_mean_what_they_say(listened: bool) -> None:
+    """Booleans as well as numbers to add, also where eager attention runs; 1 and 0 are neither."""
+    case = wrapped("mixtral")
+    batch, pos = case.tokens.shape
+    reach = torch.ones(pos, pos, dtype=torch.bool).tril()[None, None].expand(batch, 1, -1, -1)
+    names = ["blocks.0.attn.hook_pattern"] if listened else []
+
+    def run(mask: Any) -> Tensor:
+        return case.model.run_with_cache(case.tokens, attention_mask=mask, names_filter=names)[0]
+
+    for mask in (reach, torch.zeros(reach.shape).masked_fill(~reach, torch.finfo(torch.float32).min)):
+        assert torch.allclose(run(mask), case.logits, atol=1e-5)
+    for mask in (reach.long(), reach.float()):
+        with pytest.raises(InputError, match="added to the scores"):
+            run(mask)
+    everything = run(torch.ones_like(reach))
+    assert not torch.allclose(everything, case.logits, atol=1e-3), "negative control: the mask is used"
+
+
+def test_eager_attention_reads_booleans_as_a_mask() -> None:
+    """transformers' own adds True as 1 to the scores there."""
+    case = wrapped("mixtral")
+    config: Any = case.model.original_model.config
+    batch, pos = case.tokens.shape
+    reach = torch.ones(pos, pos, dtype=torch.bool).tril()[None, None].expand(batch, 1, -1, -1)
+    config._attn_implementation, before = "eager", config._attn_implementation
+    try:
+        found = case.model(case.tokens, attention_mask=reach)
+        plain = case.model.original_model(case.tokens, attention_mask=reach).logits
+    finally:
+        config._attn_implementation = before
+    assert torch.allclose(found, case.logits, atol=1e-5)
+    assert not torch.allclose(plain, case.logits, atol=1e-3), "negative control"
+
+
+def test_a_mask_covers_the_cache_too() -> None:
+    case = wrapped("mixtral")
+    model, tokens = case.model, case.tokens
+    config: Any = model.original_model.config
+    past: Any = DynamicCache(config=config)
+    model(tokens[:, :4], past_key_values=past, use_cache=True)
+    for width in (tokens.shape[1] - 4, tokens.shape[1] - 1):
+        with pytest.raises(InputError, match="in the key-value cache; expected"):
+            model(tokens[:, 4:], attention_mask=torch.ones(len(tokens), width).long(), past_key_values=past)
+    with pytest.raises(InputError, match="holds a batch of"):
+        model(tokens[:1, 4:], past_key_values=past)
+    whole = torch.ones_like(tokens)
+    assert torch.allclose(
+        model(tokens[:, 4:], attention_mask=whole, past_key_values=past), case.logits[:, 4:], atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ({"names_filter": 3}, "names_filter holds a int"),
+        ({"names_filter": [zero]}, "names_filter holds a function"),
+        ({"pos_slice": 99}, "pos_slice is 99"),
+        ({"pos_slice": "last"}, "pos_slice is 'last'"),
+        ({"device": "gpu"}, "device is 'gpu'"),
+        ({"dtype": torch.int8}, "floating-point"),
+        ({"dtype": "float16"}, "floating-point"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(words: dict[str, Any], says: str) -> None:
+    case = wrapped("mixtral")
+    with pytest.raises(InputError, match=says):
+        case.model.run_with_cache(case.tokens, **{"names_filter": PRE, **words})
+
+
+# --- hooks ---
+
+
+@pytest.mark.parametrize(
+    ("hooks", "says"),
+    [
+        ([PRE], "expected pairs"),
+        ({PRE: zero}, "hooks are a dict"),
+        ((PRE, zero), "expected pairs"),
+        ([([PRE], zero)], "named by a list"),
+        ([(PRE, None)], "a hook function is None"),
+        ([(PRE, lambda value: value)], "the hook point is passed by that name"),
+        ([(PRE, lambda value, point: value)], "the hook point is passed by that name"),
+        ([(lambda name: name.endswith("hook_expert_weights"), zero)], "chose no hook point"),
+    ],
+)
+def test_hooks_that_would_do_nothing_are_refused(hooks: Any, says: str) -> None:
+    case = wrapped("mixtral")
+    with pytest.raises(HookError, match=says):
+        case.model.run_with_hooks(case.tokens, fwd_hooks=hooks)
+    with pytest.raises(HookError, match=says), case.model.hooks(hooks):
+        pass
+
+
+def test_a_predicate_may_choose_blocks_that_do_not_run() -> None:
+    case = wrapped("mixtral")
+    hooks = [(lambda name: name == "blocks.1.hook_resid_pre", zero), ("blocks.1.hook_resid_post", zero)]
+    found = case.model.run_with_hooks(case.tokens, fwd_hooks=hooks, stop_at_layer=1)
+    assert torch.equal(found, case.model(case.tokens, stop_at_layer=1))
+
+
+def test_hooks_from_a_generator_are_there_in_every_with() -> None:
+    case = wrapped("mixtral")
+    pairs: Any = ((name, zero) for name in [PRE])
+    context = case.model.hooks(pairs)
+    for _ in range(2):
+        with context:
+            assert not torch.allclose(case.model(case.tokens), case.logits, atol=1e-3)
+    assert torch.equal(case.model(case.tokens), case.logits)
+
+
+def test_directions_of_hooks_are_checked() -> None:
+    model = wrapped("mixtral").model
+    for call in (
+        lambda: model.add_hook(PRE, zero, dir="backward"),  # pyright: ignore[reportArgumentType]
+        lambda: model.reset_hooks(direction="sideways"),  # pyright: ignore[reportArgumentType]
+        lambda: model.add_hook(lambda name: False, zero),
+        lambda: model.add_hook(PRE, lambda value: value),
+    ):
+        with pytest.raises(HookError):
+            call()
