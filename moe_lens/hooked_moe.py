@@ -79,7 +79,9 @@ class HookedMoE(Summary, GeneratingBridge):
         asked = read_words(kwargs)
         read_quantize(quantize, kwargs)
         model, tokenizer = load_pretrained(str(name_or_path), trust_remote_code=trust_remote_code, **kwargs)
-        hooked = cls.from_hf(model, asked.tokenizer or tokenizer, name=str(name_or_path), check=check)
+        hooked = cls.from_hf(
+            model, tokenizer if asked.tokenizer is None else asked.tokenizer, name=str(name_or_path), check=check
+        )
         if asked.prepend_bos is not None:
             hooked.cfg.default_prepend_bos = asked.prepend_bos
         hooked.__dict__["default_padding_side"] = asked.padding_side

@@ -110,7 +110,7 @@ def _read_jsonl(path: Path, codec: str | None) -> Iterator[tuple[str, Any]]:
 
 def _object(line: str, origin: str) -> dict[str, Any]:
     try:
-        row = parse_json(line)
+        row = parse_json(line, once=True)
     except ValueError as error:
         raise InputError(
             f'{origin}: not JSON ({error}); expected a line such as {{"text": "…", "source": "…"}}'
@@ -133,7 +133,7 @@ def _read_json(path: Path, codec: str | None) -> Iterator[tuple[str, Any]]:
             f"{path}: more than {WHOLE // 2**30} GiB of JSON in one piece; write an object a line (.jsonl)"
         )
     try:
-        rows = parse_json(read.decode("utf-8-sig"))
+        rows = parse_json(read.decode("utf-8-sig"), once=True)
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     for number, row in enumerate(rows, start=1):

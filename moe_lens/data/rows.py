@@ -43,6 +43,9 @@ def read_row(
     Raises:
         InputError: There is no such text in it, no such column, or half of a character.
     """
+    for what, column in (("text", text), ("source", source)):
+        if not isinstance(column, str) and (column is not None or what == "text"):
+            raise InputError(f"{what} is {column!r:.80}; expected the name of a column")
     found = []
     for column in [text] if text in row else text.split("+"):
         value = _find(row, column)

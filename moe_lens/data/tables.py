@@ -21,6 +21,14 @@ def read_given(name: str, texts: Any, *, text: str, sources: str | Iterable[Any]
         raise InputError(
             f"sources of domain {name!r} are {sources!r:.80}; expected a column's name, or one for each text"
         )
+    if isinstance(sources, set | frozenset):
+        raise InputError(f"sources of domain {name!r} are a set, which has no order; give a list, one for each text")
+    places: list[Any] = [one.index for one in (texts, sources) if hasattr(one, "iloc")]
+    if len(places) == 2 and not places[0].equals(places[1]):
+        raise InputError(
+            f"domain {name!r}: texts and sources are of pandas, and their indices differ: sources.loc[texts.index] "
+            "puts them in the texts' order, sources.tolist() takes them as they stand"
+        )
     nothing = object()
     for number, (row, source) in enumerate(zip_longest(rows, sources, fillvalue=nothing)):
         if row is nothing or source is nothing:
@@ -36,6 +44,10 @@ def _rows(name: str, texts: Any) -> Iterable[Any]:
         raise InputError(
             f"the texts of domain {name!r} are one {type(texts).__name__} ({str(texts)!r:.60}); expected several: "
             "[text], or load_domain(name, path) for a file"
+        )
+    if isinstance(texts, set | frozenset):
+        raise InputError(
+            f"the texts of domain {name!r} are a set, whose order is another in every process; expected a list"
         )
     if isinstance(texts, Mapping):
         raise InputError(

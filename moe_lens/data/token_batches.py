@@ -11,6 +11,7 @@ from torch import Tensor
 from moe_lens.checked import Positive, checked
 from moe_lens.data.domains import Domain
 from moe_lens.data.windows import Window, in_turns, up_to
+from moe_lens.errors import InputError
 from moe_lens.summary import Summary
 
 
@@ -137,6 +138,10 @@ def tokenize(
         InputError: A text of fewer than two tokens came up, or one with tokens that the model does not have; the
             message names file and line.
     """
+    if not isinstance(domain, Domain):
+        raise InputError(
+            f"the texts are a {type(domain).__name__}; expected a domain: Domain.of(name, texts) makes one of them"
+        )
     windows = up_to(in_turns(domain, encoder, context, seed), n_tokens)
     return Tokens(domain.name, tuple(batch_windows(list(windows), encoder, batch_tokens=batch_tokens)))
 

@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from moe_lens.data import Domain, as_domains, embedded_domains, files, from_generator, in_memory, load_domain
+from moe_lens.data import Domain, as_domains, embedded_domains, files, from_generator, in_memory, load_domain, tokenize
 from moe_lens.errors import InputError
 
 
@@ -285,3 +286,38 @@ def test_a_dictionary_is_a_set_of_domains():
 def test_what_is_no_set_of_domains_is_said(given: Any, message):
     with pytest.raises(InputError, match=message):
         as_domains(given)
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: Domain.of("d", {"x", "y"}), "are a set"),
+        (lambda: tokenize(["x"], None, n_tokens=5, context=8), "expected a domain"),  # pyright: ignore[reportArgumentType]
+        (lambda: Domain.of("d", ["x", "y"], sources={"u", "v"}), "has no order"),
+        (lambda: Domain.of("d", pd.Series(["x", "y"]), sources=pd.Series(["u", "v"], index=[1, 0])), "indices differ"),
+        (lambda: Domain.of("d", pd.DataFrame({"text": ["x"]}), sources=pd.Series(["u"], index=[3])), "indices differ"),
+        (lambda: Domain.of("d", [{"text": "x"}], text=None), "name of a column"),  # pyright: ignore[reportArgumentType]
+    ],
+)
+def test_texts_and_sources_that_python_would_pair_at_random_are_refused(call: Callable[[], Domain], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        call()
+
+
+def test_texts_and_sources_of_pandas_go_together_by_their_index() -> None:
+    index = [7, 3]
+    found = Domain.of("d", pd.Series(["x", "y"], index=index), sources=pd.Series(["u", "v"], index=index))
+    assert [(passage.text, passage.source) for passage in found.passages] == [("x", "u"), ("y", "v")]
+    listed = Domain.of("d", pd.Series(["x", "y"], index=index), sources=["u", "v"])
+    assert listed == found
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json"])
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path, name: str) -> None:
+    row = '{"text": "a", "text": "b"}'
+    (tmp_path / name).write_text(row if name.endswith("l") else f"[{row}]")
+    with pytest.raises(InputError, match="'text' is there twice"):
+        load_domain("d", tmp_path / name)
+    (tmp_path / name).write_text((row if name.endswith("l") else f"[{row}]").replace('"text": "a"', '"title": "a"'))
+    assert load_domain("d", tmp_path / name).passages[0].text == "b", "negative control"

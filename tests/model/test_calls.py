@@ -1,6 +1,7 @@
 """Calls as people bring them from TransformerLens and transformers: done as they mean, or refused in a line."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from moe_lens import HookedMoE
-from moe_lens.errors import HookError, InputError, TokenError
+from moe_lens.errors import HookError, InputError, TokenError, UnsupportedModelError
+from moe_lens.model.loading.whole_state import StateError
+from tests.families import build
 from tests.wrapped import wrapped
 
 TEXT = "The old man looked at the sea."
@@ -276,4 +279,131 @@ def test_directions_of_hooks_are_checked() -> None:
         lambda: model.add_hook(PRE, lambda value: value),
     ):
         with pytest.raises(HookError):
+            call()
+
+
+# --- caches ---
+
+
+@pytest.fixture(scope="module")
+def cache() -> Any:
+    case = wrapped("mixtral")
+    return case.model.run_with_cache(case.tokens)[1]
+
+
+def test_layers_of_stacks_count_from_the_end_too(cache: Any) -> None:
+    """-1 is TransformerLens's word for behind the last layer; others mean what they mean in a list."""
+    n = cache.model.cfg.n_layers
+    for stack in (
+        cache.decompose_resid,
+        cache.accumulated_resid,
+        cache.stack_head_results,
+        cache.get_full_resid_decomposition,
+        cache.decompose_experts,
+        cache.stack_neuron_results,
+    ):
+        behind, before = stack(layer=n, return_labels=True), stack(layer=n - 2, return_labels=True)
+        assert (
+            behind[1] == stack(layer=-1, return_labels=True)[1] != before[1] == stack(layer=-2, return_labels=True)[1]
+        )
+        assert torch.equal(stack(layer=-2, return_labels=True)[0], before[0])
+        for layer in (n + 1, -n - 1, 1.5, True, "1"):
+            with pytest.raises((HookError, InputError), match="there is no layer|layer is"):
+                stack(layer=layer)
+    assert torch.equal(cache.decompose_resid(layer=-2).sum(0), cache["resid_pre", n - 2])
+    assert torch.equal(cache.stack_activation("resid_pre", -2), cache.stack_activation("resid_pre", n - 2))
+
+
+@pytest.mark.parametrize(
+    ("call", "kind"),
+    [
+        (lambda c: c.decompose_resid(mode="mlps"), InputError),
+        (lambda c: c.logit_attrs(c.decompose_resid(), tokens=5.0), InputError),
+        (lambda c: c.stack_activation("resid_pre", layer=0), HookError),
+        (lambda c: c[3], HookError),
+        (lambda c: c[:3], HookError),
+        (lambda c: c.routing("1"), HookError),
+    ],
+)
+def test_what_a_cache_cannot_tell_is_refused(cache: Any, call: Callable[[Any], Any], kind: type[Exception]) -> None:
+    with pytest.raises(kind):
+        call(cache)
+
+
+# --- generation ---
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"max_new_tokens": 0},
+        {"max_new_tokens": 2.5},
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"temperature": "1"},
+        {"top_k": 0},
+        {"top_k": 1.5},
+        {"top_p": 5.0},
+        {"repetition_penalty": 0.0},
+        {"freq_penalty": float("inf")},
+        {"eos_token_id": 10**7},
+        {"eos_token_id": "x"},
+    ],
+)
+def test_sampling_that_means_nothing_is_refused(words: dict[str, Any]) -> None:
+    case = wrapped("mixtral")
+    for run in (case.model.generate, case.model.generate_stream):
+        with pytest.raises(InputError, match=next(iter(words))):
+            run(case.tokens, **{"max_new_tokens": 1, "verbose": False, **words})
+    with pytest.raises(InputError, match="max_tokens_per_yield is 0"):
+        case.model.generate_stream(case.tokens, max_tokens_per_yield=0)
+
+
+# --- loading and weights ---
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ({"load_in_8bit": True}, "quantize="),
+        ({"load_in_4bit": True}, "quantize="),
+        ({"state_dict": {}}, "load_state_dict"),
+        ({"output_loading_info": True}, "error here"),
+        ({"first_n_layers": 2, "num_hidden_layers": 3}, "expected one of them"),
+        ({"device_map": "atuo"}, "device_map is 'atuo'"),
+        ({"attn_implementation": "eagre"}, "eagre"),
+        ({"tokenizer": False, "num_hidden_layers": 2, "check": False}, "expected a tokenizer"),
+    ],
+)
+def test_words_of_loading_that_would_be_passed_over_are_refused(words: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        HookedMoE.from_pretrained("tiny-deepseekmoe", **words)
+
+
+def test_layers_are_those_of_the_config() -> None:
+    fewer: Any = build("mixtral", torch.float32)
+    fewer.model.layers = fewer.model.layers[:1]
+    with pytest.raises(UnsupportedModelError, match="num_hidden_layers"):
+        HookedMoE.from_hf(fewer)
+    fewer.config.num_hidden_layers = 1
+    assert HookedMoE.from_hf(fewer).cfg.n_layers == 1
+    twice: Any = build("mixtral", torch.float32)
+    twice.model.layers[1] = twice.model.layers[0]
+    with pytest.raises(UnsupportedModelError, match="used twice"):
+        HookedMoE.from_hf(twice)
+
+
+def test_weights_that_are_none_are_refused(tmp_path: Path) -> None:
+    model = wrapped("mixtral").model
+    state: Any = model.state_dict()
+    whole = {name: value.mul(100).to(torch.int8) for name, value in state.items()}
+    for other in (whole, list(state.items()), None, "x.pt", {1: torch.zeros(1)}):
+        with pytest.raises(StateError):
+            model.load_state_dict(other)
+    for words in ({"nonsense": True}, {"state_dict": state}, {"safe_serialization": False}):
+        with pytest.raises(InputError, match=next(iter(words))):
+            model.save_pretrained(tmp_path, **words)
+    assert not any(tmp_path.iterdir())
+    for call in (lambda: model.resize_token_embeddings(99), lambda: model.push_to_hub("a")):
+        with pytest.raises(UnsupportedModelError):
             call()

@@ -1,6 +1,7 @@
 """How activations are held: by hook name, moved, sliced, and kept on disk."""
 
 import copy
+import operator
 from pathlib import Path, PurePath
 from typing import Any, TypeVar, cast
 
@@ -81,6 +82,10 @@ class HookCache(Summary, ActivationCache):
         if isinstance(key, str):
             name = key if key in self.cache_dict else get_act_name(key)
         else:
+            if not isinstance(key, tuple) or not key or not isinstance(key[0], str):
+                raise HookError(
+                    f'a cache has no {key!r}; expected a hook\'s name, or its short one and a layer: ("q", 3)'
+                )
             short, *rest = key
             if rest and isinstance(rest[0], int):
                 rest[0] = self._layer(rest[0])
@@ -113,8 +118,17 @@ class HookCache(Summary, ActivationCache):
     def _dense(self, layer: int, what: str) -> str:
         return f"layer {layer} is dense and has no {what}; the layers with experts are {list(self.model.moe_layers)}"
 
+    def _end(self, layer: Any) -> int:
+        """Before which layer parts are taken; None and -1, as in TransformerLens, mean behind the last one."""
+        n_layers = self.model.cfg.n_layers
+        return n_layers if layer is None or layer in (-1, n_layers) else self._layer(layer)
+
     def _layer(self, layer: int) -> int:
         n_layers = self.model.cfg.n_layers
+        try:
+            layer = n_layers if isinstance(layer, bool) else operator.index(layer)
+        except TypeError:
+            raise HookError(f"there is no layer {layer!r}; expected a whole number") from None
         if not -n_layers <= layer < n_layers:
             raise HookError(f"there is no layer {layer}; the model has layers 0 to {n_layers - 1}")
         return layer % n_layers

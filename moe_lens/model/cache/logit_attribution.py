@@ -30,8 +30,8 @@ class AttributionCache(HookCache):
 
         TransformerLens leaves the gain out, which is right only after folding it into the weights behind the norm.
         """
-        n_layers = self.model.cfg.n_layers
-        final = layer in (None, -1, n_layers)
+        layer = self._end(layer)
+        final = layer == self.model.cfg.n_layers
         scaled = super().apply_ln_to_stack(
             residual_stack, layer, mlp_input, as_slice(pos_slice), as_slice(batch_slice), has_batch_dim, recompute_ln
         )
@@ -100,6 +100,8 @@ class AttributionCache(HookCache):
         """Columns of the unembedding."""
         ids = torch.as_tensor(self.model.to_single_token(tokens) if isinstance(tokens, str) else tokens)
         d_vocab = self.model.cfg.d_vocab
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise InputError(f"tokens are {ids.dtype}; expected ids, which are whole numbers")
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < d_vocab:
             raise InputError(f"tokens go from {ids.min()} to {ids.max()}; expected ids from 0 to {d_vocab - 1}")
         W_U = self.model.W_U.detach()

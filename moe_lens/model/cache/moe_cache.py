@@ -164,8 +164,7 @@ class MoECache(ResidualPartsCache):
             raise InputError(f"by is {by!r}; expected 'rank' or 'expert'")
         self._terms_of_a_sum()
         where = as_slice(pos_slice)
-        n_layers = self.model.cfg.n_layers
-        end = n_layers if layer in (None, -1, n_layers) else self._layer(layer)
+        end = self._end(layer)
         parts = list(self._parts(end, by))
         self._require(*(hook for part in parts for hook in part.hooks))
         labels = [label for part in parts for label in part.labels]

@@ -91,7 +91,7 @@ class NeuronCache(SumCache):
         Raises:
             HookError: something was not cached, or the family's experts are no sums of neurons.
         """
-        end = self.model.cfg.n_layers if layer in (None, -1) else int(layer)
+        end = self._end(layer)
         where, neurons = as_slice(pos_slice), as_slice(neuron_slice)
         neurons = Slice([cast(int, neurons.slice)]) if neurons.mode == "int" else neurons
         read = self._reader(end, where, apply_ln, mlp_input, project_output_onto)

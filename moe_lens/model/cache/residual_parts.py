@@ -1,18 +1,89 @@
 """The whole residual stream as a stack of heads, neurons and the rest: TransformerLens's methods, held to their sum."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from moe_lens import names
+from moe_lens.checked import checked
 from moe_lens.errors import HookError
 from moe_lens.model.cache.hook_cache import Cut, as_slice
 from moe_lens.model.cache.neuron_cache import NeuronCache
 
 
+@checked
 class ResidualPartsCache(NeuronCache):
     """Components that sum to the residual stream."""
+
+    def decompose_resid(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        mode: Literal["all", "mlp", "attn"] = "all",
+        apply_ln: bool = False,
+        pos_slice: Cut = None,
+        incl_embeds: bool = True,
+        return_labels: bool = False,
+    ) -> Any:
+        """TransformerLens's: what each sublayer before a layer adds to the residual stream.
+
+        Args:
+            layer: components before this layer; None or -1 for the whole model.
+            mlp_input: up to the layer's MLP.
+            mode: sublayers of which kind.
+            apply_ln: divide by the cached scale of the norm that follows and multiply by its gain.
+            pos_slice: positions to take.
+            incl_embeds: whether the embedding is a component.
+            return_labels: whether to return the labels, too.
+
+        Raises:
+            HookError: something was not cached, or there is no such layer.
+            InputError: another mode.
+        """
+        where = as_slice(pos_slice)
+        return super().decompose_resid(self._end(layer), mlp_input, mode, apply_ln, where, incl_embeds, return_labels)
+
+    def accumulated_resid(
+        self,
+        layer: int | None = None,
+        incl_mid: bool = False,
+        apply_ln: bool = False,
+        pos_slice: Cut = None,
+        mlp_input: bool = False,
+        return_labels: bool = False,
+    ) -> Any:
+        """TransformerLens's: the residual stream before each layer up to one.
+
+        Args:
+            layer: the last one; None or -1 for behind the last layer of the model.
+            incl_mid: whether the stream before each MLP is there, too.
+            apply_ln: divide by the cached scale of the last norm and multiply by its gain.
+            pos_slice: positions to take.
+            mlp_input: up to the layer's MLP.
+            return_labels: whether to return the labels, too.
+
+        Raises:
+            HookError: something was not cached, or there is no such layer.
+        """
+        where = as_slice(pos_slice)
+        return super().accumulated_resid(self._end(layer), incl_mid, apply_ln, where, mlp_input, return_labels)
+
+    def stack_activation(self, activation_name: str, layer: int = -1, sublayer_type: str | None = None) -> Any:
+        """TransformerLens's: an activation of every layer before one, as a stack.
+
+        Args:
+            activation_name: short, such as `"resid_pre"`.
+            layer: layers before this one; -1 for all.
+            sublayer_type: see TransformerLens's `get_act_name`.
+
+        Raises:
+            HookError: something was not cached, or there is no such layer.
+        """
+        end = self._end(layer)
+        if not end:
+            raise HookError("there is no layer before layer 0 to stack")
+        return super().stack_activation(activation_name, end, sublayer_type)
 
     def get_full_resid_decomposition(
         self,
@@ -44,7 +115,7 @@ class ResidualPartsCache(NeuronCache):
                 after it was cached, or the family adds something else.
         """
         self._terms_of_a_sum()
-        end = self.model.cfg.n_layers if layer in (None, -1) else int(layer)
+        end = self._end(layer)
         where, onto = as_slice(pos_slice), project_output_onto
         stack, labels = super().get_full_resid_decomposition(
             end, mlp_input, expand_neurons, apply_ln, where, True, onto
@@ -78,7 +149,7 @@ class ResidualPartsCache(NeuronCache):
         Raises:
             HookError: something was not cached.
         """
-        end, where = self.model.cfg.n_layers if layer in (None, -1) else int(layer), as_slice(pos_slice)
+        end, where = self._end(layer), as_slice(pos_slice)
         hooks, layout = self.model.hook_dict, getattr(self.model.family, "layout", None)
         if layout is None and all(f"blocks.{at}.attn.hook_z" in hooks for at in range(end)):
             return super().stack_head_results(end, return_labels, incl_remainder, where, apply_ln)

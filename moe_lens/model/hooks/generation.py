@@ -1,13 +1,16 @@
 """Generating text: prompts are read as `forward` reads them, and what the loop does not do is refused."""
 
 import inspect
-from collections.abc import Generator
+import math
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from moe_lens.errors import InputError
+from moe_lens.ids import one_id
 from moe_lens.model.hooks.arguments import further_words, named, refuse_unknown
 from moe_lens.model.hooks.bridge import OF_INPUT, ExpertBridge
 from moe_lens.model.hooks.hook_scope import GenerationClaim
@@ -92,6 +95,7 @@ class GeneratingBridge(ExpertBridge):
         kind, known = type(self.original_model), named(function) - {"self"}
         refuse_unknown(what, words, known | (further_words(kind) if what == "generate" else frozenset()))
         _check_returned(what, words.get("return_type", "input"))
+        _check_sampling(what, words, self._embedded())
         given = self._prompt(words)
         if given.attention_mask is not None:
             words["attention_mask"] = given.attention_mask
@@ -120,3 +124,33 @@ def _bound(function: Any, input: Any, args: tuple[Any, ...], kwargs: dict[str, A
 def _check_returned(what: str, returned: Any) -> None:
     if returned not in _RETURNED:
         raise InputError(f"{what}: return_type is {returned!r}; expected 'input', 'str' or 'tokens'")
+
+
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_new_tokens": (lambda value: _is_whole(value) and value >= 1, "a whole number from 1"),
+    "max_tokens_per_yield": (lambda value: _is_whole(value) and value >= 1, "a whole number from 1"),
+    "top_k": (lambda value: value is None or _is_whole(value) and value >= 1, "a whole number from 1, or None"),
+    "top_p": (lambda value: value is None or _is_number(value) and 0 < value <= 1, "a number in (0, 1], or None"),
+    "temperature": (lambda value: _is_number(value) and value >= 0, "a number from 0, which takes the likeliest token"),
+    "freq_penalty": (lambda value: _is_number(value), "a number"),
+    "repetition_penalty": (lambda value: _is_number(value) and value > 0, "a number above 0"),
+}
+"""What TransformerLens's sampling can do with; it takes other values for another one, or fails somewhere inside."""
+
+
+def _check_sampling(what: str, words: Mapping[str, Any], d_vocab: int) -> None:
+    for word, (fits, expected) in _RANGES.items():
+        if word in words and not fits(words[word]):
+            raise InputError(f"{what}: {word} is {words[word]!r}; expected {expected}")
+    ends = words.get("eos_token_id")
+    ends = ends.reshape(-1).tolist() if isinstance(ends, Tensor) else ends
+    for end in () if ends is None else ends if isinstance(ends, list | tuple) else [ends]:
+        one_id(f"{what}: eos_token_id", end, d_vocab)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -20,7 +20,7 @@ from moe_lens.model.hooks.layer_hooks import LayerHooks
 from moe_lens.model.hooks.moe_block import MoEBlock
 from moe_lens.model.hooks.ownership import Owner
 from moe_lens.model.loading.transformer_lens_words import PROCESSING, refuse_processing
-from moe_lens.model.loading.validate import asked_kernel, check_kernel, check_tokenizer
+from moe_lens.model.loading.validate import asked_kernel, check_kernel, check_layers, check_tokenizer
 from moe_lens.model.loading.whole_state import WholeState
 from moe_lens.model.tl_compat import detect_tokenizer_bos_eos
 from moe_lens.model.unknown_hooks import instead_of
@@ -43,6 +43,7 @@ class HookTable(WholeState):
         super().__init__(model, adapter, tokenizer, driver=Driver(model, adapter, tokenizer))
         self.owner.bind(self)
         check_points(self, self.owner)
+        check_layers(self.blocks, self.cfg.n_layers)
         for layer, block in enumerate(self.blocks):
             # Not modules of the norm: a reference, so that each hook point has one owner and one name.
             parts: Any = block._modules
@@ -302,6 +303,25 @@ class HookTable(WholeState):
         refuse_unknown("enable_compatibility_mode", processing, PROCESSING)
         if not no_processing:
             refuse_processing({**PROCESSING, **processing})
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
+        """Not supported: the embedding is a hook point's.
+
+        Raises:
+            UnsupportedModelError: always; says what to do instead.
+        """
+        raise UnsupportedModelError(
+            "a wrapped model's embeddings are not resized: call resize_token_embeddings on the transformers model, and "
+            "wrap it then"
+        )
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
+        """Not supported: transformers' own would write the wrapped modules' names.
+
+        Raises:
+            UnsupportedModelError: always; says what to do instead.
+        """
+        raise UnsupportedModelError("push_to_hub is not for a wrapped model: save_pretrained(folder, push_to_hub=True)")
 
     def process_weights(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, verbose: bool = False, **processing: bool

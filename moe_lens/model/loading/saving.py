@@ -1,5 +1,6 @@
 """Saving a wrapped model under the names that its family's checkpoints have, so that it loads again as it is."""
 
+import inspect
 import warnings
 from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -21,6 +22,12 @@ from moe_lens.model.loading.quantising import VARIANT, packed_in
 from moe_lens.model.loading.whole_state import check_numbers, original_state
 
 _SHARD = "2GB"
+_WORDS = frozenset(
+    word
+    for function in (PreTrainedModel.save_pretrained, PreTrainedModel.push_to_hub)
+    for word in inspect.signature(function).parameters
+    if word not in ("self", "save_directory", "state_dict", "kwargs", "deprecated_kwargs")
+) | {"safe_serialization"}
 
 
 def save_pretrained(
@@ -30,8 +37,12 @@ def save_pretrained(
 
     Raises:
         UnsupportedModelError: what would be written does not load as this model; nothing is written.
-        InputError: the folder is a file.
+        InputError: the folder is a file, or an argument that transformers' does not have.
     """
+    for word in kwargs.keys() - _WORDS:
+        raise InputError(f"save_pretrained has no argument {word!r}; it has {', '.join(sorted(_WORDS))}")
+    if kwargs.pop("safe_serialization", True) is not True:
+        raise InputError("save_pretrained: safe_serialization=False is not taken; weights are written as safetensors")
     if folder.is_file():
         raise InputError(f"{folder} is a file; expected a folder, which need not exist")
     state = original_state(model, original_names)

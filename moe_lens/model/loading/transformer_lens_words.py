@@ -28,7 +28,15 @@ _INSTEAD = {
     "load_weights": "HookedMoE.from_hf(AutoModelForCausalLM.from_config(config)) wraps a model with random weights",
     "model_name": "the name is the first argument",
     "local_path": "a folder is the first argument",
+    "state_dict": "model.load_state_dict(…) reads one into a model that is loaded",
+    "output_loading_info": "a checkpoint that is not whole is an error here",
+    "load_in_8bit": 'quantize="int8" packs in 8 bits',
+    "load_in_4bit": 'quantize="nf4" packs in 4 bits',
 }
+
+_OFF = frozenset({"load_in_8bit", "load_in_4bit", "output_loading_info"})
+"""Those of them that ask for nothing if they are False."""
+_SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 class Asked(NamedTuple):
@@ -52,7 +60,8 @@ def read_words(kwargs: dict[str, Any]) -> Asked:
     """
     refuse_processing({name: kwargs.pop(name) for name in PROCESSING.keys() & kwargs.keys()})
     for word, instead in _INSTEAD.items():
-        if kwargs.get(word) is not None:
+        off = kwargs.get(word) is False and word in _OFF
+        if kwargs.get(word) is not None and not off:
             raise InputError(f"from_pretrained: {word}={kwargs[word]!r} is not taken; {instead}")
         kwargs.pop(word, None)
     n_devices = kwargs.pop("n_devices", None)
@@ -65,6 +74,11 @@ def read_words(kwargs: dict[str, Any]) -> Asked:
         if isinstance(kwargs.get(word), str):
             kwargs[word] = _DTYPES.get(kwargs[word], kwargs[word])
     if (layers := kwargs.pop("first_n_layers", None)) is not None:
+        if kwargs.get("num_hidden_layers", layers) != layers:
+            raise InputError(
+                f"from_pretrained: got first_n_layers={layers!r} and num_hidden_layers="
+                f"{kwargs['num_hidden_layers']!r}; expected one of them"
+            )
         kwargs["num_hidden_layers"] = layers
     side, bos = kwargs.pop("default_padding_side", None), kwargs.pop("default_prepend_bos", None)
     if side not in (None, "left", "right"):
@@ -77,6 +91,7 @@ def read_words(kwargs: dict[str, Any]) -> Asked:
 def _read_device(kwargs: dict[str, Any]) -> None:
     device = kwargs.pop("device", None)
     if device is None:
+        _check_device_map(kwargs.get("device_map"))
         return
     if kwargs.get("device_map") is not None:
         raise InputError(f"from_pretrained: got device={device!r} and device_map; expected one of them")
@@ -89,6 +104,18 @@ def _read_device(kwargs: dict[str, Any]) -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"from_pretrained: device is '{device}', but torch finds no CUDA device here")
     kwargs["device_map"] = None if device.type == "cpu" else {"": device}  # None: transformers' word for the processor
+
+
+def _check_device_map(device_map: Any) -> None:
+    if device_map is None or isinstance(device_map, Mapping) or device_map in _SPREAD:
+        return
+    try:
+        torch.device(device_map)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(
+            f"from_pretrained: device_map is {device_map!r}; expected one of {', '.join(_SPREAD)}, a device such as "
+            "'cpu' or 'cuda:0', or a dictionary of devices by module"
+        ) from error
 
 
 def refuse_processing(asked: Mapping[str, Any]) -> None:

@@ -50,6 +50,21 @@ def check_wrappable(model: Any) -> None:
         )
 
 
+def check_layers(blocks: Any, n_layers: int) -> None:
+    """Refuse a model whose layers are not those of its config, each one a module of its own.
+
+    Raises:
+        UnsupportedModelError: layers were taken out or added, or one is used twice: hooks could not tell them apart.
+    """
+    if len(blocks) != n_layers:
+        raise UnsupportedModelError(
+            f"the model has {len(blocks)} layers, and its config says {n_layers}: set config.num_hidden_layers, and "
+            "all that it says of each layer, to what there is"
+        )
+    if len({id(block.original_component) for block in blocks}) < n_layers:
+        raise UnsupportedModelError("one layer's module is used twice, and hooks could not tell its two places apart")
+
+
 def check_tokenizer(tokenizer: Any) -> None:
     """Refuse what is no tokenizer of transformers.
 

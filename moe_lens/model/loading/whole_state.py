@@ -162,6 +162,8 @@ class WholeState(TransformerBridge):
         self, state_dict: Mapping[str, Any], assign: bool, strict: bool
     ) -> tuple[list[str], list[str], list[str]]:
         """Load if nothing stands against it; the names that are missing and unknown, and what is wrong with others."""
+        if not isinstance(state_dict, Mapping) or not all(isinstance(name, str) for name in state_dict):
+            raise _refusal([f"it is a {type(state_dict).__name__}; expected a dictionary of tensors by name"])
         own, given, problems = self._own(), dict[str, Tensor](), list[str]()
         names = {id(value): name for name, value in own.items()}
         known: dict[str, Tensor] = {**_by_clean_names(self._tree()), **_by_clean_names(self._raw())}
@@ -174,6 +176,8 @@ class WholeState(TransformerBridge):
                 problems.append(f"{key} is a {type(value).__name__}, expected a tensor")
             elif value.shape != own[name].shape:
                 problems.append(f"{key} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}")
+            elif own[name].is_floating_point() and not value.is_floating_point():
+                problems.append(f"{key} is {value.dtype}, expected floating-point numbers")
             elif value.is_meta:
                 problems.append(f"{key} is on the meta device and holds no numbers")
             elif name in given and not (given[name] is value or torch.equal(given[name], value)):
