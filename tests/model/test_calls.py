@@ -365,8 +365,6 @@ def test_sampling_that_means_nothing_is_refused(words: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ({"load_in_8bit": True}, "quantize="),
-        ({"load_in_4bit": True}, "quantize="),
         ({"state_dict": {}}, "load_state_dict"),
         ({"output_loading_info": True}, "error here"),
         ({"first_n_layers": 2, "num_hidden_layers": 3}, "expected one of them"),

@@ -30,12 +30,8 @@ _INSTEAD = {
     "local_path": "a folder is the first argument",
     "state_dict": "model.load_state_dict(…) reads one into a model that is loaded",
     "output_loading_info": "a checkpoint that is not whole is an error here",
-    "load_in_8bit": 'quantize="int8" packs in 8 bits',
-    "load_in_4bit": 'quantize="nf4" packs in 4 bits',
 }
 
-_OFF = frozenset({"load_in_8bit", "load_in_4bit", "output_loading_info"})
-"""Those of them that ask for nothing if they are False."""
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -60,8 +56,7 @@ def read_words(kwargs: dict[str, Any]) -> Asked:
     """
     refuse_processing({name: kwargs.pop(name) for name in PROCESSING.keys() & kwargs.keys()})
     for word, instead in _INSTEAD.items():
-        off = kwargs.get(word) is False and word in _OFF
-        if kwargs.get(word) is not None and not off:
+        if kwargs.get(word) is not None and (word, kwargs[word]) != ("output_loading_info", False):
             raise InputError(f"from_pretrained: {word}={kwargs[word]!r} is not taken; {instead}")
         kwargs.pop(word, None)
     n_devices = kwargs.pop("n_devices", None)
