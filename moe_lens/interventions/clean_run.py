@@ -11,9 +11,10 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from moe_lens import names
+from moe_lens.checked import Natural
 from moe_lens.errors import InputError, UnsupportedModelError
 from moe_lens.model.cache.moe_cache import MoECache
-from moe_lens.model.hooks.block_replay import Replay, recording
+from moe_lens.model.hooks.block_replay import Recording, Replay
 from moe_lens.selection import Step
 
 HookFunction = Callable[[Tensor, HookPoint], Tensor | None]
@@ -28,7 +29,7 @@ class CleanRun:
     cache: MoECache
     """Residual streams, routing, and whatever else was asked for; its `tokens` and `mask` are those of the run."""
     logits: Float[Tensor, "batch pos d_vocab"]
-    direct: frozenset[int]
+    direct: frozenset[Natural]
     """Layers whose MLP's output is added to the residual stream as it is, by no further norm or factor."""
 
     @classmethod
@@ -65,9 +66,9 @@ class CleanRun:
         pairs = {at: pair for at, pair in pairs.items() if all(name in known for name in pair)}
         both = [name for pair in pairs.values() for name in pair]
         watch = [(name, lambda value, hook, name=name: ends.update({name: value[:, -1].clone()})) for name in both]  # noqa: ARG005
-        with recording(model) as recorded, model.hooks([*fwd_hooks, *watch]):
+        with Recording(model) as recorded, model.hooks([*fwd_hooks, *watch]):
             logits, cache = model.run_with_cache(input, names_filter=filtered, use_cache=False, **kwargs)
-        run = cls(recorded[0], cache, logits, frozenset())
+        run = cls(recorded.replay, cache, logits, frozenset())
         sums = {at: ends[mid] + ends[out] for at, (mid, out) in pairs.items()}
         last = set(model.moe_layers) if getattr(model.family, "adds_last", False) else set()
         direct = last | {at for at, whole in sums.items() if torch.equal(whole, run.resid[at + 1][:, -1])}
@@ -96,7 +97,7 @@ class CleanRun:
         entering = [self.cache[names.block(names.RESID_PRE, layer)] for layer in range(n_layers)]
         return (*entering, self.cache[names.block(names.RESID_POST, n_layers - 1)])
 
-    def stream(self, layer: int, items: Int[Tensor, " rows"]) -> Float[Tensor, "rows pos d_model"]:
+    def stream(self, layer: Natural, items: Int[Tensor, " rows"]) -> Float[Tensor, "rows pos d_model"]:
         """`resid[layer]` of some items."""
         return self.resid[layer].index_select(0, items.to(self.resid[layer].device))
 
@@ -116,7 +117,7 @@ class CleanRun:
 
     def adding(
         self,
-        layer: int,
+        layer: Natural,
         delta: Callable[[Int[Tensor, " items"]], Float[Tensor, "items pos d_model"]],
         changed: Bool[Tensor, "batch pos"],
     ) -> "Variant":
@@ -133,11 +134,11 @@ class CleanRun:
         hook = names.mlp(names.MLP_OUT, layer), lambda value, hook: _sum(value, delta(items))  # noqa: ARG005
         return Variant(layer, hooks=[hook], changed=changed)
 
-    def indices(self, layer: int) -> Int[Tensor, "batch pos top_k"]:
+    def indices(self, layer: Natural) -> Int[Tensor, "batch pos top_k"]:
         """Experts chosen in a layer, by rank."""
         return self.cache[names.mlp(names.EXPERT_INDICES, layer)]
 
-    def weights(self, layer: int) -> Float[Tensor, "batch pos top_k"]:
+    def weights(self, layer: Natural) -> Float[Tensor, "batch pos top_k"]:
         """Their routing weights."""
         return self.cache[names.mlp(names.ROUTING_WEIGHTS, layer)]
 
@@ -146,7 +147,7 @@ class CleanRun:
 class Variant:
     """A run that departs from the clean one at some block."""
 
-    layer: int
+    layer: Natural
     """The first block that is run; `n_layers` for none, when only the stream leaving the last block differs."""
     resid: Callable[[Int[Tensor, " items"]], Float[Tensor, "items pos d_model"]] | None = None
     """From the items to the stream entering that block; the clean one if not given."""

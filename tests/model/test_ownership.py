@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 
 from moe_lens import HookedMoE
 from moe_lens.errors import HookError, InUseError, MoELensError
-from moe_lens.model.hooks import checked_point, hook_scope, interrupts, ownership
+from moe_lens.model.hooks import block_replay, checked_point, hook_scope, interrupts, ownership
 from tests.families import CONFIGS, build
 from tests.wrapped import untouched, wrapped
 
@@ -239,7 +240,7 @@ class Struck(BaseException):
 
 def strike(at: int, call: Callable[[], Any]) -> bool:
     """Raise at one line of the modules that put hooks in and take them out; whether there was such a line."""
-    modules = {module.__file__ for module in (checked_point, hook_scope, interrupts, ownership)}
+    modules = {module.__file__ for module in (block_replay, checked_point, hook_scope, interrupts, ownership)}
     modules |= {sys.modules[name].__file__ for name in ("transformer_lens.hook_points", "contextlib")}
     lines = 0
 
@@ -265,15 +266,24 @@ def strike(at: int, call: Callable[[], Any]) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["with", "run"])
+@pytest.mark.parametrize("way", ["with", "run", "stack", "replay"])
 def test_what_an_exception_at_any_line_leaves_is_gone_or_refused_at_the_next_entry(way: str) -> None:
     case = wrapped("mixtral")
     ablation = case.model.ablate({1: [0, 1, 2, 3]})
     last = case.model.hooks([("hook_embed", doubled)])
+    mlp = case.model.blocks[1].mlp
+    own = len(mlp._forward_pre_hooks) + len(mlp._forward_hooks)
 
     def call() -> None:
         if way == "with":
             with ablation, last:
+                pass
+        elif way == "stack":
+            with ExitStack() as stack:
+                stack.enter_context(ablation)
+                stack.enter_context(last)
+        elif way == "replay":
+            with block_replay.Recording(case.model), block_replay._Only(case.model, mlp, torch.zeros(2, 7).bool()):
                 pass
         else:
             case.model.run_with_hooks(case.tokens[:1, :2], fwd_hooks=[("hook_embed", doubled)], stop_at_layer=0)
@@ -288,6 +298,7 @@ def test_what_an_exception_at_any_line_leaves_is_gone_or_refused_at_the_next_ent
                 case.model.reset_hooks()
     assert struck > 40
     assert not case.model.list_hooks() and not case.model.owner.claimed
+    assert len(mlp._forward_pre_hooks) + len(mlp._forward_hooks) == own
 
 
 @pytest.fixture

@@ -5,13 +5,16 @@ window; nothing is rebuilt. Blocks before the first one of interest are not run 
 `start_at_layer` runs them and throws the result away).
 """
 
-from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+from moe_lens.model.hooks.hook_scope import ModuleHooks
+from moe_lens.model.hooks.interrupts import uninterrupted
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +48,7 @@ class Replay:
         args, kwargs = self.arguments[layer]
         block = self.model.blocks[layer]
         mlp = block._modules.get("mlp")  # none in a layer that only mixes positions
-        with nullcontext() if only is None or mlp is None else _only(mlp, only):
+        with nullcontext() if only is None or mlp is None else _Only(self.model, mlp, only):
             out = block(resid, *self._of(items, args), **self._of(items, kwargs))
         return out[0] if isinstance(out, tuple) else out
 
@@ -71,56 +74,62 @@ class Replay:
         return value.index_select(0, items.to(value.device))
 
 
-@contextmanager
-def recording(model: Any) -> Generator[list[Replay]]:
-    """Record the forward pass made inside: the list holds its `Replay` afterwards."""
-    seen: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-    shape: list[int] = []
+class Recording(ModuleHooks):
+    """Records the forward pass that is made inside `with Recording(model) as recorded`."""
 
-    def note(layer: int) -> Any:
-        def pre(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG001
-            stream = args[0] if args else kwargs["hidden_states"]
-            shape[:] = stream.shape[:2]
-            seen[layer] = args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"}
+    __slots__ = ("_seen", "model")
 
-        return pre
+    def __init__(self, model: Any):
+        super().__init__(model, "a recorded pass")
+        self.model = model
+        self._seen: dict[int, tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]] = {}
 
-    handles = []
-    recorded: list[Replay] = []
-    try:
-        for layer, block in enumerate(model.blocks):
-            handles.append(block.register_forward_pre_hook(note(layer), with_kwargs=True))
-        yield recorded
-    finally:
-        for handle in handles:
-            handle.remove()
-    recorded.append(Replay(model, shape[0], shape[1], tuple(seen[layer] for layer in range(len(model.blocks)))))
+    @uninterrupted
+    def __enter__(self) -> "Recording":
+        super().__enter__()
+        for layer, block in enumerate(self.model.blocks):
+            self.before(block, partial(Recording._note, layer=layer))
+        return self
+
+    def _note(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layer: int) -> None:  # noqa: ARG002
+        stream = args[0] if args else kwargs["hidden_states"]
+        rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+        self._seen[layer] = tuple(stream.shape), args[1:], rest
+
+    @property
+    def replay(self) -> Replay:
+        """The pass, once it has been made."""
+        seen = [self._seen[layer] for layer in range(len(self.model.blocks))]
+        batch, pos = seen[-1][0][:2]
+        return Replay(self.model, batch, pos, tuple((args, kwargs) for _, args, kwargs in seen))
 
 
-@contextmanager
-def _only(mlp: nn.Module, tokens: Bool[Tensor, "rows pos"]) -> Generator[None]:
-    """Let an MLP or MoE layer compute some tokens alone, as one row; it adds nothing to the others."""
+class _Only(ModuleHooks):
+    """Lets an MLP or MoE layer compute some tokens alone, as one row; it adds nothing to the others."""
 
-    def part(hidden: Tensor) -> Tensor:
-        return hidden[tokens.to(hidden.device)][None]
+    __slots__ = ("_mlp", "_tokens")
 
-    def gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:  # noqa: ARG001
+    def __init__(self, model: Any, mlp: nn.Module, tokens: Bool[Tensor, "rows pos"]):
+        super().__init__(model, "a pass of some tokens")
+        self._mlp, self._tokens = mlp, tokens
+
+    @uninterrupted
+    def __enter__(self) -> "_Only":
+        super().__enter__()
+        self.before(self._mlp, _Only._gather)
+        self.after(self._mlp, _Only._scatter)
+        return self
+
+    def _part(self, hidden: Tensor) -> Tensor:
+        return hidden[self._tokens.to(hidden.device)][None]
+
+    def _gather(self, mlp: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:  # noqa: ARG002
         if args:
-            return (part(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": part(kwargs["hidden_states"])}
+            return (self._part(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._part(kwargs["hidden_states"])}
 
-    def scatter(module: nn.Module, args: Any, out: Any) -> Any:  # noqa: ARG001
+    def _scatter(self, mlp: nn.Module, args: Any, out: Any) -> Any:  # noqa: ARG002
         first = out[0] if isinstance(out, tuple) else out
-        whole = first.new_zeros(*tokens.shape, first.shape[-1])
-        whole[tokens.to(whole.device)] = first[0]
+        whole = first.new_zeros(*self._tokens.shape, first.shape[-1])
+        whole[self._tokens.to(whole.device)] = first[0]
         return (whole, *out[1:]) if isinstance(out, tuple) else whole
-
-    before = mlp.register_forward_pre_hook(gather, with_kwargs=True)
-    try:
-        after = mlp.register_forward_hook(scatter)
-        try:
-            yield
-        finally:
-            after.remove()
-    finally:
-        before.remove()

@@ -3,10 +3,10 @@
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens.hook_points import LensHandle
 
 from moe_lens.model.hooks.checked_point import CheckedPoint
@@ -21,13 +21,14 @@ Direction = Literal["fwd", "bwd"]
 class HookScope(Claim):
     """An open hook context: the claim on the model that its hooks are."""
 
-    __slots__ = ("clear_contexts", "handles", "model", "points", "remove")
+    __slots__ = ("clear_contexts", "handles", "in_stack", "model", "points", "remove")
 
     def __init__(self, model: Any, what: str, *, remove: bool = True, clear_contexts: bool = False):
         super().__init__(model.owner, what)
         self.model, self.remove, self.clear_contexts = model, remove, clear_contexts
         self.points: list[CheckedPoint] = []
         self.handles: list[LensHandle] = []
+        self.in_stack = False
 
     @uninterrupted
     def enter(self, fwd_hooks: Hooks, bwd_hooks: Hooks) -> None:
@@ -90,6 +91,60 @@ class ForwardClaim(Claim):
 
 def _end_here(block: Any, args: Any, output: Any) -> None:  # noqa: ARG001
     raise StopAtLayerException(output[0] if isinstance(output, tuple) else output)
+
+
+class ModuleHooks(Claim):
+    """Functions that torch calls before and after modules run, in place inside a `with`.
+
+    Each works only while the claim is held: one that an exception leaves behind does nothing, and goes at the next
+    entry.
+    """
+
+    __slots__ = ("modules",)
+
+    def __init__(self, model: Any, what: str):
+        super().__init__(model.owner, what)
+        self.modules: list[nn.Module] = []
+
+    def before(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        """Let `function(claim, module, args, kwargs)` be called before a module: it gives other arguments, or None."""
+        self.modules.append(module)
+        module.register_forward_pre_hook(_WhileHeld(self, function), with_kwargs=True)
+
+    def after(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        """Let `function(claim, module, args, out)` be called after a module: it gives another output, or None."""
+        self.modules.append(module)
+        module.register_forward_hook(_WhileHeld(self, function))
+
+    def undo(self) -> None:
+        """Take them out."""
+        remove_lost(self.modules)
+
+
+class _WhileHeld:
+    """A function of a claim, called while that is held; it does not hold it itself."""
+
+    def __init__(self, claim: Claim, function: Callable[..., Any]):
+        self._claim, self.function = weakref.ref(claim), function
+
+    @property
+    def claim(self) -> Claim | None:
+        claim = self._claim()
+        return None if claim is None or claim.leaving else claim
+
+    def __call__(self, *arguments: Any) -> Any:
+        return None if (claim := self.claim) is None else self.function(claim, *arguments)
+
+
+def remove_lost(modules: Iterable[nn.Module]) -> None:
+    """Remove from modules what `ModuleHooks` that are held no more have put there."""
+    for module in modules:
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number in [
+                number for number, hook in hooks.items() if isinstance(hook, _WhileHeld) and hook.claim is None
+            ]:
+                del hooks[number]
+                module._forward_pre_hooks_with_kwargs.pop(number, None)
 
 
 class GenerationClaim(Claim):
@@ -194,6 +249,7 @@ class OpensScope(ABC):
         leave = None if waiting is None else waiting()
         if leave is not None and leave.opener in (None, self):
             leave.scope = self.scope()
+            leave.scope.in_stack = leave.opener is None
         else:
             self._open.append(self.scope())
         return self.entered()

@@ -8,13 +8,14 @@ from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedModel
 
 from moe_lens import names
+from moe_lens.checked import Natural
 from moe_lens.errors import HookError, UnsupportedModelError
 from moe_lens.model.experts.expert_weights_view import Experts, top_k_of
 from moe_lens.model.families.table import Family
 from moe_lens.model.hooks.arguments import refuse_unknown
 from moe_lens.model.hooks.checked_point import CheckedPoint, check_points
 from moe_lens.model.hooks.hook_pairs import check_function
-from moe_lens.model.hooks.hook_scope import run_all_blocks
+from moe_lens.model.hooks.hook_scope import remove_lost, run_all_blocks
 from moe_lens.model.hooks.key_value_cache import Driver
 from moe_lens.model.hooks.layer_hooks import LayerHooks
 from moe_lens.model.hooks.moe_block import MoEBlock
@@ -95,7 +96,7 @@ class HookTable(WholeState):
         blocks: Any = self.blocks
         return blocks[layer].mlp.moe
 
-    def to_model_width(self, layer: int, routed: Tensor) -> Tensor:
+    def to_model_width(self, layer: Natural, routed: Tensor) -> Tensor:
         """The experts' sum as wide as the residual stream, in families whose experts compute in a narrower space."""
         widens = self.family.widens
         return routed if widens is None else self._moe(layer).get_submodule(widens)(routed)
@@ -119,7 +120,7 @@ class HookTable(WholeState):
         """Routed experts, the last ids, that give back what they read: they have no neurons and no parameters."""
         return self._experts(self.moe_layers[0]).n_identities
 
-    def has_shared(self, layer: int) -> bool:
+    def has_shared(self, layer: Natural) -> bool:
         """Whether a MoE layer has shared experts, or a constant in their place (JetMoE's bias)."""
         return any(at == layer and names.SHARED_OUT in hooks.points for at, hooks in self._layer_hooks())
 
@@ -152,7 +153,7 @@ class HookTable(WholeState):
         """Every hook point by each of its names; hooks of single experts are there once they have been asked for."""
         return dict(self._all_hooks) if "_all_hooks" in self.__dict__ else super().hook_dict
 
-    def expert_hooks(self, layer: int, expert: int) -> dict[str, HookPoint]:
+    def expert_hooks(self, layer: Natural, expert: Natural) -> dict[str, HookPoint]:
         """Make and return the hook points of one expert, whose tensors hold that expert's rows alone.
 
         Raises:
@@ -266,6 +267,8 @@ class HookTable(WholeState):
             point.remove_handles({id(handle) for handle in point.temporary()} - ids)
         self.context_level = self.owner.depth
         run_all_blocks(self)
+        blocks: Any = self.blocks
+        remove_lost(module for block in blocks for module in (block, *block.children()))
 
     def _points(self) -> list[CheckedPoint]:
         points: Any = {id(point): point for point in self._all_hooks.values()}

@@ -7,6 +7,7 @@ never a wait, because a paused stream would let it wait for ever. Backward passe
 for the thread that waits for them.
 """
 
+import gc
 import sys
 import threading
 import weakref
@@ -83,6 +84,8 @@ class Owner:
         self._claims.append(mine)
         before = list(self._claims)
         before = before[: before.index(mine)]  # of two that come at once, the first has it
+        if any([getattr(ref(), "in_stack", False) for ref in before]):  # noqa: C419 (a generator could be interrupted)
+            gc.collect(1)  # a stack that an exception has left is in a circle with that exception, and holds its scopes
         lost = [ref for ref in before if (other := ref()) is None or _lost(other)]
         live = [other for ref in before if ref not in lost and (other := ref()) is not None]
         try:
