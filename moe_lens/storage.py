@@ -5,7 +5,6 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -14,6 +13,7 @@ from torch import Tensor
 from moe_lens.errors import InputError
 from moe_lens.json_files import parse_json as parse_json
 from moe_lens.json_files import read_json as read_json
+from moe_lens.scratch import scratch_folder
 
 _HEADER = "moe_lens"
 _VERSION = 1
@@ -21,24 +21,21 @@ _VERSION = 1
 
 @contextmanager
 def written_whole(path: str | Path) -> Generator[Path]:
-    """A temporary name beside a file, whose place it takes when the block ends; its folder is created.
+    """A path for a file that takes another's place when the block ends; the folder of that is created.
 
     Raises:
         InputError: the file cannot be written there; nothing is left behind.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{uuid4().hex}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir():
             raise IsADirectoryError(f"{target} is a folder")
-        yield temporary
-        temporary.replace(target)
+        with scratch_folder(target.parent, f".{target.name}.") as folder:
+            yield folder / target.name
+            (folder / target.name).replace(target)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} cannot be written: {error}") from error
-    finally:
-        if temporary.exists():
-            temporary.unlink()
 
 
 def save_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:

@@ -122,6 +122,8 @@ def prune(
     )
     console = Console(stderr=True)
     with OutputFolder(out) as folder, console.status(f"loading {model}") as status:
+        if folder.left:
+            console.print(f"an earlier run was killed in {out}: what it left is removed, and this one begins anew")
         memory, trust = options.max_memory(max_memory, device), trust_tokenizer_code
         loaded = load_model(model, dtype.value, device, memory, trust_tokenizer=trust)
         made = run(loaded, domains, settings, folder.scratch / "model", watch=status.update)  # appears with the rest

@@ -5,14 +5,12 @@ Files are read tensor by tensor and written shard by shard: no more than one sha
 
 import json
 import shutil
-import tempfile
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +24,7 @@ from moe_lens.pruning.checkpoint_formats import format_of, parse_expert, parse_r
 from moe_lens.pruning.merging import StoredMerges
 from moe_lens.pruning.model_card import model_card
 from moe_lens.pruning.plans import Plan
+from moe_lens.scratch import scratch_folder
 
 _WEIGHTS = (
     ".safetensors",
@@ -68,6 +67,7 @@ def export(
         CheckpointError: the checkpoint is not whole.
     """
     target = Path(folder)
+    parent = target.absolute().parent
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} is not an empty folder; name one that is empty or does not exist")
     with _source(model, target, hub) as (source, hub_):
@@ -76,21 +76,19 @@ def export(
         checkpoint, ahead = _without_prediction(Checkpoint.locate(source, hub_), raw)
         _holds(checkpoint, plan)
         _room(checkpoint, plan, target)
-        temporary = target.with_name(f".{target.name}.{uuid4().hex}")
         try:
-            temporary.mkdir(parents=True)
-            _write_shards(checkpoint, plan, temporary)
-            config = smaller_config(raw, len(plan.kept[0]), plan.top_k)
-            (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            _copy_rest(path.parent, temporary)
-            (temporary / "README.md").write_text(model_card(plan, raw, measurements or {}, ahead), encoding="utf-8")
-            if target.exists():
-                target.rmdir()
-            temporary.replace(target)
+            parent.mkdir(parents=True, exist_ok=True)
+            with scratch_folder(parent, f".{target.name}.") as temporary:
+                _write_shards(checkpoint, plan, temporary)
+                config = smaller_config(raw, len(plan.kept[0]), plan.top_k)
+                (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+                _copy_rest(path.parent, temporary)
+                (temporary / "README.md").write_text(model_card(plan, raw, measurements or {}, ahead), encoding="utf-8")
+                if target.exists():
+                    target.rmdir()
+                temporary.replace(target)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{target} cannot be written: {error}") from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     if ahead:
         warnings.warn(
             f"the layers {', '.join(ahead)} of the checkpoint predict several tokens ahead; they were left out of "
@@ -121,9 +119,9 @@ def _source(model: Any, target: Path, hub: dict[str, Any]) -> Generator[tuple[st
     parent = target.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=parent, ignore_cleanup_errors=True) as whole:
+        with scratch_folder(parent, f".{target.name}.") as whole:
             model.save_pretrained(whole)
-            yield whole, {}
+            yield str(whole), {}
     except OSError as error:
         raise InputError(f"{target} cannot be written: {error}") from error
 

@@ -1,14 +1,12 @@
 """An output folder whose files appear together, or not at all."""
 
-import shutil
-import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
-from filelock import FileLock, Timeout
-
 from moe_lens.errors import InputError
+from moe_lens.scratch import remove_dead, scratch_folder
 
 
 class OutputFolder:
@@ -24,9 +22,11 @@ class OutputFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._made: list[Path] = []
+        self._stack = ExitStack()
         self.scratch = Path()
         """Where files are kept until all of them are complete."""
-        self._lock: FileLock | None = None
+        self.left = 0
+        """How many runs were killed here before they were complete; what they left is removed."""
 
     def __enter__(self) -> "OutputFolder":
         try:
@@ -34,11 +34,8 @@ class OutputFolder:
             for folder in reversed(missing):
                 folder.mkdir()
                 self._made.append(folder)
-            for left in self.path.glob(f"{_UNFINISHED}*"):
-                _remove_if_dead(left)
-            self.scratch = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self.path))
-            self._lock = FileLock(self.scratch / _LOCK)  # the system releases it, however this process ends
-            self._lock.acquire()
+            self.left = remove_dead(self.path, _UNFINISHED)
+            self.scratch = self._stack.enter_context(scratch_folder(self.path, _UNFINISHED))
         except OSError as error:
             self._unmake()
             raise InputError(
@@ -49,9 +46,7 @@ class OutputFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._lock is not None:
-            self._lock.release()
-        shutil.rmtree(self.scratch, ignore_errors=True)
+        self._stack.close()
         if kind is not None:
             self._unmake()
 
@@ -70,21 +65,9 @@ class OutputFolder:
         """
         try:
             write_into(self.scratch)
-            complete = sorted(made for made in self.scratch.iterdir() if made.name != _LOCK)
-            return [made.replace(self.path / made.name) for made in complete]
+            return [made.replace(self.path / made.name) for made in sorted(self.scratch.iterdir())]
         except OSError as error:
             raise InputError(f"{self.path}: the report could not be written ({error.strerror or error})") from None
 
 
-_UNFINISHED, _LOCK = ".unfinished-", ".lock"
-
-
-def _remove_if_dead(folder: Path) -> None:
-    """Remove what another run keeps its files in, unless that run is still at work."""
-    lock = FileLock(folder / _LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except (Timeout, OSError):
-        return
-    lock.release()
-    shutil.rmtree(folder, ignore_errors=True)
+_UNFINISHED = ".unfinished-"

@@ -63,12 +63,12 @@ def test_a_folder_that_cannot_be_written_is_found_at_once(tmp_path):
 
 
 def test_what_a_killed_run_left_is_removed_by_the_next_and_a_running_one_is_left_alone(tmp_path):
-    killed = OutputFolder(tmp_path).__enter__()
-    (killed.scratch / "half").touch()
-    assert killed._lock is not None
-    killed._lock.release()  # as the system does, however the process ends
+    killed = tmp_path / ".unfinished-of-a-process-that-is-no-more"
+    (killed / "work").mkdir(parents=True)
+    (killed / ".lock").touch()  # the system has released it
+    (killed / "work" / "half").touch()
     with OutputFolder(tmp_path) as other:
-        assert not killed.scratch.exists()
+        assert other.left == 1 and not killed.exists()
         with OutputFolder(tmp_path):
             assert other.scratch.is_dir()
         assert other.scratch.is_dir()

@@ -1,0 +1,56 @@
+"""Folders for what is unfinished, which the next run that writes there removes if a killed one has left them."""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+_LOCK = ".lock"
+_BEGUN = 3600
+"""Seconds after which a folder without a lock is no longer about to get one."""
+
+
+@contextmanager
+def scratch_folder(inside: Path, prefix: str) -> Generator[Path]:
+    """An empty folder, removed in the end; its name is the prefix and letters of its own.
+
+    Args:
+        inside: Where it is made.
+        prefix: Of folders of this kind: those that were left behind are removed.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    remove_dead(inside, prefix)
+    made = Path(tempfile.mkdtemp(prefix=prefix, dir=inside))
+    try:
+        with FileLock(made / _LOCK):  # the system releases it, however this process ends
+            work = made / "work"
+            work.mkdir()
+            yield work
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def remove_dead(inside: Path, prefix: str) -> int:
+    """Remove what runs that were killed have left; how many folders that were. Those of runs at work stay."""
+    found = [left for left in inside.iterdir() if left.name.startswith(prefix)]
+    return sum(_removed_if_dead(left) for left in found)
+
+
+def _removed_if_dead(folder: Path) -> bool:
+    lock = folder / _LOCK
+    try:
+        if not lock.exists() and time.time() - folder.stat().st_mtime < _BEGUN:
+            return False
+        if lock.exists():
+            with FileLock(lock, timeout=0):
+                pass
+    except (Timeout, OSError):
+        return False
+    shutil.rmtree(folder, ignore_errors=True)
+    return not folder.exists()
