@@ -11,6 +11,7 @@ import typer
 from moe_lens.cli.config_file import config_domains
 from moe_lens.data import Corpus, Domain, embedded_domains, parse_domains
 from moe_lens.errors import CheckpointError, InputError
+from moe_lens.model.loading.config_json import believed_config
 
 
 class StoredDtype(StrEnum):
@@ -47,10 +48,13 @@ def leads_nowhere(name: str) -> bool:
 
 
 def model_name(name: str) -> str:
-    """Refuse a path that does not exist at once, before anything is loaded."""
+    """Refuse a path that does not exist, or a config that no model can have, at once: before torch is imported."""
     if leads_nowhere(name):
         expected = "a folder with config.json and safetensors, or a name on the hub"
         raise CheckpointError(f"{name}: there is no such folder. Expected {expected}.")
+    for config in (Path(name), Path(name, "config.json")):
+        if config.name == "config.json" and config.is_file():
+            believed_config(config)
     return name
 
 

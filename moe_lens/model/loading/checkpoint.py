@@ -4,7 +4,6 @@ Only headers are read here (names, shapes, dtypes). Transformers loads several k
 with random numbers for what is missing; whatever headers can tell is refused here, naming file and tensor.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
@@ -15,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe_lens import storage
 from moe_lens.errors import CheckpointError
 from moe_lens.model.hf_compat import cached_file, is_offline_mode
+from moe_lens.model.loading.config_json import believed_config, read_object
 
 HUB_ARGUMENTS = frozenset(
     {"cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder"}
@@ -79,17 +78,6 @@ def find_file(source: str, name: str, hub: Mapping[str, Any]) -> Path | None:
     return None if found is None else Path(found)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object."""
-    try:
-        value = storage.read_json(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; expected an object.")
-    return value
-
-
 def read_config(source: str, hub: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
     """Path and content of config.json, which must name a model_type."""
     path = find_file(source, "config.json", hub)
@@ -103,43 +91,7 @@ def read_config(source: str, hub: Mapping[str, Any]) -> tuple[Path, dict[str, An
             + ("" if Path(source).is_dir() else f": there is no such folder, and {hub_says}")
             + ". Expected a folder with config.json and safetensors, or a name on the hub."
         )
-    config = read_json(path)
-    if not isinstance(config.get("model_type"), str):
-        raise CheckpointError(f"{path} has no model_type, so which model it belongs to is unknown.")
-    _believable(path, config)
-    return path, config
-
-
-_GREATEST = {re.compile(r"(num|n)_(\w+_)?layers?|n_layer|(?!max_)\w+_layers|depth"): 4096,
-             re.compile(r"(num|n)_(\w+_)?experts"): 2**16}  # fmt: skip
-"""By names of sizes that are built one by one, in whatever part of a config: more than any model has."""
-_DEEPEST = 50
-"""Levels of values inside values, many more than any config has."""
-
-
-def _believable(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse sizes that a model would take for ever to be built in, before transformers begins.
-
-    Raises:
-        CheckpointError: such a size; names it.
-    """
-    waiting: list[tuple[str, Any, int]] = [("", config, 0)]
-    while waiting:
-        name, value, depth = waiting.pop()
-        if depth > _DEEPEST:
-            raise CheckpointError(f"{path}: its values are nested more than {_DEEPEST} deep; it is no model's config.")
-        if isinstance(value, Mapping):
-            waiting += [(str(key), inner, depth + 1) for key, inner in value.items()]
-        elif isinstance(value, list):
-            waiting += [(name, inner, depth + 1) for inner in value if isinstance(inner, Mapping | list)]
-        elif isinstance(value, int):
-            limits = [limit for pattern, limit in _GREATEST.items() if pattern.fullmatch(name)]
-            if abs(value) > min([2**63 - 1, *limits]):
-                raise CheckpointError(f"{path}: {name} is {_short(value)}, which is more than any model has.")
-
-
-def _short(value: int) -> str:
-    return f"{value:,}" if abs(value) < 10**18 else f"a number of {len(str(abs(value)))} digits"
+    return path, believed_config(path)
 
 
 @dataclass(frozen=True)
@@ -178,7 +130,7 @@ class Checkpoint:
 
     @classmethod
     def _from_index(cls, source: str, index: Path, hub: Mapping[str, Any]) -> "Checkpoint":
-        weight_map = read_json(index).get("weight_map")
+        weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index} has no weight_map from tensors to files.")
         for tensor, shard in weight_map.items():

@@ -39,8 +39,8 @@ from moe_lens.model.loading.checkpoint import (
     find_file,
     not_whole,
     read_config,
-    read_json,
 )
+from moe_lens.model.loading.config_json import read_object
 from moe_lens.model.loading.depth import PREDICTING, layer_of, list_of_layers, read_depth
 from moe_lens.model.loading.formats.view import packing_of
 from moe_lens.model.loading.gguf_file import find_gguf, read_gguf_config
@@ -120,7 +120,7 @@ def load_pretrained(
     )
     adapter = find_file(source, "adapter_config.json", hub)
     if kwargs.get("gguf_file") is None and adapter is not None and find_file(source, "config.json", hub) is None:
-        base = read_json(adapter).get("base_model_name_or_path") or "a model that it does not name"
+        base = read_object(adapter).get("base_model_name_or_path") or "a model that it does not name"
         raise UnsupportedModelError(
             f"{source} is an adapter of PEFT on {base}, not a model. Load that one; or merge the adapter into it "
             "(merge_and_unload) and load what save_pretrained then writes"

@@ -1,0 +1,69 @@
+"""config.json of a checkpoint: read, or refused before anything is built of it. Needs no torch."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moe_lens.errors import CheckpointError
+from moe_lens.json_files import read_json
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds something else.
+    """
+    try:
+        value = read_json(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; expected an object.")
+    return value
+
+
+def believed_config(path: Path) -> dict[str, Any]:
+    """A config that names a model_type, and no size that a model would take for ever to be built in.
+
+    Raises:
+        CheckpointError: it is another; names what is wrong.
+    """
+    config = read_object(path)
+    if not isinstance(config.get("model_type"), str):
+        raise CheckpointError(f"{path} has no model_type, so which model it belongs to is unknown.")
+    _believable(path, config)
+    return config
+
+
+_GREATEST = {re.compile(r"(num|n)_(\w+_)?layers?|n_layer|(?!max_)\w+_layers|depth"): 4096,
+             re.compile(r"(num|n)_(\w+_)?experts"): 2**16}  # fmt: skip
+"""By names of sizes that are built one by one, in whatever part of a config: more than any model has."""
+_DEEPEST = 50
+"""Levels of values inside values, many more than any config has."""
+
+
+def _believable(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse sizes that a model would take for ever to be built in, before transformers begins.
+
+    Raises:
+        CheckpointError: such a size; names it.
+    """
+    waiting: list[tuple[str, Any, int]] = [("", config, 0)]
+    while waiting:
+        name, value, depth = waiting.pop()
+        if depth > _DEEPEST:
+            raise CheckpointError(f"{path}: its values are nested more than {_DEEPEST} deep; it is no model's config.")
+        if isinstance(value, Mapping):
+            waiting += [(str(key), inner, depth + 1) for key, inner in value.items()]
+        elif isinstance(value, list):
+            waiting += [(name, inner, depth + 1) for inner in value if isinstance(inner, Mapping | list)]
+        elif isinstance(value, int):
+            limits = [limit for pattern, limit in _GREATEST.items() if pattern.fullmatch(name)]
+            if abs(value) > min([2**63 - 1, *limits]):
+                raise CheckpointError(f"{path}: {name} is {_short(value)}, which is more than any model has.")
+
+
+def _short(value: int) -> str:
+    return f"{value:,}" if abs(value) < 10**18 else f"a number of {len(str(abs(value)))} digits"
