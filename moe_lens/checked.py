@@ -1,17 +1,20 @@
-"""Arguments that are held against their annotations: words of a `Literal`, whole numbers, and ranges.
+"""Arguments that are held against their annotations: words of a `Literal`, numbers and their ranges, flags, lists.
 
-Annotations are not looked at when Python runs, so that a mistyped word would choose a default in silence, and 1.5 would
-count as 1. `@checked` on a function or a class looks at those that can be had for nothing.
+Annotations are not looked at when Python runs, so that a mistyped word would choose a default in silence, 1.5 would
+count as 1, and a text would be read letter by letter where texts were meant. A package checks all that it offers, by
+`what_is_offered(__name__)` at the end of its `__init__`; what is imported by its module is decorated, by `@checked`.
 """
 
 import functools
 import inspect
 import operator
+import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from numbers import Real
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from moe_lens.errors import InputError
@@ -22,6 +25,11 @@ Check = Callable[[Any], str | None]
 
 
 @dataclass(frozen=True)
+class ReadByItself:
+    """For `Annotated`: what a function reads in several ways, and says more of than an annotation could."""
+
+
+@dataclass(frozen=True)
 class Within:
     """A range, for `Annotated`: both ends belong to it."""
 
@@ -29,6 +37,8 @@ class Within:
     most: float | int = float("inf")
 
     def __str__(self) -> str:
+        if self.least == float("-inf"):
+            return f"to {self.most}" if self.most < float("inf") else ""
         return f"from {self.least}" if self.most == float("inf") else f"from {self.least} to {self.most}"
 
 
@@ -36,31 +46,87 @@ Natural = Annotated[int, Within(0)]
 """A whole number from 0."""
 Positive = Annotated[int, Within(1)]
 """A whole number from 1."""
+FromEnd = Annotated[int, Within(float("-inf"))]
+"""A whole number; negative ones count from the end."""
+Seed = Annotated[int, Within(0, 2**63 - 1)]
+"""What torch and numpy both take as a seed."""
+
+
+def what_is_offered(package: str) -> None:
+    """Check all that a package offers: its functions, its classes, and the classes of what these return.
+
+    Args:
+        package: Its `__name__`; called when all names are there.
+    """
+    here = sys.modules[package]
+    waiting: list[Any] = [value for name, value in vars(here).items() if not name.startswith("_")]
+    seen: set[int] = set()
+    while waiting:
+        value = waiting.pop()
+        if not str(getattr(value, "__module__", "")).startswith("moe_lens.") or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, type):
+            checked(value)
+            waiting += [each for function in _functions(value) for each in _returned(function)]
+        elif inspect.isfunction(value):
+            waiting += _returned(value)
+            home, name = sys.modules[value.__module__], value.__name__
+            if getattr(home, name, None) is value:  # and not of a class
+                wrapped = checked(value)
+                for module in (home, here):
+                    setattr(module, name, wrapped)
 
 
 def checked(target: Target) -> Target:
-    """Check arguments at every call: of a function, or of the public methods and the making of a class.
-
-    `Literal` (in lists too), `int` and `Annotated[…, Within(…)]` are checked, in unions too; everything
-    else is left to the function.
+    """Check arguments at every call: of a function, or of the making and the public methods of a class and its bases.
 
     Raises:
         InputError: when it is called: names the argument, what came and what was expected.
     """
-    if isinstance(target, type):
-        for name, member in list(vars(target).items()):
+    if not isinstance(target, type):
+        return _checked(target)  # pyright: ignore[reportArgumentType]
+    for base in target.__mro__:
+        if not base.__module__.startswith("moe_lens.") or getattr(base, "_is_protocol", False):
+            continue
+        for name, member in list(vars(base).items()):
             if name.startswith("_") and name != "__init__":
                 continue
             if isinstance(member, classmethod | staticmethod):
-                setattr(target, name, type(member)(_checked(member.__func__)))
+                setattr(base, name, type(member)(_checked(member.__func__)))
             elif inspect.isfunction(member):
-                setattr(target, name, _checked(member))
-        return target
-    return _checked(target)  # pyright: ignore[reportArgumentType]
+                setattr(base, name, _checked(member))
+    return target
+
+
+def _functions(kind: type) -> Iterator[Callable[..., Any]]:
+    """The public methods and properties of a class."""
+    for name in dir(kind):
+        member = inspect.getattr_static(kind, name)
+        function = getattr(member, "fget", None) or getattr(member, "func", None) or getattr(member, "__func__", member)
+        if not name.startswith("_") and inspect.isfunction(function):
+            yield function
+
+
+def _returned(function: Callable[..., Any]) -> Iterator[type]:
+    """The classes that a function's result is made of, as its annotation says."""
+    waiting = [_hints(function).get("return")]
+    while waiting:
+        annotation = waiting.pop()
+        if isinstance(annotation, type):
+            yield annotation
+        waiting += get_args(annotation)
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(function, include_extras=True)
+    except NameError:  # a name that only type checkers import, or that comes later
+        return dict(getattr(function, "__annotations__", {}))
 
 
 def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    checks = argument_checks(function)
+    checks = [] if "__checked__" in vars(function) else argument_checks(function)
     if not checks:
         return function  # as it is: one frame more would hide the caller from warnings
 
@@ -84,11 +150,7 @@ def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def argument_checks(function: Callable[..., Any]) -> list[tuple[int, str, Check]]:
     """The arguments of a function that can be checked: place, name and check of each."""
-    try:
-        hints = typing.get_type_hints(function, include_extras=True)
-    except NameError:  # a name that only type checkers import, or that comes later
-        hints = dict(getattr(function, "__annotations__", {}))
-    found = []
+    hints, found = _hints(function), []
     for place, (name, parameter) in enumerate(inspect.signature(function).parameters.items()):
         kind = parameter.kind
         if kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or name not in hints:
@@ -102,23 +164,40 @@ def argument_checks(function: Callable[..., Any]) -> list[tuple[int, str, Check]
 
 def _check_of(annotation: Any) -> Check | None:
     """The check of an annotation; None where there is nothing to check."""
-    origin = get_origin(annotation)
-    if annotation is int:
-        return lambda value: None if _is_whole(value) else "a whole number"
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if annotation in _PLAIN:
+        return functools.partial(_plain, *_PLAIN[annotation])
     if origin is Literal:
-        return functools.partial(_word, get_args(annotation))
+        return functools.partial(_word, inner)
     if origin is Annotated:
-        base, *extras = get_args(annotation)
+        base, *extras = inner
+        if any(isinstance(extra, ReadByItself) for extra in extras):
+            return None
         ranges = [extra for extra in extras if isinstance(extra, Within)]
-        return functools.partial(_in_range, _check_of(base), ranges[0]) if ranges else _check_of(base)
+        if not ranges:
+            return _check_of(base)
+        kind = _PLAIN.get(base, _PLAIN[float])[1]
+        return functools.partial(_in_range, _check_of(base), kind, ranges[0])
     if origin in (typing.Union, types.UnionType):  # noqa: TID251
-        return _check_of_union(get_args(annotation))
-    if origin in (list, tuple, set, frozenset, Sequence, Iterable, Collection):
-        inner = get_args(annotation)
-        if len(set(inner) - {Ellipsis}) != 1 or get_origin(inner[0]) is not Literal:
-            return None  # lists of numbers are read by `ids`
-        return functools.partial(_each, functools.partial(_word, get_args(inner[0])))
+        return _check_of_union(inner)
+    if origin in _SEVERAL:
+        alike = len(set(inner) - {Ellipsis}) == 1
+        if alike and origin in _ABSTRACT and _counts(inner[0]):
+            return None  # read by `ids`, which takes arrays and masks too, and says more
+        return functools.partial(_each, _check_of(inner[0]) if alike else None)
+    if origin is Mapping and (of_values := _check_of(inner[1])) is not None:
+        return functools.partial(_each_value, of_values)
     return None
+
+
+_ABSTRACT = (Sequence, Iterable, Collection)
+_SEVERAL = (list, tuple, set, frozenset, *_ABSTRACT)
+
+
+def _counts(annotation: Any) -> bool:
+    """Whether it means whole numbers, or pairs of them."""
+    inner = get_args(annotation)
+    return annotation is int or (get_origin(annotation) in (Annotated, tuple) and inner[0] is int)
 
 
 def _check_of_union(members: tuple[Any, ...]) -> Check | None:
@@ -132,7 +211,7 @@ def _check_of_union(members: tuple[Any, ...]) -> Check | None:
     known = tuple(kind for kind in classes if kind is not None)
 
     def check(value: Any) -> str | None:
-        if isinstance(value, known) and not (isinstance(value, bool) and bool not in known):
+        if isinstance(value, known) and not isinstance(value, bool):
             return None
         expected = [said for member_check in checks if member_check[1] and (said := member_check[1](value))]
         if len(expected) < sum(one is not None for _, one in checks):
@@ -154,13 +233,31 @@ def _class_of(annotation: Any) -> type | None:
 
 
 def _is_whole(value: Any) -> bool:
-    if isinstance(value, bool):
+    if _is_flag(value):
         return False
     try:
         operator.index(value)
     except TypeError:
         return False
     return True
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a real number: Python's, numpy's, or a tensor's of no axes."""
+    if _is_flag(value):
+        return False
+    return isinstance(value, Real) or (getattr(value, "shape", None) == () and hasattr(value, "__float__"))
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool) or type(value).__name__ in ("bool", "bool_")  # numpy's, which is not imported here
+
+
+_PLAIN = {int: (_is_whole, "a whole number"), float: (_is_number, "a number"), bool: (_is_flag, "True or False")}
+
+
+def _plain(fits: Callable[[Any], bool], expected: str, value: Any) -> str | None:
+    return None if fits(value) else expected
 
 
 def _word(words: tuple[Any, ...], value: Any) -> str | None:
@@ -171,21 +268,35 @@ def _word(words: tuple[Any, ...], value: Any) -> str | None:
     return said + (f"; did you mean {close[0]!r}?" if close else "")
 
 
-def _in_range(base: Check | None, within: Within, value: Any) -> str | None:
+def _in_range(base: Check | None, kind: str, within: Within, value: Any) -> str | None:
     wrong = None if base is None else base(value)
     if wrong is None:
         try:
-            wrong = None if not isinstance(value, bool) and within.least <= value <= within.most else "a number"
+            wrong = None if not isinstance(value, bool) and within.least <= value <= within.most else kind
         except (TypeError, ValueError, RuntimeError):
-            wrong = "a number"
-    return None if wrong is None else f"{wrong} {within}"
+            wrong = kind
+    return None if wrong is None else f"{wrong} {within}".rstrip()
 
 
-def _each(check: Check, values: Any) -> str | None:
-    if not isinstance(values, list | tuple | set | frozenset):
-        return None  # a range holds whole numbers; an iterator would be used up; a Mapping is read by its function
+def _each(check: Check | None, values: Any) -> str | None:
+    if isinstance(values, str | bytes):
+        return "several: put a single one in a list"
+    if not (isinstance(values, Iterable) or hasattr(values, "__getitem__")):
+        return "several, in a list"
+    if check is None or not isinstance(values, list | tuple | set | frozenset):
+        return None  # an array is read by `ids`; an iterator would be used up
     for value in values:
         expected = check(value)
         if expected is not None:
             return f"{expected} in it, not {value!r:.100}"
+    return None
+
+
+def _each_value(check: Check, values: Any) -> str | None:
+    if not isinstance(values, Mapping):
+        return "a dictionary"
+    for key, value in values.items():
+        expected = check(value)
+        if expected is not None:
+            return f"{expected} at {key!r:.100}, not {value!r:.100}"
     return None

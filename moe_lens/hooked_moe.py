@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_lens import names
-from moe_lens.checked import checked
+from moe_lens.checked import Natural, checked
 from moe_lens.errors import HookError, InputError
 from moe_lens.ids import ids
 from moe_lens.interventions import ablation, any_k, rerouting
@@ -250,7 +250,7 @@ class HookedMoE(Summary, GeneratingBridge):
     @torch.no_grad()
     def expert_outputs(
         self,
-        layer: int,
+        layer: Natural,
         x: Float[Tensor, "*tokens d_model"],
         experts: Int[Tensor, "*tokens n"] | Bool[Tensor, " n_experts"],
     ) -> Float[Tensor, "*tokens n d_out"]:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_lens.checked import Natural
 from moe_lens.errors import InputError
 
 
@@ -17,7 +18,7 @@ class Ids(tuple[int, ...]):
     mask: int | None = None
     """The length of the mask; None if numbers were given."""
 
-    def check(self, name: str, count: int) -> None:
+    def check(self, name: str, count: Natural) -> None:
         """Nothing, where there are so many of what they name.
 
         Raises:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, get_args
 
+from moe_lens.checked import Positive, Seed, checked
 from moe_lens.errors import InputError
 from moe_lens.ids import Ids, ids
 
@@ -12,6 +13,7 @@ Residual = Literal["mid", "pre", "none"]
 Drawn = Literal["active", "unselected"]
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class PartialSum:
     """The residual stream u (`resid_mid`) plus chosen routed experts of one layer: u + Σ_{r chosen} g_r E_r(x).
@@ -40,7 +42,7 @@ class PartialSum:
     """A control: one expert drawn at random for every token and layer. `active`: one of the active experts, with its
     own weight. `unselected`: one that was not selected, computed for this purpose and given the weight of rank 0, since
     its own affinity is small: only *which* expert is added then differs from rank 0."""
-    seed: int = 0
+    seed: Seed = 0
     """Random seed of the draw. A token's draw depends on its place in the cache, not on which other tokens are read."""
 
     def __post_init__(self) -> None:
@@ -95,32 +97,32 @@ class PartialSum:
         return " + ".join(parts)
 
     @classmethod
-    def each_rank(cls, top_k: int) -> tuple["PartialSum", ...]:
+    def each_rank(cls, top_k: Positive) -> tuple["PartialSum", ...]:
         """U + one expert, by rank: k sums."""
         return tuple(cls(ranks=[rank]) for rank in range(top_k))
 
     @classmethod
-    def cumulative(cls, top_k: int) -> tuple["PartialSum", ...]:
+    def cumulative(cls, top_k: Positive) -> tuple["PartialSum", ...]:
         """U + the first j ranks, for j = 0 … k: k + 1 sums."""
         return tuple(cls(ranks=range(count)) for count in range(top_k + 1))
 
     @classmethod
-    def leave_one_out(cls, top_k: int) -> tuple["PartialSum", ...]:
+    def leave_one_out(cls, top_k: Positive) -> tuple["PartialSum", ...]:
         """U + all ranks but one: k sums."""
         return tuple(cls(ranks=set(range(top_k)) - {rank}) for rank in range(top_k))
 
     @classmethod
-    def each_expert(cls, n_experts: int) -> tuple["PartialSum", ...]:
+    def each_expert(cls, n_experts: Positive) -> tuple["PartialSum", ...]:
         """U + one expert, by id: one sum for each expert of a layer."""
         return tuple(cls(experts=[expert]) for expert in range(n_experts))
 
     @classmethod
-    def figure2(cls, top_k: int) -> tuple["PartialSum", ...]:
+    def figure2(cls, top_k: Positive) -> tuple["PartialSum", ...]:
         """The columns of the paper's Figure 2: the whole layer, `u + routed`, and u + each rank."""
         return cls(shared=True), cls(), *cls.each_rank(top_k)
 
     @classmethod
-    def controls(cls, top_k: int, *, seed: int = 0) -> tuple["PartialSum", ...]:
+    def controls(cls, top_k: Positive, *, seed: Seed = 0) -> tuple["PartialSum", ...]:
         """The sums that a reading of one expert should be compared with.
 
         u alone; u + an active expert drawn at random; u + the last rank; u + an expert that was not selected, with the

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moe_lens.checked import Natural, Positive, checked
 from moe_lens.errors import InputError
 from moe_lens.storage import believed, load_tensors, save_tensors, whole_numbers
 from moe_lens.summary import Summary
@@ -48,7 +49,7 @@ def output_factors(weights: Float[Tensor, "*axes top_k"], family: Any) -> Float[
 class _RoutedSlots(Summary):
     """What routing is, whatever axes stand before the last one."""
 
-    n_experts: int
+    n_experts: Positive
     """Number of routed experts."""
     indices: Int[Tensor, "*axes top_k"]
     """Ids of the active experts by rank, the largest weight first; −1 in slots behind a token's number of experts,
@@ -110,11 +111,12 @@ class _RoutedSlots(Summary):
         return chosen - others.amax(-1)
 
 
+@checked
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class LayerRouting(_RoutedSlots):
     """Routing of one layer: tensors are [batch, pos, …], or [pos, …] from a cache without a batch axis."""
 
-    layer: int
+    layer: Natural
     """The layer in the model."""
 
     _layer_axes: ClassVar[int] = 0
@@ -123,6 +125,7 @@ class LayerRouting(_RoutedSlots):
         return f"LayerRouting(layer {self.layer}, {self._sizes(self.indices.shape[:-1])})"
 
 
+@checked
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Routing(_RoutedSlots):
     """Routing of several layers: tensors are [layer, batch, pos, …]; `mask` is [batch, pos].
@@ -131,7 +134,7 @@ class Routing(_RoutedSlots):
     program exported.
     """
 
-    layers: tuple[int, ...]
+    layers: tuple[Natural, ...]
     """The layers of the model along the first axis."""
 
     _layer_axes: ClassVar[int] = 1
@@ -146,7 +149,7 @@ class Routing(_RoutedSlots):
         if len(self.layers) != len(self.indices) or len(set(self.layers)) != len(self.layers):
             raise InputError(f"layers are {self.layers}; expected {len(self.indices)} different ones")
 
-    def layer(self, layer: int) -> LayerRouting:
+    def layer(self, layer: Natural) -> LayerRouting:
         """Routing of one layer of the model: views, no copies.
 
         Raises:
@@ -202,7 +205,7 @@ class Routing(_RoutedSlots):
         cls,
         indices: Any,
         weights: Any,
-        n_experts: int,
+        n_experts: Positive,
         *,
         layers: Sequence[int] | None = None,
         mask: Any = None,

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moe_lens.checked import Natural, checked
 from moe_lens.errors import InputError
 from moe_lens.ids import Ids, ids, one_id
 from moe_lens.protocols import HookedModel
@@ -20,17 +21,18 @@ Where = int | Iterable[int] | slice | Tensor | NDArray[Any] | Callable[[Tensor],
 """Positions (negative ones from the end), a mask [batch, pos], or a function: token ids [batch, pos] → booleans."""
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Step:
     """The tokens of one forward pass: which they are, and where in their texts."""
 
-    batch: int
-    pos: int
+    batch: Natural
+    pos: Natural
     tokens: Int[Tensor, "batch pos"] | None = None
     """Their ids; None when the model was given embeddings or a residual stream."""
     seen: Bool[Tensor, "batch total"] | None = None
     """True at real tokens, false at padding, those of earlier steps in front; None when there is no padding."""
-    offset: int = 0
+    offset: Natural = 0
     """How many columns of earlier steps the model's key-value cache holds."""
 
     @property
@@ -51,6 +53,7 @@ class Step:
         return -self.real.long().flip(-1).cumsum(-1).flip(-1)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Selection:
     """Chosen experts (or ranks, or the shared experts) of chosen layers at chosen positions.
@@ -194,7 +197,10 @@ class Selection:
         return torch.isin(places, wanted[wanted >= 0]) | torch.isin(from_end, wanted[wanted < 0])
 
     def slots(
-        self, layer: int, indices: Int[Tensor, "batch pos top_k"], positions: Bool[Tensor, "batch pos"] | None = None
+        self,
+        layer: Natural,
+        indices: Int[Tensor, "batch pos top_k"],
+        positions: Bool[Tensor, "batch pos"] | None = None,
     ) -> Bool[Tensor, "batch pos top_k"]:
         """Which slots of a layer hold a routed expert that is meant.
 
@@ -217,6 +223,7 @@ class Selection:
         return chosen if positions is None else chosen & positions.to(chosen.device)[..., None]
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class SelectedRows:
     """Rows of an activation that a selection means, layer by layer."""

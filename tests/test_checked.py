@@ -1,14 +1,20 @@
-"""Arguments are held against their annotations at run time."""
+"""Arguments are held against their annotations at run time: everything that the package offers, and how."""
 
-from typing import Annotated, Literal
+import importlib
+import inspect
+import pkgutil
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, get_args, get_origin
 
+import numpy as np
 import pytest
 import torch
 
-from moe_lens import data, pruning
+import moe_lens
 from moe_lens.checked import Natural, Positive, Within, argument_checks, checked
 from moe_lens.errors import InputError
-from moe_lens.hooked_moe import HookedMoE
 
 pytestmark = pytest.mark.untyped
 
@@ -22,15 +28,22 @@ def example(
     share: Annotated[float, Within(0, 1)] = 0.5,
     words: list[Literal["a", "b"]] | None = None,
     either: int | Literal["all"] = 1,
+    flag: bool = False,
+    texts: Iterable[str] = (),
+    where: int | Iterable[int] | slice | None = None,
+    by_layer: Mapping[int, Positive] | None = None,
+    real: float | Literal["auto"] = "auto",
 ) -> str:
-    return f"{word} {number} {least} {share} {words} {either}"
+    return f"{word} {number} {least} {share} {words} {either} {flag} {texts} {where} {by_layer} {real}"
 
 
 def test_what_an_annotation_allows_passes() -> None:
-    three = torch.tensor(3)
+    three: Any = torch.tensor(3)
     assert example("layer", 2, least=4, share=0, words=["a"], either="all").startswith("layer 2 4 0 ['a'] all")
     assert example("global", None, share=1.0)
-    assert example("global", three)  # pyright: ignore[reportArgumentType]
+    assert example("global", three, real=three)
+    assert example("layer", flag=np.bool_(True), texts=["a"], where=range(3), by_layer={3: 2}, real=1)  # pyright: ignore[reportArgumentType]
+    assert example("layer", texts=iter(["a"]), where=[-1], real=np.float32(0.5))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
@@ -39,22 +52,197 @@ def test_what_an_annotation_allows_passes() -> None:
         ({"word": "globl"}, "word is 'globl'; expected one of ('layer', 'global'); did you mean 'global'?"),
         ({"number": 1.5}, "number is 1.5; expected a whole number, or None"),
         ({"number": True}, "number is True; expected a whole number"),
-        ({"least": 0}, "least is 0; expected a number from 1"),
+        ({"least": 0}, "least is 0; expected a whole number from 1"),
         ({"least": 1.5}, "least is 1.5; expected a whole number from 1"),
         ({"share": 1.5}, "share is 1.5; expected a number from 0 to 1"),
         ({"share": float("nan")}, "share is nan"),
+        ({"share": "0.5"}, "share is '0.5'; expected a number from 0 to 1"),
         ({"words": ["a", "c"]}, "expected one of ('a', 'b') in it, not 'c'"),
+        ({"words": "ab"}, "words is 'ab'; expected several: put a single one in a list, or None"),
         ({"either": "al"}, "either is 'al'; expected a whole number, or 'all'"),
+        ({"flag": "no"}, "flag is 'no'; expected True or False"),
+        ({"flag": 1}, "flag is 1; expected True or False"),
+        ({"texts": "one text"}, "texts is 'one text'; expected several: put a single one in a list"),
+        ({"texts": 3}, "texts is 3; expected several, in a list"),
+        ({"where": 1.5}, "where is 1.5; expected a whole number, or a Iterable, or a slice, or None"),
+        ({"by_layer": {3: 0}}, "expected a whole number from 1 at 3, not 0, or None"),
+        ({"real": "atuo"}, "real is 'atuo'; expected a number, or 'auto'"),
     ],
 )
 def test_all_else_is_refused(arguments: dict[str, object], says: str) -> None:
     with pytest.raises(InputError) as error:
-        example(**{"word": "layer", **arguments})
+        example(**{"word": "layer", **arguments})  # pyright: ignore[reportArgumentType]
     assert says in str(error.value)
 
 
-def test_public_functions_with_words_or_numbers_are_checked() -> None:
-    for function in (data.tokenize, pruning.plan, HookedMoE.ablate, HookedMoE.keep_top, HookedMoE.run_with_cache):
-        assert argument_checks(function) and function.__dict__["__checked__"], function
-    assert argument_checks(lambda word: None) == []
-    assert Natural is not Positive
+def test_bases_are_checked_with_a_class_and_once() -> None:
+    class Base:
+        def of_base(self, n: Natural) -> int:
+            return n
+
+    class Derived(Base):
+        @classmethod
+        def made(cls, n: Natural) -> int:
+            return n
+
+    Base.__module__ = "moe_lens.somewhere"
+    Derived.__module__ = "moe_lens.somewhere"
+    once = checked(Derived).__dict__["made"].__func__
+    assert checked(Derived).__dict__["made"].__func__ is once
+    assert (Derived().of_base(1), Derived.made(n=2)) == (1, 2)
+    for call in (Derived().of_base, Derived.made):
+        with pytest.raises(InputError, match="n is -1; expected a whole number from 0"):
+            call(-1)
+
+
+# --- everything that the package offers ---
+
+INSIDE = {
+    "cli": "typer checks what is typed",
+    "ids": "what reads numbers, itself",
+    "model.families.family": "rows of the table of families",
+    "model.hooks.checked_point": "TransformerLens's own class, made by the package",
+    "model.hooks.hook_scope": "behind model.hooks",
+    "model.hooks.model_input": "what forward makes of its input",
+    "model.hooks.ownership": "behind every pass",
+}
+"""Modules whose classes and functions users do not call, though something offered returns one of them."""
+
+UNBOUNDED = {
+    "at": "negative positions count from the end",
+    "pos_slice": "negative positions count from the end, as in TransformerLens",
+    "batch_slice": "negative items count from the end, as in TransformerLens",
+    "keep": "a share of the experts, or their number: `plan` says which can be",
+    "neuron_slice": "negative neurons count from the end, as in TransformerLens",
+    "position": "negative positions count from the end",
+    "positions": "negative positions count from the end",
+    "start_at_layer": "negative layers count from the end, as in TransformerLens",
+    "stop_at_layer": "negative layers count from the end, as in TransformerLens",
+    "subject": "negative positions count from the end",
+    "where": "negative positions count from the end",
+}
+"""Arguments that may be any whole number at the call, by name."""
+
+READ_ELSEWHERE = {"experts": "a dictionary or pairs, which `moe_lens.ids` reads"}
+"""Arguments in which one kind of value can hold another's, by name."""
+
+
+def inside(module: str) -> bool:
+    return any(f"{module}.".startswith(f"moe_lens.{name}.") for name in INSIDE)
+
+
+def hints(function: Any) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(function, include_extras=True)
+    except NameError:  # of what only type checkers import: a figure
+        found = dict(function.__annotations__)
+        hidden = [str(each) for name, each in found.items() if isinstance(each, str) and name != "return"]
+        assert not any(word in each for each in hidden for word in ("Literal", "int", "bool", "[")), hidden
+        return found
+
+
+def of_ours(annotation: Any) -> Iterator[type]:
+    if isinstance(annotation, type) and annotation.__module__.startswith("moe_lens."):
+        yield annotation
+    for part in get_args(annotation):
+        yield from of_ours(part)
+
+
+def offered() -> Iterator[tuple[str, Any]]:
+    """Every function that a package offers, method of a class that one offers, and method of what these return."""
+    packages = [moe_lens.__name__]
+    packages += [each.name for each in pkgutil.walk_packages(moe_lens.__path__, "moe_lens.") if each.ispkg]
+    modules = [importlib.import_module(name) for name in packages]
+    waiting = [getattr(module, name) for module in modules for name in dir(module) if not name.startswith("_")]
+    seen: set[Any] = set()
+    while waiting:
+        value = waiting.pop()
+        home = str(getattr(value, "__module__", ""))
+        if not home.startswith("moe_lens.") or inside(home) or value in seen:
+            continue
+        seen.add(value)
+        if inspect.isfunction(value):
+            waiting += of_ours(hints(value).get("return"))
+            yield f"{home}.{value.__qualname__}", value
+        elif isinstance(value, type) and not getattr(value, "_is_protocol", False):
+            for base in value.__mro__:
+                for name, member in vars(base).items() if base.__module__.startswith("moe_lens.") else ():
+                    function = getattr(member, "fget", None) or getattr(member, "__func__", member)
+                    if inspect.isfunction(function) and (name == "__init__" or not name.startswith("_")):
+                        waiting.append(function)
+
+
+OFFERED = dict(offered())
+
+
+def leaves(
+    annotation: Any, wrap: Callable[[Any], Any] = lambda leaf: leaf
+) -> Iterator[tuple[Any, Callable[[Any], Any]]]:
+    """What an annotation allows in the end, and how a value is put where that is allowed."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin in (typing.Union, types.UnionType):  # noqa: TID251
+        for each in inner:
+            yield from leaves(each, wrap)
+    elif origin in (list, tuple, set, frozenset, Sequence, Iterable, Collection):
+        concrete = origin.__module__ == "builtins"
+        if not concrete and inner[0] in (int, tuple[int, int]):
+            return  # `moe_lens.ids` reads these, arrays and masks too
+        yield Sequence, wrap
+        if len(set(inner) - {Ellipsis}) == 1:
+            kind: Any = origin if concrete else list
+            yield from leaves(inner[0], lambda leaf: wrap(kind([leaf])))
+    elif origin is Mapping:
+        yield from leaves(inner[1], lambda leaf: wrap({0: leaf}))
+    else:
+        yield annotation, wrap
+
+
+def wrong_for(annotation: Any, name: str) -> Iterator[Any]:
+    """What must be refused of an argument with this annotation."""
+    found = list(leaves(annotation))
+    kinds = [leaf for leaf, _ in found]
+    text = str in kinds or any(get_origin(leaf) is Literal for leaf in kinds)
+    if Any in kinds or any(isinstance(leaf, typing.TypeVar) for leaf in kinds):
+        found = [(leaf, wrap) for leaf, wrap in found if leaf is Sequence and len(kinds) == 2]
+    for leaf, wrap in found:
+        base, within = leaf, None
+        if get_origin(leaf) is Annotated:
+            base, within = get_args(leaf)[:2]
+        if leaf is Sequence and str not in kinds and not text:
+            yield "one text"
+        elif get_origin(leaf) is Literal and str not in kinds:
+            yield wrap(f"{get_args(leaf)[0]}_")
+        elif base is bool:
+            yield wrap("no")
+        elif base in (int, float):
+            yield wrap(True)
+            yield from [wrap(1.5)] if base is int and float not in kinds else []
+            yield from [wrap(within.least - 1)] if within is not None else []
+            assert within is not None or base is float or name in UNBOUNDED, f"{name} is {annotation}: no range"
+
+
+@pytest.mark.parametrize("name", sorted(OFFERED))
+def test_what_is_offered_refuses_what_its_annotations_do_not_allow(name: str) -> None:
+    function, refused = OFFERED[name], 0
+    annotations = hints(function)
+    for argument, parameter in inspect.signature(function).parameters.items():
+        if argument not in annotations or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        for wrong in wrong_for(annotations[argument], argument) if argument not in READ_ELSEWHERE else ():
+            with pytest.raises(InputError, match=f"^{argument} is "):
+                function(**{argument: wrong})
+            refused += 1
+    assert bool(refused) <= bool(argument_checks(function))
+
+
+def test_the_law_walks_what_users_call() -> None:
+    assert len(OFFERED) > 500
+    for name in ("stats.resampling.bootstrap", "interventions.sweep.sweep", "hooked_moe.HookedMoE.from_pretrained",
+                 "lenses.lens.Lens.decode", "model.cache.moe_cache.MoECache.routing", "routing.LayerRouting.__init__",
+                 "model.hooks.hook_table.HookTable.expert_hooks", "data.token_batches.tokenize"):  # fmt: skip
+        assert f"moe_lens.{name}" in OFFERED
+    assert list(wrong_for(Literal["a"] | None, "x")) == ["a_"]
+    assert list(wrong_for(tuple[Positive, ...] | None, "x")) == ["one text", (True,), (1.5,), (0,)]
+    assert list(wrong_for(str | Sequence[str], "x")) == []
+    with pytest.raises(AssertionError, match="n is <class 'int'>: no range"):
+        list(wrong_for(int, "n"))

@@ -148,7 +148,8 @@ def test_padding_is_never_meant() -> None:
         ({"where": torch.ones(3, dtype=torch.bool)}, "where is torch.bool of shape (3,); expected a mask of booleans"),
         ({"where": torch.ones(1, 3).long()}, "where is torch.int64 of shape (1, 3); expected a mask of booleans"),
         ({"where": torch.ones(1, 3)}, "where is torch.float32 of shape (1, 3); expected a mask of booleans"),
-        ({"where": 1.5}, "where: got [1.5]; expected whole numbers from 0"),
+        ({"where": 1.5}, "where is 1.5; expected a whole number"),
+        ({"where": [1.5]}, "where: got [1.5]; expected whole numbers from 0"),
         ({"where": "abc"}, "where: got 'abc'; expected whole numbers from 0"),
     ],
 )

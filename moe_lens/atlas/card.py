@@ -9,6 +9,7 @@ from typing import Any
 from moe_lens.atlas import records
 from moe_lens.atlas.pages import about_of, of_atlas
 from moe_lens.atlas.script_files import script
+from moe_lens.checked import Natural
 from moe_lens.errors import HookError, InputError
 from moe_lens.storage import written_whole
 from moe_lens.studies import StudyResult
@@ -21,8 +22,8 @@ HEIGHT = 720
 class ExpertCard:
     """What the atlas shows of one expert; a notebook draws it, and `save` writes it as a page of its own."""
 
-    layer: int
-    expert: int
+    layer: Natural
+    expert: Natural
     page: str
     """The whole document; nothing of it asks for anything from elsewhere."""
 
@@ -45,7 +46,7 @@ class ExpertCard:
             temporary.write_text(self.page, encoding="utf-8")
 
 
-def expert_card(result: StudyResult | str | Path, layer: int, expert: int) -> ExpertCard:
+def expert_card(result: StudyResult | str | Path, layer: Natural, expert: Natural) -> ExpertCard:
     """The card of one expert.
 
     Args:

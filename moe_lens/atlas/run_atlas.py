@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lens.atlas.pages import write_atlas
-from moe_lens.checked import checked
+from moe_lens.checked import Positive
 from moe_lens.data import Domains, Reading
 from moe_lens.studies import Atlas
 from moe_lens.studies import run as run_study
@@ -17,7 +17,6 @@ STUDY = "study"
 """The folder of the study in that of the pages."""
 
 
-@checked
 def run(
     model: Any,
     domains: Domains,
@@ -26,7 +25,7 @@ def run(
     study: Atlas | None = None,
     reading: Reading = READING,
     name: str | None = None,
-    batch_tokens: int = 2048,
+    batch_tokens: Positive = 2048,
     command: str | None = None,
     watch: Callable[[str, int], None] = lambda what, tokens: None,  # noqa: ARG005
 ) -> Path:

@@ -3,6 +3,7 @@
 import typing
 
 from moe_lens import _late
+from moe_lens import checked as _checked
 from moe_lens._moved import renamed
 from moe_lens.data.corpus import Corpus as Corpus
 from moe_lens.data.corpus import from_file as from_file
@@ -37,3 +38,5 @@ else:  # domains are read without torch
         __name__, {"moe_lens.data.token_batches": ["TokenBatch", "Tokens", "batch_windows", "tokenize"]}
     )
     __getattr__ = renamed(__name__, {"batched": "batch_windows"}, _look_up)
+
+_checked.what_is_offered(__name__)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moe_lens.checked import Natural, Positive, Seed
 from moe_lens.data.files import read_passages
 from moe_lens.data.rows import Passage, read_row
 from moe_lens.errors import InputError
@@ -31,7 +32,9 @@ class Corpus(Summary):
     """Of a dataset on the hub of which no commit was named: the same at a commit, or for None at the newest, which the
     hub is asked for. Studies pin what they read, so that their manifest says what that was."""
 
-    def passages(self, *, rank: int = 0, world_size: int = 1, seed: int | None = None) -> Iterator[tuple[int, Passage]]:
+    def passages(
+        self, *, rank: Natural = 0, world_size: Positive = 1, seed: Seed | None = None
+    ) -> Iterator[tuple[int, Passage]]:
         """The passages with their numbers, from the beginning.
 
         Args:

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
+from moe_lens.checked import ReadByItself
 from moe_lens.data.corpus import Corpus
 from moe_lens.data.domains import Domain
 from moe_lens.errors import InputError
 
-Domains = Domain | Corpus | Sequence[Domain | Corpus] | Mapping[str, Any]
+Domains = Annotated[Domain | Corpus | Sequence[Domain | Corpus] | Mapping[str, Any], ReadByItself()]
 """A domain or several; or a dictionary of texts by the domain's name, each as `Domain.of` takes them."""
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from moe_lens.checked import checked
+from moe_lens.checked import Natural, Positive, Seed
 from moe_lens.data.corpus import Corpus
 from moe_lens.data.domains import Domain, Passage
 from moe_lens.data.windows import Window, in_turns, up_to, windows_of
@@ -15,16 +15,16 @@ from moe_lens.errors import InputError
 class Reading:
     """How texts are read; together with the texts it decides which tokens are counted."""
 
-    tokens: int | None = 4096
+    tokens: Positive | None = 4096
     """Of text, per domain: windows are added until they hold at least so many. None: all there are."""
-    context: int = 256
+    context: Positive = 256
     """The greatest length of a window, BOS included; a shorter context of the model counts."""
     packed: bool = False
     """Whether windows are laid one after another in rows of `context` tokens. No attention reaches from one to another
     either way, so that results are the same to float error; it saves the padding of texts of very unlike lengths."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the choice of texts."""
-    shard_tokens: int = 2**15
+    shard_tokens: Positive = 2**15
     """Tokens after which progress is saved."""
 
     def __post_init__(self) -> None:
@@ -38,16 +38,21 @@ class Reading:
 class Shard:
     """Consecutive windows of a domain."""
 
-    number: int
+    number: Natural
     """Among those of the domain that this process reads."""
     windows: tuple[Window, ...]
-    short: int
+    short: Natural
     """Passages of fewer than two tokens that were met and left out on the way."""
 
 
-@checked
 def shards(
-    domain: Domain | Corpus, encoder: Any, reading: Reading, *, rank: int = 0, world_size: int = 1, start: int = 0
+    domain: Domain | Corpus,
+    encoder: Any,
+    reading: Reading,
+    *,
+    rank: Natural = 0,
+    world_size: Positive = 1,
+    start: Natural = 0,
 ) -> Iterator[Shard]:
     """The shards of a domain that one process is to read.
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from moe_lens.checked import Positive, checked
+from moe_lens.checked import Positive, Seed, checked
 from moe_lens.data.domains import Domain
 from moe_lens.data.windows import Window, in_turns, up_to
 from moe_lens.errors import InputError
@@ -27,6 +27,7 @@ class Encoder(Protocol):
         ...
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Packing:
     """How the rows of a batch lie one after another in fewer, fuller rows that the model reads.
@@ -52,6 +53,7 @@ class Packing:
         return packed.view(*self.tokens.shape, *values.shape[2:])
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class TokenBatch(Summary):
     """Windows of text, one a row, padded on the right."""
@@ -77,6 +79,7 @@ class TokenBatch(Summary):
         return values if self.packing is None else self.packing.pack(values, self.mask)
 
 
+@checked
 @dataclass(frozen=True)
 class Tokens(Summary):
     """The batches of a domain; can be read any number of times."""
@@ -118,7 +121,7 @@ def tokenize(
     n_tokens: Positive,
     context: Positive,
     batch_tokens: Positive = 2048,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Tokens:
     """Choose passages until there are `n_tokens` of text, and batch them.
 
@@ -146,8 +149,9 @@ def tokenize(
     return Tokens(domain.name, tuple(batch_windows(list(windows), encoder, batch_tokens=batch_tokens)))
 
 
+@checked
 def batch_windows(
-    windows: Iterable[Window], encoder: Encoder, *, batch_tokens: int, packed: int | None = None
+    windows: Iterable[Window], encoder: Encoder, *, batch_tokens: Positive, packed: Positive | None = None
 ) -> Iterator[TokenBatch]:
     """Windows as batches, those of like length together so that there is little padding.
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from moe_lens.checked import Natural
 from moe_lens.data.domains import Domain, Passage
 from moe_lens.errors import InputError
 
@@ -14,17 +15,17 @@ from moe_lens.errors import InputError
 class Window:
     """A piece of a passage that is read on its own."""
 
-    ids: tuple[int, ...]
+    ids: tuple[Natural, ...]
     """Opened by what the tokenizer itself puts before a text: BOS, if anything."""
     source: str
     """Of the passage."""
-    document: int
+    document: Natural
     """Number of the passage in its domain, from 0."""
-    start: int
+    start: Natural
     """Where in the passage's tokens, what opens it not counted, the window begins."""
-    counted: int
+    counted: Natural
     """How many of its tokens are text: no special tokens."""
-    opening: int = 0
+    opening: Natural = 0
     """How many of its first tokens the tokenizer put before the text."""
 
 

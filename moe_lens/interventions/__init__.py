@@ -1,5 +1,6 @@
 """Interventions: ablate, re-route, patch and attribute experts."""
 
+from moe_lens import checked as _checked
 from moe_lens.interventions.attribution import expert_attribution as expert_attribution
 from moe_lens.interventions.attribution_result import ExpertAttribution as ExpertAttribution
 from moe_lens.interventions.causal_tracing import trace as trace
@@ -19,3 +20,5 @@ from moe_lens.interventions.patching import patch as patch
 from moe_lens.interventions.sweep import sweep as sweep
 from moe_lens.interventions.trace_result import SiteEffects as SiteEffects
 from moe_lens.interventions.trace_result import TraceResult as TraceResult
+
+_checked.what_is_offered(__name__)

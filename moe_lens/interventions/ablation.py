@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,6 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from moe_lens import names
+from moe_lens.checked import Natural, Seed
 from moe_lens.errors import InputError
 from moe_lens.interventions.ablation_values import Replacement
 from moe_lens.interventions.expert_means import Reference, means_for
@@ -43,7 +43,7 @@ def ablate(
     where: Where | None = None,
     reference: Reference | None = None,
     renormalize: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
     fallback: Fallback = "error",
 ) -> Intervention:
     """Ablate experts: `with model.ablate({3: [17, 4]}): logits = model(tokens)`.
@@ -156,12 +156,12 @@ def _leave_out(model: HookedModel, layer: int, chosen: Chooser, renormalize: boo
 
 def keep_top(
     model: HookedModel,
-    k: int,
+    k: Natural,
     *,
     by: By = "weight",
     layers: Iterable[int] | None = None,
     renormalize: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Intervention:
     """Leave every token k of its active experts; the others are not computed. Shared experts stay.
 
@@ -180,7 +180,7 @@ def keep_top(
     """
     if by not in get_args(By):
         raise InputError(f"by is {by!r}; expected one of {get_args(By)}")
-    if not isinstance(k, Integral) or isinstance(k, bool) or not 0 <= k <= model.top_k:
+    if k > model.top_k:
         raise InputError(f"k is {k!r}; the model has {model.top_k} active experts: expected 0 to {model.top_k}")
     if k == 0 and renormalize:
         raise InputError("renormalize=True with k=0: there is no weight left to rescale")

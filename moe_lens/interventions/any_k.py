@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lens import names
+from moe_lens.checked import Positive
 from moe_lens.errors import InputError
 from moe_lens.interventions.intervention import Hook, Intervention, Recipe
 from moe_lens.protocols import HookedModel
@@ -20,13 +21,13 @@ Counts = Int[Tensor, "batch pos"]
 
 def use_experts(
     model: HookedModel,
-    k: int | None = None,
+    k: Positive | None = None,
     *,
     mass: float | None = None,
     threshold: float | None = None,
     entropy: float | None = None,
-    least: int = 1,
-    most: int | None = None,
+    least: Positive = 1,
+    most: Positive | None = None,
     layers: Iterable[int] | None = None,
 ) -> Intervention:
     """Give every token another number of experts: `with model.use_experts(2): logits = model(tokens)`.

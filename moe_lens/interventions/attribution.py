@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from moe_lens.checked import checked
+from moe_lens.checked import Positive
 from moe_lens.errors import InputError, UnsupportedModelError
 from moe_lens.interventions.attribution_gradients import (
     Slots,
@@ -26,7 +26,6 @@ from moe_lens.selection import Selection, Step
 Method = Literal["direct", "gradient", "integrated", "knockout", "direct_knockout"]
 
 
-@checked
 def expert_attribution(
     model: Any,
     input: str | list[str] | Int[Tensor, "batch pos"],
@@ -39,7 +38,7 @@ def expert_attribution(
     reference: Reference | None = None,
     selection: Selection | None = None,
     per_position: bool | None = None,
-    steps: int = 16,
+    steps: Positive = 16,
     **kwargs: Any,
 ) -> ExpertAttribution:
     """Attribute a metric to every expert (or rank) of every layer: metric(run) − metric(run without it).
@@ -91,8 +90,6 @@ def expert_attribution(
             raise InputError(f"{name} is {value!r}; expected one of {', '.join(map(repr, get_args(known)))}")
     if torch.is_inference_mode_enabled() and method in ("direct", "gradient", "integrated"):
         raise InputError(f"method={method!r} needs gradients, which torch.inference_mode() forbids: leave it out")
-    if steps < 1:
-        raise InputError(f"steps is {steps}; expected at least 1")
     selection = (selection or Selection()).check(model)
     if selection.shared:
         raise InputError("the selection means shared experts; attributed are routed ones: leave shared out")

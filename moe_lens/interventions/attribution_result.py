@@ -9,6 +9,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moe_lens.checked import Natural
 from moe_lens.errors import InputError
 from moe_lens.storage import load_tensors, save_tensors
 from moe_lens.summary import Summary
@@ -37,7 +38,7 @@ class ExpertAttribution(Summary):
     """The metric of the run as it is."""
     unit: Unit
     """What the second axis counts: experts, or ranks by routing weight."""
-    layers: tuple[int, ...]
+    layers: tuple[Natural, ...]
     """The layers in the model that the first axis stands for."""
     values: Float[Tensor, "layer unit *where"]
     """The attributions; zero where nothing was routed. `where` is [batch, pos], or nothing if all positions are one."""

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moe_lens.checked import checked
+from moe_lens.checked import Natural, Positive, Seed
 from moe_lens.errors import InputError
 from moe_lens.interventions.batched_variants import RoutingMode
 from moe_lens.interventions.clean_run import CleanRun, Variant
@@ -32,22 +32,21 @@ class Probability(LogProb):
         return super().values(logits, batch, pos).exp()
 
 
-@checked
 @torch.no_grad()
 def trace(
     model: Any,
     prompt: str,
     subject: str | int | Sequence[int],
-    answer: str | int,
+    answer: str | Natural,
     *,
-    foil: str | int | None = None,
+    foil: str | Natural | None = None,
     noise: float = 3.0,
-    draws: int = 10,
-    seed: int = 0,
+    draws: Positive = 10,
+    seed: Seed = 0,
     at: int | Sequence[int] | None = None,
     routing: RoutingMode = "free",
     level: float = 0.95,
-    batch_size: int | None = None,
+    batch_size: Positive | None = None,
 ) -> TraceResult:
     """Causal tracing (Meng et al. 2022, arXiv 2202.05262), down to experts and coalitions (as arXiv 2606.03780).
 
@@ -83,8 +82,8 @@ def trace(
     """
     if not isinstance(prompt, str):
         raise InputError(f"the prompt is a {type(prompt).__name__}; expected one text")
-    if draws < 1 or noise <= 0 or not 0 < level < 1:
-        raise InputError(f"got draws={draws}, noise={noise}, level={level}; expected ≥ 1, > 0, and between 0 and 1")
+    if noise <= 0 or not 0 < level < 1:
+        raise InputError(f"got noise={noise}, level={level}; expected > 0, and between 0 and 1")
     tokens = model.to_tokens(prompt)
     corrupted = subject_positions(model, prompt, tokens[0], subject)
     score = _score(model, answer, foil)
@@ -121,7 +120,7 @@ def trace(
     )
 
 
-def _score(model: Any, answer: str | int, foil: str | int | None) -> TokenMetric:
+def _score(model: Any, answer: str | Natural, foil: str | Natural | None) -> TokenMetric:
     wanted = single_token(model, "answer", answer)
     if foil is None:
         return Probability(wanted)

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens import names
+from moe_lens.checked import Natural
 from moe_lens.errors import InputError
 from moe_lens.model.cache.moe_cache import MoECache
 from moe_lens.protocols import HookedModel, PaddedTokens, require_stream_width
@@ -25,7 +26,7 @@ Batch = Mapping[str, Any] | PaddedTokens
 class ExpertMeans(Summary):
     """Mean outputs E(x), not weighted, over the reference tokens that were routed to each expert."""
 
-    layers: tuple[int, ...]
+    layers: tuple[Natural, ...]
     """Layers of the model that the first axes stand for."""
     experts: Float[Tensor, "layer n_experts d_model"]
     """NaN for an expert that no token of the reference was routed to."""
@@ -38,7 +39,7 @@ class ExpertMeans(Summary):
         unseen = int((self.counts == 0).sum())
         return f"ExpertMeans(layers {list(self.layers)}, {self.counts.shape[1]} experts each, {unseen} without tokens)"
 
-    def of(self, layer: int) -> Float[Tensor, "n_experts d_model"]:
+    def of(self, layer: Natural) -> Float[Tensor, "n_experts d_model"]:
         """The means of one layer.
 
         Raises:
@@ -46,7 +47,7 @@ class ExpertMeans(Summary):
         """
         return self.experts[self._row(layer)]
 
-    def shared_of(self, layer: int) -> Float[Tensor, " d_model"]:
+    def shared_of(self, layer: Natural) -> Float[Tensor, " d_model"]:
         """Mean output of a layer's shared experts.
 
         Raises:
@@ -56,7 +57,7 @@ class ExpertMeans(Summary):
             raise InputError("the reference holds no outputs of shared experts")
         return self.shared[self._row(layer)]
 
-    def require(self, layer: int, expert: int) -> None:
+    def require(self, layer: Natural, expert: Natural) -> None:
         """Nothing, if an expert has a mean.
 
         Raises:

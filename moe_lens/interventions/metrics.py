@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from moe_lens.checked import Natural
 from moe_lens.errors import InputError
 
 Metric = Callable[[Tensor], Tensor]
@@ -37,7 +38,7 @@ class TokenMetric(ABC):
         return known
 
     @abstractmethod
-    def reads(self, batch: int, pos: int) -> Bool[Tensor, "batch pos"]:
+    def reads(self, batch: Natural, pos: Natural) -> Bool[Tensor, "batch pos"]:
         """The positions whose logits the metric reads.
 
         Raises:
@@ -78,7 +79,7 @@ class Loss(TokenMetric):
         self._reads[:, :-1] &= real[:, 1:]
         self._reads[:, -1] = False
 
-    def reads(self, batch: int, pos: int) -> Bool[Tensor, "batch pos"]:
+    def reads(self, batch: Natural, pos: Natural) -> Bool[Tensor, "batch pos"]:
         """Real positions before a real one."""
         return _not_empty(_same_shape("tokens", self._reads, (batch, pos)))
 
@@ -93,11 +94,11 @@ class Loss(TokenMetric):
 class _AtPositions(TokenMetric):
     """What the metrics of chosen positions and tokens share."""
 
-    def __init__(self, positions: Positions, *tokens: int | Int[Tensor, "..."]):
+    def __init__(self, positions: Positions, *tokens: Natural | Int[Tensor, "..."]):
         self.positions = positions
         self._tokens = tuple(torch.as_tensor(token) for token in tokens)
 
-    def reads(self, batch: int, pos: int) -> Bool[Tensor, "batch pos"]:
+    def reads(self, batch: Natural, pos: Natural) -> Bool[Tensor, "batch pos"]:
         """The chosen positions."""
         for ids in self._tokens:
             if tuple(ids.shape) not in ((), (batch,), (batch, pos)):
@@ -130,7 +131,7 @@ class Logit(_AtPositions):
         positions: where to read; the last position if not given (see `Positions`).
     """
 
-    def __init__(self, token: int | Int[Tensor, "..."], positions: Positions = -1):
+    def __init__(self, token: Natural | Int[Tensor, "..."], positions: Positions = -1):
         super().__init__(positions, token)
 
     def values(
@@ -149,7 +150,9 @@ class LogitDifference(_AtPositions):
         positions: where to read; the last position if not given (see `Positions`).
     """
 
-    def __init__(self, token: int | Int[Tensor, "..."], other: int | Int[Tensor, "..."], positions: Positions = -1):
+    def __init__(
+        self, token: Natural | Int[Tensor, "..."], other: Natural | Int[Tensor, "..."], positions: Positions = -1
+    ):
         super().__init__(positions, token, other)
 
     def values(
@@ -190,7 +193,7 @@ class KLDivergence(TokenMetric):
         self._reads = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool()
         _same_shape("mask", self._reads, shape)
 
-    def reads(self, batch: int, pos: int) -> Bool[Tensor, "batch pos"]:
+    def reads(self, batch: Natural, pos: Natural) -> Bool[Tensor, "batch pos"]:
         """The positions of the mask."""
         return _not_empty(_same_shape("clean logits", self._reads, (batch, pos)))
 

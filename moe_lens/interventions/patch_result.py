@@ -8,6 +8,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
+from moe_lens.checked import Natural, Positive
 from moe_lens.storage import load_tensors, save_tensors
 from moe_lens.summary import Summary
 
@@ -18,7 +19,7 @@ class PatchResult(Summary):
 
     values: Float[Tensor, "..."]
     """The metric, in float64, along `axes`."""
-    axes: Mapping[str, tuple[int, ...]]
+    axes: Mapping[str, tuple[Natural, ...]]
     """Coordinates by name of the axis, in the order of the values' axes; "pos" counts along the input's axis."""
     site: str
     """What was patched."""
@@ -32,7 +33,7 @@ class PatchResult(Summary):
     """The metric of the clean run."""
     corrupted: float
     """The metric of the corrupted run."""
-    n: int
+    n: Positive
     """Pairs of clean and corrupted texts that the metric goes over."""
     tokens: tuple[str, ...] = ()
     """Of the base, as text, if there is one pair and a tokenizer."""

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from moe_lens.checked import checked
+from moe_lens.checked import Positive
 from moe_lens.errors import InputError, several
 from moe_lens.interventions.clean_run import CleanRun, Variant
 from moe_lens.interventions.metrics import Metric, among, describe, evaluate
@@ -21,7 +21,6 @@ from moe_lens.selection import Selection
 Direction = Literal["denoising", "noising"]
 
 
-@checked
 def patch(
     model: Any,
     clean: str | list[str] | Tensor,
@@ -33,7 +32,7 @@ def patch(
     direction: Direction = "denoising",
     routing: RoutingMode = "free",
     selection: Selection | None = None,
-    batch_size: int | None = None,
+    batch_size: Positive | None = None,
     **kwargs: Any,
 ) -> PatchResult:
     """Patch activations of one run into another, one place at a time, and measure the effect.

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens import names
+from moe_lens.checked import ReadByItself
 from moe_lens.errors import InputError, UnfitError
 from moe_lens.interventions.intervention import Hook, Intervention, Recipe, first_token, positions, this_pass
 from moe_lens.model.cache.moe_cache import MoECache
@@ -161,7 +162,7 @@ def _replay(model: HookedModel, recorded: Tensor) -> Callable[..., Tensor]:
 
 def steer_experts(
     model: HookedModel,
-    steering: Mapping[int, Mapping[int, Steer]],
+    steering: Annotated[Mapping[int, Mapping[int, Steer]], ReadByItself()],
     *,
     rule: SteerRule = "affinity",
     where: Where | None = None,

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from moe_lens.checked import Positive
 from moe_lens.errors import InputError
 from moe_lens.interventions.batched_variants import RoutingMode, Stack, inside
 from moe_lens.interventions.clean_run import CleanRun, Variant
@@ -42,7 +43,7 @@ def sweep(
     metric: Metric,
     *,
     routing: RoutingMode = "free",
-    batch_size: int | None = None,
+    batch_size: Positive | None = None,
 ) -> Float[Tensor, " variants"]:
     """The metric of every variant, as if each had been a forward pass of its own.
 
@@ -130,8 +131,6 @@ class _Sweep:
         routing: RoutingMode,
         at_once: int | None,
     ) -> None:
-        if routing not in ("free", "frozen"):
-            raise InputError(f'routing is {routing!r}; expected "free" or "frozen"')
         self.model, self.clean, self.variants, self.at_once = model, run, variants, at_once
         self.routing: RoutingMode = routing
         self.n_layers = model.cfg.n_layers
@@ -171,8 +170,6 @@ class _Sweep:
         from rich.console import Console
         from rich.progress import Progress
 
-        if batch_size is not None and batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}; expected at least 1")
         tokens = TOKENS.get(self.reads.device.type, TOKENS["cuda"])
         console = Console(stderr=True)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:

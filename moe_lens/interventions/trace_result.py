@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moe_lens.checked import Natural, Seed
 from moe_lens.storage import load_tensors, save_tensors
 from moe_lens.summary import Summary
 
@@ -20,7 +21,7 @@ class SiteEffects(Summary):
 
     values: Float[Tensor, "draw *axes"]
     """Score of the restored run minus that of the corrupted one, in float64; 0 where nothing was restored."""
-    axes: Mapping[str, tuple[int, ...]]
+    axes: Mapping[str, tuple[Natural, ...]]
     """Coordinates by name of the axis; "size" is the number of experts of a coalition."""
     level: float = 0.95
     """Of the interval."""
@@ -75,7 +76,7 @@ class TraceResult(Summary):
     """Positions at which experts and coalitions were restored."""
     noise_std: float
     """Standard deviation of the noise, in units of the embeddings."""
-    seed: int
+    seed: Seed
     """Of the noise."""
     routing: str
     """"free" or "frozen"."""

@@ -1,5 +1,6 @@
 """Lenses: points of the residual stream, read as if they were the last."""
 
+from moe_lens import checked as _checked
 from moe_lens._moved import renamed
 from moe_lens.lenses.expert_writing import ExpertVocabulary as ExpertVocabulary
 from moe_lens.lenses.expert_writing import Neuron as Neuron
@@ -18,3 +19,5 @@ from moe_lens.lenses.training_summary import TrainingSummary as TrainingSummary
 from moe_lens.lenses.tuned_lens import TunedLens as TunedLens
 
 __getattr__ = renamed(__name__, {"Tuning": "TrainingSummary"})
+
+_checked.what_is_offered(__name__)

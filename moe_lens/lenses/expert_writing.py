@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moe_lens import names
-from moe_lens.checked import checked
+from moe_lens.checked import Natural, Positive
 from moe_lens.errors import HookError, InputError
 from moe_lens.lenses.logit_lens import LogitLens
 from moe_lens.lenses.token_rows import Rows, row_batches, rows
@@ -34,11 +34,11 @@ class Writing:
     """
 
     promoted: tuple[str, ...]
-    promoted_tokens: tuple[int, ...]
+    promoted_tokens: tuple[Natural, ...]
     promoted_logits: tuple[float, ...]
     """Largest first."""
     suppressed: tuple[str, ...]
-    suppressed_tokens: tuple[int, ...]
+    suppressed_tokens: tuple[Natural, ...]
     suppressed_logits: tuple[float, ...]
     """Smallest first."""
 
@@ -50,7 +50,7 @@ class StrongInput:
     before: str
     """The text that stands before the token."""
     text: str
-    token: int
+    token: Natural
     after: str
     weight: float
     """Routing weight."""
@@ -64,7 +64,7 @@ class StrongInput:
 class Neuron:
     """A hidden unit of the expert, and the column of the down projection that it writes with."""
 
-    index: int
+    index: Natural
     norm: float
     """Of the column."""
     activation: float | None
@@ -80,11 +80,11 @@ class Neuron:
 class ExpertVocabulary(Summary):
     """What one expert writes. Without a corpus there are neurons alone."""
 
-    layer: int
-    expert: int
-    tokens: int
+    layer: Natural
+    expert: Natural
+    tokens: Natural
     """Tokens of the corpus, padding and special tokens left out."""
-    routed: int
+    routed: Natural
     """Those of them that chose the expert."""
     mean_out: Float[Tensor, " d_model"] | None
     """Mean of E(x) over them, not weighted."""
@@ -108,19 +108,18 @@ class ExpertVocabulary(Summary):
         return pd.DataFrame(lines, columns=["of", "number", "effect", "place", "token", "text", "logit"])
 
 
-@checked
 @torch.no_grad()
 def expert_vocabulary(
     model: Any,
-    layer: int,
-    expert: int,
+    layer: Natural,
+    expert: Natural,
     texts: Iterable[Any] | None = None,
     *,
-    top: int = 10,
-    inputs: int = 10,
-    neurons: int = 10,
-    window: int = 8,
-    batch: int = 8,
+    top: Positive = 10,
+    inputs: Natural = 10,
+    neurons: Natural = 10,
+    window: Positive = 8,
+    batch: Positive = 8,
 ) -> ExpertVocabulary:
     """Read an expert through the model's final norm and unembedding.
 

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lens import names
+from moe_lens.checked import Natural, Positive
 from moe_lens.lenses.decoding import Decoding
 from moe_lens.lenses.lens_result import LensResult
 from moe_lens.model.experts.elsewhere import every_parameter
@@ -33,10 +34,10 @@ class Lens(Summary, ABC):
         return {"model": self.model.cfg.model_name, "layers": self.model.cfg.n_layers}
 
     @abstractmethod
-    def translate(self, resid: Float[Tensor, "*axes d_model"], layer: int) -> Float[Tensor, "*axes d_model"]:
+    def translate(self, resid: Float[Tensor, "*axes d_model"], layer: Natural) -> Float[Tensor, "*axes d_model"]:
         """A point of the residual stream at a layer, translated into the basis of the last layer's output."""
 
-    def logits(self, resid: Float[Tensor, "*axes d_model"], layer: int) -> Float[Tensor, "*axes d_vocab"]:
+    def logits(self, resid: Float[Tensor, "*axes d_model"], layer: Natural) -> Float[Tensor, "*axes d_vocab"]:
         """FinalNorm(translate(resid)) W_U; differentiable."""
         return self.unembed(self.translate(resid, layer))
 
@@ -90,7 +91,7 @@ class Lens(Summary, ABC):
         layers: Sequence[int] | None = None,
         positions: Sequence[int] | None = None,
         targets: Int[Tensor, "batch pos"] | None = None,
-        top: int = 5,
+        top: Positive = 5,
     ) -> LensResult:
         """Read partial sums of a cache, in chunks of logits.
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moe_lens.checked import Natural
 from moe_lens.errors import InputError
 from moe_lens.partial_sum import PartialSum
 from moe_lens.storage import load_tensors, save_tensors
@@ -29,13 +30,13 @@ class LensResult(Summary):
     or ranks in a dense layer, and sums of experts none of which the token selected.
     """
 
-    layers: tuple[int, ...]
+    layers: tuple[Natural, ...]
     sums: tuple[PartialSum, ...]
-    positions: tuple[int, ...]
+    positions: tuple[Natural, ...]
     """Along the position axis of the cache."""
-    dense: tuple[int, ...]
+    dense: tuple[Natural, ...]
     """The layers without experts; sums over all experts are u plus the whole MLP there."""
-    never_selected: tuple[tuple[int, int], ...]
+    never_selected: tuple[tuple[Natural, Natural], ...]
     """(layer, expert) of experts that a sum names and no token of the text selected."""
     texts: Mapping[int, str]
     """The text of each token in the result; empty if the model has no tokenizer."""
@@ -71,7 +72,7 @@ class LensResult(Summary):
         _, _, batch, pos, _ = self.top_tokens.shape
         return f"LensResult({len(self.layers)} layers × {len(self.sums)} sums × {batch} × {pos} tokens)"
 
-    def text(self, token: int) -> str:
+    def text(self, token: Natural) -> str:
         """The text of a token; `#17` if it is not known."""
         return self.texts.get(token, f"#{token}")
 

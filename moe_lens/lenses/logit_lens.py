@@ -3,6 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
+from moe_lens.checked import Natural
 from moe_lens.lenses.lens import Lens
 
 
@@ -16,6 +17,6 @@ class LogitLens(Lens):
         model: A `HookedMoE`.
     """
 
-    def translate(self, resid: Float[Tensor, "*axes d_model"], layer: int) -> Float[Tensor, "*axes d_model"]:  # noqa: ARG002
+    def translate(self, resid: Float[Tensor, "*axes d_model"], layer: Natural) -> Float[Tensor, "*axes d_model"]:  # noqa: ARG002
         """The point itself, as if every layer used the basis of the last one."""
         return resid

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe_lens import names
-from moe_lens.checked import checked
+from moe_lens.checked import Natural
 from moe_lens.errors import HookError, InputError
 from moe_lens.model.experts.elsewhere import numbers_of
 from moe_lens.routing import LayerRouting
@@ -27,7 +27,7 @@ Norms of several families compute in float32 even in a float64 model."""
 class RouterAttrs(Summary):
     """The router logits of a layer, each the sum of what earlier parts of the model wrote."""
 
-    layer: int
+    layer: Natural
     labels: tuple[str, ...]
     """`embed`, `0_head_3`, `0_attn_bias`, `0_mlp_out`, `1_shared_out`, `1_rank_0` or `1_expert_17`, and `constant`."""
     values: Float[Tensor, "component *tokens n_experts"]
@@ -43,7 +43,7 @@ class RouterAttrs(Summary):
         values, logits = (x - x.mean(-1, keepdim=True) for x in (self.values, self.logits))
         return replace(self, values=values, logits=logits)
 
-    def to_frame(self, expert: int | None = None) -> pd.DataFrame:
+    def to_frame(self, expert: Natural | None = None) -> pd.DataFrame:
         """One row per component, batch, position and expert, or of one expert alone: component, …, logit.
 
         Raises:
@@ -60,8 +60,7 @@ class RouterAttrs(Summary):
         return pd.DataFrame({"logit": shown}, index=index).reset_index()
 
 
-@checked
-def router_attrs_hooks(model: Any, layer: int, *, heads: bool = True) -> list[str]:
+def router_attrs_hooks(model: Any, layer: Natural, *, heads: bool = True) -> list[str]:
     """The names that a cache must hold for `router_attrs` at a layer: everything that writes before its experts.
 
     Raises:
@@ -90,9 +89,10 @@ def router_attrs_hooks(model: Any, layer: int, *, heads: bool = True) -> list[st
     return wanted
 
 
-@checked
 @torch.no_grad()
-def router_attrs(cache: Any, layer: int, *, by: Literal["rank", "expert"] = "rank", heads: bool = True) -> RouterAttrs:
+def router_attrs(
+    cache: Any, layer: Natural, *, by: Literal["rank", "expert"] = "rank", heads: bool = True
+) -> RouterAttrs:
     """The router logits of a layer as a sum over the embedding, attention heads and upstream experts.
 
     A router is linear in the normed residual stream. With the norm's scale frozen at what it was in the run, every
@@ -110,8 +110,6 @@ def router_attrs(cache: Any, layer: int, *, by: Literal["rank", "expert"] = "ran
         HookError: The cache lacks something (the message names it), the layer is dense, or the family lacks the hooks.
         InputError: The family's attention cannot be taken apart, or its router is not linear in the normed stream.
     """
-    if by not in ("rank", "expert"):
-        raise InputError(f"by is {by!r}; expected 'rank' or 'expert'")
     model = cache.model
     missing = [name for name in router_attrs_hooks(model, layer, heads=heads) if name not in cache]
     if missing:

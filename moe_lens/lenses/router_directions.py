@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from moe_lens import names
-from moe_lens.checked import checked
+from moe_lens.checked import Natural, Positive
 from moe_lens.errors import HookError, InputError
 from moe_lens.lenses.token_rows import row_batches, rows
 from moe_lens.model.loading.placement import input_device
@@ -28,7 +28,7 @@ class RouterGeometry(Summary):
     Controls come with the cosines: the rows of the other experts (off the diagonal), and `random`.
     """
 
-    layer: int
+    layer: Natural
     tokens: Int[Tensor, "n_experts top"]
     """The tokens that each expert attracts most."""
     attraction: Float[Tensor, "n_experts top"]
@@ -55,10 +55,9 @@ class RouterGeometry(Summary):
         return pd.DataFrame(lines, columns=["expert", "measure", "own", "others"])
 
 
-@checked
 @torch.no_grad()
 def router_geometry(
-    model: Any, layer: int, texts: Iterable[Any] | None = None, *, top: int = 10, batch: int = 8
+    model: Any, layer: Natural, texts: Iterable[Any] | None = None, *, top: Positive = 10, batch: Positive = 8
 ) -> RouterGeometry:
     """Compare a router's rows with token embeddings and with what experts read.
 

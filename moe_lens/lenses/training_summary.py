@@ -5,6 +5,8 @@ from typing import Any
 
 import pandas as pd
 
+from moe_lens.checked import Natural, Positive, Seed
+
 
 @dataclass(frozen=True)
 class TrainingSummary:
@@ -13,14 +15,14 @@ class TrainingSummary:
     Before it, the lens is the LogitLens.
     """
 
-    steps: int
-    tokens: int
+    steps: Positive
+    tokens: Positive
     """Tokens that were trained on, counted again when they came again."""
-    batch: int
-    context: int
+    batch: Positive
+    context: Positive
     lr: float
-    seed: int
-    held_out_tokens: int
+    seed: Seed
+    held_out_tokens: Natural
     post_before: tuple[float, ...]
     """At `resid_post` of each layer. The last is zero, here and after: the model itself reads it."""
     post_after: tuple[float, ...]

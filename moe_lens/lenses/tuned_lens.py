@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moe_lens.checked import Natural, Positive, Seed
 from moe_lens.errors import InputError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.json_files import read_json
@@ -73,7 +74,7 @@ class TunedLens(TranslatedLens):
                 f"{n_layers} layers of width {d_model}"
             )
 
-    def translate(self, resid: Float[Tensor, "*axes d_model"], layer: int) -> Float[Tensor, "*axes d_model"]:
+    def translate(self, resid: Float[Tensor, "*axes d_model"], layer: Natural) -> Float[Tensor, "*axes d_model"]:
         """The residual stream at a layer in the basis of the last: h + A_l h + b_l, in the dtype of h."""
         weight, bias = self.weights[layer], self.biases[layer]
         wide = resid.to(torch.promote_types(resid.dtype, weight.dtype))
@@ -96,13 +97,13 @@ class TunedLens(TranslatedLens):
         *,
         held_out: Iterable[Any] | None = None,
         mid: bool = False,
-        steps: int = 250,
-        batch: int = 16,
-        context: int | None = None,
+        steps: Positive = 250,
+        batch: Positive = 16,
+        context: Positive | None = None,
         lr: float = 0.3,
-        seed: int = 0,
+        seed: Seed = 0,
         checkpoint: str | Path | None = None,
-        every: int = 50,
+        every: Positive = 50,
         progress: bool = True,
     ) -> "TunedLens":
         """Train translators on a corpus, by Adam on KL(final ‖ lens) averaged over tokens.

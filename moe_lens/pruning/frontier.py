@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moe_lens.checked import checked
+from moe_lens.checked import Positive, Seed
 from moe_lens.data import Domains, Tokens, in_memory, tokenize
 from moe_lens.errors import InputError
 from moe_lens.pruning.merging import merge
@@ -45,7 +45,7 @@ class Frontier(Result):
 
     points: tuple[tuple[str, str, str, int, int], ...]
     """As `Point`; the first is the whole model."""
-    n_experts: int
+    n_experts: Positive
     domains: tuple[str, ...]
     sources: tuple[tuple[str, ...], ...]
     """Of each domain; the tensors hold those of all domains one after another."""
@@ -99,9 +99,8 @@ class Frontier(Result):
         return pd.DataFrame(rows)
 
 
-@checked
 def halved(
-    domains: Domains, model: Any, *, n_tokens: int, context: int, seed: int = 0
+    domains: Domains, model: Any, *, n_tokens: Positive, context: Positive, seed: Seed = 0
 ) -> tuple[tuple[Tokens, ...], tuple[Tokens, ...]]:
     """Each domain's texts, divided by source into two halves of about `n_tokens` / 2 each.
 
@@ -155,7 +154,6 @@ class _Judge:
         )
 
 
-@checked
 def frontier(
     model: Any,
     texts: tuple[Sequence[Tokens], Sequence[Tokens]],

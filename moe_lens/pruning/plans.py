@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moe_lens.checked import checked
+from moe_lens.checked import Natural, Positive
 from moe_lens.errors import InputError
 from moe_lens.ids import one_id
 from moe_lens.interventions.intervention import Intervention
@@ -29,21 +29,21 @@ class Plan(Summary):
 
     model: Mapping[str, Any]
     """The model's identity: its name and sizes."""
-    layers: tuple[int, ...]
+    layers: tuple[Natural, ...]
     """The layers that have experts."""
-    kept: tuple[tuple[int, ...], ...]
+    kept: tuple[tuple[Natural, ...], ...]
     """The kept experts of each layer, ascending; an expert's index in this tuple is its id in the smaller model."""
-    top_k: int
+    top_k: Positive
     """Active experts of a token; the largest number where layers differ."""
     values: Float[Tensor, "layer n_experts"]
     """The scores that the plan was made from; `uniform` ranks by them."""
     method: str
     """The method of the scores."""
-    merged: Mapping[tuple[int, int], int] | None = None
+    merged: Mapping[tuple[int, int], Natural] | None = None
     """(layer, pruned expert) → the kept expert that it is averaged into; None: pruned experts are dropped."""
     shares: Float[Tensor, "layer n_experts"] | None = None
     """Weights of the average in a plan that merges: how often each expert was selected."""
-    fewer: Mapping[int, int] = field(default_factory=dict)
+    fewer: Mapping[int, Positive] = field(default_factory=dict)
     """Layers in which fewer than `top_k` experts are active, and how many."""
 
     def __post_init__(self) -> None:
@@ -95,11 +95,11 @@ class Plan(Summary):
         """Whether every layer keeps the same number."""
         return len({len(experts) for experts in self.kept}) == 1
 
-    def active(self, layer: int) -> int:
+    def active(self, layer: Natural) -> int:
         """Experts of a layer that a token uses."""
         return self.fewer.get(layer, self.top_k)
 
-    def of(self, layer: int) -> tuple[int, ...]:
+    def of(self, layer: Natural) -> tuple[int, ...]:
         """The kept experts of a layer.
 
         Raises:
@@ -109,7 +109,7 @@ class Plan(Summary):
             raise InputError(f"layer {layer} has no experts; the plan is for layers {list(self.layers)}")
         return self.kept[self.layers.index(layer)]
 
-    def pruned(self, layer: int) -> tuple[int, ...]:
+    def pruned(self, layer: Natural) -> tuple[int, ...]:
         """The experts of a layer that are removed."""
         stay = set(self.of(layer))
         return tuple(expert for expert in range(self.n_experts) if expert not in stay)
@@ -186,7 +186,6 @@ class Plan(Summary):
             )
 
 
-@checked
 def plan(
     scores: Scores,
     keep: float | int | Literal["selected"] | None = None,
@@ -194,7 +193,7 @@ def plan(
     budget: Budget = "layer",
     domain: str | None = None,
     protect: Collection[tuple[int, int]] = (),
-    top_k: int | Mapping[int, int] | None = None,
+    top_k: Positive | Mapping[int, Positive] | None = None,
 ) -> Plan:
     """Choose the experts to keep: those with the largest scores.
 

@@ -9,6 +9,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
+from moe_lens.checked import Natural, Positive
 from moe_lens.errors import InputError
 from moe_lens.storage import believed, load_tensors, save_tensors, whole_numbers
 from moe_lens.summary import Summary
@@ -40,12 +41,12 @@ class Scores(Summary):
     method: str
     model: Mapping[str, Any]
     """The model's identity: its name and sizes."""
-    layers: tuple[int, ...]
+    layers: tuple[Natural, ...]
     """The layers that have experts."""
-    top_k: int
+    top_k: Positive
     """Active experts of a token."""
     domains: tuple[str, ...]
-    tokens: tuple[int, ...]
+    tokens: tuple[Natural, ...]
     """Calibration tokens of each domain."""
     texts: str
     """Fingerprint of the calibration data: SHA-256 of its tokens."""

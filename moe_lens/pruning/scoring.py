@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moe_lens.checked import checked
+from moe_lens.checked import Seed
 from moe_lens.data import Tokens
 from moe_lens.errors import InputError
 from moe_lens.interventions import Loss, expert_attribution
@@ -24,9 +24,8 @@ _SUMS: tuple[Method, ...] = ("summed_weight", "ean", "weighted_ean")
 """Scores that are sums over tokens: divided by their number, so that domains of any size count the same."""
 
 
-@checked
 def score(
-    model: Any, domains: Sequence[Tokens], method: Method, *, seed: int = 0, on_batch: Callable[[], None] = nothing
+    model: Any, domains: Sequence[Tokens], method: Method, *, seed: Seed = 0, on_batch: Callable[[], None] = nothing
 ) -> Scores:
     """Score every expert of every layer on each domain; `METHODS` says what each method measures.
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moe_lens.checked import checked
+from moe_lens.checked import Positive
 from moe_lens.data import Domains, Reading, as_domains
 from moe_lens.errors import UnfitError, UnsupportedModelError
 from moe_lens.manifest import studies_in
@@ -33,7 +33,6 @@ SHORT = 32
 """Tokens of a window for `OF_HALVES`, at most."""
 
 
-@checked
 def run(
     model: Any,
     domains: Domains,
@@ -41,7 +40,7 @@ def run(
     *,
     reading: Reading = READING,
     name: str | None = None,
-    batch_tokens: int = 2048,
+    batch_tokens: Positive = 2048,
     command: str | None = None,
     watch: Callable[[str, int], None] = lambda what, tokens: None,  # noqa: ARG005
 ) -> Path:

@@ -1,5 +1,6 @@
 """Statistics of a corpus: accumulators are updated with batches, merged, saved and resumed; results are frozen."""
 
+from moe_lens import checked as _checked
 from moe_lens.stats.accumulator import Accumulator as Accumulator
 from moe_lens.stats.accumulator import Result as Result
 from moe_lens.stats.activation_means import ActivationMeans as ActivationMeans
@@ -46,3 +47,5 @@ from moe_lens.stats.unit_signs import SignTest as SignTest
 from moe_lens.stats.unit_signs import sign_test as sign_test
 from moe_lens.stats.vocabulary_specialisation import VocabularyResult as VocabularyResult
 from moe_lens.stats.vocabulary_specialisation import VocabularyStats as VocabularyStats
+
+_checked.what_is_offered(__name__)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moe_lens.checked import Natural, Positive
 from moe_lens.errors import InputError
 from moe_lens.interventions.expert_means import ExpertMeans
 from moe_lens.stats.accumulator import Accumulator, Result
@@ -19,7 +20,7 @@ from moe_lens.stats.sums import Total
 class Means(Result):
     """Means over the counted tokens, per layer."""
 
-    layers: tuple[int, ...]
+    layers: tuple[Natural, ...]
     resid: Float[Tensor, "layer d_model"]
     """Of the residual stream between attention and experts, u."""
     weighted: Float[Tensor, "layer top_k d_model"]
@@ -28,7 +29,7 @@ class Means(Result):
     """Of each expert's output E(x) over the tokens that were routed to it; the layer's mean where there were none."""
     counts: Int[Tensor, "layer n_experts"]
     """How many tokens were routed to each expert."""
-    n_tokens: int
+    n_tokens: Natural
 
     @property
     def unseen(self) -> int:
@@ -49,7 +50,7 @@ class Means(Result):
 class ActivationMeans(Accumulator[Means]):
     """Accumulates means of u, of the ranks' contributions and of every expert's output; memory does not grow."""
 
-    def __init__(self, layers: Sequence[int], n_experts: int, top_k: int, d_model: int):
+    def __init__(self, layers: Sequence[int], n_experts: Positive, top_k: Positive, d_model: Positive):
         self.layers, self.n_experts = tuple(layers), n_experts
         self._sums = {name: [Total() for _ in self.layers] for name in _SUMS}
         super().__init__(
@@ -63,7 +64,7 @@ class ActivationMeans(Accumulator[Means]):
 
     def update(
         self,
-        layer: int,
+        layer: Natural,
         resid: Float[Tensor, "batch pos d_model"],
         outputs: Float[Tensor, "batch pos top_k d_model"],
         weights: Float[Tensor, "batch pos top_k"],

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from moe_lens.checked import checked
+from moe_lens.checked import Natural, Positive, Seed
 from moe_lens.errors import InputError
 from moe_lens.stats.accumulator import Accumulator, Result
 from moe_lens.stats.resampling import Interval, bootstrap, folds
@@ -26,8 +26,8 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 class PassageResult(Result):
     """A random sample of passages of equal length."""
 
-    layers: tuple[int, ...]
-    n_experts: int
+    layers: tuple[Natural, ...]
+    n_experts: Positive
     source: tuple[str, ...]
     tokens: Int[Tensor, "passage length"]
     assigned: Int[Tensor, "passage layer n_experts"]
@@ -51,9 +51,15 @@ class PassageSample(Accumulator[PassageResult]):
         n: How many passages to keep.
     """
 
-    def __init__(self, layers: Sequence[int], n_experts: int, top_k: int, *, length: int = 32, n: int = 1000):
-        if min(length, n) < 1:
-            raise InputError(f"got length = {length} and n = {n}; expected at least 1")
+    def __init__(
+        self,
+        layers: Sequence[int],
+        n_experts: Positive,
+        top_k: Positive,
+        *,
+        length: Positive = 32,
+        n: Positive = 1000,
+    ):
         self.layers, self.n_experts, self.top_k = tuple(layers), n_experts, top_k
         self.length, self.n = length, n
         self._best = TopRows(n, length + len(self.layers) * n_experts)
@@ -99,7 +105,7 @@ class DomainPrediction(Result):
     """Which passages' domains were predicted right, from routing and from tokens, in sources not trained on."""
 
     domains: tuple[str, ...]
-    length: int
+    length: Positive
     """Tokens of a passage."""
     source: tuple[str, ...]
     """Of each passage; a name means another source in another domain."""
@@ -152,8 +158,7 @@ class DomainPrediction(Result):
         return pd.DataFrame(rows)
 
 
-@checked
-def predict_domain(samples: Mapping[str, PassageResult], *, n_folds: int = 5, seed: int = 0) -> DomainPrediction:
+def predict_domain(samples: Mapping[str, PassageResult], *, n_folds: Positive = 5, seed: Seed = 0) -> DomainPrediction:
     """Train two classifiers to tell a passage's domain, each the same multinomial logistic regression with L2 penalty.
 
     One sees how often each expert was chosen, the other how often each token occurs, both as square roots of shares.

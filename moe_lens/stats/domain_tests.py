@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moe_lens.checked import checked
+from moe_lens.checked import Natural, Positive, Seed
 from moe_lens.errors import InputError
 from moe_lens.stats.accumulator import Result
 from moe_lens.stats.domain_pairs import CHUNK, PairTest, Rows, information, normalised
@@ -30,10 +30,10 @@ class DomainComparison(Result):
     """How routing differs between domains, beside what randomly labelled sources would show."""
 
     domains: tuple[str, ...]
-    layers: tuple[int, ...]
-    n_sources: tuple[int, ...]
+    layers: tuple[Natural, ...]
+    n_sources: tuple[Natural, ...]
     """Of each domain."""
-    permutations: int
+    permutations: Positive
     """How often labels were permuted; no p-value can be below 1 / (permutations + 1)."""
     shares: Float[Tensor, "domain layer n_experts"]
     """Specialisation N_{E,D} / N_D."""
@@ -62,9 +62,9 @@ class DomainComparison(Result):
     """One-sided, of each layer and pair alone."""
     jsd_smallest_p: Float[Tensor, " pair"]
     """The smallest p-value that so many permutations of so many sources can give."""
-    pair_sources: tuple[tuple[int, int], ...]
+    pair_sources: tuple[tuple[Natural, Natural], ...]
     """Of each pair: how many sources of either domain were used."""
-    pair_dropped: tuple[int, ...]
+    pair_dropped: tuple[Natural, ...]
     """Of each pair: how many sources were left out, as the other domain has none that is parallel to them."""
     unit_domains: Bool[Tensor, "unit domain"]
     """Which domains a unit has text in: a source, or, with a key, all sources that share it."""
@@ -99,7 +99,7 @@ class DomainComparison(Result):
             {name: table.flatten().numpy() for name, table in columns.items()}, index=index
         ).reset_index()
 
-    def strongest(self, n: int = 10) -> pd.DataFrame:
+    def strongest(self, n: Positive = 10) -> pd.DataFrame:
         """The rows of `to_frame` with the smallest p-values; of equal ones, those with the largest effect."""
         return most_significant(self.to_frame(), "statistic").head(n)
 
@@ -178,12 +178,11 @@ class DomainComparison(Result):
         return self.unit_domains[units].long().unique(dim=0, return_inverse=True)[1]
 
 
-@checked
 def compare_domains(
     results: Mapping[str, RoutingResult],
     *,
-    permutations: int = 1000,
-    seed: int = 0,
+    permutations: Positive = 1000,
+    seed: Seed = 0,
     parallel: Callable[[str], str] | None = None,
 ) -> DomainComparison:
     """Test whether experts serve domains differently.

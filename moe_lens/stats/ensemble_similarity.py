@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from moe_lens.checked import Natural
 from moe_lens.errors import InputError, several
 from moe_lens.stats.accumulator import Accumulator, Result
 from moe_lens.stats.activation_means import Means
@@ -106,7 +107,7 @@ def _root_ratio(above: Float[Tensor, "*tokens"], below: Float[Tensor, "*tokens"]
 class SimilarityResult(Result):
     """Means over tokens of the measures, and the share of variance that the top expert leaves unexplained."""
 
-    layers: tuple[int, ...]
+    layers: tuple[Natural, ...]
     sources: tuple[str, ...]
     tokens: Int[Tensor, "source layer"]
     sums: Float[Tensor, "source layer measure"]
@@ -157,7 +158,7 @@ class SimilarityStats(Accumulator[SimilarityResult]):
 
     def update(
         self,
-        layer: int,
+        layer: Natural,
         resid: Float[Tensor, "batch pos d_model"],
         parts: Float[Tensor, "batch pos top_k d_model"],
         counted: Bool[Tensor, "batch pos"],

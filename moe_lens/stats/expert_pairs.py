@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moe_lens.checked import Natural, Positive
 from moe_lens.errors import InputError
 from moe_lens.stats.accumulator import Accumulator, Result
 from moe_lens.stats.resampling import bootstrap_all
@@ -21,9 +22,9 @@ from moe_lens.stats.sums import BySource, Total
 class PairResult(Result):
     """Counts of pairs of experts."""
 
-    layers: tuple[int, ...]
-    top_k: int
-    n_tokens: int
+    layers: tuple[Natural, ...]
+    top_k: Positive
+    n_tokens: Natural
     together: Int[Tensor, "layer n_experts n_experts"]
     """Tokens that chose both experts of a layer; on the diagonal, those that chose the expert."""
     onwards: Int[Tensor, "pair n_experts n_experts"]
@@ -127,7 +128,7 @@ class PairResult(Result):
 class PairStats(Accumulator[PairResult]):
     """Counts pairs of experts, all of them: within a layer, between MoE layers that follow one another, and in time."""
 
-    def __init__(self, layers: Sequence[int], n_experts: int, top_k: int):
+    def __init__(self, layers: Sequence[int], n_experts: Positive, top_k: Positive):
         self.layers, self.n_experts, self.top_k = tuple(layers), n_experts, top_k
         self._together, self._onwards, self._sides, self._tokens = Total(), Total(), Total(), Total()
         self._neighbours, self._kept = BySource(), BySource()

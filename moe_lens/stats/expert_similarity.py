@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from moe_lens import names
-from moe_lens.checked import checked
+from moe_lens.checked import Natural, Positive
 from moe_lens.errors import InputError
 from moe_lens.stats.accumulator import Accumulator, Result
 from moe_lens.stats.observation import Hooks, each_layer
@@ -22,7 +22,7 @@ from moe_lens.stats.sums import Total
 class OutputSimilarityResult(Result):
     """Pairs of experts on the same tokens."""
 
-    layers: tuple[int, ...]
+    layers: tuple[Natural, ...]
     n_tokens: Int[Tensor, " layer"]
     """Sampled tokens, on each of which every expert was computed."""
     cosine: Float[Tensor, "layer n_experts n_experts"]
@@ -54,7 +54,7 @@ class OutputSimilarityStats(Accumulator[OutputSimilarityResult]):
     ```
     """
 
-    def __init__(self, layers: Sequence[int], n_experts: int):
+    def __init__(self, layers: Sequence[int], n_experts: Positive):
         self.layers, self.n_experts = tuple(layers), n_experts
         kinds = ("tokens", "cosine", "crossed", "gram", "sums")
         self._totals = {name: [Total() for _ in self.layers] for name in kinds}
@@ -65,7 +65,7 @@ class OutputSimilarityStats(Accumulator[OutputSimilarityResult]):
         }
         super().__init__({"layers": self.layers, "n_experts": n_experts}, parts)
 
-    def update(self, layer: int, outputs: Float[Tensor, "tokens n_experts d_model"]) -> Self:
+    def update(self, layer: Natural, outputs: Float[Tensor, "tokens n_experts d_model"]) -> Self:
         """Count a sample of tokens in one layer.
 
         Args:
@@ -94,7 +94,7 @@ class OutputSimilarityStats(Accumulator[OutputSimilarityResult]):
             self._totals[name][i].add(value)
         return self
 
-    def hooks(self, model: Any, sample: Bool[Tensor, "batch pos"], *, chunk: int = 64) -> Hooks:
+    def hooks(self, model: Any, sample: Bool[Tensor, "batch pos"], *, chunk: Positive = 64) -> Hooks:
         """Hooks for one forward pass that compute all experts at some of its tokens.
 
         Args:
@@ -130,8 +130,7 @@ class OutputSimilarityStats(Accumulator[OutputSimilarityResult]):
         )
 
 
-@checked
-def weight_similarity(model: Any, layer: int) -> pd.DataFrame:
+def weight_similarity(model: Any, layer: Natural) -> pd.DataFrame:
     """How alike the parameters of a layer's experts are.
 
     Args:

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens import names
+from moe_lens.checked import Natural, Positive
 from moe_lens.errors import InputError
 from moe_lens.protocols import require_stream_width
 from moe_lens.routing import output_factors
@@ -36,8 +37,8 @@ In a family that weighs what experts read (Llama 4), E(g x) stands for both E(x)
 class ImportanceResult(Result):
     """Sums over the tokens routed to each expert."""
 
-    layers: tuple[int, ...]
-    n_tokens: int
+    layers: tuple[Natural, ...]
+    n_tokens: Natural
     routed: Int[Tensor, "layer n_experts"]
     sums: Float[Tensor, "layer 4 n_experts"]
     """Of g, ‖E(x)‖, g ‖E(x)‖ and g ‖E(x)‖ / ‖u‖."""
@@ -98,7 +99,7 @@ class ImportanceStats(Accumulator[ImportanceResult]):
     ```
     """
 
-    def __init__(self, layers: Sequence[int], n_experts: int):
+    def __init__(self, layers: Sequence[int], n_experts: Positive):
         self.layers, self.n_experts = tuple(layers), n_experts
         self._tokens = [Total() for _ in self.layers]
         self._routed, self._sums = [Total() for _ in self.layers], [Total() for _ in self.layers]
@@ -115,7 +116,7 @@ class ImportanceStats(Accumulator[ImportanceResult]):
 
     def update(
         self,
-        layer: int,
+        layer: Natural,
         resid: Float[Tensor, "batch pos d_model"],
         outputs: Float[Tensor, "batch pos top_k d_model"],
         weights: Float[Tensor, "batch pos top_k"],

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moe_lens.checked import checked
+from moe_lens.checked import Natural, Positive, Seed
 from moe_lens.errors import InputError
 from moe_lens.stats.accumulator import Result
 from moe_lens.stats.conditional_distance import PairOfDomains, Units
@@ -47,10 +47,10 @@ class ConditionalInformation(Result):
     """
 
     domains: tuple[str, ...]
-    layers: tuple[int, ...]
-    permutations: int
+    layers: tuple[Natural, ...]
+    permutations: Positive
     """How often signs were drawn."""
-    n_sources: tuple[int, ...]
+    n_sources: tuple[Natural, ...]
     """Of each domain: groups of sources, as `VocabularyStats` counted them."""
     excess: Float[Tensor, " layer"]
     """The distance, mean over pairs of domains; NaN where no token could be tested."""
@@ -120,9 +120,8 @@ def _frame(
     return frame.assign(finding=np.where(frame["shared"] < LEAST_SHARED, "cannot be told", found))
 
 
-@checked
 def conditional_information(
-    results: Mapping[str, VocabularyResult], *, permutations: int = 1999, seed: int = 0
+    results: Mapping[str, VocabularyResult], *, permutations: Positive = 1999, seed: Seed = 0
 ) -> ConditionalInformation:
     """Test whether experts depend on the domain given the token.
 

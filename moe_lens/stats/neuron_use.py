@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moe_lens.checked import Natural, Positive
 from moe_lens.errors import InputError
 from moe_lens.stats.accumulator import Accumulator, Result
 from moe_lens.stats.sums import Total
@@ -18,7 +19,7 @@ from moe_lens.stats.sums import Total
 class NeuronResult(Result):
     """Sums over the tokens routed to each expert."""
 
-    layers: tuple[int, ...]
+    layers: tuple[Natural, ...]
     routed: Int[Tensor, "layer n_experts"]
     sums: Float[Tensor, "layer n_experts d_expert"]
     """Of activations."""
@@ -38,7 +39,7 @@ class NeuronResult(Result):
 class NeuronStats(Accumulator[NeuronResult]):
     """Sums activations of experts' neurons; memory does not grow."""
 
-    def __init__(self, layers: Sequence[int], n_experts: int):
+    def __init__(self, layers: Sequence[int], n_experts: Positive):
         self.layers, self.n_experts = tuple(layers), n_experts
         self._sums = {name: [Total() for _ in self.layers] for name in ("routed", "sums", "sizes")}
         parts = {f"{name}.{layer}": of[i] for name, of in self._sums.items() for i, layer in enumerate(self.layers)}
@@ -46,7 +47,7 @@ class NeuronStats(Accumulator[NeuronResult]):
 
     def update(
         self,
-        layer: int,
+        layer: Natural,
         activations: Float[Tensor, "batch pos top_k d_expert"],
         indices: Int[Tensor, "batch pos top_k"],
         counted: Bool[Tensor, "batch pos"],

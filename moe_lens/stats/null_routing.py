@@ -11,7 +11,7 @@ from jaxtyping import Float64, Int
 from torch import Tensor
 
 from moe_lens import names
-from moe_lens.checked import checked
+from moe_lens.checked import Seed
 from moe_lens.errors import InputError
 from moe_lens.routing import LayerRouting, affinity
 from moe_lens.stats.observation import TextBatch, each_layer, forward, routed
@@ -88,9 +88,8 @@ def systematic_sample(
     return order.gather(-1, place)
 
 
-@checked
 @torch.no_grad()
-def random_router(model: Any, batch: TextBatch, seed: int = 0) -> RoutedBatch:
+def random_router(model: Any, batch: TextBatch, seed: Seed = 0) -> RoutedBatch:
     """What an untrained router would choose, reading what the model's own read: does specialisation take training?
 
     Router rows are random directions with the lengths of the model's own; the experts with the greatest logits are

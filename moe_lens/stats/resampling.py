@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int, Real
 from torch import Tensor
 
+from moe_lens.checked import Positive, Seed
 from moe_lens.errors import several
 
 MIN_SOURCES = 10
@@ -32,8 +33,8 @@ def bootstrap(
     sizes: Real[Tensor, " source"],
     *,
     level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+    resamples: Positive = 2000,
+    seed: Seed = 0,
 ) -> Interval | None:
     """Interval of a statistic, resampling whole sources with replacement.
 
@@ -61,8 +62,8 @@ def bootstrap_all(
     sizes: Real[Tensor, " source"],
     *,
     level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+    resamples: Positive = 2000,
+    seed: Seed = 0,
 ) -> Float[Tensor, "2 *shape"] | None:
     """`bootstrap` of many values at once, all from the same draws: lower and upper ends, NaN if never finite."""
     if len(sizes) < MIN_SOURCES:
@@ -138,7 +139,7 @@ def jackknife_interval(
     return centre - reach, centre + reach
 
 
-def halves(sources: Iterable[str], seed: int = 0) -> dict[str, int]:
+def halves(sources: Iterable[str], seed: Seed = 0) -> dict[str, int]:
     """Deal sources into two halves, 0 and 1, at random; the same sources and seed give the same halves."""
     order = sorted(set(several(sources, "sources")))
     random.Random(seed).shuffle(order)

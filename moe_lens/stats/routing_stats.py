@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moe_lens.checked import Natural, Positive, Seed
 from moe_lens.errors import InputError
 from moe_lens.stats import load_evenness
 from moe_lens.stats.accumulator import Accumulator, Result
@@ -32,8 +33,8 @@ LAYER_MEASURES = {
 class RoutingResult(Result):
     """Counts of tokens and of assignments, by source."""
 
-    layers: tuple[int, ...]
-    top_k: int
+    layers: tuple[Natural, ...]
+    top_k: Positive
     sources: tuple[str, ...]
     tokens: Int[Tensor, " source"]
     assignments: Int[Tensor, "source layer n_experts"]
@@ -76,7 +77,7 @@ class RoutingResult(Result):
         """The smallest number of experts that together take at least `share` of a layer's assignments."""
         return load_evenness.experts_covering(self.assignments.sum(0), share)
 
-    def interval(self, layer: int, expert: int) -> Interval | None:
+    def interval(self, layer: Natural, expert: Natural) -> Interval | None:
         """95 % interval of an expert's specialisation, resampling sources; None when there are too few."""
         assigned = self.assignments[:, self.layers.index(layer), expert].double()
         return bootstrap(lambda times: (times @ assigned) / (times @ self.tokens.double()), self.tokens)
@@ -98,7 +99,7 @@ class RoutingResult(Result):
         ends = self.intervals()
         return None if ends is None else (ends[0] > self.baseline) | (ends[1] < self.baseline)
 
-    def picked_and_measured_apart(self, seed: int = 0) -> Float[Tensor, " layer"] | None:
+    def picked_and_measured_apart(self, seed: Seed = 0) -> Float[Tensor, " layer"] | None:
         """Specialisation of the most specialised expert, picked on one half of the sources and measured on the other.
 
         The largest of many noisy shares is too large; this one is not. Mean of both directions; None for one source.
@@ -186,7 +187,7 @@ class RoutingResult(Result):
 class RoutingStats(Accumulator[RoutingResult]):
     """Counts per source, layer and expert; memory grows with the number of sources only."""
 
-    def __init__(self, layers: Sequence[int], n_experts: int, top_k: int):
+    def __init__(self, layers: Sequence[int], n_experts: Positive, top_k: Positive):
         self.layers, self.n_experts, self.top_k = tuple(layers), n_experts, top_k
         self._tokens, self._counts, self._weights = BySource(), BySource(), BySource()
         self._sums, self._measured = BySource(), BySource()

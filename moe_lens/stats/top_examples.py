@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moe_lens.checked import Natural, Positive
 from moe_lens.errors import InputError
 from moe_lens.stats.accumulator import Accumulator, Result
 from moe_lens.stats.routed_batch import RoutedBatch
@@ -19,7 +20,7 @@ from moe_lens.stats.top_rows import TopRows
 class TopExamplesResult(Result):
     """For each target its strongest contexts, strongest first."""
 
-    before: int
+    before: Natural
     """How many tokens of context before the token; shorter at the start of a text."""
     target: Int[Tensor, " example"]
     score: Float[Tensor, " example"]
@@ -31,7 +32,7 @@ class TopExamplesResult(Result):
     shown: Float[Tensor, "example context"] | None = None
     """What was to be shown of each token of the context, such as the expert's weight there; NaN where there is none."""
 
-    def of(self, target: int) -> "TopExamplesResult":
+    def of(self, target: Natural) -> "TopExamplesResult":
         """The examples of one target."""
         at = self.target == target
         rows = at.nonzero()[:, 0].tolist()
@@ -73,9 +74,15 @@ class TopExamples(Accumulator[TopExamplesResult]):
         shows: Whether `update` is also told what to show of each token of a context.
     """
 
-    def __init__(self, n_targets: int, n: int = 10, *, before: int = 15, after: int = 5, shows: bool = False):
-        if min(n_targets, n) < 1 or min(before, after) < 0:
-            raise InputError(f"got {n_targets} targets, n = {n}, before = {before}, after = {after}")
+    def __init__(
+        self,
+        n_targets: Positive,
+        n: Positive = 10,
+        *,
+        before: Natural = 15,
+        after: Natural = 5,
+        shows: bool = False,
+    ):
         self.n_targets, self.n, self.before, self.after = n_targets, n, before, after
         self.shows = shows
         width = before + after + 1
@@ -138,7 +145,7 @@ class TopExamples(Accumulator[TopExamplesResult]):
         self._best.add(target, score, content, [str(sources[i]) for i in row.tolist()])
         return self
 
-    def update_routing(self, batch: RoutedBatch, layer: int) -> Self:
+    def update_routing(self, batch: RoutedBatch, layer: Natural) -> Self:
         """Look at a layer's routing: targets are its experts, and scores their routing weights.
 
         Raises:

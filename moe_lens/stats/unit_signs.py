@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moe_lens.checked import Positive, Seed
 from moe_lens.errors import InputError
 from moe_lens.stats.resampling import MIN_SOURCES
 
@@ -22,7 +23,7 @@ class SignTest(NamedTuple):
     """The smallest p-value that so many draws of so few units can give."""
 
 
-def sign_test(differences: Float[Tensor, "unit *shape"], draws: int = 1000, seed: int = 0) -> SignTest:
+def sign_test(differences: Float[Tensor, "unit *shape"], draws: Positive = 1000, seed: Seed = 0) -> SignTest:
     """Is any mean of paired differences other than 0?
 
     Null hypothesis: the two sides of a unit are exchangeable. A draw multiplies all that a unit shows with one random

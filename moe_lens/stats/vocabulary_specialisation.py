@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from moe_lens.checked import Natural, Positive
 from moe_lens.errors import InputError
 from moe_lens.stats.accumulator import Accumulator, Result
 from moe_lens.stats.routed_batch import RoutedBatch
@@ -24,12 +25,12 @@ class VocabularyResult(Result):
     """How often each token of the vocabulary was sent to each expert: only what occurred is kept."""
 
     by: By
-    layers: tuple[int, ...]
-    n_experts: int
-    top_k: int
-    d_vocab: int
-    groups: int
-    n_tokens: int
+    layers: tuple[Natural, ...]
+    n_experts: Positive
+    top_k: Positive
+    d_vocab: Positive
+    groups: Positive
+    n_tokens: Natural
     keys: Int[Tensor, " cell"]
     """((group · d_vocab + token) · layers + layer's place) · n_experts + expert, ascending."""
     assigned: Int[Tensor, " cell"]
@@ -43,7 +44,7 @@ class VocabularyResult(Result):
         rest, layer = rest // len(self.layers), rest % len(self.layers)
         return rest // self.d_vocab, rest % self.d_vocab, layer, expert
 
-    def table(self, layer: int) -> tuple[Int[Tensor, " token"], Int[Tensor, "2 token n_experts"]]:
+    def table(self, layer: Natural) -> tuple[Int[Tensor, " token"], Int[Tensor, "2 token n_experts"]]:
         """The tokens that occur, ascending, and how often each expert of the layer was chosen, and chosen first."""
         _, token, place, expert = self.cells()
         here = place == self.layers.index(layer)
@@ -53,7 +54,7 @@ class VocabularyResult(Result):
             counts[i].view(-1).index_add_(0, row * self.n_experts + expert[here], values[here])
         return tokens, counts
 
-    def to_frame(self, *, at_least: int = 1) -> pd.DataFrame:
+    def to_frame(self, *, at_least: Positive = 1) -> pd.DataFrame:
         """A row per layer, token and expert that it was sent to.
 
         Columns: layer, token, expert, assigned, top1, tokens (N_x, how often the token occurred), specialisation
@@ -84,7 +85,7 @@ class VocabularyResult(Result):
             specialisation=frame["assigned"] / frame["tokens"], specialisation_top1=frame["top1"] / frame["tokens"]
         )
 
-    def per_layer(self, *, at_least: int = 10) -> pd.DataFrame:
+    def per_layer(self, *, at_least: Positive = 10) -> pd.DataFrame:
         """A row per layer: how far the token decides the expert. The summaries are ours, not the paper's.
 
         Columns: specialisation and specialisation_top1, each the specialisation of a token to its most frequent expert,
@@ -128,7 +129,14 @@ class VocabularyStats(Accumulator[VocabularyResult]):
     """
 
     def __init__(
-        self, layers: Sequence[int], n_experts: int, top_k: int, d_vocab: int, *, by: By = "input", groups: int = 1
+        self,
+        layers: Sequence[int],
+        n_experts: Positive,
+        top_k: Positive,
+        d_vocab: Positive,
+        *,
+        by: By = "input",
+        groups: Positive = 1,
     ):
         if by not in get_args(By):
             raise InputError(f"by is {by!r}; expected one of {get_args(By)}")

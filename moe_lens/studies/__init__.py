@@ -1,5 +1,6 @@
 """The paper's experiments: a model and domains in, a frozen result out; nothing is drawn or printed here."""
 
+from moe_lens import checked as _checked
 from moe_lens.studies.atlas import Atlas as Atlas
 from moe_lens.studies.collect_activations import collect as collect
 from moe_lens.studies.collected import Collected as Collected
@@ -26,3 +27,5 @@ from moe_lens.studies.study import run as run
 from moe_lens.studies.study_result import StudyResult as StudyResult
 from moe_lens.studies.verdicts import Verdicts as Verdicts
 from moe_lens.studies.verdicts import judge as judge
+
+_checked.what_is_offered(__name__)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_lens import names
+from moe_lens.checked import Natural, Seed
 from moe_lens.data import TokenBatch
 from moe_lens.errors import InputError
 from moe_lens.protocols import require_stream_width
@@ -47,9 +48,9 @@ class Atlas(Study):
     """Whether pieces of the texts are kept, and shown."""
     texts: tuple[str, ...] = ()
     """Further texts to show token by token."""
-    knockout_tokens: int = 512
+    knockout_tokens: Natural = 512
     """Tokens of a domain that are read without an expert: the beginning of every window."""
-    seed: int = 0
+    seed: Seed = 0
     """Of halves, of random contexts and of controls."""
 
     name: ClassVar[str] = "atlas"

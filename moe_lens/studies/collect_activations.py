@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from moe_lens import distributed, names
-from moe_lens.checked import checked
+from moe_lens.checked import Positive
 from moe_lens.data import Domains, Reading, Shard, TokenBatch, as_domains, batch_windows, shards
 from moe_lens.errors import InputError, several
 from moe_lens.manifest import file_digest
@@ -28,7 +28,6 @@ from moe_lens.studies.study import agreed, pinned, versions
 from moe_lens.studies.study_folder import SPACE, StudyFolder
 
 
-@checked
 def collect(
     model: Any,
     domains: Domains,
@@ -39,7 +38,7 @@ def collect(
     dtype: torch.dtype = torch.float32,
     kind: Format = "safetensors",
     name: str | None = None,
-    batch_tokens: int = 2048,
+    batch_tokens: Positive = 2048,
     watch: Callable[[str, int], None] = lambda what, tokens: None,  # noqa: ARG005
 ) -> Collected:
     """Save routing, and the activations at hook points, of every token; or resume an interrupted run.

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moe_lens.checked import Natural, Positive, Seed
 from moe_lens.data import Corpus, Domain, Passage, Reading, TokenBatch
 from moe_lens.errors import InputError
 from moe_lens.stats import Result
@@ -54,17 +55,17 @@ class ContrastStudy(Study):
     """Experts that two kinds of prompts differ in."""
 
     pairs: tuple[Pair, ...]
-    experts: int | None = None
+    experts: Natural | None = None
     """How many of each layer are picked at most; half as many as a token has active if not given."""
     push: float = 2.0
     """Added to router logits."""
-    matched: int = 20
+    matched: Natural = 20
     """Coalitions matched on routing weight."""
-    neutral_matched: int = 4
+    neutral_matched: Natural = 4
     """How many of them are run on neutral texts, too."""
-    draws: int = 1000
+    draws: Positive = 1000
     """Random signs of the test."""
-    seed: int = 0
+    seed: Seed = 0
     """Of halves and draws."""
 
     name: ClassVar[str] = "contrast"
@@ -211,7 +212,7 @@ class ContrastStudy(Study):
         return halves
 
     def coalitions(
-        self, found: ContrastResult, top_k: int, halves: Mapping[str, int], half: int
+        self, found: ContrastResult, top_k: Positive, halves: Mapping[str, Natural], half: Natural
     ) -> dict[str, list[Tensor]]:
         """Experts [layer, n_experts] that are steered in one half of the units: of A, of B, and matched with either."""
         n = self.experts or max(1, min(top_k // 2, (found.differences.shape[-1] - top_k) // 2))
@@ -228,7 +229,7 @@ class ContrastStudy(Study):
         return coalitions
 
     def _interventions(
-        self, model: Any, found: ContrastResult, halves: Mapping[str, int], half: int
+        self, model: Any, found: ContrastResult, halves: Mapping[str, Natural], half: Natural
     ) -> list[list[Any]]:
         """Hooks of the variants of either way; None where no coalition could be matched."""
         of = self.coalitions(found, model.top_k, halves, half)
@@ -320,7 +321,7 @@ def contrast_prompts(
     reading: Reading | None = None,
     out: str | Path | None = None,
     name: str | None = None,
-    batch_tokens: int = 2048,
+    batch_tokens: Positive = 2048,
     watch: Callable[[str, int], None] = lambda what, tokens: None,  # noqa: ARG005
     **settings: Any,
 ) -> StudyResult:

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens import names
+from moe_lens.checked import Natural, Seed
 from moe_lens.data import TokenBatch
 from moe_lens.errors import InputError
 from moe_lens.stats import Accumulator, Result, bootstrap_all
@@ -32,13 +33,13 @@ ADAPTIVE = ("mass", "threshold", "entropy")
 class ExpertsPerToken(Study):
     """Loss and mean number of experts, of numbers that are the same for all tokens and of numbers of their own."""
 
-    k: tuple[int, ...] | None = None
+    k: tuple[Natural, ...] | None = None
     """Numbers that are the same for all; 1, 2, 4, … and all, and half, one and a half times and twice the model's own,
     if not given. The model's own is always run."""
     mass: tuple[float, ...] = (0.15, 0.3, 0.5)
     threshold: tuple[float, ...] = ()
     entropy: tuple[float, ...] = ()
-    seed: int = 0
+    seed: Seed = 0
     """Of the numbers that are dealt to other tokens."""
 
     name: ClassVar[str] = "experts_per_token"

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moe_lens.checked import Natural, Positive, Seed
 from moe_lens.data import Domain, Passage, Reading, TokenBatch
 from moe_lens.errors import InputError
 from moe_lens.interventions.causal_tracing import embedding_deviation
@@ -119,15 +120,15 @@ class FactStudy(Study):
     """Tracing over facts, each kind by itself."""
 
     facts: tuple[Fact, ...]
-    experts: int | None = None
+    experts: Positive | None = None
     """How many of each layer are picked; half as many as a token has active if not given."""
-    random: int = 20
+    random: Natural = 20
     """Coalitions of as many experts, drawn among those that the clean run uses at the subject's last token."""
     noise: float = 3.0
     """Standard deviation of the noise, as a multiple of that of all embeddings."""
-    draws: int = 4
+    draws: Positive = 4
     """How many times noise is drawn for each prompt."""
-    seed: int = 0
+    seed: Seed = 0
     """Of halves, noise and draws."""
 
     name: ClassVar[str] = "facts"
@@ -271,10 +272,10 @@ def localise_facts(
     model: Any,
     facts: Sequence[Fact],
     *,
-    experts: int | None = None,
+    experts: Positive | None = None,
     out: str | Path | None = None,
     name: str | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     watch: Callable[[str, int], None] = lambda what, tokens: None,  # noqa: ARG005
 ) -> StudyResult:
     """Run the study of some facts; see `FactStudy` and `run`."""

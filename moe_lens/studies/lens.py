@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moe_lens.checked import Seed
 from moe_lens.data import TokenBatch
 from moe_lens.errors import InputError
 from moe_lens.lenses import Lens, LensResult, LogitLens, TunedLens
@@ -106,7 +107,7 @@ class LensStudy(Study):
 
     lens: str = "logit"
     """`logit`, or the folder (or name) of a `TunedLens`."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the controls that are drawn at random."""
 
     name: ClassVar[str] = "lens"

@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from moe_lens.checked import Natural
 from moe_lens.data import TokenBatch, Window
 from moe_lens.distributed import gather
 from moe_lens.lenses import Lens, LensResult
@@ -26,7 +27,7 @@ Key = tuple[int, int, int]
 class LensExample(LensResult, Result):
     """What a lens reads at the last token of a prompt, of the sums of `PartialSum.figure2`."""
 
-    prompt: tuple[int, ...]
+    prompt: tuple[Natural, ...]
     """Token ids, without what opens the text."""
     source: str
     """Of the text."""

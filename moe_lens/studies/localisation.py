@@ -7,13 +7,14 @@ own texts, beyond what it costs others', is held against coalitions that carry a
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moe_lens.checked import Positive, Seed
 from moe_lens.data import TokenBatch
 from moe_lens.errors import InputError, UnfitError
 from moe_lens.interventions.coalitions import Removal
@@ -41,17 +42,17 @@ class Localisation(Study):
     """What experts are picked by: how much more of the domain's tokens choose them than of others', as
     `compare_domains` has it; or what they are worth to the domain's loss beyond others', estimated by gradient ×
     activation, or measured by taking out each of them."""
-    experts: int | None = None
+    experts: Positive | None = None
     """How many of each layer are picked for a domain; half as many as a token has active if not given."""
     how: tuple[Removal, ...] = ("reroute", "zero")
     """How they are taken out; the first is the primary one."""
-    matched: int = 40
+    matched: Positive = 40
     """Coalitions matched on routing weight."""
     controls: Controlled = "each"
     """Whether random and matched coalitions are taken out in each way, or in the primary one alone."""
     parallel: str = LANGUAGE
     """What may differ in the names of sources that are one document in several domains: they stay together."""
-    seed: int = 0
+    seed: Seed = 0
     """Of halves and draws."""
 
     name: ClassVar[str] = "localisation"
@@ -62,15 +63,10 @@ class Localisation(Study):
         return tuple(name for name in self.passes if name != "scores" or self.by != "routing")
 
     def check(self, model: Any) -> None:
-        """Refuse unknown words, and numbers that make no coalition."""
-        for name, value, expected in (("by", self.by, By), ("controls", self.controls, Controlled)):
-            if value not in get_args(expected):
-                raise InputError(f"{name} is {value!r}; expected one of {', '.join(get_args(expected))}")
+        """Refuse other ways and those that are named twice, and numbers that make no coalition."""
         wrong = [how for how in self.how if how not in REMOVALS]
         if wrong or not self.how or len(set(self.how)) < len(self.how):
             raise InputError(f"how is {self.how!r}; expected one or both of {', '.join(REMOVALS)}")
-        if self.matched < 1 or (self.experts is not None and self.experts < 1):
-            raise InputError(f"matched is {self.matched}, experts is {self.experts}; expected at least 1 of each")
         room = _most(model.n_experts, model.top_k)
         if room < 1:
             raise UnfitError(

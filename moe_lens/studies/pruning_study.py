@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from moe_lens.checked import Natural, Positive, Seed
 from moe_lens.data import TokenBatch
 from moe_lens.errors import InputError, UnfitError
 from moe_lens.stats import Result, RoutingResult, RoutingStats, bootstrap_all, observe
@@ -30,11 +31,11 @@ class PruningStudy(Study):
 
     share: float = 0.25
     """Of each layer's experts, that go."""
-    random: int = 40
+    random: Natural = 40
     """Random plans of the same size."""
     parallel: str = LANGUAGE
     """What may differ in the names of sources that are one document in several domains: they stay together."""
-    seed: int = 0
+    seed: Seed = 0
     """Of halves and random plans."""
 
     name: ClassVar[str] = "pruning"
@@ -49,7 +50,7 @@ class PruningStudy(Study):
                 f"this model chooses {model.top_k} of {model.n_experts} experts: of a share of {self.share} none can go"
             )
 
-    def gone(self, n_experts: int, top_k: int) -> int:
+    def gone(self, n_experts: Positive, top_k: Positive) -> int:
         """How many experts of each layer go."""
         return min(round(self.share * n_experts), n_experts - top_k)
 

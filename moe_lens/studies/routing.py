@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 import pandas as pd
 import torch
 
+from moe_lens.checked import Seed
 from moe_lens.data import TokenBatch
 from moe_lens.stats import (
     PairResult,
@@ -56,7 +57,7 @@ class RoutingStudy(Study):
 
     nulls: bool = False
     """Whether everything is also measured of `nulls_of` the model, which reads the texts once more."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the nulls, and of permutations."""
     parallel: str | None = None
     """A regular expression of what may differ in the names of sources that are one document in several domains, such

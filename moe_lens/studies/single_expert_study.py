@@ -8,7 +8,7 @@ other half of the domain's sources.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import pandas as pd
 import torch
@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from moe_lens import names
+from moe_lens.checked import Natural, Seed
 from moe_lens.data import TokenBatch
 from moe_lens.errors import InputError
 from moe_lens.protocols import require_stream_width
@@ -45,9 +46,9 @@ class SingleExpertStudy(Study):
     treatments: tuple[str, ...] = ("dropped", "renormalised", "random", "replaced")
     layers: Where = "together"
     """Whether experts are left out in all MoE layers at once, in one layer at a time, or both."""
-    k: tuple[int, ...] | None = None
+    k: tuple[Natural, ...] | None = None
     """How many experts are kept; 0 … top_k − 1 if not given. All of them are always the reference."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the random experts, and of the halves of the sources."""
 
     name: ClassVar[str] = "single_expert"
@@ -59,8 +60,6 @@ class SingleExpertStudy(Study):
         for value in self.treatments:
             if value not in TREATMENTS:
                 raise InputError(f"treatment {value!r}; expected some of {', '.join(TREATMENTS)}")
-        if self.layers not in get_args(Where):
-            raise InputError(f"layers is {self.layers!r}; expected one of {', '.join(get_args(Where))}")
         wrong = [k for k in self.k or () if not 0 <= k < model.top_k]
         if wrong:
             raise InputError(f"k is {wrong[0]}; the model has {model.top_k} active experts: 0 to {model.top_k - 1}")
@@ -166,7 +165,7 @@ class SingleExpertStudy(Study):
 class _Halves:
     """Half of each source of a domain."""
 
-    of: Mapping[str, int]
+    of: Mapping[str, Natural]
     means: tuple[Means, ...] = ()
     """That the sources of either half are given."""
 

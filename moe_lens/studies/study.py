@@ -18,7 +18,7 @@ import pandas as pd
 from torch import Tensor
 
 from moe_lens import distributed
-from moe_lens.checked import checked
+from moe_lens.checked import Positive
 from moe_lens.data import Corpus, Domain, Domains, Reading, Shard, TokenBatch, as_domains, batch_windows, shards
 from moe_lens.errors import InputError, UnfitError, UnsupportedModelError
 from moe_lens.model.loading.placement import places
@@ -107,7 +107,6 @@ class Study(ABC):
         return {}
 
 
-@checked
 def run(
     study: Study,
     model: Any,
@@ -116,7 +115,7 @@ def run(
     reading: Reading | None = None,
     out: str | Path | None = None,
     name: str | None = None,
-    batch_tokens: int = 2048,
+    batch_tokens: Positive = 2048,
     command: str | None = None,
     watch: Callable[[str, int], None] = lambda what, tokens: None,  # noqa: ARG005
 ) -> StudyResult:

@@ -20,7 +20,6 @@ from typing import Any
 
 import pandas as pd
 
-from moe_lens.checked import checked
 from moe_lens.errors import InputError
 from moe_lens.storage import written_whole
 from moe_lens.studies.study_result import StudyResult
@@ -140,7 +139,6 @@ def _plain(row: Mapping[Any, Any]) -> dict[str, Any]:
     return {str(key): None if value != value else value for key, value in row.items()}
 
 
-@checked
 def judge(studies: Mapping[str, StudyResult], thresholds: Mapping[str, float] | None = None) -> Verdicts:
     """Judge the paper's claims by a model's studies.
 

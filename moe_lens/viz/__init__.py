@@ -3,6 +3,7 @@
 Those of a study take its `StudyResult`, of a run just now or of a folder.
 """
 
+from moe_lens import checked as _checked
 from moe_lens.viz.attribution import attribution_agreement as attribution_agreement
 from moe_lens.viz.attribution import attribution_map as attribution_map
 from moe_lens.viz.coloured_tokens import routing_tokens as routing_tokens
@@ -23,3 +24,5 @@ from moe_lens.viz.specialisation import experts_for_half as experts_for_half
 from moe_lens.viz.specialisation import most_specialised as most_specialised
 from moe_lens.viz.specialisation import specialisation_map as specialisation_map
 from moe_lens.viz.token_text import readable as readable
+
+_checked.what_is_offered(__name__)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_lens.checked import checked
+from moe_lens.checked import Natural
 from moe_lens.errors import InputError, several
 from moe_lens.routing import LayerRouting
 from moe_lens.storage import written_whole
@@ -41,9 +41,8 @@ class TokensHTML:
             temporary.write_text(page, encoding="utf-8")
 
 
-@checked
 def routing_tokens(
-    tokens: Sequence[str], routing: LayerRouting, *, expert: int | None = None, batch: int = 0
+    tokens: Sequence[str], routing: LayerRouting, *, expert: Natural | None = None, batch: Natural = 0
 ) -> TokensHTML:
     """A text coloured by routing weight in one layer.
 

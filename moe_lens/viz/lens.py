@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.table import Table
 from rich.text import Text
 
-from moe_lens.checked import checked
+from moe_lens.checked import Natural
 from moe_lens.lenses import LensResult
 from moe_lens.viz.lens_cells import NOT_SELECTED, cells, unselected
 from moe_lens.viz.style import INK, MUTED, SCALE, styled
@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 
-@checked
 def lens_table(
-    result: LensResult, position: int, *, batch: int = 0, colour_by: Literal["prob", "logit"] = "prob"
+    result: LensResult, position: int, *, batch: Natural = 0, colour_by: Literal["prob", "logit"] = "prob"
 ) -> "Figure":
     """Layers × sums; a cell shows the most likely token, its expert lower left, the routing weight upper right.
 
@@ -93,8 +92,7 @@ def lens_table(
     return figure
 
 
-@checked
-def lens_text(result: LensResult, position: int, *, batch: int = 0) -> Table:
+def lens_text(result: LensResult, position: int, *, batch: Natural = 0) -> Table:
     """The same table for a terminal: `token 37%`, and below it `expert·weight`; print it with rich.
 
     Raises:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from moe_lens.checked import checked
+from moe_lens.checked import Natural
 from moe_lens.lenses import LensResult
 from moe_lens.viz.lens_cells import place
 from moe_lens.viz.style import MUTED, PALETTE, styled
@@ -36,8 +36,7 @@ PANELS = (
 )
 
 
-@checked
-def lens_trajectory(result: LensResult, *, position: int | None = None, batch: int = 0) -> "Figure":
+def lens_trajectory(result: LensResult, *, position: int | None = None, batch: Natural = 0) -> "Figure":
     """KL to the final prediction and to the ensemble, entropy and target rank over layers, one line for each sum.
 
     Controls (u alone, u + an expert drawn at random) are grey and dashed: a line that stays with them says nothing

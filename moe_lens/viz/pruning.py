@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from moe_lens.checked import checked
+from moe_lens.checked import Positive
 from moe_lens.pruning.frontier import ALL, Frontier
 from moe_lens.studies import StudyResult
 from moe_lens.studies.localisation_coalitions import RANDOM
@@ -96,8 +96,7 @@ def frontier(result: Frontier) -> "Figure":
     return figure
 
 
-@checked
-def specialists(result: Frontier, kept: int) -> "Figure":
+def specialists(result: Frontier, kept: Positive) -> "Figure":
     """What models for one domain cost in all of them: rows calibrated on, columns measured in, perplexity ÷ whole."""
     import plotly.graph_objects as go
 

@@ -246,7 +246,7 @@ def test_plain_texts_take_one_source_or_one_for_each():
         (TEXTS, {"sources": range(6)}, "has 6 sources, and more texts"),
         (TEXTS, {"sources": itertools.count()}, "has 7 texts, and more sources"),
         (TEXTS, {"sources": "book"}, "names a column, and the texts"),
-        (TEXTS, {"sources": 3}, "sources of domain 'd' are 3"),
+        (TEXTS, {"sources": 3}, "sources is 3; expected several, in a list"),
         (pd.DataFrame(ROWS), {"sources": "sourc"}, 'did you mean "source"'),
         (pd.DataFrame(ROWS), {"text": "body"}, "expected an object with \"body\""),
         (pd.DataFrame([[1, 2]], columns=["text", "text"]), {}, "have one name"),

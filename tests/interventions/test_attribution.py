@@ -438,7 +438,7 @@ def test_results_are_tables_and_files(tmp_path: Path) -> None:
         ({"method": "lrp"}, r"method is 'lrp'; expected one of \('direct', 'gradient'"),
         ({"routing": "fixed"}, r"routing is 'fixed'; expected one of \('free', 'frozen'"),
         ({"unit": "slot"}, r"unit is 'slot'; expected one of \('expert', 'rank'"),
-        ({"steps": 0, "method": "integrated"}, "steps is 0; expected at least 1"),
+        ({"steps": 0, "method": "integrated"}, "steps is 0; expected a whole number from 1"),
         ({"baseline": "mean"}, "baseline is 'mean' and reference NoneType"),
         ({"reference": "text"}, "baseline is 'zero' and reference str"),
         ({"selection": Selection(layers=[0])}, "layer 0 is dense; the layers with experts are 1, 2"),

@@ -138,7 +138,7 @@ def test_half_precision_is_read_in_float32(name: str) -> None:
         (lambda given: given.sum() * float("nan"), "is nan; expected a finite number"),
         (lambda given: given.sum() / 0, "inf; expected a finite number"),
         (Logit(VOCAB), "tokens go from 7 to 7; expected ids from 0 to 6"),
-        (Logit(-1), "tokens go from -1 to -1; expected ids from 0 to 6"),
+        (Logit(torch.tensor(-1)), "tokens go from -1 to -1; expected ids from 0 to 6"),
         (Logit(1, POS), "positions go from 5 to 5; expected -5 to 4"),
         (Logit(1, torch.tensor([0, 1])), r"positions of shape \(2,\); expected \(3,\)"),
         (Logit(1, torch.zeros(3, 5).bool()), "reads no position"),

@@ -253,7 +253,7 @@ def test_values_position_by_position():
     ("variant", "metric", "message"),
     [
         ({"layer": 4}, None, "variant 0 starts at layer 4; expected 0 to 3"),
-        ({"layer": -1}, None, "variant 0 starts at layer -1"),
+        ({"layer": -1}, None, "layer is -1; expected a whole number from 0"),
         ({"layer": 1, "hooks": [("blocks.0.hook_mlp_out", None)]}, None, "has a hook on blocks.0.hook_mlp_out, which"),
         ({"layer": 1, "hooks": [("ln_final.hook_normalized", None)]}, None, "expected hooks of blocks.1 to blocks.2"),
         (

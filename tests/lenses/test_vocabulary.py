@@ -146,7 +146,7 @@ def test_bad_input_is_named(model):
     idle = min(set(range(8)) - used)
     with pytest.raises(InputError, match=f"expert {idle} of layer 2 was chosen by none of the 1 tokens"):
         expert_vocabulary(model, LAYER, idle, TOKENS[:1, :1])
-    with pytest.raises(InputError, match="put it in a list"):
+    with pytest.raises(InputError, match="put a single one in a list"):
         expert_vocabulary(model, LAYER, EXPERT, "a text")
     with pytest.raises(HookError, match="layer 0 has no router"):
         router_geometry(model, 0)

@@ -129,7 +129,7 @@ def test_what_does_not_fit_is_refused():
     stack, _ = kept.decompose_experts()
     for tokens, message in (
         (101, "expected ids from 0 to 100"),
-        (-1, "expected ids from 0 to 100"),
+        (-1, "tokens is -1; expected a whole number from 0"),
         (torch.arange(5), r"tokens have shape \(5,\); expected one, or what fits components of \(2, 12\) tokens"),
         (torch.zeros(3, 12).long(), r"tokens have shape \(3, 12\)"),
         (torch.zeros(4, 2, 12).long(), r"tokens have shape \(4, 2, 12\)"),

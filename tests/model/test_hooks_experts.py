@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_lens import names
-from moe_lens.errors import HookError
+from moe_lens.errors import MoELensError
 from moe_lens.hooked_moe import HookedMoE
 from tests.families import CONFIGS, build
 from tests.wrapped import as_hook, deviation, on, untouched, wrapped
@@ -142,10 +142,14 @@ def test_hooks_of_single_experts_are_made_on_demand() -> None:
 
 @pytest.mark.parametrize(
     ("layer", "expert", "says"),
-    [(0, 3, "layer 0 has no experts; MoE layers are [1, 2]"), (1, 8, "expected 0 to 7"), (1, -1, "expected 0 to 7")],
+    [
+        (0, 3, "layer 0 has no experts; MoE layers are [1, 2]"),
+        (1, 8, "expected 0 to 7"),
+        (1, -1, "expert is -1; expected a whole number from 0"),
+    ],
 )
 def test_hooks_of_experts_that_do_not_exist_are_refused(layer: int, expert: int, says: str) -> None:
-    with pytest.raises(HookError, match=re.escape(says)):
+    with pytest.raises(MoELensError, match=re.escape(says)):
         wrapped("deepseek").model.expert_hooks(layer, expert)
 
 

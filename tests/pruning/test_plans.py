@@ -93,7 +93,7 @@ def test_fewer_active_experts_allow_fewer_kept_ones():
         (1.5, {}, "keep is 1.5; expected a share"),
         (0, {}, "keep is 0; expected 1 to 4"),
         (None, {"top_k": 3}, "top_k is 3; expected 1 to 2, the model's own"),
-        (None, {"top_k": 0}, "top_k is 0; expected 1 to 2"),
+        (None, {"top_k": 0}, "top_k is 0; expected a whole number from 1"),
         (None, {"top_k": {1: 3}}, "top_k is 3; expected 1 to 2"),
         (None, {"top_k": {5: 1}}, r"top_k names layer 5; the layers with experts are \[1, 2\]"),
     ],

@@ -91,7 +91,7 @@ def test_names_of_sources_that_are_no_longer_kept_are_forgotten():
 def test_what_does_not_fit_is_refused():
     with pytest.raises(InputError, match="scores of 3 targets; expected 2"):
         TopExamples(2).update(*part(0))
-    with pytest.raises(InputError, match="n = 0"):
+    with pytest.raises(InputError, match="n is 0; expected a whole number from 1"):
         TopExamples(2, 0)
     with pytest.raises(InputError, match="no tokens"):
         TopExamples(2).result()

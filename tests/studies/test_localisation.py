@@ -1,7 +1,5 @@
 """Localisation on a model whose truth is planted, and on texts in which domains mean nothing."""
 
-from typing import Any, cast
-
 import pandas as pd
 import pytest
 import torch
@@ -150,10 +148,8 @@ def test_picked_are_the_greatest_of_each_layer_above_zero():
 def test_what_cannot_be_is_refused(model, found):
     texts = planted_domains()
     for study, message in (
-        (Localisation(by=cast(Any, "luck")), "by is 'luck'; expected one of routing, attribution, knockout"),
         (Localisation(how=("zero", "zero")), "expected one or both of reroute, zero"),
         (Localisation(experts=99), "experts is 99; at most 6 of a layer's 16"),
-        (Localisation(matched=0), "matched is 0"),
         (Localisation(parallel="("), "no regular expression"),
     ):
         with pytest.raises(InputError, match=message):

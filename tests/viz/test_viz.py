@@ -144,7 +144,7 @@ def test_what_is_shown_and_saved_is_offline_and_leaves_the_page_as_it_was(
 
 
 def test_one_text_is_not_tokens():
-    with pytest.raises(InputError, match="got one text, 'abc', for tokens"):
+    with pytest.raises(InputError, match="tokens is 'abc'; expected several"):
         viz.routing_tokens("abc", routing())
 
 

@@ -14,6 +14,7 @@ from transformer_lens.ActivationCache import ActivationCache
 from transformer_lens.utilities import Slice, get_act_name
 
 from moe_lens import names
+from moe_lens.checked import Positive
 from moe_lens.errors import HookError, InputError
 from moe_lens.model.cache.absent_model import AbsentModel
 from moe_lens.model.unknown_hooks import instead_of
@@ -152,7 +153,7 @@ class HookCache(Summary, ActivationCache):
         aligned = {name: value for name, value in self.cache_dict.items() if not _ragged(name)}
         return ActivationCache(aligned, self.model)._batch_size()
 
-    def remove_batch_dim(self: _Cache, batch_size: int | None = None) -> _Cache:
+    def remove_batch_dim(self: _Cache, batch_size: Positive | None = None) -> _Cache:
         """Drop the batch axis of a batch of one; rows of single experts have none and stay as they are.
 
         Raises:

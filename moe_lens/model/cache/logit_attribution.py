@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lens import names
+from moe_lens.checked import FromEnd, Natural
 from moe_lens.errors import InputError
 from moe_lens.model.cache.hook_cache import Cut, HookCache, as_slice
 from moe_lens.model.experts.elsewhere import numbers_of
@@ -19,7 +20,7 @@ class AttributionCache(HookCache):
     def apply_ln_to_stack(
         self,
         residual_stack: Float[Tensor, "component *tokens d_model"],
-        layer: int | None = None,
+        layer: FromEnd | None = None,
         mlp_input: bool = False,
         pos_slice: Cut = None,
         batch_slice: Cut = None,
@@ -44,8 +45,8 @@ class AttributionCache(HookCache):
     def logit_attrs(
         self,
         residual_stack: Float[Tensor, "component *tokens d_model"],
-        tokens: str | int | Int[Tensor, "..."],
-        incorrect_tokens: str | int | Int[Tensor, "..."] | None = None,
+        tokens: str | Natural | Int[Tensor, "..."],
+        incorrect_tokens: str | Natural | Int[Tensor, "..."] | None = None,
         pos_slice: Cut = None,
         batch_slice: Cut = None,
         has_batch_dim: bool = True,

@@ -11,13 +11,14 @@ from torch import Tensor
 from transformer_lens.utilities import Slice
 
 from moe_lens import names
-from moe_lens.errors import InputError
+from moe_lens.checked import FromEnd, Natural, checked
 from moe_lens.model.cache.hook_cache import Cut, as_slice
 from moe_lens.model.cache.residual_parts import ResidualPartsCache
 from moe_lens.routing import LayerRouting, affinity
 from moe_lens.selection import SelectedRows, Selection, Step
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class ExpertRows:
     """One expert's output at every token."""
@@ -37,6 +38,7 @@ class _Part(NamedTuple):
     """For routed experts, the layer they are in."""
 
 
+@checked
 class MoECache(ResidualPartsCache):
     """Activations of one run by hook name: TransformerLens's cache, with methods for experts.
 
@@ -55,7 +57,7 @@ class MoECache(ResidualPartsCache):
 
     # Routing and experts
 
-    def routing(self, layer: int) -> LayerRouting:
+    def routing(self, layer: Natural) -> LayerRouting:
         """Routing of one layer: indices and weights by rank, and logits and affinities of all experts if cached.
 
         Affinities are computed from the logits in float32 at least. `Routing.stack` joins several layers.
@@ -78,7 +80,7 @@ class MoECache(ResidualPartsCache):
             mask=None if self.mask is None else self.mask.to(self[indices].device),
         )
 
-    def expert_out(self, layer: int, *, expert: int, weighted: bool = False) -> ExpertRows:
+    def expert_out(self, layer: Natural, *, expert: Natural, weighted: bool = False) -> ExpertRows:
         """Output of one expert at every token; zero where a token did not select it, and at padding.
 
         Args:
@@ -133,7 +135,7 @@ class MoECache(ResidualPartsCache):
 
     def decompose_experts(
         self,
-        layer: int | None = None,
+        layer: FromEnd | None = None,
         *,
         by: Literal["rank", "expert"] = "rank",
         apply_ln: bool = False,
@@ -160,8 +162,6 @@ class MoECache(ResidualPartsCache):
         Raises:
             HookError: hooks that are needed were not cached; the message names them all.
         """
-        if by not in ("rank", "expert"):
-            raise InputError(f"by is {by!r}; expected 'rank' or 'expert'")
         self._terms_of_a_sum()
         where = as_slice(pos_slice)
         end = self._end(layer)

@@ -6,19 +6,18 @@ import torch
 from torch import Tensor
 
 from moe_lens import names
-from moe_lens.checked import checked
+from moe_lens.checked import FromEnd
 from moe_lens.errors import HookError
 from moe_lens.model.cache.hook_cache import Cut, as_slice
 from moe_lens.model.cache.neuron_cache import NeuronCache
 
 
-@checked
 class ResidualPartsCache(NeuronCache):
     """Components that sum to the residual stream."""
 
     def decompose_resid(
         self,
-        layer: int | None = None,
+        layer: FromEnd | None = None,
         mlp_input: bool = False,
         mode: Literal["all", "mlp", "attn"] = "all",
         apply_ln: bool = False,
@@ -46,7 +45,7 @@ class ResidualPartsCache(NeuronCache):
 
     def accumulated_resid(
         self,
-        layer: int | None = None,
+        layer: FromEnd | None = None,
         incl_mid: bool = False,
         apply_ln: bool = False,
         pos_slice: Cut = None,
@@ -69,7 +68,7 @@ class ResidualPartsCache(NeuronCache):
         where = as_slice(pos_slice)
         return super().accumulated_resid(self._end(layer), incl_mid, apply_ln, where, mlp_input, return_labels)
 
-    def stack_activation(self, activation_name: str, layer: int = -1, sublayer_type: str | None = None) -> Any:
+    def stack_activation(self, activation_name: str, layer: FromEnd = -1, sublayer_type: str | None = None) -> Any:
         """TransformerLens's: an activation of every layer before one, as a stack.
 
         Args:
@@ -87,7 +86,7 @@ class ResidualPartsCache(NeuronCache):
 
     def get_full_resid_decomposition(
         self,
-        layer: int | None = None,
+        layer: FromEnd | None = None,
         mlp_input: bool = False,
         expand_neurons: bool = True,
         apply_ln: bool = False,
@@ -131,7 +130,7 @@ class ResidualPartsCache(NeuronCache):
 
     def stack_head_results(
         self,
-        layer: int | None = -1,
+        layer: FromEnd | None = -1,
         return_labels: bool = False,
         incl_remainder: bool = False,
         pos_slice: Cut = None,

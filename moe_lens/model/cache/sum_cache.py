@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens import names
+from moe_lens.checked import Natural, checked
 from moe_lens.errors import HookError, InputError
 from moe_lens.ids import Ids, one_id
 from moe_lens.model.cache.logit_attribution import AttributionCache
@@ -19,13 +20,14 @@ At = tuple[Int[Tensor, " n"], ...]
 """Some tokens: indices of their batch items and positions, or of positions alone where there is no batch axis."""
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class ResidualSum:
     """A `PartialSum` of one layer, computed."""
 
     values: Float[Tensor, "*tokens d_model"]
     """A new tensor: changing it does not change the cache."""
-    layer: int
+    layer: Natural
     """The layer of the model."""
     which: PartialSum
     """The sum that was asked for."""
@@ -48,7 +50,7 @@ class SumCache(AttributionCache):
     """Partial sums over a layer's experts."""
 
     def partial_sum(
-        self, layer: int, which: PartialSum | None = None, *, at: At | None = None, **chosen: Any
+        self, layer: Natural, which: PartialSum | None = None, *, at: At | None = None, **chosen: Any
     ) -> ResidualSum:
         """Compute a partial sum: `partial_sum(3, PartialSum(ranks=[0]))`, or just `partial_sum(3, ranks=[0])`.
 
@@ -79,7 +81,7 @@ class SumCache(AttributionCache):
         values = terms[0].clone() if len(terms) == 1 else sum(terms[1:], start=terms[0])
         return ResidualSum(values, layer, which, dense)
 
-    def selected_expert(self, layer: int, which: PartialSum, *, at: At | None = None) -> SelectedExpert:
+    def selected_expert(self, layer: Natural, which: PartialSum, *, at: At | None = None) -> SelectedExpert:
         """Which routed expert a sum has at each token, if it is one.
 
         Raises:

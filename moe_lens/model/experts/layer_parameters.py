@@ -7,11 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_lens.checked import checked
 from moe_lens.errors import InputError
 from moe_lens.ids import ids, one_id
 from moe_lens.model.experts.quantised import Matrices
 
 
+@checked
 class LayerParameters:
     """`W[layer]` or `W[layer, expert]`: a view of the model's own parameter, so that writing to it edits the model."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice
 
-from moe_lens.checked import checked
+from moe_lens.checked import Natural
 from moe_lens.errors import HookError, InputError
 from moe_lens.model.cache.caching_hook import CachingHook
 from moe_lens.model.cache.hook_cache import following_tokens
@@ -64,7 +64,6 @@ class _Running:
     step: Step | None = None
 
 
-@checked
 class ExpertBridge(TokenWords):
     """The running half of `HookedMoE`: it copies what it caches, and tells hook functions what is running."""
 
@@ -521,7 +520,7 @@ class ExpertBridge(TokenWords):
             seen = torch.cat([seen.new_ones(batch, running.past), seen], 1)
         return Step(int(batch), int(pos), given.tokens, seen, running.past)
 
-    def experts_in_slots(self, layer: int) -> Int[Tensor, "batch pos top_k"]:
+    def experts_in_slots(self, layer: Natural) -> Int[Tensor, "batch pos top_k"]:
         """Ids of the experts that the forward pass now running computes in a layer, by rank.
 
         For hook functions, from `hook_routing_weights` on: it holds what earlier hooks have forced, and −1 in slots
@@ -532,7 +531,7 @@ class ExpertBridge(TokenWords):
         """
         return self._hooks_of(layer).experts_in_slots()
 
-    def selection_state(self, layer: int) -> SelectionState:
+    def selection_state(self, layer: Natural) -> SelectionState:
         """What the forward pass now running selects a layer's experts from; for hook functions on the selection.
 
         Raises:
