@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moe_lens.checked import checked
+from moe_lens.checked import Seed
 from moe_lens.errors import InputError
 from moe_lens.stats import MEASURES, MIN_SOURCES, Result, RoutingResult, SimilarityResult
 from moe_lens.stats.resampling import tail
@@ -87,8 +87,20 @@ class Comparison(Summary):
         """Whether both studied one model."""
         return self.first["plan"]["model"]["fingerprint"] == self.second["plan"]["model"]["fingerprint"]
 
+    @property
+    def opened_otherwise(self) -> str | None:
+        """What stands before the texts of either side, where that differs: part of each difference; None if it is one.
+
+        Manifests of earlier versions do not say it; those opened texts with EOS where a tokenizer has no BOS.
+        """
+        one, other = (side["plan"].get("model", {}).get("texts_open_with") for side in (self.first, self.second))
+        if one == other:
+            return None
+        said = ["as an earlier moe_lens did" if of is None else "".join(of) or "nothing" for of in (one, other)]
+        return f"texts open with {said[0]} in {self.names[0]} and with {said[1]} in {self.names[1]}"
+
     def found(self) -> str:
-        """How many differences there are, how many chance alone would give, and how many stand."""
+        """How many differences there are, how many chance alone would give, how many stand, and what else differs."""
         table, (one, other) = self.table, self.names
         said = [f"{len(table):,} differences, {other} minus {one}"]
         few = {of: n for of, n in zip(table["domain"], table["sources"], strict=True) if n < MIN_SOURCES}
@@ -104,6 +116,8 @@ class Comparison(Summary):
                 f"{outside:,} of {bounded:,} intervals leave out 0, where chance alone would give about "
                 f"{by_chance:,.0f}; {stand:,} stand when all are counted (p_adjusted ≤ .05)"
             )
+        if (opened := self.opened_otherwise) is not None:
+            said.append(f"{opened}, which is part of every difference")
         return "; ".join(said)
 
     def save(self, path: str | Path) -> None:
@@ -116,14 +130,13 @@ class Comparison(Summary):
             self.table.to_parquet(temporary, index=False)
 
 
-@checked
 def compare(
     first: StudyResult,
     second: StudyResult | None = None,
     *,
     domains: tuple[str, str] | None = None,
     names: tuple[str, str] | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Comparison:
     """Compare what two studies measured alike: the same domains, layers, experts, variants.
 

@@ -106,3 +106,18 @@ def test_few_sources_have_no_intervals_and_that_is_said():
     assert np.isnan(few[["low", "high", "p_adjusted"]].to_numpy()).all()
     only = [study("m", d=counted(generator, 4, taste)) for _ in range(2)]
     assert compare(*only).found().endswith("no intervals: fewer than ten sources in d (4)")
+
+
+def test_texts_that_were_opened_otherwise_are_said():
+    def opened(name: str, *tokens: str, known: bool = True) -> StudyResult:
+        one = study(name, fr=counted(torch.Generator().manual_seed(0), 10, torch.zeros(EXPERTS)))
+        one.manifest["plan"]["model"] |= {"texts_open_with": list(tokens)} if known else {}
+        return one
+
+    both = compare(opened("a", "<s>"), opened("b", "<s>"))
+    assert both.opened_otherwise is None and "open" not in both.found()
+    found = compare(opened("a", "<s>"), opened("b"))
+    assert found.opened_otherwise == "texts open with <s> in a and with nothing in b"
+    assert found.found().endswith("; texts open with <s> in a and with nothing in b, which is part of every difference")
+    earlier = compare(opened("a", known=False), opened("b"))
+    assert earlier.opened_otherwise == "texts open with as an earlier moe_lens did in a and with nothing in b"
