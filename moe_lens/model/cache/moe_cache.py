@@ -57,7 +57,7 @@ class MoECache(ResidualPartsCache):
 
     # Routing and experts
 
-    def routing(self, layer: Natural) -> LayerRouting:
+    def routing(self, layer: FromEnd) -> LayerRouting:
         """Routing of one layer: indices and weights by rank, and logits and affinities of all experts if cached.
 
         Affinities are computed from the logits in float32 at least. `Routing.stack` joins several layers.
@@ -80,7 +80,7 @@ class MoECache(ResidualPartsCache):
             mask=None if self.mask is None else self.mask.to(self[indices].device),
         )
 
-    def expert_out(self, layer: Natural, *, expert: Natural, weighted: bool = False) -> ExpertRows:
+    def expert_out(self, layer: FromEnd, *, expert: Natural, weighted: bool = False) -> ExpertRows:
         """Output of one expert at every token; zero where a token did not select it, and at padding.
 
         Args:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformer_lens.utilities import Slice
 
 from moe_lens import names
-from moe_lens.checked import FromEnd, Natural
+from moe_lens.checked import FromEnd
 from moe_lens.errors import HookError
 from moe_lens.model.cache.hook_cache import Cut, as_slice
 from moe_lens.model.cache.logit_attribution import gain
@@ -22,7 +22,7 @@ class NeuronCache(SumCache):
     """Neurons as components of the residual stream."""
 
     def get_neuron_results(
-        self, layer: Natural, neuron_slice: Cut = None, pos_slice: Cut = None, project_output_onto: Tensor | None = None
+        self, layer: FromEnd, neuron_slice: Cut = None, pos_slice: Cut = None, project_output_onto: Tensor | None = None
     ) -> Float[Tensor, "*tokens neurons_and_out"]:
         """What each neuron of a layer adds to the residual stream; in a MoE layer, each of the chosen experts' neurons.
 

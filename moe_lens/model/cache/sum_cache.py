@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens import names
-from moe_lens.checked import Natural, checked
+from moe_lens.checked import FromEnd, Natural, checked
 from moe_lens.errors import HookError, InputError
 from moe_lens.ids import Ids, one_id
 from moe_lens.model.cache.logit_attribution import AttributionCache
@@ -50,7 +50,7 @@ class SumCache(AttributionCache):
     """Partial sums over a layer's experts."""
 
     def partial_sum(
-        self, layer: Natural, which: PartialSum | None = None, *, at: At | None = None, **chosen: Any
+        self, layer: FromEnd, which: PartialSum | None = None, *, at: At | None = None, **chosen: Any
     ) -> ResidualSum:
         """Compute a partial sum: `partial_sum(3, PartialSum(ranks=[0]))`, or just `partial_sum(3, ranks=[0])`.
 
@@ -81,7 +81,7 @@ class SumCache(AttributionCache):
         values = terms[0].clone() if len(terms) == 1 else sum(terms[1:], start=terms[0])
         return ResidualSum(values, layer, which, dense)
 
-    def selected_expert(self, layer: Natural, which: PartialSum, *, at: At | None = None) -> SelectedExpert:
+    def selected_expert(self, layer: FromEnd, which: PartialSum, *, at: At | None = None) -> SelectedExpert:
         """Which routed expert a sum has at each token, if it is one.
 
         Raises:

@@ -4,17 +4,18 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from torch import Tensor, nn
 from transformer_lens.hook_points import LensHandle
 
+from moe_lens.checked import ReadByItself
 from moe_lens.model.hooks.checked_point import CheckedPoint
 from moe_lens.model.hooks.interrupts import uninterrupted
 from moe_lens.model.hooks.ownership import Claim
 from moe_lens.model.tl_compat import StopAtLayerException
 
-Hooks = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
+Hooks = Annotated[Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]], ReadByItself()]
 Direction = Literal["fwd", "bwd"]
 
 

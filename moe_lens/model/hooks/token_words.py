@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moe_lens.checked import checked
+from moe_lens.checked import Natural, checked
 from moe_lens.errors import InputError, TokenError
 from moe_lens.ids import one_id
 from moe_lens.model.hooks.parameter_views import ParameterViews
@@ -77,7 +77,7 @@ class TokenWords(ParameterViews):
             raise TokenError(f"{string!r} is {len(ids)} tokens, {self.to_str_tokens(string, False)}; expected one")
         return ids[0]
 
-    def to_single_str_token(self, int_token: int) -> str:
+    def to_single_str_token(self, int_token: Natural) -> str:
         """The text of one id.
 
         Raises:
@@ -87,7 +87,7 @@ class TokenWords(ParameterViews):
 
     def get_token_position(  # pyright: ignore[reportIncompatibleMethodOverride]  # two words
         self,
-        single_token: str | int | Tensor,
+        single_token: str | Natural | Tensor,
         input: Any,
         mode: Literal["first", "last"] = "first",
         prepend_bos: bool | None = None,
