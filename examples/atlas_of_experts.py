@@ -46,9 +46,9 @@ german[["expert", "share", "low", "high", "token_alone", "difference", "p_value"
 
 # %%
 expert = int(german["expert"].iloc[0])
-words = tables["words"].set_index("token")["text"]
+words = dict(zip(tables["words"]["token"], tables["words"]["text"], strict=True))
 writing = tables["writing"].query(f"of == 'mean' and layer == 4 and expert == {expert} and effect == 'promoted'")
-writing.assign(text=writing["token"].map(words))[["text", "value", "recurs"]].round(2)
+writing.assign(text=[words[token] for token in writing["token"]])[["text", "value", "recurs"]].round(2)
 
 # %% [markdown]
 # ## What breaks without it

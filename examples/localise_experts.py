@@ -50,4 +50,5 @@ for domain, rows in picked.groupby("domain"):
 
 # %%
 figure = localisation_costs(result)
-print(figure.layout.yaxis.title.text, [trace.name for trace in figure.data])
+drawn = figure.to_dict()
+print(drawn["layout"]["yaxis"]["title"]["text"], [bars["name"] for bars in drawn["data"]])

@@ -23,7 +23,8 @@ def read_given(name: str, texts: Any, *, text: str, sources: str | Iterable[Any]
         )
     if isinstance(sources, set | frozenset):
         raise InputError(f"sources of domain {name!r} are a set, which has no order; give a list, one for each text")
-    places: list[Any] = [one.index for one in (texts, sources) if hasattr(one, "iloc")]
+    given: tuple[Any, ...] = (texts, sources)
+    places = [one.index for one in given if hasattr(one, "iloc")]
     if len(places) == 2 and not places[0].equals(places[1]):
         raise InputError(
             f"domain {name!r}: texts and sources are of pandas, and their indices differ: sources.loc[texts.index] "

@@ -395,7 +395,8 @@ def test_weights_that_are_none_are_refused(tmp_path: Path) -> None:
     model = wrapped("mixtral").model
     state: Any = model.state_dict()
     whole = {name: value.mul(100).to(torch.int8) for name, value in state.items()}
-    for other in (whole, list(state.items()), None, "x.pt", {1: torch.zeros(1)}):
+    others: list[Any] = [whole, list(state.items()), None, "x.pt", {1: torch.zeros(1)}]
+    for other in others:
         with pytest.raises(StateError):
             model.load_state_dict(other)
     for words in ({"nonsense": True}, {"state_dict": state}, {"safe_serialization": False}):

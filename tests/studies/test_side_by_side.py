@@ -7,8 +7,9 @@ import torch
 
 from moe_lens import HookedMoE
 from moe_lens.data import Reading, batch_windows, shards
+from moe_lens.stats import LossStats
 from moe_lens.studies import SingleExpertStudy, forward_passes, run, side_by_side
-from moe_lens.studies.forward_passes import losses
+from moe_lens.studies.forward_passes import losses, token_losses
 from tests.studies.tiny import domain, tiny_model
 
 
@@ -54,3 +55,20 @@ def test_losses_of_few_rows_at_a_time_are_those_of_all_at_once(model, monkeypatc
         found = losses(model, batch, [])
     assert len(seen) > 1 and max(seen) <= 2, "no more rows' logits are there at once"
     assert torch.allclose(found, whole, atol=1e-5)
+
+
+def test_what_is_computed_of_logits_in_bfloat16_is_as_in_float64():
+    """The model gives logits in its dtype; losses, softmax and KL of them are computed in float32 or better."""
+    logits = (torch.randn(3, 9, 3000) * 4).bfloat16()
+    tokens = torch.randint(3000, (3, 9))
+    exact = logits.double()[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0].neg()
+    assert (token_losses(logits, tokens)[:, 1:] - exact).abs().max() < 1e-5
+    rounded = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0].neg()
+    assert (rounded - exact).abs().max() > 1e-2
+
+    sums = LossStats()
+    values = torch.rand(50, 1000).bfloat16().float()
+    for row in values:  # a running sum in float32 loses digits, in bfloat16 everything
+        sums.update(row[None], torch.ones(1, 1000, dtype=torch.bool), ["s"])
+    assert abs(float(sums.result().nats.sum()) - float(values.double().sum())) < 1e-6
+    assert abs(float(values.bfloat16().sum(0).sum()) - float(values.double().sum())) > 1
