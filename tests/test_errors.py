@@ -26,12 +26,12 @@ def model() -> HookedMoE:
         (lambda: BySource().add(torch.zeros(2, 1), "ab"), "sources"),
         (lambda: halves("ab"), "sources"),
         (lambda: collect(model(), {"d": ["a text", "another"]}, "unused", hooks="blocks.3.hook_resid_mid"), "hooks"),
-        (lambda: patch(model(), "a b", "a c", "expert_weighted", LogitDifference(1, 2), over="layer"), "axes"),
+        (lambda: patch(model(), "a b", "a c", "expert_weighted", LogitDifference(1, 2), over="layer"), "over"),
     ],
 )
 @pytest.mark.untyped
 def test_one_text_is_refused(call: Callable[[], Any], what: str) -> None:
-    with pytest.raises(InputError, match=f"got one text, .* for {what}; expected several {what}: put it in a list"):
+    with pytest.raises(InputError, match=f"{what}.*expected several.*list"):
         call()
 
 

@@ -28,6 +28,7 @@ INTERNAL = {
     "lenses/tuned_lens_package.py": "behind TunedLens.from_tuned_lens, which takes both",
     "lenses/tuned_training.py": "behind TunedLens.fit, which takes both",
     "manifest.py": "the bottom of the package, which offers none of it",
+    "scratch.py": "below what writes files, which takes both",
     "pruning/prune_job.py": "the work of the command `prune`",
     "studies/collected.py: Collected": "made by Collected.load, which takes both",
     "studies/collected.py: write_shard": "into the folder of a study that runs",

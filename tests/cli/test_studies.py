@@ -232,4 +232,4 @@ def test_max_memory_that_cannot_be_meant(capsys):
     assert "expected PLACE=SIZE, such as cpu=9GiB" in refused(capsys, "routing", "--max-memory", "9GiB")
     assert "is for --device auto" in refused(capsys, "routing", "--device", "cpu", "--max-memory", "cpu=9GiB")
     assert "max_memory names 7; there is" in refused(capsys, "routing", "--max-memory", "7=9GiB")
-    assert "largest layer takes" in refused(capsys, "routing", "--max-memory", "cpu=1KiB")
+    assert "largest module takes" in refused(capsys, "routing", "--max-memory", "cpu=1KiB")

@@ -316,7 +316,7 @@ def test_interventions_are_interventions_on_this_model() -> None:
     other = HookedMoE.from_hf(build("deepseek"), check=False)
     bad: Any
     for bad, says in (([other.keep_top(1)], "made for another model"), (["keep_top"], "interventions holds a str"),
-        (case.model.keep_top(1), "interventions is one Intervention(keep_top 1, by weight); expected a list"),
+        (case.model.keep_top(1), "interventions is Intervention(keep_top 1, by weight); expected several, in a list"),
     ):  # fmt: skip
         with untouched(case.model), pytest.raises(InputError, match=re.escape(says)):
             case.model.generate(case.tokens, interventions=bad, **OPTIONS)

@@ -34,7 +34,7 @@ def without_wrappers(checkpoint: Checkpoint) -> Checkpoint:
         if any(part in name for name in names.values()):
             names = {stored: name.replace(part, "") for stored, name in names.items()}
             taken[part] = by
-    while found := next((lead for lead in _LEADING if all(name.startswith(lead) for name in names.values())), None):
+    while found := next((lead for lead in _LEADING if names and all(n.startswith(lead) for n in names.values())), None):
         names = {stored: name.removeprefix(found) for stored, name in names.items()}
         taken[found] = _LEADING[found]
     if not taken:
