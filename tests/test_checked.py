@@ -71,7 +71,7 @@ def test_what_an_annotation_allows_passes() -> None:
 )
 def test_all_else_is_refused(arguments: dict[str, object], says: str) -> None:
     with pytest.raises(InputError) as error:
-        example(**{"word": "layer", **arguments})  # pyright: ignore[reportArgumentType]
+        example(**{"word": "layer", **arguments})
     assert says in str(error.value)
 
 

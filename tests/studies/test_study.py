@@ -80,7 +80,6 @@ def test_domains_are_compared_and_nulls_stand_beside(model):
     assert ((shares["share"] - model.top_k).abs() < 1e-9).all()
 
 
-@pytest.mark.typed
 @pytest.mark.parametrize("study", [RoutingStudy(), SingleExpertStudy(k=(1,), layers="both")], ids=["routing", "single"])
 def test_packing_changes_nothing_because_no_attention_reaches_across(model, study, monkeypatch):
     texts = [domain("d")]

@@ -29,8 +29,8 @@ def device_of(module: Any, name: str = "weight") -> torch.device:
     return torch.device("cpu" if place is None else place)
 
 
-def numbers_of(module: Any, name: str = "weight") -> Tensor:
-    """A module's parameter itself, or a copy that refuses to be written to, read from where it is kept."""
+def numbers_of(module: Any, name: str = "weight") -> Any:
+    """A module's parameter (None if it has none), or a read-only copy of one, read from where it is kept."""
     if not is_elsewhere(module, name):
         return getattr(module, name)
     return module._hf_hook.weights_map[name].to(device_of(module, name)).as_subclass(ReadOnly)
