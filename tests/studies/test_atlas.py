@@ -17,6 +17,8 @@ from tests.planted import ATLAS_READING, LAYER, OWN_TEXT, PLANTED, WORDS, plante
 from tests.studies.tiny import assert_same
 from tests.wrapped import untouched
 
+F64 = 1e-12  # sums of few numbers in float64, taken in another order: what rounding there may differ by
+
 
 @pytest.fixture(scope="module")
 def model() -> HookedMoE:
@@ -65,12 +67,12 @@ def test_shares_tokens_and_their_lifts_are_those_counted_by_hand(found, by_hand)
         assert (row["assigned"], row["tokens"]) == (chose.sum(), len(own))
         every = by_hand["experts"].map(lambda experts, row=row: row["expert"] in experts)
         chance = every.groupby(by_hand["token"]).mean()
-        assert row["token_alone"] == pytest.approx(own["token"].map(chance).mean(), abs=1e-12)
+        assert row["token_alone"] == pytest.approx(own["token"].map(chance).mean(), abs=F64)
     for row in here(found, "tokens").to_dict("records"):
         chose = by_hand["experts"].map(lambda experts, row=row: row["expert"] in experts)
         of_token = by_hand["token"] == row["token"]
         assert (row["assigned"], row["occurred"]) == ((chose & of_token).sum(), of_token.sum())
-        assert row["lift"] == pytest.approx(chose[of_token].mean() / chose.mean(), abs=1e-12)
+        assert row["lift"] == pytest.approx(chose[of_token].mean() / chose.mean(), abs=F64)
         assert row["lift"] > 1 and row["occurred"] >= 5
 
 
