@@ -26,14 +26,21 @@ def gradients(model: Any, ids: Tensor, wanted: list[str]) -> tuple[Tensor, dict[
     return loss.detach(), {name: cache[f"{name}_grad"] for name in wanted}
 
 
+def of_first_layer(model: Any) -> list[str]:
+    """Hooks of the first MoE layer that have a gradient."""
+    layer = model.moe_layers[0]
+    inside = [names.mlp(hook.name, layer) for hook in names.MLP_HOOKS if hook.name not in DISCRETE]
+    return [
+        *(name for name in inside if name in model.hook_dict),
+        *(names.block(hook.name, layer) for hook in names.RESIDUAL_HOOKS),
+    ]
+
+
 @families
 def test_gradients_at_hooks_are_those_of_an_added_zero(family: str) -> None:
     """d loss / d value by backward hooks, against autograd through an edit `value + 0` that needs a gradient."""
     case = wrapped(family)
-    layer = case.model.moe_layers[0]
-    table = [names.mlp(hook.name, layer) for hook in names.MLP_HOOKS if hook.name not in DISCRETE]
-    table = [name for name in table if name in case.model.hook_dict]
-    table += [names.block(hook.name, layer) for hook in names.RESIDUAL_HOOKS]
+    table = of_first_layer(case.model)
     plain = case.model(case.tokens, return_type="loss").detach()
     loss, found = gradients(case.model, case.tokens, table)
     assert torch.equal(loss, plain), "watching gradients changes nothing"
@@ -55,10 +62,7 @@ def test_gradients_at_hooks_are_those_of_an_added_zero(family: str) -> None:
 def test_what_a_hook_function_keeps_has_the_gradient(family: str) -> None:
     """TransformerLens's habit: keep the activation, call `backward` on a loss of one's own, read `.grad`."""
     case = wrapped(family)
-    layer = case.model.moe_layers[0]
-    table = [names.mlp(hook.name, layer) for hook in names.MLP_HOOKS if hook.name not in DISCRETE]
-    table = [name for name in table if name in case.model.hook_dict]
-    table += [names.block(hook.name, layer) for hook in names.RESIDUAL_HOOKS]
+    table = of_first_layer(case.model)
     plain = case.model(case.tokens, return_type="loss")
     _, expected = gradients(case.model, case.tokens, table)
     kept: dict[str, Tensor] = {}
