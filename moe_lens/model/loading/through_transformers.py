@@ -1,0 +1,159 @@
+"""Models by transformers' own loader: what it would fill with random numbers is an error."""
+
+import contextlib
+import copy
+import math
+import re
+import struct
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from moe_lens.errors import CheckpointError
+from moe_lens.model.hf_compat import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+from moe_lens.model.hf_compat import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from moe_lens.model.loading.checkpoint import Checkpoint, not_whole
+from moe_lens.model.loading.depth import layer_of, list_of_layers, read_depth
+from moe_lens.model.loading.memory_plan import Size
+from moe_lens.model.loading.placement import Placing, size_of
+from moe_lens.model.loading.quantising import VARIANT
+from moe_lens.model.loading.stored_view import LazyTensor, locate
+
+UNREADABLE = (ImportError, OSError, ValueError, LookupError, RuntimeError, StrictDataclassError, struct.error)
+"""What transformers raises of a checkpoint that it cannot read."""
+
+
+def load_by_transformers(
+    source: str, raw: dict[str, Any], hub: dict[str, Any], kwargs: dict[str, Any]
+) -> PreTrainedModel:
+    """A family that is transformers' own: headers are checked for contradictions, the model for what was not loaded."""
+    size, seen = None, None
+    if kwargs.get("use_safetensors") is not False and "gguf_file" not in kwargs:
+        dtype = _asked_dtype(raw, kwargs)
+        checkpoint, differs = locate(source, raw, hub, kwargs.get("variant"), dtype or torch.bfloat16)
+        if kwargs.get("quantization_config") is None and kwargs.get("variant") != VARIANT:
+            size = _size(checkpoint, dtype or checkpoint.dtype, kwargs.get("num_hidden_layers") or math.inf)
+        kwargs = {**kwargs, "use_safetensors": True}
+        if differs:
+            seen, kwargs["dtype"] = checkpoint, dtype or checkpoint.dtype
+    model_type = raw["model_type"]
+    whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
+    own = whole is None or (model_type in CAUSAL and whole not in (raw.get("architectures") or ()))
+    loader = AutoModelForCausalLM if own else AutoModelForImageTextToText
+    with Placing(kwargs, size) as placing:
+        return placing.keep(load_through_transformers(loader, source, hub, placing.arguments, seen))
+
+
+def _asked_dtype(raw: dict[str, Any], kwargs: dict[str, Any]) -> torch.dtype | None:
+    """The dtype that was asked for, or else that of config.json; None if neither says one."""
+    said = (part.get(word) for part in (raw, raw.get("text_config") or {}) for word in ("dtype", "torch_dtype"))
+    asked = kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto"
+    asked = next(filter(None, said), None) if asked == "auto" else asked
+    dtype = getattr(torch, asked, None) if isinstance(asked, str) else asked
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def _size(checkpoint: Checkpoint, dtype: torch.dtype, behind: float) -> Size:
+    """Bytes of the layers that are loaded, those before `behind`."""
+    return size_of(
+        {
+            name: math.prod(tensor.shape)
+            for name, tensor in checkpoint.tensors.items()
+            if (layer := re.search(r"\blayers\.(\d+)\.", name)) is None or int(layer[1]) < behind
+        },
+        dtype,
+    )
+
+
+def load_through_transformers(
+    loader: Any, source: str, hub: dict[str, Any], kwargs: dict[str, Any], seen: Checkpoint | None = None
+) -> PreTrainedModel:
+    """Load by `loader.from_pretrained`; whatever it would fill with random numbers is an error here.
+
+    Args:
+        loader: A class of transformers.
+        source: Folder or name on the hub.
+        hub: See `HUB_ARGUMENTS`.
+        kwargs: Of `from_pretrained`.
+        seen: The checkpoint, where it is another view than that of its files.
+    """
+    how = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        if seen is None:
+            model, info = loader.from_pretrained(source, **how, **hub, **kwargs)
+        else:
+            kind, arguments = _from_view(loader, source, hub, kwargs, seen)
+            model, info = kind.from_pretrained(None, **how, **arguments)
+            read_generation_config(model, source, hub, kwargs)
+        read = {name: kwargs[name] for name in ("trust_remote_code", "gguf_file") if name in kwargs}
+        own = AutoConfig.from_pretrained(source, **read, **hub)
+    except torch.OutOfMemoryError:
+        raise
+    except UNREADABLE as error:
+        raise CheckpointError(f"transformers cannot load {source}: {error}") from error
+    depth, layers = read_depth(model.config, own), list_of_layers(model)
+    problems = [*depth.problems, *(f"{name} is missing" for name in sorted(info["missing_keys"]))]
+    problems += [
+        f"{name} is unexpected"
+        for name in sorted(info["unexpected_keys"])
+        if layers is None or layer_of(name, layers) not in depth.left_out
+    ]
+    problems += [
+        f"{name} has shape {tuple(there)}, config.json asks for {tuple(here)}"
+        for name, there, here in sorted(info["mismatched_keys"])
+    ]
+    problems += [str(message) for message in info.get("error_msgs", [])]
+    problems += getattr(getattr(model, "hf_quantizer", None), "problems", [])
+    problems += [f"{name} is NaN or infinite in places" for name, p in model.named_parameters() if not _is_finite(p)]
+    if problems:
+        raise not_whole(source, problems)
+    return model
+
+
+def read_generation_config(model: Any, source: str, hub: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    """Give a model the checkpoint's own generation config, unless one was passed."""
+    if kwargs.get("generation_config") is None:
+        with contextlib.suppress(OSError):  # it has none: the one that was made from the model's config stays
+            model.generation_config = GenerationConfig.from_pretrained(source, **hub)
+
+
+def _from_view(
+    loader: Any, source: str, hub: dict[str, Any], kwargs: dict[str, Any], seen: Checkpoint
+) -> tuple[Any, dict[str, Any]]:
+    """A class of transformers, and arguments by which it loads what was read, as if nothing had been packed."""
+    own = ("dtype", "torch_dtype", "quantization_config", "variant", "use_safetensors", "trust_remote_code")
+    plain = {name: value for name, value in kwargs.items() if name not in own}
+    loaded: Any = plain.pop("config", None)
+    if isinstance(loaded, PreTrainedConfig):
+        loaded = copy.deepcopy(loaded), plain
+    else:
+        loaded = AutoConfig.from_pretrained(source, return_unused_kwargs=True, **hub, **plain)
+    config, left = loaded
+    causal = loader is AutoModelForCausalLM
+    kind: Any = (MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)[type(config)]
+    text = config.get_text_config()
+    if kind.config_class is type(text):  # a text model, of which the config is a part of the whole model's
+        config = text
+    for part in (config, text):
+        vars(part).pop("quantization_config", None)
+    asked = {name: kwargs[name] for name in ("dtype", "quantization_config") if name in kwargs}
+    state = {name: LazyTensor(stored) for name, stored in seen.tensors.items()}
+    return kind, {**left, **asked, "config": config, "state_dict": state}
+
+
+def _is_finite(parameter: torch.Tensor) -> bool:
+    if parameter.is_meta or not parameter.is_floating_point() or parameter.element_size() < 2 or not parameter.numel():
+        return True  # offloaded or quantised: not readable here
+    low, high = parameter.detach().aminmax()
+    return bool(torch.isfinite(low) & torch.isfinite(high))
