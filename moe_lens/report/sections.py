@@ -19,7 +19,7 @@ from moe_lens.stats import MEASURES, MIN_SOURCES
 from moe_lens.studies import NULLS, PruningStudy, StudyResult, Verdicts, judge
 from moe_lens.studies.frames import where
 from moe_lens.studies.lens_examples import EXAMPLE_TOKENS, LensExample
-from moe_lens.studies.localisation_coalitions import PICKED, RANDOM
+from moe_lens.studies.matched_coalitions import PICKED, RANDOM
 from moe_lens.studies.variant_losses import WHOLE
 from moe_lens.viz.style import colour
 

@@ -37,7 +37,7 @@ from moe_lens.studies.contrast_results import (
 )
 from moe_lens.studies.forward_passes import input_device, losses, predicted
 from moe_lens.studies.frames import by_domain
-from moe_lens.studies.localisation_coalitions import matched, pick
+from moe_lens.studies.matched_coalitions import matched, pick
 from moe_lens.studies.prompt_pairs import Encoded, Pair, encode, outcome_tokens, shared_weights
 from moe_lens.studies.study import Earlier, Gathered, Study, run
 from moe_lens.studies.study_result import StudyResult

@@ -28,8 +28,8 @@ from moe_lens.stats import Accumulator, Result, bootstrap_all
 from moe_lens.stats.parallel_sources import balanced_halves
 from moe_lens.stats.sums import BySource
 from moe_lens.studies.frames import by_domain
-from moe_lens.studies.localisation_coalitions import pick
 from moe_lens.studies.localisation_scores import ScoreResult, ScoreStats
+from moe_lens.studies.matched_coalitions import pick
 from moe_lens.studies.study import Earlier, Gathered, Study, run
 from moe_lens.studies.study_result import StudyResult
 

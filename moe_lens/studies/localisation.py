@@ -20,7 +20,7 @@ from moe_lens.errors import InputError, UnfitError
 from moe_lens.interventions.coalitions import Removal
 from moe_lens.stats import Result, RoutingResult, RoutingStats, observe
 from moe_lens.stats.parallel_sources import LANGUAGE, balanced_halves, parallel_blocks
-from moe_lens.studies import localisation_coalitions as chosen
+from moe_lens.studies import matched_coalitions as chosen
 from moe_lens.studies.frames import by_domain
 from moe_lens.studies.localisation_contrast import Contrasts, table
 from moe_lens.studies.localisation_effects import CoalitionEffects, CoalitionStats, read_without

@@ -28,7 +28,7 @@ class CoalitionEffects(Result):
     how: tuple[str, ...]
     """Ways of taking out."""
     kinds: tuple[str, ...]
-    """Of each variant; see `localisation_coalitions.KINDS`."""
+    """Of each variant; see `matched_coalitions.KINDS`."""
     sources: tuple[str, ...]
     nats: Float[Tensor, " source"]
     """Loss of the whole model."""

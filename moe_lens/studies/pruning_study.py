@@ -18,8 +18,8 @@ from moe_lens.data import TokenBatch
 from moe_lens.errors import InputError, UnfitError
 from moe_lens.stats import Result, RoutingResult, RoutingStats, bootstrap_all, observe
 from moe_lens.stats.parallel_sources import LANGUAGE, balanced_halves, parallel_blocks
-from moe_lens.studies.localisation_coalitions import PICKED, RANDOM, of_sources
 from moe_lens.studies.localisation_effects import CoalitionEffects, CoalitionStats, read_without
+from moe_lens.studies.matched_coalitions import PICKED, RANDOM, of_sources
 from moe_lens.studies.study import Earlier, Gathered, Study
 
 HOW = ("prune",)

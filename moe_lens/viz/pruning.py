@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from moe_lens.checked import Positive
 from moe_lens.pruning.frontier import ALL, Frontier
 from moe_lens.studies import StudyResult
-from moe_lens.studies.localisation_coalitions import RANDOM
+from moe_lens.studies.matched_coalitions import RANDOM
 from moe_lens.viz.of_study import table_of
 from moe_lens.viz.style import MUTED, PALETTE, colour, error_bars, styled
 from moe_lens.viz.token_text import as_text

@@ -13,7 +13,7 @@ from moe_lens.interventions.coalitions import added_losses
 from moe_lens.studies import Localisation, StudyResult, run
 from moe_lens.studies.forward_passes import losses, predicted
 from moe_lens.studies.localisation import contrast
-from moe_lens.studies.localisation_coalitions import matched, pick
+from moe_lens.studies.matched_coalitions import matched, pick
 from tests.planted import LAYER, PLANTED, planted_domains, planted_model
 from tests.studies.tiny import assert_same, domain, save_checkpoint, tiny_model, write_jsonl
 from tests.wrapped import untouched

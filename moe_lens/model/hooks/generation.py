@@ -12,14 +12,15 @@ from transformer_lens.model_bridge import TransformerBridge
 from moe_lens.errors import InputError
 from moe_lens.ids import one_id
 from moe_lens.model.hooks.arguments import further_words, named, refuse_unknown
-from moe_lens.model.hooks.bridge import OF_INPUT, ExpertBridge
+from moe_lens.model.hooks.forward import OF_INPUT
 from moe_lens.model.hooks.hook_scope import GenerationClaim
 from moe_lens.model.hooks.model_input import ModelInput
+from moe_lens.model.hooks.run_with_cache import CachedRuns
 
 _RETURNED = ("input", "str", "tokens", None)
 
 
-class GeneratingBridge(ExpertBridge):
+class GeneratingBridge(CachedRuns):
     """The generating half of `HookedMoE`."""
 
     def generate(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Running a model with hook functions and caches."""
+"""Running a model with hook functions: `forward`, `hooks`, `run_with_hooks`."""
 
 import warnings
 from collections.abc import Callable
@@ -8,32 +8,22 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformer_lens.hook_points import HookPoint
-from transformer_lens.utilities import Slice
 
 from moe_lens.checked import Natural
-from moe_lens.errors import HookError, InputError
-from moe_lens.model.cache.caching_hook import CachingHook
-from moe_lens.model.cache.hook_cache import following_tokens
-from moe_lens.model.cache.moe_cache import MoECache
+from moe_lens.errors import InputError
 from moe_lens.model.hooks.arguments import forward_words, further_words, refuse_unknown
 from moe_lens.model.hooks.forward_checks import (
-    NamesFilter,
     additive,
-    as_names,
-    check_kept,
     check_mask,
-    check_positions,
     check_returned,
     layer_limits,
 )
 from moe_lens.model.hooks.hook_pairs import as_pairs
 from moe_lens.model.hooks.hook_scope import ForwardClaim, HookContext, Hooks, without_batch
+from moe_lens.model.hooks.input_reader import InputReader
 from moe_lens.model.hooks.key_value_cache import name_as_transformer_lens
 from moe_lens.model.hooks.layer_hooks import SelectionState
-from moe_lens.model.hooks.model_input import ModelInput, Reading
-from moe_lens.model.hooks.token_words import TokenWords
-from moe_lens.model.loading.tokenizer import encode, own_ids
+from moe_lens.model.hooks.model_input import ModelInput
 from moe_lens.model.tl_compat import BridgeCore
 from moe_lens.selection import Step
 
@@ -64,109 +54,26 @@ class _Running:
     step: Step | None = None
 
 
-class ExpertBridge(TokenWords):
-    """The running half of `HookedMoE`: it copies what it caches, and tells hook functions what is running."""
+class ExpertBridge(InputReader):
+    """The part of `HookedMoE` that runs it with hooks, and tells hook functions what is running."""
 
-    default_padding_side: str | None = None
-    """Of texts that differ in length; None: as the tokenizer says."""
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Without what TransformerLens hangs on blocks in a forward pass, which knows this object and no copy.
 
-    # --- what is given to it ---
-
-    def to_tokens(
-        self,
-        input: Any,
-        prepend_bos: bool | None = None,
-        padding_side: str | None = None,
-        move_to_device: bool = True,
-        truncate: bool = True,
-    ) -> Int[Tensor, "batch pos"]:
-        """Tokens of a text or of texts [batch, pos], BOS once.
-
-        A text that opens with the BOS token's own text (a rendered chat template) gets no second one.
-
-        Args:
-            input: what `forward` takes; ids stay as they are.
-            prepend_bos: whether a text is opened by BOS. None: where the tokenizer has one (and
-                `cfg.default_prepend_bos` is not off); TransformerLens would put EOS in its place. False adds nothing.
-            padding_side: of texts that differ in length; None: as the tokenizer says.
-            move_to_device: to the model's device.
-            truncate: whether to cut texts that are longer than the model's context.
-
-        Raises:
-            InputError: the model has no tokenizer, or one without the BOS that was asked for, or the input cannot be
-                read.
+        The next pass hangs it up again, here and in the copy.
         """
-        tokens = self._reading(prepend_bos, padding_side, truncate, None, may_be_empty=True)(input).tokens
-        if tokens is None:
-            raise InputError("the input is floating-point: embeddings have no tokens")
-        return tokens.to(self.cfg.device) if move_to_device else tokens
+        blocks: Any = self.blocks
+        for block in blocks:
+            block._teardown_capture_hooks()
+        return super().__reduce_ex__(protocol)
 
-    def read(
-        self,
-        input: Any,
-        attention_mask: Any = None,
-        *,
-        prepend_bos: bool | None = None,
-        padding_side: str | None = None,
-        truncate: bool = True,
-        residual: bool = False,
-    ) -> ModelInput:
-        """Whatever people give a model to read, as a forward pass takes it.
-
-        Args:
-            input: a text, texts, ids [batch, pos] or [pos] (a tensor, an array, lists), embeddings, what a tokenizer of
-                transformers returns (from `apply_chat_template` too), or a `TokenBatch`.
-            attention_mask: 1 at real tokens and 0 at padding, [batch, pos], or [batch, heads, query, key]; wins over
-                one that the input brings. Ids without a mask are all real, whatever token is used for padding.
-            prepend_bos: see `to_tokens`.
-            padding_side: see `to_tokens`.
-            truncate: see `to_tokens`.
-            residual: whether a residual stream is given, as with `start_at_layer`.
-
-        Raises:
-            InputError: it cannot be read; says what came and what was expected.
-        """
-        device = self.original_model.get_input_embeddings().weight.device  # pyright: ignore[reportCallIssue]
-        reading = self._reading(prepend_bos, padding_side, truncate, None if device.type == "meta" else device)
-        return reading(input, attention_mask, residual=residual)
-
-    def _reading(
-        self,
-        prepend_bos: bool | None,
-        padding_side: str | None,
-        truncate: bool,
-        device: torch.device | None,
-        may_be_empty: bool = False,
-    ) -> Reading:
-        tokenizer: Any = self.tokenizer
-        pads = (getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "eos"))
-        return Reading(
-            encode=lambda text: self._encode(text, prepend_bos, truncate),
-            padding_side=padding_side or self.default_padding_side or getattr(tokenizer, "padding_side", "right"),
-            pad=next((pad for pad in pads if pad is not None), 0),
-            d_vocab=len(self.original_model.get_input_embeddings().weight),  # pyright: ignore[reportCallIssue]
-            d_model=self.cfg.d_model,
-            device=device,
-            may_be_empty=may_be_empty,
-            keep=self._prepare_loss_attention_mask,
-        )
-
-    def _encode(self, text: str, prepend_bos: bool | None, truncate: bool) -> list[int]:
-        """The ids of one text."""
-        tokenizer = self._need_tokenizer()
-        asked = None if prepend_bos is None and getattr(self.cfg, "default_prepend_bos", True) else bool(prepend_bos)
-        return encode(tokenizer, text, bos=asked, limit=self.cfg.n_ctx if truncate else None)
-
-    def own_ids(self, text: str) -> tuple[list[int], list[int]]:
-        """A text as the model's own tokenizer encodes it: the special tokens that it puts first, and the text's ids.
-
-        Studies, statistics and lenses read texts in this way. `to_tokens` adds BOS where there is one, as
-        TransformerLens does, even if the tokenizer itself would not.
-
-        Raises:
-            InputError: the model has no tokenizer.
-        """
-        return own_ids(self._need_tokenizer(), text)
+    @staticmethod
+    def _runs(name: str, first: int, last: int) -> bool:
+        """Whether a hook fires when only the blocks from `first` to before `last` count."""
+        head, _, rest = name.partition(".")
+        if head != "blocks":
+            return first == 0 or not BridgeCore._is_embedding_stage_hook(name)
+        return first <= int(rest.partition(".")[0]) < last
 
     def input_to_embed(
         self,
@@ -186,136 +93,6 @@ class ExpertBridge(TokenWords):
         given = self.read(input, attention_mask, prepend_bos=prepend_bos, padding_side=padding_side)
         residual = self.forward(given, stop_at_layer=0)
         return residual, given.values, None, given.attention_mask
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Without what TransformerLens hangs on blocks in a forward pass, which knows this object and no copy.
-
-        The next pass hangs it up again, here and in the copy.
-        """
-        blocks: Any = self.blocks
-        for block in blocks:
-            block._teardown_capture_hooks()
-        return super().__reduce_ex__(protocol)
-
-    # --- caches ---
-
-    def _selected(self, names_filter: NamesFilter) -> list[tuple[HookPoint, list[str]]]:
-        """Hook points that a filter selects, each with the names under which it was asked for."""
-        names_filter = as_names(names_filter)
-        if names_filter is None or callable(names_filter):
-            wanted = [n for n in self._all_hooks if names_filter is None or names_filter(n)]
-            wanted = [n for n in wanted if self._gated_hook_reason(self._all_hooks[n].name or n) is None]
-        else:
-            wanted = list(names_filter)
-            for name in wanted:
-                self.check_hooks_to_add(self._find(name), name, lambda *_: None)
-        points: dict[int, tuple[HookPoint, list[str]]] = {}
-        for name in wanted:
-            point = self._find(name)
-            points.setdefault(id(point), (point, []))[1].append(name)
-        return list(points.values())
-
-    def get_caching_hooks(
-        self,
-        names_filter: NamesFilter = None,
-        incl_bwd: bool = False,
-        device: Any = None,
-        remove_batch_dim: bool = False,
-        cache: dict[str, Tensor] | None = None,
-        pos_slice: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> tuple[dict[str, Tensor], list[tuple[str, Any]], list[tuple[str, Any]]]:
-        """Caching hooks, not added yet: `(cache, fwd_hooks, bwd_hooks)`.
-
-        What is stored is a copy: a later change in place by another hook does not reach it.
-        """
-        check_kept(device, dtype)
-        cache = {} if cache is None else cache
-        positions = Slice.unwrap(pos_slice)
-        fwd_hooks = [
-            (keys[0], CachingHook(cache, tuple(keys), device, dtype, positions, remove_batch_dim))
-            for _, keys in self._selected(names_filter)
-        ]
-        return cache, fwd_hooks, [(name, keep.gradients()) for name, keep in fwd_hooks] if incl_bwd else []
-
-    def run_with_cache(
-        self,
-        input: Any,
-        return_cache_object: bool = True,
-        remove_batch_dim: bool = False,
-        names_filter: NamesFilter = None,
-        stop_at_layer: int | None = None,
-        start_at_layer: int | None = None,
-        pos_slice: Any = None,
-        incl_bwd: bool = False,
-        reset_hooks_end: bool = True,
-        clear_contexts: bool = False,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        **kwargs: Any,
-    ) -> tuple[Any, Any]:
-        """Run the model and keep activations: `(output, cache)`.
-
-        Args:
-            input: what `forward` takes.
-            return_cache_object: a `MoECache`; otherwise a dict of tensors.
-            remove_batch_dim: for a batch of one.
-            names_filter: a name, names or a predicate; None keeps everything, which selects eager attention.
-            stop_at_layer: run the blocks before it; the output is the residual stream there.
-            start_at_layer: see TransformerLens.
-            pos_slice: positions to keep.
-            incl_bwd: run backward from a scalar output, and keep gradients under `name + "_grad"`.
-            reset_hooks_end: remove the caching hooks afterwards.
-            clear_contexts: clear `ctx` of the points that were listened to.
-            device: where to keep tensors, for example `"cpu"`.
-            dtype: of what is kept, for floating-point tensors.
-            kwargs: of `forward`: `return_type`, `attention_mask`, `prepend_bos`, `padding_side`, …
-
-        Raises:
-            HookError: a name that does not exist.
-        """
-        if incl_bwd and stop_at_layer is not None:
-            raise HookError("incl_bwd needs the whole model: leave stop_at_layer out")
-        given = self.read(
-            input,
-            **{word: kwargs.pop(word) for word in OF_INPUT & kwargs.keys()},
-            residual=start_at_layer is not None,
-        )
-        check_positions(pos_slice, given.values.shape[1])
-        kept, fwd_hooks, bwd_hooks = self.get_caching_hooks(
-            names_filter, incl_bwd, device, pos_slice=pos_slice, dtype=dtype
-        )
-        first, last = layer_limits(len(self.blocks), start_at_layer, stop_at_layer)
-        runs = [name for name, _ in fwd_hooks if self._runs(name, first, last)]
-        fwd_hooks, bwd_hooks = ([(n, keep) for n, keep in hooks if n in runs] for hooks in (fwd_hooks, bwd_hooks))
-        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
-            output = self.forward(given, stop_at_layer=stop_at_layer, start_at_layer=start_at_layer, **kwargs)
-            if incl_bwd:
-                self._backward(output)
-        positions = Slice.unwrap(pos_slice)
-        parts = (given.tokens, given.mask, following_tokens(given.tokens, given.mask))
-        tokens, mask, following = (None if part is None else positions.apply(part, dim=1) for part in parts)
-        cache = MoECache(kept, self, has_batch_dim=True, tokens=tokens, mask=mask, following=following)
-        if remove_batch_dim:
-            cache.remove_batch_dim()
-        return output, cache if return_cache_object else cache.cache_dict
-
-    @staticmethod
-    def _runs(name: str, first: int, last: int) -> bool:
-        """Whether a hook fires when only the blocks from `first` to before `last` count."""
-        head, _, rest = name.partition(".")
-        if head != "blocks":
-            return first == 0 or not BridgeCore._is_embedding_stage_hook(name)
-        return first <= int(rest.partition(".")[0]) < last
-
-    @staticmethod
-    def _backward(output: Any) -> None:
-        if not isinstance(output, Tensor) or output.numel() != 1:
-            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise HookError(f'incl_bwd needs a scalar to run backward from, got {shape}; pass return_type="loss"')
-        if not output.requires_grad:
-            raise HookError("incl_bwd needs gradients: no parameter requires one, or autograd is off")
-        output.backward()
 
     # --- hooks ---
 
