@@ -78,6 +78,7 @@ MOVED = {
     "report.pruning": "report.pruning_page",
     "report.saved": "report.report_page",
     "report.study_page": "report.report_page",
+    "stats.resampling": "resampling",
     "stats.batch": "stats.routed_batch",
     "stats.best": "stats.top_rows",
     "stats.domains": "stats.domain_tests",

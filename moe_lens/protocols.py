@@ -33,11 +33,6 @@ class PaddedTokens(Protocol):
         """True at real tokens."""
         ...
 
-    @property
-    def packing(self) -> Any:
-        """How the rows may be laid in fewer ones; None where they are not."""
-        ...
-
 
 @runtime_checkable
 class HookedModel(Protocol):

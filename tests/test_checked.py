@@ -237,7 +237,7 @@ def test_what_is_offered_refuses_what_its_annotations_do_not_allow(name: str) ->
 
 def test_the_law_walks_what_users_call() -> None:
     assert len(OFFERED) > 500
-    for name in ("stats.resampling.bootstrap", "interventions.sweep.sweep", "hooked_moe.HookedMoE.from_pretrained",
+    for name in ("resampling.bootstrap", "interventions.sweep.sweep", "hooked_moe.HookedMoE.from_pretrained",
                  "lenses.lens.Lens.decode", "model.cache.moe_cache.MoECache.routing", "routing.LayerRouting.__init__",
                  "model.hooks.hook_table.HookTable.expert_hooks", "data.token_batches.tokenize"):  # fmt: skip
         assert f"moe_lens.{name}" in OFFERED

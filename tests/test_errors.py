@@ -9,7 +9,7 @@ import torch
 from moe_lens import HookedMoE
 from moe_lens.errors import InputError, several
 from moe_lens.interventions import LogitDifference, patch
-from moe_lens.stats.resampling import halves
+from moe_lens.resampling import halves
 from moe_lens.stats.sums import BySource
 from moe_lens.studies.collect_activations import collect
 

@@ -9,6 +9,7 @@ from typing import Any
 from moe_lens.checked import Natural
 from moe_lens.data.domains import Domain, Passage
 from moe_lens.errors import InputError
+from moe_lens.pieces import pieces
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,11 @@ def windows_of(
             " is it the tokenizer of another model?"
         )
     special = set(encoder.tokenizer.all_special_ids)
-    room = context - len(opening)
-    for start in range(0, len(text), room):
-        window = text[start : start + room]
-        if len(window) >= 2:  # a single left-over token predicts nothing
-            counted = sum(token not in special for token in window)
-            yield Window((*opening, *window), passage.source, number, start, counted, len(opening))
+    for start, window in pieces(text, context, opening):
+        own = window[len(opening) :]
+        if len(own) >= 2:  # a single left-over token predicts nothing
+            counted = sum(token not in special for token in own)
+            yield Window(tuple(window), passage.source, number, start, counted, len(opening))
 
 
 def in_turns(

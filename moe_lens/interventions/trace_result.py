@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe_lens.checked import Natural, Seed
+from moe_lens.resampling import bootstrap_all
 from moe_lens.storage import load_tensors, save_tensors
 from moe_lens.summary import Summary
 
@@ -33,16 +34,16 @@ class SiteEffects(Summary):
 
     @cached_property
     def interval(self) -> tuple[Float[Tensor, "*axes"], Float[Tensor, "*axes"]]:
-        """Percentile bootstrap of the mean over draws: low and high; not a number with a single draw.
+        """Of the mean over draws, by resampling them: low and high; NaN with fewer than `MIN_SOURCES` draws.
 
-        It is about the noise alone, for this one prompt, and with fewer than some ten draws too narrow.
+        It is about the noise alone, for this one prompt.
         """
-        from transformer_lens.utilities.statistics import bootstrap_ci
 
-        if len(self.values) < 2:
-            unknown = torch.full_like(self.mean, torch.nan)
-            return unknown, unknown
-        low, high = bootstrap_ci(self.values, dim=0, confidence=self.level, n_resamples=2000)
+        def mean(times: Float[Tensor, "resample draw"]) -> Float[Tensor, "resample *axes"]:
+            return torch.einsum("rd,d...->r...", times, self.values) / len(self.values)
+
+        ends = bootstrap_all(mean, torch.ones(len(self.values)), level=self.level)
+        low, high = torch.full((2, *self.values.shape[1:]), torch.nan) if ends is None else ends
         return low, high
 
     def to_frame(self) -> pd.DataFrame:

@@ -3,26 +3,18 @@
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from moe_lens.errors import InputError, several
+from moe_lens.pieces import pieces
+from moe_lens.protocols import PaddedTokens
 
 BUFFER = 1024
 """Rows among which the order is shuffled."""
-
-
-@runtime_checkable
-class MaskedTokens(Protocol):
-    """A batch that knows its padding, such as `moe_lens.data.TokenBatch`."""
-
-    tokens: Any
-    """[batch, pos]."""
-    mask: Any
-    """[batch, pos], true at real tokens."""
 
 
 Texts = Iterable[Any]
@@ -58,7 +50,7 @@ def of_item(model: Any, item: Any, length: int) -> Iterator[list[int]]:
     if isinstance(item, str):
         opening, ids = model.own_ids(item)
         yield from _cut(model, ids, length, opening)
-    elif isinstance(item, MaskedTokens):
+    elif isinstance(item, PaddedTokens):
         for row, real in zip(item.tokens, item.mask, strict=True):
             yield from _cut(model, row[real.to(row.device)].tolist(), length, [])
     else:
@@ -81,9 +73,8 @@ def _cut(model: Any, ids: list[int], length: int, opening: list[int]) -> Iterato
             f"a corpus holds tokens from {min(ids)} to {max(ids)}, and the model has 0 to {model.cfg.d_vocab - 1}; are "
             "they of another model's tokenizer?"
         )
-    room = max(1, length - len(opening))
-    for start in range(0, len(ids), room):
-        yield opening + ids[start : start + room]
+    for _, piece in pieces(ids, length, opening):
+        yield piece
 
 
 def endless(texts: Texts, skip: int = 0) -> Iterator[Any]:

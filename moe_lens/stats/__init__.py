@@ -1,6 +1,11 @@
 """Statistics of a corpus: accumulators are updated with batches, merged, saved and resumed; results are frozen."""
 
 from moe_lens import checked as _checked
+from moe_lens.resampling import MIN_SOURCES as MIN_SOURCES
+from moe_lens.resampling import Interval as Interval
+from moe_lens.resampling import bootstrap as bootstrap
+from moe_lens.resampling import bootstrap_all as bootstrap_all
+from moe_lens.resampling import halves as halves
 from moe_lens.stats.accumulator import Accumulator as Accumulator
 from moe_lens.stats.accumulator import Result as Result
 from moe_lens.stats.activation_means import ActivationMeans as ActivationMeans
@@ -32,11 +37,6 @@ from moe_lens.stats.null_routing import random_router as random_router
 from moe_lens.stats.null_routing import token_unigram_routing as token_unigram_routing
 from moe_lens.stats.null_routing import uniform_routing as uniform_routing
 from moe_lens.stats.observation import observe as observe
-from moe_lens.stats.resampling import MIN_SOURCES as MIN_SOURCES
-from moe_lens.stats.resampling import Interval as Interval
-from moe_lens.stats.resampling import bootstrap as bootstrap
-from moe_lens.stats.resampling import bootstrap_all as bootstrap_all
-from moe_lens.stats.resampling import halves as halves
 from moe_lens.stats.routed_batch import RoutedBatch as RoutedBatch
 from moe_lens.stats.routing_stats import LAYER_MEASURES as LAYER_MEASURES
 from moe_lens.stats.routing_stats import RoutingResult as RoutingResult

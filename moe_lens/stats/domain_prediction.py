@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from moe_lens.checked import Natural, Positive, Seed
 from moe_lens.errors import InputError
+from moe_lens.resampling import Interval, bootstrap, folds
 from moe_lens.stats.accumulator import Accumulator, Result
-from moe_lens.stats.resampling import Interval, bootstrap, folds
 from moe_lens.stats.routed_batch import RoutedBatch
 from moe_lens.stats.routing_stats import check_sizes
 from moe_lens.stats.top_rows import TopRows, row_keys

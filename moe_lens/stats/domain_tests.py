@@ -17,10 +17,10 @@ from torch import Tensor
 
 from moe_lens.checked import Natural, Positive, Seed
 from moe_lens.errors import InputError
+from moe_lens.resampling import jackknife_interval
 from moe_lens.stats.accumulator import Result
 from moe_lens.stats.domain_pairs import CHUNK, PairTest, Rows, information, normalised
 from moe_lens.stats.multiple_tests import holm, most_significant
-from moe_lens.stats.resampling import jackknife_interval
 from moe_lens.stats.routing_stats import RoutingResult
 from moe_lens.stats.source_permutation import Deviations
 

@@ -17,9 +17,9 @@ from torch.nn.functional import cosine_similarity
 
 from moe_lens.checked import Natural
 from moe_lens.errors import InputError, several
+from moe_lens.resampling import bootstrap
 from moe_lens.stats.accumulator import Accumulator, Result
 from moe_lens.stats.activation_means import Means
-from moe_lens.stats.resampling import bootstrap
 from moe_lens.stats.sums import BySource, Total
 
 MEASURES = {

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from moe_lens.checked import Natural, Positive
 from moe_lens.errors import InputError
+from moe_lens.resampling import bootstrap_all
 from moe_lens.stats.accumulator import Accumulator, Result
-from moe_lens.stats.resampling import bootstrap_all
 from moe_lens.stats.routed_batch import RoutedBatch
 from moe_lens.stats.routing_stats import check_sizes
 from moe_lens.stats.sums import BySource, Total

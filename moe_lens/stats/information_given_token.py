@@ -26,10 +26,10 @@ from torch import Tensor
 
 from moe_lens.checked import Natural, Positive, Seed
 from moe_lens.errors import InputError
+from moe_lens.resampling import jackknife_interval
 from moe_lens.stats.accumulator import Result
 from moe_lens.stats.conditional_distance import PairOfDomains, Units
 from moe_lens.stats.multiple_tests import holm
-from moe_lens.stats.resampling import jackknife_interval
 from moe_lens.stats.vocabulary_specialisation import VocabularyResult
 
 LEAST_SHARED = 0.2

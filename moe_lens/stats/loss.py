@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens.errors import InputError, several
+from moe_lens.resampling import Interval, bootstrap
 from moe_lens.stats.accumulator import Accumulator, Result
-from moe_lens.stats.resampling import Interval, bootstrap
 from moe_lens.stats.sums import BySource
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from moe_lens.checked import Natural, Positive, Seed
 from moe_lens.errors import InputError
+from moe_lens.resampling import Interval, bootstrap, bootstrap_all, halves
 from moe_lens.stats import load_evenness
 from moe_lens.stats.accumulator import Accumulator, Result
-from moe_lens.stats.resampling import Interval, bootstrap, bootstrap_all, halves
 from moe_lens.stats.routed_batch import RoutedBatch
 from moe_lens.stats.sums import BySource
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe_lens.checked import Positive, Seed
 from moe_lens.errors import InputError
-from moe_lens.stats.resampling import MIN_SOURCES
+from moe_lens.resampling import MIN_SOURCES
 
 
 class SignTest(NamedTuple):

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moe_lens.resampling import MIN_SOURCES, bootstrap_all, times_drawn
 from moe_lens.stats import (
     ImportanceResult,
     PairResult,
@@ -18,7 +19,6 @@ from moe_lens.stats import (
     VocabularyResult,
     compare_domains,
 )
-from moe_lens.stats.resampling import MIN_SOURCES, bootstrap_all, times_drawn
 from moe_lens.studies.frames import by_domain
 from moe_lens.studies.localisation_scores import ScoreResult
 

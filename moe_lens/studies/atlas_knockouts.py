@@ -12,8 +12,8 @@ from torch import Tensor
 
 from moe_lens.data import TokenBatch
 from moe_lens.interventions.coalitions import Removal
+from moe_lens.resampling import jackknife_interval
 from moe_lens.stats import Result, RoutingResult, bootstrap_all
-from moe_lens.stats.resampling import jackknife_interval
 from moe_lens.studies.localisation_effects import CoalitionEffects, read_without
 from moe_lens.studies.matched_coalitions import matched
 

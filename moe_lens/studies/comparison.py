@@ -21,8 +21,8 @@ from torch import Tensor
 
 from moe_lens.checked import Seed
 from moe_lens.errors import InputError
+from moe_lens.resampling import tail
 from moe_lens.stats import MEASURES, MIN_SOURCES, Result, RoutingResult, SimilarityResult
-from moe_lens.stats.resampling import tail
 from moe_lens.storage import written_whole
 from moe_lens.studies.lens import QUANTITIES, LensTotals
 from moe_lens.studies.study_result import StudyResult

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moe_lens.resampling import tail
 from moe_lens.stats import MIN_SOURCES
 from moe_lens.stats.parallel_sources import resampled_blocks
-from moe_lens.stats.resampling import tail
 from moe_lens.studies.localisation_effects import CoalitionEffects
 from moe_lens.studies.matched_coalitions import KINDS, MATCHED, PICKED, Coalitions
 

@@ -11,6 +11,7 @@ from moe_lens import HookedMoE, names
 from moe_lens.errors import InputError
 from moe_lens.interventions.causal_tracing import embedding_deviation, trace
 from moe_lens.interventions.trace_result import SiteEffects, TraceResult
+from moe_lens.resampling import MIN_SOURCES, bootstrap
 from tests.matrix.configs import build as build_family
 from tests.test_docs import DOCS, code_of
 from tests.wrapped import untouched
@@ -129,16 +130,18 @@ def test_identities(result: TraceResult):
     assert not unused.all()
 
 
-def test_intervals_contain_the_mean_and_need_two_draws(model: HookedMoE, result: TraceResult):
+def test_intervals_are_those_of_sources_and_need_ten_draws(result: TraceResult):
     frame: Any = result.to_frame()
-    moved = frame[frame["effect"] != 0]
-    assert (moved["low"] <= moved["effect"]).all()
-    assert (moved["effect"] <= moved["high"]).all()
-    assert (moved["low"] < moved["high"]).any()
+    assert frame[["low", "high"]].isna().all(axis=None), "three draws say too little of how much draws differ"
     assert set(frame["site"]) == {"resid", "attn", "mlp", "expert", "coalition"}
     assert (frame["n"] == 3).all()
-    one = SiteEffects(result.sites["resid"].values[:1], result.sites["resid"].axes)
-    assert one.interval[0].isnan().all()
+    values = torch.randn(MIN_SOURCES, 2, 3, dtype=torch.float64)
+    low, high = SiteEffects(values, {"layer": (0, 1), "pos": (0, 1, 2)}).interval
+    one = bootstrap(lambda times: times @ values[:, 1, 2] / MIN_SOURCES, torch.ones(MIN_SOURCES))
+    assert one is not None
+    assert (float(low[1, 2]), float(high[1, 2])) == pytest.approx((one.low, one.high), abs=CLOSE)
+    assert (low < values.mean(0)).all()
+    assert (values.mean(0) < high).all()
 
 
 def test_seeds_foils_positions_and_frozen_routing(model: HookedMoE, result: TraceResult):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from moe_lens.errors import InputError
+from moe_lens.resampling import folds
 from moe_lens.stats import PassageResult, PassageSample, predict_domain
 from moe_lens.stats.domain_prediction import fit_logistic
-from moe_lens.stats.resampling import folds
 from tests.stats.routed import routed
 
 EXPERTS, TOP_K, LAYERS, VOCABULARY = 6, 2, (1, 3), 30

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_lens.resampling import tail
 from moe_lens.stats import MIN_SOURCES, bootstrap, halves
-from moe_lens.stats.resampling import tail
 
 EVEN = torch.ones
 """Sources of one size."""

@@ -57,11 +57,11 @@ def test_the_strongest_experts_are_shown_over_positions():
 
 def test_a_trace_has_a_panel_for_each_site():
     sites = {
-        "resid": SiteEffects(torch.rand(4, 2, 3, dtype=torch.float64), {"layer": (0, 1), "pos": (0, 1, 2)}),
-        "expert": SiteEffects(torch.rand(4, 1, 5, dtype=torch.float64), {"layer": (1,), "expert": tuple(range(5))}),
+        "resid": SiteEffects(torch.rand(10, 2, 3, dtype=torch.float64), {"layer": (0, 1), "pos": (0, 1, 2)}),
+        "expert": SiteEffects(torch.rand(10, 1, 5, dtype=torch.float64), {"layer": (1,), "expert": tuple(range(5))}),
     }
     result = TraceResult(
-        sites=sites, clean=0.9, corrupted=torch.rand(4, dtype=torch.float64), score="probability",
+        sites=sites, clean=0.9, corrupted=torch.rand(10, dtype=torch.float64), score="probability",
         tokens=("a", NASTY, "c"), subject=(1,), at=(1,), noise_std=1.0, seed=0, routing="free", level=0.95,
     )  # fmt: skip
     figure: Any = trace_map(result)
