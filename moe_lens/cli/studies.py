@@ -176,6 +176,33 @@ def experts_per_token(
     return ExpertsPerToken(k=tuple(k) if k else None, **chosen)
 
 
+@command("explain", "moe-lens-explained-choices")
+def explain(
+    features: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Features of your own, such as SAE activations or labels: a table (.parquet, .csv) with a row per "
+            "token, its document and position as `collect` has them (and domain), and a column for each feature.",
+        ),
+    ] = None,
+) -> "Study":
+    """What can a token's choice of experts be predicted from: the token, the one before it, position, domain?
+
+    Predictions are made for sources that were held out, by ridge regression; each feature alone, and what it adds to
+    the token; beside them, the same with the feature dealt to other tokens, which should add nothing.
+
+    Tables: experts (recall, precision, AUC, share of squared error that is explained, gain over the token), layers (the
+    same of all experts of a layer), chosen_for (a sentence for each expert, picked on half of the sources, and how well
+    it tells the expert's choices on the other half).
+
+    Example: moe-lens explain --domain prose=prose.jsonl --domain code=code.jsonl --features sae.parquet --out runs/why
+    """
+    from moe_lens.studies import Explain, read_features
+
+    return Explain(None if features is None else read_features(features))
+
+
 @command("lens", "moe-lens-logit-lens")
 def lens(
     lens: Annotated[

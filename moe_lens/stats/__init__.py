@@ -10,6 +10,7 @@ from moe_lens.stats.accumulator import Accumulator as Accumulator
 from moe_lens.stats.accumulator import Result as Result
 from moe_lens.stats.activation_means import ActivationMeans as ActivationMeans
 from moe_lens.stats.activation_means import Means as Means
+from moe_lens.stats.chosen_for import chosen_for as chosen_for
 from moe_lens.stats.domain_prediction import DomainPrediction as DomainPrediction
 from moe_lens.stats.domain_prediction import PassageResult as PassageResult
 from moe_lens.stats.domain_prediction import PassageSample as PassageSample
@@ -24,6 +25,11 @@ from moe_lens.stats.expert_pairs import PairStats as PairStats
 from moe_lens.stats.expert_similarity import OutputSimilarityResult as OutputSimilarityResult
 from moe_lens.stats.expert_similarity import OutputSimilarityStats as OutputSimilarityStats
 from moe_lens.stats.expert_similarity import weight_similarity as weight_similarity
+from moe_lens.stats.explained_choices import ChoiceExplanation as ChoiceExplanation
+from moe_lens.stats.explained_choices import explain_choices as explain_choices
+from moe_lens.stats.held_out import Categories as Categories
+from moe_lens.stats.held_out import Feature as Feature
+from moe_lens.stats.held_out import Numbers as Numbers
 from moe_lens.stats.importance_scores import SCORES as SCORES
 from moe_lens.stats.importance_scores import ImportanceResult as ImportanceResult
 from moe_lens.stats.importance_scores import ImportanceStats as ImportanceStats
@@ -41,6 +47,8 @@ from moe_lens.stats.routed_batch import RoutedBatch as RoutedBatch
 from moe_lens.stats.routing_stats import LAYER_MEASURES as LAYER_MEASURES
 from moe_lens.stats.routing_stats import RoutingResult as RoutingResult
 from moe_lens.stats.routing_stats import RoutingStats as RoutingStats
+from moe_lens.stats.token_sample import TokenSample as TokenSample
+from moe_lens.stats.token_sample import TokenSampleResult as TokenSampleResult
 from moe_lens.stats.top_examples import TopExamples as TopExamples
 from moe_lens.stats.top_examples import TopExamplesResult as TopExamplesResult
 from moe_lens.stats.unit_signs import SignTest as SignTest

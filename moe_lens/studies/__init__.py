@@ -9,6 +9,7 @@ from moe_lens.studies.comparison import compare as compare
 from moe_lens.studies.contrast import ContrastStudy as ContrastStudy
 from moe_lens.studies.contrast import contrast_prompts as contrast_prompts
 from moe_lens.studies.experts_per_token import ExpertsPerToken as ExpertsPerToken
+from moe_lens.studies.explain import Explain as Explain
 from moe_lens.studies.facts import FactStudy as FactStudy
 from moe_lens.studies.facts import localise_facts as localise_facts
 from moe_lens.studies.facts import read_facts as read_facts
@@ -25,6 +26,7 @@ from moe_lens.studies.single_expert_study import SingleExpertStudy as SingleExpe
 from moe_lens.studies.study import Study as Study
 from moe_lens.studies.study import run as run
 from moe_lens.studies.study_result import StudyResult as StudyResult
+from moe_lens.studies.token_features import read_features as read_features
 from moe_lens.studies.verdicts import Verdicts as Verdicts
 from moe_lens.studies.verdicts import judge as judge
 

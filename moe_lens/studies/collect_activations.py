@@ -22,7 +22,7 @@ from moe_lens.routing import LayerRouting
 from moe_lens.stats.observation import Hooks, routing_hooks
 from moe_lens.studies.batch_halving import Halving
 from moe_lens.studies.collected import DOCUMENTS, Collected, Format, rows_of, write_shard
-from moe_lens.studies.forward_passes import forward
+from moe_lens.studies.forward_passes import forward, token_places
 from moe_lens.studies.model_facts import model_facts
 from moe_lens.studies.study import agreed, pinned, versions
 from moe_lens.studies.study_folder import SPACE, StudyFolder
@@ -206,18 +206,13 @@ def _in_order(parts: Sequence[tuple[int, Experts]], order: Int[Tensor, " token"]
 
 def _about(batch: TokenBatch) -> dict[str, Tensor]:
     """The columns `PER_TOKEN`."""
-    shape, mask = batch.tokens.shape, batch.mask
-    of = {name: torch.tensor([getattr(window, name) for window in batch.windows])[:, None] for name in _OF_WINDOWS}
-    place = of["start"] + (torch.arange(shape[1]) - of["opening"]).clamp(min=0)
+    at, mask = token_places(batch), batch.mask
     return {
         "token": batch.tokens[mask],
-        "document": of["document"].expand(shape)[mask],
-        "position": place[mask],
+        "document": at["document"][mask],
+        "position": at["position"][mask],
         "counted": batch.counted[mask],
     }
-
-
-_OF_WINDOWS = ("document", "start", "opening")
 
 
 def hook_points(model: Any, patterns: Sequence[str]) -> list[str]:

@@ -70,6 +70,20 @@ def predicted(batch: TokenBatch) -> Bool[Tensor, "batch pos"]:
     return mask
 
 
+def token_places(batch: TokenBatch) -> dict[str, Int[Tensor, "batch pos"]]:
+    """Where each token stands: number of its passage ("document"), "position" in the passage, "place" in the window.
+
+    What the tokenizer puts before a text has the position and place of the token that follows.
+    """
+    shape = batch.tokens.shape
+    of = {name: torch.tensor([getattr(window, name) for window in batch.windows])[:, None] for name in _OF_WINDOWS}
+    place = (torch.arange(shape[1]) - of["opening"]).clamp(min=0)
+    return {"document": of["document"].expand(shape), "position": of["start"] + place, "place": place}
+
+
+_OF_WINDOWS = ("document", "start", "opening")
+
+
 def drawn_by_place(
     batch: TokenBatch, seed: object, before: int = 1, after: int = 1
 ) -> Float[Tensor, "before batch pos after"]:
