@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moe_lens.checked import Natural, Seed
-from moe_lens.stats.explained_choices import PAIR, TOKEN, octave, token_features
+from moe_lens.checked import Seed
+from moe_lens.stats.explained_choices import TOKEN, octave, token_features
 from moe_lens.stats.held_out import Categories, Feature, Numbers
 from moe_lens.stats.parallel_sources import balanced_halves
 from moe_lens.stats.resampling import bootstrap_all
@@ -131,7 +131,7 @@ def _levels(
     ranges = ["0", "1", *(f"{2 ** (n - 1)}–{2**n - 1}" for n in range(2, int(places.max()) + 1))]
     add(places, [f"position {of}" for of in ranges])
     if "domain" in (every := token_features(samples)):
-        add(every["domain"].values(), list(samples))
+        add(every["domain"].values(), [f"{name} texts" for name in samples])
     for name, feature in more.items():
         if isinstance(feature, Categories):
             called = names.get(name, [str(code) for code in range(feature.n)])
@@ -139,7 +139,6 @@ def _levels(
         elif isinstance(feature, Numbers):
             for column, called in zip(feature.columns.T, names.get(name, ()), strict=False):
                 add(torch.where(column > 0, 0, -1), [f"{called} > 0"])
-    assert PAIR not in says
     return _Levels(says, codes)
 
 

@@ -1,6 +1,6 @@
 """What explains which experts a token chooses: predictions on sources that were held out (after RouterInterp, 2026)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import pandas as pd
@@ -51,8 +51,8 @@ class ChoiceExplanation(Result):
 
         return [value, *self._ends(ratio, value)]
 
-    def _ends(self, statistic: object, value: Tensor) -> list[Tensor]:
-        ends = bootstrap_all(statistic, self.tokens, resamples=RESAMPLES)  # pyright: ignore[reportArgumentType]
+    def _ends(self, statistic: Callable[[Tensor], Tensor], value: Tensor) -> list[Tensor]:
+        ends = bootstrap_all(statistic, self.tokens, resamples=RESAMPLES)
         return [torch.full_like(value, torch.nan)] * 2 if ends is None else list(ends)
 
     def _explained(self, subset: str, less: str | None, experts: bool) -> list[Tensor]:
@@ -190,13 +190,12 @@ def explain_choices(
     if few:
         raise InputError(f"domains with too few sources (three are needed to keep them apart): {few}")
     features = token_features(samples)
-    own = [name for name in features if name != PAIR]
+    own, n = [name for name in features if name != PAIR], sum(len(of.about) for of in samples.values())
     for name, feature in (more or {}).items():
-        if name in {*features, ALL} or "+" in name or len(feature.values()) != sum(len(of.about) for of in samples.values()):
+        if name in {*features, ALL} or "+" in name or len(feature.values()) != n:
             raise InputError(
-                f"got the feature {name!r} of {len(feature.values())} tokens; expected one of all "
-                f"{sum(len(of.about) for of in samples.values())} tokens, and a name other than "
-                f"{[*features, ALL]} without +"
+                f"got the feature {name!r} of {len(feature.values())} tokens; expected one of all {n} tokens, and a "
+                f"name other than {[*features, ALL]} without +"
             )
         features[name] = feature
         own.append(name)
@@ -258,7 +257,7 @@ def _sums(
             best = scores.unflatten(1, (-1, n_experts)).topk(top_k, dim=-1).indices
             predicted = torch.zeros_like(scores).unflatten(1, (-1, n_experts)).scatter_(-1, best, 1.0).flatten(1)
             values = {"predicted": predicted, "hits": predicted * chosen, "error": (chosen - scores).square()}
-            if TOKEN == name or "+" not in name and SHUFFLED not in name:
+            if "+" not in name and SHUFFLED not in name:
                 placed = placements(scores, chosen).nan_to_num()
                 values |= {"above": placed * chosen, "below": placed * (1 - chosen)}
             sums = dict(zip(("chosen", "base_error"), same, strict=True))
@@ -266,4 +265,3 @@ def _sums(
             for measure, value in sums.items():
                 found[place, :, MEASURES.index(measure)] += value
     return found.unflatten(-1, (-1, n_experts))
-

@@ -9,7 +9,7 @@ leave the feature out, so that a feature that says nothing changes nothing.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -23,6 +23,7 @@ SWEEPS = 2
 Rows = Int[Tensor, " some"]
 
 
+@runtime_checkable
 class Solver(Protocol):
     """A feature at the rows that are fitted."""
 
@@ -232,9 +233,7 @@ LEVELS = 2**10
 """Steps between the smallest and the greatest score: scores nearer to one another than that count as equal."""
 
 
-def placements(
-    scores: Float[Tensor, "row column"], chosen: Float[Tensor, "row column"]
-) -> Float[Tensor, "row column"]:
+def placements(scores: Float[Tensor, "row column"], chosen: Float[Tensor, "row column"]) -> Float[Tensor, "row column"]:
     """Of each chosen row the share of the others that score lower, of each other the share of chosen that score higher.
 
     Equal scores count half. The mean over chosen rows, and that over the others, is the area under the ROC curve; sums

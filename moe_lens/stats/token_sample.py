@@ -96,9 +96,7 @@ class TokenSample(Accumulator[TokenSampleResult]):
             keys = {source: name_key(source) for source in set(sources)}
             key = torch.tensor([keys[source] for source in sources])
             random = row_keys(torch.cat([about, key[:, None]], 1)).double()
-            self._kept.add(
-                torch.zeros(len(sources), dtype=torch.long), random, torch.cat([about, chosen], 1), sources
-            )
+            self._kept.add(torch.zeros(len(sources), dtype=torch.long), random, torch.cat([about, chosen], 1), sources)
         return self
 
     def result(self) -> TokenSampleResult:

@@ -3,17 +3,17 @@
 The question, and the unigram as what to beat, are RouterInterp's (Superposed Specialisation in MoE Routing, 2026).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pandas as pd
-from pandas.util import hash_pandas_object
 
 from moe_lens.checked import Positive, Seed
 from moe_lens.data import TokenBatch
 from moe_lens.errors import InputError
 from moe_lens.stats import Result, TokenSample, TokenSampleResult, chosen_for, explain_choices, observe
+from moe_lens.studies.atlas_choice import of_kind
 from moe_lens.studies.forward_passes import token_places
 from moe_lens.studies.study import TEXTS, Gathered, Study
 from moe_lens.studies.token_features import UserFeatures, check_features, user_features
@@ -39,7 +39,8 @@ class Explain(Study):
         """What was asked for; features by their digest."""
         digest = None
         if self.features is not None:
-            digest = f"{int(hash_pandas_object(self.features).sum()) % 2**64:016x}"
+            rows: Any = pd.util.hash_pandas_object(self.features)
+            digest = f"{int(rows.sum()) % 2**64:016x}"
         return {**vars(self), "features": digest}
 
     def check(self, model: Any) -> None:  # noqa: ARG002
@@ -67,7 +68,7 @@ class Explain(Study):
         results: Mapping[str, Mapping[str, Result]],
     ) -> dict[str, pd.DataFrame]:
         """`experts` and `layers`: see `ChoiceExplanation`."""
-        samples = samples_of(results)
+        samples = of_kind(results, SAMPLE, TokenSampleResult)
         found = explain_choices(samples, self._own(samples).features, seed=self.seed)
         return {"experts": found.to_frame(), "layers": found.per_layer()}
 
@@ -78,7 +79,7 @@ class Explain(Study):
         tables: Mapping[str, pd.DataFrame],  # noqa: ARG002
     ) -> dict[str, pd.DataFrame]:
         """`chosen_for`: a sentence for each expert, and its score."""
-        samples = samples_of(results)
+        samples = of_kind(results, SAMPLE, TokenSampleResult)
         own = self._own(samples)
         return {"chosen_for": chosen_for(samples, text_of(model), own.features, own.names, seed=self.seed)}
 
@@ -86,16 +87,6 @@ class Explain(Study):
         return UserFeatures({}, {}) if self.features is None else user_features(self.features, samples)
 
 
-def samples_of(results: Mapping[str, Mapping[str, Result]]) -> dict[str, TokenSampleResult]:
-    """The sample of each domain."""
-    found: dict[str, TokenSampleResult] = {}
-    for domain, of in results.items():
-        sample = of[SAMPLE]
-        assert isinstance(sample, TokenSampleResult)
-        found[domain] = sample
-    return found
-
-
-def text_of(model: Any) -> Any:
+def text_of(model: Any) -> Callable[[int], str]:
     """From the id of a token to its text; to its number where the model has no tokenizer."""
     return (lambda token: f"<{token}>") if model.tokenizer is None else lambda token: model.tokenizer.decode([token])

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -75,12 +76,12 @@ def user_features(frame: pd.DataFrame, samples: Mapping[str, TokenSampleResult])
     check_features(frame)
     if len(samples) > 1 and "domain" not in frame.columns:
         raise InputError(f"the features lack a column domain; expected one, as there are several: {list(samples)}")
-    rows = frame[frame["counted"].astype(bool)] if "counted" in frame.columns else frame
+    rows: Any = frame[frame["counted"].astype(bool)] if "counted" in frame.columns else frame
     keys = [key for key in KEYS if key in rows.columns]
     if rows.duplicated(keys).any():
         again = rows[rows.duplicated(keys)].iloc[0]
-        raise InputError(f"the features have several rows of one token: {({key: again[key] for key in keys})}")
-    wanted = pd.concat(
+        raise InputError(f"the features have several rows of one token: { ({key: again[key] for key in keys}) }")
+    wanted: Any = pd.concat(
         [
             pd.DataFrame({"domain": name, **{key: of.column(key).numpy() for key in KEYS[1:]}})
             for name, of in samples.items()
@@ -91,7 +92,7 @@ def user_features(frame: pd.DataFrame, samples: Mapping[str, TokenSampleResult])
         first = wanted.iloc[int(np.flatnonzero(place < 0)[0])]
         raise InputError(
             f"the features lack {int((place < 0).sum()):,} of {len(wanted):,} tokens that were read; for example "
-            f"{({key: first[key] for key in keys})}: read the same texts in the same way as for the table"
+            f"{ ({key: first[key] for key in keys}) }: read the same texts in the same way as for the table"
         )
     found = rows.iloc[place]
     features: dict[str, Feature] = {}
@@ -105,11 +106,11 @@ def user_features(frame: pd.DataFrame, samples: Mapping[str, TokenSampleResult])
             numbers.append(column)
             continue
         codes, kinds = pd.factorize(values, sort=True)
-        features[str(column)] = Categories(torch.from_numpy(codes).long(), len(kinds))
+        features[str(column)] = Categories(torch.tensor(codes), len(kinds))
         names[str(column)] = tuple(map(str, kinds))
     if len(numbers) > MOST:
         raise InputError(f"the features have {len(numbers):,} columns of numbers; at most {MOST:,} can be fitted")
     if numbers:
-        features[NUMBERS] = Numbers(torch.from_numpy(found[numbers].to_numpy(np.float32)))
+        features[NUMBERS] = Numbers(torch.tensor(found[numbers].to_numpy(np.float32)))
         names[NUMBERS] = tuple(map(str, numbers))
     return UserFeatures(features, names)

@@ -1,0 +1,100 @@
+"""What explains a choice: the planted model is recovered, tables of one's own meet their tokens, and the page runs."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from moe_lens.cli import main
+from moe_lens.errors import InputError
+from moe_lens.studies import Explain, StudyResult, collect, read_features, run
+from tests.planted import ATLAS_READING, LAYER, PLANTED, WORDS, planted_domains, planted_model
+from tests.studies.tiny import save_checkpoint, write_jsonl
+from tests.test_docs import DOCS, code_of
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return planted_model()
+
+
+@pytest.fixture(scope="module")
+def features(model, tmp_path_factory) -> pd.DataFrame:
+    """A label that is the domain's in half of the tokens, and a number that says nothing."""
+    folder = tmp_path_factory.mktemp("collected") / "c"
+    found = collect(model, planted_domains(), reading=ATLAS_READING, out=folder)
+    frames = []
+    for domain in ("sea", "law", "art"):
+        for shard in found.shards(domain):
+            frame = pd.DataFrame({name: shard[name].numpy() for name in ("token", "document", "position", "counted")})
+            frames.append(frame.assign(domain=domain))
+    frame = pd.concat(frames, ignore_index=True)
+    label = frame["domain"].where(frame["position"] % 2 == 0, "none")
+    return frame.assign(label=label, noise=(frame.index * 7919 % 101) / 101)
+
+
+@pytest.fixture(scope="module")
+def found(model, features) -> StudyResult:
+    return run(Explain(features), model, planted_domains(), reading=ATLAS_READING)
+
+
+@pytest.mark.typed
+def test_the_planted_experts_are_chosen_for_their_words_and_nothing_else(found):
+    experts: Any = found.tables["experts"].query(f"layer == {LAYER}").set_index(["expert", "feature"])
+    said: Any = found.tables["chosen_for"].query(f"layer == {LAYER}").set_index("expert")
+    for domain, expert in PLANTED.items():
+        token = experts.loc[expert, "token"]
+        assert token["auc_low"] > 0.99 and token["explained"] > 0.95 and token["recall"] > 0.95
+        assert experts.loc[(expert, "label"), "auc"] > 0.6
+        for feature in ("previous", "position", "domain", "label", "numbers", "all"):
+            assert experts.loc[(expert, feature), "gain"] < 0.05, "nothing is left to explain"
+        assert said["precision"][expert] > 0.95 and said["recall"][expert] > 0.9
+        own, others = said["sentence"][expert], [name for name in WORDS if name != domain]
+        assert f"{domain} texts" in own or any(word[:3] in own for word in WORDS[domain])
+        assert not any(f"{name} texts" in own for name in others)
+
+
+@pytest.mark.typed
+def test_tables_that_do_not_fit_the_texts_are_refused(model, features, tmp_path):
+    def refused(frame: pd.DataFrame) -> str:
+        with pytest.raises(InputError) as error:
+            run(Explain(frame), model, planted_domains(), reading=ATLAS_READING)
+        return str(error.value)
+
+    assert "lack 1 of" in refused(features.drop(features.index[features["position"] == 3][0]))
+    assert "several rows" in refused(pd.concat([features, features.iloc[[5]]]))
+    assert "lack a column domain" in refused(features.drop(columns="domain"))
+    assert "'noise' has values that are missing" in refused(features.assign(noise=float("nan")))
+    assert "columns document and position" in refused(features[["token", "label"]])
+    path = tmp_path / "t.parquet"
+    features.to_parquet(path)
+    assert read_features(path).equals(features)
+    for name, says in (("t.txt", "parquet or .csv"), ("none.csv", "cannot be read"), ("bad.parquet", "is no table")):
+        (tmp_path / "bad.parquet").write_text("x")
+        with pytest.raises(InputError, match=says):
+            read_features(tmp_path / name)
+
+
+@pytest.mark.typed
+def test_the_command_and_its_refusals(tmp_path, capsys):
+    save_checkpoint(tmp_path / "model")
+    write_jsonl(tmp_path / "a.jsonl", n=6, sources=6)
+    write_jsonl(tmp_path / "b.jsonl", n=2, sources=2)
+    command = ["explain", "--model", f"{tmp_path}/model", "--tokens", "200", "--window", "24"]
+    assert main([*command, "--domain", f"a={tmp_path}/a.jsonl", "--out", f"{tmp_path}/one"]) == 0
+    tables = StudyResult.load(tmp_path / "one").tables
+    assert set(tables) == {"experts", "layers", "chosen_for"}
+    assert set(tables["layers"]["feature"]) == {"token", "previous", "position", "all"}, "one domain says nothing"
+    capsys.readouterr()
+    assert main([*command, "--domain", f"b={tmp_path}/b.jsonl", "--out", f"{tmp_path}/two"]) == 2
+    assert "three are needed" in capsys.readouterr().err
+    assert main([*command, "--features", f"{tmp_path}/a.jsonl", "--out", f"{tmp_path}/two"]) == 2
+
+
+def test_the_guide_runs_as_written(capsys):
+    values: dict[str, Any] = {}
+    exec(compile(code_of(Path(DOCS) / "explain.md"), "explain.md", "exec"), values)
+    layers = values["layers"].set_index("feature")
+    assert (layers["explained"]["token"] > 0.03).all() and (layers["gain_shuffled"].dropna() < 0.01).all()
+    assert "german texts" in " ".join(values["said"]["sentence"]) and capsys.readouterr().out
