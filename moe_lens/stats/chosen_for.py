@@ -9,10 +9,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens.checked import Seed
+from moe_lens.resampling import bootstrap_all
 from moe_lens.stats.explained_choices import TOKEN, octave, token_features
 from moe_lens.stats.held_out import Categories, Feature, Numbers
 from moe_lens.stats.parallel_sources import balanced_halves
-from moe_lens.stats.resampling import bootstrap_all
 from moe_lens.stats.token_sample import NOTHING, TokenSampleResult
 
 AT_LEAST, LIFT, PARTS, CANDIDATES = 5, 2.0, 5, 24

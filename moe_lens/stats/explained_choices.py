@@ -10,9 +10,9 @@ from torch import Tensor
 
 from moe_lens.checked import Natural, Positive, Seed
 from moe_lens.errors import InputError
+from moe_lens.resampling import bootstrap_all, folds
 from moe_lens.stats.accumulator import Result
 from moe_lens.stats.held_out import Categories, Feature, Held, placements
-from moe_lens.stats.resampling import bootstrap_all, folds
 from moe_lens.stats.token_sample import TokenSampleResult
 
 TOKEN, ALL, SHUFFLED = "token", "all", " shuffled"

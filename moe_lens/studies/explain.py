@@ -3,6 +3,8 @@
 The question, and the unigram as what to beat, are RouterInterp's (Superposed Specialisation in MoE Routing, 2026).
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -39,8 +41,8 @@ class Explain(Study):
         """What was asked for; features by their digest."""
         digest = None
         if self.features is not None:
-            rows: Any = pd.util.hash_pandas_object(self.features)
-            digest = f"{int(rows.sum()) % 2**64:016x}"
+            whole = json.dumps(self.features.to_dict("list"), default=str)
+            digest = hashlib.sha256(whole.encode()).hexdigest()[:16]
         return {**vars(self), "features": digest}
 
     def check(self, model: Any) -> None:  # noqa: ARG002
