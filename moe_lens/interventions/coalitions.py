@@ -58,7 +58,7 @@ def added_losses(
     if how != "zero" and model.n_experts - most < model.top_k:
         raise InputError(f"{model.n_experts - most} experts of a layer would be left; a token needs {model.top_k}")
     reads = metric.reads(run.batch, run.pos).to(device)
-    clean = torch.zeros(reads.shape, device=device)
+    clean = torch.zeros(reads.shape, dtype=torch.float64, device=device)
     batch, pos = reads.nonzero().unbind(-1)
     clean[reads] = metric.values(run.logits[batch, pos], batch, pos).to(clean)
     coalitions = coalitions.to(device)
@@ -76,7 +76,7 @@ def added_losses(
         for part in torch.arange(len(row), device=device).split(max(1, at_once // run.logits.shape[-1])):
             r, p = row[part], at[part]
             losses = metric.values(run.replay.logits(states[r, p]), items[r], p)
-            added[r, p] = (losses - clean[items[r], p]).double()
+            added[r, p] = losses.double() - clean[items[r], p]
         found[some.cpu()] = added.sum(-1).cpu()
 
     size = max(1, TOKENS.get(device.type, TOKENS["cuda"]) // run.pos)
@@ -158,7 +158,7 @@ def _gone(model: Any, layer: int, taken: Bool[Tensor, "rows n_experts"]) -> Hook
 def _zeroed(model: Any, layer: int, taken: Bool[Tensor, "rows n_experts"]) -> Hooks:
     def out() -> Tensor:
         experts = model.experts_in_slots(layer)
-        return _members(taken.to(experts.device), experts.clamp(min=0))
+        return _members(taken.to(experts.device), experts)
 
     def weigh(weights: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
         return weights.masked_fill(out(), 0)
@@ -173,5 +173,5 @@ HOOKS = {"reroute": _forbidden, "zero": _zeroed, "prune": _gone}
 
 
 def _members(out: Bool[Tensor, "rows n_experts"], experts: Int[Tensor, "rows pos top_k"]) -> Bool[Tensor, "rows pos k"]:
-    """Which slots hold an expert that is taken out of their row."""
-    return out.gather(-1, experts.flatten(1)).view(experts.shape)
+    """Which slots hold an expert that is taken out of their row; those of −1 hold none."""
+    return out.gather(-1, experts.clamp(min=0).flatten(1)).view(experts.shape) & (experts >= 0)

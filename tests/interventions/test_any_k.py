@@ -17,8 +17,13 @@ from torch import Tensor
 from moe_lens import Routing, names
 from moe_lens.errors import HookError, InputError
 from moe_lens.interventions.any_k import by_mass
+from moe_lens.interventions.coalitions import added_losses
+from moe_lens.interventions.metrics import Loss
+from moe_lens.interventions.sweep import CleanRun, Variant, sweep
 from moe_lens.stats import RoutedBatch
 from tests.wrapped import Case, deviation, untouched, wrapped
+
+F64 = 1e-13  # relative to what is compared: the same products in other batches
 
 
 def shares_by_hand(case: Case, logits: Tensor) -> list[float]:
@@ -173,3 +178,40 @@ def test_what_cannot_be_is_refused() -> None:
     third = model.ablate(ranks=[2])
     with torch.no_grad(), model.use_experts(2), third, pytest.raises(InputError, match="there is no rank 2 in layer"):
         model(x)
+
+
+@pytest.mark.parametrize("how", ["reroute", "zero"])
+def test_coalitions_are_taken_out_of_tokens_with_numbers_of_their_own(how: Any) -> None:
+    case = wrapped("olmoe", torch.float64)
+    model, metric = case.model, Loss(case.tokens)
+    coalitions = torch.rand(3, len(model.moe_layers), model.n_experts) < 0.25
+    pairs = torch.cartesian_prod(torch.arange(3), torch.arange(len(case.tokens)))
+
+    def nats(*hooks: Any) -> Tensor:
+        losses = model.run_with_hooks(case.tokens, return_type="loss", loss_per_token=True, fwd_hooks=hooks)
+        return losses.sum(-1)
+
+    with untouched(model), torch.no_grad(), model.use_experts(mass=0.6):
+        run, whole = CleanRun.of(model, case.tokens), nats()
+        assert any((run.indices(layer) < 0).any() for layer in model.moe_layers), "or the test shows nothing"
+        added = added_losses(model, run, metric, coalitions, pairs, how).view(3, -1)
+        for members, ours in zip(coalitions, added, strict=True):
+            out = [(model.moe_layers[row], expert) for row, expert in members.nonzero().tolist()]
+            theirs = nats(*model.ablate(out, how=how).fwd_hooks) - whole
+            assert (ours - theirs).abs().max() <= F64 * whole.abs().max()
+            assert theirs.any()
+
+
+@pytest.mark.parametrize("name", [names.ROUTING_WEIGHTS, names.EXPERT_OUT, names.ROUTED_OUT])
+def test_a_sweep_reads_tokens_with_numbers_of_their_own(name: str) -> None:
+    case = wrapped("olmoe", torch.float64)
+    model, layer = case.model, case.last
+    metric = Loss(case.tokens)
+    hook = (names.mlp(name, layer), lambda value, hook: value * torch.linspace(-1, 2, value.shape[-1]).to(value))
+    with untouched(model), torch.no_grad(), model.use_experts(mass=0.6):
+        run = CleanRun.of(model, case.tokens)
+        assert (run.indices(layer) < 0).any(), "or the test shows nothing"
+        found = sweep(model, run, [Variant(layer, hooks=[hook])], metric)
+        expected = metric(model.run_with_hooks(case.tokens, fwd_hooks=[hook]))
+        assert (found - expected).abs().max() <= F64 * case.logits.abs().max()
+        assert (found - metric(run.logits)).abs().max() > 1e-4
