@@ -19,12 +19,14 @@ import torch
 from benchmarks.forward import SHAPE
 from moe_lens import HookedMoE, names
 from moe_lens.data import embedded_domains
-from moe_lens.interventions import Loss, expert_attribution
+from moe_lens.interventions import CleanRun, Loss, expert_attribution
+from moe_lens.interventions.coalitions import added_losses
 from moe_lens.model.families.deepseek import DeepseekConfig, DeepseekForCausalLM
 
 PLAIN = "HookedMoE, no hooks"
 PAIRS = 16
 """Of the naive knock-outs, how many are timed at a time."""
+COALITIONS = 40
 
 
 def variants(model: HookedMoE, tokens: torch.Tensor) -> dict[str, Callable[[], Any]]:
@@ -82,6 +84,30 @@ def knockouts(model: HookedMoE, tokens: torch.Tensor, rounds: int, device: str) 
     return len(pairs), times["sweep"][0], naive, ratio
 
 
+def coalitions(model: HookedMoE, tokens: torch.Tensor, rounds: int, device: str) -> tuple[float, float, float]:
+    """`COALITIONS` of a sixteenth of each layer's experts, re-routed: seconds at once, one by one, and their ratio.
+
+    At once is what localisation and its 40 controls do; one by one is a forward pass with `ablate` for each.
+    """
+    shape = (COALITIONS, len(model.moe_layers), model.n_experts)
+    each = max(1, model.n_experts // 16)
+    members = torch.zeros(shape, dtype=torch.bool).scatter(-1, torch.rand(shape).topk(each, -1).indices, True)
+    pairs = torch.cartesian_prod(torch.arange(COALITIONS), torch.arange(len(tokens)))
+    loss = Loss(tokens)
+
+    def at_once() -> torch.Tensor:
+        return added_losses(model, CleanRun.of(model, tokens), loss, members, pairs, "reroute")
+
+    def one_by_one() -> None:
+        for one in members:
+            experts = [(model.moe_layers[row], expert) for row, expert in one.nonzero().tolist()]
+            with model.ablate(experts, how="reroute"):
+                loss(model(tokens, use_cache=False))
+
+    times = measure({"one by one": one_by_one, "at once": at_once}, rounds, device)
+    return times["at once"][0], times["one by one"][0], 1 / times["at once"][1]
+
+
 def measure(runs: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, tuple[float, float]]:
     """Median seconds, and median ratio to the first of the same round; the first round is not counted."""
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -130,8 +156,11 @@ def main() -> None:
             for variant, (median, ratio) in measure(variants(model, tokens), args.rounds, args.device).items():
                 print(f"  {variant:40s} {1000 * median:8.1f} ms  {ratio:5.3f} ×")
             count, sweep, naive, ratio = knockouts(model, tokens, args.sweeps, args.device)
+            coalition, single, times = coalitions(model, tokens, args.sweeps, args.device)
         told = f"{sweep:.1f} s; a forward pass for each: {naive:.1f} s, {ratio:.1f} × as long"
         print(f"  exact knock-out of all {count} pairs: {told} ({args.sweeps} rounds)")
+        told = f"{coalition:.1f} s; a forward pass for each: {single:.1f} s, {times:.1f} × as long"
+        print(f"  {COALITIONS} coalitions re-routed: {told} ({args.sweeps} rounds)")
 
 
 if __name__ == "__main__":
