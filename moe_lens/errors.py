@@ -1,5 +1,7 @@
 """Errors and warnings that are the user's to read: each says what came, what was expected, and what to do."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -58,6 +60,18 @@ def several(given: T, what: str) -> T:
     if isinstance(given, str | bytes):
         raise InputError(f"got one text, {given[:40]!r}, for {what}; expected several {what}: put it in a list")
     return given
+
+
+def near_miss(wrong: str, known: Iterable[object]) -> str:
+    """What was meant by an unknown name, for the end of a message: `; did you mean 'german'?`, or nothing.
+
+    Args:
+        wrong: What came.
+        known: What could have come.
+    """
+    folded = {str(name).casefold(): str(name) for name in known}
+    close = get_close_matches(wrong.casefold(), folded, n=1, cutoff=0.7)
+    return f"; did you mean {folded[close[0]]!r}?" if close else ""
 
 
 def check_characters(what: str, text: str) -> None:

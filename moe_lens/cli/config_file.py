@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lens.data import DomainSpec, domains_from_table
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, near_miss
 
 _DOMAINS = "domains"
 _LARGEST = 2**24
@@ -32,7 +32,8 @@ def defaults(arguments: Sequence[str], commands: Mapping[str, Any]) -> dict[str,
     values = {key.replace("-", "_"): value for key, value in _read(path).items() if key != _DOMAINS}
     known = {parameter.name: parameter for parameter in commands[name].params if parameter.name not in _ELSEWHERE}
     if unknown := sorted(values.keys() - known.keys()):
-        raise InputError(f"--config {path}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}, {_DOMAINS}")
+        there = f"known: {', '.join(sorted(known))}, {_DOMAINS}{near_miss(unknown[0], [*known, _DOMAINS])}"
+        raise InputError(f"--config {path}: unknown key {unknown[0]!r}; {there}")
     for key, value in values.items():  # typer takes true for 1, and 1 for true
         switch = getattr(known[key], "is_flag", False)
         if switch != isinstance(value, bool):

@@ -17,6 +17,7 @@ from moe_lens.cli import atlas as _atlas
 from moe_lens.cli import models as _models
 from moe_lens.cli import prune as _prune
 from moe_lens.cli import report as _report
+from moe_lens.cli import show as _show
 from moe_lens.cli import studies as _studies
 from moe_lens.cli.app import app
 from moe_lens.cli.config_file import defaults
@@ -27,6 +28,7 @@ __all__ = [
     "_models",
     "_prune",
     "_report",
+    "_show",
     "_studies",
     "main",
 ]  # the modules of commands are imported to add them to the application

@@ -11,7 +11,7 @@ from moe_lens.cli import options
 from moe_lens.cli.app import app
 from moe_lens.cli.model_loading import load_model, quiet
 from moe_lens.data import in_memory
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, near_miss
 
 
 class Scoring(StrEnum):
@@ -95,10 +95,14 @@ def prune(
     started = time.monotonic()
     domains = in_memory(options.open_domains(domain, config))
     if specialist is not None and specialist not in [one.name for one in domains]:
-        raise InputError(f"--specialist is {specialist!r}; the domains are {', '.join(one.name for one in domains)}")
+        known = [one.name for one in domains]
+        raise InputError(
+            f"--specialist is {specialist!r}; the domains are {', '.join(known)}{near_miss(specialist, known)}"
+        )
     if (out / "model").exists() and any((out / "model").iterdir()):
         raise InputError(f"{out / 'model'} is not an empty folder; choose another --out, or remove it")
     from rich.console import Console
+    from rich.text import Text
 
     from moe_lens.pruning.prune_job import PruneSettings
     from moe_lens.pruning.prune_job import prune as run
@@ -129,4 +133,5 @@ def prune(
         made = run(loaded, domains, settings, folder.scratch / "model", watch=status.update)  # appears with the rest
         page = write_pruning(made, folder)
     console.print(f"done in {time.monotonic() - started:.0f} s", highlight=False)
+    console.print(Text(str(made.frontier.findings())), soft_wrap=True)
     print(page.resolve())

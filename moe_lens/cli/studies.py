@@ -289,11 +289,11 @@ def localise(
             raise InputError(f"{wrong[0]} is about texts, and --facts reads none: leave one of them out")
         known = read_facts(facts)
 
-        def trace(model: Any, domains: options.Opened, **how: Any) -> None:
+        def trace(model: Any, domains: options.Opened, **how: Any) -> Any:
             if tuple(domain.name for domain in domains) != EMBEDDED:
                 raise InputError("--facts reads no texts: leave --domain out, or --facts")
             wanted = {name: how[name] for name in ("out", "name", "watch")}
-            localise_facts(model, known, experts=experts, **wanted)
+            return localise_facts(model, known, experts=experts, **wanted)
 
         return trace
     chosen: dict[str, Any] = {} if parallel is None else {"parallel": parallel}

@@ -1,6 +1,7 @@
 """What the commands that read texts have in common: their options, the processes, the model, the progress."""
 
 import inspect
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -13,6 +14,7 @@ import typer
 from moe_lens.cli import options
 from moe_lens.cli.app import app
 from moe_lens.cli.model_loading import join_processes, leave_processes, load_model, quiet, where_it_is
+from moe_lens.cli.show import findings_in
 from moe_lens.data import Reading
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ class Arguments:
 
 Work = Callable[..., Any]
 """Takes a model, domains, and the rest by name: out, reading, name, batch_tokens, watch. What it gives, or else the
-folder, is what the command prints, if it is a path."""
+folder, is what the command prints, if it is a path; of what it gives, the findings."""
 
 Make = Callable[..., "Study | Work | None"]
 """From a command's own options to a study, to other work, or to nothing more to do."""
@@ -151,6 +153,9 @@ def _run(made: "Study | Work", domains: options.Opened, out: Path, given: Argume
             found = work(model, domains, out=out, watch=watch, **how)
         console.print(f"done in {time.monotonic() - started:.0f} s", highlight=False)
         if distributed.rank() == 0:
+            said = findings_in(out) if found is None or isinstance(found, Path) else str(found.findings())
+            more = "" if isinstance(found, Path) else f"\nall of it: moe-lens show {shlex.quote(str(out))}"
+            console.print(Text(f"{said}{more}"), soft_wrap=True)
             print((found if isinstance(found, Path) else out).resolve())
     finally:
         leave_processes()

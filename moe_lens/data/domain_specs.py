@@ -8,7 +8,7 @@ from typing import Any
 from moe_lens.data.corpus import Corpus, from_file, from_hub
 from moe_lens.data.domains import EMBEDDED, Domain, embedded_domain, load_domain
 from moe_lens.data.paper_presets import PRESETS
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, near_miss
 
 HUB = "hub:"
 
@@ -56,7 +56,7 @@ class DomainSpec:
             return PRESETS[self.name].open(self.revision) if self.name in PRESETS else embedded_domain(self.name)
         raise InputError(
             f"domain {self.name!r}: expected NAME=FILE, for example code=code.jsonl, NAME=hub:OWNER/DATASET, or one of "
-            f"{', '.join([*EMBEDDED, *PRESETS])}"
+            f"{', '.join([*EMBEDDED, *PRESETS])}{near_miss(self.name, [*EMBEDDED, *PRESETS])}"
         )
 
 
@@ -86,6 +86,7 @@ def parse_domains(arguments: Iterable[str], **shared: Any) -> list[DomainSpec]:
             raise InputError(
                 f"--domain {argument!r}: expected NAME=FILE, for example --domain code=code.jsonl, "
                 f"NAME=hub:OWNER/DATASET, or one of {', '.join([*EMBEDDED, *PRESETS])}"
+                f"{near_miss(known, [*EMBEDDED, *PRESETS])}"
             )
         spec = DomainSpec(name=name, path=where)
         if where.startswith(HUB):

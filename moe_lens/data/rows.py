@@ -1,11 +1,10 @@
 """Rows: the text and the source that a row of a file, a table or a stream holds."""
 
-import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moe_lens.errors import InputError, check_characters
+from moe_lens.errors import InputError, check_characters, near_miss
 
 
 @dataclass(frozen=True)
@@ -107,8 +106,7 @@ def _keys(row: Mapping[Any, Any], wanted: str, limit: int = 20) -> str:
     """What there is instead, and which of it may have been meant."""
     names = sorted(_names(row))
     shown = f"keys {names[:limit]}" + (f" and {len(names) - limit} more" if len(names) > limit else "")
-    close = difflib.get_close_matches(wanted, names, n=1)
-    return f'{shown}; did you mean "{close[0]}"?' if close else shown
+    return shown + near_miss(wanted, names)
 
 
 def _names(row: Mapping[Any, Any]) -> Iterator[str]:

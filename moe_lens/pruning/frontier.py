@@ -19,7 +19,9 @@ from moe_lens.pruning.plans import Plan, plan
 from moe_lens.pruning.scores import Method, Scores
 from moe_lens.pruning.scoring import score
 from moe_lens.stats import LossResult, LossStats, Result, halves
+from moe_lens.studies.findings import Findings, across, too_few
 from moe_lens.studies.forward_passes import losses, nothing, predicted
+from moe_lens.studies.frames import where
 
 ALL = "all"
 """Calibrated on all domains, each counting the same."""
@@ -97,6 +99,21 @@ class Frontier(Result):
                 }
             )
         return pd.DataFrame(rows)
+
+    def findings(self) -> Findings:
+        """What each method costs by number of experts kept: the least and the greatest ratio over domains."""
+        table: Any = self.to_frame()
+        ends, experts = ("ratio_low", "ratio_high"), self.n_experts
+        small = table[table["method"] != self.points[0][0]]
+        lines = [f"perplexity × of each domain by experts kept, of {experts} a layer (frontier.parquet):"]
+        for (method, calibrated, treatment), rows in small.groupby(["method", "calibrated", "treatment"], sort=False):
+            how = f", {calibrated}'s texts" * (calibrated != ALL) + f", {treatment}" * (treatment != "dropped")
+            kept = (f"{n}: {across(where(rows, kept=n), 'ratio', ends)}" for n in sorted(set(rows["kept"])))
+            lines.append(f"  {method}{how}  {';  '.join(kept)}")
+        about = f"frontier of {experts} experts a layer on {', '.join(self.domains)}"
+        then = "moe-lens report --model FOLDER/model, the same studies of the smaller model"
+        sources = {name: len(of) for name, of in zip(self.domains, self.sources, strict=True)}
+        return Findings(tuple(lines), too_few(sources), then, about)
 
 
 def halved(

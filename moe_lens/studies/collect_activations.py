@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_lens import distributed, names
 from moe_lens.checked import Positive
 from moe_lens.data import Domains, Reading, Shard, TokenBatch, as_domains, batch_windows, shards
-from moe_lens.errors import InputError, several
+from moe_lens.errors import InputError, near_miss, several
 from moe_lens.manifest import file_digest
 from moe_lens.model.loading.placement import places
 from moe_lens.routing import LayerRouting
@@ -233,7 +233,9 @@ def hook_points(model: Any, patterns: Sequence[str]) -> list[str]:
         matching = fnmatch.filter(single if _EXPERTS in pattern else whole, pattern)
         matching = [name for name in matching if _EXPERTS not in pattern or model.get_hook_point(name) is not None]
         if not matching:
-            raise InputError(f"--hook {pattern!r}: no such hook point; for example {names.block(names.RESID_MID, 0)}")
+            known = single if _EXPERTS in pattern else whole
+            there = f"for example {names.block(names.RESID_MID, 0)}{near_miss(pattern, known)}"
+            raise InputError(f"--hook {pattern!r}: no such hook point; {there}")
         found |= set(matching)
     return [name for name in (*whole, *single) if name in found]
 

@@ -15,6 +15,7 @@ from moe_lens import names
 from moe_lens.errors import InputError
 from moe_lens.manifest import file_digest, read_manifest
 from moe_lens.storage import load_tensors, save_tensors
+from moe_lens.studies.findings import Findings
 from moe_lens.summary import Summary
 
 Format = Literal["safetensors", "parquet"]
@@ -55,6 +56,18 @@ class Collected(Summary):
     def layers(self) -> tuple[int, ...]:
         """The layers of the model that the layer axis of `indices` and `weights` stands for, in its order."""
         return tuple(self.manifest["plan"]["model"]["moe_layers"])
+
+    def findings(self) -> Findings:
+        """What was saved; see `StudyResult.findings`."""
+        plan = self.manifest["plan"]
+        domains: dict[str, int] = {}
+        for shard in self.manifest["shards"]:
+            domains[shard["domain"]] = domains.get(shard["domain"], 0) + shard["tokens"]
+        said = ", ".join(f"{name} {tokens:,}" for name, tokens in domains.items())
+        lines = [f"{self.n_tokens:,} tokens in {len(self.manifest['shards'])} shards: {said}"]
+        lines.append(f"routing of {len(self.layers)} layers; hooks: {', '.join(plan['settings']['hooks']) or 'none'}")
+        then = f"in Python: moe_lens.studies.Collected.load({str(self.folder)!r}).shards()"
+        return Findings(tuple(lines), (), then, f"collect of {plan['model'].get('name')}")
 
     def documents(self) -> pd.DataFrame:
         """A row per passage that was read: domain, document, source, tokens.

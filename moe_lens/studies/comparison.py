@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe_lens.checked import Seed
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, near_miss
 from moe_lens.resampling import tail
 from moe_lens.stats import MEASURES, MIN_SOURCES, Result, RoutingResult, SimilarityResult
 from moe_lens.storage import written_whole
@@ -161,7 +161,8 @@ def compare(
         )
     for domain, study in zip(domains or (), (first, second), strict=False):
         if domain not in study.domains:
-            raise InputError(f"there is no domain {domain!r} in the study; there are {list(study.domains)}")
+            there = f"there are {list(study.domains)}{near_miss(domain, study.domains)}"
+            raise InputError(f"there is no domain {domain!r} in the study; {there}")
     names = _named(first, second, domains) if names is None else names
     if len({*names, *_COLUMNS}) < len(_COLUMNS) + 2:
         raise InputError(f"got the names {list(names)}; expected two different ones, and none of {list(_COLUMNS)}")

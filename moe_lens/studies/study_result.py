@@ -12,6 +12,7 @@ from moe_lens.errors import InputError
 from moe_lens.manifest import file_digest, read_manifest
 from moe_lens.stats import Result
 from moe_lens.storage import stored_kind
+from moe_lens.studies.findings import Findings, findings_of
 from moe_lens.summary import Summary
 
 
@@ -44,6 +45,13 @@ class StudyResult(Summary):
     def domains(self) -> tuple[str, ...]:
         """The domains, in the order that they were given."""
         return tuple(self.results)
+
+    def findings(self) -> Findings:
+        """The main findings in at most five lines, with intervals and controls; what is missing, and what to run next.
+
+        The command line prints them when a study ends; `print(result.findings())` does the same.
+        """
+        return findings_of(self.manifest, self.tables)
 
     def write(self, folder: str | Path) -> dict[str, Any]:
         """Write everything but the manifest into a folder; the manifest that goes with it.

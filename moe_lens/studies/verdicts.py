@@ -20,7 +20,7 @@ from typing import Any
 
 import pandas as pd
 
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, near_miss
 from moe_lens.storage import written_whole
 from moe_lens.studies.study_result import StudyResult
 from moe_lens.studies.verdict_bounds import FACTORS, HOLDS, THRESHOLDS, Threshold, Verdict
@@ -151,7 +151,10 @@ def judge(studies: Mapping[str, StudyResult], thresholds: Mapping[str, float] | 
     """
     unknown = sorted(set(thresholds or ()) - set(THRESHOLDS))
     if unknown:
-        raise InputError(f"there is no threshold {unknown[0]!r}; there are {', '.join(THRESHOLDS)}")
+        raise InputError(
+            f"there is no threshold {unknown[0]!r}; there are {', '.join(THRESHOLDS)}"
+            f"{near_miss(unknown[0], THRESHOLDS)}"
+        )
     plans = [study.manifest["plan"] for study in studies.values()]
     if not plans:
         raise InputError("got no study; expected a model's studies by name, such as {'routing': StudyResult.load(…)}")

@@ -189,7 +189,7 @@ def test_a_source_column_that_is_named_must_be_there(tmp_path):
         with pytest.raises(InputError, match=f'd.jsonl:1: there is no "{wrong}"') as error:
             load_domain("d", path, source=wrong)
         assert "'meta.book'" in str(error.value)
-    with pytest.raises(InputError, match='did you mean "meta.book"'):
+    with pytest.raises(InputError, match="did you mean 'meta.book'"):
         load_domain("d", path, source="meta.bok")
     # A column with a dot in its own name is that column.
     dotted = written(tmp_path, "e.jsonl", '{"a.b": "text here", "a": {"b": "not this"}}')
@@ -247,7 +247,7 @@ def test_plain_texts_take_one_source_or_one_for_each():
         (TEXTS, {"sources": itertools.count()}, "has 7 texts, and more sources"),
         (TEXTS, {"sources": "book"}, "names a column, and the texts"),
         (TEXTS, {"sources": 3}, "sources is 3; expected several, in a list"),
-        (pd.DataFrame(ROWS), {"sources": "sourc"}, 'did you mean "source"'),
+        (pd.DataFrame(ROWS), {"sources": "sourc"}, "did you mean 'source'"),
         (pd.DataFrame(ROWS), {"text": "body"}, "expected an object with \"body\""),
         (pd.DataFrame([[1, 2]], columns=["text", "text"]), {}, "have one name"),
     ],

@@ -52,6 +52,16 @@ def test_every_smaller_model_is_judged_where_it_was_not_calibrated(model, found)
     assert set(result.sources) == {source for half in (first, second) for source in half[0].sources}
 
 
+@pytest.mark.typed
+def test_findings_are_the_rows_of_the_table(found):
+    said, table = str(found[1].findings()), found[1].to_frame()
+    for row in table[table["method"] != "all experts"].to_dict("records"):
+        line = next(line for line in said.splitlines() if line.strip().startswith(f"{row['method']}  "))
+        others = table[(table["method"] == row["method"]) & (table["kept"] == row["kept"])]["ratio"]
+        if row["ratio"] in (others.min(), others.max()) and row["treatment"] == "dropped" and row["calibrated"] == ALL:
+            assert f"{row['ratio']:.3g} [" in line and f"({row['domain']})" in line
+
+
 def test_tables_pair_each_model_with_the_whole_one(found, tmp_path):
     _, made = found
     frame = made.to_frame()

@@ -14,9 +14,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe_lens.errors import CheckpointError
+from moe_lens.errors import CheckpointError, near_miss
 from moe_lens.model.hf_compat import cached_file, is_offline_mode
 from moe_lens.model.loading.config_json import believed_config, read_object
+
+EMBEDDED = "tiny-deepseekmoe"
+"""Name of the model that is part of the package."""
 
 HUB_ARGUMENTS = frozenset(
     {"cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder"}
@@ -89,9 +92,19 @@ def read_config(source: str, hub: Mapping[str, Any]) -> tuple[Path, dict[str, An
         raise CheckpointError(
             f"{source} has no config.json{revision}"
             + ("" if Path(source).is_dir() else f": there is no such folder, and {hub_says}")
-            + ". Expected a folder with config.json and safetensors, or a name on the hub."
+            + ". Expected a folder with config.json and safetensors, or a name on the hub"
+            + f"{_meant(source)}."
         )
     return path, believed_config(path)
+
+
+def _meant(source: str) -> str:
+    """The embedded model, or a folder beside where one was looked for, if it has nearly the name."""
+    try:
+        beside = [str(path) for path in Path(source).parent.iterdir() if path.is_dir()]
+    except OSError:
+        beside = []
+    return near_miss(source, [EMBEDDED, *beside])
 
 
 @dataclass(frozen=True)

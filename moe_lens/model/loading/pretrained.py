@@ -12,7 +12,7 @@ from moe_lens.model.families.deepseek import DeepseekConfig
 from moe_lens.model.families.refusals import ABSENT
 from moe_lens.model.families.table import check_release
 from moe_lens.model.hf_compat import is_peft_available, resolve_revision
-from moe_lens.model.loading.checkpoint import HUB_ARGUMENTS, find_file, read_config
+from moe_lens.model.loading.checkpoint import EMBEDDED, HUB_ARGUMENTS, find_file, read_config
 from moe_lens.model.loading.config_json import read_object
 from moe_lens.model.loading.deepseek_checkpoint import load_deepseek
 from moe_lens.model.loading.formats.view import packing_of
@@ -23,9 +23,6 @@ from moe_lens.model.loading.through_transformers import UNREADABLE, load_by_tran
 from moe_lens.model.loading.tokenizer import check_vocabulary, has_tokenizer, load_tokenizer
 
 __all__ = ["EMBEDDED", "load_pretrained", "load_tokenizer", "resolve_name"]
-
-EMBEDDED = "tiny-deepseekmoe"
-"""Name of the model that is part of the package."""
 
 Trust = bool | Literal["tokenizer"]
 _LOG = logging.getLogger(__name__)

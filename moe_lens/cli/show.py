@@ -1,0 +1,176 @@
+"""`moe-lens show`: what was saved, in the terminal; and what every command says of its result when it ends."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moe_lens.cli.app import app
+from moe_lens.cli.model_loading import quiet
+from moe_lens.errors import InputError, near_miss
+from moe_lens.json_files import read_json
+from moe_lens.manifest import read_manifest, studies_in
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+VERDICTS = "verdicts.json"
+WIDE = 240
+"""Characters of a line where no terminal says how many there are."""
+
+
+@app.command()
+def show(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Saved studies, or folders of reports.")],
+    table: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Table to show; may be repeated. Without it: the beginnings of all."),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Number of rows of each table.")] = 8,
+) -> None:
+    """Print what a study found, and its tables.
+
+    Of reports: the verdicts, those of several models side by side.
+
+    Example: moe-lens show runs/routing --table most_specialised --rows 50
+
+    Two models: moe-lens show moe-lens-report-a moe-lens-report-b
+    """
+    reports = [folder for folder in folders if (folder / VERDICTS).exists()]
+    quiet()
+    console = _console()
+    if len(reports) > 1 and len(reports) == len(folders):
+        if table:
+            raise InputError("--table is about one study, and several reports show their verdicts; give one folder")
+        for each in reports:
+            studies_in(each)
+        _print(console, "verdicts", side_by_side(reports), len(reports) * 100)
+        return
+    for folder in folders:
+        for each in [folder] if folder in reports and not table else studies_in(folder):
+            _show(console, each, table, rows)
+
+
+def findings_in(folder: Path) -> str:
+    """What a folder's result says: a study's findings, or the verdicts of a report."""
+    from moe_lens.studies import Collected, StudyResult
+
+    if (folder / VERDICTS).exists():
+        return _verdict_findings(folder)
+    (inside,) = studies_in(folder)[:1]
+    if read_manifest(inside)["plan"]["study"] == "collect":
+        return str(Collected.load(inside).findings())
+    return str(StudyResult.load(inside).findings())
+
+
+def side_by_side(reports: list[Path]) -> "pd.DataFrame":
+    """The verdicts of several reports: a row for each claim, and a column for each report.
+
+    Each cell has the verdict on the number and that on the inference. Models and texts may differ: a verdict is about
+    its own, and differences between columns have no interval; `moe-lens compare` gives those, study by study.
+    """
+    import pandas as pd
+
+    columns: dict[str, dict[str, str]] = {}
+    for folder in reports:
+        found = _verdicts(folder)
+        name = f"{found['model']} on {', '.join(found['texts'])}"
+        name = name if name not in columns else f"{name} ({folder})"
+        columns[name] = {
+            row["claim"]: " / ".join(str(row[part]) for part in ("number", "inference") if row[part] is not None)
+            for row in found["verdicts"]
+        }
+    claims = dict.fromkeys(claim for column in columns.values() for claim in column)
+    return pd.DataFrame(
+        {
+            "claim": list(claims),
+            **{name: [column.get(claim, "") for claim in claims] for name, column in columns.items()},
+        }
+    )
+
+
+def _verdicts(folder: Path) -> dict[str, Any]:
+    try:
+        found = read_json(folder / VERDICTS)
+        assert isinstance(found, dict)
+        _ = [(row["claim"], row["number"], row["inference"], row["key"]) for row in found["verdicts"]]
+        _ = found["model"], found["texts"]
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        raise InputError(
+            f"{folder / VERDICTS}: cannot be read as the verdicts of a report; run its command again"
+        ) from None
+    return found
+
+
+def _verdict_findings(folder: Path) -> str:
+    from moe_lens.studies.findings import Findings
+
+    found = _verdicts(folder)
+    answers: dict[str, list[str]] = {}
+    for row in found["verdicts"]:
+        answers.setdefault(str(row["inference"]).partition(":")[0], []).append(row["key"])
+    said = [f"the inference {answer}: claim {', '.join(keys)}" for answer, keys in answers.items()]
+    about = f"verdicts on the paper's claims, of {found['model']} on {', '.join(found['texts'])}"
+    then = f"moe-lens show {folder}, the claims and their numbers; open report.html in a browser"
+    return str(Findings(tuple(said), (), then, about))
+
+
+def _show(console: Any, folder: Path, wanted: list[str] | None, rows: int) -> None:
+    from rich.text import Text
+
+    from moe_lens.studies import Collected, StudyResult
+
+    if (folder / VERDICTS).exists() and not wanted:
+        console.print(Text(findings_in(folder)))
+        _print(console, "verdicts", side_by_side([folder]), 100)
+        console.print(Text("studies: " + ", ".join(str(each) for each in studies_in(folder))))
+        return
+    if read_manifest(folder)["plan"]["study"] == "collect":
+        collected = Collected.load(folder)
+        tables, said = {"documents": collected.documents()}, str(collected.findings())
+    else:
+        result = StudyResult.load(folder)
+        tables, said = dict(result.tables), str(result.findings())
+    for name in wanted or ():
+        if name not in tables:
+            raise InputError(f"{folder}: has no table {name!r}; there are {', '.join(tables)}{near_miss(name, tables)}")
+    console.print(Text(said))
+    for name in wanted or tables:
+        _print(console, name, tables[name], rows)
+
+
+def _print(console: Any, name: str, frame: "pd.DataFrame", rows: int) -> None:
+    """A table as text: no name or token in it is taken for markup."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from moe_lens.viz import readable
+
+    title = f"{name}: {len(frame):,} rows" if len(frame) > rows else name
+    shown = Table(title=Text(title), title_justify="left", title_style="bold")
+    for column in frame.columns:
+        number = frame[column].dtype.kind in "iuf"
+        shown.add_column(Text(str(column)), justify="right" if number else "left", overflow="fold")
+    for row in frame.head(rows).itertuples(index=False):
+        shown.add_row(*(Text(_cell(value) if not isinstance(value, str) else _plain(value, readable)) for value in row))
+    console.print(shown)
+
+
+def _plain(value: str, readable: Any) -> str:
+    """A text in which no control character reaches the terminal."""
+    return value if value.isprintable() else readable(value)
+
+
+def _cell(value: Any) -> str:
+    import pandas as pd
+
+    if pd.api.types.is_scalar(value) and pd.isna(value):
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else WIDE, highlight=False)

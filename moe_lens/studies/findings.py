@@ -1,0 +1,260 @@
+"""What a study found, in at most five lines: each number with its interval and the control that it is held against.
+
+One mechanism for Python and the command line: `StudyResult.findings()` is what a command says when it ends. Findings
+are read off the saved tables, so that a saved study says the same as one that was run just now.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from moe_lens.stats import MIN_SOURCES
+from moe_lens.studies.frames import where
+from moe_lens.summary import Summary
+
+MOST = 5
+"""Lines."""
+
+Tables = Mapping[str, Any]
+"""Data frames by name."""
+Facts = Mapping[str, Any]
+"""Of the model, from the manifest."""
+
+
+@dataclass(frozen=True)
+class Findings(Summary):
+    """The main findings of a study, in sentences; `str` gives all of it, a line each."""
+
+    lines: tuple[str, ...]
+    """What was found, five at most. "(name)" at the end of a line is the table that has all of it."""
+    warnings: tuple[str, ...] = ()
+    """Where no interval could be given."""
+    then: str = ""
+    """What to run next."""
+    about: str = field(default="", repr=False)
+    """Study, model, domains."""
+
+    def __str__(self) -> str:
+        parts = [self.about, *(f"  {line}" for line in self.lines)]
+        parts += [f"  warning: {warning}" for warning in self.warnings]
+        return "\n".join(part for part in [*parts, self.then and f"next: {self.then}"] if part)
+
+
+def findings_of(manifest: Mapping[str, Any], tables: Tables) -> Findings:
+    """The findings of a study from its manifest and tables; of a study without rules here, the names of its tables."""
+    plan = manifest["plan"]
+    study, model = str(plan["study"]), plan.get("model", {})
+    say, then = _RULES.get(study, (_only_tables, ""))
+    warnings = too_few({str(row["name"]): int(row["sources"]) for row in manifest.get("read", ())})
+    about = f"{study} of {model.get('name')} on {', '.join(str(one['name']) for one in plan['domains'])}"
+    return Findings(tuple(say(tables, model))[:MOST], warnings, then, about)
+
+
+def too_few(sources: Mapping[str, int]) -> tuple[str, ...]:
+    """A warning where domains have fewer sources than an interval takes."""
+    few = [f"{name} ({n})" for name, n in sources.items() if n < MIN_SOURCES]
+    said = f"no interval where there are fewer than ten sources: {', '.join(few)}"
+    return (f"{said}; read more tokens, or say of each text which document it is from (source)",) if few else ()
+
+
+def value(row: Any, name: str, ends: tuple[str, str] = ("low", "high"), form: str = ".3g") -> str:
+    """A number of a row with its interval: `1.53 [1.4, 1.67]`."""
+    low, high = (row[end] for end in ends)
+    span = "no interval" if low != low or low is None else f"{low:{form}}, {high:{form}}"
+    return f"{row[name]:{form}} [{span}]"
+
+
+def across(rows: Any, name: str, ends: tuple[str, str] = ("low", "high"), form: str = ".3g") -> str:
+    """The least and the greatest over domains, each with its interval and domain; one of them if there is but one."""
+    rows = rows[rows[name].notna()]
+    if not len(rows):
+        return "not measured"
+    order = rows.sort_values(name, kind="stable")
+    shown = [order.iloc[0], *([order.iloc[-1]] if len(order) > 1 else [])]
+    return " to ".join(f"{value(row, name, ends, form)} ({row['domain']})" for row in shown)
+
+
+def _where(frame: Any, **equal: Any) -> Any:
+    return where(frame, **equal)
+
+
+def _only_tables(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: ARG001
+    yield f"tables: {', '.join(tables)}"
+
+
+def _routing(tables: Tables, model: Facts) -> Iterator[str]:
+    best = tables["most_specialised"]
+    own = _where(best, routing="model")
+    top = own.loc[own["share"].idxmax()]
+    layer, domain = top["layer"], top["domain"]
+    null = f"uniform {model['top_k'] / model['experts']:.1%}"
+    for name, said in (("random_router", "a random router"), ("token_unigram", "the token alone")):
+        rows = _where(best, routing=name, layer=layer, domain=domain)
+        null += f", {said} {rows['share'].iloc[0]:.1%}" if len(rows) else ""
+    again = "" if top["picked_apart"] != top["picked_apart"] else f"; {top['picked_apart']:.1%} if picked on others"
+    yield (
+        f"most specialised: expert {top['expert']} of layer {layer} takes {value(top, 'share', form='.1%')} of "
+        f"{domain}'s tokens{again}; {null} (most_specialised)"
+    )
+    if "domain_layers" in tables:
+        rows = _where(tables["domain_layers"], routing="model")
+        most = rows.loc[rows["mi"].idxmax()]
+        yield (
+            f"domains are routed differently in {(rows['p_holm'] <= 0.05).sum()} of {len(rows)} layers; most in layer "
+            f"{most['layer']}: {value(most, 'mi')} nats about the domain, {most['null']:.3g} with sources shuffled "
+            "(domain_layers)"
+        )
+        rows = _where(tables["given_token_layers"], routing="model")
+        found = rows["finding"].value_counts()
+        said = ", ".join(f"{finding}: {n}" for finding, n in found.items())
+        yield f"once the token is known, of {len(rows)} layers, {said} (given_token_layers)"
+    rows = _where(tables["layers"], routing="model", measure="experts_50")
+    half = -(-int(model["experts"]) // 2)
+    taken = across(rows, "value")
+    yield f"half of a layer's tokens go to {taken} of {model['experts']} experts; uniform {half} (layers)"
+
+
+def _single_expert(tables: Tables, model: Facts) -> Iterator[str]:
+    losses = tables["perplexity"]
+    rest = losses[losses["treatment"] != "whole"]
+    together = rest["layer"].isna()
+    layers = "all layers at once" if together.any() else "one layer at a time"
+    rest = rest[together] if together.any() else rest
+    positive = rest[rest["k"] > 0]
+    if len(positive):
+        k = int(positive["k"].min())
+        for treatment in positive["treatment"].unique():
+            rows = _where(positive, k=k, treatment=treatment)
+            if len(rows):
+                yield (
+                    f"{k} of {model['top_k']} experts, the others {_TREATED[treatment]}, {layers}: perplexity × "
+                    f"{across(rows, 'ratio', ('ratio_low', 'ratio_high'))} (perplexity)"
+                )
+    alike = tables["similarity"]
+    said = (f"{label} {across(_where(alike, measure=name), 'mean')}" for name, label in _ALIKE.items())
+    yield f"cosine with u + all experts, over layers: {'; '.join(said)} (similarity)"
+
+
+_TREATED = {
+    "dropped": "dropped",
+    "renormalised": "dropped and the kept rescaled",
+    "random": "dropped, and which is kept drawn at random",
+    "replaced": "replaced by their means",
+}
+_ALIKE = {"top": "u + rank 0", "none": "u alone", "random": "u + a random active one"}
+
+
+def _experts_per_token(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: ARG001
+    rows = tables["numbers"]
+    ends = "ratio_low", "ratio_high"
+    static = rows[(rows["rule"] == "k") & ~rows["own"]]
+    numbers = sorted(static["value"].unique())
+    for k in dict.fromkeys([*numbers[:1], *numbers[-1:]]):
+        yield f"{k:g} experts for every token: perplexity × {across(_where(static, value=k), 'ratio', ends)} (numbers)"
+    for (rule, at), own in rows[(rows["rule"] != "k") & ~rows["dealt"]].groupby(["rule", "value"], sort=False):
+        dealt = _where(rows, rule=rule, value=at, dealt=True)
+        yield (
+            f"{rule} {at:g}, {own['experts'].mean():.1f} experts a token: perplexity × {across(own, 'ratio', ends)}; "
+            f"the same numbers dealt at random: × {across(dealt, 'ratio', ends)} (numbers)"
+        )
+
+
+def _lens(tables: Tables, model: Facts) -> Iterator[str]:
+    frame = _where(tables["lens"], quantity="kl_final", layer=max(model["moe_layers"]))
+    yield f"KL(final ‖ lens) in nats, last layer with experts ({max(model['moe_layers'])}), and its controls (lens):"
+    for which in ("u + routed", "u + rank 0", "u + random active expert", "u"):
+        yield f"  {which}: {across(_where(frame, sum=which), 'mean')}"
+
+
+def _localisation(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: ARG001
+    table = tables["contrast"]
+    for how in table["how"].unique():
+        rows = _where(table, how=how, control="matched")
+        above, known = int((rows["low"] > 0).sum()), int(rows["low"].notna().sum())
+        yield (
+            f"{_REMOVED.get(how, how)}: picked experts cost their own domain more than others, beyond coalitions of "
+            f"equal routing weight, by {across(rows, 'estimate')} nats a token; above 0 in {above} of {known} "
+            "intervals (contrast)"
+        )
+        least = rows.loc[rows["beaten"].idxmin()] if rows["beaten"].notna().any() else None
+        if least is not None:
+            yield (
+                f"  of matched coalitions they beat at least {least['beaten']:.0%} ({least['domain']}, "
+                f"{least['controls']} matched)"
+            )
+
+
+_REMOVED = {"reroute": "forbidden, so that others come", "zero": "set to zero"}
+
+
+def _facts(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: ARG001
+    rows = _where(tables["contrast"], measure="difference")
+    for _, row in rows.iterrows():
+        yield (
+            f"{row['domain']}: picked experts bring back {row['picked']:.3g} of the {row['all']:.3g} logits that all "
+            f"do; {value(row, 'estimate')} beyond as many at random (contrast)"
+        )
+
+
+def _contrast(tables: Tables, model: Facts) -> Iterator[str]:
+    test = _where(tables["test"], tokens="all").iloc[0]
+    every = len(model["moe_layers"]) * int(model["experts"])
+    yield (
+        f"{test['finding']}: {test['experts_found']} of {every} experts, over {test['units']} units; any is found in "
+        f"{test['shuffled']:.0%} of draws that swap A and B at random (test, experts)"
+    )
+    steering: Any = tables.get("steering", pd.DataFrame())
+    for way in steering["way"].unique() if len(steering) else ():
+        row = _where(steering, way=way, kind="picked").iloc[0]
+        beyond = value(row, "beyond", _BEYOND)
+        yield (
+            f"{_STEERED.get(way, way)}: answer − foil moves by {value(row, 'effect')} nats, {beyond} beyond "
+            "coalitions of equal routing weight (steering)"
+        )
+        if "neutral" in tables and len(neutral := _where(tables["neutral"], way=way, kind="picked")):
+            yield f"  it adds {across(neutral, 'added')} nats a token to neutral texts (neutral)"
+
+
+_BEYOND = "beyond_low", "beyond_high"
+_STEERED = {"forbid": "A's experts forbidden in A's prompts", "push": "A's experts pushed in B's prompts"}
+
+
+def _pruning(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: ARG001
+    table = tables["pruning"]
+    own = table[(table["kind"] == "picked") & (table["plan"] == table["domain"])]
+    others = table[(table["kind"] == "picked") & (table["plan"] != table["domain"])]
+    yield f"without the experts that a domain uses least: perplexity × {across(own, 'ratio')} (pruning)"
+    if len(others):
+        yield f"without those that another domain uses least: × {across(others, 'ratio')}"
+    yield f"without as many at random: × {across(_where(table, kind='random'), 'ratio')}"
+
+
+def _atlas(tables: Tables, model: Facts) -> Iterator[str]:
+    experts, cost = tables["experts"], tables["knockouts"]
+    rare, layers = experts["rare"].sum(), len(model["moe_layers"])
+    yield f"{len(experts)} experts in {layers} layers, {rare} too rare to tell (experts)"
+    own = cost[cost["controls"].notna() & cost["beyond"].notna()]
+    if len(own):
+        row = own.loc[own["beyond"].idxmax()]
+        starred = int(own["starred"].fillna(False).sum())
+        yield (
+            f"costliest to take out: expert {row['expert']} of layer {row['layer']}, {value(row, 'added')} nats a "
+            f"token of {row['domain']}; {value(row, 'beyond', _BEYOND)} beyond experts of equal weight; "
+            f"{starred} of {len(own)} stand beyond theirs when all are counted (knockouts)"
+        )
+
+
+_RULES: dict[str, tuple[Callable[[Tables, Facts], Iterator[str]], str]] = {
+    "routing": (_routing, "moe-lens localise, whether a domain's experts matter to its loss"),
+    "single_expert": (_single_expert, "moe-lens lens, what each expert alone would predict"),
+    "experts_per_token": (_experts_per_token, "moe-lens prune, a smaller model that keeps fewer experts"),
+    "lens": (_lens, "moe-lens single-expert, what one expert alone costs in perplexity"),
+    "localisation": (_localisation, "moe-lens ablate --experts …, any experts by hand; tables coalitions, effects"),
+    "facts": (_facts, "moe-lens ablate --experts …, what the picked experts (table experts) do on texts"),
+    "contrast": (_contrast, "moe-lens ablate --experts …, what these experts (table experts) do on texts"),
+    "pruning": (_pruning, "moe-lens prune, the smaller model itself"),
+    "atlas": (_atlas, "open index.html in a browser"),
+}
+"""By study: how its tables are read, and what to run next."""

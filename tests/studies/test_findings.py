@@ -1,0 +1,119 @@
+"""What a study says when it ends: the numbers of its tables, with interval and control; and near misses of names."""
+
+import json
+import re
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from moe_lens.cli import main
+from moe_lens.cli.show import findings_in
+from moe_lens.errors import near_miss
+from moe_lens.studies import Collected, RoutingStudy, SingleExpertStudy, StudyResult, collect, run
+from moe_lens.studies.findings import MOST, across, findings_of
+from tests.studies.test_study import SMALL
+from tests.studies.tiny import domain, tiny_model
+
+pytestmark = pytest.mark.typed
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder, model = tmp_path_factory.mktemp("findings"), tiny_model()
+    run(RoutingStudy(), model, [domain("a"), domain("b", seed=1)], reading=SMALL, out=folder / "routing")
+    run(SingleExpertStudy(treatments=("dropped", "random")), model, [domain("few", sources=3)], reading=SMALL,
+        out=folder / "single")  # fmt: skip
+    collect(model, [domain("a")], folder / "collect", reading=SMALL)
+    return folder
+
+
+def test_a_finding_is_the_row_of_the_table_with_its_interval_and_null(saved):
+    result = StudyResult.load(saved / "routing")
+    found = result.findings()
+    assert len(found.lines) <= MOST and not found.warnings and found.then
+    best = result.tables["most_specialised"]
+    top = best.loc[best["share"].idxmax()]
+    uniform = result.manifest["plan"]["model"]["top_k"] / result.manifest["plan"]["model"]["experts"]
+    said = found.lines[0]
+    assert f"expert {top['expert']} of layer {top['layer']}" in said and f"of {top['domain']}'s" in said
+    assert f"{top['share']:.1%} [{top['low']:.1%}, {top['high']:.1%}]" in said and f"uniform {uniform:.1%}" in said
+    assert "(most_specialised)" in said
+
+    # Negative control: another table says another thing.
+    other = best.assign(share=1 - best["share"])
+    changed = findings_of(result.manifest, {**result.tables, "most_specialised": other})
+    assert changed.lines[0] != said and changed.lines[1:] == found.lines[1:]
+
+
+def test_no_interval_is_said_and_so_is_why(saved):
+    found = StudyResult.load(saved / "single").findings()
+    assert "few (3)" in found.warnings[0] and "fewer than ten sources" in found.warnings[0]
+    assert all("[no interval]" in line for line in found.lines) and "drawn at random" in found.lines[1]
+    assert "warning: no interval" in str(found)
+
+
+def test_across_domains_the_least_and_the_greatest_stand_with_their_own_intervals():
+    rows: Any = pd.DataFrame({"domain": ["a", "b", "c"], "x": [2.0, 1.0, 3.0], "low": [1.5, 0.5, float("nan")],
+                         "high": [2.5, 1.5, float("nan")]})  # fmt: skip
+    assert across(rows, "x") == "1 [0.5, 1.5] (b) to 3 [no interval] (c)"
+    assert across(rows[:1], "x") == "2 [1.5, 2.5] (a)"
+    assert across(rows.assign(x=float("nan")), "x") == "not measured"
+
+
+def test_show_prints_findings_and_tables_as_text(saved, capsys):
+    assert main(["show", str(saved / "routing"), "--table", "layers", "--rows", "2"]) == 0
+    said = capsys.readouterr().out
+    assert str(StudyResult.load(saved / "routing").findings()).splitlines()[0] in said
+    assert "layers: " in said and "gini" in said and "persistence" not in said.split("layers: ")[1]
+    assert main(["show", str(saved / "collect")]) == 0
+    assert str(Collected.load(saved / "collect").n_tokens) in re.sub(",", "", capsys.readouterr().out)
+    assert main(["show", str(saved / "routing"), "--table", "layer"]) == 2
+    assert "did you mean 'layers'?" in capsys.readouterr().err
+    assert main(["show", str(saved / "nothing")]) == 2
+    assert "holds no result of a study" in capsys.readouterr().err
+
+
+def test_markup_and_control_characters_of_names_stay_text(saved, capsys):
+    from moe_lens.cli import show
+
+    frame = pd.DataFrame({"[bold]x[/bold]": ["[red]a[/red]", "\x1b[31mb"]})
+    show._print(show._console(), "[blink]t", frame, 5)
+    said = capsys.readouterr().out
+    assert "[bold]x[/bold]" in said and "[red]a[/red]" in said and "[blink]t" in said and "\x1b[31m" not in said
+
+
+def test_near_misses_are_named_and_others_are_not(tmp_path, capsys, saved):
+    assert near_miss("Germn", ["english", "german"]) == "; did you mean 'german'?"
+    assert near_miss("swahili", ["english", "german"]) == ""
+    for arguments, meant in (
+        (["routing", "--domain", "englsh"], "'english'"),
+        (["routing", "--model", "tiny-deepseek-moe"], "'tiny-deepseekmoe'"),
+        (["prune", "--specialist", "frnch"], "'french'"),
+        (["compare", str(saved / "routing"), "--domain", "a", "--domain", "bb"], ""),
+    ):
+        assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+        assert f"did you mean {meant}" in line if meant else "did you mean" not in line
+
+
+def test_five_lines_at_most():
+    frame = pd.DataFrame({"domain": [f"d{i}" for i in range(9)], "measure": "difference"})
+    frame = frame.assign(picked=1.0, all=2.0, estimate=0.5, low=0.1, high=0.9)
+    manifest = {"plan": {"study": "facts", "domains": [], "model": {"name": "m"}}, "read": []}
+    assert len(findings_of(manifest, {"contrast": frame}).lines) == MOST
+
+
+def test_verdicts_of_several_reports_stand_side_by_side(tmp_path, capsys):
+    for name, inference in (("one", "holds"), ("two", "contradicted")):
+        row = {"key": "1a", "claim": "1a few", "number": "holds", "inference": inference, "sentence": ""}
+        (tmp_path / name).mkdir()
+        verdicts = {"model": name, "texts": ["a"], "verdicts": [row]}
+        (tmp_path / name / "verdicts.json").write_text(json.dumps(verdicts))
+    assert main(["show", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    said = capsys.readouterr().out
+    assert "one on a" in said and "two on a" in said and "holds / holds" in said and "holds / contradicted" in said
+    assert "the inference contradicted: claim 1a" in findings_in(tmp_path / "two")
+    (tmp_path / "two" / "verdicts.json").write_text("{}")
+    assert main(["show", str(tmp_path / "one"), str(tmp_path / "two")]) == 2
+    assert "cannot be read as the verdicts of a report" in capsys.readouterr().err
