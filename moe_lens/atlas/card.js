@@ -15,6 +15,7 @@ atlas.views.layer = async ({ layer, expert }) => {
     summary(of, row, e),
     facts(of),
     profile(of),
+    explained(of),
     h("div", { class: "columns" }, reads(of), writesSection(of, early)),
     about.contexts && contexts(of, file.sources),
     h("div", { class: "columns" }, together(of, l), nearest(of, l)),
@@ -78,6 +79,21 @@ const profile = (of) => {
     "Bar: share of the domain's tokens; line: 95 % interval over sources; diamond: the share if every token chose as it does in all domains together; "
     + `dashed: all experts alike, ${percent(uniform)}. p: the domain's share against the others', labels permuted over sources, corrected for all experts, layers and domains (maxT).`,
     table(["Domain", "", "Share", "By the token alone", "p (maxT)", "Foremost in resamples", "n"], rows, { class: "profile" }));
+};
+
+const explained = (of) => {
+  const title = "What explains its choice";
+  if (!of.explained.length) return section(title, null, h("p", { class: "warn" }, atlas.about.contexts ? "Cannot be told: it takes three sources of every domain." : "Not told: it takes pieces of the texts, which this atlas leaves out."));
+  const shown = { token: "the token", previous: "the token before it", position: "its position", domain: "its domain", all: "all of these" };
+  const [sentence, precision, low, high, recall, share, held] = of.said || [""];
+  const rows = of.explained.map(([feature, , , auc, part, partLow, partHigh, gain, gainLow, gainHigh, dealt]) => [
+    h("b", {}, shown[feature] || feature), percent(part), span(partLow, partHigh, percent), number(auc, 2),
+    ...(feature === "token" ? ["", "", ""] : [percent(gain), span(gainLow, gainHigh, percent), percent(dealt)])]);
+  return section(title,
+    "On sources that were held out: the share of the squared error of its mean share that a prediction from the feature saves; AUC of the prediction; and what the feature adds to the token, beside the same with the feature dealt to other tokens.",
+    of.rare ? cannot(of) : [
+      h("p", { class: "said" }, sentence ? [h("b", {}, sentence), `: ${percent(precision)} of such tokens choose it (${span(low, high, percent)}), ${percent(share)} of all do; they are ${percent(recall)} of the tokens that choose it. Picked on half of the sources, told of the other half (n ${whole(held)}).`] : "No token, position or domain goes with it twice as often as with other experts."),
+      table(["From", "Explained", "95 % interval", "AUC", "Beyond the token", "95 % interval", "Dealt to others"], rows)]);
 };
 
 const reads = (of) => section("What it reads",

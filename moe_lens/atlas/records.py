@@ -51,6 +51,7 @@ def experts(result: StudyResult) -> dict[int, dict[str, Any]]:
     nearest = {by: by_expert(table, ["other", "value", "null"]) for by, table in tables["nearest"].groupby("by")}
     knocked = _knockouts(result)
     contexts, sources = _contexts(result)
+    explained, said = _explained(result)
     layers: dict[int, dict[str, Any]] = {}
     for key, (values,) in overall.items():
         record: dict[str, Any] = dict(zip([*OVERALL, "super", "rare"], values, strict=True))
@@ -63,6 +64,7 @@ def experts(result: StudyResult) -> dict[int, dict[str, Any]]:
         record["partners"] = {kind: found[key] for kind, found in partners.items()}
         record["nearest"] = {by: found[key] for by, found in nearest.items()}
         record["knockouts"], record["contexts"] = knocked[key], contexts[key]
+        record["explained"], record["said"] = explained[key], (said[key] or [None])[0]
         layer = layers.setdefault(key[0], {"experts": [], "sources": sources})
         layer["experts"].append(record)
     for layer in layers.values():
@@ -87,6 +89,19 @@ def _knockouts(result: StudyResult) -> dict[Expert, list[dict[str, Any]]]:
         record["read"] = [[order[name], *values] for name, *values in read]
         found[int(layer), int(expert)].append(record)
     return found
+
+
+EXPLAINED = ("feature", "recall", "precision", "auc", "explained", "explained_low", "explained_high")
+EXPLAINED += ("gain", "gain_low", "gain_high", "gain_shuffled")
+"""Of a feature that choices are predicted from, in the order that the card reads them."""
+SAID = ("sentence", "precision", "low", "high", "recall", "share", "held")
+
+
+def _explained(result: StudyResult) -> tuple[dict[Expert, list[list[Any]]], dict[Expert, list[list[Any]]]]:
+    """What choices can be predicted from, and the sentences; nothing where none was predicted."""
+    if "chosen_for" not in result.tables:
+        return defaultdict(list), defaultdict(list)
+    return by_expert(result.tables["explained"], EXPLAINED), by_expert(result.tables["chosen_for"], SAID)
 
 
 def _contexts(result: StudyResult) -> tuple[dict[Expert, dict[str, list[Any]]], list[str]]:

@@ -20,6 +20,8 @@ MEASURES = ("chosen", "predicted", "hits", "error", "base_error", "above", "belo
 """Sums over a source's tokens, of each expert: times chosen, predicted, both; squared errors of the prediction and of
 the expert's share; and placements (see `held_out.placements`) of tokens that chose it and of those that did not."""
 RESAMPLES = 1000
+LEAST_SOURCES = 3
+"""Of a domain: to be fitted, to choose penalties, and to be predicted."""
 CHUNK = 2**22
 """Numbers of a chunk of layers."""
 
@@ -186,7 +188,7 @@ def explain_choices(
     first = next(iter(samples.values()))
     if len({(of.layers, of.n_experts, of.chosen.shape[-1]) for of in samples.values()}) > 1:
         raise InputError("the samples differ in layers, experts or top_k; expected those of one model")
-    few = {name: len(set(of.source)) for name, of in samples.items() if len(set(of.source)) < 3}
+    few = {name: len(set(of.source)) for name, of in samples.items() if len(set(of.source)) < LEAST_SOURCES}
     if few:
         raise InputError(f"domains with too few sources (three are needed to keep them apart): {few}")
     features = token_features(samples)

@@ -22,14 +22,20 @@ from moe_lens.stats import (
     PairStats,
     Result,
     RoutingStats,
+    TokenSample,
+    TokenSampleResult,
     VocabularyStats,
+    chosen_for,
+    explain_choices,
     halves,
     observe,
 )
+from moe_lens.stats.explained_choices import LEAST_SOURCES
 from moe_lens.studies import atlas_choice, atlas_knockouts, atlas_reading
 from moe_lens.studies.atlas_contexts import TEXTS as SAMPLE
 from moe_lens.studies.atlas_contexts import context_stats, contexts_table, count_contexts
-from moe_lens.studies.forward_passes import drawn_by_place, each_layer, forward
+from moe_lens.studies.explain import text_of
+from moe_lens.studies.forward_passes import drawn_by_place, each_layer, forward, token_places
 from moe_lens.studies.localisation_effects import CoalitionStats
 from moe_lens.studies.localisation_scores import ScoreStats, scores_of
 from moe_lens.studies.study import TEXTS, Earlier, Gathered, Study
@@ -37,6 +43,9 @@ from moe_lens.studies.texts_read import Texts
 
 COMPARED_TOKENS = 256
 """Tokens of a domain on which every expert is computed, to compare their outputs."""
+EXPLAINED_TOKENS = 2**11
+"""Tokens of a domain whose choices are explained, drawn at random."""
+TOKENS = "token_sample"
 _CHUNK = 64
 
 
@@ -74,7 +83,10 @@ class Atlas(Study):
                 "pairs": PairStats(layers, n_experts, top_k),
                 "tokens": VocabularyStats(layers, n_experts, top_k, model.cfg.d_vocab),
             }
-            return counts | (context_stats(len(layers) * n_experts) if self.contexts else {})
+            if not self.contexts:
+                return counts
+            drawn = TokenSample(layers, n_experts, top_k, n=EXPLAINED_TOKENS)
+            return counts | {TOKENS: drawn} | context_stats(len(layers) * n_experts)
         if name == "outputs":
             means = {f"means{half}": ActivationMeans(layers, n_experts, top_k, model.cfg.d_model) for half in (0, 1)}
             kinds = {"importance": ImportanceStats, "neurons": NeuronStats, "alike": OutputSimilarityStats}
@@ -103,6 +115,7 @@ class Atlas(Study):
                 into[kind].update(routed)
             if self.contexts:
                 count_contexts(into, routed, batch, self.seed)
+                into[TOKENS].update(routed, **token_places(batch))
         elif name == "outputs":
             self._outputs(model, batch, into, *prepared)
         else:
@@ -145,13 +158,21 @@ class Atlas(Study):
 
         `experts` (of all domains together), `domains` (by domain, with intervals, nulls and tests), `tokens` (those
         that choose an expert, by how much they add to its divergence from the base rate), `sent` (where each token is
-        sent), `partners`, `knockouts`, and, if they are kept, `contexts`.
+        sent), `partners`, `knockouts`, and, if pieces of texts are kept, `contexts` and `explained` (what choices can
+        be predicted from; missing where a domain has fewer than three sources).
         """
         tables = atlas_choice.tables(results, seed=self.seed)
         tables["knockouts"] = atlas_knockouts.table(results, tuple(model["moe_layers"]), self.seed)
         if self.contexts:
             tables["contexts"] = contexts_table(results, tuple(model["moe_layers"]), int(model["experts"]))
+            if (samples := self._explained(results)) is not None:
+                tables["explained"] = explain_choices(samples, seed=self.seed).to_frame()
         return tables
+
+    def _explained(self, results: Mapping[str, Mapping[str, Result]]) -> dict[str, TokenSampleResult] | None:
+        """The tokens whose choices are explained; None where sources are too few to hold any out."""
+        samples = atlas_choice.of_kind(results, TOKENS, TokenSampleResult)
+        return samples if all(len(set(of.source)) >= LEAST_SOURCES for of in samples.values()) else None
 
     def read_off(
         self, model: Any, results: Mapping[str, Mapping[str, Result]], tables: Mapping[str, pd.DataFrame]
@@ -160,9 +181,11 @@ class Atlas(Study):
 
         `writing` (tokens that an expert's mean output, its neurons and its router row point at), `neurons`, `nearest`
         (experts of like weights and outputs), `text_tokens` and `text_slots` (texts token by token), `words` (the
-        texts of all tokens in any table).
+        texts of all tokens in any table), and beside `explained` `chosen_for`.
         """
         found = atlas_reading.tables(model, results)
+        if self.contexts and (drawn := self._explained(results)) is not None:
+            found["chosen_for"] = chosen_for(drawn, text_of(model), seed=self.seed)
         samples = {name: of[SAMPLE] for name, of in results.items()} if self.contexts else {}
         found |= atlas_reading.shown_texts(model, samples, self.texts)
         return {**found, "words": atlas_reading.words(model, {**tables, **found})}

@@ -138,6 +138,10 @@ def test_a_link_opens_the_card_of_an_expert_with_the_studys_numbers(page, folder
         f"Layer {LAYER}, expert {PLANTED['sea']}" in shown and "sea chooses it most beyond the others: 100.0 %" in shown
     )
     assert f"{row['assigned']} of {row['tokens']}; {row['sources']} sources" in shown
+    explained: Any = tables["explained"].query(f"layer == {LAYER} and expert == {PLANTED['sea']}").set_index("feature")
+    said: Any = tables["chosen_for"].query(f"layer == {LAYER} and expert == {PLANTED['sea']}")
+    assert said["sentence"].iloc[0] in shown and f"{100 * said['precision'].iloc[0]:.1f} % of such tokens" in shown
+    assert re.search(rf"the token\s*{100 * explained['explained']['token']:.1f} %", shown)
     knocked: Any = tables["knockouts"].query(f"layer == {LAYER} and expert == {PLANTED['sea']} and read == 'sea'")
     assert re.search(rf"sea \*\s*{round(1000 * knocked.iloc[0]['added'], -1):,.0f}\s", shown)
     assert (
@@ -257,7 +261,7 @@ def test_the_command_writes_a_folder_and_keeps_texts_out_if_asked(tmp_path, caps
         about["contexts"] is False and [of["domain"] for of in about["texts"]] == [""] and about["attribution"] is None
     )
     assert all(not expert["contexts"] for expert in given(tmp_path / "atlas", "layer-1")["experts"])
-    assert not {"contexts"} & set(StudyResult.load(tmp_path / "atlas" / "study").tables)
+    assert not {"contexts", "explained", "chosen_for"} & set(StudyResult.load(tmp_path / "atlas" / "study").tables)
     card = expert_card(tmp_path / "atlas" / "study", 1, 0)
     assert "Layer 1, expert 0" in card.page and repr(card).startswith("ExpertCard(layer 1, expert 0: ")
     assert main(["atlas", *how, "--out", f"{tmp_path}/atlas"]) == 2

@@ -76,6 +76,15 @@ def test_shares_tokens_and_their_lifts_are_those_counted_by_hand(found, by_hand)
         assert row["lift"] > 1 and row["occurred"] >= 5
 
 
+def test_the_token_explains_the_planted_experts_and_nothing_is_left_to_the_domain(found):
+    for name, expert in PLANTED.items():
+        explained = here(found, "explained", expert=expert).set_index("feature")
+        assert explained["auc_low"]["token"] > 0.99 and explained["gain"]["domain"] < 0.05
+        said = here(found, "chosen_for", expert=expert).iloc[0]
+        assert said["precision"] > 0.95 and said["recall"] > 0.9
+        assert not any(f"{other} texts" in said["sentence"] for other in PLANTED if other != name)
+
+
 def test_contexts_are_the_strongest_random_ones_and_those_that_nearly_chose(found, by_hand):
     places = by_hand.set_index(["domain", "source", "position"])
     table = here(found, "contexts")
