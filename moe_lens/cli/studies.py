@@ -302,6 +302,41 @@ def localise(
     return Localisation(by=by.value, experts=experts, matched=matched, **chosen)
 
 
+@command("ablate", "moe-lens-ablation", tokens=1024, window=128)
+def ablate(
+    experts: Annotated[
+        list[str],
+        typer.Option(
+            metavar="LAYER:EXPERT,…", help="Experts to take out, all at once: 3:17,4; may be repeated for other layers."
+        ),
+    ],
+    how: Annotated[
+        list[Removal] | None,
+        typer.Option(
+            help="Take experts out by forbidding them, so that others are chosen, or by setting what they add to zero; "
+            "may be repeated. Without it: reroute, then zero."
+        ),
+    ] = None,
+    matched: Annotated[int, typer.Option(min=1, help="Coalitions to match on routing weight.")] = 20,
+) -> "Study":
+    """What each domain loses without some experts, beside coalitions of the same layers and the same routing weight.
+
+    Controls: matched (drawn from the same layers until they carry as much of the domain's routing weight, within 10 %),
+    random (as many of each layer), busiest (as many, those that all domains use most).
+
+    Tables: ablation (a row for each domain, way of taking out and kind of coalition: nats a token with their interval
+    over sources, and what the experts cost beyond the control), coalitions (who is in them).
+
+    Every text is read some matched + 7 times for each way of taking out.
+
+    Example: moe-lens ablate --experts 3:17,4 --experts 5:8 --domain code=code.jsonl --out runs/ablation
+    """
+    from moe_lens.studies import AblationStudy
+
+    chosen: dict[str, Any] = {"how": tuple(each.value for each in how)} if how else {}
+    return AblationStudy(options.experts_by_layer(experts), matched=matched, **chosen)
+
+
 @command("contrast", "moe-lens-contrast", tokens=2048, window=128)
 def contrast(
     pairs: Annotated[

@@ -1,6 +1,7 @@
 """The paper's experiments: a model and domains in, a frozen result out; nothing is drawn or printed here."""
 
 from moe_lens import checked as _checked
+from moe_lens.studies.ablation_study import AblationStudy as AblationStudy
 from moe_lens.studies.atlas import Atlas as Atlas
 from moe_lens.studies.collect_activations import collect as collect
 from moe_lens.studies.collected import Collected as Collected

@@ -189,6 +189,22 @@ def _localisation(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: ARG00
 _REMOVED = {"reroute": "forbidden, so that others come", "zero": "set to zero"}
 
 
+def _ablation(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: ARG001
+    table = tables["ablation"]
+    for how in table["how"].unique():
+        own = _where(table, how=how, coalition="picked")
+        yield f"{_REMOVED.get(how, how)}: the experts cost {across(own, 'added')} nats a token (ablation)"
+        control = _where(table, how=how, coalition="matched")
+        kind = "coalitions of the same layers and routing weight"
+        if not control["coalitions"].all():
+            control, kind = _where(table, how=how, coalition="random"), "as many of the same layers at random"
+        above, known = int((control["beyond_low"] > 0).sum()), int(control["beyond_low"].notna().sum())
+        yield (
+            f"  beyond {kind}: {across(control, 'beyond', _BEYOND)}; above 0 in {above} of {known} intervals; at least "
+            f"{control['beaten'].min():.0%} of them cost less"
+        )
+
+
 def _facts(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: ARG001
     rows = _where(tables["contrast"], measure="difference")
     for _, row in rows.iterrows():
@@ -252,6 +268,7 @@ _RULES: dict[str, tuple[Callable[[Tables, Facts], Iterator[str]], str]] = {
     "experts_per_token": (_experts_per_token, "moe-lens prune, a smaller model that keeps fewer experts"),
     "lens": (_lens, "moe-lens single-expert, what one expert alone costs in perplexity"),
     "localisation": (_localisation, "moe-lens ablate --experts …, any experts by hand; tables coalitions, effects"),
+    "ablation": (_ablation, "moe-lens atlas, what these experts read and write"),
     "facts": (_facts, "moe-lens ablate --experts …, what the picked experts (table experts) do on texts"),
     "contrast": (_contrast, "moe-lens ablate --experts …, what these experts (table experts) do on texts"),
     "pruning": (_pruning, "moe-lens prune, the smaller model itself"),
