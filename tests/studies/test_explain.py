@@ -1,6 +1,5 @@
 """What explains a choice: the planted model is recovered, tables of one's own meet their tokens, and the page runs."""
 
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -11,7 +10,6 @@ from moe_lens.errors import InputError
 from moe_lens.studies import Explain, StudyResult, collect, read_features, run
 from tests.planted import ATLAS_READING, LAYER, PLANTED, WORDS, planted_domains, planted_model
 from tests.studies.tiny import save_checkpoint, write_jsonl
-from tests.test_docs import DOCS, code_of
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +88,3 @@ def test_the_command_and_its_refusals(tmp_path, capsys):
     assert main([*command, "--domain", f"b={tmp_path}/b.jsonl", "--out", f"{tmp_path}/two"]) == 2
     assert "three are needed" in capsys.readouterr().err
     assert main([*command, "--features", f"{tmp_path}/a.jsonl", "--out", f"{tmp_path}/two"]) == 2
-
-
-def test_the_guide_runs_as_written(capsys):
-    values: dict[str, Any] = {}
-    exec(compile(code_of(Path(DOCS) / "explain.md"), "explain.md", "exec"), values)
-    layers = values["layers"].set_index("feature")
-    assert (layers["explained"]["token"] > 0.03).all() and (layers["gain_shuffled"].dropna() < 0.01).all()
-    assert "german texts" in " ".join(values["said"]["sentence"]) and capsys.readouterr().out

@@ -1,0 +1,35 @@
+"""The pages of single studies run as they are written, and what they say of the embedded model holds."""
+
+from typing import Any
+
+import pytest
+
+from tests.test_docs import DOCS, code_of
+
+
+def run(page: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    exec(compile(code_of(DOCS / page), page, "exec"), values)
+    assert capsys.readouterr().out
+    return values
+
+
+@pytest.mark.slow
+def test_contrasts(capsys: pytest.CaptureFixture[str]):
+    steering = run("contrast.md", capsys)["found"].tables["steering"].set_index(["way", "kind"])
+    for way in ("forbid", "push"):
+        assert steering["low"][way, "picked"] > 0 > steering["effect"][way, "opposite"]
+
+
+def test_experts_per_token(capsys: pytest.CaptureFixture[str]):
+    numbers = run("experts-per-token.md", capsys)["found"].tables["numbers"]
+    own, rule = numbers.set_index(["rule", "dealt"]).xs("k")["ratio"], numbers.query("rule == 'entropy'")
+    assert own.iloc[0] == 1 < own.iloc[1], "half as many experts cost something"
+    assert rule["gain"].iloc[0] > rule["gain"].iloc[1], "the same numbers are worse where they are dealt to others"
+
+
+def test_what_explains_a_choice(capsys: pytest.CaptureFixture[str]):
+    values = run("explain.md", capsys)
+    layers = values["layers"].set_index("feature")
+    assert (layers["explained"]["token"] > 0.03).all() and (layers["gain_shuffled"].dropna() < 0.01).all()
+    assert "german texts" in " ".join(values["said"]["sentence"])
