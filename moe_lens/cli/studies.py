@@ -83,7 +83,8 @@ def routing(
     Tables: specialisation (share of tokens that have the expert among their active ones), most_specialised, layers
     (Gini, entropies, margin, experts for 50 and 80 %), pairs (co-activation, transitions), persistence, vocabulary; of
     two domains or more: domain_experts, domain_layers, domain_pairs, the tests that permute domains over sources, and
-    given_token_layers, given_token_pairs, what the domain changes once the token is known.
+    given_token_layers, given_token_pairs, what the domain changes once the token is known; committee and
+    committee_layers, the experts that carry most of every domain (with --nulls beside a random router's).
 
     Example: moe-lens routing --domain prose=prose.jsonl --domain code=code.jsonl --tokens 100000 --out runs/routing
 

@@ -23,6 +23,7 @@ from moe_lens.stats import (
     conditional_information,
     observe,
     random_router,
+    standing_committee,
     token_unigram_routing,
     uniform_routing,
 )
@@ -117,7 +118,8 @@ class RoutingStudy(Study):
 
         `specialisation`, `most_specialised`, `layers`, `pairs` (of the model alone), `persistence`, `vocabulary`; and
         of two domains or more `domain_experts`, `domain_layers`, `domain_pairs`, the tests between them, and
-        `given_token_layers`, `given_token_pairs`, what is left of them once the token is known.
+        `given_token_layers`, `given_token_pairs`, what is left of them once the token is known; and of the model alone
+        `committee`, `committee_layers`, the experts that carry most weight across domains, beside a random router's.
         """
         first = next(iter(results.values()))
         routings = [routing for routing in (MODEL, *NULLS) if f"{routing} routing" in first]
@@ -151,7 +153,21 @@ class RoutingStudy(Study):
             for name, table in tables.items():
                 table.insert(min(1, len(table.columns)), "routing", routing)
                 found.setdefault(name, []).append(table)
-        return {name: pd.concat(parts, ignore_index=True) for name, parts in found.items()}
+        tables = {name: pd.concat(parts, ignore_index=True) for name, parts in found.items()}
+        return tables | self._committee(results)
+
+    def _committee(self, results: Mapping[str, Mapping[str, Result]]) -> dict[str, pd.DataFrame]:
+        """`committee` and `committee_layers`; none of one domain, or of domains that cannot be halved."""
+        first = next(iter(results.values()))
+        counts = {name: _as(RoutingResult, of[f"{MODEL} routing"]) for name, of in results.items()}
+        if len(results) < 2 or any(len(of.sources) < 2 for of in counts.values()):
+            return {}
+        how = {"parallel": None if self.parallel is None else parallel_key(self.parallel), "seed": self.seed}
+        found, control = standing_committee(counts, **how), None
+        if f"{RANDOM} routing" in first:
+            random = {name: _as(RoutingResult, of[f"{RANDOM} routing"]) for name, of in results.items()}
+            control = standing_committee(random, **how)
+        return {"committee": found.to_frame(control), "committee_layers": found.per_layer(control)}
 
 
 def _vocabulary(accumulator: Any) -> VocabularyStats:

@@ -33,3 +33,8 @@ def test_what_explains_a_choice(capsys: pytest.CaptureFixture[str]):
     layers = values["layers"].set_index("feature")
     assert (layers["explained"]["token"] > 0.03).all() and (layers["gain_shuffled"].dropna() < 0.01).all()
     assert "german texts" in " ".join(values["said"]["sentence"])
+
+
+def test_standing_committee(capsys: pytest.CaptureFixture[str]):
+    layers = run("committee.md", capsys)["found"].tables["committee_layers"]
+    assert (layers["half"] > layers["control_half"]).mean() > 0.5 and (layers["least"] < 0.5).all()
