@@ -163,7 +163,7 @@ def experts_per_token(
 
     Tables: numbers (a row for each number and rule: mean number of experts, loss, perplexity, ratio to the model's own
     number, and what a rule saves against a number that is the same for all tokens at the same mean; beside each rule,
-    the same numbers dealt to other tokens at random), layers (mean number of experts of each layer).
+    the same numbers shuffled over tokens), layers (mean number of experts of each layer).
 
     Every text is read once for each number, and twice for each rule.
 
@@ -191,7 +191,7 @@ def explain(
     """What can a token's choice of experts be predicted from: the token, the one before it, position, domain?
 
     Predictions are made for sources that were held out, by ridge regression; each feature alone, and what it adds to
-    the token; beside them, the same with the feature dealt to other tokens, which should add nothing.
+    the token; beside them, the same with the feature shuffled over tokens, which should add nothing.
 
     Tables: experts (recall, precision, AUC, share of squared error that is explained, gain over the token), layers (the
     same of all experts of a layer), chosen_for (a sentence for each expert, picked on half of the sources, and how well

@@ -84,7 +84,7 @@ class ChoiceExplanation(Result):
         Columns: share (of tokens that choose the expert); from the feature alone (or all): recall (share of those that
         are predicted; a token is predicted the top_k experts of the greatest scores), precision, auc, explained (share
         of the squared error of `share` that the prediction saves: 1 perfect, 0 none); gain (the same, of the token with
-        the feature less the token alone) and gain_shuffled (with the feature dealt to other tokens). auc, explained and
+        the feature less the token alone) and gain_shuffled (with the feature shuffled over tokens). auc, explained and
         gain have the ends of their 95 % interval over sources, missing below ten.
         """
         return self._frame(experts=True)
@@ -173,7 +173,7 @@ def explain_choices(
 
     Each expert's choice is predicted by ridge regression (see `held_out`) from the token, the one before it (by itself
     and with the token), its position and its domain; each alone, each with the token, and all; and with the others
-    dealt to other tokens, where nothing may be gained.
+    shuffled over tokens, where nothing may be gained.
 
     Args:
         samples: Of each domain, taken with the same model.

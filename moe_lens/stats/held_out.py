@@ -60,7 +60,7 @@ class Feature(ABC):
         """A row's values."""
 
     def shuffled(self, source: Int[Tensor, " row"], seed: Seed) -> "Feature":
-        """Values dealt to other rows: to whole sources where every row of a source has the same, else to single rows.
+        """Values shuffled over sources where every row of a source has the same value, else over rows.
 
         A source takes the value of another source, so that what a source shares stays shared.
         """

@@ -1,7 +1,7 @@
 """The study `experts_per_token`: what any number of experts costs, the same for all tokens or as the router says.
 
-Numbers that differ between tokens are held against two things of the same compute: the same numbers dealt to other
-tokens at random, and a number that is the same for all. Budgets of experts are from Alloc-MoE (arXiv 2604.08133).
+Numbers that differ between tokens are held against two things of the same compute: the same numbers shuffled over
+the tokens, and a number that is the same for all. Budgets of experts are from Alloc-MoE (arXiv 2604.08133).
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class ExpertsPerToken(Study):
     threshold: tuple[float, ...] = ()
     entropy: tuple[float, ...] = ()
     seed: Seed = 0
-    """Of the numbers that are dealt to other tokens."""
+    """Of the numbers that are shuffled over tokens."""
 
     name: ClassVar[str] = "experts_per_token"
     passes: ClassVar[tuple[str, ...]] = ("experts",)
@@ -66,7 +66,9 @@ class ExpertsPerToken(Study):
 
     def variants(self, model: Any) -> list[Variant]:
         """Everything that is run, the model's own number first."""
-        adaptive = [(label(rule, value, dealt), None, 0) for rule, value in self.rules() for dealt in (False, True)]
+        adaptive = [
+            (label(rule, value, shuffled), None, 0) for rule, value in self.rules() for shuffled in (False, True)
+        ]
         return [(WHOLE, None, model.top_k), *(("k", None, k) for k in self.numbers(model)), *adaptive]
 
     def begin(self, model: Any, name: str) -> Gathered:  # noqa: ARG002
@@ -79,7 +81,7 @@ class ExpertsPerToken(Study):
         adaptive = [model.use_experts(**{rule: value}).fwd_hooks for rule, value in self.rules()]
         runs: list[Hooks] = [[], *(model.use_experts(k).fwd_hooks for k in self.numbers(model))]
         for hooks in adaptive:
-            runs += [hooks, [*hooks, *deal(model, batch, self.seed)]]
+            runs += [hooks, [*hooks, *shuffle_numbers(model, batch, self.seed)]]
         found, used = [], []
         for hooks in runs:
             seen: dict[int, Tensor] = {}
@@ -106,26 +108,26 @@ class ExpertsPerToken(Study):
         }
 
 
-def label(rule: str, value: float, dealt: bool) -> str:
+def label(rule: str, value: float, shuffled: bool) -> str:
     """The name of a variant."""
-    return f"{rule} {value:g}{' dealt' if dealt else ''}"
+    return f"{rule} {value:g}{' shuffled' if shuffled else ''}"
 
 
 def parts(variant: Variant) -> tuple[str, float, bool]:
-    """The rule, its value, and whether the numbers were dealt to other tokens."""
+    """The rule, its value, and whether the numbers were shuffled over tokens."""
     rule, _, k = variant
     if rule in (WHOLE, "k"):
         return "k", float(k), False
-    rule, value, *dealt = rule.split()
-    return rule, float(value), bool(dealt)
+    rule, value, *shuffled = rule.split()
+    return rule, float(value), bool(shuffled)
 
 
-def deal(model: Any, batch: TokenBatch, seed: int) -> Hooks:
+def shuffle_numbers(model: Any, batch: TokenBatch, seed: int) -> Hooks:
     """Hooks that give the numbers of experts of a batch's counted tokens to others of them, in each layer anew."""
     read = batch.pack(batch.counted)
     where = " ".join(f"{window.document}:{window.start}" for window in batch.windows)
 
-    def dealt(counts: Tensor, hook: Any, layer: int) -> Tensor:  # noqa: ARG001
+    def shuffled(counts: Tensor, hook: Any, layer: int) -> Tensor:  # noqa: ARG001
         key = hashlib.sha256(f"{seed} {layer} {where}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
         at = read.to(counts.device)
@@ -134,7 +136,7 @@ def deal(model: Any, batch: TokenBatch, seed: int) -> Hooks:
         return counts.clone().masked_scatter(at[..., None], numbers[order])
 
     return [
-        (names.mlp(names.N_ACTIVE, layer), lambda counts, hook, layer=layer: dealt(counts, hook, layer))
+        (names.mlp(names.N_ACTIVE, layer), lambda counts, hook, layer=layer: shuffled(counts, hook, layer))
         for layer in model.moe_layers
     ]
 
@@ -167,10 +169,10 @@ class Used(Result):
         return self.experts.sum(0).double() / self.tokens.sum()
 
     def to_frame(self) -> pd.DataFrame:
-        """A row per rule, value and layer: rule, value, dealt, layer, experts (mean of a token)."""
+        """A row per rule, value and layer: rule, value, shuffled, layer, experts (mean of a token)."""
         index = pd.MultiIndex.from_product([self.variants, self.layers], names=["variant", "layer"])
         frame = pd.DataFrame({"experts": self.mean().flatten().numpy()}, index=index).reset_index()
-        rows = pd.DataFrame([parts(variant) for variant in frame.pop("variant")], columns=["rule", "value", "dealt"])
+        rows = pd.DataFrame([parts(variant) for variant in frame.pop("variant")], columns=["rule", "value", "shuffled"])
         return pd.concat([rows, frame], axis=1)
 
 
@@ -205,15 +207,15 @@ class UsedStats(Accumulator[Used]):
 def table(nats: VariantLosses, used: Used) -> pd.DataFrame:
     """A row for each number or rule.
 
-    Columns: rule (k, mass, threshold, entropy), value, dealt (whether the numbers went to other tokens), own (the
-    model's own number), experts (mean of a token and layer: compute), those of VariantLosses.to_frame (loss,
+    Columns: rule (k, mass, threshold, entropy), value, shuffled (whether the numbers were shuffled over tokens), own
+    (the model's own number), experts (mean of a token and layer: compute), those of VariantLosses.to_frame (loss,
     perplexity, ratio to the model's own number, paired by source, …), and gain: nats a token that it saves against a
     number that is the same for all, at the same mean number of experts, between the two nearest that were run; paired
     by source, with a 95 % interval (gain_low, gain_high); missing where no smaller or no greater number was run.
     """
     frame = nats.to_frame().drop(columns=["treatment", "layer", "k"])
     mean = used.mean().mean(-1)
-    rows = pd.DataFrame([parts(variant) for variant in nats.variants], columns=["rule", "value", "dealt"])
+    rows = pd.DataFrame([parts(variant) for variant in nats.variants], columns=["rule", "value", "shuffled"])
     rows["own"] = [variant[0] == WHOLE for variant in nats.variants]
     rows["experts"] = mean.numpy()
     gain = torch.full((3, len(nats.variants)), torch.nan, dtype=torch.float64)

@@ -153,11 +153,11 @@ def _experts_per_token(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: 
     numbers = sorted(static["value"].unique())
     for k in dict.fromkeys([*numbers[:1], *numbers[-1:]]):
         yield f"{k:g} experts for every token: perplexity × {across(_where(static, value=k), 'ratio', ends)} (numbers)"
-    for (rule, at), own in rows[(rows["rule"] != "k") & ~rows["dealt"]].groupby(["rule", "value"], sort=False):
-        dealt = _where(rows, rule=rule, value=at, dealt=True)
+    for (rule, at), own in rows[(rows["rule"] != "k") & ~rows["shuffled"]].groupby(["rule", "value"], sort=False):
+        shuffled = _where(rows, rule=rule, value=at, shuffled=True)
         yield (
             f"{rule} {at:g}, {own['experts'].mean():.1f} experts a token: perplexity × {across(own, 'ratio', ends)}; "
-            f"the same numbers dealt at random: × {across(dealt, 'ratio', ends)} (numbers)"
+            f"the same numbers shuffled over tokens: × {across(shuffled, 'ratio', ends)} (numbers)"
         )
 
 

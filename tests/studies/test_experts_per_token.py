@@ -11,7 +11,7 @@ from moe_lens import HookedMoE, names
 from moe_lens.data import Reading, batch_windows, shards
 from moe_lens.errors import InputError
 from moe_lens.studies import ExpertsPerToken, StudyResult, run
-from moe_lens.studies.experts_per_token import Used, deal, label, table
+from moe_lens.studies.experts_per_token import Used, label, shuffle_numbers, table
 from moe_lens.studies.variant_losses import WHOLE, VariantLosses
 from tests.studies.tiny import domain, tiny_model
 
@@ -31,7 +31,7 @@ def result(model: HookedMoE) -> StudyResult:
 
 def test_losses_and_numbers_are_those_of_the_model_run_text_by_text(model: HookedMoE, result: StudyResult) -> None:
     (shard,) = shards(domain("d", n=10, sources=10), model, READING)
-    found = result.tables["numbers"].set_index(["rule", "value", "dealt"])
+    found = result.tables["numbers"].set_index(["rule", "value", "shuffled"])
     seen: list[torch.Tensor] = []
     hook = [(names.mlp(names.N_ACTIVE, at), lambda n, hook: seen.append(n[0, :, 0])) for at in model.moe_layers]
     ways = {("k", 1.0): {"k": 1}, ("k", 6.0): {"k": 6}, ("k", 3.0): {"k": 3}, ("mass", 0.5): {"mass": 0.5}}
@@ -52,32 +52,32 @@ def test_losses_and_numbers_are_those_of_the_model_run_text_by_text(model: Hooke
     whole = numbers[["rule", "value", "own", "ratio"]].to_dict("records")
     assert [row for row in whole if row["own"]] == [{"rule": "k", "value": 3.0, "own": True, "ratio": 1.0}]
     layers: Any = result.tables["layers"]
-    rows = layers[["rule", "dealt", "experts"]].to_dict("records")
-    own = [row["experts"] for row in rows if row["rule"] == "mass" and not row["dealt"]]
+    rows = layers[["rule", "shuffled", "experts"]].to_dict("records")
+    own = [row["experts"] for row in rows if row["rule"] == "mass" and not row["shuffled"]]
     assert sum(own) / len(own) == pytest.approx(found.loc[("mass", 0.5, False), "experts"])
     assert len(set(own)) > 1
 
 
-def test_dealt_numbers_are_the_same_numbers_at_other_tokens(model: HookedMoE, result: StudyResult) -> None:
-    found = result.tables["numbers"].set_index(["rule", "value", "dealt"])
+def test_shuffled_numbers_are_the_same_numbers_at_other_tokens(model: HookedMoE, result: StudyResult) -> None:
+    found = result.tables["numbers"].set_index(["rule", "value", "shuffled"])
     for rule, value in STUDY.rules():
-        own, dealt = (found["loss"].to_dict()[rule, value, way] for way in (False, True))
-        assert own != dealt
-    # In one layer what is dealt cannot change the numbers of the layers behind.
+        own, shuffled = (found["loss"].to_dict()[rule, value, way] for way in (False, True))
+        assert own != shuffled
+    # In one layer shuffling cannot change the numbers of the layers behind.
     (shard,) = shards(domain("d", n=10, sources=10), model, READING)
     batch = next(iter(batch_windows(shard.windows, model, batch_tokens=150)))
     seen: list[torch.Tensor] = []
     layer = model.moe_layers[-1]
     watch = [(names.mlp(names.N_ACTIVE, layer), lambda n, hook: seen.append(n[..., 0].clone()))]
-    hooks = [one for one in deal(model, batch, 0) if one[0] == watch[0][0]]
+    hooks = [one for one in shuffle_numbers(model, batch, 0) if one[0] == watch[0][0]]
     ways = [*model.use_experts(mass=0.5, layers=[layer]).fwd_hooks]
     for more in ([], hooks):
         with torch.no_grad():
             model.run_with_hooks(batch.tokens, fwd_hooks=[*ways, *more, *watch], attention_mask=batch.mask.long())
-    own, dealt = seen
-    assert not torch.equal(own[batch.counted], dealt[batch.counted])
-    assert torch.equal(own[batch.counted].sort().values, dealt[batch.counted].sort().values)
-    assert torch.equal(own[~batch.counted], dealt[~batch.counted])
+    own, shuffled = seen
+    assert not torch.equal(own[batch.counted], shuffled[batch.counted])
+    assert torch.equal(own[batch.counted].sort().values, shuffled[batch.counted].sort().values)
+    assert torch.equal(own[~batch.counted], shuffled[~batch.counted])
 
 
 def made(saved: float, seed: int = 0) -> tuple[VariantLosses, Used]:

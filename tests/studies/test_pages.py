@@ -23,9 +23,9 @@ def test_contrasts(capsys: pytest.CaptureFixture[str]):
 
 def test_experts_per_token(capsys: pytest.CaptureFixture[str]):
     numbers = run("experts-per-token.md", capsys)["found"].tables["numbers"]
-    own, rule = numbers.set_index(["rule", "dealt"]).xs("k")["ratio"], numbers.query("rule == 'entropy'")
+    own, rule = numbers.set_index(["rule", "shuffled"]).xs("k")["ratio"], numbers.query("rule == 'entropy'")
     assert own.iloc[0] == 1 < own.iloc[1], "half as many experts cost something"
-    assert rule["gain"].iloc[0] > rule["gain"].iloc[1], "the same numbers are worse where they are dealt to others"
+    assert rule["gain"].iloc[0] > rule["gain"].iloc[1], "the same numbers are worse when shuffled over tokens"
 
 
 def test_what_explains_a_choice(capsys: pytest.CaptureFixture[str]):
