@@ -16,7 +16,8 @@ from moe_lens.errors import InputError
 from moe_lens.interventions.clean_run import CleanRun, Hooks
 from moe_lens.interventions.metrics import Loss
 from moe_lens.interventions.rerouting import reselect
-from moe_lens.interventions.sweep import LOGITS, TOKENS
+from moe_lens.interventions.sweep import LOGITS
+from moe_lens.model.loading.batch_sizes import rows_at_once, tokens_at_once
 
 Removal = Literal["reroute", "zero", "prune"]
 """How experts are taken out: forbidden before selection, so that others come; their contribution set to zero; or gone
@@ -73,13 +74,13 @@ def added_losses(
         row, at = reads[items].nonzero().unbind(-1)
         added = torch.zeros(reads[items].shape, dtype=torch.float64, device=device)
         at_once = LOGITS if device.type != "cpu" else CACHED
-        for part in torch.arange(len(row), device=device).split(max(1, at_once // run.logits.shape[-1])):
+        for part in torch.arange(len(row), device=device).split(rows_at_once(at_once, run.logits.shape[-1])):
             r, p = row[part], at[part]
             losses = metric.values(run.replay.logits(states[r, p]), items[r], p)
             added[r, p] = losses.double() - clean[items[r], p]
         found[some.cpu()] = added.sum(-1).cpu()
 
-    size = max(1, TOKENS.get(device.type, TOKENS["cuda"]) // run.pos)
+    size = max(1, tokens_at_once(model, device) // run.pos)
     while queue:
         try:
             run_some(queue[:size])

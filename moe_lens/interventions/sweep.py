@@ -19,15 +19,10 @@ from moe_lens.errors import InputError
 from moe_lens.interventions.batched_variants import RoutingMode, Stack, inside
 from moe_lens.interventions.clean_run import CleanRun, Variant
 from moe_lens.interventions.metrics import Metric, TokenMetric, among, checked, describe, evaluate
+from moe_lens.model.loading.batch_sizes import tokens_at_once
 
 __all__ = ["CleanRun", "RoutingMode", "Variant", "sweep", "token_sweep"]
 
-TOKENS = {"cpu": 2**11, "cuda": 2**16}
-"""Tokens of a batch of variants at most, by kind of device; fewer if memory does not suffice.
-
-On a CPU more would be slower: the C library hands large temporary tensors back to the system, which clears every page
-of them again for the next product.
-"""
 LOGITS = 2**25
 """Logits that exist at a time at most."""
 
@@ -170,7 +165,7 @@ class _Sweep:
         from rich.console import Console
         from rich.progress import Progress
 
-        tokens = TOKENS.get(self.reads.device.type, TOKENS["cuda"])
+        tokens = tokens_at_once(self.model, self.reads.device)
         console = Console(stderr=True)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             bar = progress.add_task("sweep", total=len(self.queue))

@@ -18,8 +18,8 @@ from moe_lens import names
 from moe_lens.errors import InputError
 from moe_lens.interventions.causal_tracing import EMBEDDING, noisy
 from moe_lens.interventions.clean_run import CleanRun, Hooks
-from moe_lens.interventions.sweep import TOKENS
 from moe_lens.interventions.trace_prompt import single_token, subject_positions
+from moe_lens.model.loading.batch_sizes import tokens_at_once
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class TracedFact:
         """Mean scores over the corrupted runs in which each coalition is restored."""
         draws, found = self.corrupted.batch, []
         device = self.corrupted.logits.device
-        size = max(1, TOKENS.get(device.type, TOKENS["cuda"]) // (self.corrupted.pos * draws))
+        size = max(1, tokens_at_once(self.model, device) // (self.corrupted.pos * draws))
         for some in coalitions.split(size):
             members = some.repeat_interleave(draws, 0)
             items = torch.arange(draws, device=device).repeat(len(some))

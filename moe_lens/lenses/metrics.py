@@ -9,6 +9,9 @@ from torch import Tensor
 BLOCK = 2**16
 """Logits that are looked at together on a processor: what is computed of them stays in its cache. They pass memory ten
 times otherwise, which takes as long as the matrix product that made them, and memory of some MB is asked for anew."""
+ROWS = 16
+"""Rows at least that are looked at together: of a large vocabulary no cache holds ten tables of even one row, and to
+set every thread to work for one row takes longer than the work, beside other programs many times as long."""
 
 
 class Distribution(NamedTuple):
@@ -47,7 +50,7 @@ def read(
         targets: Tokens to find; −1 for none.
         top: How many of the most likely tokens to keep.
     """
-    size = len(logits) if logits.is_cuda else max(1, BLOCK // logits.shape[-1])
+    size = len(logits) if logits.is_cuda else max(ROWS, BLOCK // logits.shape[-1])
     parts = []
     for start in range(0, len(logits), size):
         rows = slice(start, start + size)

@@ -14,7 +14,7 @@ from moe_lens import names
 from moe_lens.checked import Seed
 from moe_lens.errors import InputError
 from moe_lens.routing import LayerRouting, affinity
-from moe_lens.stats.observation import TextBatch, each_layer, forward, routed
+from moe_lens.stats.observation import Hooks, TextBatch, each_layer, forward, routed
 from moe_lens.stats.routed_batch import RoutedBatch
 from moe_lens.stats.vocabulary_specialisation import VocabularyResult
 
@@ -103,6 +103,17 @@ def random_router(model: Any, batch: TextBatch, seed: Seed = 0) -> RoutedBatch:
     Raises:
         InputError: Router and experts read different inputs.
     """
+    layers: dict[int, LayerRouting] = {}
+    forward(model, batch, random_router_hooks(model, layers, seed), blocks_only=True)
+    return routed(model, batch, layers)
+
+
+def random_router_hooks(model: Any, layers: dict[int, LayerRouting], seed: int) -> Hooks:
+    """Hooks that put what `random_router` would choose into `layers` while the model runs.
+
+    Raises:
+        InputError: Router and experts read different inputs.
+    """
     if model.family.reads_own:
         raise InputError(
             f"routers of {model.family.model_type} do not read what its experts read: another one cannot stand in"
@@ -113,7 +124,6 @@ def random_router(model: Any, batch: TextBatch, seed: Seed = 0) -> RoutedBatch:
         own = model.W_router[layer].detach()
         random = torch.randn(own.shape, generator=generator)
         rows[layer] = random * (own.float().cpu().norm(dim=-1) / random.norm(dim=-1))[:, None]
-    layers: dict[int, LayerRouting] = {}
 
     def keep(layer: int, of: dict[str, Tensor]) -> None:
         logits = of[names.MLP_IN].float() @ rows[layer].to(of[names.MLP_IN].device).mT
@@ -123,5 +133,4 @@ def random_router(model: Any, batch: TextBatch, seed: Seed = 0) -> RoutedBatch:
             layer=layer, n_experts=model.n_experts, indices=indices, weights=weights, logits=logits, probs=probs
         )
 
-    forward(model, batch, each_layer(model, [names.MLP_IN], keep), last=True)
-    return routed(model, batch, layers)
+    return each_layer(model, [names.MLP_IN], keep)

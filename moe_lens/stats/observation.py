@@ -11,11 +11,18 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.errors import InputError
 from moe_lens.model.loading import placement
+from moe_lens.model.loading.batch_sizes import rows_at_once
 from moe_lens.protocols import HookedModel
 from moe_lens.routing import LayerRouting, Routing, affinity
 from moe_lens.stats.routed_batch import RoutedBatch
 
 Hooks = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
+
+LOGITS = 2**20
+"""About so many logits are looked at, in float32, at a time: as many as a processor's cache holds."""
+WHOLE = 2**28
+"""Greatest number of logits of a batch that are there at once: half a GiB in 16 bits. Of more, the final norm and the
+unembedding are computed a few rows at a time, which changes losses by rounding: less than 1e-5 nats in float32."""
 
 
 @runtime_checkable
@@ -98,7 +105,7 @@ def input_device(model: Any) -> torch.device:
 
 @torch.no_grad()
 def forward(
-    model: Any, batch: TextBatch, hooks: Hooks, *, last: bool = False, blocks_only: bool = False
+    model: Any, batch: TextBatch, hooks: Hooks, *, blocks_only: bool = False
 ) -> Float[Tensor, "rows columns d_vocab_or_model"]:
     """Logits for what the model reads of a batch, with hooks in place.
 
@@ -108,14 +115,13 @@ def forward(
         model: A `HookedMoE`.
         batch: What to read.
         hooks: In place while it is read.
-        last: Whether the unembedding sees the last position alone, where logits are not asked for.
         blocks_only: Whether to end before the final norm, and give the residual stream instead of logits.
 
     Raises:
         InputError: They hold NaN; the message names the layer where that begins.
     """
     device, packing = input_device(model), getattr(batch, "packing", None)
-    how: dict[str, Any] = {"use_cache": False, **({"logits_to_keep": 1} if last else {})}
+    how: dict[str, Any] = {"use_cache": False}
     if packing is None:
         tokens, how["attention_mask"] = batch.tokens, batch.mask.long().to(device)
     else:
@@ -123,7 +129,7 @@ def forward(
         tokens, how["position_ids"] = packing.tokens, packing.positions.to(device)
     run = {**how, "stop_at_layer": model.cfg.n_layers} if blocks_only else how
     logits = model.run_with_hooks(tokens.to(device), fwd_hooks=hooks, return_type="logits", **run)
-    if last or not logits.sum(-1).isnan().any():
+    if not logits.sum(-1).isnan().any():
         return logits
     bad = unpacked(batch, logits.isnan().any(-1)).cpu() & batch.mask
     if bad.any():
@@ -134,6 +140,34 @@ def forward(
             "A parameter may be broken, or the dtype too narrow"
         )
     return logits
+
+
+def read_logits(
+    model: Any, batch: TextBatch, hooks: Hooks, read: Callable[[Tensor, Tensor], Tensor]
+) -> Shaped[Tensor, "rows columns"]:
+    """Something of the logits at every position that the model reads of a batch, with hooks in place.
+
+    Logits of more than `WHOLE` numbers are never there at once.
+
+    Args:
+        model: A `HookedMoE`.
+        batch: What to read.
+        hooks: In place while it is read.
+        read: From rows of logits [rows, d_vocab], and the numbers of the positions that they are of, counted row by row
+            through the batch, to a number for each row.
+    """
+    tokens = batch.tokens if (packing := getattr(batch, "packing", None)) is None else packing.tokens
+    whole = tokens.numel() * model.cfg.d_vocab <= WHOLE
+    found = forward(model, batch, hooks, blocks_only=not whole).flatten(0, 1)
+    size = rows_at_once(LOGITS, model.cfg.d_vocab)
+    parts = []
+    with torch.no_grad():
+        for rows in torch.arange(len(found)).split(size):
+            logits = found[rows[0] : rows[-1] + 1]
+            if not whole:
+                logits = model.adapter.apply_output_logits_transform(model.unembed(model.ln_final(logits[None])))[0]
+            parts.append(read(logits, rows.to(logits.device)))
+    return torch.cat(parts).view(tokens.shape)
 
 
 def unpacked(batch: TextBatch, values: Shaped[Tensor, "rows columns *rest"]) -> Shaped[Tensor, "batch pos *rest"]:
@@ -159,19 +193,24 @@ def _first_not_finite(model: Any, tokens: Int[Tensor, "rows columns"], how: dict
 _STREAM = (names.RESID_PRE, names.RESID_MID, names.RESID_POST)
 
 
-def observe(model: Any, batch: TextBatch, *, predicted: bool = False) -> RoutedBatch:
+def observe(model: Any, batch: TextBatch, *, predicted: bool = False, beside: Hooks | None = None) -> RoutedBatch:
     """Run a model over a batch and note its routing: one forward pass, and nothing else is kept.
 
-    Without `predicted` the unembedding sees the last position alone: routing does not ask for it.
+    Without `predicted` the model ends before its unembedding: routing does not ask for it.
 
     Args:
         model: A `HookedMoE`.
         batch: Tokens, which of them are real, which to count, and the source of each row.
         predicted: Whether to note the most likely next token, too.
+        beside: Hooks that are in place in the same pass.
     """
     layers: dict[int, LayerRouting] = {}
-    logits = forward(model, batch, routing_hooks(model, layers), last=not predicted)
-    return routed(model, batch, layers, unpacked(batch, logits.argmax(-1)) if predicted else None)
+    hooks = [*routing_hooks(model, layers), *(beside or ())]
+    if not predicted:
+        forward(model, batch, hooks, blocks_only=True)
+        return routed(model, batch, layers)
+    best = read_logits(model, batch, hooks, lambda logits, at: logits.argmax(-1))  # noqa: ARG005
+    return routed(model, batch, layers, unpacked(batch, best))
 
 
 def routed(

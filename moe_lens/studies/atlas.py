@@ -141,7 +141,7 @@ class Atlas(Study):
                 every = torch.arange(model.n_experts, device=part.device).expand(len(part), -1)
                 into["alike"].update(layer, model.expert_outputs(layer, part, every).detach())
 
-        forward(model, batch, each_layer(model, wanted, sum_up), last=True)
+        forward(model, batch, each_layer(model, wanted, sum_up), blocks_only=True)
 
     def results(self, earlier: Mapping[str, Gathered]) -> dict[str, Result]:
         """All sums; means of those halves that hold any text."""

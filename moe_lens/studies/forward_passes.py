@@ -13,14 +13,7 @@ from moe_lens.stats.observation import Hooks as Hooks
 from moe_lens.stats.observation import each_layer as each_layer
 from moe_lens.stats.observation import forward as forward
 from moe_lens.stats.observation import input_device as input_device
-
-LOSS_CHUNK = 2**20
-"""Greatest number of logits that are copied to float32 at a time: about as many as a processor's cache holds."""
-
-
-WHOLE = 2**28
-"""Greatest number of logits of a batch that are there at once: half a GiB in 16 bits. Of more, the final norm and the
-unembedding are computed a few rows at a time, which changes losses by rounding: less than 1e-5 nats in float32."""
+from moe_lens.stats.observation import read_logits as read_logits
 
 
 def nothing() -> None:
@@ -30,37 +23,18 @@ def nothing() -> None:
 def losses(model: Any, batch: TokenBatch, hooks: Hooks) -> Float[Tensor, "batch pos"]:
     """Nats of every token given those before it, with hooks in place; 0 at the first position: nothing predicts it."""
     tokens = batch.tokens if batch.packing is None else batch.packing.tokens
-    if tokens.numel() * model.cfg.d_vocab <= WHOLE:
-        logits = forward(model, batch, hooks)
-        found = token_losses(logits, tokens.to(logits.device))
-    else:
-        resid = forward(model, batch, hooks, blocks_only=True)
-        rows = max(1, LOSS_CHUNK // (model.cfg.d_vocab * max(1, tokens.shape[1])))
-        parts = zip(resid.split(rows), tokens.split(rows), strict=True)
-        found = torch.cat([_losses_of(model, part, ids) for part, ids in parts])
+    following = tokens.roll(-1, 1)
+    following[:, -1] = -1
+    following = following.flatten()
+    found = read_logits(model, batch, hooks, lambda logits, at: token_losses(logits, following[at.cpu()])).roll(1, 1)
     found = batch.unpack(found.cpu())
     found[:, 0] = 0
     return found
 
 
-@torch.no_grad()
-def _losses_of(
-    model: Any, resid: Float[Tensor, "rows columns d_model"], tokens: Int[Tensor, "rows columns"]
-) -> Float[Tensor, "rows columns"]:
-    logits = model.adapter.apply_output_logits_transform(model.unembed(model.ln_final(resid)))
-    return token_losses(logits, tokens.to(logits.device))
-
-
-def token_losses(
-    logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]
-) -> Float[Tensor, "batch pos"]:
-    """Cross-entropy in nats of each token under the logits of the position before it, in float32; 0 at position 0."""
-    found = torch.zeros(tokens.shape, device=logits.device)
-    rows = max(1, LOSS_CHUNK // (logits.shape[-1] * max(1, logits.shape[1])))
-    for i in range(0, len(tokens), rows):
-        before, after = logits[i : i + rows, :-1].float(), tokens[i : i + rows, 1:]
-        found[i : i + rows, 1:] = cross_entropy(before.flatten(0, 1), after.flatten(), reduction="none").view_as(after)
-    return found
+def token_losses(logits: Float[Tensor, "rows d_vocab"], following: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    """Cross-entropy in nats of each row's following token, in float32; 0 where it is −1, for none."""
+    return cross_entropy(logits.float(), following.to(logits.device), reduction="none", ignore_index=-1)
 
 
 def predicted(batch: TokenBatch) -> Bool[Tensor, "batch pos"]:

@@ -10,6 +10,7 @@ import torch
 
 from moe_lens.checked import Seed
 from moe_lens.data import TokenBatch
+from moe_lens.routing import LayerRouting
 from moe_lens.stats import (
     PairResult,
     PairStats,
@@ -22,11 +23,12 @@ from moe_lens.stats import (
     compare_domains,
     conditional_information,
     observe,
-    random_router,
     standing_committee,
     token_unigram_routing,
     uniform_routing,
 )
+from moe_lens.stats.null_routing import random_router_hooks
+from moe_lens.stats.observation import routed as routing_of
 from moe_lens.stats.parallel_sources import parallel_key
 from moe_lens.studies.frames import by_domain
 from moe_lens.studies.study import TEXTS, Earlier, Gathered, Study
@@ -92,16 +94,19 @@ class RoutingStudy(Study):
         return counts.result()
 
     def step(self, model: Any, name: str, batch: TokenBatch, into: Gathered, prepared: Any) -> None:
-        """One forward pass; two for the nulls."""
-        routed = observe(model, batch, predicted=name == MODEL)
+        """One forward pass."""
         if name == MODEL:
+            routed = observe(model, batch, predicted=True)
             _count(into, MODEL, routed)
             for by in ("next", "predicted"):
                 into[f"{MODEL} {by}"].update(routed)
             return
         generator = torch.Generator().manual_seed(_seed(self.seed, batch))
-        if f"{RANDOM} routing" in into:
-            _count(into, RANDOM, random_router(model, batch, self.seed))
+        random: dict[int, LayerRouting] = {}
+        beside = random_router_hooks(model, random, self.seed) if f"{RANDOM} routing" in into else None
+        routed = observe(model, batch, beside=beside)
+        if random:
+            _count(into, RANDOM, routing_of(model, batch, random))
         _count(into, "token_unigram", token_unigram_routing(routed, prepared, generator))
         _count(into, "uniform", uniform_routing(routed, generator))
 

@@ -14,11 +14,8 @@ from torch import Tensor
 
 from moe_lens.data import TokenBatch
 from moe_lens.data.token_batches import Packing
-from moe_lens.model.loading.placement import places
-from moe_lens.studies.forward_passes import Hooks, losses
-
-TOGETHER_TOKENS = 8192
-"""Greatest number of tokens, of all versions together, in one pass."""
+from moe_lens.model.loading.batch_sizes import reads_in_every_pass, tokens_at_once
+from moe_lens.studies.forward_passes import Hooks, input_device, losses
 
 Version = Callable[[slice], Hooks]
 """From the rows of the pass that are its own to hooks that see those rows alone."""
@@ -33,7 +30,8 @@ def versions_losses(model: Any, batch: TokenBatch, versions: Sequence[Version]) 
         versions: What is done to each.
     """
     read = batch.tokens if batch.packing is None else batch.packing.tokens
-    at_once = max(1, TOGETHER_TOKENS // max(1, read.numel())) if "disk" in places(model.original_model) else 1
+    together = reads_in_every_pass(model)
+    at_once = max(1, tokens_at_once(model, input_device(model)) // max(1, read.numel())) if together else 1
     found: list[Tensor] = []
     for first in range(0, len(versions), at_once):
         some = versions[first : first + at_once]

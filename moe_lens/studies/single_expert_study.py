@@ -22,7 +22,7 @@ from moe_lens.errors import InputError
 from moe_lens.protocols import require_stream_width
 from moe_lens.routing import output_factors
 from moe_lens.stats import ActivationMeans, Means, Result, SimilarityResult, SimilarityStats, halves
-from moe_lens.studies.forward_passes import Hooks, drawn_by_place, each_layer, forward, losses, predicted
+from moe_lens.studies.forward_passes import Hooks, drawn_by_place, each_layer, forward, predicted
 from moe_lens.studies.frames import by_domain
 from moe_lens.studies.side_by_side import versions_losses
 from moe_lens.studies.study import TEXTS, Earlier, Gathered, Study
@@ -130,7 +130,7 @@ class SingleExpertStudy(Study):
             into["similarity"].update(layer, resid, parts, batch.counted, batch.sources, centres)
 
         wanted = [names.RESID_MID, names.EXPERT_WEIGHTED]
-        found = [losses(model, batch, each_layer(model, wanted, compare))]
+        whole = each_layer(model, wanted, compare)
         places = random_places(model, batch, self.seed) if "random" in self.treatments else {}
         half = batch.pack(halves[:, None].expand(batch.tokens.shape))
 
@@ -142,7 +142,8 @@ class SingleExpertStudy(Study):
                 return [hook for at in layers for hook in keep(at, places[at] < k)]
             return [hook for at in layers for hook in keep(at, torch.arange(model.top_k) < k, treatment)]
 
-        found += versions_losses(model, batch, [partial(version, *variant) for variant in self.variants(model)])
+        versions = [partial(version, *variant) for variant in self.variants(model)]
+        found = versions_losses(model, batch, [lambda rows: whole, *versions])  # noqa: ARG005
         into["losses"].update(torch.stack(found), predicted(batch), batch.sources)
 
     def results(self, earlier: Mapping[str, Gathered]) -> dict[str, Result]:

@@ -7,8 +7,9 @@ import torch
 
 from moe_lens import HookedMoE
 from moe_lens.data import Reading, batch_windows, shards
-from moe_lens.stats import LossStats
-from moe_lens.studies import SingleExpertStudy, forward_passes, run, side_by_side
+from moe_lens.model.loading import batch_sizes
+from moe_lens.stats import LossStats, observation, observe
+from moe_lens.studies import SingleExpertStudy, run, side_by_side
 from moe_lens.studies.forward_passes import losses, token_losses
 from tests.studies.tiny import domain, tiny_model
 
@@ -35,8 +36,9 @@ def test_versions_on_disk_share_passes_and_have_their_own_losses(model, monkeypa
     run(study, model, texts, **how)
     one_by_one = len(passes)
     passes.clear()
-    monkeypatch.setattr(side_by_side, "places", lambda _: {"disk": 1})
-    monkeypatch.setattr(side_by_side, "TOGETHER_TOKENS", 1000)
+    monkeypatch.setattr(batch_sizes, "places", lambda _: {"disk": 1})
+    monkeypatch.setattr(batch_sizes, "STREAMED_TOKENS", 1000)
+    monkeypatch.setitem(batch_sizes.TOKENS, "cpu", 0)
     together: Any = run(study, model, texts, **how).results["d"]["losses"]
     assert len(passes) < one_by_one / 4
     assert together.variants == alone.variants
@@ -49,12 +51,14 @@ def test_losses_of_few_rows_at_a_time_are_those_of_all_at_once(model, monkeypatc
     batch = next(iter(batch_windows(shard.windows, model, batch_tokens=150, packed=None)))
     whole = losses(model, batch, [])
     seen: list[int] = []
-    monkeypatch.setattr(forward_passes, "WHOLE", 0)
-    monkeypatch.setattr(forward_passes, "LOSS_CHUNK", 2 * 24 * model.cfg.d_vocab)
-    with model.hooks([("unembed.hook_out", lambda value, hook: seen.append(value.shape[0]))]):
+    best = observe(model, batch, predicted=True).predicted
+    monkeypatch.setattr(observation, "WHOLE", 0)
+    monkeypatch.setattr(observation, "LOGITS", 70 * model.cfg.d_vocab)
+    with model.hooks([("unembed.hook_out", lambda value, hook: seen.append(value.shape[1]))]):
         found = losses(model, batch, [])
-    assert len(seen) > 1 and max(seen) <= 2, "no more rows' logits are there at once"
+    assert len(seen) > 1 and max(seen) <= 70, "no more rows' logits are there at once"
     assert torch.allclose(found, whole, atol=1e-5)
+    assert torch.equal(observe(model, batch, predicted=True).predicted, best)
 
 
 def test_what_is_computed_of_logits_in_bfloat16_is_as_in_float64():
@@ -62,7 +66,8 @@ def test_what_is_computed_of_logits_in_bfloat16_is_as_in_float64():
     logits = (torch.randn(3, 9, 3000) * 4).bfloat16()
     tokens = torch.randint(3000, (3, 9))
     exact = logits.double()[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0].neg()
-    assert (token_losses(logits, tokens)[:, 1:] - exact).abs().max() < 1e-5
+    found = token_losses(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).view_as(exact)
+    assert (found - exact).abs().max() < 1e-5
     rounded = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0].neg()
     assert (rounded - exact).abs().max() > 1e-2
 

@@ -34,14 +34,11 @@ def batch_of(rows: list[int]) -> TokenBatch:
     return TokenBatch(ids, mask, counted, tuple(SOURCES[row] for row in rows))
 
 
-def test_token_losses_are_the_definition_whatever_the_chunks(monkeypatch):
-    logits, ids = torch.randn(3, 5, 7), torch.randint(7, (3, 5))
-    expected = -log_softmax(logits[:, :-1], -1).gather(-1, ids[:, 1:, None])[..., 0]
-    for chunk in (2**24, 1):
-        monkeypatch.setattr("moe_lens.studies.forward_passes.LOSS_CHUNK", chunk)
-        found = token_losses(logits, ids)
-        assert torch.allclose(found[:, 1:], expected, atol=1e-6, rtol=0)
-        assert (found[:, 0] == 0).all()
+def test_token_losses_are_the_definition_and_0_where_nothing_follows():
+    logits, ids = torch.randn(5, 7), torch.tensor([3, 0, 6, -1, 2])
+    expected = -log_softmax(logits, -1).gather(-1, ids.clamp(min=0)[:, None])[:, 0]
+    found = token_losses(logits, ids)
+    assert torch.allclose(found, expected.masked_fill(ids < 0, 0), atol=1e-6, rtol=0)
 
 
 def test_layers_are_handed_on_complete_and_equal_to_a_cache(model):

@@ -58,7 +58,8 @@ class Replay:
 
     def logits(self, resid: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_vocab"]:
         """Logits of rows of the residual stream that leaves the last block."""
-        logits = self.model.unembed(self.model.ln_final(resid[None]))[0]
+        # Rows of a larger tensor would be multiplied one by one by what torch does with strides in bfloat16.
+        logits = self.model.unembed(self.model.ln_final(resid.contiguous()[None]))[0]
         return self.model.adapter.apply_output_logits_transform(logits)
 
     def _of(self, items: Tensor, value: Any) -> Any:

@@ -1,0 +1,40 @@
+"""How much is computed at once: decided here, for studies, lenses and interventions.
+
+Where parameters are read from disk in every pass, a pass costs the reading whatever its batch, until computing takes
+longer: with two cores and one disk from about 1,000 tokens on. At `STREAMED_TOKENS` reading is a tenth of the whole,
+and activations of one layer are about a GiB of a model of 16 billion parameters. Memory that does not suffice for so
+many makes batches smaller when it runs out.
+"""
+
+from typing import Any
+
+import torch
+
+from moe_lens.model.loading.placement import places
+
+TOKENS = {"cpu": 2**11, "cuda": 2**16}
+"""Tokens of a batch of variants at most, by kind of device; fewer if memory does not suffice.
+
+On a CPU more would be slower: the C library hands large temporary tensors back to the system, which clears every page
+of them again for the next product.
+"""
+STREAMED_TOKENS = 2**13
+"""The same where parameters are read from disk in every pass."""
+ROWS = 64
+"""Rows of logits at least that are made at once: a product of fewer takes as long, to read the unembedding."""
+
+
+def reads_in_every_pass(model: Any) -> bool:
+    """Whether some parameters of a `HookedMoE` are on disk."""
+    return "disk" in places(model.original_model)
+
+
+def tokens_at_once(model: Any, device: torch.device) -> int:
+    """How many tokens, of all variants together, to run in one pass that computes on a device."""
+    usual = TOKENS.get(device.type, TOKENS["cuda"])
+    return max(usual, STREAMED_TOKENS) if reads_in_every_pass(model) else usual
+
+
+def rows_at_once(logits: int, d_vocab: int) -> int:
+    """How many rows of logits to make at once, where about so many logits are wanted at a time."""
+    return max(ROWS, logits // d_vocab)
