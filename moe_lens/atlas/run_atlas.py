@@ -25,9 +25,10 @@ def run(
     study: Atlas | None = None,
     reading: Reading = READING,
     name: str | None = None,
-    batch_tokens: Positive = 2048,
+    batch_tokens: Positive | None = None,
     command: str | None = None,
     watch: Callable[[str, int], None] = lambda what, tokens: None,  # noqa: ARG005
+    say: Callable[[str], None] = lambda line: None,  # noqa: ARG005
 ) -> Path:
     """Run the study `atlas`, or resume where it was interrupted, and write the pages; the path of the first.
 
@@ -38,13 +39,14 @@ def run(
         study: With its settings.
         reading: How texts are read.
         name: What the model was loaded as.
-        batch_tokens: Rows × columns that the model reads at once to begin with.
+        batch_tokens: Rows × columns that the model reads at once to begin with; see `studies.run`.
         command: For the record; the arguments of this process if not given.
         watch: Called with what is being read and how many tokens were, after every shard.
+        say: Called with what there is to do, if that is known before.
 
     Raises:
         InputError: The texts or the model cannot be worked with, or the folder holds the atlas of something else.
     """
-    how = {"reading": reading, "name": name, "batch_tokens": batch_tokens, "command": command, "watch": watch}
-    result = run_study(study or Atlas(), model, domains, out=Path(out) / STUDY, **how)
+    how = {"reading": reading, "name": name, "batch_tokens": batch_tokens, "command": command}
+    result = run_study(study or Atlas(), model, domains, out=Path(out) / STUDY, watch=watch, say=say, **how)
     return agreed(lambda: write_atlas(result, out))

@@ -152,7 +152,12 @@ Packed = Annotated[
     ),
 ]
 BatchTokens = Annotated[
-    int, typer.Option(min=1, help="Number of tokens in one forward pass; halved automatically when memory runs out.")
+    int | None,
+    typer.Option(
+        min=1,
+        help="Number of tokens in one forward pass; halved automatically when memory runs out.  [chosen by what "
+        "the model needs]",
+    ),
 ]
 ShardTokens = Annotated[int, typer.Option(min=1, help="Save progress after every this many tokens.")]
 Seed = Annotated[int, typer.Option(help="Random seed for sampling texts.")]

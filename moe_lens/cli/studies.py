@@ -73,7 +73,7 @@ def routing(
     nulls: Annotated[
         bool,
         typer.Option(
-            "--nulls", help="Also measure a random router, token-unigram and uniform routing: 2 more forward passes."
+            "--nulls", help="Also measure a random router, token-unigram and uniform routing: one more forward pass."
         ),
     ] = False,
     parallel: Parallel = None,
@@ -402,7 +402,10 @@ def collect_activations(
 
     from moe_lens.studies import collect
 
-    return partial(collect, hooks=hook or (), dtype=getattr(torch, store.value), kind=kind.value)
+    def save(model: Any, domains: options.Opened, *, say: Any, **how: Any) -> Any:  # noqa: ARG001  # one pass
+        return collect(model, domains, hooks=hook or (), dtype=getattr(torch, store.value), kind=kind.value, **how)
+
+    return save
 
 
 @app.command("compare")

@@ -44,7 +44,7 @@ class Arguments:
     window: options.Window = 256
     packed: options.Packed = False
     seed: options.Seed = 0
-    batch_tokens: options.BatchTokens = 2048
+    batch_tokens: options.BatchTokens = None
     shard_tokens: options.ShardTokens = 2**15
     dtype: options.DtypeOption = options.Dtype.auto
     quantize: options.QuantizeOption = None
@@ -70,8 +70,8 @@ class Arguments:
 
 
 Work = Callable[..., Any]
-"""Takes a model, domains, and the rest by name: out, reading, name, batch_tokens, watch. What it gives, or else the
-folder, is what the command prints, if it is a path; of what it gives, the findings."""
+"""Takes a model, domains, and the rest by name: out, reading, name, batch_tokens, watch, say. What it gives, or else
+the folder, is what the command prints, if it is a path; of what it gives, the findings."""
 
 Make = Callable[..., "Study | Work | None"]
 """From a command's own options to a study, to other work, or to nothing more to do."""
@@ -150,7 +150,7 @@ def _run(made: "Study | Work", domains: options.Opened, out: Path, given: Argume
                 progress.update(task, description=f"{what} · {read:,} tokens read")
 
             how = {"reading": given.reading(), "name": given.model, "batch_tokens": given.batch_tokens}
-            found = work(model, domains, out=out, watch=watch, **how)
+            found = work(model, domains, out=out, watch=watch, say=lambda line: console.print(Text(line)), **how)
         console.print(f"done in {time.monotonic() - started:.0f} s", highlight=False)
         if distributed.rank() == 0:
             said = findings_in(out) if found is None or isinstance(found, Path) else str(found.findings())

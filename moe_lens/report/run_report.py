@@ -13,6 +13,7 @@ from moe_lens.manifest import studies_in
 from moe_lens.report.report_page import write_page
 from moe_lens.studies import LensStudy, Localisation, PruningStudy, RoutingStudy, SingleExpertStudy, Study
 from moe_lens.studies import run as run_study
+from moe_lens.studies.forecast import Forecast
 from moe_lens.studies.study import agreed, pinned
 
 STUDIES: Mapping[str, Study] = {
@@ -40,9 +41,10 @@ def run(
     *,
     reading: Reading = READING,
     name: str | None = None,
-    batch_tokens: Positive = 2048,
+    batch_tokens: Positive | None = None,
     command: str | None = None,
     watch: Callable[[str, int], None] = lambda what, tokens: None,  # noqa: ARG005
+    say: Callable[[str], None] = lambda line: None,  # noqa: ARG005
 ) -> Path:
     """Run `STUDIES` and `OF_HALVES`, or resume where they were interrupted, and write the page; the path of the page.
 
@@ -52,9 +54,10 @@ def run(
         out: The folder: each study has one of its own in it, and the page stands beside them.
         reading: How texts are read.
         name: What the model was loaded as.
-        batch_tokens: Rows × columns that the model reads at once to begin with.
+        batch_tokens: Rows × columns that the model reads at once to begin with; see `studies.run`.
         command: For the record; the arguments of this process if not given.
         watch: Called with what is being read and how many tokens were, after every shard.
+        say: Called with what there is to do, before anything is done, and now and then with how long it will take.
 
     Raises:
         InputError: The texts or the model cannot be worked with, or the folder holds the report of something else.
@@ -62,7 +65,12 @@ def run(
     for study in STUDIES.values():
         study.check(model)
     domains = pinned(as_domains(domains))
-    how = {"name": name, "batch_tokens": batch_tokens, "command": command}
+    few = None if reading.tokens is None else max(2, reading.tokens // 4)
+    short = replace(reading, tokens=few, context=min(reading.context, SHORT))
+    every = [(folder, study, reading) for folder, study in STUDIES.items()]
+    halved = [(folder, study, short) for folder, study in OF_HALVES.items()]
+    forecast = Forecast(model, [*every, *halved], [domain.name for domain in domains], say)
+    how = {"name": name, "batch_tokens": batch_tokens, "command": command, "forecast": forecast}
 
     def go(folder: str, study: Study, reading: Reading) -> None:
         def watch_one(what: str, tokens: int) -> None:
@@ -70,11 +78,9 @@ def run(
 
         run_study(study, model, domains, out=Path(out) / folder, reading=reading, watch=watch_one, **how)
 
-    for folder, study in STUDIES.items():
-        go(folder, study, reading)
-    few = None if reading.tokens is None else max(2, reading.tokens // 4)
-    short = replace(reading, tokens=few, context=min(reading.context, SHORT))
-    for folder, study in OF_HALVES.items():
+    for each in every:
+        go(*each)
+    for each in halved:
         with suppress(UnfitError, UnsupportedModelError):  # the verdict says what was not run
-            go(folder, study, short)
+            go(*each)
     return agreed(lambda: write_page(studies_in(out), out))

@@ -17,6 +17,7 @@ from moe_lens.checked import Positive
 from moe_lens.data import Domains, Reading, Shard, TokenBatch, as_domains, batch_windows, shards
 from moe_lens.errors import InputError, near_miss, several
 from moe_lens.manifest import file_digest
+from moe_lens.model.loading import batch_sizes
 from moe_lens.model.loading.placement import places
 from moe_lens.routing import LayerRouting
 from moe_lens.stats.observation import Hooks, routing_hooks
@@ -38,7 +39,7 @@ def collect(
     dtype: torch.dtype = torch.float32,
     kind: Format = "safetensors",
     name: str | None = None,
-    batch_tokens: Positive = 2048,
+    batch_tokens: Positive | None = None,
     watch: Callable[[str, int], None] = lambda what, tokens: None,  # noqa: ARG005
 ) -> Collected:
     """Save routing, and the activations at hook points, of every token; or resume an interrupted run.
@@ -55,7 +56,7 @@ def collect(
         dtype: Of activations and weights on disk.
         kind: safetensors, or parquet, which `datasets` reads as well; that has no bfloat16.
         name: What the model was loaded as.
-        batch_tokens: Rows × columns that the model reads at once to begin with; halved where memory runs out.
+        batch_tokens: Rows × columns that the model reads at once to begin with; see `run`.
         watch: Called with what is being read and how many tokens were, after every shard.
 
     Raises:
@@ -84,12 +85,13 @@ def collect(
     per_token = bytes_per_token(model, points, dtype)
     agreed(lambda: folder.begin(SPACE + per_token * (reading.tokens or 0) * len(domains)))
     made: list[str] = []
+    at_once = batch_sizes.batch_tokens(model, kept=bool(points)) if batch_tokens is None else batch_tokens
     for number, domain in enumerate(domains):
         mine = f"{number:02d}-{distributed.rank():03d}"
         done = 0
         while folder.has(f"{mine}-{done:06d}"):
             done += 1
-        collector = _Collector(model, points, dtype, reading, batch_tokens)
+        collector = _Collector(model, points, dtype, reading, at_once)
         processes = {"rank": distributed.rank(), "world_size": distributed.world_size()}
         for shard in shards(domain, model, reading, start=done, **processes):
             tensors = collector.shard(shard)

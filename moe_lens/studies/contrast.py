@@ -321,8 +321,9 @@ def contrast_prompts(
     reading: Reading | None = None,
     out: str | Path | None = None,
     name: str | None = None,
-    batch_tokens: Positive = 2048,
+    batch_tokens: Positive | None = None,
     watch: Callable[[str, int], None] = lambda what, tokens: None,  # noqa: ARG005
+    say: Callable[[str], None] = lambda line: None,  # noqa: ARG005
     **settings: Any,
 ) -> StudyResult:
     """Run the study of some pairs.
@@ -336,6 +337,7 @@ def contrast_prompts(
         name: See `run`.
         batch_tokens: See `run`.
         watch: See `run`.
+        say: See `run`.
         settings: Of `ContrastStudy`.
 
     Raises:
@@ -353,4 +355,4 @@ def contrast_prompts(
     if any(domain.name == PAIRS for domain in neutral):
         raise InputError(f"a neutral domain is named {PAIRS!r}; give it another name")
     how = {"reading": reading, "out": out, "name": name, "batch_tokens": batch_tokens, "watch": watch}
-    return run(study, model, domains, **how)
+    return run(study, model, domains, say=say, **how)

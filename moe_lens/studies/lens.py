@@ -10,15 +10,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens.checked import Seed
-from moe_lens.data import TokenBatch
+from moe_lens.data import Reading, TokenBatch
 from moe_lens.errors import InputError
 from moe_lens.lenses import Lens, LensResult, LogitLens, TunedLens
+from moe_lens.model.loading.batch_sizes import batch_tokens
 from moe_lens.partial_sum import PartialSum
 from moe_lens.stats import Accumulator, Result, bootstrap_all
 from moe_lens.stats.sums import BySource
+from moe_lens.studies.forecast import Load
 from moe_lens.studies.forward_passes import input_device
 from moe_lens.studies.frames import by_domain
-from moe_lens.studies.lens_examples import ExampleStats, LensExample
+from moe_lens.studies.lens_examples import EXAMPLE_TOKENS, ExampleStats, LensExample
 from moe_lens.studies.study import Gathered, Study
 
 QUANTITIES = {
@@ -117,6 +119,12 @@ class LensStudy(Study):
         """The columns of Figure 2, and what any one expert is to be compared with."""
         every = (*PartialSum.figure2(model.top_k), *PartialSum.controls(model.top_k, seed=self.seed))
         return tuple(dict.fromkeys(every))
+
+    def load(self, model: Any, name: str, reading: Reading, domains: int) -> Load:  # noqa: ARG002
+        """A forward pass, logits of every sum in every layer, and a pass for the example."""
+        tokens = reading.tokens or 0
+        rows = tokens * (1 + model.cfg.n_layers * len(self.sums(model)))
+        return Load.stacked(tokens, batch_tokens(model, kept=self.keeps), logits=rows) + Load(EXAMPLE_TOKENS)
 
     def begin(self, model: Any, name: str) -> Gathered:  # noqa: ARG002
         """Empty sums, and no example."""

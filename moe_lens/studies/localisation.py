@@ -15,15 +15,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe_lens.checked import Positive, Seed
-from moe_lens.data import TokenBatch
+from moe_lens.data import Reading, TokenBatch
 from moe_lens.errors import InputError, UnfitError
 from moe_lens.interventions.coalitions import Removal
+from moe_lens.model.loading.batch_sizes import BATCH_TOKENS
 from moe_lens.stats import Result, RoutingResult, RoutingStats, observe
 from moe_lens.stats.parallel_sources import LANGUAGE, balanced_halves, parallel_blocks
 from moe_lens.studies import matched_coalitions as chosen
+from moe_lens.studies.forecast import Load
 from moe_lens.studies.frames import by_domain
 from moe_lens.studies.localisation_contrast import Contrasts, table
-from moe_lens.studies.localisation_effects import CoalitionEffects, CoalitionStats, read_without
+from moe_lens.studies.localisation_effects import CoalitionEffects, CoalitionStats, load_without, read_without
 from moe_lens.studies.localisation_scores import ScoreResult, ScoreStats, scores_of
 from moe_lens.studies.study import Earlier, Gathered, Study
 from moe_lens.studies.study_result import StudyResult
@@ -78,6 +80,18 @@ class Localisation(Study):
                 f"experts is {self.experts}; at most {room} of a layer's {model.n_experts} can be picked, so that as "
                 "many are left to hold them against"
             )
+
+    def load(self, model: Any, name: str, reading: Reading, domains: int) -> Load | None:
+        """Routing; or a clean run and one more without each coalition. What scores take is not known before."""
+        if name == "routing":
+            return Load.stacked(reading.tokens or 0, BATCH_TOKENS, logits=0)
+        if name == "scores":
+            return None
+        kinds = [kind for kind, _ in chosen.variants(self.matched)]
+        every = sum(kind in (chosen.PICKED, chosen.BUSIEST) for kind in kinds)  # of every domain
+        drawn = (len(kinds) - every) * min(domains, 2)  # of the own one, and in turns of the others
+        ways = len(self.how) if self.controls == "each" else 1
+        return load_without(model, reading, len(self.how) * every * domains + ways * drawn)
 
     def begin(self, model: Any, name: str) -> Gathered:
         """Empty counts and sums."""

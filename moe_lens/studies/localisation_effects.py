@@ -9,12 +9,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moe_lens.data import TokenBatch
+from moe_lens.data import Reading, TokenBatch
 from moe_lens.errors import InputError
 from moe_lens.interventions import CleanRun, Loss
 from moe_lens.interventions.coalitions import Removal, added_losses
+from moe_lens.model.loading.batch_sizes import BATCH_TOKENS, tokens_at_once
 from moe_lens.stats import Accumulator, Result
 from moe_lens.stats.sums import BySource
+from moe_lens.studies.forecast import Load
 from moe_lens.studies.forward_passes import input_device
 
 
@@ -101,6 +103,13 @@ class CoalitionStats(Accumulator[CoalitionEffects]):
         shape = (len(self.how), -1, len(self.kinds))
         added, tokens = (value[:, 1:].unflatten(1, shape) for value in (sums, counts))
         return CoalitionEffects(self.how, self.kinds, self._sums.sources, sums[:, 0], counts[:, 0], added, tokens)
+
+
+def load_without(model: Any, reading: Reading, coalitions: int) -> Load:
+    """What `read_without` asks of a model: the clean run, and each text once more without each coalition."""
+    tokens = reading.tokens or 0
+    at_once = tokens_at_once(model, input_device(model))
+    return Load.stacked(tokens, BATCH_TOKENS) + Load.stacked(tokens * coalitions, at_once)
 
 
 def read_without(

@@ -14,11 +14,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moe_lens.checked import Natural, Positive, Seed
-from moe_lens.data import TokenBatch
+from moe_lens.data import Reading, TokenBatch
 from moe_lens.errors import InputError, UnfitError
+from moe_lens.model.loading.batch_sizes import BATCH_TOKENS
 from moe_lens.stats import Result, RoutingResult, RoutingStats, bootstrap_all, observe
 from moe_lens.stats.parallel_sources import LANGUAGE, balanced_halves, parallel_blocks
-from moe_lens.studies.localisation_effects import CoalitionEffects, CoalitionStats, read_without
+from moe_lens.studies.forecast import Load
+from moe_lens.studies.localisation_effects import CoalitionEffects, CoalitionStats, load_without, read_without
 from moe_lens.studies.matched_coalitions import PICKED, RANDOM, of_sources
 from moe_lens.studies.study import Earlier, Gathered, Study
 
@@ -49,6 +51,12 @@ class PruningStudy(Study):
             raise UnfitError(
                 f"this model chooses {model.top_k} of {model.n_experts} experts: of a share of {self.share} none can go"
             )
+
+    def load(self, model: Any, name: str, reading: Reading, domains: int) -> Load:
+        """Routing, or a clean run and one more without each plan."""
+        if name == "routing":
+            return Load.stacked(reading.tokens or 0, BATCH_TOKENS, logits=0)
+        return load_without(model, reading, domains + self.random)
 
     def gone(self, n_experts: Positive, top_k: Positive) -> int:
         """How many experts of each layer go."""

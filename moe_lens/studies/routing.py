@@ -9,7 +9,8 @@ import pandas as pd
 import torch
 
 from moe_lens.checked import Seed
-from moe_lens.data import TokenBatch
+from moe_lens.data import Reading, TokenBatch
+from moe_lens.model.loading.batch_sizes import batch_tokens
 from moe_lens.routing import LayerRouting
 from moe_lens.stats import (
     PairResult,
@@ -30,6 +31,7 @@ from moe_lens.stats import (
 from moe_lens.stats.null_routing import random_router_hooks
 from moe_lens.stats.observation import routed as routing_of
 from moe_lens.stats.parallel_sources import parallel_key
+from moe_lens.studies.forecast import Load
 from moe_lens.studies.frames import by_domain
 from moe_lens.studies.study import TEXTS, Earlier, Gathered, Study
 
@@ -68,10 +70,16 @@ class RoutingStudy(Study):
 
     name: ClassVar[str] = "routing"
     passes: ClassVar[tuple[str, ...]] = (MODEL, "nulls")
+    keeps: ClassVar[bool] = False
 
     def chosen_passes(self) -> tuple[str, ...]:
         """The model's own routing, and the nulls' if they are asked for."""
         return self.passes if self.nulls else self.passes[:1]
+
+    def load(self, model: Any, name: str, reading: Reading, domains: int) -> Load:  # noqa: ARG002
+        """One forward pass; the model's own predictions are noted in the first."""
+        tokens = reading.tokens or 0
+        return Load.stacked(tokens, batch_tokens(model, kept=self.keeps), logits=tokens if name == MODEL else 0)
 
     def check(self, model: Any) -> None:  # noqa: ARG002
         """Refuse what is no regular expression."""

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from moe_lens import names
 from moe_lens.checked import Natural, Seed
-from moe_lens.data import TokenBatch
+from moe_lens.data import Reading, TokenBatch
 from moe_lens.errors import InputError
+from moe_lens.model.loading.batch_sizes import BATCH_TOKENS, batch_tokens, reads_in_every_pass, tokens_at_once
 from moe_lens.protocols import require_stream_width
 from moe_lens.routing import output_factors
 from moe_lens.stats import ActivationMeans, Means, Result, SimilarityResult, SimilarityStats, halves
-from moe_lens.studies.forward_passes import Hooks, drawn_by_place, each_layer, forward, predicted
+from moe_lens.studies.forecast import NOTHING, Load
+from moe_lens.studies.forward_passes import Hooks, drawn_by_place, each_layer, forward, input_device, predicted
 from moe_lens.studies.frames import by_domain
 from moe_lens.studies.side_by_side import versions_losses
 from moe_lens.studies.study import TEXTS, Earlier, Gathered, Study
@@ -53,6 +55,7 @@ class SingleExpertStudy(Study):
 
     name: ClassVar[str] = "single_expert"
     passes: ClassVar[tuple[str, ...]] = ("sources", "means", "experts")
+    keeps: ClassVar[bool] = False
 
     def check(self, model: Any) -> None:
         """Refuse unknown treatments, numbers of experts that the model cannot keep, and outputs that have no mean."""
@@ -76,6 +79,18 @@ class SingleExpertStudy(Study):
             for k in numbers
             if k > 0 or treatment in ("dropped", "replaced")  # nothing is left to rescale, or to draw
         ]
+
+    def load(self, model: Any, name: str, reading: Reading, domains: int) -> Load:  # noqa: ARG002
+        """Nothing, a forward pass, or one of every variant: together where parameters are read in every pass."""
+        tokens = reading.tokens or 0
+        if name == "sources":
+            return NOTHING
+        if name == "means":
+            return Load.stacked(tokens, batch_tokens(model, kept=self.keeps), logits=0)
+        every = tokens * (1 + len(self.variants(model)))
+        together = reads_in_every_pass(model)
+        at_once = tokens_at_once(model, input_device(model)) if together else min(tokens, BATCH_TOKENS)
+        return Load.stacked(every, at_once)
 
     def begin(self, model: Any, name: str) -> Gathered:
         """Nothing, means of either half, or cosines and losses."""

@@ -10,6 +10,7 @@ import shlex
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,9 +22,11 @@ from moe_lens import distributed
 from moe_lens.checked import Positive
 from moe_lens.data import Corpus, Domain, Domains, Reading, Shard, TokenBatch, as_domains, batch_windows, shards
 from moe_lens.errors import InputError, UnfitError, UnsupportedModelError
+from moe_lens.model.loading import batch_sizes
 from moe_lens.model.loading.placement import places
 from moe_lens.stats import Accumulator, Result
 from moe_lens.studies.batch_halving import Halving
+from moe_lens.studies.forecast import Forecast, Load
 from moe_lens.studies.model_facts import model_facts
 from moe_lens.studies.study_folder import StudyFolder
 from moe_lens.studies.study_result import StudyResult
@@ -46,6 +49,8 @@ class Study(ABC):
     name: ClassVar[str]
     passes: ClassVar[tuple[str, ...]]
     """Names of the times that the domains are read."""
+    keeps: ClassVar[bool] = True
+    """Whether activations of all layers, or logits, are there at once of everything that is in a batch."""
 
     def chosen_passes(self) -> tuple[str, ...]:
         """Those of `passes` that the settings ask for; the first one always."""
@@ -57,6 +62,17 @@ class Study(ABC):
 
     def check(self, model: Any) -> None:  # noqa: B027  # most have nothing to refuse
         """Refuse what cannot be done with this model; raises `InputError`."""
+
+    def load(self, model: Any, name: str, reading: Reading, domains: int) -> Load | None:  # noqa: ARG002
+        """What a pass over one of the domains asks of a model; None if that is not known before it is made.
+
+        Args:
+            model: A `HookedMoE`.
+            name: Of the pass.
+            reading: With a number of tokens.
+            domains: How many there are.
+        """
+        return None
 
     @abstractmethod
     def begin(self, model: Any, name: str) -> Gathered:
@@ -115,9 +131,11 @@ def run(
     reading: Reading | None = None,
     out: str | Path | None = None,
     name: str | None = None,
-    batch_tokens: Positive = 2048,
+    batch_tokens: Positive | None = None,
     command: str | None = None,
     watch: Callable[[str, int], None] = lambda what, tokens: None,  # noqa: ARG005
+    say: Callable[[str], None] = lambda line: None,  # noqa: ARG005
+    forecast: Forecast | None = None,
 ) -> StudyResult:
     """Run a study, or resume an interrupted one.
 
@@ -130,9 +148,12 @@ def run(
         reading: How texts are read.
         out: The folder that will hold the result; progress is kept beside it. None: nothing is written.
         name: What the model was loaded as.
-        batch_tokens: Rows × columns that the model reads at once to begin with; halved where memory runs out.
+        batch_tokens: Rows × columns that the model reads at once to begin with; halved where memory runs out. 2,048 if
+            not given, and 8,192 where parameters are read from disk in every pass.
         command: For the record; the arguments of this process if not given.
         watch: Called with what is being read and how many tokens were, after every shard.
+        say: Called with what there is to do, before anything is done, and now and then with how long it will take.
+        forecast: Of this study among others, in folders of one folder; it then says so itself.
 
     Raises:
         InputError: The texts, the settings or the folder cannot be worked with.
@@ -154,8 +175,17 @@ def run(
         if agreed(folder.finished):
             return StudyResult.load(out)
         agreed(folder.begin)
+    part = "" if forecast is None or out is None else Path(out).name
+    whole = forecast or Forecast(model, [(part, study, reading)], [domain.name for domain in domains], say)
+
+    def seen(each: str, domain: str, tokens: int) -> None:
+        watch(f"{each}: {domain}{whole.seen(part, each, domain, tokens)}", tokens)
+
+    whole.begin()
+    if batch_tokens is None:
+        batch_tokens = batch_sizes.batch_tokens(model, kept=study.keeps)
     try:
-        earlier = _read(study, model, domains, reading, batch_tokens, folder, watch)
+        earlier = _read(study, model, domains, reading, batch_tokens, folder, seen)
     except (UnfitError, UnsupportedModelError):  # nothing can come of what was done
         if folder is not None:
             agreed(folder.discard)
@@ -185,7 +215,7 @@ def _read(
     reading: Reading,
     batch_tokens: int,
     folder: StudyFolder | None,
-    watch: Callable[[str, int], None],
+    seen: Callable[[str, str, int], None],
 ) -> dict[str, dict[str, Gathered]]:
     """All passes over all domains."""
     earlier: dict[str, dict[str, Gathered]] = {domain.name: {} for domain in domains}
@@ -193,10 +223,9 @@ def _read(
         for number, domain in enumerate(domains):
             into = {**study.begin(model, each), **({TEXTS: TextStats()} if place == 0 else {})}
             key = f"{place}-{each}-{number:02d}-{distributed.rank()}of{distributed.world_size()}"
-            shown = f"{each}: {domain.name}"
             prepared = study.prepare(model, each, domain.name, earlier)
             _Pass(study, model, domain, reading, each, into, prepared, batch_tokens, folder, key).go(
-                lambda tokens, shown=shown: watch(shown, tokens)
+                partial(seen, each, domain.name)
             )
             for accumulator in into.values():
                 accumulator.all_reduce()

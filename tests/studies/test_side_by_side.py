@@ -51,14 +51,15 @@ def test_losses_of_few_rows_at_a_time_are_those_of_all_at_once(model, monkeypatc
     batch = next(iter(batch_windows(shard.windows, model, batch_tokens=150, packed=None)))
     whole = losses(model, batch, [])
     seen: list[int] = []
-    best = observe(model, batch, predicted=True).predicted
+    best: Any = observe(model, batch, predicted=True).predicted
     monkeypatch.setattr(observation, "WHOLE", 0)
     monkeypatch.setattr(observation, "LOGITS", 70 * model.cfg.d_vocab)
     with model.hooks([("unembed.hook_out", lambda value, hook: seen.append(value.shape[1]))]):
         found = losses(model, batch, [])
     assert len(seen) > 1 and max(seen) <= 70, "no more rows' logits are there at once"
     assert torch.allclose(found, whole, atol=1e-5)
-    assert torch.equal(observe(model, batch, predicted=True).predicted, best)
+    again: Any = observe(model, batch, predicted=True).predicted
+    assert torch.equal(again, best)
 
 
 def test_what_is_computed_of_logits_in_bfloat16_is_as_in_float64():

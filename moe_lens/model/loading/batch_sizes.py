@@ -20,6 +20,8 @@ of them again for the next product.
 """
 STREAMED_TOKENS = 2**13
 """The same where parameters are read from disk in every pass."""
+BATCH_TOKENS = 2**11
+"""Tokens of a batch of texts, of which activations of all layers, or all logits, are kept: up to 1 MB a token."""
 ROWS = 64
 """Rows of logits at least that are made at once: a product of fewer takes as long, to read the unembedding."""
 
@@ -33,6 +35,16 @@ def tokens_at_once(model: Any, device: torch.device) -> int:
     """How many tokens, of all variants together, to run in one pass that computes on a device."""
     usual = TOKENS.get(device.type, TOKENS["cuda"])
     return max(usual, STREAMED_TOKENS) if reads_in_every_pass(model) else usual
+
+
+def batch_tokens(model: Any, *, kept: bool) -> int:
+    """How many tokens of texts to read at once, if nobody says.
+
+    Args:
+        model: A `HookedMoE`.
+        kept: Whether activations of all layers, or logits, are kept of each.
+    """
+    return BATCH_TOKENS if kept or not reads_in_every_pass(model) else STREAMED_TOKENS
 
 
 def rows_at_once(logits: int, d_vocab: int) -> int:
