@@ -149,8 +149,12 @@ def _run(made: "Study | Work", domains: options.Opened, out: Path, given: Argume
                 read += tokens
                 progress.update(task, description=f"{what} · {read:,} tokens read")
 
+            def say(line: str) -> None:
+                if where is not None:  # small models are quick
+                    console.print(Text(line))
+
             how = {"reading": given.reading(), "name": given.model, "batch_tokens": given.batch_tokens}
-            found = work(model, domains, out=out, watch=watch, say=lambda line: console.print(Text(line)), **how)
+            found = work(model, domains, out=out, watch=watch, say=say, **how)
         console.print(f"done in {time.monotonic() - started:.0f} s", highlight=False)
         if distributed.rank() == 0:
             said = findings_in(out) if found is None or isinstance(found, Path) else str(found.findings())

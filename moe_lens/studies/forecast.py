@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from moe_lens.checked import Natural, Positive
 from moe_lens.data import Reading
 from moe_lens.model.loading.memory_plan import gibibytes
 from moe_lens.model.loading.placement import places
@@ -15,23 +16,23 @@ READ_AS_TOKENS = 133
 """How many tokens are computed while a GB of weights is read, for a model with a billion active parameters: where a
 disk reads 1.5 GB/s, and a processor computes 4 · 10¹¹ operations/s. Only how passes compare with one another depends on
 it; what they take is measured."""
-SAID_EVERY = 300.0
-"""Seconds between two estimates that are said."""
+SAID_EVERY, SURE, LONG = 300.0, 10.0, 60.0
+"""Seconds between two estimates that are said, before the first, and that are worth saying."""
 
 
 @dataclass(frozen=True)
 class Load:
     """What one pass over a domain asks of a model."""
 
-    tokens: int
+    tokens: Natural
     """Of all forward passes together."""
-    passes: int = 1
+    passes: Natural = 1
     """Forward passes: so often is what is on disk read."""
-    logits: int = 0
+    logits: Natural = 0
     """Rows of logits."""
 
     @classmethod
-    def stacked(cls, tokens: int, at_once: int, *, logits: int | None = None) -> "Load":
+    def stacked(cls, tokens: Natural, at_once: Positive, *, logits: Natural | None = None) -> "Load":
         """Of forward passes of at most so many tokens."""
         return cls(tokens, max(1, math.ceil(tokens / at_once)), tokens if logits is None else logits)
 
@@ -49,7 +50,7 @@ class Forecasting(Protocol):
         """Names of the times that the domains are read."""
         ...
 
-    def load(self, model: Any, name: str, reading: Reading, domains: int) -> Load | None:
+    def load(self, model: Any, name: str, reading: Reading, domains: Positive) -> Load | None:
         """What a pass over one of the domains asks of the model; None if that is not known before."""
         ...
 
@@ -120,9 +121,10 @@ class Forecast:
         if left is None:
             return ""
         words = f"about {_duration(left)} left"
-        if left > SAID_EVERY / 5 and time.monotonic() - self._said >= SAID_EVERY:
-            self._said = time.monotonic()
-            self._say(f"{words}, after {_duration(self._said - self._begun)}")
+        now = time.monotonic()
+        if left >= LONG and now - self._begun >= SURE and now - self._said >= SAID_EVERY:
+            self._said = now
+            self._say(f"{words}, after {_duration(now - self._begun)}")
         return f" · {words}"
 
     def seconds_left(self) -> float | None:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moe_lens.checked import Seed
+from moe_lens.checked import Positive, Seed
 from moe_lens.data import Reading, TokenBatch
 from moe_lens.errors import InputError
 from moe_lens.lenses import Lens, LensResult, LogitLens, TunedLens
@@ -120,7 +120,7 @@ class LensStudy(Study):
         every = (*PartialSum.figure2(model.top_k), *PartialSum.controls(model.top_k, seed=self.seed))
         return tuple(dict.fromkeys(every))
 
-    def load(self, model: Any, name: str, reading: Reading, domains: int) -> Load:  # noqa: ARG002
+    def load(self, model: Any, name: str, reading: Reading, domains: Positive) -> Load:  # noqa: ARG002
         """A forward pass, logits of every sum in every layer, and a pass for the example."""
         tokens = reading.tokens or 0
         rows = tokens * (1 + model.cfg.n_layers * len(self.sums(model)))

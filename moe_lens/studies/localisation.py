@@ -81,7 +81,7 @@ class Localisation(Study):
                 "many are left to hold them against"
             )
 
-    def load(self, model: Any, name: str, reading: Reading, domains: int) -> Load | None:
+    def load(self, model: Any, name: str, reading: Reading, domains: Positive) -> Load | None:
         """Routing; or a clean run and one more without each coalition. What scores take is not known before."""
         if name == "routing":
             return Load.stacked(reading.tokens or 0, BATCH_TOKENS, logits=0)

@@ -52,7 +52,7 @@ class PruningStudy(Study):
                 f"this model chooses {model.top_k} of {model.n_experts} experts: of a share of {self.share} none can go"
             )
 
-    def load(self, model: Any, name: str, reading: Reading, domains: int) -> Load:
+    def load(self, model: Any, name: str, reading: Reading, domains: Positive) -> Load:
         """Routing, or a clean run and one more without each plan."""
         if name == "routing":
             return Load.stacked(reading.tokens or 0, BATCH_TOKENS, logits=0)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 import pandas as pd
 import torch
 
-from moe_lens.checked import Seed
+from moe_lens.checked import Positive, Seed
 from moe_lens.data import Reading, TokenBatch
 from moe_lens.model.loading.batch_sizes import batch_tokens
 from moe_lens.routing import LayerRouting
@@ -76,7 +76,7 @@ class RoutingStudy(Study):
         """The model's own routing, and the nulls' if they are asked for."""
         return self.passes if self.nulls else self.passes[:1]
 
-    def load(self, model: Any, name: str, reading: Reading, domains: int) -> Load:  # noqa: ARG002
+    def load(self, model: Any, name: str, reading: Reading, domains: Positive) -> Load:  # noqa: ARG002
         """One forward pass; the model's own predictions are noted in the first."""
         tokens = reading.tokens or 0
         return Load.stacked(tokens, batch_tokens(model, kept=self.keeps), logits=tokens if name == MODEL else 0)

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from moe_lens import names
-from moe_lens.checked import Natural, Seed
+from moe_lens.checked import Natural, Positive, Seed
 from moe_lens.data import Reading, TokenBatch
 from moe_lens.errors import InputError
 from moe_lens.model.loading.batch_sizes import BATCH_TOKENS, batch_tokens, reads_in_every_pass, tokens_at_once
@@ -80,7 +80,7 @@ class SingleExpertStudy(Study):
             if k > 0 or treatment in ("dropped", "replaced")  # nothing is left to rescale, or to draw
         ]
 
-    def load(self, model: Any, name: str, reading: Reading, domains: int) -> Load:  # noqa: ARG002
+    def load(self, model: Any, name: str, reading: Reading, domains: Positive) -> Load:  # noqa: ARG002
         """Nothing, a forward pass, or one of every variant: together where parameters are read in every pass."""
         tokens = reading.tokens or 0
         if name == "sources":

@@ -63,7 +63,7 @@ class Study(ABC):
     def check(self, model: Any) -> None:  # noqa: B027  # most have nothing to refuse
         """Refuse what cannot be done with this model; raises `InputError`."""
 
-    def load(self, model: Any, name: str, reading: Reading, domains: int) -> Load | None:  # noqa: ARG002
+    def load(self, model: Any, name: str, reading: Reading, domains: Positive) -> Load | None:  # noqa: ARG002
         """What a pass over one of the domains asks of a model; None if that is not known before it is made.
 
         Args:

