@@ -9,7 +9,7 @@ import typer
 
 from moe_lens.cli import options
 from moe_lens.cli.app import app
-from moe_lens.cli.model_loading import quiet
+from moe_lens.cli.model_loading import load_model, quiet
 from moe_lens.cli.study_command import Work, command
 from moe_lens.data import EMBEDDED
 from moe_lens.errors import InputError
@@ -202,6 +202,32 @@ def explain(
     from moe_lens.studies import Explain, read_features
 
     return Explain(None if features is None else read_features(features))
+
+
+@command("checkpoints", "moe-lens-checkpoints")
+def checkpoints(
+    other: Annotated[
+        str, typer.Option(metavar="MODEL", help="The other checkpoint, of the same shape and with the same tokenizer.")
+    ],
+) -> Work:
+    """Do two checkpoints route the same texts alike: base and chat, before and after tuning?
+
+    Tables: overlap (share of the experts of a token that both choose, by layer, with intervals over sources, beside
+    what their loads alone give; of both as they are, of the first with the other's routers, and of the two with the
+    same routers), losses (nats a token that swapped routers add).
+
+    Every text is read four times. Both models are held in memory.
+
+    Example: moe-lens checkpoints --model base --other chat --domain prose=prose.jsonl --out runs/chat
+    """
+    from moe_lens.studies import Checkpoints, run
+
+    def side_by_side(model: Any, domains: Any, **how: Any) -> Any:
+        parameter = next(model.original_model.parameters())
+        dtype, device = str(parameter.dtype).removeprefix("torch."), str(parameter.device)
+        return run(Checkpoints(load_model(other, dtype, device), other), model, domains, **how)
+
+    return side_by_side
 
 
 @command("lens", "moe-lens-logit-lens")

@@ -38,3 +38,9 @@ def test_what_explains_a_choice(capsys: pytest.CaptureFixture[str]):
 def test_standing_committee(capsys: pytest.CaptureFixture[str]):
     layers = run("committee.md", capsys)["found"].tables["committee_layers"]
     assert (layers["half"] > layers["control_half"]).mean() > 0.5 and (layers["least"] < 0.5).all()
+
+
+@pytest.mark.slow
+def test_two_checkpoints(capsys: pytest.CaptureFixture[str]):
+    overlap = run("checkpoints.md", capsys)["found"].tables["overlap"].set_index("pair")["overlap"]
+    assert (overlap["checkpoints"] < 0.95).all() and (overlap["all but routers"] == 1).all()
