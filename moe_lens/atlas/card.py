@@ -20,12 +20,12 @@ HEIGHT = 720
 
 @dataclass(frozen=True)
 class ExpertCard:
-    """What the atlas shows of one expert; a notebook draws it, and `save` writes it as a page of its own."""
+    """The atlas's page of one expert; a notebook displays it, and `save` writes it to a file."""
 
     layer: Natural
     expert: Natural
     page: str
-    """The whole document; nothing of it asks for anything from elsewhere."""
+    """The whole document; it loads nothing from elsewhere."""
 
     def __repr__(self) -> str:
         return f"ExpertCard(layer {self.layer}, expert {self.expert}: {len(self.page):,} characters)"
@@ -50,13 +50,13 @@ def expert_card(result: StudyResult | str | Path, layer: Natural, expert: Natura
     """The card of one expert.
 
     Args:
-        result: Of the study `atlas`, or the folder that it was saved in.
+        result: A result of the study `atlas`, or the folder that it was saved in.
         layer: A layer with experts.
-        expert: Its id.
+        expert: The expert's id.
 
     Raises:
-        HookError: A dense layer.
-        InputError: There is no such expert, or it is the result of another study.
+        HookError: The layer is dense.
+        InputError: There is no such expert, or the result is of another study.
     """
     result = of_atlas(result)
     about = about_of(result)

@@ -2,18 +2,18 @@
 // Layers × experts, coloured by a measure.
 const MEASURES = {
   difference: { label: "Specialisation: share above that of other domains", shown: (v) => `${(100 * v).toFixed(1)} points`, around: true, domain: true,
-    what: "Share of the domain's tokens that choose the expert, less the mean share of the other domains. Over all domains: of the domain where that is greatest." },
+    what: "Share of the domain's tokens that choose the expert, minus the mean share of the other domains. Over all domains: the value of the domain where it is greatest." },
   beyond: { label: "Specialisation beyond the token", shown: (v) => `${(100 * v).toFixed(1)} points`, around: true, domain: true,
-    what: "Share of the domain's tokens that choose the expert, less what it would be if every token chose as it does in all domains together. Over all domains: where that is greatest." },
-  share: { label: "Share of tokens that choose it", shown: (v) => percent(v), domain: true, what: "All experts alike would have the same share, active experts over experts." },
-  first: { label: "Foremost of its layer, share of resamples", shown: (v) => percent(v), domain: true,
-    what: "How often the expert is its layer's foremost for the domain when sources are drawn again. Over all domains: where that is most often." },
+    what: "Share of the domain's tokens that choose the expert, minus what it would be if every token chose as it does in all domains together. Over all domains: the value of the domain where it is greatest." },
+  share: { label: "Share of tokens that choose it", shown: (v) => percent(v), domain: true, what: "Under uniform routing all experts have the same share: active experts divided by experts." },
+  first: { label: "Most specialised of its layer, share of resamples", shown: (v) => percent(v), domain: true,
+    what: "How often the expert is its layer's most specialised for the domain when sources are resampled. Over all domains: the value of the domain where it is greatest." },
   saved: { label: "Effect on the loss (first order)", shown: (v) => `${milli(v)} millinats a token`, around: true, domain: true,
-    what: "What the loss would grow by without the expert, by gradient × activation. An estimate: cards have exact knock-outs of the foremost." },
-  entropy: { label: "Entropy of the tokens that choose it", shown: (v) => `${number(v)} nats`, what: "Low: few different tokens choose it. Experts that few tokens chose come out too low." },
+    what: "By how much the loss would grow without the expert, estimated by gradient × activation. The pages of the most specialised experts have exact knock-outs." },
+  entropy: { label: "Entropy of the tokens that choose it", shown: (v) => `${number(v)} nats`, what: "Low: few different tokens choose it. For experts that few tokens chose the estimate is too low." },
   weight: { label: "Mean routing weight where chosen", shown: (v) => number(v), what: "" },
-  relative_norm: { label: "Size of what it adds, beside the stream", shown: (v) => number(v), what: "Mean over its tokens of the length of its contribution over that of the residual stream." },
-  max_activation: { label: "Greatest activation (super experts)", shown: (v) => number(v), what: "Greatest component of the expert's output. Outlined: above the 99.5th percentile of all and a tenth of the greatest, the rule for super experts but for its third condition." },
+  relative_norm: { label: "Norm of its contribution, relative to the stream", shown: (v) => number(v), what: "Mean over its tokens of the norm of its contribution divided by the norm of the residual stream." },
+  max_activation: { label: "Greatest activation (super experts)", shown: (v) => number(v), what: "Greatest component of the expert's output. Outlined: above the 99.5th percentile of all experts and above a tenth of the greatest. These are two of the three conditions for a super expert; the third is not checked." },
 };
 
 atlas.values = (measure, domain) => {
@@ -111,8 +111,8 @@ const foremost = (domain) => {
     return h("span", {}, expertLink(layer, e, `expert ${e}${starred ? "*" : ""}`), h("br"),
       h("small", {}, d.first[l][e] === null ? "cannot be told" : `first in ${percent(d.first[l][e], 0)}`));
   })]);
-  return section("Foremost expert of each domain",
-    "The expert whose share among the domain's tokens is most above that among other domains' tokens, and in how many of "
-    + `${whole(atlas.about.limits.resamples)} resamples of the sources it is that again. * the share differs, corrected for all experts, layers and domains (maxT, p < .05).`,
+  return section("Most specialised expert of each domain",
+    "The expert whose share of the domain's tokens is most above its mean share of the other domains' tokens, and the share of "
+    + `${whole(atlas.about.limits.resamples)} resamples of the sources in which it is so again. *: the share differs between domains, corrected for all experts, layers and domains (maxT, p < .05).`,
     table(["", ...atlas.domains.map((name) => h("span", { class: name === domain ? "chosen" : null }, name))], rows, { class: "foremost" }));
 };

@@ -5,7 +5,7 @@ atlas.views.token = async ({ token }) => {
   const shard = about.shards.filter((first) => first <= id).length - 1;
   const found = shard < 0 ? undefined : (await atlas.load(`search-${shard}`))[id];
   const head = h("h1", {}, "Token ", h("bdi", { class: "token" }, readable(textOf(id))));
-  if (!found) return [head, h("p", {}, "It occurs in none of the texts, and no expert is told to write it.")];
+  if (!found) return [head, h("p", {}, "It occurs in none of the texts, and is not among the first tokens of any expert's output.")];
   const rows = about.layers.map((layer) => [`Layer ${layer}`, found.sent.filter(([l]) => l === layer).map(([l, expert, n]) => h("span", { class: "sent" }, expertLink(l, expert, `expert ${expert}`), h("small", {}, ` ${percent(n / found.n, 0)} (${whole(n)}) `)))]);
   const list = (items, title) => items && items.length > 0 && [h("h3", {}, title), h("p", { class: "tokens" }, [...items].sort((a, b) => Math.abs(b[2]) - Math.abs(a[2])).map(([l, expert, value, recurs]) => h("span", {}, expertLink(l, expert, `layer ${l}, expert ${expert}`), h("small", {}, ` ${number(value)}${recurs ? " ✓" : ""} · `))))];
   return [head,
@@ -17,14 +17,14 @@ atlas.views.about = () => {
   const { about } = atlas, m = about.model;
   return [h("h1", {}, "About this atlas"),
     table(["", ""], [["Model", m.name], ["Type", m.type], ["Layers", `${m.layers}, of them with experts: ${about.layers.join(", ")}`], ["Experts", `${about.experts} a layer, ${about.top_k} active a token, ${m.shared_experts} shared`], ["Precision", `${m.dtype}, packed: ${m.quantised}`], ["Fingerprint", m.fingerprint],
-      ["Windows", `of at most ${about.reading.context} tokens`], ["Made by", `moe_lens ${about.version}: ${about.command}`]].map(([name, value]) => [h("b", {}, name), String(value)])),
-    section("Texts", "Sources are resampled: a domain of fewer than " + about.limits.sources + " has no intervals.", table(["Domain", "Tokens", "Windows", "Sources"], about.domains.map((d) => [h("b", {}, d.name), whole(d.tokens), whole(d.windows), whole(d.sources)]))),
+      ["Windows", `of at most ${about.reading.context} tokens`], ["Written by", `moe_lens ${about.version}: ${about.command}`]].map(([name, value]) => [h("b", {}, name), String(value)])),
+    section("Texts", "Intervals resample sources: a domain with fewer than " + about.limits.sources + " sources has none.", table(["Domain", "Tokens", "Windows", "Sources"], about.domains.map((d) => [h("b", {}, d.name), whole(d.tokens), whole(d.windows), whole(d.sources)]))),
     section("How to read it", null,
       h("ul", {}, [
-        `An expert that fewer than ${about.limits.rare} tokens chose is too rare: its card says "cannot be told".`,
-        "Stars stand for tests that are corrected for everything that was tested at once. Without one, a difference may be chance.",
-        "What an expert writes is read by the unembedding, as if nothing came after. In early layers it may say little.",
-        "A token's choice of expert depends on the token alone to a large part: compare a domain's share with that by the token alone.",
+        `An expert that fewer than ${about.limits.rare} tokens chose is too rare: its page says "cannot be told".`,
+        "A star marks a test that is significant after correction for everything that was tested at once. Without a star, a difference may be chance.",
+        "What an expert writes is read through the final norm and the unembedding, as if no layer followed. In early layers this may say little.",
+        "Which experts a token chooses depends to a large part on the token alone: compare a domain's share with the share by the token alone.",
         "Links are stable: #layer=3&expert=17, #token=12, #text=0&layer=3&pos=4.",
       ].map((line) => h("li", {}, line)))),
     section("Keys", null, h("p", {}, "/ search · arrow keys on the map and in texts · [ and ] the expert before and after · m map")),
@@ -75,7 +75,7 @@ const search = (event) => {
   const query = event.target.value, box = document.getElementById("found");
   if (!query) { box.hidden = true; return; }
   const whole_ = matches(query), parts = whole_.length ? [] : pieces(query);
-  box.replaceChildren(whole_.length ? "" : parts.length ? "No single token; its pieces are perhaps " : "No such token in these texts.", ...(whole_.length ? whole_ : parts).map((id) => tokenLink(id)));
+  box.replaceChildren(whole_.length ? "" : parts.length ? "Not a single token; it may be tokenised as " : "No such token in these texts.", ...(whole_.length ? whole_ : parts).map((id) => tokenLink(id)));
   box.hidden = false;
 };
 

@@ -1,5 +1,5 @@
 "use strict";
-// Texts token by token: who was chosen, with which weight, and what a lens reads after each of them alone.
+// Texts token by token: which experts were chosen, with which weight, and what a lens reads after each of them alone.
 atlas.views.text = async ({ text, layer, pos }) => {
   const { about } = atlas;
   if (!about.texts.length) return [h("h1", {}, "Texts"), h("p", {}, "This atlas was made without texts.")];
@@ -12,7 +12,7 @@ atlas.views.text = async ({ text, layer, pos }) => {
   const name = (t) => `${t.domain || "own"}: ${t.source}`;
   const words = of.tokens.map((token, i) => h("a", {
     class: `piece${i === at ? " here" : ""}`, href: `#text=${chosen}&layer=${about.layers[row]}&pos=${i}`, "aria-current": i === at ? "true" : null,
-    vars: { w: shares[i].toFixed(3) }, title: `first: expert ${slots[i][0][0]}, ${percent(shares[i], 0)} of the weight`,
+    vars: { w: shares[i].toFixed(3) }, title: `top expert ${slots[i][0][0]}, ${percent(shares[i], 0)} of the weight`,
   }, shownInline(textOf(token))));
   const mine = slots[at];
   const others = about.layers.map((l) => [`Layer ${l}`, ...of.layers[l][at].map(([expert, weight]) => h("span", {}, expertLink(l, expert, String(expert)), h("small", {}, ` ${number(weight, 2)}`)))]);
@@ -21,14 +21,14 @@ atlas.views.text = async ({ text, layer, pos }) => {
     h("div", { class: "controls" },
       choose("Text", about.texts.map((t, i) => [i, name(t)]), chosen, (value) => go({ text: value, pos: 0 })),
       choose("Layer", about.layers.map((l) => [l, String(l)]), about.layers[row], (value) => go({ layer: value }))),
-    h("p", { class: "note" }, "Darker: more of the weight goes to the first expert. Click a token, or move with ← and →."),
+    h("p", { class: "note" }, "Darker: the top expert has more of the weight. Click a token, or move with ← and →."),
     h("p", { class: "running", dir: "auto" }, words),
     section(`At token ${at + 1} of ${of.tokens.length}`, null,
-      h("p", {}, "Token ", tokenLink(of.tokens[at]), ", the model predicts next ", tokenLink(of.predicted[at]), "."),
+      h("p", {}, "Token ", tokenLink(of.tokens[at]), "; the model's next token is ", tokenLink(of.predicted[at]), "."),
       h("h3", {}, `Layer ${about.layers[row]}`),
-      table(["Rank", "Expert", "Weight", "Reads next, after this expert alone", "Probability"],
+      table(["Rank", "Expert", "Weight", "Next token read after this expert alone", "Probability"],
         mine.map(([expert, weight, token, prob], rank) => [String(rank), expertLink(about.layers[row], expert, `expert ${expert}`), number(weight), token < 0 ? "–" : tokenLink(token), prob === null ? "–" : percent(prob)])),
-      h("p", { class: "note" }, "A logit lens on the stream before the experts plus this one: in early layers the unembedding may not read it."),
+      h("p", { class: "note" }, "The logit lens on u plus this expert's contribution, where u is the stream before the experts. In early layers it may say little."),
       h("h3", {}, "All layers"), h("p", { class: "note" }, "Experts by rank, with their weights."),
       table(["", ...mine.map((_, rank) => `rank ${rank}`)], others)),
   ];
