@@ -46,7 +46,7 @@ const summary = (of, l, e) => {
   const others = d[SHARE] - d[DIFFERENCE];
   const leader = leaderOf(l, best);
   const first = d[FIRST] === null ? "too few sources to tell whether it is the layer's most specialised expert" : `the layer's most specialised expert for ${atlas.domains[best]} in ${percent(d[FIRST], 0)} of resamples of the sources${leader === e ? "" : ` (it is expert ${leader})`}`;
-  return h("p", { class: "lead" }, sure ? "" : "No difference between domains was found. ", "It is most specialised in ",
+  return h("p", { class: "lead" }, sure ? "It is most specialised in " : "No significant difference between domains. The largest is for ",
     h("b", {}, atlas.domains[best]), `: ${percent(d[SHARE])} of that domain's tokens choose it (${span(d[LOW], d[HIGH], percent)}), and ${percent(others)} of other domains'; ${first}; ${pValue(d[P])} (corrected).`);
 };
 

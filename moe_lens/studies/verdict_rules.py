@@ -136,7 +136,12 @@ def one_expert_above_half(read: Read) -> Iterator[Bound]:
     given_token = _aligned(unigram.assignments, unigram.sources, own.sources)
     less = share - given_token.flatten(1).gather(1, picked[:, None])[:, 0].double()
     yield read.bound(
-        "the same less that given the token", mean(less), tokens, above=True, threshold="nothing", control=True
+        "greatest share − its share by the token alone",
+        mean(less),
+        tokens,
+        above=True,
+        threshold="nothing",
+        control=True,
     )
     random = read.result(RoutingResult, "random_router routing")
     drawn = _aligned(_assigned(random, _picked(random, read.seed)), random.sources, own.sources)
@@ -155,11 +160,13 @@ def few_experts_take_half(read: Read) -> Iterator[Bound]:
         return of_all
 
     ours = share(own.assignments.double())
-    yield read.bound("share of experts that take half", ours, own.tokens, threshold="experts for half")
+    yield read.bound("share of experts for half", ours, own.tokens, threshold="experts for half")
     random = read.result(RoutingResult, "random_router routing")
     theirs = share(_aligned(random.assignments.double(), random.sources, own.sources))
     less = _less(ours, theirs)
-    yield read.bound("the same less that of a random router", less, own.tokens, threshold="nothing", control=True)
+    yield read.bound(
+        "share of experts for half − a random router's", less, own.tokens, threshold="nothing", control=True
+    )
 
 
 def top_expert_is_the_ensemble(read: Read) -> Iterator[Bound]:
@@ -184,12 +191,12 @@ def top_expert_is_the_ensemble(read: Read) -> Iterator[Bound]:
     yield read.bound(
         "agreement with the ensemble", lambda t: agrees(t).mean(-1), sizes, above=True, threshold="agreement"
     )
-    what = "KL(ensemble ‖ top) / KL(ensemble ‖ none)"
+    what = "KL ratio: KL(ensemble ‖ u + g₀E₀) / KL(ensemble ‖ u)"
     yield read.bound(what, left(top), sizes, threshold="KL left", control=True)
     less = _less(left(top), left(active))
-    yield read.bound("the same less that of a random active expert", less, sizes, threshold="nothing", control=True)
+    yield read.bound("KL ratio − a random active expert's", less, sizes, threshold="nothing", control=True)
     yield read.bound(
-        "agreement where the residual alone differs",
+        "agreement where u alone differs from the ensemble",
         lambda times: matters(times).nanmean(-1),
         sizes,
         above=True,
@@ -232,9 +239,9 @@ def perplexity_stays(read: Read) -> Iterator[Bound]:
     """Claim 4: paired by source, all layers at once."""
     losses = read.result(VariantLosses, "losses")
     ratio = _ratio(losses, "dropped", 1)
-    yield read.bound("perplexity, k = 1 ÷ all", ratio, losses.tokens, threshold="perplexity")
+    yield read.bound("perplexity ratio, k = 1 ÷ all", ratio, losses.tokens, threshold="perplexity")
     less = _less(ratio, _ratio(losses, "random", 1))
-    what = "the same less that of a random active expert"
+    what = "perplexity ratio − a random active expert's"
     yield read.bound(what, less, losses.tokens, threshold="nothing", control=True)
 
 
@@ -258,9 +265,9 @@ def knowledge_is_localised(read: Read) -> Iterator[Bound]:
     table = where(_contrast(read.study, read.level), domain=read.domain, control="matched")
     row = where(table, how=read.plan["settings"]["how"][0]).to_dict("records")[0]
     if not row["controls"]:
-        raise _Missing("a coalition that matches was not found")
+        raise _Missing("no matched coalition was found")
     low, high = (None if row[end] != row[end] else row[end] for end in ("low", "high"))
-    what = "own − others, picked less matched"
+    what = "contrast (Δ own − Δ others), picked − matched"
     yield Bound(what, row["estimate"], low, high, True, read.thresholds["nothing"], control=True)
     yield read.beaten(f"share of {row['controls']} matched coalitions beaten", row["beaten"])
 
@@ -269,14 +276,14 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "1a",
         "one expert is active for more than half of a domain's tokens",
-        "greatest share of an expert, picked on other sources, > .50; above the share given the token alone, and a "
+        "greatest share of an expert, picked on other sources, > .50; above its share by the token alone, and a "
         "random router's below .50",
         "routing",
         one_expert_above_half,
     ),
     Rule(
         "1b",
-        "very few experts take half of a domain's assignments",
+        "very few experts receive half of a domain's assignments",
         "experts for 50 % of assignments, mean over layers, ≤ E/8 †; fewer than with a random router",
         "routing",
         few_experts_take_half,
@@ -307,7 +314,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "5",
         "experts can be pruned for a domain",
-        "perplexity with a quarter † of the experts out, scored on other sources, ÷ with all, ≤ 1.05 †; better than "
+        "perplexity without a quarter † of the experts, scored on other sources, ÷ with all, ≤ 1.05 †; better than "
         "≥ 95 % of 40 random plans of its size",
         "pruning",
         pruning_is_free,
@@ -315,8 +322,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "6",
         "knowledge sits in few experts",
-        "nats that a domain's own experts cost it more than others, less the same of matched coalitions, > 0; picked "
-        "beats ≥ 95 % of 40 of them",
+        "contrast: increase of the domain's own loss without its experts − mean increase of the other domains' losses; "
+        "minus the contrast of matched coalitions, > 0; beats ≥ 95 % of 40 of them",
         "localisation",
         knowledge_is_localised,
         has_number=False,

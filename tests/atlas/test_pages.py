@@ -134,9 +134,7 @@ def test_a_link_opens_the_card_of_an_expert_with_the_studys_numbers(page, folder
     shown, tables = text(page), planted_atlas()[1].tables
     domains: Any = tables["domains"].query(f"layer == {LAYER} and expert == {PLANTED['sea']} and domain == 'sea'")
     row = domains.iloc[0]
-    assert (
-        f"Layer {LAYER}, expert {PLANTED['sea']}" in shown and "sea chooses it most beyond the others: 100.0 %" in shown
-    )
+    assert f"Layer {LAYER}, expert {PLANTED['sea']}" in shown and "It is most specialised in sea: 100.0 %" in shown
     assert f"{row['assigned']} of {row['tokens']}; {row['sources']} sources" in shown
     explained: Any = tables["explained"].query(f"layer == {LAYER} and expert == {PLANTED['sea']}").set_index("feature")
     said: Any = tables["chosen_for"].query(f"layer == {LAYER} and expert == {PLANTED['sea']}")

@@ -104,7 +104,7 @@ def test_headlines_are_those_of_the_tables_beside_the_nulls(made):
     page = " ".join(re.sub("<[^>]*>", "", (made / "report.html").read_text(encoding="utf-8")).split())
     most = StudyResult.load(made / "routing").tables["most_specialised"]
     over = most.query("share > 0.5").groupby("routing").size().reindex(["model", *NULLS], fill_value=0)
-    told = f"In {over['model']} of 4 pairs of layer and domain some expert is among the 3 active ones"
+    told = f"In {over['model']} of 4 pairs of layer and domain, one expert is among the 3 active ones"
     assert told in page and f"a random router gives {over['random_router']} such pairs" in page
     assert f"the token alone gives {over['token_unigram']} such pairs" in page
     ratios = StudyResult.load(made / "single-expert").tables["perplexity"].query("k == 1 and treatment == 'random'")
@@ -122,10 +122,11 @@ def test_verdicts_stand_on_the_page_and_in_a_file(made):
         assert of["number"] not in ("holds", "contradicted") and of["inference"] not in ("holds", "contradicted")
         assert f"{of['claim']} {of['number']} {of['inference']} {of['at_half']}; {of['at_double']}" in page
     assert (
-        "nothing here decides about DeepSeekMoE 16B" in page and "undecided: the study localisation was not run" in page
+        "nothing here confirms or refutes a claim about DeepSeekMoE 16B" in page
+        and "undecided: the study localisation was not run" in page
     )
     ratio = StudyResult.load(made / "single-expert").tables["perplexity"].query("treatment == 'dropped' and k == 1")
-    bounds = [of for of in saved["bounds"] if of["what"] == "perplexity, k = 1 ÷ all"]
+    bounds = [of for of in saved["bounds"] if of["what"] == "perplexity ratio, k = 1 ÷ all"]
     assert [of["value"] for of in bounds] == pytest.approx(ratio["ratio"].tolist())
     assert bounds[0]["low"] < bounds[0]["value"] < bounds[0]["high"] and bounds[1]["low"] is None
     assert (

@@ -124,7 +124,7 @@ def test_experts_planted_in_a_model_are_found_and_what_explains_them_is_too(of_a
     # every token of a domain goes to the domain's expert; but then the token says it all, and the domain adds nothing
     assert said["1a"] == ("holds", "contradicted")
     assert min(values(found, "1a", "greatest share")) > 0.9
-    assert max(values(found, "1a", "the same less that given the token")) < 0.01
+    assert max(values(found, "1a", "greatest share − its share by the token alone")) < 0.01
     assert said["6"] == ("–", "holds")
     best = where(routing.tables["domain_experts"], routing="model").query("difference > 0 and p_value <= 0.05")
     first = best.sort_values("difference").groupby("domain").last()
@@ -142,7 +142,9 @@ def test_where_domains_mean_nothing_nothing_is_found(of_a_model):
     found, routing = of_a_model[True]
     said = answers(found)
     assert said["1a"] == ("contradicted", "contradicted")  # a third of the tokens of every domain are an expert's
-    assert said["6"] != ("–", "holds") and min(values(found, "6", "own − others, picked less matched")) < 0.2
+    assert (
+        said["6"] != ("–", "holds") and min(values(found, "6", "contrast (Δ own − Δ others), picked − matched")) < 0.2
+    )
     assert said["5"][1] != "holds"
     assert min(where(routing.tables["domain_experts"], routing="model")["p_value"]) > 0.05
     assert set(where(routing.tables["given_token_pairs"], routing="model")["finding"]) == {"not rejected"}
