@@ -12,26 +12,24 @@ from moe_lens.cli.study_command import Work, command
 def atlas(
     contexts: Annotated[
         bool,
-        typer.Option(
-            "--contexts/--no-contexts", help="Show pieces of the texts. Without: no text but single tokens leaves them."
-        ),
+        typer.Option("--contexts/--no-contexts", help="Show pieces of the texts, or only single tokens."),
     ] = True,
     text: Annotated[
         list[str] | None, typer.Option(help="A text of your own to show token by token; may be repeated.")
     ] = None,
     knockout_tokens: Annotated[
         int,
-        typer.Option(min=1, help="Tokens of each domain to read without experts: the beginnings of all windows."),
+        typer.Option(min=1, help="Number of tokens of each domain for knock-outs, from the beginnings of all windows."),
     ] = 512,
 ) -> Work:
     """A page for every expert: what chooses it, what it reads and writes, and what breaks without it.
 
-    A folder with index.html, which opens from the disk and asks for nothing from elsewhere: a map of all experts, a
-    page for each (index.html#layer=3&expert=17), texts token by token, and a search for tokens. Tables are saved in its
-    folder study: experts, domains, tokens, sent, partners, writing, neurons, nearest, knockouts, contexts.
+    The result is a folder with index.html, which opens from the disk and loads nothing from elsewhere: a map of all
+    experts, a page for each (index.html#layer=3&expert=17), texts token by token, and a search for tokens. Its folder
+    study holds the tables: experts, domains, tokens, sent, partners, writing, neurons, nearest, knockouts, contexts.
 
-    Texts are read four times, and their beginnings once more for each of the experts that are taken out and their
-    controls.
+    Texts are read four times, and the beginnings of their windows once more for each expert that is knocked out and
+    each of its controls.
 
     Example: moe-lens atlas --domain prose=prose.jsonl --domain code=code.jsonl --out atlas
     """

@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = INTERRUPTED
     if code == INTERRUPTED:
         what, code = ("terminated", TERMINATED) if terminated else ("interrupted", INTERRUPTED)
-        _say(f"{what}; no result was written. A study keeps its progress: the same command resumes it")
+        _say(f"{what}; no result was written. A study keeps its progress: run the same command to resume it")
     return code if isinstance(code, int) else 0
 
 

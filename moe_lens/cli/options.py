@@ -155,8 +155,7 @@ BatchTokens = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Number of tokens in one forward pass; halved automatically when memory runs out.  [chosen by what "
-        "the model needs]",
+        help="Number of tokens in one forward pass; halved automatically when memory runs out.  [depends on the model]",
     ),
 ]
 ShardTokens = Annotated[int, typer.Option(min=1, help="Save progress after every this many tokens.")]
@@ -164,7 +163,7 @@ Seed = Annotated[int, typer.Option(help="Random seed for sampling texts.")]
 DtypeOption = Annotated[
     Dtype,
     typer.Option(
-        help="Precision that the model is loaded and run in; auto: the checkpoint's, float32 for the embedded."
+        help="Precision that the model is loaded and run in; auto: the checkpoint's, float32 for the embedded model."
     ),
 ]
 QuantizeOption = Annotated[
@@ -181,16 +180,17 @@ Device = Annotated[
     str,
     typer.Option(
         callback=_device,
-        help="Device to run on: cpu, cuda, cuda:1, …; auto: a GPU if there is one, several, main memory or the disk "
-        "beside it as far as the model needs them.",
+        help="Device to run on: cpu, cuda, cuda:1, …; auto: one GPU if the model fits, otherwise several GPUs, main "
+        "memory and the disk as needed.",
     ),
 ]
 MaxMemory = Annotated[
     list[str] | None,
     typer.Option(
         metavar="PLACE=SIZE",
-        help="With --device auto, the most to use of a place: cpu=9GiB, 0=20GiB for the first GPU; may be repeated. "
-        "What is not named is not used, and what fits nowhere is read from disk in every pass.  [90 % of what is free]",
+        help="With --device auto, the memory limit of a place: cpu=9GiB, 0=20GiB for the first GPU; may be repeated. "
+        "Places that are not named are not used; weights that fit nowhere are read from disk in every pass.  [90 % of "
+        "the free memory]",
     ),
 ]
 

@@ -59,7 +59,7 @@ def prune(
         bool,
         typer.Option(
             "--uniform",
-            help="With --budget global: even out the numbers of the layers in the end, as a config requires.",
+            help="With --budget global: give all layers the same number in the end, as a checkpoint's config requires.",
         ),
     ] = False,
     top_k: Annotated[
@@ -127,7 +127,9 @@ def prune(
     console = Console(stderr=True)
     with OutputFolder(out) as folder, console.status(f"loading {model}") as status:
         if folder.left:
-            console.print(f"an earlier run was killed in {out}: what it left is removed, and this one begins anew")
+            console.print(
+                f"an earlier run was killed in {out}: its unfinished files are removed, and this run starts anew"
+            )
         memory, trust = options.max_memory(max_memory, device), trust_tokenizer_code
         loaded = load_model(model, dtype.value, device, memory, trust_tokenizer=trust)
         made = run(loaded, domains, settings, folder.scratch / "model", watch=status.update)  # appears with the rest

@@ -20,12 +20,12 @@ def report(
 ) -> Work | None:
     """What the experts of a model do on real text: five studies, and one HTML page of them that opens offline.
 
-    Which experts each domain is sent to, beside what an untrained router and the token alone would give; one expert
-    against the ensemble, with controls; what fewer experts cost; what each expert would predict next; what is lost
-    without a quarter of the experts, and without those that a domain prefers, beside random ones; and verdicts on the
-    paper's claims. The folder receives report.html, verdicts.json and, in routing, single-expert, lens, pruning and
-    localisation, the studies. The last two read a quarter of --tokens, and are left out where a domain has a single
-    source. With folders that were saved: one page of all of them.
+    Which experts each domain is sent to, with a random router and routing by the token alone as nulls; one expert
+    against the ensemble, with controls; the cost of fewer experts; what each expert would predict next; the cost of
+    pruning a quarter of the experts, and of removing those that a domain prefers, with random and matched controls;
+    and verdicts on the paper's claims. The folder receives report.html, verdicts.json, and the studies in routing,
+    single-expert, lens, pruning and localisation. The last two read a quarter of --tokens, and are left out where a
+    domain has a single source. With FOLDER arguments nothing is run: one page shows these saved studies.
 
     Example: moe-lens report runs/routing runs/single-expert --out page
     """

@@ -1,4 +1,4 @@
-"""`moe-lens show`: what was saved, in the terminal; and what every command says of its result when it ends."""
+"""`moe-lens show`: saved results in the terminal; and the findings that every command ends with."""
 
 import sys
 from pathlib import Path
@@ -25,13 +25,13 @@ def show(
     folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Saved studies, or folders of reports.")],
     table: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Table to show; may be repeated. Without it: the beginnings of all."),
+        typer.Option(metavar="NAME", help="Table to show; may be repeated. Without it: the first rows of all tables."),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Number of rows of each table.")] = 8,
 ) -> None:
-    """Print what a study found, and its tables.
+    """Print the findings and the tables of saved studies.
 
-    Of reports: the verdicts, those of several models side by side.
+    For reports, print the verdicts; those of several reports stand side by side.
 
     Example: moe-lens show runs/routing --table most_specialised --rows 50
 

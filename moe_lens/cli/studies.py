@@ -64,7 +64,10 @@ class Kind(StrEnum):
 
 Parallel = Annotated[
     str | None,
-    typer.Option(metavar="REGEX", help="What names of sources that are one document in several domains differ in."),
+    typer.Option(
+        metavar="REGEX",
+        help="Where domains hold the same documents (translations): the part in which names of such sources differ.",
+    ),
 ]
 
 
@@ -83,12 +86,12 @@ def routing(
     Tables: specialisation (share of tokens that have the expert among their active ones), most_specialised, layers
     (Gini, entropies, margin, experts for 50 and 80 %), pairs (co-activation, transitions), persistence, vocabulary; of
     two domains or more: domain_experts, domain_layers, domain_pairs, the tests that permute domains over sources, and
-    given_token_layers, given_token_pairs, what the domain changes once the token is known; committee and
-    committee_layers, the experts that carry most of every domain (with --nulls beside a random router's).
+    given_token_layers, given_token_pairs, what the domain adds once the token is known; committee and
+    committee_layers, the experts with most of the routing weight of every domain (with --nulls also a random router's).
 
     Example: moe-lens routing --domain prose=prose.jsonl --domain code=code.jsonl --tokens 100000 --out runs/routing
 
-    With --parallel two domains that have such sources are compared on those alone, by swapping them; those without a
+    With --parallel, two domains with parallel sources are compared on these alone, by swapping them; sources without a
     partner are left out of the pair, and counted (domain_pairs: sources, dropped).
 
     Several processes: torchrun --nproc-per-node 4 -m moe_lens routing …
@@ -112,14 +115,14 @@ def single_expert(
         typer.Option("--k", min=0, help="Number of experts to keep; may be repeated.  [0 … top-k]"),
     ] = None,
 ) -> "Study":
-    """One expert against all active ones: cosines with their controls, and what fewer experts cost.
+    """One expert against all active ones: cosines with their controls, and the perplexity with fewer experts.
 
     Treatments of the experts that are not kept: dropped; renormalised (dropped, and the kept weights rescaled to the
     same sum); random (the kept ones are drawn at random); replaced (by their mean output, taken from other sources).
 
     Tables: perplexity (a row for each treatment, layer and k, token-weighted and as a geometric mean over windows, with
-    ratios to the whole model paired by source), similarity (cosine of u + rank 0 with u + all active
-    experts, u the residual stream before them, beside its controls).
+    ratios to the unedited model paired by source), similarity (cosine of u + rank 0 with u + all active experts, where
+    u is the residual stream before them, and its controls).
 
     Every text is read twice, and once more for each variant: 2 + 22 times for 6 active experts and all treatments, and
     22 times more for each layer with --layers both.
@@ -139,15 +142,15 @@ def experts_per_token(
         typer.Option(
             "--k",
             min=1,
-            help="Number of experts of every token; may be repeated. Without it: 1, 2, 4, … and all, and some near the "
-            "model's own, which is always run.",
+            help="Number of experts of every token; may be repeated. Without it: 1, 2, 4, … and all experts, and some "
+            "numbers near the model's own. The model's own number is always run.",
         ),
     ] = None,
     mass: Annotated[
         list[float] | None,
         typer.Option(
-            help="Give a token the fewest experts whose affinities have this share together; may be repeated.  "
-            "[0.15, 0.3, 0.5]"
+            help="Give a token the fewest experts whose shares of affinity sum to at least this (top-p); may be "
+            "repeated.  [0.15, 0.3, 0.5]"
         ),
     ] = None,
     threshold: Annotated[
@@ -159,10 +162,10 @@ def experts_per_token(
         typer.Option(help="Give a token this number × exp(entropy of its affinities) experts; may be repeated."),
     ] = None,
 ) -> "Study":
-    """What fewer or more experts than the model was trained with cost: the same for all tokens, or as the router says.
+    """Loss with fewer or more experts than the model was trained with: a fixed number, or one that the router decides.
 
     Tables: numbers (a row for each number and rule: mean number of experts, loss, perplexity, ratio to the model's own
-    number, and what a rule saves against a number that is the same for all tokens at the same mean; beside each rule,
+    number, and the nats a token that a rule saves against a fixed number at the same mean; the control of each rule is
     the same numbers shuffled over tokens), layers (mean number of experts of each layer).
 
     Every text is read once for each number, and twice for each rule.
@@ -188,14 +191,14 @@ def explain(
         ),
     ] = None,
 ) -> "Study":
-    """What can a token's choice of experts be predicted from: the token, the one before it, position, domain?
+    """From what can a token's choice of experts be predicted: the token, the one before it, position, domain?
 
-    Predictions are made for sources that were held out, by ridge regression; each feature alone, and what it adds to
-    the token; beside them, the same with the feature shuffled over tokens, which should add nothing.
+    Predictions are made for held-out sources, by ridge regression, from each feature alone and from the token with the
+    feature. The null is the same with the feature shuffled over tokens, which should add nothing.
 
-    Tables: experts (recall, precision, AUC, share of squared error that is explained, gain over the token), layers (the
-    same of all experts of a layer), chosen_for (a sentence for each expert, picked on half of the sources, and how well
-    it tells the expert's choices on the other half).
+    Tables: experts (recall, precision, AUC, R², gain over the token), layers (the same over all experts of a layer),
+    chosen_for (a sentence for each expert, picked on half of the sources, and how well it predicts the expert's choices
+    on the other half).
 
     Example: moe-lens explain --domain prose=prose.jsonl --domain code=code.jsonl --features sae.parquet --out runs/why
     """
@@ -212,9 +215,9 @@ def checkpoints(
 ) -> Work:
     """Do two checkpoints route the same texts alike: base and chat, before and after tuning?
 
-    Tables: overlap (share of the experts of a token that both choose, by layer, with intervals over sources, beside
-    what their loads alone give; of both as they are, of the first with the other's routers, and of the two with the
-    same routers), losses (nats a token that swapped routers add).
+    Tables: overlap (share of a token's experts that both checkpoints choose, by layer, with intervals over sources; its
+    null is the overlap that the loads alone give; for both as they are, for the first with the other's routers, and for
+    both with the same routers), losses (nats a token that swapped routers add).
 
     Every text is read four times. Both models are held in memory.
 
@@ -239,11 +242,11 @@ def lens(
         ),
     ] = "logit",
 ) -> "Study":
-    """What each layer would predict next if it ended after one expert, all of them, or none: Figure 2, in numbers.
+    """What the model would predict if it ended in a layer after one expert, all of them, or none: Figure 2, in numbers.
 
-    Table: lens (by domain, layer and partial sum: cross-entropy, entropy, KL to the model's own prediction and to all
-    experts together, agreement), with controls: u, the residual stream before the experts; u + a random active expert;
-    u + an expert that was not selected.
+    Table: lens (by domain, layer and partial sum: cross-entropy, entropy, KL to the model's own prediction and to the
+    ensemble of all active experts, agreement), with controls: u, the residual stream before the experts; u + a random
+    active expert; u + an expert that was not selected.
 
     Example: moe-lens lens --domain code=code.jsonl --tokens 20000 --out runs/lens
     """
@@ -260,51 +263,58 @@ def localise(
     by: Annotated[
         By,
         typer.Option(
-            help="Pick experts by how much more of a domain's tokens choose them than of others', or by what they are "
-            "worth to its loss beyond others', estimated by gradient or measured by knocking out each."
+            help="Pick experts that a domain's tokens choose more often than other domains' tokens do (routing), or "
+            "those that reduce its loss more than other domains' losses, estimated by gradient × activation "
+            "(attribution) or measured by knocking out each expert (knockout)."
         ),
     ] = By.routing,
     experts: Annotated[
         int | None,
-        typer.Option(min=1, help="Experts of each layer to pick for a domain.  [half of a token's active ones]"),
+        typer.Option(
+            min=1, help="Number of experts to pick for a domain in each layer.  [half the number of active experts]"
+        ),
     ] = None,
     how: Annotated[
         list[Removal] | None,
         typer.Option(
-            help="Take experts out by forbidding them, so that others are chosen, or by setting what they add to zero; "
-            "may be repeated, and the first is the primary one. Without it: reroute, then zero."
+            help="Ablate experts by forbidding them, so that others are chosen (reroute), or by setting their "
+            "contribution to zero (zero); may be repeated, and the first is the primary one. Without it: reroute, then "
+            "zero."
         ),
     ] = None,
-    matched: Annotated[int, typer.Option(min=1, help="Coalitions to match on routing weight.")] = MATCHED,
+    matched: Annotated[int, typer.Option(min=1, help="Number of coalitions matched on routing weight.")] = MATCHED,
     parallel: Parallel = None,
     facts: Annotated[
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Trace facts instead, and read no texts: a line for each with prompt, subject (a part of it), answer "
-            "and foil (a token each), and perhaps kind and source, as JSON. small: those that ship with the package.",
+            help="Trace facts instead of reading texts. The file has a JSON object on each line: prompt, subject (a "
+            "part of the prompt), answer and foil (a token each), and optionally kind and source. small: the facts "
+            "that ship with the package.",
         ),
     ] = None,
 ) -> "Study | Work":
-    """Does knowledge of a domain sit in experts of its own? Picked on half of the sources, taken out on the other.
+    """Does knowledge of a domain sit in experts of its own?
 
-    And the other way round. What that costs the domain itself, beyond what it costs the other domains, is held against
-    coalitions of the same layers that carry as much of its routing weight (within 10 %), as many experts at random, and
-    those that all domains use most.
+    A domain's experts are picked on half of its sources and ablated on the other half, and the other way round. The
+    contrast is the increase of the domain's own loss minus the mean increase of the other domains' losses. Controls:
+    matched coalitions (other experts of the same layers that carry as much of the domain's routing weight, within
+    10 %), the same number of experts at random, and the experts that all domains use most.
 
-    Tables: contrast (a row for each domain, way of taking out and control: nats a token with their interval over all
-    sources, and the share of controls that are beaten), effects (what each kind of coalition costs each domain),
-    coalitions (who was picked), halves.
+    Tables: contrast (a row for each domain, way of ablating and control: picked minus control, in nats a token with its
+    interval over all sources, and the share of controls that are beaten), effects (increase of each domain's loss for
+    each kind of coalition), coalitions (the experts that were picked), halves.
 
     Parallel sources stay together; without --parallel they are those whose names differ in a language code between
     slashes.
 
-    Every text is read some 2 × (matched + 10) times for each domain and way of taking out.
+    Every text is read about 2 × (matched + 10) times for each domain and way of ablating.
 
     Example: moe-lens localise --domain code=code.jsonl --domain prose=prose.jsonl --tokens 4096 --out runs/localisation
 
-    Facts: experts are picked that bring the answer back where the subject is corrupted, on half of the prompts, and
-    confirmed on the others, beside as many at random, and all of them: tables contrast, runs, experts.
+    With --facts, the picked experts are those that restore the answer where the subject is corrupted (causal tracing),
+    on half of the prompts; they are measured on the other half, with the same number of random experts and all experts
+    for comparison. Tables: contrast, runs, experts.
 
     Example: moe-lens localise --facts small --out runs/facts
     """
@@ -334,27 +344,27 @@ def ablate(
     experts: Annotated[
         list[str],
         typer.Option(
-            metavar="LAYER:EXPERT,…", help="Experts to take out, all at once: 3:17,4; may be repeated for other layers."
+            metavar="LAYER:EXPERT,…", help="Experts to ablate, all together: 3:17,4; may be repeated for other layers."
         ),
     ],
     how: Annotated[
         list[Removal] | None,
         typer.Option(
-            help="Take experts out by forbidding them, so that others are chosen, or by setting what they add to zero; "
-            "may be repeated. Without it: reroute, then zero."
+            help="Ablate experts by forbidding them, so that others are chosen (reroute), or by setting their "
+            "contribution to zero (zero); may be repeated. Without it: reroute, then zero."
         ),
     ] = None,
-    matched: Annotated[int, typer.Option(min=1, help="Coalitions to match on routing weight.")] = 20,
+    matched: Annotated[int, typer.Option(min=1, help="Number of coalitions matched on routing weight.")] = 20,
 ) -> "Study":
-    """What each domain loses without some experts, beside coalitions of the same layers and the same routing weight.
+    """How much the loss on each domain grows without some experts, with other experts of the same layers as controls.
 
     Controls: matched (drawn from the same layers until they carry as much of the domain's routing weight, within 10 %),
-    random (as many of each layer), busiest (as many, those that all domains use most).
+    random (the same number of each layer), busiest (the same number, those that all domains use most).
 
-    Tables: ablation (a row for each domain, way of taking out and kind of coalition: nats a token with their interval
-    over sources, and what the experts cost beyond the control), coalitions (who is in them).
+    Tables: ablation (a row for each domain, way of ablating and kind of coalition: nats a token with their interval
+    over sources, and the excess over the control), coalitions (the experts of each coalition).
 
-    Every text is read some matched + 7 times for each way of taking out.
+    Every text is read about matched + 7 times for each way of ablating.
 
     Example: moe-lens ablate --experts 3:17,4 --experts 5:8 --domain code=code.jsonl --out runs/ablation
     """
@@ -370,27 +380,28 @@ def contrast(
         str,
         typer.Option(
             metavar="FILE",
-            help="Paired prompts, a line for each with a and b as JSON; span_a and span_b, the parts to look at, if "
-            "not all; answer and foil, a token each, what is expected after a and after b; template, what pairs share. "
-            "german-english: those that ship with the package.",
+            help="Paired prompts, a JSON object on each line: a and b, the prompts; optionally span_a and span_b, the "
+            "parts whose tokens are counted; answer and foil, the tokens that are expected after a and after b; "
+            "template, a name that dependent pairs share. german-english: the pairs that ship with the package.",
         ),
     ] = "german-english",
     experts: Annotated[
         int | None,
-        typer.Option(min=1, help="Experts of each layer to steer.  [half of a token's active ones]"),
+        typer.Option(min=1, help="Number of experts to steer in each layer.  [half the number of active experts]"),
     ] = None,
-    push: Annotated[float, typer.Option(help="Added to the router logits of experts that are pushed.")] = 2.0,
-    matched: Annotated[int, typer.Option(min=1, help="Coalitions to match on routing weight.")] = 20,
+    push: Annotated[float, typer.Option(help="Number that is added to the router logits of pushed experts.")] = 2.0,
+    matched: Annotated[int, typer.Option(min=1, help="Number of coalitions matched on routing weight.")] = 20,
 ) -> Work:
-    """Which experts do two kinds of prompts differ in, and does the answer hang on them?
+    """Which experts do two kinds of prompts use differently, and does the answer depend on them?
 
-    Units are templates, or pairs where they share none: one random sign for each, and the greatest statistic of all
-    experts. Then experts of A, picked on half of the units, are forbidden in A's prompts of the other half, and pushed
-    in B's, beside coalitions of the same routing weight and the opposite sign. --domain gives neutral texts.
+    Units are templates, or pairs that have none. The test flips the sign of whole units at random and compares with the
+    greatest statistic of all experts. Then experts of A, picked on half of the units, are forbidden in A's prompts of
+    the other half, and pushed in B's. Controls: coalitions of the same routing weight, and steering with the opposite
+    sign. --domain gives neutral texts.
 
     Tables: experts (difference of shares, t, p-value, and the same at tokens that both prompts have), test (how many
-    are found, and how often when A and B are swapped at random), steering (answer − foil in nats, with intervals over
-    units), neutral (nats a token that steering adds to neutral texts).
+    experts are found, and how often any when A and B are swapped at random), steering (answer − foil in nats, with
+    intervals over units), neutral (increase of the loss on neutral texts, in nats a token).
 
     Example: moe-lens contrast --pairs refusals.jsonl --domain neutral=prose.jsonl --out runs/refusal
     """
@@ -416,7 +427,7 @@ def collect_activations(
     ] = options.StoredDtype.float32,
     kind: Annotated[Kind, typer.Option("--format", help="File format of the shards.")] = Kind.safetensors,
 ) -> Work:
-    """Activations and routing of every token, in shards: what probes, SAEs and transcoders are trained on.
+    """Save activations and routing of every token, in shards, to train probes, SAEs and transcoders on.
 
     Every shard has, for each token: token, document, position, counted, the active experts (indices) and their weights
     in every MoE layer, and the activations that --hook names. documents.parquet says which source a document is from.
@@ -439,9 +450,9 @@ def compare_studies(
     first: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a saved study.")],
     second: Annotated[
         Path | None,
-        typer.Argument(metavar="FOLDER", help="Folder of another study of the same kind; not given: the first one."),
+        typer.Argument(metavar="FOLDER", help="Folder of another result of the same study.  [the first one]"),
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the table goes, as parquet.")] = Path(
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Parquet file for the table.")] = Path(
         "moe-lens-compare.parquet"
     ),
     domains: Annotated[
@@ -452,10 +463,10 @@ def compare_studies(
     ] = None,
     show: Annotated[int, typer.Option(min=0, help="Number of largest differences to print.")] = 10,
 ) -> None:
-    """Set two saved studies side by side, or two domains: second minus first, with 95 % intervals over sources.
+    """Compare two saved studies, or two domains: second minus first, with 95 % intervals over sources.
 
     Two models on the same texts (base and chat, before and after pruning) are paired by source. Experts are compared by
-    number, which means something only where one model was made from the other.
+    id, which makes sense only where one model was made from the other.
 
     Example: moe-lens compare runs/base runs/chat --out difference.parquet
 
