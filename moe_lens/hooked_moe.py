@@ -59,15 +59,16 @@ class HookedMoE(Summary, GeneratingBridge):
         Args:
             name_or_path: what transformers' `from_pretrained` takes.
             check: run the self-check on a few tokens.
-            trust_remote_code: run code that comes with the checkpoint; `"tokenizer"` for its tokenizer's alone.
+            trust_remote_code: run code that comes with the checkpoint; `"tokenizer"` runs only its tokenizer's code.
                 DeepSeekMoE does not need it.
             quantize: pack experts and the blocks' linear layers while loading, in 4 bits (`"nf4"`, `"fp4"`) or 8
-                (`"int8"`), by bitsandbytes. Routers, norms and embeddings stay. A `BitsAndBytesConfig` means the same.
+                (`"int8"`), by bitsandbytes. Routers, norms and embeddings stay in their dtype. A `BitsAndBytesConfig`
+                does the same.
             kwargs: `dtype`, `device_map`, `revision`, `cache_dir`, … as in transformers; `device`, `tokenizer`,
                 `first_n_layers`, `default_prepend_bos` and `default_padding_side` as in TransformerLens, and its flags
                 for processing weights if they are off (`fold_ln=False`). Without `dtype`, the checkpoint's own.
-                Without `device` and `device_map`, the first of these that has room: a GPU, several GPUs, main memory
-                too, the disk too; `max_memory` bounds what is used, as in transformers.
+                Without `device` and `device_map`, weights go to the first place that has room: one GPU, several GPUs,
+                GPUs and main memory, these and the disk; `max_memory` limits the memory used, as in transformers.
 
         Raises:
             CheckpointError: the checkpoint is incomplete or wrong; names file and tensor.
@@ -121,6 +122,12 @@ class HookedMoE(Summary, GeneratingBridge):
         """Wrap a loaded transformers model, in place and permanently; if that fails, the model stays as it was.
 
         The tokenizer is used as it is and never changed, with its added tokens, pad, BOS and EOS, and chat template.
+
+        Args:
+            model: a causal language model of transformers; use it only through the wrapper afterwards.
+            tokenizer: its tokenizer; without one, inputs must be token ids.
+            name: the name that results and error messages use; that of the checkpoint if not given.
+            check: run the self-check on a few tokens.
 
         Raises:
             UnsupportedModelError: the family is not supported, the model predicts no tokens, or it is already wrapped.

@@ -50,25 +50,25 @@ def ablate(
 
     Ways to ablate:
 
-    - `"zero"`: they are not computed and add nothing; the other experts' weights stay.
-    - `"mean"`: their output is the expert's mean output over a reference; its routing weight stays.
-    - `"resample"`: their output is the same expert's output at another token of the batch: a random cycle
+    - `"zero"`: the expert is not computed and adds nothing; the other experts' weights stay.
+    - `"mean"`: the expert's output is replaced by its mean output over a reference; its routing weight stays.
+    - `"resample"`: the expert's output is replaced by its output at another token of the batch: a random cycle
       through the expert's tokens, so that none keeps its own and each output is used once.
-    - `"reroute"`: they cannot be selected; the next expert by the family's own rule takes the slot, with its own
-      affinity and the family's normalisation. Affinities do not change.
+    - `"reroute"`: the expert cannot be selected; the next expert by the family's own rule takes the slot, with its
+      own affinity and the family's normalisation. Affinities do not change.
 
     Args:
         model: the model.
         experts: `{layer: [expert, …]}` or `[(layer, expert), …]`, or a `Selection`; all if neither experts nor
             ranks are given.
-        ranks: instead of experts, places by routing weight; 0 is the largest weight.
-        layers: the layers of ranks (or of all experts, or of shared ones); all layers with experts if not given.
+        ranks: instead of experts, ranks by routing weight; 0 is the largest weight.
+        layers: layers of `ranks`, of `shared`, or of all experts; all layers with experts if not given.
         shared: ablate the shared experts too; only these, if neither experts nor ranks are given.
         how: one of the above.
-        where: absolute positions (padding not counted, the key-value cache's tokens counted), negative ones from
+        where: absolute positions (padding not counted, the key-value cache's tokens counted), negative positions from
             the end of each forward pass, a mask [batch, pos], or a function of token ids; all tokens if not given.
-        reference: for `"mean"`: a cache, a text, texts or tokens, `ExpertMeans`, or the file of saved ones: a `Path`,
-            or a `str` that names a file or ends in `.safetensors`.
+        reference: for `"mean"`: a cache, a text, texts or tokens, `ExpertMeans`, or a file of saved `ExpertMeans`: a
+            `Path`, or a `str` that names a file or ends in `.safetensors`.
         renormalize: for `"zero"`: multiply the remaining routed weights by (sum of all) / (sum of the remaining).
         seed: random seed of `"resample"`.
         fallback: for `"resample"`, what to do for an expert with a single token: raise an `"error"`, or use its
@@ -76,8 +76,8 @@ def ablate(
 
     Raises:
         InputError: layers, experts or ranks that the model does not have, or arguments that contradict one another;
-            when it runs: a mask of another shape, an expert that the reference never used, nothing to resample
-            from, nothing left to rescale, too few experts left to select from.
+            while it is active: a mask of another shape, an expert that no token of the reference selected, nothing to
+            resample from, nothing left to rescale, too few experts left to select from.
     """
     if isinstance(experts, Selection):
         if any(value is not None for value in (ranks, layers, where)) or shared:
@@ -163,17 +163,18 @@ def keep_top(
     renormalize: bool = False,
     seed: Seed = 0,
 ) -> Intervention:
-    """Leave every token k of its active experts; the others are not computed. Shared experts stay.
+    """Keep k of every token's active experts; the others are not computed. Shared experts stay.
 
-    The slots' axis keeps its length: slots that are not kept show zeros.
+    The axis of slots keeps its length: hooks show zeros in slots that are not kept.
 
     Args:
         model: the model.
-        k: 0 … `top_k`.
-        by: those of largest weight, `"random"` ones (drawn for every token), or the `"last"` by weight.
-        layers: where; all that have experts if not given.
+        k: number of experts to keep, 0 to `top_k`.
+        by: which to keep: those with the largest weights (`"weight"`), with the smallest (`"last"`), or random ones,
+            drawn for every token (`"random"`).
+        layers: layers in which experts are dropped; all layers with experts if not given.
         renormalize: multiply the kept weights by (sum of all) / (sum of the kept).
-        seed: of `"random"`.
+        seed: random seed of `"random"`.
 
     Raises:
         InputError: k out of range, k = 0 with `renormalize`, no such layer or a dense one.

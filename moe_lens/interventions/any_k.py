@@ -32,31 +32,31 @@ def use_experts(
 ) -> Intervention:
     """Give every token another number of experts: `with model.use_experts(2): logits = model(tokens)`.
 
-    The family's own rule chooses the k best experts and weighs them. Where it normalises weights, it does so over these
-    k, so that they have the sum that the model was trained with; where it does not, fewer experts add less, and more
-    experts add more. (`keep_top` drops experts after they were weighed, instead.) The axis of slots of all hooks is
-    then k long; `model.top_k` stays what the model was trained with.
+    The family's own rule selects the k best experts and weights them. Where it normalises weights, it does so over
+    these k, so that they have the sum that the model was trained with; where it does not, fewer experts add less, and
+    more experts add more. (`keep_top`, instead, drops experts after they were weighted.) The axis of slots of all hooks
+    is then k long; `model.top_k` does not change.
 
-    Without k, each token has a number of its own, by its router's affinities as shares of their sum over all experts.
-    The axis of slots is as long as the largest number of a layer; slots behind a token's number are not computed, and
-    have weight 0.
+    Without k, the number differs between tokens and depends on the experts' shares: affinities divided by their sum
+    over all experts. The axis of slots is as long as the largest number in a layer; slots that a token does not use are
+    not computed, and have weight 0.
 
     Args:
         model: the model.
-        k: experts of every token, 1 to all.
-        mass: the fewest experts, in the order in which they are chosen, that have at least this share together,
-            above 0 and at most 1 (arXiv 2403.07652).
+        k: number of experts of every token, 1 to all.
+        mass: the fewest experts, in the order of selection, whose shares sum to at least this: top-p routing
+            (arXiv 2403.07652); above 0 and at most 1.
         threshold: the experts whose share is at least this, above 0 and at most 1.
-        entropy: this number times exp(the entropy of the shares), rounded: how many experts the router hesitates
-            between; above 0.
+        entropy: this number times exp(entropy of the shares in nats), rounded; exp(entropy) is the effective number of
+            experts; above 0.
         least: no token has fewer; for mass, threshold and entropy.
-        most: no token has more; all that its router lets it choose from, if not given.
-        layers: where; all that have experts if not given.
+        most: no token has more; all experts that its router lets it choose from, if not given.
+        layers: layers in which the number changes; all layers with experts if not given.
 
     Raises:
         InputError: none or several of k, mass, threshold and entropy, one out of range, no such layer, or a layer that
-            cannot use another number of experts (PhiMoE, which chooses one after the other; Inkling, which weighs them
-            together with shared ones; in DeepSeek-V4, those that choose by the token's id).
+            cannot use another number of experts (PhiMoE, which selects one after the other; Inkling, which weights them
+            together with shared ones; in DeepSeek-V4, layers that select by the token's id).
         HookError: when it runs: more experts than a token may choose from in a family that restricts it to groups, or
             experts are forced in or out where tokens have different numbers of them.
     """

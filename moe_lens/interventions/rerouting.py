@@ -172,14 +172,14 @@ def steer_experts(
     A number is added to the expert's router logit, before anything that the family does with logits. `"on"` and
     `"off"` force the expert into the selection and out of it. With `rule="affinity"` affinities do not change: a
     forced expert keeps its own, with the family's normalisation. With `rule="steermoe"` its log-softmax score becomes
-    the largest + 0.01, or the smallest − 0.01, and the family selects and weighs by these scores (arXiv 2509.09660);
+    the largest + 0.01, or the smallest − 0.01, and the family selects and weights by these scores (arXiv 2509.09660);
     where a family then adds a selection bias or restricts groups, it may still select otherwise.
 
     Args:
         model: the model.
-        steering: for each layer, a number, `"on"` or `"off"` for some experts.
-        rule: what "on" and "off" do.
-        where: which tokens; see `ablate`.
+        steering: `{layer: {expert: value}}`, where the value is a number, `"on"` or `"off"`.
+        rule: how "on" and "off" act: `"affinity"` or `"steermoe"`, see above.
+        where: tokens to steer at; see `ablate`.
 
     Raises:
         InputError: no such layer or expert, another value, more experts "on" than are active, or too few experts left.

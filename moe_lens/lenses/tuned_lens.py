@@ -30,13 +30,13 @@ _CONFIG, _TENSORS, _KIND = "config.json", "lens.safetensors", "TunedLens"
 class TunedLens(TranslatedLens):
     """Reads a point of the residual stream at layer l as FinalNorm(h + A_l h + b_l) W_U (Belrose et al. 2023).
 
-    The translators (A_l, b_l) are trained so that what is read at `resid_post` of layer l is near what the model
-    predicts in the end: they minimise KL(final ‖ lens) in nats (arXiv 2303.08112, section 3). A new lens has
-    A = 0 and b = 0, and is then the LogitLens; so is every TunedLens at the last layer, whose stream the model itself
+    The translators (A_l, b_l) are trained so that the lens's prediction at `resid_post` of layer l is near the model's
+    own prediction: they minimise KL(final ‖ lens) in nats (arXiv 2303.08112, section 3). A new lens has
+    A = 0 and b = 0, and is then the LogitLens; so is every TunedLens at the last layer, whose output the model itself
     reads. Translators are kept and applied in float32 at least, whatever the model's dtype.
 
-    They are trained on `resid_post`: what they make of a partial sum, which they never saw, is extrapolation. `mid`, if
-    trained, is a second lens whose translators are those of `resid_mid`, for reading the stream before the experts:
+    They are trained on `resid_post` only: applying them to a partial sum is extrapolation. `mid`, if trained, is a
+    second lens with translators for `resid_mid`, the stream before the experts:
     `lens.mid.decode(cache, PartialSum(ranks=[]))`.
 
     Args:
@@ -115,14 +115,14 @@ class TunedLens(TranslatedLens):
         Args:
             model: A `HookedMoE`.
             texts: Texts, token ids [pos] or [batch, pos], or batches with `tokens` and `mask`.
-            held_out: What to evaluate on at start and end; it is read once and kept. If not given, the first 32 rows of
-                `texts`, which are then never trained on.
+            held_out: Texts to evaluate on at start and end; they are read once and kept. If not given, the first 32
+                rows of `texts`, which are then never trained on.
             mid: Whether to train a second lens on `resid_mid`.
             steps: Optimisation steps.
-            batch: Rows of a step.
-            context: Maximum length of a row; the model's if not given.
-            lr: Learning rate: d_model times that of the weights. It is warmed up over 5 % of the steps, then falls
-                linearly to zero.
+            batch: Number of rows in a step.
+            context: Maximum length of a row in tokens; the model's if not given.
+            lr: Learning rate: a step moves a translated stream by about `lr` of its size (the rate of the matrices is
+                lr / d_model). It is warmed up over 5 % of the steps, then falls linearly to zero.
             seed: Random seed of the order of rows.
             checkpoint: A file for the state of the training, written every `every` steps; training resumes from it.
             every: Steps between two checkpoints.

@@ -143,7 +143,7 @@ class ExpertBridge(InputReader):
             return_type: `"logits"`, `"loss"`, `"both"`, …
             stop_at_layer: run the blocks before it; the output is the residual stream there.
             start_at_layer: see TransformerLens.
-            remove_batch_dim: show hooks activations without a batch axis, for a batch of one.
+            remove_batch_dim: pass activations to hooks without a batch axis, for a batch of one.
             kwargs: of `forward`: `attention_mask`, `prepend_bos`, `padding_side`, …
 
         Raises:

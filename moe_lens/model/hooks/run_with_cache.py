@@ -78,16 +78,16 @@ class CachedRuns(ExpertBridge):
         Args:
             input: what `forward` takes.
             return_cache_object: a `MoECache`; otherwise a dict of tensors.
-            remove_batch_dim: for a batch of one.
+            remove_batch_dim: drop the batch axis of what is kept, for a batch of one.
             names_filter: a name, names or a predicate; None keeps everything, which selects eager attention.
             stop_at_layer: run the blocks before it; the output is the residual stream there.
             start_at_layer: see TransformerLens.
             pos_slice: positions to keep.
             incl_bwd: run backward from a scalar output, and keep gradients under `name + "_grad"`.
             reset_hooks_end: remove the caching hooks afterwards.
-            clear_contexts: clear `ctx` of the points that were listened to.
+            clear_contexts: clear `ctx` of the hook points that were cached.
             device: where to keep tensors, for example `"cpu"`.
-            dtype: of what is kept, for floating-point tensors.
+            dtype: dtype of the floating-point tensors that are kept; their own if not given.
             kwargs: of `forward`: `return_type`, `attention_mask`, `prepend_bos`, `padding_side`, …
 
         Raises:
