@@ -90,12 +90,12 @@ def _routing(tables: Tables, model: Facts) -> Iterator[str]:
     top = own.loc[own["share"].idxmax()]
     layer, domain = top["layer"], top["domain"]
     null = f"uniform {model['top_k'] / model['experts']:.1%}"
-    for name, said in (("random_router", "a random router"), ("token_unigram", "the token alone")):
+    for name, said in (("random_router", "a random router"), ("token_unigram", "by the token alone")):
         rows = _where(best, routing=name, layer=layer, domain=domain)
         null += f", {said} {rows['share'].iloc[0]:.1%}" if len(rows) else ""
-    again = "" if top["picked_apart"] != top["picked_apart"] else f"; {top['picked_apart']:.1%} if picked on others"
+    again = "" if top["picked_apart"] != top["picked_apart"] else f"; {top['picked_apart']:.1%} if cross-fitted"
     yield (
-        f"most specialised: expert {top['expert']} of layer {layer} takes {value(top, 'share', form='.1%')} of "
+        f"most specialised: expert {top['expert']} of layer {layer} is chosen by {value(top, 'share', form='.1%')} of "
         f"{domain}'s tokens{again}; {null} (most_specialised)"
     )
     if "domain_layers" in tables:
@@ -103,17 +103,17 @@ def _routing(tables: Tables, model: Facts) -> Iterator[str]:
         most = rows.loc[rows["mi"].idxmax()]
         yield (
             f"domains are routed differently in {(rows['p_holm'] <= 0.05).sum()} of {len(rows)} layers; most in layer "
-            f"{most['layer']}: {value(most, 'mi')} nats about the domain, {most['null']:.3g} with sources shuffled "
+            f"{most['layer']}: mutual information {value(most, 'mi')} nats, {most['null']:.3g} with sources shuffled "
             "(domain_layers)"
         )
         rows = _where(tables["given_token_layers"], routing="model")
         found = rows["finding"].value_counts()
         said = ", ".join(f"{finding}: {n}" for finding, n in found.items())
-        yield f"once the token is known, of {len(rows)} layers, {said} (given_token_layers)"
+        yield f"same token in different domains, of {len(rows)} layers: {said} (given_token_layers)"
     rows = _where(tables["layers"], routing="model", measure="experts_50")
     half = -(-int(model["experts"]) // 2)
     taken = across(rows, "value")
-    yield f"half of a layer's tokens go to {taken} of {model['experts']} experts; uniform {half} (layers)"
+    yield f"half of a layer's assignments go to {taken} of {model['experts']} experts; uniform {half} (layers)"
 
 
 def _single_expert(tables: Tables, model: Facts) -> Iterator[str]:
@@ -139,11 +139,11 @@ def _single_expert(tables: Tables, model: Facts) -> Iterator[str]:
 
 _TREATED = {
     "dropped": "dropped",
-    "renormalised": "dropped and the kept rescaled",
-    "random": "dropped, and which is kept drawn at random",
-    "replaced": "replaced by their means",
+    "renormalised": "dropped and the kept weights rescaled",
+    "random": "dropped, and the kept ones drawn at random",
+    "replaced": "replaced by their mean outputs",
 }
-_ALIKE = {"top": "u + rank 0", "none": "u alone", "random": "u + a random active one"}
+_ALIKE = {"top": "u + rank 0", "none": "u alone", "random": "u + a random active expert"}
 
 
 def _experts_per_token(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: ARG001
@@ -174,9 +174,9 @@ def _localisation(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: ARG00
         rows = _where(table, how=how, control="matched")
         above, known = int((rows["low"] > 0).sum()), int(rows["low"].notna().sum())
         yield (
-            f"{_REMOVED.get(how, how)}: picked experts cost their own domain more than others, beyond coalitions of "
-            f"equal routing weight, by {across(rows, 'estimate')} nats a token; above 0 in {above} of {known} "
-            "intervals (contrast)"
+            f"{_REMOVED.get(how, how)}: contrast (growth of the own loss − of other domains') of the picked experts − "
+            f"of matched coalitions {across(rows, 'estimate')} nats a token; above 0 in {above} of {known} intervals "
+            "(contrast)"
         )
         least = rows.loc[rows["beaten"].idxmin()] if rows["beaten"].notna().any() else None
         if least is not None:
@@ -186,18 +186,18 @@ def _localisation(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: ARG00
             )
 
 
-_REMOVED = {"reroute": "forbidden, so that others come", "zero": "set to zero"}
+_REMOVED = {"reroute": "forbidden, so that others are chosen", "zero": "set to zero"}
 
 
 def _ablation(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: ARG001
     table = tables["ablation"]
     for how in table["how"].unique():
         own = _where(table, how=how, coalition="picked")
-        yield f"{_REMOVED.get(how, how)}: the experts cost {across(own, 'added')} nats a token (ablation)"
+        yield f"{_REMOVED.get(how, how)}: the loss grows by {across(own, 'added')} nats a token (ablation)"
         control = _where(table, how=how, coalition="matched")
         kind = "coalitions of the same layers and routing weight"
         if not control["coalitions"].all():
-            control, kind = _where(table, how=how, coalition="random"), "as many of the same layers at random"
+            control, kind = _where(table, how=how, coalition="random"), "the same number of each layer at random"
         above, known = int((control["beyond_low"] > 0).sum()), int(control["beyond_low"].notna().sum())
         yield (
             f"  beyond {kind}: {across(control, 'beyond', _BEYOND)}; above 0 in {above} of {known} intervals; at least "
@@ -209,8 +209,8 @@ def _facts(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: ARG001
     rows = _where(tables["contrast"], measure="difference")
     for _, row in rows.iterrows():
         yield (
-            f"{row['domain']}: picked experts bring back {row['picked']:.3g} of the {row['all']:.3g} logits that all "
-            f"do; {value(row, 'estimate')} beyond as many at random (contrast)"
+            f"{row['domain']}: picked experts restore {row['picked']:.3g} of the {row['all']:.3g} logits that all "
+            f"experts restore; {value(row, 'estimate')} more than the same number at random (contrast)"
         )
 
 
@@ -227,10 +227,10 @@ def _contrast(tables: Tables, model: Facts) -> Iterator[str]:
         beyond = value(row, "beyond", _BEYOND)
         yield (
             f"{_STEERED.get(way, way)}: answer − foil moves by {value(row, 'effect')} nats, {beyond} beyond "
-            "coalitions of equal routing weight (steering)"
+            "matched coalitions (steering)"
         )
         if "neutral" in tables and len(neutral := _where(tables["neutral"], way=way, kind="picked")):
-            yield f"  it adds {across(neutral, 'added')} nats a token to neutral texts (neutral)"
+            yield f"  loss on neutral texts grows by {across(neutral, 'added')} nats a token (neutral)"
 
 
 _BEYOND = "beyond_low", "beyond_high"
@@ -244,7 +244,7 @@ def _pruning(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: ARG001
     yield f"without the experts that a domain uses least: perplexity × {across(own, 'ratio')} (pruning)"
     if len(others):
         yield f"without those that another domain uses least: × {across(others, 'ratio')}"
-    yield f"without as many at random: × {across(_where(table, kind='random'), 'ratio')}"
+    yield f"without the same number at random: × {across(_where(table, kind='random'), 'ratio')}"
 
 
 def _atlas(tables: Tables, model: Facts) -> Iterator[str]:
@@ -256,9 +256,9 @@ def _atlas(tables: Tables, model: Facts) -> Iterator[str]:
         row = own.loc[own["beyond"].idxmax()]
         starred = int(own["starred"].fillna(False).sum())
         yield (
-            f"costliest to take out: expert {row['expert']} of layer {row['layer']}, {value(row, 'added')} nats a "
-            f"token of {row['domain']}; {value(row, 'beyond', _BEYOND)} beyond experts of equal weight; "
-            f"{starred} of {len(own)} stand beyond theirs when all are counted (knockouts)"
+            f"costliest knock-out: expert {row['expert']} of layer {row['layer']}, {value(row, 'added')} nats a "
+            f"token of {row['domain']}; {value(row, 'beyond', _BEYOND)} beyond its controls; "
+            f"{starred} of {len(own)} exceed their controls after correction for all (knockouts)"
         )
 
 
