@@ -30,9 +30,9 @@ sum(path.stat().st_size for path in [page, *(folder / "data").iterdir()]) // 100
 # %% [markdown]
 # ## Whose tokens choose it
 #
-# `difference` is the share beyond the mean of the other domains; `token_alone` what the share would be if every token
-# chose as it does in all domains; `p_value` is corrected for all experts, layers and domains; `first` says in how many
-# resamples of the sources the expert is its layer's foremost for German.
+# `difference` is the share minus the mean share of the other domains; `token_alone` is what the share would be if every token
+# chose as it does in all domains; `p_value` is corrected for all experts, layers and domains; `first` is the share of
+# resamples of the sources in which the expert is its layer's most specialised for German.
 
 # %%
 german = tables["domains"].query("domain == 'german' and layer == 4").sort_values("difference", ascending=False)
@@ -41,7 +41,7 @@ german[["expert", "share", "low", "high", "token_alone", "difference", "p_value"
 # %% [markdown]
 # ## What it writes
 #
-# Tokens that its mean output promotes, less what all experts of the layer write. Those that recur are found in both halves
+# Tokens that its mean output promotes, minus the mean over the layer's experts. Those that recur are found in both halves
 # of the sources.
 
 # %%

@@ -9,8 +9,8 @@
 # %% [markdown]
 # # Does knowledge of a domain sit in experts of its own?
 #
-# Experts are picked for a domain on one half of its sources and taken out of the model on the other, and the other way
-# round. What that costs is held against coalitions of other experts that carry as much of the domain's routing weight.
+# Experts are picked for a domain on one half of its sources and ablated on the other half, and the other way
+# round. The control is matched coalitions: other experts that carry as much of the domain's routing weight.
 # `moe-lens localise` does this with 40 of them, and more text.
 
 # %%
@@ -27,10 +27,10 @@ study = Localisation(matched=4, how=("reroute",))
 result = run(study, model, texts, reading=Reading(tokens=320, context=32))
 
 # %% [markdown]
-# `own` is what the loss of the domain grows by without its experts, `others` what that of the other domain does, in nats a
-# token; `control_own` and `control_others` are the same of the matched coalitions. `estimate` is the difference of both
-# differences; intervals need ten sources. `experts` and `mass` say how many are taken out, and which share of the routing
-# weight they carry.
+# `own` is the increase of the domain's loss without its experts, `others` the increase of the other domain's loss, in nats a
+# token; `control_own` and `control_others` are the same for matched coalitions. `estimate` is the difference of both
+# differences; intervals need ten sources. `experts` is how many are ablated, and `mass` the share of the routing weight
+# that they carry.
 
 # %%
 columns = ["domain", "estimate", "low", "high", "own", "others", "control_own", "control_others", "experts"]

@@ -14,7 +14,7 @@ STRONGEST, RANDOM, NEARLY = "strongest", "random", "nearly"
 KINDS: dict[str, str] = {
     STRONGEST: "of greatest routing weight",
     RANDOM: "drawn at random from all tokens that chose the expert",
-    NEARLY: "did not choose it, and came nearest to it: its router logit less that of the last expert chosen",
+    NEARLY: "did not choose it, and came nearest to it: its router logit minus that of the last expert chosen",
 }
 """Contexts of an expert, and what each is."""
 KEPT: dict[str, int] = {STRONGEST: 6, RANDOM: 6, NEARLY: 3}

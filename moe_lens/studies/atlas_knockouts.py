@@ -30,9 +30,9 @@ def kinds(layers: Sequence[int]) -> list[str]:
 
 
 def worth(routing: Mapping[str, RoutingResult]) -> dict[str, Float[Tensor, "layer n_experts"]]:
-    """Share of each domain's tokens that choose an expert, less the mean share of the other domains, if there are any.
+    """Share of each domain's tokens that choose an expert, minus the mean share of the other domains, if there are any.
 
-    With one domain, less what every expert would have if all had the same.
+    With one domain, minus the share under uniform routing.
     """
     shares = {domain: of.specialisation for domain, of in routing.items()}
     total = sum(shares.values(), torch.zeros(()))
@@ -155,7 +155,7 @@ def _held_against(
     kept: Bool[Tensor, " variant"],
     tests: int,
 ) -> dict[str, Any]:
-    """An expert's effect less the mean of its controls'."""
+    """An expert's effect minus the mean of its controls'."""
     if not bool(kept.any()):
         return {"controls": 0}
     n = tokens[:, 0]

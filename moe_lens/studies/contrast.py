@@ -301,7 +301,7 @@ def _listed(model: Any, members: Tensor) -> dict[int, list[int]]:
 
 @torch.no_grad()
 def _log_odds(model: Any, prompts: Encoded, hooks: Any, answer: Tensor, foil: Tensor) -> Float[Tensor, " pair"]:
-    """Logit of the answer less that of the foil after the last token, in nats; NaN without hooks to run."""
+    """Logit of the answer minus that of the foil after the last token, in nats; NaN without hooks to run."""
     if hooks is None:
         return torch.full((len(answer),), torch.nan, dtype=torch.float64)
     device = input_device(model)

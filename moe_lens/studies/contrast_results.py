@@ -149,7 +149,7 @@ class SteerResult(Result):
         Columns: way, kind; clean and steered: answer − foil in nats, mean over pairs; effect, with its 95 % interval
         over units (low, high): how far steering moves it in the expected direction (down where A's experts are
         forbidden in A's prompts, up where they are pushed in B's); beyond, with beyond_low and beyond_high: the effect
-        of the picked less the mean of the matched; beaten: share of matched coalitions whose effect is smaller;
+        of the picked minus the mean of the matched; beaten: share of matched coalitions whose effect is smaller;
         coalitions (how many were run in all units), units, pairs.
         """
         rows = []

@@ -67,7 +67,7 @@ class FactResult(Result):
     def contrast(self) -> pd.DataFrame:
         """What the picked bring back beyond what as many at random do: a row for answer − foil, and one for the rank.
 
-        Columns: measure; estimate, low, high: the picked less the mean of the random ones (a lower rank is better);
+        Columns: measure; estimate, low, high: the picked minus the mean of the random ones (a lower rank is better);
         beaten, the share of random coalitions that the picked do better than; picked, random and all, what each brings
         back (restored less corrupted); prompts, sources.
         """

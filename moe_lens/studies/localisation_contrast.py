@@ -29,10 +29,10 @@ class Contrasts:
     """The block of each source: parallel sources are resampled together."""
 
     def contrast(self, level: float = 0.95) -> pd.DataFrame:
-        """The contrast of the picked experts less that of each kind of control: a row per domain, how and control.
+        """The contrast of the picked experts minus that of each kind of control: a row per domain, how and control.
 
         A contrast is Δ own − mean Δ of the other domains, Δ the nats a token that the loss grows by without the
-        experts. Columns: estimate (contrast of the picked less the mean contrast of the controls) with low and high,
+        experts. Columns: estimate (contrast of the picked minus the mean contrast of the controls) with low and high,
         its interval over all sources at `level`; beaten, the share of controls whose contrast is below that of the
         picked; controls, how many there are (0: none could be matched; then the estimate is missing); own and others,
         Δ of the picked, control_own and control_others, mean Δ of the controls; experts and control_experts, how many

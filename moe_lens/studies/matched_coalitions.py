@@ -13,8 +13,8 @@ from moe_lens.stats import RoutingResult
 PICKED, BUSIEST, RANDOM, MATCHED = "picked", "busiest", "random", "matched"
 KINDS: dict[str, str] = {
     PICKED: "picked for the domain on the other half of the sources",
-    BUSIEST: "as many of each layer, those that all domains together use most",
-    RANDOM: "as many of each layer, drawn at random",
+    BUSIEST: "the same number of each layer, those that all domains together use most",
+    RANDOM: "the same number of each layer, drawn at random",
     MATCHED: "drawn at random from the same layers, none of them picked, until they carry as much routing weight",
 }
 """Coalitions that are taken out, and what each is."""
@@ -53,7 +53,7 @@ def of_sources(result: RoutingResult, kept: Sequence[bool]) -> RoutingResult:
 
 
 def differences(values: Mapping[str, Float[Tensor, "layer n_experts"]]) -> dict[str, Float[Tensor, "layer n_experts"]]:
-    """What each domain has of an expert, less the mean of the other domains."""
+    """What each domain has of an expert, minus the mean of the other domains."""
     total = torch.stack(list(values.values())).sum(0)
     return {domain: own - (total - own) / (len(values) - 1) for domain, own in values.items()}
 

@@ -28,7 +28,7 @@ class Pair:
     """The part of prompt a whose tokens are looked at; all but special ones if not given."""
     span_b: str | None = None
     answer: str | None = None
-    """A token: what is expected after a. The outcome is its logit less that of `foil`, after the last token."""
+    """A token: what is expected after a. The outcome is its logit minus that of `foil`, after the last token."""
     foil: str | None = None
     """A token: what is expected after b."""
     template: str | None = None

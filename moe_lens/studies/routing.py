@@ -39,8 +39,8 @@ GROUPS = 64
 """Groups of sources that tokens are counted apart in: the units of what the domain says beyond the token."""
 
 NULLS: dict[str, str] = {
-    "random_router": "router rows are random directions, of the lengths of the model's own",
-    "token_unigram": "each token chooses as that token of the vocabulary does in all domains, whatever its context",
+    "random_router": "the router's rows are replaced by random directions of the same norms",
+    "token_unigram": "each token draws experts as often as it chooses them in all domains, whatever its context",
     "uniform": "experts are drawn at random for each token and layer",
 }
 """Routings in which the domain can matter through the texts alone, or not at all."""

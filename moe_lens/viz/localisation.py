@@ -17,9 +17,9 @@ SERIES = {
     "control_others": ("matched, other domains", MUTED, "diamond-open"),
 }
 CONTROLS = {
-    "matched": "less coalitions of the same routing weight",
-    "random": "less as many at random",
-    "busiest": "less the most used",
+    "matched": "minus matched coalitions",
+    "random": "minus the same number at random",
+    "busiest": "minus the most used",
 }
 
 
@@ -56,7 +56,7 @@ def localisation_costs(result: StudyResult) -> "Figure":
 
 
 def localisation_contrast(result: StudyResult) -> "Figure":
-    """The contrast of the picked (Δ own − mean Δ of others) less that of each control, with intervals."""
+    """The contrast of the picked (Δ own − mean Δ of others) minus that of each control, with intervals."""
     import plotly.graph_objects as go
 
     table = table_of(result, "localisation", "contrast")

@@ -40,7 +40,7 @@ def pruning_ratios(result: StudyResult) -> "Figure":
         )
     styled(figure, height=360, legend={"orientation": "h", "y": -0.15, "x": 0})
     figure.add_hline(y=1, line={"color": MUTED, "width": 1})
-    figure.update_yaxes(title_text="perplexity ÷ that of the whole model", type="log")
+    figure.update_yaxes(title_text="perplexity ÷ the unpruned model's", type="log")
     return figure
 
 
@@ -92,7 +92,7 @@ def frontier(result: Frontier) -> "Figure":
     styled(figure, height=380, legend={"orientation": "h", "y": -0.22, "x": 0})
     figure.update_layout(margin={"b": 90})
     figure.update_yaxes(type="log")
-    figure.update_yaxes(title_text="perplexity ÷ that of the whole model", row=1, col=1)
+    figure.update_yaxes(title_text="perplexity ÷ the unpruned model's", row=1, col=1)
     return figure
 
 
@@ -117,7 +117,7 @@ def specialists(result: Frontier, kept: Positive) -> "Figure":
             colorscale="RdBu_r",
             zmid=1.0,
             showscale=False,
-            hovertemplate="kept what %{y} needs, read %{x}: %{text}<extra></extra>",
+            hovertemplate="pruned for %{y}, on %{x}: %{text}<extra></extra>",
         )
     )
     figure.update_yaxes(autorange="reversed", title_text="calibrated on")

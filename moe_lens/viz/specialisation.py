@@ -120,7 +120,7 @@ def most_specialised(result: StudyResult) -> "Figure":
 
 
 def experts_for_half(result: StudyResult) -> "Figure":
-    """How many experts of a layer together take half of a domain's assignments, beside the nulls.
+    """How many experts of a layer together receive half of a domain's assignments, beside the nulls.
 
     Args:
         result: Of a `RoutingStudy`.
@@ -148,7 +148,7 @@ def experts_for_half(result: StudyResult) -> "Figure":
     half = -(-int(result.manifest["plan"]["model"]["experts"]) // 2)
     _line(figure, float(half), f"uniform {half}", above=False)
     styled(figure, height=320, legend={"orientation": "h", "y": 1.1, "x": 0})
-    figure.update_yaxes(title_text="experts that take half", rangemode="tozero")
+    figure.update_yaxes(title_text="experts for half of the assignments", rangemode="tozero")
     figure.update_xaxes(title_text="layer", dtick=1, showgrid=False)
     return figure
 
