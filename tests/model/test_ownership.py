@@ -266,7 +266,7 @@ def strike(at: int, call: Callable[[], Any]) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["with", "run", "stack", "replay"])
+@pytest.mark.parametrize("way", ["with", "run", "stack", "replay", "hand"])
 def test_what_an_exception_at_any_line_leaves_is_gone_or_refused_at_the_next_entry(way: str) -> None:
     case = wrapped("mixtral")
     ablation = case.model.ablate({1: [0, 1, 2, 3]})
@@ -282,23 +282,52 @@ def test_what_an_exception_at_any_line_leaves_is_gone_or_refused_at_the_next_ent
             with ExitStack() as stack:
                 stack.enter_context(ablation)
                 stack.enter_context(last)
+        elif way == "hand":
+            last.__enter__()
+            last.__exit__(None, None, None)
         elif way == "replay":
             with block_replay.Recording(case.model), block_replay._Only(case.model, mlp, torch.zeros(2, 7).bool()):
                 pass
         else:
             case.model.run_with_hooks(case.tokens[:1, :2], fwd_hooks=[("hook_embed", doubled)], stop_at_layer=0)
 
-    struck = 0
+    struck = still_open = 0
     with torch.no_grad():
         while strike(struck + 1, call):
             struck += 1
             try:
-                assert torch.equal(case.model(case.tokens), case.logits), f"line {struck}"
+                equal = torch.equal(case.model(case.tokens), case.logits)
             except MoELensError:
                 case.model.reset_hooks()
+                case.model(case.tokens)
+                continue
+            assert equal or way == "hand", f"line {struck}"
+            if not equal:
+                last.__exit__(None, None, None)
+                still_open += 1
+                assert torch.equal(case.model(case.tokens), case.logits)
     assert struck > 40
+    # As if it had struck after `__enter__`, or before `__exit__` (its call and first line): outside of what we can know.
+    assert still_open == (3 if way == "hand" else 0)
     assert not case.model.list_hooks() and not case.model.owner.claimed
     assert len(mlp._forward_pre_hooks) + len(mlp._forward_hooks) == own
+
+
+def test_an_exit_that_was_looked_up_by_hand_and_never_ran_is_refused() -> None:
+    case = wrapped("mixtral")
+    context = case.model.hooks([("hook_embed", doubled)])
+    with torch.no_grad(), untouched(case.model):
+        for close in (lambda: context.__exit__(None, None, None), case.model.reset_hooks):
+            context.__enter__()
+            with context:
+                pass  # looked up for a `with`, which is another thing
+            leave = context.__exit__
+            assert not torch.equal(case.model(case.tokens), case.logits), "somebody holds it and may call it"
+            del leave
+            with pytest.raises(InUseError, match="call its __exit__ again, or model.reset_hooks()"):
+                case.model(case.tokens)
+            close()
+            assert torch.equal(case.model(case.tokens), case.logits)
 
 
 @pytest.fixture

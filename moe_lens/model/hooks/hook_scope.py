@@ -22,7 +22,7 @@ Direction = Literal["fwd", "bwd"]
 class HookScope(Claim):
     """An open hook context: the claim on the model that its hooks are."""
 
-    __slots__ = ("clear_contexts", "handles", "in_stack", "model", "points", "remove")
+    __slots__ = ("clear_contexts", "exit", "handles", "in_stack", "model", "points", "remove")
 
     def __init__(self, model: Any, what: str, *, remove: bool = True, clear_contexts: bool = False):
         super().__init__(model.owner, what)
@@ -30,6 +30,13 @@ class HookScope(Claim):
         self.points: list[CheckedPoint] = []
         self.handles: list[LensHandle] = []
         self.in_stack = False
+        self.exit: Callable[[], Any] | None = None
+        """Of a scope that was entered by hand: a weak reference to what was looked up to leave it."""
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether it was about to be left by hand, and what was to do so is gone."""
+        return self.exit is not None and self.exit() is None
 
     @uninterrupted
     def enter(self, fwd_hooks: Hooks, bwd_hooks: Hooks) -> None:
@@ -198,7 +205,10 @@ class _Leave:
     @uninterrupted
     def __call__(self, *arguments: Any) -> None:
         opener = arguments[0] if self.opener is None else self.opener
-        scope = opener._open.pop() if self.scope is None else self.scope
+        scope = opener._open[-1] if self.scope is None else self.scope
+        scope.leaving = True
+        if self.scope is None:
+            opener._open.pop()
         scope.__exit__()
 
 
@@ -207,13 +217,30 @@ class _Exit:
 
     A `with` statement looks `__exit__` up before it calls `__enter__`, an `ExitStack` does so on the class; each gets a
     `_Leave` of its own, which alone holds the scope. If an exception strikes before the first line of leaving, it is
-    dropped, and the scope is known to be lost.
+    dropped, and the scope is known to be lost. Who calls `__enter__` by hand looks `__exit__` up afterwards: if that
+    was never called, nobody can say whether it was meant to be, and the model is not used before that is known.
     """
 
     def __get__(self, opener: "OpensScope | None", owner: type) -> Any:
-        leave = _Leave(opener)
-        _next[threading.get_ident()] = weakref.ref(leave)
+        try:
+            leave = _Leave(opener)
+            looked_up = _next[threading.get_ident()] = weakref.ref(leave)
+            _say_looked_up(opener, looked_up)
+        except BaseException:
+            _say_looked_up(opener, _gone)
+            raise
         return leave
+
+
+def _say_looked_up(opener: "OpensScope | None", what: Callable[[], Any]) -> None:
+    """Tell the innermost scope that was entered by hand what is to leave it, unless something is there for that."""
+    scope = opener._open[-1] if opener is not None and opener._open else None
+    if scope is not None and (scope.exit is None or scope.abandoned):
+        scope.exit = what
+
+
+def _gone() -> None:
+    """A reference to what is there no more."""
 
 
 _next: dict[int, Any] = {}
@@ -246,14 +273,22 @@ class OpensScope(ABC):
 
     @uninterrupted
     def __enter__(self) -> Any:
+        entered, opened = self.entered(), self._open
         waiting = _next.pop(threading.get_ident(), None)
         leave = None if waiting is None else waiting()
         if leave is not None and leave.opener in (None, self):
+            for by_hand in opened:
+                by_hand.exit = None if by_hand.exit is waiting else by_hand.exit
             leave.scope = self.scope()
             leave.scope.in_stack = leave.opener is None
-        else:
-            self._open.append(self.scope())
-        return self.entered()
+            return entered
+        scope = self.scope()
+        try:
+            opened += [scope]
+            return entered
+        except BaseException:
+            opened[:] = [other for other in opened if other is not scope]
+            raise
 
 
 class HookContext(OpensScope):

@@ -233,6 +233,7 @@ class HookTable(WholeState):
             InUseError: the model belongs to another thread.
         """
         self.owner.check()
+        self.owner.give_up()
         _check_direction(direction, "both")
         super().remove_all_hook_fns(direction, *args, **kwargs)
 

@@ -90,6 +90,11 @@ class Owner:
         live = [other for ref in before if ref not in lost and (other := ref()) is not None]
         try:
             self._check(live)
+            if any([getattr(other, "abandoned", False) for other in live]):  # noqa: C419 (as above)
+                raise InUseError(
+                    "a hook context that was entered by hand was about to be left, and never was: call its __exit__ "
+                    "again, or model.reset_hooks()"
+                )
         except InUseError:
             self._remove(mine)
             raise
@@ -120,6 +125,12 @@ class Owner:
             InUseError: the model belongs to another thread or task.
         """
         self._check([claim for ref in self._claims if (claim := ref()) is not None])
+
+    def give_up(self) -> None:
+        """Count as lost what was about to be left, and never was."""
+        for ref in self._claims:
+            if getattr(claim := ref(), "abandoned", False):
+                claim.leaving = True
 
     @property
     def claimed(self) -> bool:
