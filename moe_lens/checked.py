@@ -17,7 +17,8 @@ from difflib import get_close_matches
 from numbers import Real
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from moe_lens.errors import InputError
+from moe_lens.checked_tensors import came, check_together, expected, is_tensor, tensors_in
+from moe_lens.errors import InputError, a_kind
 
 Target = TypeVar("Target")
 Check = Callable[[Any], str | None]
@@ -129,27 +130,31 @@ def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
     checks = [] if "__checked__" in vars(function) else argument_checks(function)
     if not checks:
         return function  # as it is: one frame more would hide the caller from warnings
+    tensors = [(place, name, found) for place, name, _, found in checks if found]
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        for place, name, check in checks:
+        for place, name, check, _ in checks:
             if place < len(args):
                 value = args[place]
             elif name in kwargs:
                 value = kwargs[name]
             else:
                 continue
-            expected = check(value)
-            if expected is not None:
-                raise InputError(f"{name} is {value!r:.200}; expected {expected}")
+            wanted = check(value)
+            if wanted is not None:
+                raise InputError(f"{name} is {came(value)}; expected {wanted}")
+        if len(tensors) > 1:
+            given = ((name, found, args[at] if at < len(args) else kwargs.get(name)) for at, name, found in tensors)
+            check_together(given)
         return function(*args, **kwargs)
 
     wrapper.__dict__["__checked__"] = True
     return wrapper
 
 
-def argument_checks(function: Callable[..., Any]) -> list[tuple[int, str, Check]]:
-    """The arguments of a function that can be checked: place, name and check of each."""
+def argument_checks(function: Callable[..., Any]) -> list[tuple[int, str, Check, list[Any]]]:
+    """The arguments of a function that can be checked: place, name and check of each, and which tensors it may be."""
     hints, found = _hints(function), []
     for place, (name, parameter) in enumerate(inspect.signature(function).parameters.items()):
         kind = parameter.kind
@@ -158,7 +163,7 @@ def argument_checks(function: Callable[..., Any]) -> list[tuple[int, str, Check]
         check = _check_of(hints[name])
         if check is not None:
             by_name_only = kind is parameter.KEYWORD_ONLY
-            found.append((10**9 if by_name_only else place, name, check))
+            found.append((10**9 if by_name_only else place, name, check, tensors_in(hints[name])))
     return found
 
 
@@ -167,8 +172,12 @@ def _check_of(annotation: Any) -> Check | None:
     origin, inner = get_origin(annotation), get_args(annotation)
     if annotation in _PLAIN:
         return functools.partial(_plain, *_PLAIN[annotation])
+    if is_tensor(annotation):
+        return functools.partial(expected, annotation)
     if origin is Literal:
         return functools.partial(_word, inner)
+    if Callable in (annotation, origin):
+        return functools.partial(_plain, callable, "a function")
     if origin is Annotated:
         base, *extras = inner
         if any(isinstance(extra, ReadByItself) for extra in extras):
@@ -213,11 +222,11 @@ def _check_of_union(members: tuple[Any, ...]) -> Check | None:
     def check(value: Any) -> str | None:
         if isinstance(value, known) and not isinstance(value, bool):
             return None
-        expected = [said for member_check in checks if member_check[1] and (said := member_check[1](value))]
-        if len(expected) < sum(one is not None for _, one in checks):
+        wanted = [said for member_check in checks if member_check[1] and (said := member_check[1](value))]
+        if len(wanted) < sum(one is not None for _, one in checks):
             return None
-        others = ["None" if kind is type(None) else f"a {kind.__name__}" for kind in known]
-        return ", or ".join([*expected, *others])
+        others = ["None" if kind is type(None) else a_kind(kind) for kind in known]
+        return ", or ".join([*wanted, *others])
 
     return check
 
@@ -286,9 +295,9 @@ def _each(check: Check | None, values: Any) -> str | None:
     if check is None or not isinstance(values, list | tuple | set | frozenset):
         return None  # an array is read by `ids`; an iterator would be used up
     for value in values:
-        expected = check(value)
-        if expected is not None:
-            return f"{expected} in it, not {value!r:.100}"
+        wanted = check(value)
+        if wanted is not None:
+            return f"{wanted} in it, not {value!r:.100}"
     return None
 
 
@@ -296,7 +305,7 @@ def _each_value(check: Check, values: Any) -> str | None:
     if not isinstance(values, Mapping):
         return "a dictionary"
     for key, value in values.items():
-        expected = check(value)
-        if expected is not None:
-            return f"{expected} at {key!r:.100}, not {value!r:.100}"
+        wanted = check(value)
+        if wanted is not None:
+            return f"{wanted} at {key!r:.100}, not {value!r:.100}"
     return None

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -72,6 +72,22 @@ def near_miss(wrong: str, known: Iterable[object]) -> str:
     folded = {str(name).casefold(): str(name) for name in known}
     close = get_close_matches(wrong.casefold(), folded, n=1, cutoff=0.7)
     return f"; did you mean {folded[close[0]]!r}?" if close else ""
+
+
+def a_kind(value: Any) -> str:
+    """What a value, or a class, is called in a message: "a list", "an int"."""
+    kind = value if isinstance(value, type) else type(value)
+    name = "None" if kind is type(None) else _SAID.get(kind.__name__, kind.__name__)
+    return name if name == "None" or "," in name else f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}"
+
+
+_SAID = {
+    "Iterable": "several, in a list",
+    "Sequence": "several, in a list",
+    "Mapping": "dictionary",
+    "ndarray": "numpy array",
+}
+"""Classes that are called otherwise."""
 
 
 def check_characters(what: str, text: str) -> None:

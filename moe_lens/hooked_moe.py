@@ -285,6 +285,8 @@ class HookedMoE(Summary, GeneratingBridge):
             raise InputError(
                 f"there is no expert {int(experts[wrong][0])}; expected ids from 0 to {self.n_experts - 1}"
             )
+        if x.shape[-1] != self.cfg.d_model:
+            raise InputError(f"x is {x.shape[-1]} wide; expected {self.cfg.d_model}, what mlp.hook_in holds")
         moe, module = self._moe(layer), self._experts(layer)
         for narrower in self.family.narrows:
             x = moe.get_submodule(narrower)(x)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, a_kind
 from moe_lens.json_files import read_json
 
 MANIFEST = "manifest.json"
@@ -23,7 +23,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.exists():
-        unfinished = folder.with_name(f"{folder.name}.unfinished")
+        unfinished = Path(f"{folder.resolve()}.unfinished")  # `.` has no name of its own
         more = f"; {unfinished} holds the beginning of one: run its command again" if unfinished.exists() else ""
         raise InputError(f"{folder}: holds no result of a study (there is no {MANIFEST}){more}")
     manifest = read_object(path, "the manifest of a study")
@@ -56,7 +56,7 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
         reason = (error.strerror or "unreadable") if isinstance(error, OSError) else f"broken: {error}"
         raise InputError(f"{path}: cannot be read as {what} ({reason})") from None
     if not isinstance(found, dict):
-        raise InputError(f"{path}: cannot be read as {what} (it holds a {type(found).__name__})")
+        raise InputError(f"{path}: cannot be read as {what} (it holds {a_kind(found)})")
     return found
 
 

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import numpy as np
 import pytest
 import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 import moe_lens
 from moe_lens.checked import Natural, Positive, Within, argument_checks, checked
@@ -64,7 +66,7 @@ def test_what_an_annotation_allows_passes() -> None:
         ({"flag": 1}, "flag is 1; expected True or False"),
         ({"texts": "one text"}, "texts is 'one text'; expected several: put a single one in a list"),
         ({"texts": 3}, "texts is 3; expected several, in a list"),
-        ({"where": 1.5}, "where is 1.5; expected a whole number, or a Iterable, or a slice, or None"),
+        ({"where": 1.5}, "where is 1.5; expected a whole number, or several, in a list, or a slice, or None"),
         ({"by_layer": {3: 0}}, "expected a whole number from 1 at 3, not 0, or None"),
         ({"real": "atuo"}, "real is 'atuo'; expected a number, or 'auto'"),
     ],
@@ -72,6 +74,41 @@ def test_what_an_annotation_allows_passes() -> None:
 def test_all_else_is_refused(arguments: dict[str, object], says: str) -> None:
     with pytest.raises(InputError) as error:
         example(**{"word": "layer", **arguments})
+    assert says in str(error.value)
+
+
+def shaped(
+    tokens: Int[Tensor, "batch pos"],
+    *,
+    mask: Bool[Tensor, "batch pos"] | None = None,
+    values: Float[Tensor, "*tokens width"] | None = None,
+    metric: Callable[[Tensor], Tensor] | None = None,
+) -> str:
+    return f"{tokens.shape} {mask is None} {values is None} {metric}"
+
+
+TOKENS = torch.arange(6).view(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"tokens": "text"}, "tokens is 'text'; expected a tensor of whole numbers [batch, pos]"),
+        ({"tokens": TOKENS.float()}, "tokens is a Tensor of float32 of shape (2, 3); expected a tensor of whole"),
+        ({"tokens": TOKENS[0]}, "tokens is a Tensor of int64 of shape (3,)"),
+        ({"tokens": TOKENS.numpy()}, "tokens is a numpy array of int64 of shape (2, 3); expected a tensor"),
+        ({"tokens": TOKENS > 1}, "tokens is a Tensor of bool"),
+        ({"mask": TOKENS}, "expected a tensor of True and False [batch, pos], or None"),
+        ({"mask": TOKENS[:1] > 1}, "mask has shape (1, 3), and tokens has 2 as its 'batch'; expected"),
+        ({"values": TOKENS}, "expected a tensor of floating-point numbers [*tokens, width], or None"),
+        ({"metric": 3}, "metric is 3; expected a function, or None"),
+    ],
+)
+def test_tensors_have_their_kind_and_axes_and_share_their_sizes(arguments: dict[str, Any], says: str) -> None:
+    call = checked(shaped)
+    assert call(TOKENS.int(), mask=TOKENS > 1, values=torch.zeros(4, 5, 6), metric=len)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError) as error:
+        call(**{"tokens": TOKENS, **arguments})
     assert says in str(error.value)
 
 

@@ -25,12 +25,21 @@ def defaults(arguments: Sequence[str], commands: Mapping[str, Any]) -> dict[str,
     Raises:
         InputError: The file cannot be read, is not TOML, or has a key that the command does not know.
     """
-    path = _path(arguments)
     name = next((argument for argument in arguments if argument in commands), None)
-    if path is None or name is None:
+    if name is None:
         return {}
-    values = {key.replace("-", "_"): value for key, value in _read(path).items() if key != _DOMAINS}
-    known = {parameter.name: parameter for parameter in commands[name].params if parameter.name not in _ELSEWHERE}
+    _once(arguments, commands[name].params)
+    path = _path(arguments)
+    if path is None or "config" not in [parameter.name for parameter in commands[name].params]:
+        return {}
+    values: dict[str, Any] = {}
+    for key, value in _read(path).items():
+        if (option := key.replace("-", "_")) in values:
+            raise InputError(f"--config {path}: {key} is given twice, once with a hyphen")
+        if key != _DOMAINS:
+            values[option] = value
+    options = [parameter for parameter in commands[name].params if parameter.opts[0].startswith("--")]
+    known = {option.name: option for option in options if option.name not in _ELSEWHERE}
     if unknown := sorted(values.keys() - known.keys()):
         there = f"known: {', '.join(sorted(known))}, {_DOMAINS}{near_miss(unknown[0], [*known, _DOMAINS])}"
         raise InputError(f"--config {path}: unknown key {unknown[0]!r}; {there}")
@@ -39,7 +48,38 @@ def defaults(arguments: Sequence[str], commands: Mapping[str, Any]) -> dict[str,
         if switch != isinstance(value, bool):
             expected = "true or false" if switch else "a value"
             raise InputError(f"--config {path}: {key} = {json.dumps(value, default=str)}; expected {expected}")
+        if getattr(known[key], "multiple", False) != isinstance(value, list):
+            expected = "a list, as it can be given several times" if not isinstance(value, list) else "one value"
+            raise InputError(f"--config {path}: {key} = {json.dumps(value, default=str)}; expected {expected}")
+        inside = value if isinstance(value, list) else [value]
+        if _is_text(known[key]) and not all(isinstance(one, str) for one in inside):
+            raise InputError(f"--config {path}: {key} = {json.dumps(value, default=str)}; expected text in quotes")
     return {name: values}
+
+
+def _once(arguments: Sequence[str], parameters: Sequence[Any]) -> None:
+    """Refuse an option that is given twice and can have one value: either could be meant.
+
+    Raises:
+        InputError: Such an option; names it.
+    """
+    words = list(arguments[: arguments.index("--")] if "--" in arguments else arguments)
+    for parameter in parameters:
+        both = [option for option in (*parameter.opts, *parameter.secondary_opts) if option in words]
+        if getattr(parameter, "is_flag", False) and len(both) > 1:
+            raise InputError(f"{' and '.join(both)} are given; expected one of them")
+        if getattr(parameter, "multiple", False) or getattr(parameter, "is_flag", False) or parameter.nargs != 1:
+            continue
+        for option in parameter.opts:
+            times = sum(word == option or word.startswith(f"{option}=") for word in words)
+            if option.startswith("--") and times > 1:
+                raise InputError(f"{option} is given {times} times; expected once")
+
+
+def _is_text(parameter: Any) -> bool:
+    """Whether an option's value is a text or a path, and no number, as far as typer tells."""
+    kind = getattr(getattr(parameter, "type_descriptor", None), "annotation", None)
+    return kind not in (None, bool, int, float, list[int], list[float])
 
 
 def config_domains(path: Path) -> list[DomainSpec]:
@@ -71,7 +111,7 @@ def _read(path: Path) -> dict[str, Any]:
             content = file.read(_LARGEST + 1)
         if len(content) > _LARGEST:
             raise InputError(f"--config {path}: more than {_LARGEST // 2**20} MiB; it is no list of options")
-        found = tomllib.loads(content.decode())
+        found = tomllib.loads(content.decode("utf-8-sig"))
     except OSError as error:
         raise InputError(f"--config {path}: cannot be read ({error.strerror or error})") from None
     except RecursionError:

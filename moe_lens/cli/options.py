@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from moe_lens.cli.config_file import config_domains
-from moe_lens.data import Corpus, Domain, embedded_domains, parse_domains
+from moe_lens.data import Corpus, Domain, DomainSpec, embedded_domains, parse_domains
 from moe_lens.errors import CheckpointError, InputError
 from moe_lens.model.loading.config_json import believed_config
 
@@ -196,6 +196,8 @@ MaxMemory = Annotated[
 
 
 Opened = Sequence[Domain | Corpus]
+OF_DOMAINS = {"text": "text-column", "source": "source-column", "split": "split", "streaming": "streaming"}
+"""Fields of `DomainSpec` and the options that choose them for all domains."""
 
 
 def open_domains(arguments: Sequence[str] | None, config: Path | None, **shared: Any) -> Opened:
@@ -205,6 +207,15 @@ def open_domains(arguments: Sequence[str] | None, config: Path | None, **shared:
         arguments: Of --domain.
         config: Of --config.
         shared: Fields of `DomainSpec` that the command line gave for all of its domains.
+
+    Raises:
+        InputError: They cannot be opened, or something was chosen for domains that are not there.
     """
-    specs = parse_domains(arguments, **shared) if arguments else config_domains(config) if config else []
+    if arguments:
+        specs = parse_domains(arguments, **shared)
+    else:
+        specs = config_domains(config) if config else []
+        if wrong := [key for key, value in shared.items() if value != getattr(DomainSpec(name=""), key)]:
+            instead = f"write {wrong[0]} = … into its table" if specs else "give your texts by --domain NAME=FILE"
+            raise InputError(f"--{OF_DOMAINS[wrong[0]]} is about --domain, and there is none: {instead}")
     return [spec.open() for spec in specs] if specs else embedded_domains()

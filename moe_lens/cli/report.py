@@ -1,5 +1,6 @@
 """`moe-lens report`: the main job, or one page of studies that were saved."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,7 @@ import typer
 
 from moe_lens.cli.model_loading import quiet
 from moe_lens.cli.study_command import Work, command
+from moe_lens.errors import InputError
 from moe_lens.manifest import read_manifest, studies_in
 
 
@@ -17,6 +19,7 @@ def report(
         list[Path] | None,
         typer.Argument(metavar="[FOLDER]...", help="Saved studies, of any kind, or reports, to show instead."),
     ] = None,
+    changed: Sequence[str] = (),
 ) -> Work | None:
     """What the experts of a model do on real text: five studies, and one HTML page of them that opens offline.
 
@@ -32,6 +35,8 @@ def report(
     found = [study for folder in saved or () for study in studies_in(folder)]
     for folder in found:
         read_manifest(folder)
+    if found and changed:
+        raise InputError(f"{changed[0]} is about studies that are run, and saved ones are shown: leave one of them out")
 
     from moe_lens.report import run, write_page
 

@@ -1,5 +1,6 @@
 """The commands that run a study: arguments → study → a saved folder; and the one that compares two."""
 
+from collections.abc import Sequence
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from moe_lens.studies import Study
 
 
+OF_MODEL = {"--model", "--dtype", "--quantize", "--device", "--max-memory", "--trust-tokenizer-code", "--config"}
+"""Options of studies that say how the model is loaded, not what it reads."""
 MATCHED = 40
 """Coalitions that the picked experts are held against."""
 
@@ -293,6 +296,7 @@ def localise(
             "that ship with the package.",
         ),
     ] = None,
+    changed: Sequence[str] = (),
 ) -> "Study | Work":
     """Does knowledge of a domain sit in experts of its own?
 
@@ -322,13 +326,14 @@ def localise(
 
     if facts is not None:
         others = {"--by": by != By.routing, "--how": how, "--matched": matched != MATCHED, "--parallel": parallel}
-        if wrong := [name for name, given in others.items() if given]:
+        of_texts = [name for name in changed if name not in OF_MODEL]
+        if wrong := [*(name for name, given in others.items() if given), *of_texts]:
             raise InputError(f"{wrong[0]} is about texts, and --facts reads none: leave one of them out")
         known = read_facts(facts)
 
         def trace(model: Any, domains: options.Opened, **how: Any) -> Any:
-            if tuple(domain.name for domain in domains) != EMBEDDED:
-                raise InputError("--facts reads no texts: leave --domain out, or --facts")
+            if tuple(domain.name for domain in domains) != EMBEDDED:  # those of a config
+                raise InputError("--facts reads no texts: leave the domains out, or --facts")
             wanted = {name: how[name] for name in ("out", "name", "watch")}
             return localise_facts(model, known, experts=experts, **wanted)
 
@@ -478,6 +483,8 @@ def compare_studies(
         raise InputError("got one folder; give another one, or two of its domains: --domain NAME --domain NAME")
     for folder in (first, second or first):
         read_manifest(folder)
+    if any(folder.resolve() in out.resolve().parents for folder in (first, second or first)):
+        raise InputError(f"--out {out} is inside of a study that is compared; give a file elsewhere")
 
     from moe_lens.storage import written_whole
     from moe_lens.studies import StudyResult, compare

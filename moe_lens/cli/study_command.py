@@ -80,7 +80,8 @@ Make = Callable[..., "Study | Work | None"]
 def command(name: str, folder: str, **defaults: Any) -> Callable[[Make], Make]:
     """Make a command of a function from its own options to a study, or to other work on the same arguments.
 
-    A function that asks for `out` is given it, and may do everything by itself and give None.
+    A function that asks for `out` is given it, and may do everything by itself and give None. One that asks for
+    `changed` is given the options of `Arguments` that are not as they are by default, for what has no use for them.
 
     Args:
         name: Of the command.
@@ -93,7 +94,8 @@ def command(name: str, folder: str, **defaults: Any) -> Callable[[Make], Make]:
 
         def called(**given: Any) -> None:
             out = given["out"]
-            chosen = {key: given.pop(key) for key in own}
+            changed = [f"--{key.replace('_', '-')}" for key, default in usual.items() if given[key] != default]
+            chosen = {key: changed if key == "changed" else given.pop(key) for key in own}
             given.pop("out", None)
             arguments = Arguments(**given)
             domains = arguments.domains()  # before anything that imports torch: what is not there is said at once
@@ -102,14 +104,13 @@ def command(name: str, folder: str, **defaults: Any) -> Callable[[Make], Make]:
                 _run(made, domains, out, arguments)
 
         keyword = inspect.Parameter.KEYWORD_ONLY
+        usual = {field.name: defaults.get(field.name, field.default) for field in fields(Arguments)}
         shared = [
-            inspect.Parameter(
-                field.name, keyword, default=defaults.get(field.name, field.default), annotation=field.type
-            )
+            inspect.Parameter(field.name, keyword, default=usual[field.name], annotation=field.type)
             for field in fields(Arguments)
         ]
         out = inspect.Parameter("out", keyword, default=Path(folder), annotation=Out)
-        every = [*shared, out, *(of.replace(kind=keyword) for of in own.values() if of.name != "out")]
+        every = [*shared, out, *(of.replace(kind=keyword) for of in own.values() if of.name not in ("out", "changed"))]
         called.__doc__ = make.__doc__
         called.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
         called.__signature__ = inspect.Signature(every)

@@ -40,6 +40,10 @@ class DomainSpec:
         """
         if self.path is not None and self.hub is not None:
             raise InputError(f"domain {self.name!r} has a path and a name on the hub; give one of them")
+        place = "path" if self.path is not None else "hub" if self.hub is not None else None
+        if place is not None and (wrong := sorted(self._chosen() - _USED[place])):
+            what = "a file" if place == "path" else "a dataset on the hub"
+            raise InputError(f"domain {self.name!r} is {what}, of which {wrong[0]} cannot be chosen")
         if self.path is not None:
             columns = {"text": self.text, "source": self.source}
             read = from_file if self.streaming else load_domain
@@ -48,9 +52,8 @@ class DomainSpec:
             how = {key: getattr(self, key) for key in ("config", "split", "revision", "text", "source")}
             return from_hub(self.name, self.hub, **how)
         if self.name in (*PRESETS, *EMBEDDED):
-            given = [key for key, value in _DEFAULTS.items() if getattr(self, key) != value]
-            allowed = ["revision"] if self.name in PRESETS else []
-            if wrong := sorted(set(given) - set(allowed)):
+            allowed = {"revision"} if self.name in PRESETS else set[str]()
+            if wrong := sorted(self._chosen() - allowed):
                 but = "; revision alone can be given" if allowed else ""
                 raise InputError(f"domain {self.name!r} is a known one, of which {wrong[0]} cannot be chosen{but}")
             return PRESETS[self.name].open(self.revision) if self.name in PRESETS else embedded_domain(self.name)
@@ -59,7 +62,13 @@ class DomainSpec:
             f"{', '.join([*EMBEDDED, *PRESETS])}{near_miss(self.name, [*EMBEDDED, *PRESETS])}"
         )
 
+    def _chosen(self) -> set[str]:
+        """What was not left as it is."""
+        return {key for key, value in _DEFAULTS.items() if getattr(self, key) != value}
 
+
+_USED = {"path": {"text", "source", "streaming"}, "hub": {"text", "source", "streaming", "config", "split", "revision"}}
+"""What can be chosen of a file, and of a dataset on the hub (which is always read as it comes)."""
 _DEFAULTS = {field.name: field.default for field in fields(DomainSpec) if field.name not in ("name", "path", "hub")}
 
 
@@ -70,12 +79,14 @@ def parse_domains(arguments: Iterable[str], **shared: Any) -> list[DomainSpec]:
 
     Args:
         arguments: One for each domain.
-        shared: Fields of `DomainSpec` that hold for all.
+        shared: Fields of `DomainSpec` that hold for all that have them.
 
     Raises:
-        InputError: One is not as described, or has a name that another has.
+        InputError: One is not as described, or has a name that another has; or none has what was chosen for all.
     """
     found: list[DomainSpec] = []
+    chosen = {key: value for key, value in shared.items() if value != _DEFAULTS[key]}
+    used: set[str] = set()
     for argument in arguments:
         name, equals, where = argument.partition("=")
         known, _, revision = name.partition("@")
@@ -92,10 +103,14 @@ def parse_domains(arguments: Iterable[str], **shared: Any) -> list[DomainSpec]:
         if where.startswith(HUB):
             repository, _, revision = where.removeprefix(HUB).partition("@")
             spec = DomainSpec(name=name, hub=repository, revision=revision or None)
-        found.append(replace(spec, **shared))
+        here = chosen.keys() & _USED["path" if spec.hub is None else "hub"]
+        used |= here
+        found.append(replace(spec, **{key: chosen[key] for key in here}))
     for name in (names := [spec.name for spec in found]):
         if names.count(name) > 1:
             raise InputError(f"--domain {name!r} is given twice; give each domain a name of its own")
+    if unused := sorted(chosen.keys() - used):
+        raise InputError(f"{unused[0]} = {chosen[unused[0]]!r} is chosen, and none of the domains has that to choose")
     return found
 
 

@@ -168,14 +168,19 @@ def _read_csv(path: Path, codec: str | None, delimiter: str) -> Iterator[tuple[s
 def _read_txt(path: Path, file: str, codec: str | None) -> Iterator[Passage]:
     block: list[str] = []
     start = 1
-    for number, ended in chain(_lines(path, codec), [(0, "")]):
-        line = ended.rstrip("\r\n")
+    lines = (line for _, ended in _lines(path, codec) for line in _split(ended))
+    for number, line in enumerate(chain(lines, [""]), start=1):
         if line.strip():
             start = start if block else number
             block.append(line)
         elif block:
             yield passage("\n".join(block), None, f"{path}:{start}", file)
             block = []
+
+
+def _split(ended: str) -> list[str]:
+    """The lines of what ends in a line feed: a carriage return alone ended lines, too, and some files still have it."""
+    return ended.removesuffix("\n").removesuffix("\r").split("\r")
 
 
 def _read_dataset(path: Path) -> Any:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from moe_lens.checked import ReadByItself
 from moe_lens.data.corpus import Corpus
 from moe_lens.data.domains import Domain
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, a_kind
 
 Domains = Annotated[Domain | Corpus | Sequence[Domain | Corpus] | Mapping[str, Any], ReadByItself()]
 """A domain or several; or a dictionary of texts by the domain's name, each as `Domain.of` takes them."""
@@ -24,12 +24,12 @@ def as_domains(given: Domains) -> list[Domain | Corpus]:
     elif isinstance(given, Mapping):
         found = [_named(name, texts) for name, texts in given.items()]
     elif isinstance(given, str) or not isinstance(given, Iterable):
-        raise InputError(f"domains are a {type(given).__name__}; {_EXPECTED}")
+        raise InputError(f"domains are {a_kind(given)}; {_EXPECTED}")
     else:
         found = []
         for number, one in enumerate(given):
             if not isinstance(one, Domain | Corpus):
-                raise InputError(f"domain {number} is a {type(one).__name__}; {_EXPECTED}")
+                raise InputError(f"domain {number} is {a_kind(one)}; {_EXPECTED}")
             found.append(one)
     names = [domain.name for domain in found]
     if not names:

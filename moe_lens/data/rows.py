@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moe_lens.errors import InputError, check_characters, near_miss
+from moe_lens.errors import InputError, a_kind, check_characters, near_miss
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def passage(text: str, source: Any, origin: str, file: str) -> Passage:
         InputError: The source is no plain value, or one of the two holds half of a character.
     """
     if isinstance(source, Mapping | list | tuple | set):
-        raise InputError(f"{origin}: the source is a {type(source).__name__}; expected a text or a number")
+        raise InputError(f"{origin}: the source is {a_kind(source)}; expected a text or a number")
     of = str(file if is_missing(source) or source == "" else source)
     for what, value in (("text", text), ("source", of)):
         check_characters(f"{origin}: the {what}", value)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lens.data.rows import Passage, passage, read_row
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, a_kind
 
 
 def read_given(name: str, texts: Any, *, text: str, sources: str | Iterable[Any] | None) -> Iterator[Passage]:
@@ -62,9 +62,7 @@ def _rows(name: str, texts: Any) -> Iterable[Any]:
             raise InputError(f"domain {name!r}: two columns of the frame have one name: {list(texts.columns)}")
         return texts.to_dict("records")
     if not isinstance(texts, Iterable):
-        raise InputError(
-            f"the texts of domain {name!r} are a {type(texts).__name__}; expected a list, a frame or a dataset"
-        )
+        raise InputError(f"the texts of domain {name!r} are {a_kind(texts)}; expected a list, a frame or a dataset")
     return texts
 
 

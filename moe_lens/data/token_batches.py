@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_lens.checked import Positive, Seed, checked
 from moe_lens.data.domains import Domain
 from moe_lens.data.windows import Window, in_turns, up_to
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, a_kind
 from moe_lens.summary import Summary
 
 
@@ -142,9 +142,7 @@ def tokenize(
             message names file and line.
     """
     if not isinstance(domain, Domain):
-        raise InputError(
-            f"the texts are a {type(domain).__name__}; expected a domain: Domain.of(name, texts) makes one of them"
-        )
+        raise InputError(f"the texts are {a_kind(domain)}; expected a domain: Domain.of(name, texts) makes one of them")
     windows = up_to(in_turns(domain, encoder, context, seed), n_tokens)
     return Tokens(domain.name, tuple(batch_windows(list(windows), encoder, batch_tokens=batch_tokens)))
 

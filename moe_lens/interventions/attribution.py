@@ -3,7 +3,7 @@
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 
 from moe_lens.checked import Positive
@@ -28,7 +28,7 @@ Method = Literal["direct", "gradient", "integrated", "knockout", "direct_knockou
 
 def expert_attribution(
     model: Any,
-    input: str | list[str] | Int[Tensor, "batch pos"],
+    input: Any,
     metric: Metric,
     *,
     method: Method = "gradient",
@@ -66,7 +66,7 @@ def expert_attribution(
 
     Args:
         model: a `HookedMoE`.
-        input: tokens, text or texts.
+        input: what `forward` takes: a text, texts, tokens, …
         metric: from logits [batch, pos, d_vocab] to a scalar; see `moe_lens.interventions.metrics`.
         method: one of the above.
         routing: whether later layers select experts again.

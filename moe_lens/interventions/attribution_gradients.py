@@ -20,7 +20,7 @@ from moe_lens.errors import InputError
 from moe_lens.interventions.attribution_result import Unit
 from moe_lens.interventions.clean_run import CleanRun
 from moe_lens.interventions.expert_means import ExpertMeans
-from moe_lens.interventions.metrics import KLDivergence, Metric, TokenMetric, among, checked, differentiable, evaluate
+from moe_lens.interventions.metrics import KLDivergence, Metric, TokenMetric, among, differentiable, evaluate, finite
 from moe_lens.model.cache.moe_cache import MoECache
 from moe_lens.routing import output_factors
 
@@ -184,7 +184,7 @@ def _read(run: CleanRun, resid: Float[Tensor, "batch pos d_model"], metric: Metr
         value = metric.values(run.replay.logits(resid[batch, pos]), batch, pos).mean()
     else:
         value = metric(run.replay.logits(resid.flatten(0, 1)).unflatten(0, resid.shape[:2]))
-    return checked(value, metric)
+    return finite(value, metric)
 
 
 def _sloping(value: Float[Tensor, ""], metric: Metric) -> Float[Tensor, ""]:

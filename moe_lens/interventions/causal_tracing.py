@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lens.checked import Natural, Positive, Seed
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, a_kind
 from moe_lens.interventions.batched_variants import RoutingMode
 from moe_lens.interventions.clean_run import CleanRun, Variant
 from moe_lens.interventions.metrics import LogitDifference, LogProb, TokenMetric
@@ -81,7 +81,7 @@ def trace(
             numbers that make no sense.
     """
     if not isinstance(prompt, str):
-        raise InputError(f"the prompt is a {type(prompt).__name__}; expected one text")
+        raise InputError(f"the prompt is {a_kind(prompt)}; expected one text")
     if noise <= 0 or not 0 < level < 1:
         raise InputError(f"got noise={noise}, level={level}; expected > 0, and between 0 and 1")
     tokens = model.to_tokens(prompt)
@@ -124,7 +124,10 @@ def _score(model: Any, answer: str | Natural, foil: str | Natural | None) -> Tok
     wanted = single_token(model, "answer", answer)
     if foil is None:
         return Probability(wanted)
-    return LogitDifference(wanted, single_token(model, "foil", foil))
+    other = single_token(model, "foil", foil)
+    if other == wanted:
+        raise InputError(f"answer and foil are one token, {answer!r}: their difference is always 0")
+    return LogitDifference(wanted, other)
 
 
 def embedding_deviation(model: Any, at_once: int = 8192) -> float:

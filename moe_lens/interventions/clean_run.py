@@ -37,7 +37,7 @@ class CleanRun:
     def of(
         cls,
         model: Any,
-        input: str | list[str] | Tensor,
+        input: Any,
         *,
         keep: Sequence[str] = (),
         fwd_hooks: Hooks = (),
@@ -47,7 +47,7 @@ class CleanRun:
 
         Args:
             model: A `HookedMoE`.
-            input: Text, texts or tokens.
+            input: What `forward` takes: a text, texts, tokens, …
             keep: Full names of further hooks to cache.
             fwd_hooks: Hooks in place during the run, if the run that variants depart from is itself an edited one.
             kwargs: Of `forward`: `attention_mask`, `prepend_bos`, `padding_side`.

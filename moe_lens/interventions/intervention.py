@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, a_kind
 from moe_lens.model.hooks.hook_scope import OpensScope
 from moe_lens.protocols import HookedModel
 from moe_lens.selection import Selection, Step
@@ -104,9 +104,7 @@ def check_interventions(model: HookedModel, interventions: Iterable[Any]) -> lis
     given = list(interventions)
     for one in given:
         if not isinstance(one, Intervention):
-            raise InputError(
-                f"interventions holds a {type(one).__name__}; expected what model.ablate(…) and so on return"
-            )
+            raise InputError(f"interventions holds {a_kind(one)}; expected what model.ablate(…) and so on return")
         if one.model is not model:
             raise InputError(f"{one} was made for another model; intervention.bind(model) makes it on this one")
     return given

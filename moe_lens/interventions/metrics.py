@@ -154,6 +154,9 @@ class LogitDifference(_AtPositions):
         self, token: Natural | Int[Tensor, "..."], other: Natural | Int[Tensor, "..."], positions: Positions = -1
     ):
         super().__init__(positions, token, other)
+        mine, others = self._tokens
+        if (0 in (mine.ndim, others.ndim) or mine.shape == others.shape) and bool((mine == others).all()):
+            raise InputError(f"token and other are both {mine.tolist()!s:.100}: their difference is always 0")
 
     def values(
         self, logits: Float[Tensor, "rows d_vocab"], batch: Int[Tensor, " rows"], pos: Int[Tensor, " rows"]
@@ -221,10 +224,10 @@ def evaluate(metric: Metric, logits: Float[Tensor, "batch pos d_vocab"]) -> Floa
     Raises:
         InputError: it is not a scalar tensor, or not a finite number.
     """
-    return checked(metric(logits), metric)
+    return finite(metric(logits), metric)
 
 
-def checked(value: object, metric: Metric) -> Float[Tensor, ""]:
+def finite(value: object, metric: Metric) -> Float[Tensor, ""]:
     """`value`, which `metric` gave, if it is a scalar and finite.
 
     Raises:

@@ -23,8 +23,8 @@ Direction = Literal["denoising", "noising"]
 
 def patch(
     model: Any,
-    clean: str | list[str] | Tensor,
-    corrupted: str | list[str] | Tensor,
+    clean: Any,
+    corrupted: Any,
     site: str,
     metric: Metric,
     *,
@@ -47,7 +47,7 @@ def patch(
 
     Args:
         model: A `HookedMoE`.
-        clean: Text, texts or tokens.
+        clean: What `forward` takes: a text, texts, tokens, …
         corrupted: An input with the same number of tokens.
         site: `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out`, `routed_out`, `shared_out`, `expert_out`,
             `expert_weighted`, `router_logits` or `routing`.

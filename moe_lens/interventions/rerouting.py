@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_lens import names
 from moe_lens.checked import ReadByItself
-from moe_lens.errors import InputError, UnfitError
+from moe_lens.errors import InputError, UnfitError, a_kind
 from moe_lens.interventions.intervention import Hook, Intervention, Recipe, first_token, positions, this_pass
 from moe_lens.model.cache.moe_cache import MoECache
 from moe_lens.protocols import HookedModel
@@ -131,7 +131,7 @@ def force_routing(
             raise InputError(f"the cache holds routing of no layer; cache {wanted}, or pass what model.routing returns")
         routing = Routing.stack([routing.routing(at) for at in (held if layers is None else tuple(layers))])
     if not isinstance(routing, Routing):
-        raise InputError(f"routing is a {type(routing).__name__}; expected what model.routing returns, or a cache")
+        raise InputError(f"routing is {a_kind(routing)}; expected what model.routing returns, or a cache")
     if (routing.n_experts, routing.top_k) != (model.n_experts, model.top_k):
         came = f"{routing.top_k} of {routing.n_experts} experts"
         raise InputError(f"the routing chooses {came}; the model chooses {model.top_k} of {model.n_experts}")

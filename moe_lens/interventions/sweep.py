@@ -18,7 +18,7 @@ from moe_lens.checked import Positive
 from moe_lens.errors import InputError
 from moe_lens.interventions.batched_variants import RoutingMode, Stack, inside
 from moe_lens.interventions.clean_run import CleanRun, Variant
-from moe_lens.interventions.metrics import Metric, TokenMetric, among, checked, describe, evaluate
+from moe_lens.interventions.metrics import Metric, TokenMetric, among, describe, evaluate, finite
 from moe_lens.model.loading.batch_sizes import tokens_at_once
 
 __all__ = ["CleanRun", "RoutingMode", "Variant", "sweep", "token_sweep"]
@@ -70,7 +70,7 @@ def sweep(
     def read(number: int, logits: Tensor, batch: Tensor, pos: Tensor) -> None:
         whole = run.logits.clone()
         whole[batch, pos] = logits.to(whole)
-        found[number] = checked(metric(whole), metric).double().cpu()
+        found[number] = finite(metric(whole), metric).double().cpu()
 
     everything = torch.ones(run.batch, run.pos, dtype=torch.bool)
     _Sweep(model, run, variants, everything, routing, at_once=None).run(read, batch_size)

@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from moe_lens import names
-from moe_lens.errors import HookError, InputError
+from moe_lens.errors import HookError, InputError, a_kind
 from moe_lens.lenses.lens_result import LensResult, blank
 from moe_lens.lenses.metrics import Distribution, read
 from moe_lens.model.loading.placement import output_place
@@ -33,6 +33,8 @@ class Decoding:
         positions: Sequence[int] | None,
     ):
         model = lens.model
+        if not hasattr(cache, "require"):
+            raise InputError(f"cache is {a_kind(cache)}; expected the MoECache that run_with_cache returns")
         if cache.model is not model:
             raise InputError(
                 f"the cache was made by another model ({cache.model.cfg.model_name}); this lens reads that of "

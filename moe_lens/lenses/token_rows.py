@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from moe_lens.errors import InputError, several
+from moe_lens.errors import InputError, a_kind, several
 from moe_lens.pieces import pieces
 from moe_lens.protocols import PaddedTokens
 
@@ -60,7 +60,7 @@ def of_item(model: Any, item: Any, length: int) -> Iterator[list[int]]:
             tokens = torch.empty(0)
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool or tokens.ndim not in (1, 2):
             raise InputError(
-                f"a corpus holds a {type(item).__name__}; expected texts, token ids [pos] or [batch, pos], or batches "
+                f"a corpus holds {a_kind(item)}; expected texts, token ids [pos] or [batch, pos], or batches "
                 "with `tokens` and `mask`"
             )
         for row in tokens.view(-1, tokens.shape[-1]).tolist():

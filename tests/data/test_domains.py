@@ -41,6 +41,9 @@ def test_txt_is_cut_at_blank_lines_and_is_one_source(tmp_path):
     domain = load_domain("a", path)
     assert [(p.text, p.origin) for p in domain.passages] == [("one\ntwo", f"{path}:2"), ("three", f"{path}:6")]
     assert domain.n_sources == 1
+    for ends in ("\r\n", "\r"):  # of other systems, and of old ones
+        other = load_domain("b", written(tmp_path, "b.txt", path.read_text().replace("\n", ends).encode()))
+        assert [(p.text, p.origin[-1]) for p in other.passages] == [("one\ntwo", "2"), ("three", "6")]
 
 
 @pytest.mark.parametrize(
@@ -236,7 +239,7 @@ def test_plain_texts_take_one_source_or_one_for_each():
         (Path("a.txt"), {}, "load_domain"),
         ({"text": TEXTS}, {}, r"a dictionary with the keys \['text'\]"),
         (datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}), {}, "keys \\['train'\\]"),
-        (3, {}, "are a int; expected a list"),
+        (3, {}, "are an int; expected a list"),
         ([], {}, "holds no text"),
         (["a b", 3], {}, r'd\[1\]: "text" must be a text that is not empty, and is int'),
         (["a b", None], {}, r"d\[1\].*missing"),
@@ -277,7 +280,7 @@ def test_a_dictionary_is_a_set_of_domains():
         ({}, "there is no domain"),
         (TEXTS, r"domain 0 is a str; expected Domain.of\(name, texts\)"),
         ("english", "domains are a str"),
-        (3, "domains are a int"),
+        (3, "domains are an int"),
         ([Domain.of("a", TEXTS)] * 2, "two domains are called 'a'"),
         ({1: TEXTS}, "is called 1; its name must be a text"),
         ({"a": "one text"}, "are one str"),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_lens.errors import InputError
+from moe_lens.interventions import patch
 from moe_lens.interventions.metrics import (
     KLDivergence,
     Logit,
@@ -72,6 +73,21 @@ def test_chosen_logits_log_probabilities_and_differences() -> None:
     pairs = where.nonzero().tolist()
     expected = torch.stack([given[b, p, tokens[b, p]] - given[b, p, 3] for b, p in pairs]).mean()
     assert abs(LogitDifference(tokens, 3, where)(given) - expected) <= F64
+
+
+@pytest.mark.untyped
+def test_a_token_against_itself_and_what_is_no_metric_are_refused() -> None:
+    tokens = ids()
+    for token, other in ((5, 5), (torch.tensor([5, 5, 5]), 5), (tokens, tokens)):
+        with pytest.raises(InputError, match="their difference is always 0"):
+            LogitDifference(token, other)
+    assert LogitDifference(torch.tensor([5, 5, 6]), 5), "of some items it is not"
+    bad: Any = "text"
+    nothing: Any = None
+    with pytest.raises(InputError, match="tokens is 'text'; expected a tensor of whole numbers"):
+        Loss(bad)
+    with pytest.raises(InputError, match="metric is None; expected a function"):
+        patch(None, tokens, tokens, "resid_pre", nothing)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -193,6 +193,7 @@ def test_the_guide_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ({"answer": " banana split"}, r"the answer ' banana split' is \d+ tokens, .*expected one"),
         ({"answer": 5000}, "the answer is token 5000; expected an id from 0 to 4095"),
         ({"foil": ""}, "the foil '' is 0 tokens"),
+        ({"foil": " b"}, "answer and foil are one token"),
         ({"draws": 0}, "draws is 0; expected a whole number from 1"),
         ({"noise": 0}, "noise=0"),
         ({"level": 1.0}, r"level=1\.0"),

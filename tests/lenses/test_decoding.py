@@ -328,6 +328,8 @@ def test_bad_input_is_refused(model: HookedMoE, cache: MoECache):
     other = wrapped("deepseek").model
     with pytest.raises(InputError, match="the cache was made by another model"):
         LogitLens(other).decode(cache, SUMS)
+    with pytest.raises(InputError, match="cache is a dict; expected the MoECache"):
+        lens.decode(dict(cache.cache_dict), SUMS)
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"sums": SUMS, "positions": [12]}, "positions has 12; the cache has 0 to 11"),
         ({"sums": SUMS, "layers": [3]}, "layers has 3; the model has 0 to 2"),

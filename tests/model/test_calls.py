@@ -139,6 +139,79 @@ def test_a_pass_that_cannot_give_what_is_asked_is_refused(words: dict[str, Any],
         case.model(case.tokens, **words)
 
 
+def test_a_cache_that_another_model_or_a_shorter_pass_has_filled_is_refused() -> None:
+    case, other = wrapped("mixtral"), wrapped("olmoe")
+    whole, short, foreign = DynamicCache(), DynamicCache(), DynamicCache()
+    with torch.no_grad():
+        case.model(case.tokens, past_key_values=whole)
+        assert case.model(case.tokens[:, :1], past_key_values=whole).isfinite().all(), "its own is read"
+        case.model(case.tokens, past_key_values=short, stop_at_layer=1)
+        with pytest.raises(InputError, match="holds 1 layers, and this model has 3"):
+            case.model(case.tokens[:, :1], past_key_values=short)
+        assert other.model.cfg.n_layers == len(case.model.blocks)
+        for at in range(other.model.cfg.n_layers):
+            foreign.update(torch.zeros(2, 1, 3, 5), torch.zeros(2, 1, 3, 5), at)
+        with pytest.raises(InputError, match="was filled by another model"):
+            case.model(case.tokens, past_key_values=foreign)
+
+
+def test_the_config_says_the_dtype_that_is_there() -> None:
+    model = HookedMoE.from_hf(build("mixtral"), check=False)
+    for change, dtype in (
+        (lambda: model.half(), torch.float16),
+        (lambda: model.bfloat16(), torch.bfloat16),
+        (lambda: model.double(), torch.float64),
+        (lambda: model.float(), torch.float32),
+        (lambda: model.to(torch.float16, print_details=False), torch.float16),
+        (lambda: model.to(torch.zeros(1, dtype=torch.float64), print_details=False), torch.float64),
+        (lambda: model.type(torch.bfloat16), torch.bfloat16),
+    ):
+        change()
+        assert model.cfg.dtype == dtype == model.W_E.dtype
+
+
+@pytest.mark.slow  # torch's compiler is imported
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # by itself
+def test_what_runs_modules_in_other_ways_is_refused_in_a_line() -> None:
+    case = wrapped("mixtral")
+    for call in (lambda: torch.compile(case.model), case.model.compile):
+        with pytest.raises(UnsupportedModelError, match="a wrapped model is not compiled"):
+            call()
+    values = {name: value * 2 for name, value in case.model.named_parameters()}
+    with pytest.raises(UnsupportedModelError, match="functional_call cannot run a wrapped model"):
+        torch.func.functional_call(case.model, values, (case.tokens,))
+    with torch.no_grad():
+        assert torch.equal(case.model(case.tokens), case.logits)
+
+
+def test_a_hook_outside_of_the_layers_has_no_number() -> None:
+    case = wrapped("mixtral")
+    seen = [case.model.hook_dict[name].layer() for name in ("blocks.1.hook_in", "blocks.1.mlp.hook_router_logits")]
+    assert seen == [1, 1]
+    with pytest.raises(HookError, match="outside of the layers"):
+        case.model.hook_dict["hook_embed"].layer()
+
+
+@pytest.mark.parametrize(
+    ("x", "experts", "says"),
+    [
+        ((1, 3), [[0, 1]], "expected a tensor of whole numbers"),
+        ((1, 3), torch.zeros(2, 2).long(), "with the same 'tokens'"),
+        ((1, 3), torch.tensor([1, 2]), "with the same 'tokens'"),
+        ((1, 3, 1), torch.zeros(1, 3, 2).long(), "with the same 'tokens'"),
+    ],
+)
+def test_experts_at_tokens_have_the_tokens_axes(x: tuple[int, ...], experts: Any, says: str) -> None:
+    model = wrapped("mixtral").model
+    assert model.expert_outputs(0, torch.zeros(1, 3, model.cfg.d_model), torch.zeros(1, 3, 2).long()).shape[:3] == (
+        1, 3, 2,
+    )  # fmt: skip
+    with pytest.raises(InputError, match=says):
+        model.expert_outputs(0, torch.zeros(*x, model.cfg.d_model), experts)
+    with pytest.raises(InputError, match="is 5 wide"):
+        model.expert_outputs(0, torch.zeros(1, 3, 5), torch.zeros(1, 3, 2).long())
+
+
 def test_a_residual_stream_needs_labels_for_a_loss_and_runs_forwards() -> None:
     case = wrapped("mixtral")
     middle = case.model(case.tokens, stop_at_layer=1)

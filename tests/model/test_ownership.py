@@ -307,7 +307,7 @@ def test_what_an_exception_at_any_line_leaves_is_gone_or_refused_at_the_next_ent
                 still_open += 1
                 assert torch.equal(case.model(case.tokens), case.logits)
     assert struck > 40
-    # As if it had struck after `__enter__`, or before `__exit__` (its call and first line): outside of what we can know.
+    # As if it had struck behind `__enter__`, or before `__exit__` (its call and first line): nobody can tell.
     assert still_open == (3 if way == "hand" else 0)
     assert not case.model.list_hooks() and not case.model.owner.claimed
     assert len(mlp._forward_pre_hooks) + len(mlp._forward_hooks) == own

@@ -105,7 +105,7 @@ def test_as_part_of_another_module(model_type: str) -> None:
         (lambda state: state.popitem(), "lm_head.weight is missing"),
         (lambda state: state.update(extra=torch.ones(1)), "extra is unexpected"),
         (lambda state: state.update({"lm_head.weight": torch.ones(3)}), r"lm_head.weight has shape \(3,\), expected"),
-        (lambda state: state.update({"lm_head.weight": 3}), "lm_head.weight is a int, expected a tensor"),
+        (lambda state: state.update({"lm_head.weight": 3}), "lm_head.weight is an int, expected a tensor"),
         (lambda state: state.update({"lm_head.weight": state["lm_head.weight"].to("meta")}), "holds no numbers"),
         (lambda state: state.update({"unembed.weight": state["lm_head.weight"] + 1}), "differs from another tensor"),
         (lambda state: state.clear(), r"model.embed_tokens.weight is missing(?s:.*)more"),

@@ -31,6 +31,17 @@ class CheckedPoint(HookPoint):
         handle.user_hook = hook
         return handle
 
+    def layer(self) -> int:
+        """The layer that the point belongs to.
+
+        Raises:
+            HookError: it belongs to none.
+        """
+        head, _, rest = (self.name or "").partition(".")
+        if head != "blocks":
+            raise HookError(f"{self.name} is outside of the layers: it has no number")
+        return int(rest.partition(".")[0])
+
     def remove_handles(self, handles: set[int]) -> None:
         """Remove hooks by the `id` of their handles, and what an interrupted removal or addition has left."""
         of_torch: list[dict[int, Any]] = [self._forward_hooks, self._backward_hooks]

@@ -21,7 +21,7 @@ from moe_lens.model.hooks.forward_checks import (
 from moe_lens.model.hooks.hook_pairs import as_pairs
 from moe_lens.model.hooks.hook_scope import ForwardClaim, HookContext, Hooks, without_batch
 from moe_lens.model.hooks.input_reader import InputReader
-from moe_lens.model.hooks.key_value_cache import name_as_transformer_lens
+from moe_lens.model.hooks.key_value_cache import check_layers_held, fitting_cache, name_as_transformer_lens
 from moe_lens.model.hooks.layer_hooks import SelectionState
 from moe_lens.model.hooks.model_input import ModelInput
 from moe_lens.model.tl_compat import BridgeCore
@@ -220,13 +220,14 @@ class ExpertBridge(InputReader):
         refuse_unknown("the input, for forward,", words, forward_words(kind))
         check_returned(return_type, {**words, **kwargs}, given)
         check_mask(given, past)
+        check_layers_held(past, self._hf_config.get_text_config())
         stop = kwargs.get("stop_at_layer")
         _, last = layer_limits(len(self.blocks), kwargs.get("start_at_layer"), stop)
         mask = given.attention_mask
         if mask is not None and mask.dtype == torch.bool and mask.dim() == 4 and self._attends_eagerly():
             mask = additive(mask, self.original_model.dtype)  # pyright: ignore[reportArgumentType]
         claim = ForwardClaim(self)
-        with claim:
+        with claim, fitting_cache(past):
             claim.running = _Running(given, 0 if past is None else past.get_seq_length())
             in_vain = return_type is None and kwargs.get("labels") is None and not self._head_is_heard()
             if last == len(self.blocks) and (stop is not None or in_vain):

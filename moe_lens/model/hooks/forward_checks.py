@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformer_lens.utilities import Slice
 
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, a_kind
 from moe_lens.model.hooks.model_input import ModelInput
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
@@ -65,7 +65,7 @@ def as_names(names_filter: Any) -> Any:
     for name in names:
         if not isinstance(name, str):
             raise InputError(
-                f"names_filter holds a {type(name).__name__}, {name!r:.80}; expected a name, names, or a function from "
+                f"names_filter holds {a_kind(name)}, {name!r:.80}; expected a name, names, or a function from "
                 "a name to True or False"
             )
     return names
@@ -124,7 +124,7 @@ def check_returned(return_type: Any, words: Mapping[str, Any], given: ModelInput
             raise InputError(f"forward gives no output of transformers: {word}={words[word]!r}; {instead}")
     labels = words.get("labels")
     if labels is not None and (not isinstance(labels, Tensor) or labels.shape != given.values.shape[:2]):
-        came = f"of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
+        came = f"of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else f"{a_kind(labels)}"
         raise InputError(f"labels are {came}; expected a tensor of ids of shape {tuple(given.values.shape[:2])}")
     if words.get("start_at_layer") is not None and given.tokens is not None:
         raise InputError(

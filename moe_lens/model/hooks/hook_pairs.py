@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType, MethodType
 from typing import Any
 
-from moe_lens.errors import HookError
+from moe_lens.errors import HookError, a_kind
 
 Pair = tuple[str | Callable[[str], bool], Callable[..., Any]]
 _EXPECTED = "expected pairs [(name, function), …], the name being a text or a function from a name to True or False"
@@ -21,14 +21,14 @@ def as_pairs(hooks: Any) -> list[Pair]:
         HookError: They are no pairs, or a function does not take an activation and `hook`.
     """
     if isinstance(hooks, str | Mapping) or not isinstance(hooks, Iterable):
-        raise HookError(f"hooks are a {type(hooks).__name__}; {_EXPECTED}")
+        raise HookError(f"hooks are {a_kind(hooks)}; {_EXPECTED}")
     pairs = list(hooks)
     for pair in pairs:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise HookError(f"a hook is {pair!r:.80}; {_EXPECTED}")
         name, function = pair
         if not isinstance(name, str) and not callable(name):
-            raise HookError(f"a hook is named by a {type(name).__name__}, {name!r:.80}; {_EXPECTED}")
+            raise HookError(f"a hook is named by {a_kind(name)}, {name!r:.80}; {_EXPECTED}")
         check_function(function)
     return [(name, function) for name, function in pairs]
 

@@ -80,6 +80,22 @@ class HookTable(WholeState):
         super().__setstate__(state)
         self.owner.bind(self)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """`cuda`, `half`, `type` and their like, which torch defines; `cfg.dtype` says what is there afterwards."""
+        applied = super()._apply(*args, **kwargs)
+        self._say_dtype()
+        return applied
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As TransformerLens's."""
+        moved = super().to(*args, **kwargs)
+        self._say_dtype()
+        return moved
+
+    def _say_dtype(self) -> None:
+        model: Any = self.original_model
+        self.cfg.dtype = model.dtype
+
     def _layer_hooks(self) -> Iterator[tuple[int, LayerHooks]]:
         for layer, block in enumerate(self.blocks):
             mlp = block._modules.get("mlp")
@@ -318,6 +334,22 @@ class HookTable(WholeState):
             "a wrapped model's embeddings are not resized: call resize_token_embeddings on the transformers model, and "
             "wrap it then"
         )
+
+    def compile(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
+        """Not supported: hook functions are Python, which no compiled graph holds.
+
+        Raises:
+            UnsupportedModelError: always; says what to do instead.
+        """
+        raise UnsupportedModelError(
+            "a wrapped model is not compiled: hooks are Python functions. Compile the transformers model instead, or a "
+            "copy.deepcopy of it, before one is wrapped"
+        )
+
+    @property
+    def _initialize_hook(self) -> Any:
+        """What `torch.compile(model)` asks a module for, and nothing else does: refused as `compile` is."""
+        return self.compile()
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
         """Not supported: transformers' own would write the wrapped modules' names.

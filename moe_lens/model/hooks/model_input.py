@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Num, Shaped
 from torch import Tensor
 
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, a_kind
 from moe_lens.protocols import PaddedTokens
 
 EXPECTED = (
@@ -253,9 +253,7 @@ def _of_tokenizer(given: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     """Ids (or embeddings), mask and further words of a dictionary as tokenizers and processors make it."""
     values = given.get("input_ids", given.get("inputs_embeds"))
     if values is None:
-        raise InputError(
-            f"the input is a {type(given).__name__} of {sorted(map(str, given))}; expected input_ids in it"
-        )
+        raise InputError(f"the input is {a_kind(given)} of {sorted(map(str, given))}; expected input_ids in it")
     read = {"input_ids", "inputs_embeds", "attention_mask", *_OF_TOKENIZERS}
     return values, given.get("attention_mask"), {str(key): value for key, value in given.items() if key not in read}
 

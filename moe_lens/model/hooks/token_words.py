@@ -1,13 +1,13 @@
 """TransformerLens's functions on tokens: they read what `to_tokens` reads, and answer nothing else in silence."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moe_lens.checked import Natural, checked
+from moe_lens.checked import Natural, ReadByItself, checked
 from moe_lens.errors import InputError, TokenError
 from moe_lens.ids import one_id
 from moe_lens.model.hooks.parameter_views import ParameterViews
@@ -137,8 +137,8 @@ class TokenWords(ParameterViews):
 
     def loss_fn(
         self,
-        logits: Float[Tensor, "batch pos d_vocab"],
-        tokens: Int[Tensor, "batch pos"],
+        logits: Annotated[Float[Tensor, "batch pos d_vocab"], ReadByItself()],
+        tokens: Annotated[Int[Tensor, "batch pos"], ReadByItself()],
         attention_mask: Any = None,
         per_token: bool = False,
     ) -> Float[Tensor, "..."]:

@@ -10,7 +10,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
-from moe_lens.errors import MoELensError, UnsupportedModelError
+from moe_lens.errors import MoELensError, UnsupportedModelError, a_kind
 from moe_lens.model.loading.quantising import packed_in
 
 WRAPPER = "_original_component."
@@ -86,9 +86,19 @@ class WholeState(TransformerBridge):
         self,
         prefix: str = "",
         recurse: bool = True,
-        remove_duplicate: bool = True,  # noqa: ARG002  # one parameter has many places in the bridge, and one name
+        remove_duplicate: bool = True,
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every parameter under its name in `state_dict`."""
+        """Every parameter under its name in `state_dict`.
+
+        Raises:
+            UnsupportedModelError: duplicates are asked for, as by `torch.func.functional_call`: a parameter has many
+                places in the bridge and one name, and torch would put the wrong numbers back.
+        """
+        if not remove_duplicate:
+            raise UnsupportedModelError(
+                "torch.func.functional_call cannot run a wrapped model, whose parameters have several places each: "
+                "copy.deepcopy(model).load_state_dict(…) holds other numbers"
+            )
         names = {id(value): name for name, value in self._own().items()}
         for parameter in self.parameters(recurse):
             yield f"{prefix}.{names[id(parameter)]}" if prefix else names[id(parameter)], parameter
@@ -163,7 +173,7 @@ class WholeState(TransformerBridge):
     ) -> tuple[list[str], list[str], list[str]]:
         """Load if nothing stands against it; the names that are missing and unknown, and what is wrong with others."""
         if not isinstance(state_dict, Mapping) or not all(isinstance(name, str) for name in state_dict):
-            raise _refusal([f"it is a {type(state_dict).__name__}; expected a dictionary of tensors by name"])
+            raise _refusal([f"it is {a_kind(state_dict)}; expected a dictionary of tensors by name"])
         own, given, problems = self._own(), dict[str, Tensor](), list[str]()
         names = {id(value): name for name, value in own.items()}
         known: dict[str, Tensor] = {**_by_clean_names(self._tree()), **_by_clean_names(self._raw())}
@@ -173,7 +183,7 @@ class WholeState(TransformerBridge):
                 continue
             name = names[id(known[key.replace(WRAPPER, "")])]
             if not isinstance(value, Tensor):
-                problems.append(f"{key} is a {type(value).__name__}, expected a tensor")
+                problems.append(f"{key} is {a_kind(value)}, expected a tensor")
             elif value.shape != own[name].shape:
                 problems.append(f"{key} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}")
             elif own[name].is_floating_point() and not value.is_floating_point():
