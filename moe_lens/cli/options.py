@@ -58,6 +58,14 @@ def model_name(name: str) -> str:
     return name
 
 
+def at_home(path: Path) -> Path:
+    """The home of `~`, which a shell leaves as it is in --out=~/result."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise InputError(f"{path}: there is nobody of this name") from None
+
+
 def _device(name: str) -> str:
     if not re.fullmatch("[a-z]+(:[0-9]+)?", name):
         raise InputError(f"--device {name!r}: expected cpu, cuda, cuda:1, … or auto")

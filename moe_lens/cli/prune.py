@@ -70,9 +70,9 @@ def prune(
         typer.Option(help="Method to compare with; may be repeated.  [frequency, random]"),
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Number of tokens to read in each domain.")] = 8192,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for the checkpoint and the report.")] = Path(
-        "moe-lens-pruned"
-    ),
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", callback=options.at_home, help="Folder for the checkpoint and the report.")
+    ] = Path("moe-lens-pruned"),
     seed: options.Seed = 0,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",

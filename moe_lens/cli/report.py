@@ -33,10 +33,10 @@ def report(
     Example: moe-lens report runs/routing runs/single-expert --out page
     """
     found = [study for folder in saved or () for study in studies_in(folder)]
-    for folder in found:
-        read_manifest(folder)
     if found and changed:
         raise InputError(f"{changed[0]} is about studies that are run, and saved ones are shown: leave one of them out")
+    for folder in found:
+        read_manifest(folder)
 
     from moe_lens.report import run, write_page
 

@@ -457,9 +457,9 @@ def compare_studies(
         Path | None,
         typer.Argument(metavar="FOLDER", help="Folder of another result of the same study.  [the first one]"),
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Parquet file for the table.")] = Path(
-        "moe-lens-compare.parquet"
-    ),
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", callback=options.at_home, help="Parquet file for the table.")
+    ] = Path("moe-lens-compare.parquet"),
     domains: Annotated[
         list[str] | None,
         typer.Option(

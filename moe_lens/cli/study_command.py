@@ -24,6 +24,7 @@ Out = Annotated[
     Path,
     typer.Option(
         metavar="FOLDER",
+        callback=options.at_home,
         help="Folder for the result. It appears when it is complete; until then progress is kept in FOLDER.unfinished, "
         "and the same command resumes from there.",
     ),

@@ -238,11 +238,23 @@ def hook_points(model: Any, patterns: Sequence[str]) -> list[str]:
             known = single if _EXPERTS in pattern else whole
             there = f"for example {names.block(names.RESID_MID, 0)}{near_miss(pattern, known)}"
             raise InputError(f"--hook {pattern!r}: no such hook point; {there}")
-        found |= set(matching)
+        silent = {name: why for name in matching if (why := _why_silent(model, name)) is not None}
+        if len(silent) == len(matching):
+            raise InputError(f"--hook {pattern!r}: {silent[matching[0]]}")
+        found |= set(matching) - silent.keys()
     return [name for name in (*whole, *single) if name in found]
 
 
 _EXPERTS = ".experts."
+
+
+def _why_silent(model: Any, name: str) -> str | None:
+    """Why a hook point never fires: TransformerLens has a switch for some."""
+    try:
+        model.check_hooks_to_add(model.get_hook_point(name), name, print)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 @torch.no_grad()

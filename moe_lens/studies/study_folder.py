@@ -1,8 +1,10 @@
 """Where a study writes: progress beside the folder it was asked for, which appears when everything is there."""
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -27,9 +29,9 @@ class StudyFolder:
     """
 
     def __init__(self, path: Path, plan: Mapping[str, Any]):
-        self.path = named(path)
+        self.path = named(folder_meant(path))
         self.plan = json.loads(json.dumps(plan))
-        self.unfinished = path.with_name(f"{path.name}.unfinished")
+        self.unfinished = self.path.with_name(f"{self.path.name}.unfinished")
 
     def finished(self) -> bool:
         """Whether the folder holds the result of this very plan.
@@ -160,6 +162,22 @@ def named(path: Path) -> Path:
     if path.name in ("", ".."):
         raise InputError(f"{path}: progress is kept beside the result, and so it needs a name; choose a folder in it")
     return path
+
+
+def folder_meant(path: Path) -> Path:
+    """Where a result is to appear: the home of `~`, and what a link leads to, which a folder cannot replace.
+
+    Raises:
+        InputError: It is a link that leads to itself.
+    """
+    with suppress(RuntimeError):  # nobody has that name
+        path = path.expanduser()
+    if not path.is_symlink():
+        return path
+    end = Path(os.path.realpath(path))
+    if end.is_symlink():
+        raise InputError(f"{path}: is a link that leads to itself; choose another --out")
+    return end
 
 
 def _write(path: Path, content: str) -> None:

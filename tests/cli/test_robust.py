@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from moe_lens.cli import main
+from moe_lens.errors import InputError
+from moe_lens.studies.study_folder import folder_meant
 
 command_line = sys.modules[main.__module__]
 
@@ -73,6 +75,58 @@ def test_a_config_file_that_cannot_be_read(content, message, tmp_path, capsys):
     path = tmp_path / "study.toml"
     path.write_bytes(content.encode(errors="surrogatepass"))
     assert message in refused(capsys, "routing", "--config", str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("batch-tokens = 64\nbatch_tokens = 65", "batch_tokens is given twice, once with a hyphen"),
+        ("out = 5", "out = 5; expected text in quotes"),
+        ("text-column = ['a']", 'text_column = ["a"]; expected one value'),
+        ("max-memory = 'cpu=1GiB'", "expected a list"),
+        ("text-column = 'body'", "--text-column is about --domain, and there is none: give your texts"),
+        ("[domains.english]\nstreaming = true", "'english' is a known one, of which streaming cannot be chosen"),
+        ("[domains.x]\npath = 'x.jsonl'\nsplit = 'test'", "'x' is a file, of which split cannot be chosen"),
+    ],
+)
+def test_a_config_file_that_says_what_cannot_be_or_has_no_effect(content, message, tmp_path, capsys):
+    (tmp_path / "c.toml").write_text(content)
+    assert message in refused(capsys, "routing", "--config", str(tmp_path / "c.toml"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["routing", "--config", "a.toml", "--config=b.toml"], "--config is given 2 times; expected once"),
+        (["routing", "--tokens", "5", "--tokens", "6"], "--tokens is given 2 times"),
+        (["atlas", "--contexts", "--no-contexts"], "--contexts and --no-contexts are given"),
+        (["routing", "--source-column", "book"], "--source-column is about --domain, and there is none"),
+        (["routing", "--domain", "english", "--streaming"], "none of the domains has that to choose"),
+        (["localise", "--facts", "small", "--seed", "4"], "--seed is about texts, and --facts reads none"),
+        (["report", "saved", "--tokens", "5"], "--tokens is about studies that are run"),
+        (["compare", ".", "."], ".: holds no result of a study"),
+        (["routing", "--out=~nobody-of-this-name/x"], "there is nobody of this name"),
+    ],
+)
+def test_options_that_contradict_each_other_or_have_no_effect(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_that_may_be_repeated_and_a_mark_before_the_first_key_are_read(tmp_path, capsys):
+    (tmp_path / "c.toml").write_text("k = [1, 99]\ntokens = 5", encoding="utf-8-sig")  # as some editors save it
+    command = ["single-expert", "--config", str(tmp_path / "c.toml"), "--k", "2", "--k", "2", "--treatment", "nonsense"]
+    assert "'nonsense' is not one of" in refused(capsys, *command)
+
+
+def test_a_result_goes_where_a_link_leads(tmp_path):
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "loop").symlink_to("loop")
+    assert folder_meant(tmp_path / "link") == tmp_path / "real"
+    assert folder_meant(Path("~/x")) == Path.home() / "x" and folder_meant(tmp_path / "x") == tmp_path / "x"
+    with pytest.raises(InputError, match="a link that leads to itself"):
+        folder_meant(tmp_path / "loop")
 
 
 @pytest.mark.parametrize("out", [".", "..", "/", "", "a/.."])

@@ -58,7 +58,7 @@ def fill(name: str, value: float, at: int = 0) -> Any:
         (ROUTING, fill("indices", 4), "expected expert ids from 0 to 3"),
         (ROUTING, fill("indices", -1), "expected expert ids from 0 to 3"),
         (ROUTING, fill("weights", float("nan")), "weights hold NaN"),
-        (ROUTING, lambda h, t: t.update(indices=t["indices"].float()), "expected whole numbers"),
+        (ROUTING, lambda h, t: t.update(indices=t["indices"].float()), "whole numbers"),
         (ROUTING, lambda h, t: t.update(foreign=t["weights"].clone()), "unexpected keyword"),
         (SCORES, lambda h, t: h.pop("texts"), "lacks 'texts'"),
         (SCORES, put("top_k", -1), "top_k is"),

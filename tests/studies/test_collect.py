@@ -11,6 +11,7 @@ from moe_lens import HookedMoE
 from moe_lens.data import Domain, Reading
 from moe_lens.errors import InputError
 from moe_lens.studies import Collected, collect
+from moe_lens.studies.collect_activations import hook_points
 from tests.studies.tiny import domain, passages, tiny_model
 
 READING = Reading(tokens=None, context=24, shard_tokens=100)
@@ -60,6 +61,11 @@ def test_single_experts_keep_their_rows_only(model, packed, tmp_path):
         collect(model, domain("d"), tmp_path / "p", hooks=hooks, kind="parquet")
     with pytest.raises(InputError, match="no such hook point"):
         collect(model, domain("d"), tmp_path / "n", hooks=["blocks.1.mlp.experts.99.hook_out"])
+    found = hook_points(model, ["blocks.1.hook_*"])
+    assert "blocks.1.hook_resid_mid" in found and "blocks.1.hook_mlp_in" in model.hook_dict
+    assert "blocks.1.hook_mlp_in" not in found, "it never fires, and a pattern does not ask for it"
+    with pytest.raises(InputError, match="use_hook_mlp_in is False"):
+        hook_points(model, ["blocks.1.hook_mlp_in"])
 
 
 def test_a_pattern_finds_the_same_hooks_whatever_was_asked_before(model, tmp_path):

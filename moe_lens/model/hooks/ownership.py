@@ -129,7 +129,7 @@ class Owner:
     def give_up(self) -> None:
         """Count as lost what was about to be left, and never was."""
         for ref in self._claims:
-            if getattr(claim := ref(), "abandoned", False):
+            if (claim := ref()) is not None and getattr(claim, "abandoned", False):
                 claim.leaving = True
 
     @property

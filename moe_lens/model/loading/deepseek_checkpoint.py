@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
+from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError, a_kind
 from moe_lens.model.families.deepseek import DeepseekConfig, DeepseekForCausalLM
 from moe_lens.model.loading.checkpoint import Checkpoint, OpenFiles, StoredTensor, not_whole
 from moe_lens.model.loading.depth import PREDICTING, layer_of, read_depth
@@ -74,7 +74,7 @@ def _deepseek_config(path: Path, raw: dict[str, Any], kwargs: dict[str, Any]) ->
     """The config that was passed, or config.json changed by what was passed; and the arguments that are left."""
     if (config := kwargs.get("config")) is not None:
         if not isinstance(config, DeepseekConfig):
-            raise InputError(f"config is a {type(config).__name__}; {path} needs a DeepseekConfig.")
+            raise InputError(f"config is {a_kind(config)}; {path} needs a DeepseekConfig.")
         return config, {key: value for key, value in kwargs.items() if key != "config"}
     if absent := [key for key in _REQUIRED if raw.get(key) is None]:
         raise CheckpointError(f"{path} lacks {', '.join(absent)}, without which the model's shape is unknown.")
