@@ -1,10 +1,16 @@
 """`Summary`: what an object shows of itself at a prompt and in a notebook: a line, and a small table."""
 
+import importlib
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import fields, is_dataclass
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+VIZ = "moe_lens.viz.figures"
+"""The module that draws results."""
 WIDTH = 60
 """Characters of a value that are shown."""
 ROWS = 40
@@ -37,6 +43,22 @@ class Summary:
         if len(facts) > ROWS:
             rows.append(f"<tr><th>…</th><td>{len(facts) - ROWS} more</td></tr>")
         return f"<table><caption>{escape(type(self).__name__)}</caption>{''.join(rows)}</table>"
+
+
+class Drawn(Summary):
+    """Gives a result the method `figure`. Figures stand above results in the layers, so they are looked up by name."""
+
+    def figure(self, name: str | None = None, **options: Any) -> "Figure":
+        """A figure of it (plotly): the first that `moe_lens.viz` has, or another one by name.
+
+        Args:
+            name: Of a function of `moe_lens.viz`; `viz.figures_of(result)` has all that draw this result.
+            options: Of that function.
+
+        Raises:
+            InputError: There is no figure of it, or none of that name.
+        """
+        return importlib.import_module(VIZ).figure(self, name, **options)
 
 
 def short(value: Any) -> str:

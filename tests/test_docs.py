@@ -63,6 +63,16 @@ def test_coming_from_another_tool_runs_as_written(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_figures_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.chdir(tmp_path)
+    values: dict[str, Any] = {}
+    exec(compile(code_of(DOCS / "figures.md"), "figures.md", "exec"), values)
+    assert len(values["figure"].data) == 2 and "\\toprule" in capsys.readouterr().out
+    assert {"map.html", "text.html", "runs"} == {file.name for file in tmp_path.iterdir()}
+    assert (values["whole"][1:] != values["without"][1:]).any() and len(values["page"].calls) == 3
+
+
 def test_texts_run_as_written():
     values: dict[str, Any] = {}
     exec(compile(code_of(DOCS / "data.md"), "data.md", "exec"), values)

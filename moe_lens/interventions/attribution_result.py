@@ -12,14 +12,14 @@ from torch import Tensor
 from moe_lens.checked import Natural
 from moe_lens.errors import InputError
 from moe_lens.storage import load_tensors, save_tensors
-from moe_lens.summary import Summary
+from moe_lens.summary import Drawn
 
 Unit = Literal["expert", "rank"]
 _HEADER = ("method", "routing", "baseline", "metric", "clean", "unit", "layers")
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class ExpertAttribution(Summary):
+class ExpertAttribution(Drawn):
     """How much of a metric each expert accounts for: metric(run) − metric(run without the expert's contribution).
 
     Positive: the expert raises the metric; what lowers a loss is negative. In the metric's own unit, with the metric's

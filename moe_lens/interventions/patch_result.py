@@ -10,11 +10,11 @@ from torch import Tensor
 
 from moe_lens.checked import Natural, Positive
 from moe_lens.storage import load_tensors, save_tensors
-from moe_lens.summary import Summary
+from moe_lens.summary import Drawn
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class PatchResult(Summary):
+class PatchResult(Drawn):
     """The metric after patching, for every cell of the sweep; a cell in which nothing changes holds the base's."""
 
     values: Float[Tensor, "..."]

@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_lens.checked import Natural, Seed
 from moe_lens.resampling import bootstrap_all
 from moe_lens.storage import load_tensors, save_tensors
-from moe_lens.summary import Summary
+from moe_lens.summary import Drawn, Summary
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ class SiteEffects(Summary):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class TraceResult(Summary):
+class TraceResult(Drawn):
     """Effects of every site on one prompt."""
 
     sites: Mapping[str, SiteEffects]

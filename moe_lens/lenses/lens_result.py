@@ -14,7 +14,7 @@ from moe_lens.checked import Natural
 from moe_lens.errors import InputError
 from moe_lens.partial_sum import PartialSum
 from moe_lens.storage import load_tensors, save_tensors
-from moe_lens.summary import Summary
+from moe_lens.summary import Drawn
 
 AGREEMENTS = ("agrees_final", "agrees_ensemble", "agrees_layer")
 QUANTITIES = ("entropy", "cross_entropy", "target_rank", "kl_final", "kl_ensemble", *AGREEMENTS)
@@ -22,7 +22,7 @@ QUANTITIES = ("entropy", "cross_entropy", "target_rank", "kl_final", "kl_ensembl
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LensResult(Summary):
+class LensResult(Drawn):
     """What a lens reads at some layers, sums and positions, all in nats. Tensors are on the CPU.
 
     "Final" is the model's own prediction, "ensemble" the lens on `u + routed` of that layer, and "layer" the lens on

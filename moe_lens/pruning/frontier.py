@@ -22,6 +22,7 @@ from moe_lens.stats import LossResult, LossStats, Result, halves
 from moe_lens.studies.findings import Findings, across, too_few
 from moe_lens.studies.forward_passes import losses, nothing, predicted
 from moe_lens.studies.frames import where
+from moe_lens.summary import Drawn
 
 ALL = "all"
 """Calibrated on all domains, each counting the same."""
@@ -42,7 +43,7 @@ class Point(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Frontier(Result):
+class Frontier(Drawn, Result):
     """Losses of smaller models, by source; every source was judged by plans made from other sources."""
 
     points: tuple[tuple[str, str, str, int, int], ...]

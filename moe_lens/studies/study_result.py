@@ -1,23 +1,25 @@
 """`StudyResult`: what a study found, with all that is needed to know how it was found."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from moe_lens.errors import InputError
+from moe_lens.checked import Positive
+from moe_lens.errors import InputError, near_miss
 from moe_lens.manifest import file_digest, read_manifest
 from moe_lens.stats import Result
 from moe_lens.storage import stored_kind
 from moe_lens.studies.findings import Findings, findings_of
-from moe_lens.summary import Summary
+from moe_lens.studies.frames import latex
+from moe_lens.summary import Drawn
 
 
 @dataclass(frozen=True, eq=False)
-class StudyResult(Summary):
+class StudyResult(Drawn):
     """The result of a study: tables to read, and the sums by source that they, and comparisons, are computed from."""
 
     manifest: Mapping[str, Any]
@@ -52,6 +54,24 @@ class StudyResult(Summary):
         The command line prints them when a study ends; `print(result.findings())` does the same.
         """
         return findings_of(self.manifest, self.tables)
+
+    def to_latex(self, table: str, *, columns: Sequence[str] | None = None, digits: Positive = 3, **equal: Any) -> str:
+        """A table for a paper: booktabs, everything escaped, each number with its interval in one column.
+
+        Args:
+            table: Its name.
+            columns: Which; all if not given. Ends of intervals belong to the column that they are of.
+            digits: Significant ones.
+            equal: The rows that have these values, by column: `domain="code"`.
+
+        Raises:
+            InputError: There is no such table or column.
+        """
+        if table not in self.tables:
+            raise InputError(
+                f"there is no table {table!r}; there are {', '.join(self.tables)}{near_miss(table, self.tables)}"
+            )
+        return latex(self.tables[table], columns, digits, **equal)
 
     def write(self, folder: str | Path) -> dict[str, Any]:
         """Write everything but the manifest into a folder; the manifest that goes with it.

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from moe_lens.interventions import ExpertAttribution
+from moe_lens.studies import StudyResult
+from moe_lens.viz.of_study import table_of
 from moe_lens.viz.style import colour, error_bars, styled
 from moe_lens.viz.token_text import as_text
 
@@ -45,15 +47,17 @@ def attribution_map(result: ExpertAttribution) -> "Figure":
     return styled(figure, height=140 + 32 * len(result.layers), title={"text": title, "font": {"size": 13}})
 
 
-def attribution_agreement(fidelity: pd.DataFrame, domain: str = "all") -> "Figure":
+def attribution_agreement(fidelity: StudyResult | pd.DataFrame, domain: str = "all") -> "Figure":
     """Spearman correlation of each method with each knock-out over all layers of a domain, with its interval.
 
     Args:
-        fidelity: the table of the study `attribution-fidelity`.
+        fidelity: the result of the study `attribution-fidelity`, or its table of that name.
         domain: one of its domains.
     """
     import plotly.graph_objects as go
 
+    if isinstance(fidelity, StudyResult):
+        fidelity = table_of(fidelity, "attribution-fidelity", "fidelity")
     of: Any = fidelity[(fidelity["domain"] == domain) & fidelity["layer"].isna()]
     figure = go.Figure()
     for number, (reference, label) in enumerate(REFERENCES.items()):

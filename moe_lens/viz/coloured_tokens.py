@@ -1,44 +1,19 @@
-"""A text coloured by its routing, with circuitsvis."""
+"""A text coloured by its routing in one layer."""
 
 import html
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from moe_lens.checked import Natural
 from moe_lens.errors import InputError, several
 from moe_lens.routing import LayerRouting
-from moe_lens.storage import written_whole
 from moe_lens.viz.token_text import readable
+from moe_lens.viz.tokens_html import TokensHTML as TokensHTML
+from moe_lens.viz.tokens_html import drawn
 
-_OPENED = re.compile(r"<div ([^>]*)/>")
-
-
-@dataclass(frozen=True)
-class TokensHTML:
-    """A text coloured token by token, as HTML that needs no network."""
-
-    local_src: str
-    """An element and the script that draws it, whole in itself."""
-
-    def _repr_html_(self) -> str:
-        return self.local_src
-
-    __html__ = __str__ = _repr_html_
-
-    def __repr__(self) -> str:
-        return f"TokensHTML({len(self.local_src):,} characters)"
-
-    def save(self, path: str | Path) -> None:
-        """Write a page of its own, whole or not at all.
-
-        Raises:
-            InputError: It cannot be written there.
-        """
-        page = f'<!doctype html>\n<meta charset="utf-8">\n<title>tokens</title>\n{self.local_src}\n'
-        with written_whole(path) as temporary:
-            temporary.write_text(page, encoding="utf-8")
+_SHORTER = "give fewer tokens"
 
 
 def routing_tokens(
@@ -61,11 +36,7 @@ def routing_tokens(
     """
     from circuitsvis.tokens import colored_tokens
 
-    tokens = several(tokens, "tokens")
-    row = (lambda values: values[batch] if values.ndim == 3 else values) if routing.indices.ndim == 3 else lambda v: v
-    indices, weights = row(routing.indices), row(routing.weights).float()
-    if len(tokens) != len(indices):
-        raise InputError(f"{len(tokens)} tokens, and routing of {len(indices)}; pass the tokens that were routed")
+    indices, weights = of_row(tokens, routing, batch)
     if expert is None:
         values = weights[:, 0] / weights.sum(-1).clamp(min=1e-12)
     elif 0 <= expert < routing.n_experts:
@@ -75,7 +46,63 @@ def routing_tokens(
     # circuitsvis writes tokens into the page as HTML.
     shown = [html.escape(readable(token)) for token in tokens]
     rendered = colored_tokens(shown, values.tolist(), min_value=0.0, max_value=float(max(values.max(), 1e-6)))
-    # It closes its element as only XML may: what follows on a page would be inside, and be drawn over.
-    closed, found = _OPENED.subn(r"<div \1></div>", rendered.local_src, count=1)
-    assert found == 1, "circuitsvis begins with one element"
-    return TokensHTML(closed)
+    return drawn(rendered, f"the text ({len(tokens):,} tokens)", _SHORTER)
+
+
+def expert_tokens(tokens: Sequence[str], routing: LayerRouting, *, rank: Natural = 0, batch: Natural = 0) -> TokensHTML:
+    """A text coloured by *which* expert each token is sent to in one layer; the expert's number stands at the token.
+
+    Hovering shows all active experts with their weights. No script is needed.
+
+    Args:
+        tokens: The texts of the tokens.
+        routing: Of the layer, on these tokens.
+        rank: Of the expert, 0 the largest weight.
+        batch: Which row of the batch.
+
+    Raises:
+        InputError: One text instead of tokens, tokens of another text, or no such rank.
+    """
+    indices, weights = of_row(tokens, routing, batch)
+    if rank >= indices.shape[-1]:
+        raise InputError(f"there is no rank {rank}; tokens have ranks 0 to {indices.shape[-1] - 1}")
+    parts = []
+    for token, of, weight in zip(tokens, indices.tolist(), weights.tolist(), strict=True):
+        told = ", ".join(f"{expert} ({one:.3f})" for expert, one in zip(of, weight, strict=True) if expert >= 0)
+        expert = of[rank]
+        look = _LOOK if expert < 0 else f"{_LOOK}background:{_shade(expert)};"
+        number = "" if expert < 0 else f'<sub style="font-size:65%">{expert}</sub>'
+        title = html.escape(f"{readable(token)}: experts {told}", quote=True)
+        parts.append(f'<span style="{look}" title="{title}">{html.escape(readable(token))}{number}</span>')
+    about = f"layer {routing.layer}, rank {rank}: the number is the expert's, and so is the colour"
+    return TokensHTML(
+        f'<div class="expert-tokens" style="line-height:2;font-family:monospace">{"".join(parts)}</div>\n'
+        f'<p style="font-size:80%">{html.escape(about)}</p>'
+    )
+
+
+def of_row(
+    tokens: Sequence[str], routing: LayerRouting, batch: int
+) -> tuple[Int[Tensor, "pos top_k"], Float[Tensor, "pos top_k"]]:
+    """Experts and weights of one text.
+
+    Raises:
+        InputError: One text instead of tokens, tokens of another text, or no such row.
+    """
+    tokens = several(tokens, "tokens")
+    indices, weights = routing.indices, routing.weights
+    if indices.ndim == 3:
+        if not 0 <= batch < len(indices):
+            raise InputError(f"there is no row {batch} of the batch; the routing has 0 to {len(indices) - 1}")
+        indices, weights = indices[batch], weights[batch]
+    if len(tokens) != len(indices):
+        raise InputError(f"{len(tokens)} tokens, and routing of {len(indices)}; pass the tokens that were routed")
+    return indices, weights.float()
+
+
+_LOOK = "color:#10212e;border-radius:3px;padding:1px 2px;margin:0 1px;display:inline-block;white-space:pre;"
+
+
+def _shade(expert: int) -> str:
+    """A light colour; neighbours in number are far apart in hue, and three lightnesses tell near hues apart."""
+    return f"hsl({expert * 137.508 % 360:.0f} 70% {(72, 82, 90)[expert % 3]}%)"

@@ -36,7 +36,7 @@ TREATED = {
 }
 
 
-def similarity_by_layer(result: StudyResult, *, residual: bool) -> "Figure":
+def similarity_by_layer(result: StudyResult, *, residual: bool = True) -> "Figure":
     """Cosines by layer, a panel for each domain: one expert against the ensemble, beside the controls.
 
     Args:

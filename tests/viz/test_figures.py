@@ -1,0 +1,109 @@
+"""Results know their figures, saved or not; figures and tables become files."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from moe_lens import viz
+from moe_lens.errors import InputError
+from moe_lens.studies import AblationStudy, RoutingStudy, SingleExpertStudy, StudyResult, run
+from moe_lens.studies.frames import latex
+from moe_lens.viz import figures
+from tests.browser import CHROMIUM
+from tests.studies.test_study import SMALL
+from tests.studies.tiny import domain, tiny_model
+
+pytestmark = pytest.mark.typed
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    folder, model = tmp_path_factory.mktemp("drawn"), tiny_model()
+    studies = {
+        "routing": RoutingStudy(),
+        "single": SingleExpertStudy(treatments=("dropped",), k=(1,)),
+        "ablation": AblationStudy({1: [0]}, matched=2, how=("zero",)),
+    }
+    for name, study in studies.items():
+        run(study, model, [domain("a"), domain("b_%", seed=1)], reading=SMALL, out=folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["routing", "single", "ablation"])
+def test_a_saved_study_draws_what_its_functions_draw(saved, name):
+    result = StudyResult.load(saved / name)
+    first, *others = [getattr(viz, each)(result).to_json() for each in viz.figures_of(result)]
+    assert result.figure().to_json() == first
+    for figure, drawn in zip(viz.figures_of(result)[1:], others, strict=True):
+        assert result.figure(figure).to_json() == drawn != first
+
+
+def test_the_figure_of_an_ablation_has_the_numbers_of_its_table(saved):
+    result = StudyResult.load(saved / "ablation")
+    table = result.tables["ablation"]
+    figure: Any = result.figure()
+    for trace, kind in zip(figure.data, ("picked", "matched", "random"), strict=True):
+        assert list(trace.y) == pytest.approx(list(table[table["coalition"] == kind]["added"]), nan_ok=True)
+
+
+def test_every_figure_that_is_named_is_offered():
+    for names in (*figures.OF_STUDIES.values(), *figures.OF_RESULTS.values()):
+        assert names and all(callable(getattr(viz, name)) for name in names)
+
+
+def test_unknown_figures_tables_and_columns_name_the_near_miss(saved):
+    result = StudyResult.load(saved / "routing")
+    with pytest.raises(InputError, match="did you mean 'most_specialised'"):
+        result.figure("most_specialized")
+    with pytest.raises(InputError, match="specialisation_map: got an unexpected keyword argument 'layer'"):
+        result.figure(layer=3)
+    other = StudyResult({"plan": {"study": "facts"}}, {}, {})
+    with pytest.raises(InputError, match="no figure of a study 'facts'"):
+        other.figure()
+    with pytest.raises(InputError, match="did you mean 'layers'"):
+        result.to_latex("layer")
+    with pytest.raises(InputError, match="did you mean 'share'"):
+        result.to_latex("most_specialised", columns=["shares"])
+
+
+def test_latex_has_numbers_with_their_intervals_and_escapes_names():
+    nan = float("nan")
+    frame = pd.DataFrame({"domain": ["b_%", "a\n~"], "share": [0.25, 1.5e-7], "low": [0.125, nan], "high": [0.5, nan]})
+    frame = frame.assign(x=[1.0, nan])
+    frame.insert(1, "layer", pd.array([1, None], dtype="Int64"))
+    assert latex(frame).splitlines() == [
+        r"\begin{tabular}{lrrr}", r"\toprule", r"domain & layer & share & x \\", r"\midrule",
+        r"b\_\% & 1 & $0.25$ $[0.125, 0.5]$ & $1$ \\",
+        r"a\textbackslash{}n\textasciitilde{} &  & $1.5\times10^{-7}$ &  \\",
+        r"\bottomrule", r"\end{tabular}",
+    ]  # fmt: skip
+    assert latex(frame, ["share"], layer=1).splitlines()[4] == r"$0.25$ $[0.125, 0.5]$ \\"
+
+
+def test_saved_latex_is_the_table(saved):
+    said = StudyResult.load(saved / "routing").to_latex("most_specialised", columns=["domain", "share"], layer=1)
+    assert said.count(r"\\") == 1 + 2 and r"b\_\%" in said and "$[" in said
+
+
+def test_a_figure_that_cannot_be_written_says_what_it_takes(saved, tmp_path, monkeypatch):
+    figure = StudyResult.load(saved / "routing").figure()
+    with pytest.raises(InputError, match=r"expected a name that ends in \.pdf, \.svg"):
+        viz.save_figure(figure, tmp_path / "figure.eps")
+    assert viz.save_figure(figure, tmp_path / "figure.html").read_text().count("plotly") > 1
+    monkeypatch.setitem(sys.modules, "kaleido", None)
+    with pytest.raises(InputError, match=r"pip install 'moe-lens\[figures\]'"):
+        viz.save_figure(figure, tmp_path / "figure.pdf")
+    assert [path.name for path in tmp_path.iterdir()] == ["figure.html"]
+
+
+@pytest.mark.slow  # kaleido starts a browser for each file
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path")
+def test_pdf_and_svg_are_drawn_offline(saved, tmp_path):
+    pytest.importorskip("kaleido")
+    figure = StudyResult.load(saved / "routing").figure()
+    assert viz.save_figure(figure, tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
+    drawn = viz.save_figure(figure, tmp_path / "figure.svg", width=640).read_text()
+    assert drawn.startswith("<svg") and 'width="640"' in drawn and ">b_%<" in drawn

@@ -1,0 +1,146 @@
+"""Texts coloured by routing: what is drawn is the routing, in a browser too, offline and escaped."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_lens import viz
+from moe_lens.errors import InputError
+from moe_lens.routing import Routing
+from tests.browser import CHROMIUM, browser
+
+pytestmark = pytest.mark.typed
+RUNS = '<img/src="x"/onerror="document.title=\'ran\'">'
+TOKENS = [RUNS, " the", "</script><script>document.title='ran'</script>", "é"]
+LAYERS, EXPERTS, TOP_K = (1, 3), 6, 2
+
+
+def routing(seed: int = 0, n: int = len(TOKENS)) -> Routing:
+    draw = torch.Generator().manual_seed(seed)
+    indices = torch.rand(len(LAYERS), 1, n, EXPERTS, generator=draw).topk(TOP_K).indices
+    weights = torch.rand(len(LAYERS), 1, n, TOP_K, generator=draw).sort(-1, descending=True).values
+    return Routing(layers=LAYERS, n_experts=EXPERTS, indices=indices, weights=weights)
+
+
+def props(drawing: viz.TokensHTML, name: str) -> Any:
+    (call,) = drawing.calls
+    return json.JSONDecoder().raw_decode(call[call.index(f'"{name}": ') + len(name) + 4 :])[0]
+
+
+def test_selectors_have_the_weight_that_each_token_gives_each_expert():
+    given = routing()
+    values = torch.tensor(props(viz.expert_activations(TOKENS, given), "activations"))
+    dense = torch.zeros(len(LAYERS), len(TOKENS), EXPERTS)
+    dense.scatter_(2, given.indices[:, 0], given.weights[:, 0])
+    assert torch.allclose(values, dense.permute(1, 0, 2), atol=5e-4)  # rounded to three digits
+    one = torch.tensor(props(viz.expert_activations(TOKENS, given, layers=[3]), "activations"))
+    assert torch.equal(one, values[:, 1:])
+    assert not torch.equal(one, values[:, :1])  # negative control
+
+
+def test_more_data_than_a_notebook_bears_is_refused_with_what_to_do():
+    many = torch.zeros(8, 1, 3000, TOP_K, dtype=torch.long) + torch.arange(TOP_K)
+    given = Routing(layers=tuple(range(8)), n_experts=64, indices=many, weights=torch.ones(8, 1, 3000, TOP_K))
+    with pytest.raises(InputError, match=r"3,000 tokens × 8 layers × 64 experts .* 6.1 MB; at most 5 MB .*fewer"):
+        viz.expert_activations(["a"] * 3000, given)
+    drawn = viz.expert_activations(["a"] * 3000, given, layers=[0])
+    assert len(drawn.calls[0]) < 5_000_000
+
+
+def test_the_colour_and_number_of_a_token_are_its_experts():
+    given = routing().layer(3)
+    for rank in range(TOP_K):
+        said = viz.expert_tokens(TOKENS, given, rank=rank).body
+        found = re.findall(r"background:(hsl\([^)]*\));\" title=\"[^\"]*\">[^<]*<sub[^>]*>(\d+)</sub>", said)
+        experts = given.indices[0, :, rank].tolist()
+        assert [int(number) for _, number in found] == experts
+        assert len({shade for shade, _ in found}) == len(set(experts))
+        assert RUNS not in said and "</script>" not in said
+    with pytest.raises(InputError, match="there is no rank 2"):
+        viz.expert_tokens(TOKENS, given, rank=2)
+
+
+def test_contexts_are_around_the_largest_weights():
+    texts, routings = [[f"t{i}" for i in range(30)], [f"u{i}" for i in range(30)]], [routing(1, 30), routing(2, 30)]
+    drawing = viz.top_expert_contexts(texts, routings, layers=[3], experts=[4], most=3, around=2)
+    values, words = props(drawing, "activations")[0][0], props(drawing, "tokens")[0][0]
+    weights = [
+        (float(weight), texts[text][at])
+        for text, of in enumerate(routings)
+        for at, (experts, row) in enumerate(
+            zip(of.layer(3).indices[0].tolist(), of.layer(3).weights[0].tolist(), strict=True)
+        )
+        for expert, weight in zip(experts, row, strict=True)
+        if expert == 4
+    ]
+    best = sorted(weights, reverse=True)[:3]
+    assert [max(one) for one in values] == pytest.approx([weight for weight, _ in best], abs=5e-4)
+    assert [of[one.index(max(one))] for of, one in zip(words, values, strict=True)] == [word for _, word in best]
+    assert all(len(of) <= 5 for of in words)
+
+
+def test_log_probabilities_stand_side_by_side_with_their_differences():
+    one = torch.tensor([float("nan"), -1.0, -2.0, -3.0])
+    said = viz.token_log_probs(TOKENS, {"model": one, "without <3:17>": one - 0.5}).body
+    rows = re.findall(r"<tr>(.*?)</tr>", said)
+    assert [re.findall(r">(-?[\d.]+)</td>", row) for row in rows[1:]] == [
+        [], ["-1.000", "-1.500", "-0.500"], ["-2.000", "-2.500", "-0.500"], ["-3.000", "-3.500", "-0.500"],
+        ["-2.000", "-2.500", "-0.500"],
+    ]  # fmt: skip
+    assert "without &lt;3:17&gt; − model" in said and RUNS not in said
+    with pytest.raises(InputError, match=r"without: log-probabilities of shape \(3,\), and 4 tokens"):
+        viz.token_log_probs(TOKENS, {"without": one[:3]})
+
+
+def test_what_does_not_go_together_is_said():
+    given = routing()
+    with pytest.raises(InputError, match="2 tokens, and routing of 4"):
+        viz.expert_activations(TOKENS[:2], given)
+    with pytest.raises(InputError, match="no routing of layer 2"):
+        viz.expert_activations(TOKENS, given, layers=[2])
+    with pytest.raises(InputError, match="1 texts, and routing of 2"):
+        viz.top_expert_tokens([TOKENS], [given, given])
+    with pytest.raises(InputError, match="there is no expert 6"):
+        viz.top_expert_contexts([TOKENS], [given], experts=[6])
+    with pytest.raises(InputError, match=r"attention has shape \(2, 3, 3\)"):
+        viz.attention_beside_routing(TOKENS, torch.ones(2, 3, 3), given.layer(1))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path")
+def test_all_are_drawn_on_one_page_with_one_script_and_nothing_runs_or_is_asked_for(tmp_path: Path):
+    given = routing()
+    attention = torch.rand(2, len(TOKENS), len(TOKENS)).softmax(-1)
+    page = viz.beside(
+        activations=viz.expert_activations(TOKENS, given),
+        experts=viz.expert_tokens(TOKENS, given.layer(1)),
+        tokens=viz.top_expert_tokens([TOKENS, TOKENS], [given, routing(1)]),
+        contexts=viz.top_expert_contexts([TOKENS], [given]),
+        losses=viz.token_log_probs(TOKENS, {"model": torch.full((4,), -1.0)}),
+        attention=viz.attention_beside_routing(TOKENS, attention, given.layer(3)),
+    )
+    page.save(tmp_path / "page.html")
+    assert page._repr_html_().count("var CircuitsVis") == 1 and "unpkg" not in page.local_src.rpartition("render(")[2]
+    with browser(tmp_path / "profile") as opened:
+        opened.open(tmp_path / "page.html")
+        opened.until("document.querySelectorAll('section [id^=circuits-vis] > *').length === 4")
+        shown = opened.ask("document.body.innerText")
+        assert shown.count("<img/src=") >= 5 and "Layer" in shown and "Head 1" in shown
+        assert opened.ask("document.title") == "tokens" and opened.ask("document.querySelectorAll('img').length") == 0
+
+        # The selector of experts draws other weights: those of the routing.
+        drawn = "[...document.querySelectorAll('section:first-of-type .colored-tokens > span')]"
+        before = opened.ask(f"{drawn}.map((one) => one.style.backgroundColor || one.firstChild.style.backgroundColor)")
+        opened.ask(
+            "(() => { const list = document.querySelectorAll('section:first-of-type select')[1];"
+            "Object.getOwnPropertyDescriptor(HTMLSelectElement.prototype, 'value').set.call(list, '4');"
+            "list.dispatchEvent(new Event('change', {bubbles: true})); })()"
+        )
+        after = opened.ask(f"{drawn}.map((one) => one.style.backgroundColor || one.firstChild.style.backgroundColor)")
+        white = [colour == "rgb(255, 255, 255)" for colour in after]
+        assert white == [4 not in experts for experts in given.layer(1).indices[0].tolist()] and before != after
+        assert all(asked.startswith("file:") for asked in opened.requests)
+        assert not [said for said in opened.complaints if "WebGL" not in said]  # circuitsvis' script looks for a GPU
