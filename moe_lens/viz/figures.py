@@ -103,8 +103,8 @@ def save_figure(
 
 def _drawn(figure: "Figure", kind: str, width: int | None, height: int | None) -> bytes:
     try:
-        import kaleido
-        from kaleido.errors import ChromeNotFoundError
+        kaleido = importlib.import_module("kaleido")  # an extra of ours
+        no_browser = importlib.import_module("kaleido.errors").ChromeNotFoundError
     except ImportError:
         raise InputError(
             f"a figure as {kind.upper()} takes kaleido: pip install 'moe-lens[figures]'; .html needs nothing"
@@ -113,7 +113,7 @@ def _drawn(figure: "Figure", kind: str, width: int | None, height: int | None) -
     try:
         # Without MathJax, which would be asked of the network: our figures have no formulas.
         return kaleido.calc_fig_sync(figure.to_dict(), opts={"format": kind, **size}, kopts={"mathjax": False})
-    except ChromeNotFoundError:
+    except no_browser:
         raise InputError(
             f"a figure as {kind.upper()} is drawn by Chrome or Chromium, and there is none; install one, or put its "
             "path into BROWSER_PATH; .html needs nothing"

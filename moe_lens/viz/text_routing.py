@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moe_lens.checked import Natural, Positive
 from moe_lens.errors import InputError, several
+from moe_lens.ids import ids
 from moe_lens.routing import LayerRouting, Routing
 from moe_lens.viz.coloured_tokens import expert_tokens, of_row
 from moe_lens.viz.tokens_html import LARGEST, TokensHTML, as_html, beside, drawn, too_much
@@ -20,7 +21,7 @@ _FEWER = "give fewer tokens, or some of the layers: layers=[…]"
 
 
 def expert_activations(
-    tokens: Sequence[str], routing: Routing, *, layers: Iterable[Natural] | None = None, batch: Natural = 0
+    tokens: Sequence[str], routing: Routing, *, layers: Iterable[int] | None = None, batch: Natural = 0
 ) -> TokensHTML:
     """A text coloured by routing weight, with selectors for layer and expert; 0 where the expert is not selected.
 
@@ -46,7 +47,7 @@ def top_expert_tokens(
     texts: Sequence[Sequence[str]],
     routings: Sequence[Routing],
     *,
-    layers: Iterable[Natural] | None = None,
+    layers: Iterable[int] | None = None,
     most: Positive = 10,
 ) -> TokensHTML:
     """The tokens of each text with the largest weights of each expert, experts side by side.
@@ -77,8 +78,8 @@ def top_expert_contexts(
     texts: Sequence[Sequence[str]],
     routings: Sequence[Routing],
     *,
-    layers: Iterable[Natural] | None = None,
-    experts: Iterable[Natural] | None = None,
+    layers: Iterable[int] | None = None,
+    experts: Iterable[int] | None = None,
     most: Positive = 5,
     around: Positive = 8,
 ) -> TokensHTML:
@@ -101,7 +102,7 @@ def top_expert_contexts(
 
     made = [_weights(tokens, routing, layers, 0) for tokens, routing in _pairs(texts, routings)]
     chosen, n_experts = made[0][0], routings[0].n_experts
-    numbers = list(range(n_experts)) if experts is None else list(experts)
+    numbers = list(range(n_experts)) if experts is None else list(ids("experts", experts))
     if wrong := [expert for expert in numbers if not 0 <= expert < n_experts]:
         raise InputError(f"there is no expert {wrong[0]}; a layer has 0 to {n_experts - 1}")
     shown = [as_html(tokens) for tokens in texts]
@@ -176,7 +177,7 @@ def _weights(
     tokens: Sequence[str], routing: Routing, layers: Iterable[int] | None, batch: int
 ) -> tuple[list[int], Float[Tensor, "pos layer n_experts"]]:
     """Layers, and the weight that each token gives each expert, rounded."""
-    chosen = list(routing.layers if layers is None else layers)
+    chosen = list(routing.layers if layers is None else ids("layers", layers))
     of = [of_row(tokens, routing.layer(layer), batch) for layer in chosen]
     count = len(tokens) * len(chosen) * routing.n_experts
     if count * SMALLEST > LARGEST:
