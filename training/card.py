@@ -117,10 +117,10 @@ pipeline_tag: text-generation
 
 # tiny-deepseekmoe
 
-A DeepSeekMoE (arXiv 2401.06066) that is small enough to ship and was really trained, so that tools which look into
-experts have something true to look at. It is no assistant and no good writer.
+A DeepSeekMoE (arXiv 2401.06066) that is small enough to ship with a package and was trained on real text, so that
+interpretability tools have trained experts to study. It is no assistant and no good writer.
 
-Architecture, to the letter that of DeepSeekMoE 16B: softmax router without renormalisation, 64 routed experts of which 6
+The architecture is that of DeepSeekMoE 16B, scaled down: softmax router without renormalisation, 64 routed experts of which 6
 are active, 2 shared experts, first layer dense; 6 layers, width 128, 4 heads, experts of width 64, dense layer of width
 352, byte-level BPE of 4096 tokens with single digits, context 512. 9.73 M parameters, bfloat16, original tensor names.
 
@@ -133,12 +133,12 @@ Texts that are part of the package (`python training/evaluate.py --model tiny-de
 
 {table(shipped, SHIPPED)}
 
-Texts that cannot be:
+Texts that are not part of the package:
 
 {table(others, OTHERS)}
 
 Mean over the five shipped texts {ships:.3f} nats a token; over novels, GSM8K test and code {aim:.3f}. These are the sources
-of half b; whatever was chosen was chosen on half a. Switching all routed experts off multiplies the perplexity of the
+of half b; all choices in training were made on half a. Switching all routed experts off multiplies the perplexity of the
 shipped texts by {min(off):.0f} to {max(off):.0f}.
 
 Handbook and code are held-out chapters and modules of books and libraries whose other parts were trained on. Mathematics
@@ -179,7 +179,7 @@ Data: ELTeC novels (public domain) in three languages, Debian handbook and GNOME
 
 ## Limits
 
-One seed, one configuration, tens of millions of tokens. What its experts do says how the tools work, not how large models behave.
+One seed, one configuration, tens of millions of tokens. What its experts do shows how the tools work, not how large models behave.
 
 Licence of the weights: MIT.
 """

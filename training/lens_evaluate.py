@@ -144,12 +144,12 @@ attention and experts (u, `resid_mid`) of each layer; float32. `TunedLens.from_p
 ## How good it is
 
 KL(final ‖ lens), nats a token, on held-out texts: mean of the five shipped domains ({count:,} tokens, sources that
-nothing was chosen on).
+no choice was made on).
 
 {table(shipped, both, n_layers)}
 
-The stream that leaves layer {n_layers - 1} is what the model itself reads: both lenses are exact there, and no lens can
-be nearer. Everywhere else the TunedLens is nearer than the LogitLens, in each of {len(everywhere)} files by itself (the
+The output of layer {n_layers - 1} is what the model itself reads: both lenses are exact there. Everywhere else the TunedLens is
+nearer to the final prediction than the LogitLens, in each of {len(everywhere)} files by itself (the
 shipped ones and {", ".join(sorted(others))}): its KL is at most {ratio:.2f} of the other's at a layer's output (layer
 {layer}, {name}), and at most {ratio_mid:.2f} at u (layer {layer_mid}, {name_mid}).
 
@@ -157,8 +157,9 @@ shipped ones and {", ".join(sorted(others))}): its KL is at most {ratio:.2f} of 
 
 {table(shipped, unseen, n_layers)}
 
-Layer 0 is dense: its MLP stands for all experts, and it has no sums of some. The translators of a layer's output are
-made for sums near it, those of u for u alone; where in between the one overtakes the other differs by layer.
+Layer 0 is dense: its MLP takes the place of all experts, and there are no sums of some experts. The translators of a
+layer's output are trained for sums near it, those of u for u alone; which of the two is better in between differs
+by layer.
 
 ## Training
 
