@@ -148,8 +148,8 @@ no choice was made on).
 
 {table(shipped, both, n_layers)}
 
-The output of layer {n_layers - 1} is what the model itself reads: both lenses are exact there. Everywhere else the TunedLens is
-nearer to the final prediction than the LogitLens, in each of {len(everywhere)} files by itself (the
+The output of layer {n_layers - 1} is what the model itself reads: both lenses are exact there. Everywhere else the
+TunedLens is nearer to the final prediction than the LogitLens, in each of {len(everywhere)} files by itself (the
 shipped ones and {", ".join(sorted(others))}): its KL is at most {ratio:.2f} of the other's at a layer's output (layer
 {layer}, {name}), and at most {ratio_mid:.2f} at u (layer {layer_mid}, {name_mid}).
 
