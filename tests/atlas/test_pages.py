@@ -194,6 +194,7 @@ def test_texts_are_shown_by_token_with_ranks_and_lens(page, folder):
     assert not page.complaints
 
 
+@pytest.mark.typed
 def test_a_card_by_itself_shows_the_same_in_a_notebook(page, folder, tmp_path):
     card = expert_card(hostile(planted_atlas()[1]), LAYER, PLANTED["sea"])
     notebook = tmp_path / "notebook.html"

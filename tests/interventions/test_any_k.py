@@ -49,6 +49,7 @@ def entropy(shares: list[float], order: list[int], value: float) -> int:
     return round(value * math.exp(-sum(share * math.log(share) for share in shares)))
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize("family", ["olmoe", "deepseek_v3"])
 @pytest.mark.parametrize(("rule", "value"), [(mass, 0.6), (threshold, 0.13), (entropy, 0.5)])
 def test_a_token_has_as_many_experts_as_its_router_says(family: str, rule: Callable[..., int], value: float) -> None:
@@ -133,6 +134,7 @@ def test_parts_of_a_run_with_a_number_for_each_token() -> None:
     assert deviation(logits, without["resid_post", 0].new_zeros(logits.shape)) > 0
 
 
+@pytest.mark.typed
 def test_generation_pickling_and_nesting() -> None:
     case = wrapped("mixtral")
     model, prompt = case.model, case.tokens[:1, :6]

@@ -27,6 +27,7 @@ def pair(request, tmp_path_factory) -> tuple[HookedMoE, HookedMoE]:
     return whole, away
 
 
+@pytest.mark.typed
 def test_every_matrix_is_the_plain_model_s(pair):
     whole, away = pair
     layer, names = whole.moe_layers[-1], ["W_router", "W_gate", "W_in", "W_out"]
@@ -46,6 +47,7 @@ def test_every_matrix_is_the_plain_model_s(pair):
     assert all(p.is_meta for p in away.original_model.parameters()), "nothing stays"
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize("pair", ["deepseek"], indirect=True)  # transformers' own copies are read a parameter at a time
 def test_one_expert_is_read_alone(pair):
     _, away = pair
@@ -56,6 +58,7 @@ def test_one_expert_is_read_alone(pair):
     assert weights.settled() - read == found.numel() * found.element_size()
 
 
+@pytest.mark.typed
 def test_lenses_attribution_and_single_experts_compute_as_in_memory(pair):
     whole, away = pair
     ids, layer = tokens(2, 9), whole.moe_layers[-1]
@@ -77,6 +80,7 @@ def test_lenses_attribution_and_single_experts_compute_as_in_memory(pair):
     assert LogitLens(away).unembedding_digest() == LogitLens(whole).unembedding_digest()
 
 
+@pytest.mark.typed
 def test_a_model_is_known_wherever_it_is_kept(pair):
     whole, away = pair
     known = parameters_digest(whole.original_model)

@@ -54,6 +54,7 @@ def keeping(module: nn.Module, x: Tensor) -> tuple[Tensor, list[int]]:
         return module(x), kept
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize("scheme", ["nf4", "int8"])
 def test_what_is_unpacked_is_the_nearest_that_there_is(scheme: Any) -> None:
     weight = matrices()  # rows of 24 are no multiple of 64: read as matrices, bitsandbytes mixes up blocks on the CPU
@@ -76,6 +77,7 @@ def test_scales_stay_exact_when_a_model_is_cast() -> None:
     assert torch.equal(packed.to(torch.float64).read().float(), packed.to(torch.float32).read())
 
 
+@pytest.mark.typed
 def test_a_linear_layer_is_packed_in_place_and_differentiates() -> None:
     linear = nn.Linear(24, 40)
     PackedLinear.convert(linear, "q_proj", linear.weight.detach(), "int8")
@@ -151,6 +153,7 @@ def logits(model: HookedMoE) -> Tensor:
         return model(tokens())
 
 
+@pytest.mark.typed
 def test_loading_packs_as_packing_does_and_what_is_saved_comes_back(stored: Path, tmp_path: Path) -> None:
     reference = AutoModelForCausalLM.from_pretrained(stored)
     quantise(reference, "nf4")
@@ -190,6 +193,7 @@ def test_the_embedded_model_is_packed_by_name() -> None:
     assert type(model.W_in[3, 17] + 1) is Tensor and (model.W_in[3, 17].T @ model.W_in[3, 4]).shape == (64, 64)
 
 
+@pytest.mark.typed
 def test_weights_that_are_no_numbers_are_refused(stored: Path, tmp_path: Path) -> None:
     broken = build("mixtral")
     broken.model.layers[1].mlp.experts.down_proj.data[2, 3, 4] = torch.nan
@@ -212,6 +216,7 @@ def test_without_the_library_the_error_says_what_to_install(monkeypatch: pytest.
         HookedMoE.from_pretrained(stored, quantize="nf4")
 
 
+@pytest.mark.untyped
 def test_what_cannot_be_packed_is_refused() -> None:
     with pytest.raises(InputError, match="quantize is 'nf8'; expected one of 'nf4', 'fp4', 'int8'"):
         quantise(build("olmoe"), "nf8")  # pyright: ignore[reportArgumentType]

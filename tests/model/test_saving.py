@@ -331,6 +331,7 @@ def test_what_bitsandbytes_packed_is_not_written(how: dict[str, Any], tmp_path: 
     assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.typed
 def test_a_gguf_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "short.gguf").write_bytes(b"GGUF\x03\x00")
     (tmp_path / "other.gguf").write_bytes(b"GG" * 100)

@@ -187,6 +187,7 @@ def test_averages_of_weights_are_models_of_their_own() -> None:
     assert cache["expert_out", 2].shape[:2] == tokens().shape, "its hooks are its own"
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize("model_type", ["deepseek", "granitemoehybrid", "qwen2_moe", "llama4_text"])
 def test_a_model_is_pickled_whole(model_type: str) -> None:
     model = wrapped(model_type)

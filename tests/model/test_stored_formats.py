@@ -263,6 +263,7 @@ def pack(folder: Path, way: str, model_type: str) -> dict[str, Tensor]:
     return numbers
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize("way", WAYS)
 def test_a_matrix_is_what_a_formula_gives(way: str, tmp_path: Path) -> None:
     said, make = WAYS[way]
@@ -305,6 +306,7 @@ def test_a_packed_checkpoint_is_packed_anew_on_request(tmp_path: Path) -> None:
         assert torch.equal(one.data, other.data), name
 
 
+@pytest.mark.typed
 def test_gpt_oss_s_experts_are_read_as_they_are_stored(tmp_path: Path) -> None:
     build("gpt_oss", hidden_size=64, intermediate_size=96).save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
@@ -336,6 +338,7 @@ def test_deepseek_v3_s_576_rows_are_four_blocks_and_a_half(tmp_path: Path) -> No
     assert np.abs(exact - in_blocks(weight.float().numpy(), scale, 116, 128)).max() > 0.01
 
 
+@pytest.mark.typed
 def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
     def seen(said: dict[str, Any], **tensors: Tensor) -> Tensor:
         named = {name.replace("__", "."): value for name, value in tensors.items()}

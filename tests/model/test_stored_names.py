@@ -67,6 +67,7 @@ def test_what_a_model_was_wrapped_in_is_taken_off_and_named(folder: Path, caplog
         load_pretrained(str(folder))
 
 
+@pytest.mark.typed
 def test_names_are_mapped_as_the_caller_says(folder: Path) -> None:
     plain, tensors = load_pretrained(str(folder))[0].state_dict(), stored(folder)
     write(

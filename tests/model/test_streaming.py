@@ -82,6 +82,7 @@ def test_a_plan_that_divides_keeps_all_but_experts_and_is_what_is_really_placed(
     assert torch.equal(model(tokens(2, 9)), whole(tokens(2, 9)))
 
 
+@pytest.mark.typed
 def test_files_that_change_while_they_are_read_are_an_error(folder, whole, tmp_path):
     copied = shutil.copytree(folder, tmp_path / "copied")
     model, _ = streamed(copied, EXPERTS)
@@ -150,6 +151,7 @@ def test_a_file_system_that_knows_no_other_way_is_read_through_its_cache(folder,
         assert torch.equal(model_(tokens(2, 9)), whole(tokens(2, 9)))
 
 
+@pytest.mark.typed
 def test_a_copy_reads_for_itself(folder, whole):
     _, weights = streamed(folder, EXPERTS)
     copy = pickle.loads(pickle.dumps(weights))

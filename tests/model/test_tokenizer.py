@@ -242,6 +242,7 @@ def known_of(tokenizer: Any) -> list[Any]:
 TEXTS = ["The experts of 2024 route", "x = [1, 22", "été"]
 
 
+@pytest.mark.typed
 def test_a_tokenizer_is_used_as_it_is_and_never_changed(tmp_path: Path) -> None:
     tokenizer = in_memory(padding_side="left", chat_template="{{ messages[0]['content'] }}!")
     tokenizer.add_tokens(["<think>"])

@@ -75,6 +75,7 @@ def test_processing_is_refused_at_loading(word: str) -> None:
 # --- compatibility mode ---
 
 
+@pytest.mark.typed
 def test_no_processing_is_no_processing() -> None:
     model = wrapped("deepseek").model
     before, hooks = model(TOKENS), list(model.hook_dict)
@@ -91,6 +92,7 @@ def test_no_processing_is_no_processing() -> None:
         model.enable_compatibility_mode(fold_lm=False)
 
 
+@pytest.mark.typed
 def test_a_plain_bridge_refuses_to_process_deepseek() -> None:
     hf, tokenizer = load_pretrained(EMBEDDED, dtype=torch.float32)
     config = build_bridge_config_from_hf(hf.config, type(hf).__name__, EMBEDDED, torch.float32)

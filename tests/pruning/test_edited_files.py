@@ -45,6 +45,7 @@ def fill(name: str, value: float, at: int = 0) -> Any:
     return change
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     ("saved", "change", "message"),
     [

@@ -62,6 +62,7 @@ def test_findings_are_the_rows_of_the_table(found):
             assert f"{row['ratio']:.3g} [" in line and f"({row['domain']})" in line
 
 
+@pytest.mark.typed
 def test_tables_pair_each_model_with_the_whole_one(found, tmp_path):
     _, made = found
     frame = made.to_frame()
@@ -78,12 +79,14 @@ def test_tables_pair_each_model_with_the_whole_one(found, tmp_path):
         again.of(made.points[0], "c")
 
 
+@pytest.mark.typed
 def test_a_domain_of_one_source_has_nothing_to_measure_on(model):
     domain = Domain("one", (Passage("text", "book", "x:1"), Passage("more", "book", "x:2")))
     with pytest.raises(InputError, match="domain 'one' has a single source"):
         halved([domain], model, n_tokens=10, context=8)
 
 
+@pytest.mark.typed
 def test_the_figures_hold_the_numbers_of_the_table(found):
     from moe_lens import viz
 

@@ -237,6 +237,7 @@ def keep(result: RoutingResult, n: int) -> RoutingResult:
     )
 
 
+@pytest.mark.typed
 def test_intervals_of_divergences_cover_the_truth():
     """Sources whose shares scatter about known ones, of unequal sizes; the first domain is nearer to the second."""
     generator = torch.Generator().manual_seed(9)
@@ -280,6 +281,7 @@ def scattered(generator: torch.Generator, load: torch.Tensor) -> RoutingResult:
     return RoutingResult((0,), TOP_K, names, sizes, counts, torch.zeros_like(counts), weights, nothing, nothing.long())
 
 
+@pytest.mark.typed
 def test_many_tests_are_one_family():
     p = torch.tensor([[0.01, 0.04, torch.nan], [0.03, 0.005, 0.5]], dtype=torch.float64)
     assert holm(p).nan_to_num(-1).tolist() == [[0.04, 0.09, -1], [0.09, 0.025, 0.5]]

@@ -13,6 +13,7 @@ from moe_lens.stats import LossStats
 EVERY = torch.ones(2, 3, dtype=torch.bool)
 
 
+@pytest.mark.typed
 def test_by_hand():
     losses = torch.tensor([[1.0, 2.0, 3.0], [5.0, torch.nan, torch.inf]])
     counted = torch.tensor([[True, True, True], [True, False, False]])

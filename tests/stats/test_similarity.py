@@ -150,6 +150,7 @@ def test_unexplained_variance_is_that_of_numpy_and_has_its_ends():
     assert float(silent.unexplained[0]) == pytest.approx(1)
 
 
+@pytest.mark.typed
 def test_frame_gives_intervals_over_sources():
     stats = SimilarityStats([4])
     for i in range(12):

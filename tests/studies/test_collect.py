@@ -37,6 +37,7 @@ def test_positions_are_places_among_the_texts_own_ids(model, tmp_path):
     assert torch.equal(shard["position"][after], shard["position"][opened])
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize("packed", [False, True])
 def test_single_experts_keep_their_rows_only(model, packed, tmp_path):
     reading = Reading(tokens=None, context=24, shard_tokens=100, packed=packed)

@@ -88,6 +88,7 @@ def test_it_finds_the_planted_experts(model):
         assert row["corrupted"] < row["picked"] and row["random"] <= row["picked"] < row["clean"] + 1
 
 
+@pytest.mark.typed
 def test_the_facts_that_ship():
     kinds = [fact.kind for fact in read_facts("small")]
     assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(
@@ -95,6 +96,7 @@ def test_the_facts_that_ship():
     )
 
 
+@pytest.mark.typed
 def test_the_command_and_what_is_refused(tmp_path, capsys):
     path = tmp_path / "facts.jsonl"
     rows = [

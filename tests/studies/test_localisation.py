@@ -77,6 +77,7 @@ def test_it_recovers_the_planted_experts(found):
     assert set(table["control"]) == {"busiest", "random", "matched"}
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize("by", ["attribution", "knockout"])
 def test_experts_can_be_picked_by_what_they_are_worth(model, by):
     study = Localisation(by=by, experts=1, matched=1, how=("zero",))
@@ -164,6 +165,7 @@ def test_what_cannot_be_is_refused(model, found):
         contrast(other)
 
 
+@pytest.mark.typed
 def test_the_command(tmp_path, capsys):
     save_checkpoint(tmp_path / "model")
     for seed, name in enumerate("ab"):

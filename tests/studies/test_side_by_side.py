@@ -46,6 +46,7 @@ def test_versions_on_disk_share_passes_and_have_their_own_losses(model, monkeypa
     assert not torch.allclose(alone.nats[:, :1], alone.nats[:, 1:], rtol=1e-3), "and versions differ"
 
 
+@pytest.mark.typed
 def test_losses_of_few_rows_at_a_time_are_those_of_all_at_once(model, monkeypatch):
     (shard,) = shards(domain("d", n=10, sources=10), model, Reading(tokens=None, context=24, shard_tokens=10**6))
     batch = next(iter(batch_windows(shard.windows, model, batch_tokens=150, packed=None)))

@@ -209,6 +209,7 @@ def test_few_sources_decide_nothing(planted):
     assert found.per_domain().query("claim == '4'")["low"].isna().to_list() == [True, True]
 
 
+@pytest.mark.typed
 def test_a_changed_threshold_is_flagged_and_ours_are_shown_at_other_distances(planted, tmp_path):
     usual = judge(planted)
     assert usual.changed() == ()
@@ -225,7 +226,7 @@ def test_a_changed_threshold_is_flagged_and_ours_are_shown_at_other_distances(pl
     assert saved["domains"][0]["sha256"] == "aaaa" and saved["studies"]["lens"]["versions"] == {"moe_lens": "0"}
     assert all("of planted on a, b" in of["sentence"] for of in saved["verdicts"])
     with pytest.raises(InputError, match="there is no threshold 'x'; there are share, experts for half"):
-        judge(planted, {"x": 1})
+        judge(planted, {"x": 1.0})
     with pytest.raises(InputError, match="got no study"):
         judge({})
     other = made(truth=True)

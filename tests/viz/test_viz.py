@@ -125,6 +125,7 @@ def test_tokens_cannot_break_out_of_circuitsvis():
     assert json.loads(tokens) == ["a", escape(NASTY), "␣c"]
 
 
+@pytest.mark.typed
 def test_what_is_shown_and_saved_is_offline_and_leaves_the_page_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -167,12 +167,12 @@ class Experts:
         delattr(holder, name)
         holder.add_module(name, packed)
 
-    def first(self) -> list[tuple[Tensor | Matrices, Tensor | None]]:
+    def first(self) -> list[tuple[Tensor | Matrices, Tensor | StoredMatrices | None]]:
         """Matrices and biases of the products with what experts read; their columns together make the neurons."""
         weight, bias = self._parameters()[0], self._parameters()[2] if self.has_bias else None
         return [(self._oriented(weight), bias)]
 
-    def second(self) -> tuple[Tensor | Matrices, Tensor | None]:
+    def second(self) -> tuple[Tensor | Matrices, Tensor | StoredMatrices | None]:
         """Matrices and biases of the product that makes their output."""
         return self._oriented(self._parameters()[1]), self._parameters()[3] if self.has_bias else None
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from moe_lens.model.experts.elsewhere import StoredMatrices
 from moe_lens.model.experts.expert_weights_view import Experts, Rows, looped_product
 from moe_lens.model.experts.quantised import Matrices
 from moe_lens.model.families.family import Family
@@ -90,11 +91,11 @@ class DbrxExperts(Looped):
     def _cut(self, weight: Tensor) -> Float[Tensor, "expert d_expert d_model"]:
         return weight.view(self.n_experts, -1, weight.shape[-1])
 
-    def first(self) -> list[tuple[Tensor | Matrices, Tensor | None]]:
+    def first(self) -> list[tuple[Tensor | Matrices, Tensor | StoredMatrices | None]]:
         """Two products, one for each branch."""
         return [(self._oriented(parameter), None) for parameter in self._parameters()[:2]]
 
-    def second(self) -> tuple[Tensor | Matrices, Tensor | None]:
+    def second(self) -> tuple[Tensor | Matrices, Tensor | StoredMatrices | None]:
         """Stored transposed."""
         return self._oriented(self._parameters()[2], transposed=True), None
 
