@@ -47,6 +47,7 @@ def test_a_path_that_never_was_is_not_found():
         found("moe_lens.model.cache.nonsense")
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize("former", _moved.MOVED)
 def test_former_modules_are_todays_and_say_so(former: str):
     sys.modules.pop(_moved.PACKAGE + former, None)

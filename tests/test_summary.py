@@ -71,6 +71,7 @@ def test_values_are_short():
     assert len(short("long " * 100)) == WIDTH and short("a\nb") == "a b"
 
 
+@pytest.mark.typed
 def test_tables_end():
     class Many(Summary):
         def _facts(self) -> dict[str, Any]:
@@ -79,6 +80,7 @@ def test_tables_end():
     assert Cells(Many()._repr_html_()).cells[-1] == "5 more"
 
 
+@pytest.mark.typed
 def test_the_objects_that_people_look_at_are_short(model: HookedMoE):
     domain = embedded_domain("english")
     tokens = tokenize(domain, model, n_tokens=200, context=64)

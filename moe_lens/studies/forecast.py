@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from moe_lens.checked import Natural, Positive
 from moe_lens.data import Reading
@@ -43,6 +43,7 @@ class Load:
 NOTHING = Load(0, 0)
 
 
+@runtime_checkable
 class Forecasting(Protocol):
     """What is asked of a study."""
 

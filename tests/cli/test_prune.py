@@ -30,6 +30,7 @@ def read_by_transformers(folder):
     sys.stdout.write(f"{model.config.n_routed_experts} {logits.isfinite().all().item()}")
 
 
+@pytest.mark.typed
 @pytest.mark.slow
 def test_a_smaller_model_its_report_and_its_numbers_are_written(texts, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(speed, "ROUNDS", 1)
@@ -58,6 +59,7 @@ def test_a_smaller_model_its_report_and_its_numbers_are_written(texts, tmp_path,
     assert "is not an empty folder" in capsys.readouterr().err
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize(
     ("options", "message"),
     [

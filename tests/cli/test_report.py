@@ -61,6 +61,7 @@ def refused(capsys, *arguments: str) -> str:
     return lines[0]
 
 
+@pytest.mark.typed
 def test_pruning_and_localisation_are_part_of_it(tmp_path, monkeypatch):
     few = {"pruning": PruningStudy(random=3), "localisation": Localisation(experts=1, matched=3, controls="primary")}
     monkeypatch.setattr("moe_lens.report.run_report.STUDIES", {})
@@ -81,6 +82,7 @@ def test_pruning_and_localisation_are_part_of_it(tmp_path, monkeypatch):
     assert [len(trace["x"]) for trace in figure] == [9, 6, 3]  # 3 random plans, 2 other domains, and the own
 
 
+@pytest.mark.typed
 def test_the_folder_holds_three_studies_of_the_same_texts_with_their_nulls(made):
     assert {path.name for path in made.iterdir()} == {
         "report.html",

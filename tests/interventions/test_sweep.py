@@ -126,6 +126,7 @@ def test_metrics_of_every_kind_and_stackings_of_every_size(family: str, kind: st
     assert len(set(expected)) > 4
 
 
+@pytest.mark.typed
 def test_single_experts_hooks_see_their_own_variant():
     case = wrapped("deepseek", torch.float64)
     run = CleanRun.of(case.model, case.tokens)

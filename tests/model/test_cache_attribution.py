@@ -64,6 +64,7 @@ def test_by_expert_and_by_rank_agree():
     assert close(ranks, experts)
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize(
     "tokens",
     [
@@ -166,6 +167,7 @@ def test_components_of_what_a_block_reads(name: str):
     assert close(final.sum(0) @ case.model.W_U, case.logits[:, -1], tolerance)
 
 
+@pytest.mark.typed
 def test_a_recomputed_norm_has_its_gain_once():
     case, _, kept = full("deepseek")
     streams, labels = kept.accumulated_resid(apply_ln=True, return_labels=True)

@@ -120,6 +120,7 @@ def test_two_names_of_one_tensor_are_written_once(tmp_path: Path):
     assert size < (tmp_path / "cache").stat().st_size < size + 4096
 
 
+@pytest.mark.typed
 def test_a_cache_pickles_by_value_and_is_bound_to_a_model():
     case, _, made = full("deepseek")
     data = pickle.dumps(made)

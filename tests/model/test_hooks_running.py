@@ -205,6 +205,7 @@ def test_stopping_behind_the_end_is_refused() -> None:
             run(case.tokens, stop_at_layer=4)
 
 
+@pytest.mark.typed
 def test_batch_of_one_device_and_dtype() -> None:
     case = wrapped("deepseek")
     one = case.tokens[:1]

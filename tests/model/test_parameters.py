@@ -17,6 +17,7 @@ from tests.wrapped import as_hook, deviation, listening, wrapped
 families = pytest.mark.parametrize("family", CONFIGS)
 
 
+@pytest.mark.typed
 def test_parameters_are_a_sequence_over_the_layers_that_have_them() -> None:
     model = wrapped("deepseek").model
     for matrix in (model.W_router, model.W_gate, model.W_in, model.W_out):
