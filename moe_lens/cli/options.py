@@ -59,11 +59,11 @@ def model_name(name: str) -> str:
 
 
 def at_home(path: Path) -> Path:
-    """The home of `~`, which a shell leaves as it is in --out=~/result."""
+    """The path with `~` expanded, which a shell leaves as it is in --out=~/result."""
     try:
         return path.expanduser()
     except RuntimeError:
-        raise InputError(f"{path}: there is nobody of this name") from None
+        raise InputError(f"{path}: there is no user of this name; write the folder in full") from None
 
 
 def _device(name: str) -> str:

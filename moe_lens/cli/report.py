@@ -34,7 +34,7 @@ def report(
     """
     found = [study for folder in saved or () for study in studies_in(folder)]
     if found and changed:
-        raise InputError(f"{changed[0]} is about studies that are run, and saved ones are shown: leave one of them out")
+        raise InputError(f"{changed[0]} applies to studies that are run; with FOLDER arguments none is: leave it out")
     for folder in found:
         read_manifest(folder)
 

@@ -328,7 +328,7 @@ def localise(
         others = {"--by": by != By.routing, "--how": how, "--matched": matched != MATCHED, "--parallel": parallel}
         of_texts = [name for name in changed if name not in OF_MODEL]
         if wrong := [*(name for name, given in others.items() if given), *of_texts]:
-            raise InputError(f"{wrong[0]} is about texts, and --facts reads none: leave one of them out")
+            raise InputError(f"{wrong[0]} applies to texts, and --facts reads none: leave one of them out")
         known = read_facts(facts)
 
         def trace(model: Any, domains: options.Opened, **how: Any) -> Any:

@@ -102,10 +102,10 @@ def test_a_config_file_that_says_what_cannot_be_or_has_no_effect(content, messag
         (["atlas", "--contexts", "--no-contexts"], "--contexts and --no-contexts are given"),
         (["routing", "--source-column", "book"], "--source-column is about --domain, and there is none"),
         (["routing", "--domain", "english", "--streaming"], "none of the domains has that to choose"),
-        (["localise", "--facts", "small", "--seed", "4"], "--seed is about texts, and --facts reads none"),
-        (["report", "saved", "--tokens", "5"], "--tokens is about studies that are run"),
+        (["localise", "--facts", "small", "--seed", "4"], "--seed applies to texts, and --facts reads none"),
+        (["report", "saved", "--tokens", "5"], "--tokens applies to studies that are run"),
         (["compare", ".", "."], ".: holds no result of a study"),
-        (["routing", "--out=~nobody-of-this-name/x"], "there is nobody of this name"),
+        (["routing", "--out=~nobody-of-this-name/x"], "there is no user of this name"),
     ],
 )
 def test_options_that_contradict_each_other_or_have_no_effect(arguments, message, tmp_path, capsys, monkeypatch):

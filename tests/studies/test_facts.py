@@ -108,7 +108,7 @@ def test_the_command_and_what_is_refused(tmp_path, capsys):
     assert list(StudyResult.load(out).tables["contrast"]["measure"]) == ["difference", "rank"]
     capsys.readouterr()
     assert main(["localise", "--facts", str(path), "--how", "zero"]) == 2
-    assert "--how is about texts" in capsys.readouterr().err
+    assert "--how applies to texts" in capsys.readouterr().err
     for row, message in (
         ({"prompt": "a", "subject": "a", "answer": "b"}, r":1: a fact lacks foil"),
         ({**rows[0], "colour": "red"}, r":1: a fact has colour; expected texts prompt"),
