@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 REPORT_ARGS ?=
 ATLAS_ARGS ?=
+GPU_ARGS ?=
 PYTEST_ARGS ?=
 SINCE ?= $(shell git merge-base HEAD main 2>/dev/null || echo HEAD)
 
@@ -15,7 +16,7 @@ INSTALL := $(PIP) install --quiet --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help report atlas install .installed-all test .plain .typed test-typed quick test-latest .latest test-oldest .oldest test-python .python \
-    test-wheel .wheel check docs docs-serve examples notebooks picture clean
+    test-wheel .wheel check gpu docs docs-serve examples notebooks picture clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 | \2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
@@ -95,6 +96,9 @@ check: $(VENV)/.installed-dev  ## all of `make test` but the tests
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
+
+gpu: $(VENV)/.installed-dev  ## on a machine with a CUDA device: its tests, speeds, a 16B; GPU_ARGS=--dry tries it without
+	$(BIN)/python scripts/gpu.py $(GPU_ARGS)
 
 docs: $(VENV)/.installed-docs  ## build the documentation into site/, warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

@@ -18,7 +18,8 @@ def quiet() -> None:
     """Silence messages of libraries: what the user has to know is raised."""
     import transformers
 
-    for library in ("transformers", "huggingface_hub", "datasets"):  # the hub's says each retry
+    # The hub's says each retry, and accelerate's where parameters are, which is said below.
+    for library in ("transformers", "huggingface_hub", "datasets", "accelerate"):
         logging.getLogger(library).setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
