@@ -39,13 +39,15 @@ def show(
     """
     reports = [folder for folder in folders if (folder / VERDICTS).exists()]
     quiet()
+    from moe_lens.studies.verdicts import side_by_side
+
     console = _console()
     if len(reports) > 1 and len(reports) == len(folders):
         if table:
             raise InputError("--table is about one study, and several reports show their verdicts; give one folder")
         for each in reports:
             studies_in(each)
-        _print(console, "verdicts", side_by_side(reports), len(reports) * 100)
+        _print(console, "verdicts", side_by_side([_verdicts(report) for report in reports]), len(reports) * 100)
         return
     for folder in folders:
         for each in [folder] if folder in reports and not table else studies_in(folder):
@@ -62,32 +64,6 @@ def findings_in(folder: Path) -> str:
     if read_manifest(inside)["plan"]["study"] == "collect":
         return str(Collected.load(inside).findings())
     return str(StudyResult.load(inside).findings())
-
-
-def side_by_side(reports: list[Path]) -> "pd.DataFrame":
-    """The verdicts of several reports: a row for each claim, and a column for each report.
-
-    Each cell has the verdict on the number and that on the inference. Models and texts may differ: a verdict is about
-    its own, and differences between columns have no interval; `moe-lens compare` gives those, study by study.
-    """
-    import pandas as pd
-
-    columns: dict[str, dict[str, str]] = {}
-    for folder in reports:
-        found = _verdicts(folder)
-        name = f"{found['model']} on {', '.join(found['texts'])}"
-        name = name if name not in columns else f"{name} ({folder})"
-        columns[name] = {
-            row["claim"]: " / ".join(str(row[part]) for part in ("number", "inference") if row[part] is not None)
-            for row in found["verdicts"]
-        }
-    claims = dict.fromkeys(claim for column in columns.values() for claim in column)
-    return pd.DataFrame(
-        {
-            "claim": list(claims),
-            **{name: [column.get(claim, "") for claim in claims] for name, column in columns.items()},
-        }
-    )
 
 
 def _verdicts(folder: Path) -> dict[str, Any]:
@@ -120,10 +96,11 @@ def _show(console: Any, folder: Path, wanted: list[str] | None, rows: int) -> No
     from rich.text import Text
 
     from moe_lens.studies import Collected, StudyResult
+    from moe_lens.studies.verdicts import side_by_side
 
     if (folder / VERDICTS).exists() and not wanted:
         console.print(Text(findings_in(folder)))
-        _print(console, "verdicts", side_by_side([folder]), 100)
+        _print(console, "verdicts", side_by_side([_verdicts(folder)]), 100)
         console.print(Text("studies: " + ", ".join(str(each) for each in studies_in(folder))))
         return
     if read_manifest(folder)["plan"]["study"] == "collect":

@@ -8,10 +8,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from moe_lens.report.rendering import rendered
+from moe_lens.report.rendering import rendered, table_html
 from moe_lens.report.sections import SECTIONS, Section, Studies, verdicts_of
 from moe_lens.storage import written_whole
 from moe_lens.studies import StudyResult
+from moe_lens.studies.verdicts import side_by_side
 
 PAGE = "report.html"
 
@@ -51,8 +52,11 @@ def write_page(folders: Iterable[str | Path], out: str | Path) -> Path:
 
 def page_of(results: Iterable[StudyResult]) -> str:
     """The page as HTML, with plotly.js inside, once; the same for the same results."""
-    models = [_shown(number, studies) for number, studies in enumerate(by_model(results), start=1)]
-    body = rendered("report.html.jinja", models=models)
+    groups = list(by_model(results))
+    models = [_shown(number, studies) for number, studies in enumerate(groups, start=1)]
+    judged = [found.to_json() for studies in groups if (found := verdicts_of(studies)) is not None]
+    together = table_html(side_by_side(judged)) if len(judged) > 1 else None
+    body = rendered("report.html.jinja", models=models, together=together)
     found = dict.fromkeys(re.findall(r'<div id="([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"', body))
     for number, drawn in enumerate(found, start=1):
         body = body.replace(drawn, f"figure-{number}")  # plotly draws these names at random

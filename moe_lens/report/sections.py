@@ -106,7 +106,7 @@ def verdicts_of(studies: Studies) -> Verdicts | None:
     return _judged(*studies.items()) if all(plan == plans[0] for plan in plans) else None
 
 
-@lru_cache(maxsize=1)  # the page asks, and the file beside it
+@lru_cache(maxsize=8)  # the page asks, and the file beside it, of every model
 def _judged(*studies: tuple[str, StudyResult]) -> Verdicts:
     return judge(dict(studies))
 

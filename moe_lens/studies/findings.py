@@ -47,7 +47,8 @@ def findings_of(manifest: Mapping[str, Any], tables: Tables) -> Findings:
     plan = manifest["plan"]
     study, model = str(plan["study"]), plan.get("model", {})
     say, then = _RULES.get(study, (_only_tables, ""))
-    warnings = too_few({str(row["name"]): int(row["sources"]) for row in manifest.get("read", ())})
+    sources = {str(row["name"]): int(row["sources"]) for row in manifest.get("read", ())}
+    warnings = too_few({"all domains": sum(sources.values())} if study in _POOLED else sources)
     about = f"{study} of {model.get('name')} on {', '.join(str(one['name']) for one in plan['domains'])}"
     return Findings(tuple(say(tables, model))[:MOST], warnings, then, about)
 
@@ -262,6 +263,22 @@ def _atlas(tables: Tables, model: Facts) -> Iterator[str]:
         )
 
 
+def _explain(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: ARG001
+    layers = tables["layers"].assign(domain="layer " + tables["layers"]["layer"].astype(str))
+    token = _where(layers, feature="token")
+    ends = "explained_low", "explained_high"
+    yield f"share of a choice that the token explains on held-out texts: {across(token, 'explained', ends)} (layers)"
+    for feature in ("previous", "position", "domain"):
+        rows = _where(layers, feature=feature)
+        shuffled = rows["gain_shuffled"]
+        yield (
+            f"  {feature} adds to that {across(rows, 'gain', ('gain_low', 'gain_high'))}; shuffled, "
+            f"{shuffled.min():.2g} to {shuffled.max():.2g}"
+        )
+
+
+_POOLED = ("explain",)
+"""Studies whose intervals are over the sources of all domains together."""
 _RULES: dict[str, tuple[Callable[[Tables, Facts], Iterator[str]], str]] = {
     "routing": (_routing, "moe-lens localise, whether a domain's experts matter to its loss"),
     "single_expert": (_single_expert, "moe-lens lens, what each expert alone would predict"),
@@ -271,6 +288,7 @@ _RULES: dict[str, tuple[Callable[[Tables, Facts], Iterator[str]], str]] = {
     "ablation": (_ablation, "moe-lens atlas, what these experts read and write"),
     "facts": (_facts, "moe-lens ablate --experts …, what the picked experts (table experts) do on texts"),
     "contrast": (_contrast, "moe-lens ablate --experts …, what these experts (table experts) do on texts"),
+    "explain": (_explain, "moe-lens atlas, what each expert reads and writes"),
     "pruning": (_pruning, "moe-lens prune, the smaller model itself"),
     "atlas": (_atlas, "open index.html in a browser"),
 }

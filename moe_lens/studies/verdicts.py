@@ -13,7 +13,7 @@ about the model and the texts that were read, and no others. Thresholds marked â
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,27 @@ class Verdicts(Summary):
         with written_whole(Path(path)) as temporary:
             said = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
             temporary.write_text(said, encoding="utf-8")
+
+
+def side_by_side(reports: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """The verdicts of several models: a row for each claim, and a column for each model.
+
+    A cell has the verdict on the number and that on the inference. Each is about its own model and texts, and the
+    difference between two columns has no interval; `compare` gives those, study by study.
+
+    Args:
+        reports: What `Verdicts.to_json` gives.
+    """
+    columns: dict[str, dict[str, str]] = {}
+    for number, found in enumerate(reports, start=1):
+        name = f"{found['model']} on {', '.join(found['texts'])}"
+        columns[f"{name} ({number})" if name in columns else name] = {
+            row["claim"]: " / ".join(str(row[part]) for part in ("number", "inference") if row[part] is not None)
+            for row in found["verdicts"]
+        }
+    claims = list(dict.fromkeys(claim for column in columns.values() for claim in column))
+    cells = {name: [column.get(claim, "") for claim in claims] for name, column in columns.items()}
+    return pd.DataFrame({"claim": claims, **cells})
 
 
 def _said(answer: str) -> str:

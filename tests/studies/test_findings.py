@@ -1,5 +1,6 @@
 """What a study says when it ends: the numbers of its tables, with interval and control; and near misses of names."""
 
+import copy
 import json
 import re
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from moe_lens.cli import main
 from moe_lens.cli.show import findings_in
 from moe_lens.errors import near_miss
+from moe_lens.report.report_page import page_of
 from moe_lens.studies import Collected, RoutingStudy, SingleExpertStudy, StudyResult, collect, run
 from moe_lens.studies.findings import MOST, across, findings_of
 from tests.studies.test_study import SMALL
@@ -117,3 +119,24 @@ def test_verdicts_of_several_reports_stand_side_by_side(tmp_path, capsys):
     (tmp_path / "two" / "verdicts.json").write_text("{}")
     assert main(["show", str(tmp_path / "one"), str(tmp_path / "two")]) == 2
     assert "cannot be read as the verdicts of a report" in capsys.readouterr().err
+
+
+def test_a_report_of_two_models_begins_with_their_verdicts_side_by_side(saved):
+    result = StudyResult.load(saved / "routing")
+    manifest = copy.deepcopy(dict(result.manifest))
+    manifest["plan"]["model"]["name"] = "other <b>"
+    page = page_of([result, StudyResult(manifest, result.tables, result.results)])
+    shown = page[page.index('id="verdicts-together"') :].partition("</table>")[0]
+    assert "<th>other &lt;b&gt; on a, b</th>" in shown and "1b" in shown
+    assert 'id="verdicts-together"' not in page_of([result])
+
+
+def test_sources_count_together_where_intervals_are_over_all_of_them():
+    read = [{"name": "a", "sources": 6}, {"name": "b", "sources": 6}]
+    layers = pd.DataFrame({"layer": [1], "feature": "token", "explained": 0.5, "explained_low": 0.4,
+                           "explained_high": 0.6, "gain": 0.1, "gain_low": 0.0, "gain_high": 0.2,
+                           "gain_shuffled": 0.0})  # fmt: skip
+    manifest = {"plan": {"study": "explain", "domains": [], "model": {"name": "m"}}, "read": read}
+    found = findings_of(manifest, {"layers": layers})
+    assert not found.warnings and "0.5 [0.4, 0.6] (layer 1)" in found.lines[0]
+    assert findings_of({**manifest, "read": read[:1]}, {"layers": layers}).warnings  # negative control
