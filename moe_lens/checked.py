@@ -8,6 +8,7 @@ count as 1, and a text would be read letter by letter where texts were meant. A 
 import functools
 import inspect
 import operator
+import os
 import sys
 import types
 import typing
@@ -15,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from difflib import get_close_matches
 from numbers import Real
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from moe_lens.checked_tensors import came, check_together, expected, is_tensor, tensors_in
@@ -211,21 +213,24 @@ def _counts(annotation: Any) -> bool:
 
 def _check_of_union(members: tuple[Any, ...]) -> Check | None:
     """Any member will do; a member that cannot be checked lets values of its class pass."""
+    if Path in members and set(members) <= {str, Path, type(None)}:
+        known: tuple[type, ...] = (str, os.PathLike, *((type(None),) if type(None) in members else ()))
+        return functools.partial(_plain, lambda value: isinstance(value, known), "a path")
     checks = [(member, _check_of(member)) for member in members]
     if not any(check for _, check in checks):
         return None
     classes = [_class_of(member) for member, check in checks if check is None]
     if any(kind is None for kind in classes):
         return None  # something is allowed that cannot be told apart
-    known = tuple(kind for kind in classes if kind is not None)
+    others_known = tuple(kind for kind in classes if kind is not None)
 
     def check(value: Any) -> str | None:
-        if isinstance(value, known) and not isinstance(value, bool):
+        if isinstance(value, others_known) and not isinstance(value, bool):
             return None
         wanted = [said for member_check in checks if member_check[1] and (said := member_check[1](value))]
         if len(wanted) < sum(one is not None for _, one in checks):
             return None
-        others = ["None" if kind is type(None) else a_kind(kind) for kind in known]
+        others = ["None" if kind is type(None) else a_kind(kind) for kind in others_known]
         return ", or ".join([*wanted, *others])
 
     return check

@@ -6,6 +6,7 @@ import pkgutil
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import numpy as np
@@ -83,8 +84,9 @@ def shaped(
     mask: Bool[Tensor, "batch pos"] | None = None,
     values: Float[Tensor, "*tokens width"] | None = None,
     metric: Callable[[Tensor], Tensor] | None = None,
+    path: str | Path | None = None,
 ) -> str:
-    return f"{tokens.shape} {mask is None} {values is None} {metric}"
+    return f"{tokens.shape} {mask is None} {values is None} {metric} {path}"
 
 
 TOKENS = torch.arange(6).view(2, 3)
@@ -102,11 +104,13 @@ TOKENS = torch.arange(6).view(2, 3)
         ({"mask": TOKENS[:1] > 1}, "mask has shape (1, 3), and tokens has 2 as its 'batch'; expected"),
         ({"values": TOKENS}, "expected a tensor of floating-point numbers [*tokens, width], or None"),
         ({"metric": 3}, "metric is 3; expected a function, or None"),
+        ({"path": 3}, "path is 3; expected a path"),
+        ({"path": ["a"]}, "path is ['a']; expected a path"),
     ],
 )
 def test_tensors_have_their_kind_and_axes_and_share_their_sizes(arguments: dict[str, Any], says: str) -> None:
     call = checked(shaped)
-    assert call(TOKENS.int(), mask=TOKENS > 1, values=torch.zeros(4, 5, 6), metric=len)  # pyright: ignore[reportArgumentType]
+    assert call(TOKENS.int(), mask=TOKENS > 1, values=torch.zeros(4, 5, 6), metric=len, path=Path("a"))  # pyright: ignore[reportArgumentType]
     with pytest.raises(InputError) as error:
         call(**{"tokens": TOKENS, **arguments})
     assert says in str(error.value)

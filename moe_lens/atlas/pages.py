@@ -10,7 +10,7 @@ import moe_lens
 from moe_lens.atlas import records
 from moe_lens.atlas.script_files import script, sharded
 from moe_lens.data import EMBEDDED, embedded_domain
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, a_kind
 from moe_lens.stats import MIN_SOURCES
 from moe_lens.studies import Atlas, StudyResult
 from moe_lens.studies.atlas_choice import AT_LEAST, RARE, RESAMPLES
@@ -64,6 +64,8 @@ def of_atlas(result: StudyResult | str | Path) -> StudyResult:
         InputError: It is the result of another study.
     """
     result = StudyResult.load(result) if isinstance(result, str | Path) else result
+    if not isinstance(result, StudyResult):
+        raise InputError(f"the result is {a_kind(result)}; expected a StudyResult, or the folder of one")
     if result.study != Atlas.name:
         raise InputError(f"this is the result of the study {result.study!r}; expected {Atlas.name!r}")
     return result

@@ -122,12 +122,16 @@ def outcome_tokens(model: Any, pairs: Sequence[Pair]) -> tuple[Int[Tensor, " pai
     """Ids of the answers and of the foils.
 
     Raises:
-        InputError: One is several tokens.
+        InputError: One is several tokens, or both of a pair are one.
     """
-    return (
-        torch.tensor([single_token(model, "answer", str(pair.answer)) for pair in pairs]),
-        torch.tensor([single_token(model, "foil", str(pair.foil)) for pair in pairs]),
+    answers, foils = (
+        torch.tensor([single_token(model, word, str(getattr(pair, word))) for pair in pairs])
+        for word in ("answer", "foil")
     )
+    if (same := (answers == foils).nonzero()).numel():
+        pair = pairs[int(same[0])]
+        raise InputError(f"answer and foil of {pair.a!r} are the same token, {pair.answer!r}")
+    return answers, foils
 
 
 def shared_weights(a: Int[Tensor, " n"], b: Int[Tensor, " m"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " m"], bool]:

@@ -38,6 +38,7 @@ def test_a_config_that_would_take_for_ever_is_refused_before_it_is_tried(tmp_pat
             said = refused(capsys, "info", config(tmp_path, **{name: 10**9}))
             assert f"config.json: {name} is 1,000,000,000, which is more than any model has" in said
     assert "depth is 1,000,000,000" in refused(capsys, "info", config(tmp_path, vision_config={"depth": 10**9}))
+    assert "vocab_size is 1,000,000,000,000,000, which" in refused(capsys, "info", config(tmp_path, vocab_size=10**15))
     assert "a number of 30 digits" in refused(capsys, "info", config(tmp_path, vocab_size=10**29))
     assert main(["info", config(tmp_path)]) == 0  # as it is, it is fine
     capsys.readouterr()

@@ -16,7 +16,7 @@ from moe_lens.errors import InputError
 from moe_lens.studies import Pair, contrast_prompts, read_pairs
 from moe_lens.studies.contrast import ContrastStudy
 from moe_lens.studies.contrast_results import ContrastResult
-from moe_lens.studies.prompt_pairs import shared_weights
+from moe_lens.studies.prompt_pairs import outcome_tokens, shared_weights
 from tests.planted import LAYER, PLANTED, WORDS, planted_model
 from tests.studies.tiny import domain, tiny_model
 
@@ -160,6 +160,9 @@ def test_pairs_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         contrast_prompts(model, [Pair("the sea", "the man")], reading=Reading(tokens=2))
     with pytest.raises(InputError, match="a single unit"):
         contrast_prompts(model, [Pair("the sea", "the man", answer=" the", foil=" and")], reading=READING)
+    same = Pair("a", "b", answer=" the", foil=" the", template="x")
+    with pytest.raises(InputError, match="answer and foil of 'a' are the same token"):
+        outcome_tokens(model, [same])
     with pytest.raises(InputError, match="'nowhere' is not in the prompt"):
         contrast_prompts(model, [Pair("the sea", "the man", span_a="nowhere")], reading=READING)
 

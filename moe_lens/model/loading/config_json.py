@@ -38,8 +38,9 @@ def believed_config(path: Path) -> dict[str, Any]:
 
 
 _GREATEST = {re.compile(r"(num|n)_(\w+_)?layers?|n_layer|(?!max_)\w+_layers|depth"): 4096,
-             re.compile(r"(num|n)_(\w+_)?experts"): 2**16}  # fmt: skip
-"""By names of sizes that are built one by one, in whatever part of a config: more than any model has."""
+             re.compile(r"(num|n)_(\w+_)?experts"): 2**16,
+             re.compile(r"(\w+_)?(vocab|hidden|intermediate)_size"): 2**31}  # fmt: skip
+"""By names of sizes that are built one by one or multiplied, in whatever part of a config: more than any model has."""
 _DEEPEST = 50
 """Levels of values inside values, many more than any config has."""
 
