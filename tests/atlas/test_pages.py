@@ -143,7 +143,8 @@ def test_a_link_opens_the_card_of_an_expert_with_the_studys_numbers(page, folder
     knocked: Any = tables["knockouts"].query(f"layer == {LAYER} and expert == {PLANTED['sea']} and read == 'sea'")
     assert re.search(rf"sea \*\s*{round(1000 * knocked.iloc[0]['added'], -1):,.0f}\s", shown)
     assert (
-        "4 controls of as much weight" in shown and page.ask("document.querySelectorAll('.contexts li').length") == 15
+        "4 controls with as much routing weight" in shown
+        and page.ask("document.querySelectorAll('.contexts li').length") == 15
     )
     assert all(f"{part}" in shown for part in ("Strongest", "At random", "Nearly", "In its layer", "By outputs"))
     assert not page.complaints and f"layer-{LAYER}.js" in "".join(page.requests)

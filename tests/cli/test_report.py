@@ -164,7 +164,7 @@ def test_interrupted_the_same_command_goes_on_and_ends_with_the_same_page(
         patched.setattr(SingleExpertStudy, "step", interrupted)
         assert main(arguments(checkpoint, texts, out)) == 130
     assert "means" in steps and not (out / "report.html").exists()
-    assert "the same command resumes it" in capsys.readouterr().err
+    assert "run the same command to resume it" in capsys.readouterr().err
     monkeypatch.setattr(RoutingStudy, "step", None)  # what was complete is not done again
     assert main(arguments(checkpoint, texts, out)) == 0
     assert capsys.readouterr().out.strip() == str((out / "report.html").resolve())
