@@ -85,7 +85,7 @@ def drawn(rendered: Any, what: str, instead: str) -> TokensHTML:
     return TokensHTML(f"<div {found[1]}></div>", (call,))
 
 
-def too_much(size: float, what: str, instead: str) -> None:
+def too_much(size: int, what: str, instead: str) -> None:
     """Refuse that much data."""
     raise InputError(f"{what} would take {size / 1e6:.1f} MB; at most {LARGEST / 1e6:.0f} MB are drawn: {instead}")
 
