@@ -94,7 +94,7 @@ def _routing(tables: Tables, model: Facts) -> Iterator[str]:
     for name, said in (("random_router", "a random router"), ("token_unigram", "by the token alone")):
         rows = _where(best, routing=name, layer=layer, domain=domain)
         null += f", {said} {rows['share'].iloc[0]:.1%}" if len(rows) else ""
-    again = "" if top["picked_apart"] != top["picked_apart"] else f"; {top['picked_apart']:.1%} if cross-fitted"
+    again = "" if pd.isna(top["picked_apart"]) else f"; {top['picked_apart']:.1%} if cross-fitted"
     yield (
         f"most specialised: expert {top['expert']} of layer {layer} is chosen by {value(top, 'share', form='.1%')} of "
         f"{domain}'s tokens{again}; {null} (most_specialised)"

@@ -140,3 +140,10 @@ def test_sources_count_together_where_intervals_are_over_all_of_them():
     found = findings_of(manifest, {"layers": layers})
     assert not found.warnings and "0.5 [0.4, 0.6] (layer 1)" in found.lines[0]
     assert findings_of({**manifest, "read": read[:1]}, {"layers": layers}).warnings  # negative control
+
+
+def test_a_single_source_has_no_share_that_was_picked_on_others():
+    texts = [domain("one", n=2, sources=1)]
+    result = run(RoutingStudy(), tiny_model(), texts, reading=SMALL)
+    said = str(result.findings())
+    assert "most specialised: expert" in said and "cross-fitted" not in said
