@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lens import names
+from moe_lens.model.experts.elsewhere import StoredMatrices
 from moe_lens.model.experts.expert_weights_view import (
     Experts,
     Product,
@@ -83,8 +84,9 @@ def _outputs(
         given, identical = x[:busy], x[busy:]
         rows, place, permutation = rows.first(experts.n_matrices, busy), place.clamp(max=busy), permutation[:busy]
 
-    def times(value: Tensor, matrix: Tensor | Matrices, bias: Tensor | None) -> Tensor:
+    def times(value: Tensor, matrix: Tensor | Matrices, bias: Tensor | StoredMatrices | None) -> Tensor:
         out = multiplied(value, matrix, rows, product)
+        assert not isinstance(bias, StoredMatrices), "inside `on_device`, what is kept elsewhere is here"
         return out if bias is None else out + bias[rows.ids]
 
     parts = [times(given, *first) for first in experts.first()]
