@@ -6,6 +6,7 @@ VENV ?= .venv
 REPORT_ARGS ?=
 ATLAS_ARGS ?=
 GPU_ARGS ?=
+BENCH_ARGS ?=
 PYTEST_ARGS ?=
 SINCE ?= $(shell git merge-base HEAD main 2>/dev/null || echo HEAD)
 
@@ -16,7 +17,7 @@ INSTALL := $(PIP) install --quiet --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help report atlas install .installed-all test .plain .typed test-typed quick test-latest .latest test-oldest .oldest test-python .python \
-    test-wheel .wheel check gpu docs docs-serve examples notebooks picture clean
+    test-wheel .wheel bench .bench check gpu docs docs-serve examples notebooks picture clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 | \2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
@@ -90,6 +91,14 @@ test-wheel:  ## build the wheel; install it, with the newest dependencies, where
 	@$(PIP) install --quiet dist/*.whl
 	@$(BIN)/python scripts/try_wheel.py
 
+# Beside nnsight, which nothing else here needs; where it cannot be installed, its rows are left out, and that is said.
+bench:  ## time and memory beside other tools, into docs/performance.md; BENCH_ARGS="--rounds 15 --only start"
+	@$(MAKE) --no-print-directory VENV=.venv-bench .bench
+
+.bench: $(VENV)/.installed
+	@$(INSTALL) nnsight bitsandbytes || echo "nnsight could not be installed: its rows are left out"
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.side_by_side --write docs/performance.md $(BENCH_ARGS)
+
 # The cache of lint-imports does not notice that a module which others import has been added.
 check: $(VENV)/.installed-dev  ## all of `make test` but the tests
 	$(BIN)/ruff check .
@@ -116,7 +125,7 @@ picture: $(VENV)/.installed  ## draw the README's picture again, from the embedd
 	$(BIN)/python scripts/picture.py
 
 clean:  ## remove .venv and everything that was built
-	rm -rf $(VENV) .venv-latest .venv-oldest .venv-python* .venv-wheel site build dist .pytest_cache .ruff_cache .hypothesis .coverage htmlcov
+	rm -rf $(VENV) .venv-latest .venv-oldest .venv-python* .venv-wheel .venv-bench site build dist .pytest_cache .ruff_cache .hypothesis .coverage htmlcov
 
 # Debian's python3 comes without ensurepip unless python3-venv is installed; pip can then fill the environment from outside.
 $(BIN)/python:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_lens import names
-from moe_lens.errors import HookError
+from moe_lens.errors import HookError, InputError
 from tests.families import CONFIGS, build
 from tests.wrapped import deviation, listening, untouched, wrapped
 
@@ -204,3 +204,41 @@ def test_a_norm_s_gradient_arrives_also_where_rounding_makes_no_difference(size:
     model.zero_grad()
     assert len(seen) == 1 and seen[0].shape == (1, 1, 1)
     assert seen[0].abs().item() > 0
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_graph_that_is_kept_gives_the_gradients_of_any_loss(family: str, frozen: bool) -> None:
+    """All points at once, parameters frozen or not; a loss of the cache alone reaches what comes before it."""
+    case = wrapped(family)
+    table = of_first_layer(case.model)
+    _, expected = gradients(case.model, case.tokens, table)
+    plain = case.model(case.tokens)
+    needed = {name: parameter.requires_grad for name, parameter in case.model.original_model.named_parameters()}
+    try:
+        case.model.original_model.requires_grad_(not frozen)
+        loss, cache = case.model.run_with_cache(
+            case.tokens, names_filter=table, keep_graph=True, return_type="loss"
+        )
+        loss.backward()
+        for name in table:
+            assert deviation(cache[name].grad, expected[name]) <= FP32 * expected[name].abs().max().item(), name
+        logits, cache = case.model.run_with_cache(case.tokens, names_filter=table, keep_graph=True)
+        assert torch.equal(logits, plain)
+        layer = case.model.moe_layers[0]
+        (found,) = torch.autograd.grad(cache["resid_post", layer].square().sum(), cache["resid_mid", layer])
+        assert found.abs().max() > 0
+        _, copied = case.model.run_with_cache(case.tokens, names_filter=table)
+        assert not any(copied[name].requires_grad for name in table)
+    finally:
+        case.model.zero_grad()
+        for name, parameter in case.model.original_model.named_parameters():
+            parameter.requires_grad_(needed[name])
+
+
+def test_a_graph_is_not_kept_where_there_is_none() -> None:
+    case = wrapped("olmoe")
+    with torch.no_grad(), pytest.raises(InputError, match="autograd is off"):
+        case.model.run_with_cache(case.tokens, keep_graph=True)
+    with pytest.raises(InputError, match="leave out incl_bwd, dtype"):
+        case.model.run_with_cache(case.tokens, keep_graph=True, incl_bwd=True, dtype=torch.float16)

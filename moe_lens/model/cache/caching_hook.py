@@ -64,3 +64,23 @@ class CachingHook:
         private = getattr(hook, "private", False) and not self.suffix and not hook.bwd_hooks
         whole = kept.numel() == value.numel()
         return private and whole and all(isinstance(handle.user_hook, CachingHook) for handle in hook.fwd_hooks)
+
+
+@dataclass(frozen=True, eq=False)
+class GraphHook:
+    """A hook function that keeps what it sees itself, in the graph, with room for its gradient."""
+
+    cache: dict[str, Tensor]
+    keys: tuple[str, ...]
+
+    def __call__(self, value: Any, hook: HookPoint) -> None:  # noqa: ARG002
+        """Keep `value`; what is no tensor (a tuple's further members, None) is left out."""
+        if isinstance(value, tuple):
+            value = value[0]
+        if not isinstance(value, Tensor):
+            return
+        if value.is_floating_point():
+            value.requires_grad_()  # where all parameters before it are frozen, the graph begins here
+            value.retain_grad()
+        for key in self.keys:
+            self.cache[key] = value

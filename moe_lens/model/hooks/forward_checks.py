@@ -91,6 +91,24 @@ def check_kept(device: Any, dtype: Any) -> None:
         raise InputError(f"dtype is {dtype!r}; expected a floating-point one, such as torch.float16")
 
 
+def check_graph_kept(copying: list[str]) -> None:
+    """Nothing, where activations can be kept in their graph.
+
+    Args:
+        copying: Arguments that were given and ask for copies.
+
+    Raises:
+        InputError: There are such arguments, or autograd is off.
+    """
+    if copying:
+        raise InputError(
+            f"keep_graph keeps the very activations that the model goes on with: leave out {', '.join(copying)}, "
+            "and cut or convert what is in the cache"
+        )
+    if not torch.is_grad_enabled():
+        raise InputError("keep_graph needs gradients, and autograd is off (torch.no_grad or inference_mode)")
+
+
 def check_positions(pos_slice: Any, pos: int) -> None:
     """Nothing, where a slice of positions fits so many.
 

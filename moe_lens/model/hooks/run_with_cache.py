@@ -8,11 +8,11 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice
 
 from moe_lens.errors import HookError
-from moe_lens.model.cache.caching_hook import CachingHook
+from moe_lens.model.cache.caching_hook import CachingHook, GraphHook
 from moe_lens.model.cache.hook_cache import following_tokens
 from moe_lens.model.cache.moe_cache import MoECache
 from moe_lens.model.hooks.forward import OF_INPUT, ExpertBridge
-from moe_lens.model.hooks.forward_checks import NamesFilter, as_names, check_kept, check_positions, layer_limits
+from moe_lens.model.hooks.forward_checks import NamesFilter, as_names, check_graph_kept, check_kept, check_positions, layer_limits
 
 
 class CachedRuns(ExpertBridge):
@@ -71,6 +71,7 @@ class CachedRuns(ExpertBridge):
         clear_contexts: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        keep_graph: bool = False,
         **kwargs: Any,
     ) -> tuple[Any, Any]:
         """Run the model and keep activations: `(output, cache)`.
@@ -88,10 +89,13 @@ class CachedRuns(ExpertBridge):
             clear_contexts: clear `ctx` of the hook points that were cached.
             device: where to keep tensors, for example `"cpu"`.
             dtype: dtype of the floating-point tensors that are kept; their own if not given.
+            keep_graph: keep activations in the graph instead of copies, so that any loss of theirs or of the output can
+                be differentiated: after `loss.backward()` each has its `.grad`; `torch.autograd.grad` takes them, too.
             kwargs: of `forward`: `return_type`, `attention_mask`, `prepend_bos`, `padding_side`, …
 
         Raises:
             HookError: a name that does not exist.
+            InputError: `keep_graph` where autograd is off, or beside what asks for a copy.
         """
         if incl_bwd and stop_at_layer is not None:
             raise HookError("incl_bwd needs the whole model: leave stop_at_layer out")
@@ -101,9 +105,15 @@ class CachedRuns(ExpertBridge):
             residual=start_at_layer is not None,
         )
         check_positions(pos_slice, given.values.shape[1])
+        if keep_graph:
+            copies = {"incl_bwd": incl_bwd, "remove_batch_dim": remove_batch_dim}
+            copies |= {"device": device is not None, "dtype": dtype is not None, "pos_slice": pos_slice is not None}
+            check_graph_kept([word for word, asked in copies.items() if asked])
         kept, fwd_hooks, bwd_hooks = self.get_caching_hooks(
             names_filter, incl_bwd, device, pos_slice=pos_slice, dtype=dtype
         )
+        if keep_graph:
+            fwd_hooks = [(name, GraphHook(kept, keep.keys)) for name, keep in fwd_hooks]
         first, last = layer_limits(len(self.blocks), start_at_layer, stop_at_layer)
         runs = [name for name, _ in fwd_hooks if self._runs(name, first, last)]
         fwd_hooks, bwd_hooks = ([(n, keep) for n, keep in hooks if n in runs] for hooks in (fwd_hooks, bwd_hooks))
