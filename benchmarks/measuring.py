@@ -28,8 +28,9 @@ class Timed(NamedTuple):
 def interleaved(runs: dict[str, Run], rounds: int, device: str = "cpu") -> dict[str, Timed]:
     """Time runs in turn, round after round, so that a slow moment of the machine falls on all of them.
 
-    On a processor it is processor time, which other programs of the machine disturb least. Every other round goes backwards: what a run leaves behind in caches is not always the same run's advantage. A first
-    round warms up and is not counted.
+    On a processor it is processor time, which other programs of the machine disturb least. Every other round goes
+    backwards: what a run leaves behind in caches is not always the same run's advantage. A first round warms up and is
+    not counted.
     """
     clock = time.process_time if device == "cpu" else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -93,4 +94,6 @@ def machine(device: str = "cpu") -> str:
         name = models[0] if models else platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     load = f", load {os.getloadavg()[0]:.0f}" if hasattr(os, "getloadavg") else ""
-    return f"{name}, {cores} cores{load}, torch {torch.__version__.partition('+')[0]}, {torch.get_num_threads()} threads"
+    return (
+        f"{name}, {cores} cores{load}, torch {torch.__version__.partition('+')[0]}, {torch.get_num_threads()} threads"
+    )

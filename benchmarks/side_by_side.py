@@ -27,6 +27,7 @@ from benchmarks import peers
 from benchmarks.measuring import Run, interleaved, machine, peak_memory
 from moe_lens import HookedMoE, LogitLens, PartialSum, Selection, names
 from moe_lens.data import TokenBatch, embedded_domains
+from moe_lens.errors import InputError
 from moe_lens.interventions import Loss, expert_attribution
 from moe_lens.stats import PairStats, RoutingStats, observe
 
@@ -129,7 +130,10 @@ def growth_table(rounds: int, base: dict[str, int], sizes: dict[str, tuple[int, 
         name = str(of)
         if name not in runs:
             plain = random_model("olmoe", experts=of["experts"], k=of["k"], num_hidden_layers=of["layers"])
-            hooked, given = HookedMoE.from_hf(copy.deepcopy(plain)), torch.randint(3, 8192, (4, of["tokens"] // 4))
+            hooked, given = (
+                HookedMoE.from_hf(copy.deepcopy(plain)),
+                torch.randint(3, COMMON["vocab_size"], (4, of["tokens"] // 4)),
+            )
             wanted = experts_cached(hooked)
             runs[name] = lambda: plain(given, use_cache=False).logits
             runs[name + "+"] = lambda: hooked.run_with_cache(given, names_filter=wanted, use_cache=False)
@@ -173,7 +177,7 @@ def work(model: HookedMoE, packed: HookedMoE | None, tokens: Tensor, layer: int)
     def backward() -> None:
         with torch.enable_grad():
             loss(model(tokens, use_cache=False)).backward()
-        original.zero_grad()  # pyright: ignore[reportCallIssue]
+        original.zero_grad()
 
     def one_by_one() -> None:
         for expert in range(model.n_experts):
@@ -199,9 +203,7 @@ def work(model: HookedMoE, packed: HookedMoE | None, tokens: Tensor, layer: int)
         f"sweep: exact knock-out, layer {layer}": (
             "a pass for each expert",
             one_by_one,
-            lambda: expert_attribution(
-                model, tokens, loss, method="knockout", selection=Selection(layers=[layer])
-            ),
+            lambda: expert_attribution(model, tokens, loss, method="knockout", selection=Selection(layers=[layer])),
         ),
         "statistics: routing and pairs": ("a plain pass", forward, observed),
         "one expert ablated": ("a plain pass", forward, lambda: inside(model.ablate({layer: [0]}), forward)),
@@ -241,7 +243,9 @@ def work_table(rounds: int, tokens: tuple[int, int]) -> Table:
     with torch.no_grad():
         for name, (against, reference, ours) in work(model, packed, given, model.moe_layers[2]).items():
             ratio = interleaved({"reference": reference, "ours": ours}, rounds)["ours"].ratio
-            rows.append([name, against, f"{ratio:.2f} ×", *(f"{peak_memory(r) / 1e6:.0f} MB" for r in (reference, ours))])
+            rows.append(
+                [name, against, f"{ratio:.2f} ×", *(f"{peak_memory(r) / 1e6:.0f} MB" for r in (reference, ours))]
+            )
             tell(" | ".join(rows[-1]))
     return ["", "held against", "time", "its memory", "ours"], rows
 
@@ -291,7 +295,10 @@ def filled(page: str, blocks: dict[str, str]) -> str:
     for name, text in blocks.items():
         pattern = re.compile(rf"(<!-- bench {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         page, found = pattern.subn(lambda m, text=text: f"{m[1]}\n{text}\n\n{m[2]}", page)
-        assert found == 1, f"the page has no block {name}"
+        if found != 1:
+            raise InputError(
+                f"the page has no block {name}: a line `<!-- bench {name} -->` and, after it, `<!-- end -->`"
+            )
     return page
 
 

@@ -217,9 +217,7 @@ def test_a_graph_that_is_kept_gives_the_gradients_of_any_loss(family: str, froze
     needed = {name: parameter.requires_grad for name, parameter in case.model.original_model.named_parameters()}
     try:
         case.model.original_model.requires_grad_(not frozen)
-        loss, cache = case.model.run_with_cache(
-            case.tokens, names_filter=table, keep_graph=True, return_type="loss"
-        )
+        loss, cache = case.model.run_with_cache(case.tokens, names_filter=table, keep_graph=True, return_type="loss")
         loss.backward()
         for name in table:
             assert deviation(cache[name].grad, expected[name]) <= FP32 * expected[name].abs().max().item(), name

@@ -12,7 +12,14 @@ from moe_lens.model.cache.caching_hook import CachingHook, GraphHook
 from moe_lens.model.cache.hook_cache import following_tokens
 from moe_lens.model.cache.moe_cache import MoECache
 from moe_lens.model.hooks.forward import OF_INPUT, ExpertBridge
-from moe_lens.model.hooks.forward_checks import NamesFilter, as_names, check_graph_kept, check_kept, check_positions, layer_limits
+from moe_lens.model.hooks.forward_checks import (
+    NamesFilter,
+    as_names,
+    check_graph_kept,
+    check_kept,
+    check_positions,
+    layer_limits,
+)
 
 
 class CachedRuns(ExpertBridge):

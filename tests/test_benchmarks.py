@@ -1,0 +1,74 @@
+"""The pieces of `make bench` run and compute the same thing; nothing here asserts a speed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import measuring, peers, side_by_side
+from moe_lens import names
+from moe_lens.errors import InputError
+from tests.families import build, tokens
+from tests.wrapped import wrapped
+
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+SAME = 1e-5  # of outputs near 1 in float32: a product of fewer rows may be rounded differently
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "olmoe", "gpt_oss"])
+def test_hooks_by_hand_give_what_the_cache_holds(family: str) -> None:
+    """The peer's work is the same work: sorted by weight, its outputs are `hook_expert_out`."""
+    case = wrapped(family)
+    with torch.no_grad():
+        hand = peers.by_hand(build(family), tokens())
+    wanted = [*side_by_side.experts_cached(case.model), *(names.mlp(names.EXPERT_INDICES, 2),)]
+    _, cache = case.model.run_with_cache(tokens(), names_filter=wanted)
+    assert {layer for _, layer in hand} == set(case.model.moe_layers)
+    for layer in case.model.moe_layers:
+        ours = cache["expert_out", layer].flatten(0, 1)
+        theirs = hand["expert_out", layer]
+        nearest = (ours[:, :, None] - theirs[:, None]).abs().amax(-1).amin(-1)  # each rank in some slot
+        assert nearest.max() <= SAME * theirs.abs().max()
+        assert torch.equal(hand["router_logits", layer].flatten(), cache["router_logits", layer].flatten())
+
+
+def test_runs_take_turns_and_memory_is_seen() -> None:
+    called: list[str] = []
+    found = measuring.interleaved({"a": lambda: called.append("a"), "b": lambda: called.append("b")}, 2)
+    assert called == ["a", "b", "b", "a", "a", "b"]
+    assert found["a"].ratio == 1
+    few, many = (measuring.peak_memory(lambda n=n: torch.zeros(n, 2**20)) for n in (1, 8))  # 4 MiB each
+    assert few < many
+    assert 28 * 2**20 <= many <= 64 * 2**20
+
+
+def test_every_table_of_the_page_can_be_filled() -> None:
+    """Names of blocks and rows in the page are those that the command makes."""
+    page = PAGE.read_text(encoding="utf-8")
+    blocks = {name: f"THE {name}" for name in ("time", "memory", "growth", "work", "start")}
+    filled = side_by_side.filled(page, blocks)
+    assert all(text in filled for text in blocks.values()) and filled.count("| --- |") == 0
+    with pytest.raises(InputError, match="no block speed"):
+        side_by_side.filled(page, {"speed": ""})
+    for family in side_by_side.FAMILIES:
+        assert f" {family} |" in page, "written by hand, or before a family was added: run `make bench`"
+
+
+@pytest.mark.slow
+def test_the_tables_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tiny shapes: every part of the command runs."""
+    small: dict[str, Any] = {**side_by_side.COMMON, "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    monkeypatch.setattr(side_by_side, "COMMON", small)
+    monkeypatch.setattr(side_by_side, "FAMILIES", {"olmoe": {}})
+    with torch.no_grad():
+        tables = side_by_side.family_tables(1, (2, 8), experts=8, k=2, width=16)
+        base = {"tokens": 16, "experts": 8, "k": 2, "layers": 1}
+        growth = side_by_side.growth_table(1, base, {"tokens": (16, 32)})
+    assert [row[0] for row in tables["time"][1]] == [row[0] for row in tables["memory"][1]]
+    assert {"plain transformers", "HookedMoE, experts", "by hand, experts"} <= {row[0] for row in tables["time"][1]}
+    assert [row[0] for row in growth[1]] == ["16 tokens", "32 tokens"]
+    assert growth[1][0][1:3] == ["1.00", "1.00"]
+    head, rows = side_by_side.start_table(1, {"nothing": "pass", "absent": "import no_such_module"})
+    assert head == ["", "seconds"] and rows[1] == ["absent", "not installed"]
