@@ -28,7 +28,7 @@ from moe_lens.studies import RoutingStudy, StudyResult, run
 tokenizer = HookedMoE.from_pretrained("tiny-deepseekmoe").tokenizer
 torch.manual_seed(0)
 config = Qwen3MoeConfig(
-    vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
     num_experts=16, num_experts_per_tok=4, moe_intermediate_size=32, decoder_sparse_step=1, mlp_only_layers=[],
 )  # fmt: skip
 own = Qwen3MoeForCausalLM(config)
