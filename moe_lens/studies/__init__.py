@@ -18,6 +18,7 @@ from moe_lens.studies.facts import read_facts as read_facts
 from moe_lens.studies.lens import LensStudy as LensStudy
 from moe_lens.studies.lens_examples import LensExample as LensExample
 from moe_lens.studies.localisation import Localisation as Localisation
+from moe_lens.studies.probe import Probe as Probe
 from moe_lens.studies.prompt_pairs import Pair as Pair
 from moe_lens.studies.prompt_pairs import read_pairs as read_pairs
 from moe_lens.studies.pruning_study import PruningStudy as PruningStudy
@@ -29,6 +30,9 @@ from moe_lens.studies.study import Study as Study
 from moe_lens.studies.study import run as run
 from moe_lens.studies.study_result import StudyResult as StudyResult
 from moe_lens.studies.token_features import read_features as read_features
+from moe_lens.studies.token_labels import by_pattern as by_pattern
+from moe_lens.studies.token_labels import label_tokens as label_tokens
+from moe_lens.studies.token_labels import read_spans as read_spans
 from moe_lens.studies.verdicts import Verdicts as Verdicts
 from moe_lens.studies.verdicts import judge as judge
 

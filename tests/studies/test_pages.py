@@ -44,3 +44,8 @@ def test_standing_committee(capsys: pytest.CaptureFixture[str]):
 def test_two_checkpoints(capsys: pytest.CaptureFixture[str]):
     overlap = run("checkpoints.md", capsys)["found"].tables["overlap"].set_index("pair")["overlap"]
     assert (overlap["checkpoints"] < 0.95).all() and (overlap["all but routers"] == 1).all()
+
+
+def test_sparse_probes(capsys: pytest.CaptureFixture[str]):
+    probes = run("probe.md", capsys)["probes"].set_index(["kind", "k"])
+    assert probes["low"]["experts", 1] > 0.8 and probes["beyond_low"]["experts", 1] > 0.1

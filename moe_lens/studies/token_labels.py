@@ -1,0 +1,159 @@
+"""Labels of tokens: from spans of texts, or what a regular expression finds."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from moe_lens.data import Domain, Passage
+from moe_lens.errors import InputError
+from moe_lens.json_files import parse_json
+
+PATTERNS: dict[str, str] = {"number": r"\d+", "bracket": r"[()\[\]{}]", "capital": r"\b[A-ZÄÖÜÉÈÀ]\w*"}
+"""What is labelled where nothing else is asked for: a regular expression for each label."""
+
+
+class Span(NamedTuple):
+    """A piece of a text, and what it is."""
+
+    start: int
+    """Its first character."""
+    end: int
+    """The character after its last."""
+    label: str
+
+
+def label_tokens(model: Any, domains: Iterable[Any], find: Callable[[str, int, str], Iterable[Span]]) -> pd.DataFrame:
+    """A row per token of every passage: domain, document, position, and of each label whether a span of it is there.
+
+    A token has the labels of all spans of which it holds a character.
+
+    Args:
+        model: Whose tokenizer reads the texts.
+        domains: In memory.
+        find: From the name of a domain, the number of a passage and its text to its spans.
+
+    Raises:
+        InputError: A domain that is streamed, a tokenizer that does not know its characters, or no span at all.
+    """
+    if model.tokenizer is None or not getattr(model.tokenizer, "is_fast", False):
+        raise InputError("this model has no tokenizer that knows its characters: give a table of tokens instead")
+    rows: list[tuple[str, int, int, set[str]]] = []
+    for domain in domains:
+        if not isinstance(domain, Domain):
+            raise InputError(f"the domain {domain.name!r} is streamed; labels are found in texts in memory")
+        for number, passage in enumerate(domain.passages):
+            encoded = model.tokenizer(
+                passage.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            )
+            if list(encoded["input_ids"]) != model.own_ids(passage.text)[1]:
+                raise InputError(
+                    f"{passage.origin}: its tokens are not those of its text alone; give a table of tokens"
+                )
+            spans = list(find(domain.name, number, passage.text))
+            for position, (start, end) in enumerate(encoded["offset_mapping"]):
+                rows.append(
+                    (domain.name, number, position, {s.label for s in spans if s.start < end and start < s.end})
+                )
+    labels = sorted(set().union(*(row[3] for row in rows)))
+    if not labels:
+        raise InputError("no token has a label: no span was given, or no expression found anything")
+    frame = pd.DataFrame([row[:3] for row in rows], columns=["domain", "document", "position"])
+    return frame.assign(**{label: [label in row[3] for row in rows] for label in labels})
+
+
+def by_pattern(patterns: Mapping[str, str]) -> Callable[[str, int, str], Iterable[Span]]:
+    """Spans that regular expressions find, each with the name of its expression.
+
+    Raises:
+        InputError: One is no regular expression.
+    """
+    compiled = {}
+    for label, pattern in patterns.items():
+        try:
+            compiled[label] = re.compile(pattern)
+        except re.error as error:
+            raise InputError(f"{label}: {pattern!r} is no regular expression ({error})") from None
+
+    def find(domain: str, number: int, text: str) -> Iterable[Span]:  # noqa: ARG001
+        return [Span(m.start(), m.end(), label) for label, pattern in compiled.items() for m in pattern.finditer(text)]
+
+    return find
+
+
+def read_spans(path: str | Path) -> tuple[Domain, Callable[[str, int, str], Iterable[Span]]]:
+    """Texts with labelled spans, a line for each as JSON: text, spans ([start, end, label], in characters), source.
+
+    Returns:
+        The domain "spans", and what `label_tokens` finds in it.
+
+    Raises:
+        InputError: It cannot be read, or a line is not so; the message names it.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    passages, spans = [], []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"{path}:{number}"
+            passage, found = _row(line, where, str(path))
+            passages.append(passage)
+            spans.append(found)
+    if not passages:
+        raise InputError(f"{path}: holds no text")
+    return Domain("spans", tuple(passages)), lambda domain, number, text: spans[number]  # noqa: ARG005
+
+
+def _row(line: str, where: str, file: str) -> tuple[Passage, list[Span]]:
+    try:
+        row: Any = parse_json(line)
+        text, spans = row["text"], [Span(start, end, label) for start, end, label in row["spans"]]
+        if isinstance(text, str) and all(0 <= span.start < span.end <= len(text) and span.label for span in spans):
+            return Passage(text, str(row.get("source", file)), where), spans
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise InputError(f'{where}: expected an object with "text" and "spans", a list of [start, end, label] in it')
+
+
+class LabelTable:
+    """Labels by domain, passage and position."""
+
+    def __init__(self, frame: pd.DataFrame):
+        about = ("domain", "document", "position", "token", "counted", "source")
+        self.names: tuple[str, ...] = tuple(str(name) for name in frame.columns if name not in about)
+        wrong = [name for name in self.names if frame[name].dtype != bool]
+        if not {"document", "position"} <= set(frame.columns) or not self.names or wrong:
+            raise InputError(
+                "expected a row per token with columns document and position (and domain) and, for each label, one of "
+                f"truth values; got {list(map(str, frame.columns))[:12]}, of which these are no labels: {wrong}"
+            )
+        frame = frame[frame["counted"].astype(bool)] if "counted" in frame.columns else frame  # pyright: ignore
+        keys = ["domain", "document"] if "domain" in frame.columns else ["document"]
+        self._rows: dict[tuple[str | None, int], Tensor] = {}
+        for key, rows in frame.groupby(keys, sort=False):
+            domain, document = key if len(keys) == 2 else (None, key[0])  # pyright: ignore
+            position = torch.tensor(rows["position"].to_numpy())
+            found = torch.full((int(position.max()) + 1, len(self.names)), -1, dtype=torch.int8)
+            found[position] = torch.tensor(rows[list(self.names)].to_numpy(), dtype=torch.int8)
+            self._rows[domain, int(document)] = found
+
+    def of(self, domain: str, document: int, positions: Sequence[int]) -> Bool[Tensor, "pos label"]:
+        """Labels of some tokens of a passage.
+
+        Raises:
+            InputError: The table has no row of one.
+        """
+        rows = self._rows.get((domain, document), self._rows.get((None, document)))
+        at = torch.tensor(list(positions), dtype=torch.long)
+        if rows is None or not len(at) or int(at.max()) >= len(rows) or bool((rows[at] < 0).any()):
+            raise InputError(
+                f"the labels lack tokens of domain {domain!r}, document {document}; expected all that are read"
+            )
+        return rows[at] > 0

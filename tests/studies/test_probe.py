@@ -1,0 +1,126 @@
+"""Sparse probes: against sums written out, the planted experts, labels that mean nothing, and spans of texts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from moe_lens.cli import main
+from moe_lens.errors import InputError
+from moe_lens.stats.sparse_probes import at_components, component_sums, discriminant, pick_components
+from moe_lens.studies import Probe, StudyResult, by_pattern, label_tokens, read_spans, run
+from tests.planted import ATLAS_READING, LAYER, PLANTED, WORDS, planted_domains, planted_model
+from tests.studies.tiny import save_checkpoint
+
+F32 = 1e-4  # a few sums of some hundred numbers near 1 in float32
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return planted_model()
+
+
+@pytest.fixture(scope="module")
+def labels(model) -> pd.DataFrame:
+    """The words of each domain, in texts where they are mixed; and a label that means nothing."""
+    patterns = {name: rf"\b({'|'.join(words)})\b" for name, words in WORDS.items()}
+    frame = label_tokens(model, planted_domains(shuffled=True), by_pattern(patterns))
+    generator = torch.Generator().manual_seed(0)
+    return frame.assign(noise=(torch.rand(len(frame), generator=generator) < 0.3).numpy())
+
+
+@pytest.fixture(scope="module")
+def found(model, labels) -> StudyResult:
+    return run(Probe(labels, (1, 2)), model, planted_domains(shuffled=True), reading=ATLAS_READING)
+
+
+@pytest.mark.typed
+def test_one_planted_expert_and_its_neuron_tell_the_words_and_shuffled_ones_are_told_by_nothing(found):
+    probes: Any = found.tables["probes"].query(f"layer == {LAYER} and k == 1").set_index(["label", "kind"])
+    first: Any = found.tables["components"].query(f"layer == {LAYER} and place == 0").set_index(["label", "kind"])
+    for name, expert in PLANTED.items():
+        for kind in ("experts", "neurons"):
+            probe = probes.loc[(name, kind)]
+            assert probe["low"] > 0.95 and probe["beyond_low"] > 0.3 and abs(probe["shuffled"] - 0.5) < 0.1
+            assert first.loc[(name, kind), "expert"] == expert and first.loc[(name, kind), "both"]
+        assert first.loc[(name, "neurons"), "neuron"] == 0 and pd.isna(first.loc[(name, "experts"), "neuron"])
+
+
+@pytest.mark.typed
+def test_negative_control_a_label_that_means_nothing_is_told_no_better_than_by_chance(found):
+    noise: Any = found.tables["probes"].query("label == 'noise'")
+    assert (noise["low"] < 0.5 + 0.02).all() and (noise["beyond_low"] < 0.02).all()
+    assert noise["accuracy"].between(0.4, 0.6).all()
+
+
+@pytest.mark.typed
+def test_components_and_discriminants_are_those_written_out():
+    generator = torch.Generator().manual_seed(1)
+    n, top_k, experts, width = 300, 2, 5, 3
+    indices = torch.rand(n, experts, generator=generator).argsort(-1)[:, :top_k]
+    values = torch.randn(n, top_k, width, generator=generator)
+    label = torch.rand(n, 1, generator=generator) < 0.4
+    values[..., 1] += 3 * ((indices == 2) & label)
+    dense = torch.zeros(n, experts, width).scatter_(1, indices[..., None].expand(-1, -1, width), values).flatten(1)
+    moments, labelled = component_sums(values, indices, label, experts)
+    y = label[:, 0]
+    effect = ((dense[y].mean(0) - dense[~y].mean(0)) / dense.std(0, correction=0)).abs()
+    picked = pick_components(moments, labelled, float(n), label.sum(0).double(), 4)[0]
+    assert picked.tolist() == effect.topk(4).indices.tolist() and picked[0] == 2 * width + 1
+    x = at_components(values, indices, picked)
+    assert torch.equal(x, dense[:, picked])
+    x = x.double()
+    sums = torch.stack([x[~y].sum(0), x[y].sum(0)])
+    weights, threshold = discriminant(x.T @ x, sums, torch.tensor([float((~y).sum()), float(y.sum())]).double())
+    within = ((~y).sum() * x[~y].T.cov(correction=0) + y.sum() * x[y].T.cov(correction=0)) / n
+    by_hand = torch.linalg.solve(within + 1e-3 * within.trace() / 4 * torch.eye(4), x[y].mean(0) - x[~y].mean(0))
+    assert (weights - by_hand).abs().max() < F32 and (x @ weights > threshold).eq(y).double().mean() > 0.6
+
+
+@pytest.mark.typed
+def test_spans_are_read_and_label_every_token_that_they_touch(model, tmp_path: Path):
+    path = tmp_path / "spans.jsonl"
+    text = "the ship and the judge"
+    path.write_text(json.dumps({"text": text, "source": "a", "spans": [[5, 7, "inside"], [17, 22, "judge"]]}) + "\n")
+    domain, find = read_spans(path)
+    frame = label_tokens(model, [domain], find)
+    encoded = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    for (start, end), row in zip(encoded["offset_mapping"], frame.to_dict("records"), strict=True):
+        assert (row["inside"], row["judge"]) == (start < 7 and end > 5, end > 17)
+    for line in ("[]", '{"text": "a", "spans": [[0, 2, "x"]]}', '{"text": 3, "spans": []}', "{"):
+        path.write_text(line + "\n")
+        with pytest.raises(InputError, match=r":1: expected an object with"):
+            read_spans(path)
+    with pytest.raises(InputError, match="no token has a label"):
+        label_tokens(model, [domain], by_pattern({"x": "zzzz"}))
+
+
+@pytest.mark.typed
+def test_what_cannot_be_probed_is_refused(model, labels, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    domains = planted_domains(shuffled=True)
+
+    def refused(says: str, frame: pd.DataFrame, k: tuple[int, ...] = (1,)) -> None:
+        with pytest.raises(InputError, match=says):
+            run(Probe(frame, k), model, domains, reading=ATLAS_READING)
+
+    refused("expected numbers from 1 to the 16", labels, (17,))
+    refused("these are no labels", labels.assign(sea=1.5))
+    refused("the labels lack tokens", labels[labels["position"] != 3])
+    refused("'rare' is on 1 of", labels[["domain", "document", "position"]].assign(rare=labels.index == 5))
+    save_checkpoint(tmp_path / "model")
+    rows = [
+        {"text": "the old man and sea " * 8, "source": str(i), "spans": [[4, 7, "old"], [24, 27, "old"]]}
+        for i in range(24)
+    ]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["probe", "--model", f"{tmp_path}/model", "--spans", f"{tmp_path}/s.jsonl", "--k", "1", "--tokens", "0"]
+    assert main([*command, "--out", f"{tmp_path}/out"]) == 0
+    assert set(StudyResult.load(tmp_path / "out").tables) == {"probes", "components"}
+    for more in (["--label", "x=y"], ["--domain", f"a={tmp_path}/s.jsonl"]):
+        assert main([*command, *more, "--out", f"{tmp_path}/other"]) == 2
+    assert main(["probe", "--label", "x", "--out", f"{tmp_path}/other"]) == 2
+    assert main(["probe", "--label", "x=(", "--out", f"{tmp_path}/other"]) == 2
+    assert capsys.readouterr().err.count("error: ") == 4
