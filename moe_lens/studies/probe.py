@@ -38,7 +38,7 @@ LEAST = 20
 
 @dataclass(frozen=True, eq=False)
 class _Prepared:
-    halves: Mapping[str, int]
+    halves: Mapping[str, Natural]
     domain: str
     picked: Int[Tensor, "half layer kind label most"] | None = None
     """Labels as they are, then shuffled."""
