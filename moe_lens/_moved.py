@@ -48,6 +48,7 @@ MOVED = {
     "model.contract": "model.experts.expert_weights_view",
     "model.deepseek": "model.families.deepseek",
     "model.deepseek_config": "model.families.deepseek_config",
+    "model.experts.elsewhere": "model.experts.offloaded_experts",
     "model.family": "model.families.family",
     "model.generic": "model.hooks.generic_adapter",
     "model.hooks.bridge": "model.hooks.forward",
@@ -103,6 +104,7 @@ MOVED = {
     "studies.running": "studies.forward_passes",
     "studies.texts": "studies.texts_read",
     "studies.variants": "studies.variant_losses",
+    "summary": "reprs",
     "viz.text": "viz.token_text",
     "viz.tokens": "viz.coloured_tokens",
 }

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from moe_lens.checked import Natural, Positive, checked
 from moe_lens.errors import InputError
+from moe_lens.reprs import Summary
 from moe_lens.storage import believed, load_tensors, save_tensors, whole_numbers
-from moe_lens.summary import Summary
 
 
 def affinity(logits: Float[Tensor, "*axes n_experts"], score: str) -> Float[Tensor, "*axes n_experts"]:

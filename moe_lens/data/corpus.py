@@ -13,7 +13,7 @@ from moe_lens.checked import Natural, Positive, Seed
 from moe_lens.data.files import read_passages
 from moe_lens.data.rows import Passage, read_row
 from moe_lens.errors import InputError
-from moe_lens.summary import Summary
+from moe_lens.reprs import Summary
 
 SHUFFLED = 10_000
 """Passages that are held at a time to be drawn from in a random order, where not all of a corpus is read."""

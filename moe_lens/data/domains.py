@@ -12,7 +12,7 @@ from moe_lens.data.files import read_passages
 from moe_lens.data.rows import Passage
 from moe_lens.data.tables import read_given
 from moe_lens.errors import InputError
-from moe_lens.summary import Summary
+from moe_lens.reprs import Summary
 
 EMBEDDED = ("english", "french", "german", "math", "code")
 """The domains that ship with the package; `assets/domains/ATTRIBUTION.md` says where they come from."""

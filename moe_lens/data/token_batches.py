@@ -12,7 +12,7 @@ from moe_lens.checked import Positive, Seed, checked
 from moe_lens.data.domains import Domain
 from moe_lens.data.windows import Window, in_turns, up_to
 from moe_lens.errors import InputError, a_kind
-from moe_lens.summary import Summary
+from moe_lens.reprs import Summary
 
 
 @runtime_checkable

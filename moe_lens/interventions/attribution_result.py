@@ -11,8 +11,8 @@ from torch import Tensor
 
 from moe_lens.checked import Natural
 from moe_lens.errors import InputError
+from moe_lens.reprs import Drawn
 from moe_lens.storage import load_tensors, save_tensors
-from moe_lens.summary import Drawn
 
 Unit = Literal["expert", "rank"]
 _HEADER = ("method", "routing", "baseline", "metric", "clean", "unit", "layers")

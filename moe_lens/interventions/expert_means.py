@@ -14,9 +14,9 @@ from moe_lens.checked import Natural
 from moe_lens.errors import InputError
 from moe_lens.model.cache.moe_cache import MoECache
 from moe_lens.protocols import HookedModel, PaddedTokens, require_stream_width
+from moe_lens.reprs import Summary
 from moe_lens.selection import Selection
 from moe_lens.storage import load_tensors, save_tensors
-from moe_lens.summary import Summary
 
 Batch = Mapping[str, Any] | PaddedTokens
 """Tokens and which of them are padding: what a tokenizer of transformers returns, or a `TokenBatch`."""

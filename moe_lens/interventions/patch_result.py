@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe_lens.checked import Natural, Positive
+from moe_lens.reprs import Drawn
 from moe_lens.storage import load_tensors, save_tensors
-from moe_lens.summary import Drawn
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

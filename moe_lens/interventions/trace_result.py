@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe_lens.checked import Natural, Seed
+from moe_lens.reprs import Drawn, Summary
 from moe_lens.resampling import bootstrap_all
 from moe_lens.storage import load_tensors, save_tensors
-from moe_lens.summary import Drawn, Summary
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,8 +17,8 @@ from moe_lens.lenses.logit_lens import LogitLens
 from moe_lens.lenses.token_rows import Rows, row_batches, rows
 from moe_lens.model.loading.placement import input_device, output_place
 from moe_lens.protocols import require_stream_width
+from moe_lens.reprs import Summary
 from moe_lens.routing import output_factors
-from moe_lens.summary import Summary
 
 _CHUNK = 2**24
 """Greatest number of logits held at a time: 64 MB in float32."""

@@ -13,9 +13,9 @@ from moe_lens import names
 from moe_lens.checked import Natural, Positive
 from moe_lens.lenses.decoding import Decoding
 from moe_lens.lenses.lens_result import LensResult
-from moe_lens.model.experts.elsewhere import every_parameter
+from moe_lens.model.experts.offloaded_experts import every_parameter
 from moe_lens.partial_sum import PartialSum
-from moe_lens.summary import Summary
+from moe_lens.reprs import Summary
 
 
 class Lens(Summary, ABC):

@@ -13,8 +13,8 @@ from torch import Tensor
 from moe_lens.checked import Natural
 from moe_lens.errors import InputError
 from moe_lens.partial_sum import PartialSum
+from moe_lens.reprs import Drawn
 from moe_lens.storage import load_tensors, save_tensors
-from moe_lens.summary import Drawn
 
 AGREEMENTS = ("agrees_final", "agrees_ensemble", "agrees_layer")
 QUANTITIES = ("entropy", "cross_entropy", "target_rank", "kl_final", "kl_ensemble", *AGREEMENTS)

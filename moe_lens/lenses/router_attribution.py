@@ -13,9 +13,9 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.checked import Natural
 from moe_lens.errors import HookError, InputError
-from moe_lens.model.experts.elsewhere import numbers_of
+from moe_lens.model.experts.offloaded_experts import numbers_of
+from moe_lens.reprs import Summary
 from moe_lens.routing import LayerRouting
-from moe_lens.summary import Summary
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Greatest deviation of the sum of all components from the router logits, as a share of the largest component.

@@ -15,7 +15,7 @@ from moe_lens.checked import Natural, Positive
 from moe_lens.errors import HookError, InputError
 from moe_lens.lenses.token_rows import row_batches, rows
 from moe_lens.model.loading.placement import input_device
-from moe_lens.summary import Summary
+from moe_lens.reprs import Summary
 
 _CHUNK = 2**12
 """Tokens of the vocabulary at a time."""

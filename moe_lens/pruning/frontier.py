@@ -18,11 +18,11 @@ from moe_lens.pruning.merging import merge
 from moe_lens.pruning.plans import Plan, plan
 from moe_lens.pruning.scores import Method, Scores
 from moe_lens.pruning.scoring import score
+from moe_lens.reprs import Drawn
 from moe_lens.stats import LossResult, LossStats, Result, halves
 from moe_lens.studies.findings import Findings, across, too_few
 from moe_lens.studies.forward_passes import losses, nothing, predicted
 from moe_lens.studies.frames import where
-from moe_lens.summary import Drawn
 
 ALL = "all"
 """Calibrated on all domains, each counting the same."""

@@ -17,8 +17,8 @@ from moe_lens.ids import one_id
 from moe_lens.interventions.intervention import Intervention
 from moe_lens.pruning.preview import preview
 from moe_lens.pruning.scores import Scores
+from moe_lens.reprs import Summary
 from moe_lens.storage import believed, load_tensors, save_tensors, whole_numbers
-from moe_lens.summary import Summary
 
 Budget = Literal["layer", "global"]
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from moe_lens.checked import Natural, Positive
 from moe_lens.errors import InputError
+from moe_lens.reprs import Summary
 from moe_lens.storage import believed, load_tensors, save_tensors, whole_numbers
-from moe_lens.summary import Summary
 
 Method = Literal[
     "frequency", "summed_weight", "ean", "weighted_ean", "reap", "naee", "gradient", "knockout", "random", "selected"

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from moe_lens.distributed import world_size
 from moe_lens.errors import InputError
+from moe_lens.reprs import Summary
 from moe_lens.stats.sums import Aggregate, from_bytes, to_bytes
 from moe_lens.storage import believed, load_tensors, save_tensors
-from moe_lens.summary import Summary
 
 ResultT = TypeVar("ResultT", bound="Result")
 

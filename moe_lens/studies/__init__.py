@@ -3,7 +3,7 @@
 from moe_lens import checked as _checked
 from moe_lens.studies.ablation_study import AblationStudy as AblationStudy
 from moe_lens.studies.atlas import Atlas as Atlas
-from moe_lens.studies.checkpoints import Checkpoints as Checkpoints
+from moe_lens.studies.checkpoint_overlap import Checkpoints as Checkpoints
 from moe_lens.studies.collect_activations import collect as collect
 from moe_lens.studies.collected import Collected as Collected
 from moe_lens.studies.comparison import Comparison as Comparison

@@ -14,9 +14,9 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.errors import InputError
 from moe_lens.manifest import file_digest, read_manifest
+from moe_lens.reprs import Summary
 from moe_lens.storage import load_tensors, save_tensors
 from moe_lens.studies.findings import Findings
-from moe_lens.summary import Summary
 
 Format = Literal["safetensors", "parquet"]
 KIND = "collected shard"

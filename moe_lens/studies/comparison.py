@@ -21,13 +21,13 @@ from torch import Tensor
 
 from moe_lens.checked import Seed
 from moe_lens.errors import InputError, near_miss
+from moe_lens.reprs import Summary
 from moe_lens.resampling import tail
 from moe_lens.stats import MEASURES, MIN_SOURCES, Result, RoutingResult, SimilarityResult
 from moe_lens.storage import written_whole
 from moe_lens.studies.lens import QUANTITIES, LensTotals
 from moe_lens.studies.study_result import StudyResult
 from moe_lens.studies.variant_losses import VariantLosses
-from moe_lens.summary import Summary
 
 RESAMPLES = 2000
 LEVEL = 0.95

@@ -10,9 +10,9 @@ from typing import Any
 
 import pandas as pd
 
+from moe_lens.reprs import Summary
 from moe_lens.stats import MIN_SOURCES
 from moe_lens.studies.frames import where
-from moe_lens.summary import Summary
 
 MOST = 5
 """Lines."""

@@ -11,11 +11,11 @@ import pandas as pd
 from moe_lens.checked import Positive
 from moe_lens.errors import InputError, near_miss
 from moe_lens.manifest import file_digest, read_manifest
+from moe_lens.reprs import Drawn
 from moe_lens.stats import Result
 from moe_lens.storage import stored_kind
 from moe_lens.studies.findings import Findings, findings_of
 from moe_lens.studies.frames import latex
-from moe_lens.summary import Drawn
 
 
 @dataclass(frozen=True, eq=False)

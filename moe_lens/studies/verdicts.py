@@ -21,11 +21,11 @@ from typing import Any
 import pandas as pd
 
 from moe_lens.errors import InputError, near_miss
+from moe_lens.reprs import Summary
 from moe_lens.storage import written_whole
 from moe_lens.studies.study_result import StudyResult
 from moe_lens.studies.verdict_bounds import FACTORS, HOLDS, THRESHOLDS, Threshold, Verdict
 from moe_lens.studies.verdict_rules import RULES
-from moe_lens.summary import Summary
 
 FORMAT = 1
 """Of `verdicts.json`; grows when a key changes its meaning or goes away."""

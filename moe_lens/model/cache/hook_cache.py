@@ -19,8 +19,8 @@ from moe_lens.errors import HookError, InputError
 from moe_lens.model.cache.absent_model import AbsentModel
 from moe_lens.model.unknown_hooks import instead_of
 from moe_lens.protocols import HookedModel
+from moe_lens.reprs import Summary
 from moe_lens.storage import load_tensors, save_tensors
-from moe_lens.summary import Summary
 
 _GRAD = "_grad"
 Cut = Slice | int | np.integer[Any] | tuple[int, ...] | list[int] | Tensor | NDArray[Any] | None

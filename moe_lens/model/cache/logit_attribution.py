@@ -11,7 +11,7 @@ from moe_lens import names
 from moe_lens.checked import FromEnd, Natural
 from moe_lens.errors import InputError
 from moe_lens.model.cache.hook_cache import Cut, HookCache, as_slice
-from moe_lens.model.experts.elsewhere import numbers_of
+from moe_lens.model.experts.offloaded_experts import numbers_of
 
 
 class AttributionCache(HookCache):

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moe_lens.errors import UnsupportedModelError
-from moe_lens.model.experts.elsewhere import StoredMatrices, is_elsewhere
+from moe_lens.model.experts.offloaded_experts import StoredMatrices, is_elsewhere
 from moe_lens.model.experts.quantised import (
     Matrices,
     PackedMatrices,

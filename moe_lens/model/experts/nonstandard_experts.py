@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from moe_lens.model.experts.elsewhere import StoredMatrices
 from moe_lens.model.experts.expert_weights_view import Experts, Rows, looped_product
+from moe_lens.model.experts.offloaded_experts import StoredMatrices
 from moe_lens.model.experts.quantised import Matrices
 from moe_lens.model.families.family import Family
 

@@ -12,7 +12,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lens import names
-from moe_lens.model.experts.elsewhere import StoredMatrices
 from moe_lens.model.experts.expert_weights_view import (
     Experts,
     Product,
@@ -21,6 +20,7 @@ from moe_lens.model.experts.expert_weights_view import (
     multiplied,
     split_branches,
 )
+from moe_lens.model.experts.offloaded_experts import StoredMatrices
 from moe_lens.model.experts.quantised import Matrices
 from moe_lens.model.hooks.layer_hooks import LayerHooks
 

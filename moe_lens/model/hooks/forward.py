@@ -20,10 +20,10 @@ from moe_lens.model.hooks.forward_checks import (
 )
 from moe_lens.model.hooks.hook_pairs import as_pairs
 from moe_lens.model.hooks.hook_scope import ForwardClaim, HookContext, Hooks, without_batch
-from moe_lens.model.hooks.input_reader import InputReader
 from moe_lens.model.hooks.key_value_cache import check_layers_held, fitting_cache, name_as_transformer_lens
 from moe_lens.model.hooks.layer_hooks import SelectionState
 from moe_lens.model.hooks.model_input import ModelInput
+from moe_lens.model.hooks.to_tokens import InputReader
 from moe_lens.model.tl_compat import BridgeCore
 from moe_lens.selection import Step
 

@@ -6,8 +6,8 @@ from typing import Any
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from moe_lens.model.experts.elsewhere import is_elsewhere, numbers_of
 from moe_lens.model.experts.layer_parameters import LayerParameters
+from moe_lens.model.experts.offloaded_experts import is_elsewhere, numbers_of
 from moe_lens.model.experts.quantised import ReadOnly
 from moe_lens.model.hooks.hook_table import HookTable
 

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedModel
 
-from moe_lens.model.experts.elsewhere import device_of
+from moe_lens.model.experts.offloaded_experts import device_of
 from moe_lens.model.loading.machine import Machine
 from moe_lens.model.loading.memory_plan import Place, Size, gibibytes, plan_memory
 from moe_lens.model.loading.quantising import packed_in

@@ -9,7 +9,7 @@ from accelerate.utils import get_balanced_memory, set_module_tensor_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from moe_lens.model.experts.elsewhere import is_elsewhere, numbers_of
+from moe_lens.model.experts.offloaded_experts import is_elsewhere, numbers_of
 from moe_lens.model.loading.packed_tensors import LazyParameter
 from moe_lens.model.loading.placement import place_of
 from moe_lens.model.loading.streamed_weights import StreamedWeights

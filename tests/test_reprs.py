@@ -10,8 +10,8 @@ import torch
 
 from moe_lens import HookedMoE, LogitLens, TunedLens
 from moe_lens.data import Domain, embedded_domain, tokenize
+from moe_lens.reprs import ROWS, WIDTH, Summary, short
 from moe_lens.stats import RoutedBatch, RoutingStats
-from moe_lens.summary import ROWS, WIDTH, Summary, short
 
 
 @pytest.fixture(scope="module")
