@@ -30,9 +30,10 @@ atlas: $(VENV)/.installed  ## a page for every expert of the embedded model, in 
 
 install: $(VENV)/.installed  ## create .venv and install the package there, editable
 
-# Two processes of one thread each. Each begins with half of the tests, in order, and takes over some of the other's when
-# it is done: most of what tests share is built once. Threads that wait do not spin: more of them than cores would.
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist worksteal
+# Three processes of one thread each, for two cores: some tests wait for others' processes. Each begins with a third of the
+# tests, in order, and takes over some of the others' when it is done: most of what tests share is built once. Threads that
+# wait do not spin: more of them than cores would.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n 3 --dist worksteal
 
 test: check .plain .typed  ## lint, formatting, types, import layers, tests; PYTEST_ARGS="-m 'not slow'" goes to pytest
 

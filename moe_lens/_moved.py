@@ -104,7 +104,6 @@ MOVED = {
     "studies.running": "studies.forward_passes",
     "studies.texts": "studies.texts_read",
     "studies.variants": "studies.variant_losses",
-    "summary": "reprs",
     "viz.text": "viz.token_text",
     "viz.tokens": "viz.coloured_tokens",
 }

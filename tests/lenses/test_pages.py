@@ -28,7 +28,7 @@ def test_tuned_lens_page_runs_as_written(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_expert_reading_page_runs_as_written(capsys):
     values = run("expert-reading.md")
-    assert "tokens; its mean output promotes" in capsys.readouterr().out
+    assert "tokens; the mean output promotes" in capsys.readouterr().out
     assert values["found"].routed > 0.5 * values["found"].tokens  # the most used expert of the language
     own = values["geometry"].to_frame().groupby("measure")[["own", "others"]].mean()
     assert own.loc["inputs", "own"] > 0.3 and abs(own.loc["inputs", "others"]) < 0.1
