@@ -14,8 +14,11 @@ from typer.exceptions import TyperException
 
 import moe_lens
 from moe_lens.cli import atlas as _atlas
+from moe_lens.cli import comparing as _comparing
 from moe_lens.cli import models as _models
+from moe_lens.cli import predicting as _predicting
 from moe_lens.cli import prune as _prune
+from moe_lens.cli import removing_experts as _removing_experts
 from moe_lens.cli import report as _report
 from moe_lens.cli import show as _show
 from moe_lens.cli import studies as _studies
@@ -25,8 +28,11 @@ from moe_lens.errors import InputError, MoELensError
 
 __all__ = [
     "_atlas",
+    "_comparing",
     "_models",
+    "_predicting",
     "_prune",
+    "_removing_experts",
     "_report",
     "_show",
     "_studies",
@@ -34,6 +40,13 @@ __all__ = [
 ]  # the modules of commands are imported to add them to the application
 
 INTERRUPTED, TERMINATED = 130, 143
+
+COMMANDS = (
+    *("report", "atlas", "routing", "single-expert", "lens", "experts-per-token", "ablate", "localise", "contrast"),
+    *("explain", "probe", "checkpoints", "collect", "prune", "compare", "show", "models", "info"),
+)
+"""In the order in which help lists them."""
+app.registered_commands.sort(key=lambda registered: COMMANDS.index(registered.name or ""))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

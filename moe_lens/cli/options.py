@@ -227,3 +227,12 @@ def open_domains(arguments: Sequence[str] | None, config: Path | None, **shared:
             instead = f"write {wrong[0]} = … into its table" if specs else "give your texts by --domain NAME=FILE"
             raise InputError(f"--{OF_DOMAINS[wrong[0]]} is about --domain, and there is none: {instead}")
     return [spec.open() for spec in specs] if specs else embedded_domains()
+
+
+Parallel = Annotated[
+    str | None,
+    typer.Option(
+        metavar="REGEX",
+        help="Where domains hold the same documents (translations): the part in which names of such sources differ.",
+    ),
+]
