@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from moe_lens.model.loading.model_info import ModelInfo
 
 
-@app.command()
+@app.command("models")
 def models() -> None:
     """List the supported model types with their routing rules, and the refused ones with the reason."""
     print(families_text())
 
 
-@app.command()
+@app.command("info")
 def info(
     model: Annotated[
         str,

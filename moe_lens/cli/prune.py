@@ -36,7 +36,7 @@ class Budget(StrEnum):
     whole = "global"
 
 
-@app.command()
+@app.command("prune")
 def prune(
     model: options.Model = "tiny-deepseekmoe",
     domain: options.Domains = None,

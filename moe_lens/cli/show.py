@@ -20,7 +20,7 @@ WIDE = 240
 """Characters of a line where no terminal says how many there are."""
 
 
-@app.command()
+@app.command("show")
 def show(
     folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Saved studies, or folders of reports.")],
     table: Annotated[
