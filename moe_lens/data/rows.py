@@ -59,8 +59,8 @@ def read_row(
         given = _find(row, source)
         if given is _NOTHING:
             raise InputError(f'{origin}: there is no "{source}" that says the source; got {_keys(row, source)}')
-    elif implied:
-        given = row.get("source")
+    elif implied and (given := row.get("source")) is None and "source" not in row:
+        _check_spelling(row, origin)
     return passage("\n".join(found), given, origin, file)
 
 
@@ -100,6 +100,19 @@ def _find(row: Mapping[Any, Any], column: str) -> Any:
             return _NOTHING
         value = value[part]
     return value
+
+
+def _check_spelling(row: Mapping[Any, Any], origin: str) -> None:
+    """Without a source of their own, all rows of a file are one source, and no interval can be had.
+
+    Raises:
+        InputError: A column is `source` but for its capitals or spaces, as behind the commas of a .csv.
+    """
+    for column in row:
+        if isinstance(column, str) and column.strip().lower() == "source":
+            raise InputError(
+                f'{origin}: the column "{column}" is not "source": rename it, or name it as the column of the source'
+            )
 
 
 def _keys(row: Mapping[Any, Any], wanted: str, limit: int = 20) -> str:

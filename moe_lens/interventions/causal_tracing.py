@@ -15,7 +15,7 @@ from moe_lens.interventions.clean_run import CleanRun, Variant
 from moe_lens.interventions.metrics import LogitDifference, LogProb, TokenMetric
 from moe_lens.interventions.patch_sites import SITES, Parts, differing, stream_variant
 from moe_lens.interventions.sweep import token_sweep
-from moe_lens.interventions.trace_prompt import single_token, subject_positions
+from moe_lens.interventions.trace_prompt import single_token, subject_positions, whole_prompt
 from moe_lens.interventions.trace_result import SiteEffects, TraceResult
 
 STREAMS = {"resid": "resid_post", "attn": "attn_out", "mlp": "mlp_out"}
@@ -84,7 +84,7 @@ def trace(
         raise InputError(f"the prompt is {a_kind(prompt)}; expected one text")
     if noise <= 0 or not 0 < level < 1:
         raise InputError(f"got noise={noise}, level={level}; expected > 0, and between 0 and 1")
-    tokens = model.to_tokens(prompt)
+    tokens = whole_prompt(model, prompt)
     corrupted = subject_positions(model, prompt, tokens[0], subject)
     score = _score(model, answer, foil)
     place = [corrupted[-1]] if at is None else subject_positions(model, prompt, tokens[0], at)

@@ -9,6 +9,20 @@ from torch import Tensor
 from moe_lens.errors import InputError
 
 
+def whole_prompt(model: Any, prompt: str) -> Int[Tensor, "1 pos"]:
+    """The tokens of a prompt, none of them cut off: answers are read at its end.
+
+    Raises:
+        InputError: it is longer than the model's context.
+    """
+    tokens = model.to_tokens(prompt, truncate=False)
+    if tokens.shape[1] > model.cfg.n_ctx:
+        raise InputError(
+            f"the prompt {prompt[:60]!r}… has {tokens.shape[1]} tokens; the model's context is {model.cfg.n_ctx}"
+        )
+    return tokens
+
+
 def subject_positions(
     model: Any, prompt: str, tokens: Int[Tensor, " pos"], subject: str | int | Sequence[int]
 ) -> list[int]:

@@ -18,7 +18,7 @@ from moe_lens import names
 from moe_lens.errors import InputError
 from moe_lens.interventions.causal_tracing import EMBEDDING, noisy
 from moe_lens.interventions.clean_run import CleanRun, Hooks
-from moe_lens.interventions.trace_prompt import single_token, subject_positions
+from moe_lens.interventions.trace_prompt import single_token, subject_positions, whole_prompt
 from moe_lens.model.loading.batch_sizes import tokens_at_once
 
 
@@ -67,7 +67,7 @@ class TracedFact:
         Raises:
             InputError: The subject is not in the prompt, or answer or foil are not one token or the same.
         """
-        tokens = model.to_tokens(fact.prompt)
+        tokens = whole_prompt(model, fact.prompt)
         subject = subject_positions(model, fact.prompt, tokens[0], fact.subject)
         answer, foil = single_token(model, "answer", fact.answer), single_token(model, "foil", fact.foil)
         if answer == foil:

@@ -345,12 +345,13 @@ def contrast_prompts(
     """
     study, reading = ContrastStudy(tuple(pairs), **settings), reading or Reading()
     domains = [study.domain(), *neutral]
-    lengths = [len(model.to_tokens(passage.text)[0]) for passage in study.domain().passages]
+    lengths = [len(model.to_tokens(passage.text, truncate=False)[0]) for passage in study.domain().passages]
     if reading.tokens is not None and reading.tokens < sum(lengths):
         raise InputError(f"tokens is {reading.tokens}; the pairs have {sum(lengths)}: give as many or more")
-    if reading.context < max(lengths):
+    if (room := min(reading.context, int(model.cfg.n_ctx))) < max(lengths):
         raise InputError(
-            f"windows have {reading.context} tokens; the longest pair has {max(lengths)}: give longer ones"
+            f"windows have {room} tokens; the longest pair has {max(lengths)}: give longer ones, up to the model's "
+            f"context of {model.cfg.n_ctx}"
         )
     if any(domain.name == PAIRS for domain in neutral):
         raise InputError(f"a neutral domain is named {PAIRS!r}; give it another name")

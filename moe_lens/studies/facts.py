@@ -22,6 +22,7 @@ from moe_lens.checked import Natural, Positive, Seed
 from moe_lens.data import Domain, Passage, Reading, TokenBatch
 from moe_lens.errors import InputError
 from moe_lens.interventions.causal_tracing import embedding_deviation
+from moe_lens.interventions.trace_prompt import whole_prompt
 from moe_lens.interventions.traced_fact import Fact, TracedFact, facts_of
 from moe_lens.json_files import parse_json
 from moe_lens.stats import Accumulator, Result, bootstrap_all
@@ -147,10 +148,7 @@ class FactStudy(Study):
                 "expected at least 1 of each, and noise above 0"
             )
         for fact in self.facts:
-            if len(model.to_tokens(fact.prompt)[0]) > model.cfg.n_ctx:
-                raise InputError(
-                    f"the prompt {fact.prompt[:60]!r}… is longer than the model's {model.cfg.n_ctx} tokens"
-                )
+            whole_prompt(model, fact.prompt)
 
     def domains(self) -> list[Domain]:
         """The prompts of each kind as a domain: what the study reads."""

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens.errors import InputError
-from moe_lens.interventions.trace_prompt import single_token, subject_positions
+from moe_lens.interventions.trace_prompt import single_token, subject_positions, whole_prompt
 from moe_lens.json_files import parse_json
 
 EMBEDDED_PAIRS = "german-english"
@@ -101,9 +101,7 @@ def encode(model: Any, prompts: Sequence[str], spans: Sequence[str | None]) -> E
     special = set(getattr(model.tokenizer, "all_special_ids", ()) or ())
     rows, kept = [], []
     for prompt, span in zip(prompts, spans, strict=True):
-        ids = model.to_tokens(prompt)[0].cpu()
-        if len(ids) > model.cfg.n_ctx:
-            raise InputError(f"the prompt {prompt[:60]!r}… is longer than the model's {model.cfg.n_ctx} tokens")
+        ids = whole_prompt(model, prompt)[0].cpu()
         looked_at = torch.tensor([token not in special for token in ids.tolist()])
         if span is not None:
             inside = torch.zeros_like(looked_at)

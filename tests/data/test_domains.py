@@ -199,6 +199,20 @@ def test_a_source_column_that_is_named_must_be_there(tmp_path):
     assert load_domain("d", dotted, text="a.b").passages[0].text == "text here"
 
 
+def test_a_source_column_that_is_almost_called_so_is_not_passed_over(tmp_path):
+    """Without it every text is of one source, and no study has an interval."""
+    for head, column in (("text, source", " source"), ("text,Source", "Source")):
+        path = written(tmp_path, "d.csv", f"{head}\na b,x\nc d,y")
+        with pytest.raises(InputError, match=f'd.csv:2: the column "{column}" is not "source"'):
+            load_domain("d", path)
+        assert [p.source for p in load_domain("d", path, source=column).passages] == ["x", "y"]
+    frame = pd.DataFrame({"text": ["a b"], "Source": ["x"]})
+    with pytest.raises(InputError, match='the column "Source"'):
+        Domain.of("d", frame)
+    for head in ("text,resource", "text,source,Source"):  # negative controls: another thing; it is there
+        load_domain("d", written(tmp_path, "d.csv", f"{head}\n" + ",".join("a" * (1 + head.count(",")))))
+
+
 TEXTS = [row["text"] for row in ROWS]
 
 

@@ -200,6 +200,7 @@ def test_the_guide_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ({"at": [99]}, "positions are"),
         ({"at": [-99]}, "positions are"),
         ({"routing": "loose"}, "routing is 'loose'"),
+        ({"prompt": PROMPT + " b" * 600, "subject": 1}, "the model's context is"),
     ],
 )
 def test_bad_input_is_named(model: HookedMoE, changes: dict[str, Any], message: str):

@@ -223,6 +223,18 @@ def test_a_residual_stream_needs_labels_for_a_loss_and_runs_forwards() -> None:
     assert torch.allclose(loss, case.model(case.tokens, return_type="loss"), atol=1e-6)
 
 
+def test_what_is_said_of_a_loss_that_is_not_asked_for_is_refused() -> None:
+    case = wrapped("mixtral")
+    said: list[dict[str, Any]] = [{"loss_per_token": True}, {"labels": case.tokens}]
+    for how in said:
+        case.model(case.tokens, return_type="loss", **how)
+        for run in (case.model, case.model.run_with_hooks, case.model.run_with_cache):
+            with pytest.raises(InputError, match="has no effect on return_type='logits'"):
+                run(case.tokens, **how)
+    collated = {"input_ids": case.tokens, "labels": case.tokens}  # as transformers' collators make it
+    assert torch.equal(case.model(collated), case.logits)
+
+
 def test_the_loss_of_logits_of_another_shape_is_refused() -> None:
     case = wrapped("mixtral")
     model, tokens = case.model, case.tokens

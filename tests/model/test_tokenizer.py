@@ -356,4 +356,7 @@ def test_a_long_text_is_cut_where_the_tokenizer_says_and_keeps_its_bos(side: str
     model.cfg.n_ctx = 5
     whole = model.to_tokens(TEXT, truncate=False)[0].tolist()
     kept = whole[-4:] if side == "left" else whole[1:5]
-    assert model.to_tokens(TEXT).tolist() == [[whole[0], *kept]]
+    with pytest.warns(UserWarning, match=f"a text of {len(whole)} tokens is cut to the model's context, 5"):
+        assert model.to_tokens(TEXT).tolist() == [[whole[0], *kept]]
+    model.cfg.n_ctx = len(whole)
+    assert model.to_tokens(TEXT).tolist() == [whole]  # negative control: without a warning, which is an error here

@@ -16,7 +16,7 @@ from moe_lens.errors import InputError
 from moe_lens.studies import Pair, contrast_prompts, read_pairs
 from moe_lens.studies.contrast import ContrastStudy
 from moe_lens.studies.contrast_results import ContrastResult
-from moe_lens.studies.prompt_pairs import outcome_tokens, shared_weights
+from moe_lens.studies.prompt_pairs import encode, outcome_tokens, shared_weights
 from tests.planted import LAYER, PLANTED, WORDS, planted_model
 from tests.studies.tiny import domain, tiny_model
 
@@ -158,6 +158,11 @@ def test_pairs_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     model = tiny_model()
     with pytest.raises(InputError, match="the pairs have"):
         contrast_prompts(model, [Pair("the sea", "the man")], reading=Reading(tokens=2))
+    long = "the sea " * model.cfg.n_ctx
+    with pytest.raises(InputError, match="the longest pair has"):
+        contrast_prompts(model, [Pair(long, "the man")], reading=Reading(tokens=None, context=10**6))
+    with pytest.raises(InputError, match="the model's context is"):
+        encode(model, [long], [None])
     with pytest.raises(InputError, match="a single unit"):
         contrast_prompts(model, [Pair("the sea", "the man", answer=" the", foil=" and")], reading=READING)
     same = Pair("a", "b", answer=" the", foil=" the", template="x")

@@ -126,5 +126,8 @@ def test_facts_that_cannot_be_traced(model):
     fact = facts()[0]
     with pytest.raises(InputError, match="a kind of facts has a single source"):
         localise_facts(model, [fact])
+    long = Fact(fact.prompt + " the" * model.cfg.n_ctx, fact.subject, fact.answer, fact.foil)
+    with pytest.raises(InputError, match="the model's context is"):
+        localise_facts(model, [fact, long])
     with pytest.raises(InputError, match="are the same token"):
         localise_facts(model, [Fact(fact.prompt, fact.subject, fact.answer, fact.answer)] * 2)

@@ -15,6 +15,7 @@ from moe_lens.model.hooks.arguments import forward_words, further_words, refuse_
 from moe_lens.model.hooks.forward_checks import (
     additive,
     check_mask,
+    check_of_loss,
     check_returned,
     layer_limits,
 )
@@ -219,6 +220,7 @@ class ExpertBridge(InputReader):
             words.pop("token_type_ids", None)
         refuse_unknown("the input, for forward,", words, forward_words(kind))
         check_returned(return_type, {**words, **kwargs}, given)
+        check_of_loss(return_type, loss_per_token, kwargs.get("labels"))
         check_mask(given, past)
         check_layers_held(past, self._hf_config.get_text_config())
         stop = kwargs.get("stop_at_layer")

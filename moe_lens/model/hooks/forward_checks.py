@@ -158,6 +158,22 @@ def check_returned(return_type: Any, words: Mapping[str, Any], given: ModelInput
         raise InputError(f"return_type={return_type!r} of embeddings or a residual stream needs the ids: pass labels=")
 
 
+def check_of_loss(return_type: Any, loss_per_token: bool, labels: Any) -> None:
+    """Nothing, where what is said of the loss has a loss to be said of.
+
+    Args:
+        return_type: Of `forward`.
+        loss_per_token: Of `forward`.
+        labels: Of `forward`, not of the input: batches of transformers bring some, whatever they are for.
+
+    Raises:
+        InputError: Logits are to come back.
+    """
+    for word, given in (("loss_per_token", loss_per_token), ("labels", labels is not None)):
+        if given and return_type in ("logits", "logits_and_cache"):
+            raise InputError(f"{word} has no effect on return_type={return_type!r}; expected 'loss' or 'both'")
+
+
 def check_mask(given: ModelInput, past: Any) -> None:
     """Nothing, where a mask [batch, pos] covers what attention reads: the key-value cache's tokens and these.
 

@@ -1,5 +1,6 @@
 """What people give a model to read, as tokens and as the input of a forward pass."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class InputReader(TokenWords):
                 `cfg.default_prepend_bos` is not off); TransformerLens would put EOS in its place. False adds nothing.
             padding_side: of texts that differ in length; None: as the tokenizer says.
             move_to_device: to the model's device.
-            truncate: whether to cut texts that are longer than the model's context.
+            truncate: whether to cut texts that are longer than the model's context, with a warning.
 
         Raises:
             InputError: the model has no tokenizer, or one without the BOS that was asked for, or the input cannot be
@@ -101,7 +102,15 @@ class InputReader(TokenWords):
         """The ids of one text."""
         tokenizer = self._need_tokenizer()
         asked = None if prepend_bos is None and getattr(self.cfg, "default_prepend_bos", True) else bool(prepend_bos)
-        return encode(tokenizer, text, bos=asked, limit=self.cfg.n_ctx if truncate else None)
+        ids, limit = encode(tokenizer, text, bos=asked, limit=None), self.cfg.n_ctx
+        if not truncate or len(ids) <= limit:
+            return ids
+        warnings.warn(
+            f"a text of {len(ids)} tokens is cut to the model's context, {limit}: give model.to_tokens(text, "
+            "truncate=False) to read all of it",
+            stacklevel=2,
+        )
+        return encode(tokenizer, text, bos=asked, limit=limit)
 
     def own_ids(self, text: str) -> tuple[list[int], list[int]]:
         """A text as the model's own tokenizer encodes it: the special tokens that it puts first, and the text's ids.
