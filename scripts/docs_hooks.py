@@ -1,7 +1,8 @@
 """What mkdocs does before it renders a page: `{{ hooks }}` becomes a table made from the module that spells the names.
 
 A page may also take in a Markdown file of the repository, `{{ include PATH }}`: its front matter is dropped, and links
-between such files lead to the pages that show them.
+between such files lead to the pages that show them. An atlas that `make atlas` has written becomes a part of the site,
+and `{{ atlas }}` a link to it.
 """
 
 # The documentation tools are an extra of their own; types are checked without them too.
@@ -14,10 +15,11 @@ from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
-from mkdocs.structure.files import Files
+from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
+ATLAS = "moe-lens-atlas"  # where `make atlas` writes
 
 
 def load(path: Path) -> Any:
@@ -65,7 +67,26 @@ def include(path: str) -> str:
     return re.sub(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)", led, text)
 
 
+def atlas() -> str:
+    """Where the site has the atlas of the embedded model, or how it would."""
+    if (ROOT / ATLAS / "index.html").is_file():
+        return f"**[Open the atlas of the embedded model]({ATLAS}/index.html)**, written by `make atlas`."
+    return (
+        "`make atlas` writes that of the embedded model; a site that `make docs` builds after it has a link to it here."
+    )
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Called by mkdocs when it has found its files: the pages of the atlas join them, its study does not."""
+    for path in sorted((ROOT / ATLAS).rglob("*")):
+        inside = path.relative_to(ROOT)
+        if path.is_file() and inside.parts[1] != "study":
+            files.append(File(inside.as_posix(), str(ROOT), config.site_dir, use_directory_urls=False))
+    return files
+
+
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001
     """Called by mkdocs for every page."""
+    markdown = markdown.replace("{{ atlas }}", atlas())
     markdown = re.sub(r"\{\{ hooks (\w+) \}\}", lambda found: table(*TABLES[found[1]]), markdown)
     return re.sub(r"\{\{ include (\S+) \}\}", lambda found: include(found[1]), markdown)

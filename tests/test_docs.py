@@ -1,11 +1,16 @@
 """The guide's code runs as it is written, and the API pages hold every public name."""
 
+import importlib.util
+import inspect
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from moe_lens import viz
 from tests.test_public_api import PUBLIC
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -54,12 +59,25 @@ def test_interventions_run_as_written(
 
 
 @pytest.mark.slow
-def test_coming_from_another_tool_runs_as_written(capsys: pytest.CaptureFixture[str]):
+def test_coming_from_another_tool_runs_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    theirs = torch.nn.ModuleList(
+        torch.nn.Linear(128, 128) for _ in range(6)
+    )  # a lens as the package tuned-lens saves it
+    (tmp_path / "path/to/folder").mkdir(parents=True)
+    torch.save(theirs.state_dict(), "path/to/folder/params.pt")
+    facts = {"base_model_name_or_path": "tiny-deepseekmoe", "d_model": 128, "num_hidden_layers": 6, "bias": True}
+    Path("path/to/folder/config.json").write_text(json.dumps({**facts, "lens_type": "linear_tuned_lens"}))
     values: dict[str, Any] = {}
     exec(compile(code_of(DOCS / "coming-from.md"), "coming-from.md", "exec"), values)
     assert values["gradient"].abs().sum(-1).min() > 0
     change = (values["skipped"] - values["model"](values["prompts"])).abs().amax((-1, -2))
     assert change[0] < 1e-4 < 1e-2 < change[1]
+    assert (values["logits_without_layer"] - values["logits"]).abs().max() > 1e-2
+    assert torch.equal(values["converted"].weights[2], theirs[3].weight)
+    assert not torch.equal(values["converted"].weights[2], theirs[2].weight)
     assert capsys.readouterr().out
 
 
@@ -71,6 +89,47 @@ def test_figures_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert len(values["figure"].data) == 2 and "\\toprule" in capsys.readouterr().out
     assert {"map.html", "text.html", "runs"} == {file.name for file in tmp_path.iterdir()}
     assert (values["whole"][1:] != values["without"][1:]).any() and len(values["page"].calls) == 3
+
+
+@pytest.mark.slow
+def test_every_figure_has_its_lines_in_the_gallery():  # 8 s: it runs every study that has a figure
+    values: dict[str, Any] = {}
+    exec(compile(code_of(DOCS / "gallery.md"), "gallery.md", "exec"), values)
+    returned = {
+        name: str(inspect.signature(value).return_annotation) for name, value in vars(viz).items() if callable(value)
+    }
+    drawn = {name for name, kind in returned.items() if re.search("Figure|TokensHTML|Table", kind)}
+    assert len(drawn) > 25
+    assert {name: type(values[name]).__name__ for name in drawn} == {
+        name: re.findall(r"\w+", returned[name])[-1] for name in drawn
+    }
+
+
+@pytest.mark.slow
+def test_answers_run_as_written(capsys: pytest.CaptureFixture[str]):
+    values: dict[str, Any] = {}
+    exec(compile(code_of(DOCS / "faq.md"), "faq.md", "exec"), values)
+    assert values["counted"]["sources"].to_dict() == {"recipes": 12, "one_book": 1}
+    assert values["counted"]["low"].isna().to_dict() == {"recipes": False, "one_book": True}
+    assert capsys.readouterr().out
+
+
+def test_the_site_takes_in_an_atlas_that_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("mkdocs")
+    spec = importlib.util.spec_from_file_location("docs_hooks", DOCS.parent / "scripts" / "docs_hooks.py")
+    assert spec and spec.loader
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    monkeypatch.setattr(hooks, "ROOT", tmp_path)
+    config: Any = type("Config", (), {"site_dir": str(tmp_path / "site")})
+    assert "index.html" not in hooks.atlas() and not hooks.on_files([], config)
+    for name in ("index.html", "data/layer-1.js", "study/manifest.json"):
+        path = tmp_path / "moe-lens-atlas" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("1")
+    assert "(moe-lens-atlas/index.html)" in hooks.atlas()
+    found = {file.src_uri for file in hooks.on_files([], config)}
+    assert found == {"moe-lens-atlas/index.html", "moe-lens-atlas/data/layer-1.js"}
 
 
 def test_texts_run_as_written():
