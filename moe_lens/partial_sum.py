@@ -98,27 +98,47 @@ class PartialSum:
 
     @classmethod
     def each_rank(cls, top_k: Positive) -> tuple["PartialSum", ...]:
-        """U + one expert, by rank: k sums."""
+        """U + one expert, by rank: k sums.
+
+        Args:
+            top_k: How many experts a token has.
+        """
         return tuple(cls(ranks=[rank]) for rank in range(top_k))
 
     @classmethod
     def cumulative(cls, top_k: Positive) -> tuple["PartialSum", ...]:
-        """U + the first j ranks, for j = 0 … k: k + 1 sums."""
+        """U + the first j ranks, for j = 0 … k: k + 1 sums.
+
+        Args:
+            top_k: How many experts a token has.
+        """
         return tuple(cls(ranks=range(count)) for count in range(top_k + 1))
 
     @classmethod
     def leave_one_out(cls, top_k: Positive) -> tuple["PartialSum", ...]:
-        """U + all ranks but one: k sums."""
+        """U + all ranks but one: k sums.
+
+        Args:
+            top_k: How many experts a token has.
+        """
         return tuple(cls(ranks=set(range(top_k)) - {rank}) for rank in range(top_k))
 
     @classmethod
     def each_expert(cls, n_experts: Positive) -> tuple["PartialSum", ...]:
-        """U + one expert, by id: one sum for each expert of a layer."""
+        """U + one expert, by id: one sum for each expert of a layer.
+
+        Args:
+            n_experts: How many routed experts a layer has.
+        """
         return tuple(cls(experts=[expert]) for expert in range(n_experts))
 
     @classmethod
     def figure2(cls, top_k: Positive) -> tuple["PartialSum", ...]:
-        """The columns of the paper's Figure 2: the whole layer, `u + routed`, and u + each rank."""
+        """The columns of the paper's Figure 2: the whole layer, `u + routed`, and u + each rank.
+
+        Args:
+            top_k: How many experts a token has.
+        """
         return cls(shared=True), cls(), *cls.each_rank(top_k)
 
     @classmethod
@@ -127,6 +147,10 @@ class PartialSum:
 
         u alone; u + an active expert drawn at random; u + the last rank; u + an expert that was not selected, with the
         weight of rank 0.
+
+        Args:
+            top_k: How many experts a token has.
+            seed: Of both draws.
         """
         active, unselected = cls(drawn="active", seed=seed), cls(drawn="unselected", seed=seed)
         return cls(ranks=[]), active, cls(ranks=[top_k - 1]), unselected

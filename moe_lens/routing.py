@@ -152,6 +152,9 @@ class Routing(_RoutedSlots):
     def layer(self, layer: Natural) -> LayerRouting:
         """Routing of one layer of the model: views, no copies.
 
+        Args:
+            layer: Its number in the model; dense layers count.
+
         Raises:
             InputError: this routing does not hold that layer.
         """
@@ -171,6 +174,9 @@ class Routing(_RoutedSlots):
     @classmethod
     def stack(cls, layers: Iterable[LayerRouting]) -> "Routing":
         """Stack layers of one run (copied); logits and probs are kept if every layer has them.
+
+        Args:
+            layers: What `cache.routing` gave, in ascending order.
 
         Raises:
             InputError: no layers, or layers of different shapes.
@@ -307,7 +313,11 @@ class Routing(_RoutedSlots):
         )
 
     def save(self, path: str | Path) -> None:
-        """Write to one safetensors file."""
+        """Write to one safetensors file.
+
+        Args:
+            path: The file; one that is there is replaced.
+        """
         fields = {name: getattr(self, name) for name in ("indices", "weights", "logits", "probs", "mask")}
         tensors = {name: value.detach().cpu() for name, value in fields.items() if value is not None}
         save_tensors(path, "Routing", tensors, {"layers": self.layers, "n_experts": self.n_experts})
@@ -315,6 +325,9 @@ class Routing(_RoutedSlots):
     @classmethod
     def load(cls, path: str | Path) -> "Routing":
         """Read what `save` wrote, onto the CPU.
+
+        Args:
+            path: The file.
 
         Raises:
             InputError: the file is missing, broken or holds something else.

@@ -150,13 +150,20 @@ class Selection:
         return self
 
     def layers_of(self, model: HookedModel) -> tuple[int, ...]:
-        """The layers that are meant, ascending."""
+        """The layers that are meant, ascending.
+
+        Args:
+            model: A `HookedMoE`, whose MoE layers are meant where none is named.
+        """
         if self.by_layer is not None:
             return tuple(self.by_layer)
         return model.moe_layers if self.layers is None else tuple(self.layers)
 
     def positions(self, step: Step) -> Bool[Tensor, "batch pos"]:
         """Which tokens of a forward pass are meant; never padding.
+
+        Args:
+            step: Tokens, mask and number of earlier tokens of the forward pass.
 
         Raises:
             InputError: a mask of another shape, a predicate without tokens or with an answer of another shape.

@@ -5,6 +5,7 @@ import inspect
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,11 +64,11 @@ def test_coming_from_another_tool_runs_as_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.chdir(tmp_path)
-    theirs = torch.nn.ModuleList(
-        torch.nn.Linear(128, 128) for _ in range(6)
-    )  # a lens as the package tuned-lens saves it
+    # A lens as the package tuned-lens saves it.
+    theirs = {f"{layer}.weight": torch.randn(128, 128) for layer in range(6)}
+    theirs |= {f"{layer}.bias": torch.randn(128) for layer in range(6)}
     (tmp_path / "path/to/folder").mkdir(parents=True)
-    torch.save(theirs.state_dict(), "path/to/folder/params.pt")
+    torch.save(theirs, "path/to/folder/params.pt")
     facts = {"base_model_name_or_path": "tiny-deepseekmoe", "d_model": 128, "num_hidden_layers": 6, "bias": True}
     Path("path/to/folder/config.json").write_text(json.dumps({**facts, "lens_type": "linear_tuned_lens"}))
     values: dict[str, Any] = {}
@@ -76,8 +77,8 @@ def test_coming_from_another_tool_runs_as_written(
     change = (values["skipped"] - values["model"](values["prompts"])).abs().amax((-1, -2))
     assert change[0] < 1e-4 < 1e-2 < change[1]
     assert (values["logits_without_layer"] - values["logits"]).abs().max() > 1e-2
-    assert torch.equal(values["converted"].weights[2], theirs[3].weight)
-    assert not torch.equal(values["converted"].weights[2], theirs[2].weight)
+    assert torch.equal(values["converted"].weights[2], theirs["3.weight"])
+    assert not torch.equal(values["converted"].weights[2], theirs["2.weight"])
     assert capsys.readouterr().out
 
 
@@ -121,7 +122,7 @@ def test_the_site_takes_in_an_atlas_that_was_made(tmp_path: Path, monkeypatch: p
     hooks = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hooks)
     monkeypatch.setattr(hooks, "ROOT", tmp_path)
-    config: Any = type("Config", (), {"site_dir": str(tmp_path / "site")})
+    config: Any = SimpleNamespace(site_dir=str(tmp_path / "site"))
     assert "index.html" not in hooks.atlas() and not hooks.on_files([], config)
     for name in ("index.html", "data/layer-1.js", "study/manifest.json"):
         path = tmp_path / "moe-lens-atlas" / name

@@ -38,11 +38,20 @@ class Lens(Summary, ABC):
         """A point of the residual stream at a layer, translated into the basis of the last layer's output."""
 
     def logits(self, resid: Float[Tensor, "*axes d_model"], layer: Natural) -> Float[Tensor, "*axes d_vocab"]:
-        """FinalNorm(translate(resid)) W_U; differentiable."""
+        """FinalNorm(translate(resid)) W_U; differentiable.
+
+        Args:
+            resid: Any points of the residual stream.
+            layer: The layer that they are of, 0 to n_layers − 1.
+        """
         return self.unembed(self.translate(resid, layer))
 
     def unembed(self, resid: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_vocab"]:
-        """FinalNorm(resid) W_U with the family's own scaling: the model's logits, at its last residual stream."""
+        """FinalNorm(resid) W_U with the family's own scaling: the model's logits, at its last residual stream.
+
+        Args:
+            resid: Any points of the residual stream, in the basis of the last layer.
+        """
         logits = self.model.unembed(self.model.ln_final(resid))
         return self.model.adapter.apply_output_logits_transform(logits)
 

@@ -18,5 +18,10 @@ class LogitLens(Lens):
     """
 
     def translate(self, resid: Float[Tensor, "*axes d_model"], layer: Natural) -> Float[Tensor, "*axes d_model"]:  # noqa: ARG002
-        """The point itself, as if every layer used the basis of the last one."""
+        """The point itself, as if every layer used the basis of the last one.
+
+        Args:
+            resid: Any points of the residual stream.
+            layer: Is not used: all layers are read alike.
+        """
         return resid

@@ -75,7 +75,12 @@ class TunedLens(TranslatedLens):
             )
 
     def translate(self, resid: Float[Tensor, "*axes d_model"], layer: Natural) -> Float[Tensor, "*axes d_model"]:
-        """The residual stream at a layer in the basis of the last: h + A_l h + b_l, in the dtype of h."""
+        """The residual stream at a layer in the basis of the last: h + A_l h + b_l, in the dtype of h.
+
+        Args:
+            resid: Any points of the residual stream.
+            layer: The layer that they are of, 0 to n_layers − 1.
+        """
         weight, bias = self.weights[layer], self.biases[layer]
         wide = resid.to(torch.promote_types(resid.dtype, weight.dtype))
         change = torch.nn.functional.linear(wide, weight.to(wide), bias.to(wide))
@@ -144,6 +149,9 @@ class TunedLens(TranslatedLens):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `lens.safetensors`, each under a temporary name first.
+
+        Args:
+            folder: Is made if it is not there.
 
         Raises:
             InputError: The folder cannot be written.

@@ -78,6 +78,9 @@ class StudyResult(Drawn):
 
         Tables are parquet files; results by domain are safetensors files in the folder `results`. The manifest has a
         digest of each of them, so that a file which was changed is never taken for a result.
+
+        Args:
+            folder: An empty folder.
         """
         folder = Path(folder)
         for name, table in self.tables.items():
@@ -95,6 +98,9 @@ class StudyResult(Drawn):
     @classmethod
     def load(cls, folder: str | Path) -> "StudyResult":
         """Read what a study saved.
+
+        Args:
+            folder: What was given as `out`.
 
         Raises:
             InputError: The folder holds no result of a study, or a file of it is missing or was changed.

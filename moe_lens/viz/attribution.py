@@ -22,7 +22,11 @@ REFERENCES = {
 
 
 def attribution_map(result: ExpertAttribution) -> "Figure":
-    """Layers × experts (or ranks), summed over positions: blue raises the metric, red lowers it, blank is inactive."""
+    """Layers × experts (or ranks), summed over positions: blue raises the metric, red lowers it, blank is inactive.
+
+    Args:
+        result: What `expert_attribution` gave.
+    """
     import plotly.graph_objects as go
 
     values, used = result.total().double(), result.used()

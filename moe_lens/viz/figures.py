@@ -41,7 +41,11 @@ FORMATS = ("pdf", "svg", "png", "html")
 
 
 def figures_of(result: Any) -> tuple[str, ...]:
-    """Names of the functions of `moe_lens.viz` that draw a result; none for a result that has only tables."""
+    """Names of the functions of `moe_lens.viz` that draw a result; none for a result that has only tables.
+
+    Args:
+        result: Any result of moe_lens.
+    """
     if isinstance(result, StudyResult):
         return OF_STUDIES.get(result.study, ())
     return next((drawn for kind, drawn in OF_RESULTS.items() if isinstance(result, kind)), ())

@@ -95,6 +95,11 @@ def lens_table(
 def lens_text(result: LensResult, position: int, *, batch: Natural = 0) -> Table:
     """The same table for a terminal: `token 37%`, and below it `expert·weight`; print it with rich.
 
+    Args:
+        result: What a lens's `decode` gave.
+        position: Counted in the text; −1 is its last real token.
+        batch: The row of the batch.
+
     Raises:
         InputError: The result does not have that position or row.
     """

@@ -27,6 +27,9 @@ def localisation_costs(result: StudyResult) -> "Figure":
     """What the picked experts and coalitions of the same routing weight cost their own domain, and others.
 
     A panel for each way of taking experts out; where nothing could be matched, the picked alone.
+
+    Args:
+        result: Of a `Localisation` study.
     """
     from plotly.subplots import make_subplots
 
@@ -56,7 +59,11 @@ def localisation_costs(result: StudyResult) -> "Figure":
 
 
 def localisation_contrast(result: StudyResult) -> "Figure":
-    """The contrast of the picked (Δ own − mean Δ of others) minus that of each control, with intervals."""
+    """The contrast of the picked (Δ own − mean Δ of others) minus that of each control, with intervals.
+
+    Args:
+        result: Of a `Localisation` study.
+    """
     import plotly.graph_objects as go
 
     table = table_of(result, "localisation", "contrast")

@@ -31,6 +31,9 @@ def patch_map(result: PatchResult) -> "Figure":
     """The effect of patching each place: 0 leaves the base as it is, 1 makes it the source. Layers × the other axis.
 
     Over layer, expert (or rank) and position, a row is an expert; those with the greatest effect are shown.
+
+    Args:
+        result: What `patch` gave.
     """
     import plotly.graph_objects as go
 
@@ -63,6 +66,9 @@ def trace_map(result: TraceResult) -> "Figure":
     """Mean effect of restoring each site on the answer's score, one panel per kind of site; hovering shows intervals.
 
     The subject's tokens, whose embeddings were corrupted, bear a star.
+
+    Args:
+        result: What `trace` gave.
     """
     from plotly.subplots import make_subplots
 

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 
 def pruning_ratios(result: StudyResult) -> "Figure":
-    """Perplexity ÷ that of the whole model in each domain: its own plan, random ones, and those of other domains."""
+    """Perplexity ÷ that of the whole model in each domain: its own plan, random ones, and those of other domains.
+
+    Args:
+        result: Of a `PruningStudy`.
+    """
     import plotly.graph_objects as go
 
     table = table_of(result, "pruning", "pruning")
@@ -48,6 +52,9 @@ def frontier(result: Frontier) -> "Figure":
     """Perplexity ÷ that of the whole model against the share of experts kept: a panel per domain, a line per method.
 
     Calibrated on all domains; log scale. Bars are 95 % intervals over sources, paired with the whole model.
+
+    Args:
+        result: What `pruning.frontier` gave.
     """
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
@@ -97,7 +104,12 @@ def frontier(result: Frontier) -> "Figure":
 
 
 def specialists(result: Frontier, kept: Positive) -> "Figure":
-    """What models for one domain cost in all of them: rows calibrated on, columns measured in, perplexity ÷ whole."""
+    """What models for one domain cost in all of them: rows calibrated on, columns measured in, perplexity ÷ whole.
+
+    Args:
+        result: What `pruning.frontier(…, specialists=…)` gave.
+        kept: How many experts each layer keeps: one of the numbers that were measured.
+    """
     import plotly.graph_objects as go
 
     frame: Any = result.to_frame()

@@ -11,6 +11,9 @@ def readable(token: str) -> str:
     """A token as a reader can see it: whitespace as ␣ ↵ ⇥, other unprintable characters by code, an empty one as ∅.
 
     Four or more of the same whitespace become one and their number: ␣×8.
+
+    Args:
+        token: The text of one token.
     """
     shown = "".join(VISIBLE.get(character) or _printable(character) for character in token)
     return re.sub(r"([␣↵⇥])\1{3,}", lambda run: f"{run[1]}×{len(run[0])}", shown) or "∅"

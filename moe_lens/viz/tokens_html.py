@@ -58,7 +58,11 @@ class TokensHTML:
 
 
 def beside(**drawings: TokensHTML) -> TokensHTML:
-    """Several drawings on one page under their names, one below another; circuitsvis' script stands on it once."""
+    """Several drawings on one page under their names, one below another; circuitsvis' script stands on it once.
+
+    Args:
+        drawings: Each under the name that is to stand above it.
+    """
     parts = [f"<section><h3>{html.escape(name)}</h3>\n{of.body}\n</section>" for name, of in drawings.items()]
     return TokensHTML("\n".join(parts), tuple(call for of in drawings.values() for call in of.calls))
 

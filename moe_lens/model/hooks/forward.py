@@ -306,6 +306,9 @@ class ExpertBridge(InputReader):
         For hook functions, from `hook_routing_weights` on: it holds what earlier hooks have forced, and −1 in slots
         that `hook_expert_kept` leaves out.
 
+        Args:
+            layer: The MoE layer that is running.
+
         Raises:
             HookError: a dense layer, or a layer that is not running or has not selected yet.
         """
@@ -313,6 +316,9 @@ class ExpertBridge(InputReader):
 
     def selection_state(self, layer: Natural) -> SelectionState:
         """What the forward pass now running selects a layer's experts from; for hook functions on the selection.
+
+        Args:
+            layer: The MoE layer that is selecting.
 
         Raises:
             HookError: a dense layer, or a layer that is not selecting.

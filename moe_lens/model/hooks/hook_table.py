@@ -113,7 +113,12 @@ class HookTable(WholeState):
         return blocks[layer].mlp.moe
 
     def to_model_width(self, layer: Natural, routed: Tensor) -> Tensor:
-        """The experts' sum as wide as the residual stream, in families whose experts compute in a narrower space."""
+        """The experts' sum as wide as the residual stream, in families whose experts compute in a narrower space.
+
+        Args:
+            layer: A MoE layer.
+            routed: What `hook_routed_out` holds: [batch, pos, d], d being d_model in most families.
+        """
         widens = self.family.widens
         return routed if widens is None else self._moe(layer).get_submodule(widens)(routed)
 
@@ -137,7 +142,11 @@ class HookTable(WholeState):
         return self._experts(self.moe_layers[0]).n_identities
 
     def has_shared(self, layer: Natural) -> bool:
-        """Whether a MoE layer has shared experts, or a constant in their place (JetMoE's bias)."""
+        """Whether a MoE layer has shared experts, or a constant in their place (JetMoE's bias).
+
+        Args:
+            layer: A MoE layer.
+        """
         return any(at == layer and names.SHARED_OUT in hooks.points for at, hooks in self._layer_hooks())
 
     @property
@@ -171,6 +180,10 @@ class HookTable(WholeState):
 
     def expert_hooks(self, layer: Natural, expert: Natural) -> dict[str, HookPoint]:
         """Make and return the hook points of one expert, whose tensors hold that expert's rows alone.
+
+        Args:
+            layer: A MoE layer.
+            expert: The id of a routed expert.
 
         Raises:
             HookError: a dense layer, or no such expert.
@@ -213,7 +226,11 @@ class HookTable(WholeState):
         return point.name or name, point
 
     def get_hook_point(self, hook_name: str) -> HookPoint | None:
-        """The hook point of a name, or None."""
+        """The hook point of a name, or None.
+
+        Args:
+            hook_name: Either of the names of a hook that has two.
+        """
         try:
             return self._find(hook_name)
         except HookError:
@@ -227,6 +244,12 @@ class HookTable(WholeState):
         is_permanent: bool = False,
     ) -> None:
         """Add a hook to a point, or to all whose name satisfies a predicate.
+
+        Args:
+            name: Of a hook point, or a predicate on names.
+            hook_fn: Called with `(activation, hook)`; what it returns, if not None, replaces the activation.
+            dir: Forward or backward, where it is called with the gradient.
+            is_permanent: Whether `reset_hooks` leaves it.
 
         Raises:
             HookError: there is no such hook.

@@ -54,6 +54,15 @@ class CachedRuns(ExpertBridge):
         """Caching hooks, not added yet: `(cache, fwd_hooks, bwd_hooks)`.
 
         What is stored is a copy: a later change in place by another hook does not reach it.
+
+        Args:
+            names_filter: A name, names or a predicate; None is everything.
+            incl_bwd: Whether gradients are stored, too, under the name + `_grad`.
+            device: Where to store; each tensor's own if not given.
+            remove_batch_dim: Whether to drop the batch axis, of a batch of one.
+            cache: A dictionary to store into; a new one if not given.
+            pos_slice: Positions to store; all if not given.
+            dtype: Of what is stored; each tensor's own if not given.
         """
         check_kept(device, dtype)
         cache = {} if cache is None else cache

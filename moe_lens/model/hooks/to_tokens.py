@@ -118,6 +118,9 @@ class InputReader(TokenWords):
         Studies, statistics and lenses read texts in this way. `to_tokens` adds BOS where there is one, as
         TransformerLens does, even if the tokenizer itself would not.
 
+        Args:
+            text: One text.
+
         Raises:
             InputError: the model has no tokenizer.
         """

@@ -29,6 +29,9 @@ class TokenWords(ParameterViews):
     def to_string(self, tokens: Any) -> Any:
         """The text of ids: one for ids [pos] or a single id, a list for [batch, pos] or rows of ids.
 
+        Args:
+            tokens: Ids in any form: a number, rows, arrays, tensors [pos] or [batch, pos].
+
         Raises:
             InputError: something that is no ids, or ids that the model does not embed.
         """
@@ -66,6 +69,9 @@ class TokenWords(ParameterViews):
     def to_single_token(self, string: str) -> int:
         """The id of a text that is one token.
 
+        Args:
+            string: A text without BOS, blanks included.
+
         Raises:
             TokenError: it is several tokens, or none; also an `AssertionError`, as in TransformerLens.
             InputError: it is no text.
@@ -79,6 +85,9 @@ class TokenWords(ParameterViews):
 
     def to_single_str_token(self, int_token: Natural) -> str:
         """The text of one id.
+
+        Args:
+            int_token: An id of the vocabulary.
 
         Raises:
             InputError: no whole number, or no id that the model embeds.
