@@ -18,12 +18,13 @@ from pathlib import Path
 
 from moe_lens import HookedMoE
 from moe_lens.atlas import run
-from moe_lens.data import Reading, embedded_domains
+from moe_lens.data import Reading, embedded_domain
 from moe_lens.studies import Atlas, StudyResult
 
 model = HookedMoE.from_pretrained("tiny-deepseekmoe")
 folder = Path(tempfile.mkdtemp())
-page = run(model, embedded_domains(), folder, study=Atlas(knockout_tokens=96), reading=Reading(tokens=768, context=64))
+domains = [embedded_domain(name) for name in ("german", "code")]
+page = run(model, domains, folder, study=Atlas(knockout_tokens=128), reading=Reading(tokens=512, context=40))
 tables = StudyResult.load(folder / "study").tables
 sum(path.stat().st_size for path in [page, *(folder / "data").iterdir()]) // 1000, "kB of pages"
 

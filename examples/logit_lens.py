@@ -56,7 +56,7 @@ viz.lens_table(read, read.positions[-1])
 # %%
 frames = []
 for domain in embedded_domains():
-    tokens = model.to_tokens("\n".join(passage.text for passage in domain.passages[:5]), truncate=False)[0, :192]
+    tokens = model.to_tokens("\n".join(passage.text for passage in domain.passages[:5]), truncate=False)[0, :96]
     _, cache = model.run_with_cache(tokens, names_filter=lens.hooks(sums=sums))
     read = lens.decode(cache, sums)
     frames.append(read.to_frame().assign(domain=domain.name))

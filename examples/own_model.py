@@ -66,8 +66,11 @@ recipes = [
 ]
 letters = pd.DataFrame(
     {
-        "text": [f"Dear {name}, thank you for your letter. We hope to see you in spring." for name in "ABCDEFGHIJKLMN"],
-        "author": list("aabbccddeeffgg"),
+        "text": [
+            f"Dear {name}, thank you for your letter. We hope to see you in spring."
+            for name in "ABCDEFGHIJKLMNOPQRSTUVWX"
+        ],
+        "author": list("aabbccddeeffgghhiijjkkll"),
     }
 )
 domains = [Domain.of("recipes", recipes, sources=range(len(recipes))), Domain.of("letters", letters, sources="author")]
@@ -79,14 +82,17 @@ domains = [Domain.of("recipes", recipes, sources=range(len(recipes))), Domain.of
 # With `out=` it is saved as it goes: interrupted, the same call resumes. Findings are a few lines, each with its interval and null.
 
 # %%
-result = run(RoutingStudy(nulls=True), model, domains, reading=Reading(tokens=200, context=32), out=folder / "routing")
+result = run(RoutingStudy(nulls=True), model, domains, reading=Reading(tokens=320, context=32), out=folder / "routing")
 print(StudyResult.load(folder / "routing").findings())
 
 # %% [markdown]
-# A random model routes the two kinds of texts differently, too, since their tokens differ: `token_alone` says how much of a share
-# the tokens explain, which is all of it here but for noise.
+# A random model routes the two kinds of texts differently, too, since their tokens differ. `token_alone` is the largest share
+# of a layer if every token drew its experts as often as it does in these texts, whatever its context: that is nearly all of each
+# share. `random_router` is the same for other random rows, which happen to like other tokens.
 
 # %%
-columns = ["domain", "layer", "expert", "share", "low", "high", "n_sources"]
-table = result.tables["most_specialised"].query("routing == 'model'")
-table[[column for column in columns if column in table]].round(2)
+best = result.tables["most_specialised"].set_index(["domain", "layer"])
+table = pd.DataFrame(best.query("routing == 'model'")[["expert", "share", "low", "high", "sources"]])
+table["token_alone"] = best.query("routing == 'token_unigram'")["share"]
+table["random_router"] = best.query("routing == 'random_router'")["share"]
+table.round(2)

@@ -30,7 +30,7 @@ model = HookedMoE.from_pretrained("tiny-deepseekmoe", dtype=torch.float32)
 
 # %%
 domains = [domain for domain in embedded_domains() if domain.name in ("french", "code")]
-halves = prune.halved(domains, model, n_tokens=1200, context=128)
+halves = prune.halved(domains, model, n_tokens=600, context=128)
 found = prune.frontier(model, halves, ["reap", "frequency", "random"], keep=[0.5, 0.75], specialists="reap")
 table = found.to_frame()
 table[table["calibrated"] == "all"].pivot_table(index=["method", "kept"], columns="domain", values="ratio").round(2)

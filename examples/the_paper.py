@@ -23,12 +23,20 @@ from moe_lens.studies import LensStudy, RoutingStudy, SingleExpertStudy, judge, 
 torch.set_num_threads(1)
 model = HookedMoE.from_pretrained("tiny-deepseekmoe", dtype=torch.float32)
 texts = [domain for domain in embedded_domains() if domain.name in ("german", "code")]
-reading = Reading(tokens=320, context=32)  # of each domain; short windows, so that there are ten sources
+reading = Reading(tokens=240, context=24)  # of each domain; short windows, so that ten sources have their turn
 studies = {
     "routing": run(RoutingStudy(nulls=True), model, texts, reading=reading),
     "single_expert": run(SingleExpertStudy(treatments=("dropped", "random")), model, texts, reading=reading),
     "lens": run(LensStudy(), model, texts, reading=reading),
 }
+
+# %% [markdown]
+# Intervals are over sources, and there are none below ten: of a domain with fewer, all figures below show points alone.
+
+# %%
+sources = studies["routing"].tables["most_specialised"].groupby("domain")[["sources", "tokens"]].first()
+assert (sources["sources"] >= 10).all(), "a domain with fewer than ten sources has no interval"
+sources
 
 # %% [markdown]
 # ## Figure 1: how specialised experts are

@@ -31,8 +31,8 @@ model = HookedMoE.from_pretrained("tiny-deepseekmoe", dtype=torch.float32)
 
 # %%
 passages = [[passage.text for passage in domain.passages] for domain in embedded_domains()]
-held_out = [text for texts in passages for text in texts[:4]]
-corpus = [text for texts in passages for text in texts[4:84]]
+held_out = [text for texts in passages for text in texts[:2]]
+corpus = [text for texts in passages for text in texts[2:42]]
 print(len(corpus), "passages to train on,", len(held_out), "held out")
 
 # %% [markdown]
@@ -45,9 +45,9 @@ lens = TunedLens.fit(
     model,
     corpus,
     held_out=held_out,
-    steps=24,
+    steps=12,
     batch=4,
-    context=128,
+    context=64,
     lr=1.0,
     seed=0,
     checkpoint=folder / "training.safetensors",
@@ -84,7 +84,7 @@ sums = [PartialSum(shared=True), PartialSum(ranks=[0]), PartialSum(ranks=[])]
 _, cache = model.run_with_cache(text, names_filter=shipped.hooks(sums=sums))
 for name, each in (
     ("LogitLens", LogitLens(model)),
-    ("24 steps", again),
+    ("12 steps", again),
     ("shipped", shipped),
     ("shipped, u", shipped.mid),
 ):

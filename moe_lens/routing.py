@@ -176,7 +176,7 @@ class Routing(_RoutedSlots):
         """Stack layers of one run (copied); logits and probs are kept if every layer has them.
 
         Args:
-            layers: What `cache.routing` gave, in ascending order.
+            layers: What `cache.routing` gave, one for each layer.
 
         Raises:
             InputError: no layers, or layers of different shapes.

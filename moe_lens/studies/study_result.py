@@ -80,7 +80,7 @@ class StudyResult(Drawn):
         digest of each of them, so that a file which was changed is never taken for a result.
 
         Args:
-            folder: An empty folder.
+            folder: One that is there, and empty.
         """
         folder = Path(folder)
         for name, table in self.tables.items():
