@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_lens import names
 from moe_lens.checked import Natural, Positive
+from moe_lens.errors import InputError
 from moe_lens.lenses.decoding import Decoding
 from moe_lens.lenses.lens_result import LensResult
 from moe_lens.model.experts.offloaded_experts import every_parameter
@@ -35,7 +36,19 @@ class Lens(Summary, ABC):
 
     @abstractmethod
     def translate(self, resid: Float[Tensor, "*axes d_model"], layer: Natural) -> Float[Tensor, "*axes d_model"]:
-        """A point of the residual stream at a layer, translated into the basis of the last layer's output."""
+        """A point of the residual stream at a layer, translated into the basis of the last layer's output.
+
+        Raises:
+            InputError: the model has no such layer, or a stream of another width.
+        """
+
+    def _check_point(self, resid: Float[Tensor, "*axes width"], layer: int) -> None:
+        cfg = self.model.cfg
+        if layer >= cfg.n_layers or resid.shape[-1:] != (cfg.d_model,):
+            raise InputError(
+                f"got a stream {list(resid.shape)} at layer {layer}; expected layer 0 to {cfg.n_layers - 1} and a last "
+                f"axis of {cfg.d_model}"
+            )
 
     def logits(self, resid: Float[Tensor, "*axes d_model"], layer: Natural) -> Float[Tensor, "*axes d_vocab"]:
         """FinalNorm(translate(resid)) W_U; differentiable.

@@ -17,11 +17,12 @@ class LogitLens(Lens):
         model: A `HookedMoE`.
     """
 
-    def translate(self, resid: Float[Tensor, "*axes d_model"], layer: Natural) -> Float[Tensor, "*axes d_model"]:  # noqa: ARG002
+    def translate(self, resid: Float[Tensor, "*axes d_model"], layer: Natural) -> Float[Tensor, "*axes d_model"]:
         """The point itself, as if every layer used the basis of the last one.
 
         Args:
             resid: Any points of the residual stream.
-            layer: Is not used: all layers are read alike.
+            layer: The layer that they are of; all layers are read alike.
         """
+        self._check_point(resid, layer)
         return resid

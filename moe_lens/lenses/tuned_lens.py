@@ -81,6 +81,7 @@ class TunedLens(TranslatedLens):
             resid: Any points of the residual stream.
             layer: The layer that they are of, 0 to n_layers − 1.
         """
+        self._check_point(resid, layer)
         weight, bias = self.weights[layer], self.biases[layer]
         wide = resid.to(torch.promote_types(resid.dtype, weight.dtype))
         change = torch.nn.functional.linear(wide, weight.to(wide), bias.to(wide))

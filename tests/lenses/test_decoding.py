@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_lens import HookedMoE, PartialSum, names
 from moe_lens.errors import HookError, InputError
-from moe_lens.lenses import LensResult, LogitLens
+from moe_lens.lenses import LensResult, LogitLens, TunedLens
 from moe_lens.lenses.lens_result import QUANTITIES
 from moe_lens.model.cache.moe_cache import MoECache
 from tests.families import CONFIGS, build, tokens
@@ -328,6 +328,12 @@ def test_bad_input_is_refused(model: HookedMoE, cache: MoECache):
     other = wrapped("deepseek").model
     with pytest.raises(InputError, match="the cache was made by another model"):
         LogitLens(other).decode(cache, SUMS)
+    point = torch.zeros(2, model.cfg.d_model)
+    for each in (lens, TunedLens(model, [*torch.zeros(3, 32, 32)], [*torch.zeros(3, 32)])):
+        with pytest.raises(InputError, match=r"got a stream \[2, 32\] at layer 9; expected layer 0 to 2"):
+            each.translate(point, 9)
+        with pytest.raises(InputError, match=r"got a stream \[2, 31\] at layer 1"):
+            each.translate(point[:, 1:], 1)
     with pytest.raises(InputError, match="cache is a dict; expected the MoECache"):
         lens.decode(dict(cache.cache_dict), SUMS)
     wrong: list[tuple[dict[str, Any], str]] = [

@@ -221,6 +221,8 @@ def test_generation_refuses_what_it_does_not_do(model: HookedMoE, word: str, mat
             generate("The old", **{**GREEDY, word: 2})
     with pytest.raises(InputError, match="return_type is 'logits'"):
         model.generate("The old", return_type="logits")
+    with pytest.raises(InputError, match="freq_penalty is 5.0, and counts in sampling alone"):
+        model.generate("The old", **GREEDY, freq_penalty=5.0)
 
 
 @pytest.mark.typed

@@ -143,6 +143,12 @@ def _check_sampling(what: str, words: Mapping[str, Any], d_vocab: int) -> None:
     for word, (fits, expected) in _RANGES.items():
         if word in words and not fits(words[word]):
             raise InputError(f"{what}: {word} is {words[word]!r}; expected {expected}")
+    greedy = not words.get("do_sample", True) or words.get("temperature") == 0
+    if greedy and words.get("freq_penalty"):
+        raise InputError(
+            f"{what}: freq_penalty is {words['freq_penalty']!r}, and counts in sampling alone; pass do_sample=True and "
+            "a temperature above 0, or repetition_penalty"
+        )
     ends = words.get("eos_token_id")
     ends = ends.reshape(-1).tolist() if isinstance(ends, Tensor) else ends
     for end in () if ends is None else ends if isinstance(ends, list | tuple) else [ends]:
