@@ -50,6 +50,9 @@ def _read_file(path: Path, file: str, text: str, source: str | None) -> Iterator
     if path.is_dir() or kind == ".parquet":
         rows: Iterator[tuple[str, Any]] = ((f"{path}:{n}", row) for n, row in enumerate(_read_dataset(path), start=1))
     elif kind == ".txt":
+        if source is not None or text != "text":
+            named = f"source={source!r}" if source is not None else f"text={text!r}"
+            raise InputError(f"{path}: got {named}; a .txt file has no columns: it is one source, cut at blank lines")
         yield from _read_txt(path, file, codec)
         return
     elif kind == ".json":

@@ -18,7 +18,7 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.errors import InputError
 from moe_lens.interventions.attribution_result import Unit
-from moe_lens.interventions.clean_run import CleanRun
+from moe_lens.interventions.clean_run import CleanRun, check_whole_runs
 from moe_lens.interventions.expert_means import ExpertMeans
 from moe_lens.interventions.metrics import KLDivergence, Metric, TokenMetric, among, differentiable, evaluate, finite
 from moe_lens.model.cache.moe_cache import MoECache
@@ -98,6 +98,7 @@ def run_with_gradients(
     Raises:
         InputError: the metric is not a finite scalar or has no gradient.
     """
+    check_whole_runs(kwargs)
     nodes: dict[int, Tensor] = {}
 
     def branch(layer: int) -> Any:

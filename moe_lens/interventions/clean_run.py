@@ -1,6 +1,6 @@
 """A forward pass that can be started again at any block, and the variants that depart from it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,30 @@ from moe_lens.selection import Step
 
 HookFunction = Callable[[Tensor, HookPoint], Tensor | None]
 Hooks = Sequence[tuple[str, HookFunction]]
+
+
+PARTIAL = frozenset(
+    ("cache", "clear_contexts", "device", "dtype", "incl_bwd", "keep_graph", "labels", "loss_per_token", "names_filter")
+    + ("past_key_values", "pos_slice", "remove_batch_dim", "reset_hooks_end", "return_cache_object", "return_type")
+    + ("start_at_layer", "stop_at_layer", "use_cache")
+)
+"""Arguments of `run_with_cache` with which a run is no run of the whole input through the whole model."""
+
+
+def check_whole_runs(words: Mapping[str, Any]) -> None:
+    """Refuse what interventions would pass to `run_with_cache` and not get the whole run with.
+
+    Raises:
+        InputError: names the argument.
+    """
+    if wrong := sorted(PARTIAL & words.keys()):
+        raise InputError(f"got {', '.join(wrong)}; the whole input runs through the whole model here: leave it out")
+    positions = words.get("position_ids")
+    if positions is not None and words.get("attention_mask") is None and (positions.diff(dim=-1) != 1).any():
+        raise InputError(
+            "position_ids jump: without a cache, as here, transformers reads that as several texts in a row; pass one "
+            "text a row, or an attention_mask"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +77,10 @@ class CleanRun:
             kwargs: Of `forward`: `attention_mask`, `prepend_bos`, `padding_side`.
 
         Raises:
+            InputError: an argument with which it would not be the whole run of the input.
             UnsupportedModelError: the model's logits are not its final norm and unembedding alone.
         """
+        check_whole_runs(kwargs)
         n_layers = model.cfg.n_layers
         wanted = [names.block(names.RESID_PRE, layer) for layer in range(n_layers)]
         wanted += [names.block(names.RESID_POST, n_layers - 1)]

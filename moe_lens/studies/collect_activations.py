@@ -67,6 +67,8 @@ def collect(
     out = Path(out)
     domains = pinned(as_domains(domains))
     points = hook_points(model, several(hooks, "hooks"))
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(f"dtype is {dtype!r}; expected a floating-point dtype of torch, such as torch.float16")
     if kind == "parquet" and dtype == torch.bfloat16:
         raise InputError("parquet has no bfloat16; choose float16 or float32, or safetensors")
     if kind == "parquet" and (single := [name for name in points if names.parse_expert(name)]):

@@ -13,6 +13,7 @@ import datasets
 import pandas as pd
 import pyarrow as pa
 import pytest
+import torch
 
 from moe_lens.data import Domain, as_domains, embedded_domains, files, from_generator, in_memory, load_domain, tokenize
 from moe_lens.errors import InputError
@@ -338,3 +339,14 @@ def test_a_key_that_is_there_twice_is_refused(tmp_path: Path, name: str) -> None
         load_domain("d", tmp_path / name)
     (tmp_path / name).write_text((row if name.endswith("l") else f"[{row}]").replace('"text": "a"', '"title": "a"'))
     assert load_domain("d", tmp_path / name).passages[0].text == "b", "negative control"
+
+
+def test_text_files_have_no_columns_and_sources_in_torchs_format_are_numbers(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one two\n\nthree four")
+    assert load_domain("a", path).n_sources == 1
+    for column in ({"source": "url"}, {"text": "body"}):
+        with pytest.raises(InputError, match="a .txt file has no columns"):
+            load_domain("a", path, **column)
+    near = Domain.of("a", ["x", "y"], sources=torch.tensor([1.00001, 1.00002]))
+    assert near.n_sources == 2 and "tensor" not in str(near.passages[0].source)

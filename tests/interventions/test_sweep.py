@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe_lens import HookedMoE, names
 from moe_lens.errors import InputError
+from moe_lens.interventions.attribution import expert_attribution
 from moe_lens.interventions.metrics import KLDivergence, LogitDifference, Loss
 from moe_lens.interventions.sweep import CleanRun, Variant, sweep, token_sweep
 from tests.families import CONFIGS
@@ -291,3 +292,19 @@ def test_layers_whose_router_stands_beside_the_experts_are_swept_too() -> None:
         expected = naive(model, run, hooks, metric, routing, 1)
         assert abs(float(sweep(model, run, [variant], metric, routing=routing)[0]) - expected) <= 1e-12
         assert abs(expected - float(metric(run.logits))) > 1e-6, "negative control: something changed"
+
+
+def test_a_run_that_is_not_whole_is_refused() -> None:
+    case = wrapped("olmoe")
+    model, ids = case.model, case.tokens
+    words: dict[str, Any] = {"pos_slice": -1, "stop_at_layer": 1, "names_filter": [], "remove_batch_dim": True}
+    runs: tuple[Any, ...] = (CleanRun.of, lambda *given, **how: expert_attribution(*given, Loss(ids), **how))
+    for word, value in words.items():
+        for run in runs:
+            with pytest.raises(InputError, match=f"got {word}; the whole input runs through the whole model"):
+                run(model, ids, **{word: value})
+    places = torch.arange(ids.shape[1]).expand_as(ids)
+    moved = CleanRun.of(model, ids, position_ids=places + 3)
+    assert deviation(moved.logits, model(ids, position_ids=places + 3)) == 0
+    with pytest.raises(InputError, match="position_ids jump: without a cache"):
+        CleanRun.of(model, ids, position_ids=places % 5)

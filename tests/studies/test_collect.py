@@ -150,3 +150,10 @@ def test_texts_by_name_are_domains(model, tmp_path):
     assert set(made.documents()["domain"]) == {"a", "b"}
     same = collect(model, [Domain.of("a", texts), Domain.of("b", texts[:4])], tmp_path / "c", reading=READING)
     assert same.manifest == made.manifest
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, "float16"])
+def test_numbers_are_kept_as_numbers(dtype, tmp_path):
+    with pytest.raises(InputError, match="expected a floating-point dtype"):
+        collect(tiny_model(), domain("d", n=2, sources=2), tmp_path / "c", dtype=dtype)
