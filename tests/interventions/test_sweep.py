@@ -298,7 +298,11 @@ def test_a_run_that_is_not_whole_is_refused() -> None:
     case = wrapped("olmoe")
     model, ids = case.model, case.tokens
     words: dict[str, Any] = {"pos_slice": -1, "stop_at_layer": 1, "names_filter": [], "remove_batch_dim": True}
-    runs: tuple[Any, ...] = (CleanRun.of, lambda *given, **how: expert_attribution(*given, Loss(ids), **how))
+
+    def attributed(model: HookedMoE, ids: Tensor, **how: Any) -> Any:
+        return expert_attribution(model, ids, Loss(ids), **how)
+
+    runs: tuple[Any, ...] = (CleanRun.of, attributed)
     for word, value in words.items():
         for run in runs:
             with pytest.raises(InputError, match=f"got {word}; the whole input runs through the whole model"):
