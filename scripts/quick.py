@@ -56,6 +56,15 @@ class Deadline:
     def __init__(self, end: float):
         self.end = end
         self.left: dict[str, int] = {}
+        self.over = self.failed = False
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Note failures: where the time was up, the exit code says that alone."""
+        self.failed |= report.failed
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Note what cannot be collected."""
+        self.failed |= report.failed
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Count what there is to do."""
@@ -69,6 +78,7 @@ class Deadline:
     def pytest_runtest_protocol(self, item: pytest.Item) -> None:
         """Stop before a test that would begin too late."""
         if time.monotonic() > self.end:
+            self.over = True
             item.session.shouldstop = f"{SECONDS} s are over"
 
     def _count(self, nodeid: str, by: int) -> None:
@@ -95,10 +105,12 @@ def main() -> int:
     }
     deadline = Deadline(end)
     options = ["-q", "-m", "not slow", "--rootdir", str(ROOT)]
-    failed = [code for code in (pytest.main([*options, *FAMILY], [deadline]),) if code]
+    codes = [pytest.main([*options, *FAMILY], [deadline])]
     if tests := tests_of(names):
-        code = pytest.main([*options, *tests], [deadline])
-        failed += [code] if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED) else []
+        codes.append(pytest.main([*options, *tests], [deadline]))
+    fine = {pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED}
+    fine |= {pytest.ExitCode.INTERRUPTED} if deadline.over and not deadline.failed else set()
+    failed = [code for code in codes if code not in fine]
     for what, process in running.items():
         said, _ = process.communicate()
         if process.returncode:

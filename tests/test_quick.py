@@ -42,6 +42,12 @@ def test_no_test_begins_when_the_time_is_up(end: float, stops: bool) -> None:
     deadline = quick.Deadline(end)
     deadline.pytest_collection_modifyitems(items)
     deadline.pytest_runtest_protocol(items[0])
-    assert bool(session.shouldstop) == stops
+    assert bool(session.shouldstop) == deadline.over == stops
+    report: Any = SimpleNamespace(failed=False)
+    deadline.pytest_runtest_logreport(report)
+    assert not deadline.failed, "that the time is up is no failure"
+    report.failed = True
+    deadline.pytest_runtest_logreport(report)
+    assert deadline.failed
     deadline.pytest_runtest_logfinish(items[0].nodeid)
     assert deadline.left == {"tests/test_a.py": 1}
