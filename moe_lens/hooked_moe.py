@@ -33,6 +33,12 @@ from moe_lens.model.loading.validate import check_tokenizer, check_wrappable, re
 from moe_lens.reprs import Summary
 from moe_lens.routing import Routing
 
+_NOT_OF_ROUTING = frozenset(
+    ("incl_bwd", "keep_graph", "labels", "loss_per_token", "logits_to_keep", "names_filter", "remove_batch_dim")
+    + ("return_cache_object", "return_type", "stop_at_layer")
+)
+"""Arguments of `run_with_cache` that say what is kept and what comes back, which `routing` knows itself."""
+
 
 @checked
 class HookedMoE(Summary, GeneratingBridge):
@@ -185,12 +191,20 @@ class HookedMoE(Summary, GeneratingBridge):
 
         Args:
             input: what `forward` takes: text, texts, tokens, what a tokenizer returns, …
-            kwargs: of `forward`: `attention_mask`, `prepend_bos`, …
+            kwargs: of `forward`: `attention_mask`, `prepend_bos`, …; `pos_slice`, `device` and `dtype` of what is kept.
+
+        Raises:
+            InputError: an argument that would keep or return something else.
         """
+        if wrong := sorted(_NOT_OF_ROUTING & kwargs.keys()):
+            raise InputError(
+                f"routing has no argument {', '.join(wrong)}: it keeps and returns what routers say of every layer; "
+                "run_with_cache keeps anything"
+            )
         kept = {names.ROUTER_LOGITS, names.EXPERT_INDICES, names.ROUTING_WEIGHTS}
         wanted = [names.mlp(name, layer) for layer in self.moe_layers for name in kept]
         with torch.no_grad():
-            _, cache = self.run_with_cache(input, names_filter=wanted, **kwargs)
+            _, cache = self.run_with_cache(input, names_filter=wanted, return_type=None, **kwargs)
         return Routing.stack([cache.routing(layer) for layer in self.moe_layers])
 
     # --- interventions ---
@@ -270,7 +284,7 @@ class HookedMoE(Summary, GeneratingBridge):
 
         Raises:
             HookError: the layer is dense.
-            InputError: an id out of range, or something that is neither ids nor a mask.
+            InputError: an id out of range, something that is neither ids nor a mask, or nothing to compute.
         """
         if layer not in self.moe_layers:
             raise HookError(f"layer {layer} has no experts; MoE layers are {list(self.moe_layers)}")
@@ -287,6 +301,8 @@ class HookedMoE(Summary, GeneratingBridge):
             )
         if x.shape[-1] != self.cfg.d_model:
             raise InputError(f"x is {x.shape[-1]} wide; expected {self.cfg.d_model}, what mlp.hook_in holds")
+        if not experts.numel():
+            raise InputError(f"no expert is asked for at {tuple(x.shape[:-1])} tokens; expected one at least")
         moe, module = self._moe(layer), self._experts(layer)
         for narrower in self.family.narrows:
             x = moe.get_submodule(narrower)(x)

@@ -24,7 +24,8 @@ class PartialSum:
 
     Raises:
         InputError: an unknown `residual` or `drawn`, ranks or experts that are not distinct whole numbers from 0, more
-            than one of ranks, experts and drawn, or a sum of nothing.
+            than one of ranks, experts and drawn, a seed where nothing is drawn, `weighted=False` without a routed
+            expert, or a sum of nothing.
     """
 
     residual: Residual = "mid"
@@ -53,12 +54,14 @@ class PartialSum:
         given = [name for name in ("ranks", "experts", "drawn") if getattr(self, name) is not None]
         if len(given) > 1:
             raise InputError(f"a partial sum chooses by ranks or by experts, or draws; got {' and '.join(given)}")
-        if self.drawn is None:
-            object.__setattr__(self, "seed", 0)  # nothing is drawn: equal sums are equal
-        elif isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+        if self.drawn is None and self.seed != 0:
+            raise InputError(f"seed={self.seed!r} without drawn=: nothing is drawn; leave it out")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise InputError(f"seed is {self.seed!r}; expected a whole number from 0")
         for name in ("ranks", "experts"):
             object.__setattr__(self, name, _distinct(name, getattr(self, name)))
+        if not self.weighted and self.restricted and not self.picks:
+            raise InputError("weighted=False without a routed expert in the sum: no weight is left out; leave it out")
         if not self.label:
             raise InputError(
                 "a partial sum of nothing: no residual, no routed expert, no shared experts. Ask for one of them"

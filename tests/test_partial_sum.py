@@ -87,7 +87,9 @@ anything = st.tuples(
 def test_equal_labels_mean_equal_sums(one, other):
     def make(residual, chosen, weighted, shared, seed):
         which = {chosen[0]: chosen[1]} if chosen else {}
-        return PartialSum(residual=residual, weighted=weighted, shared=shared, seed=seed, **which)
+        if "drawn" in which:
+            which["seed"] = seed
+        return PartialSum(residual=residual, weighted=weighted, shared=shared, **which)
 
     one, other = make(*one), make(*other)
     assert (one.label == other.label) == (one == other)
@@ -130,6 +132,8 @@ def test_controls_are_told_from_what_they_control():
         ({"ranks": []} | {"experts": []}, "got ranks and experts"),
         ({"ranks": [0], "drawn": "active"}, "got ranks and drawn"),
         ({"drawn": "any"}, "drawn is 'any'; expected one of ('active', 'unselected'), or None"),
+        ({"seed": 3}, "seed=3 without drawn=: nothing is drawn; leave it out"),
+        ({"ranks": [], "weighted": False}, "weighted=False without a routed expert in the sum"),
         ({"drawn": "active", "seed": -1}, "seed is -1; expected a whole number from 0"),
         ({"drawn": "active", "seed": 0.5}, "seed is 0.5; expected a whole number from 0"),
         ({"ranks": 0}, "ranks: got 0; expected whole numbers from 0, in a list"),

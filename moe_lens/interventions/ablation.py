@@ -43,8 +43,8 @@ def ablate(
     where: Where | None = None,
     reference: Reference | None = None,
     renormalize: bool = False,
-    seed: Seed = 0,
-    fallback: Fallback = "error",
+    seed: Seed | None = None,
+    fallback: Fallback | None = None,
 ) -> Intervention:
     """Ablate experts: `with model.ablate({3: [17, 4]}): logits = model(tokens)`.
 
@@ -70,9 +70,9 @@ def ablate(
         reference: for `"mean"`: a cache, a text, texts or tokens, `ExpertMeans`, or a file of saved `ExpertMeans`: a
             `Path`, or a `str` that names a file or ends in `.safetensors`.
         renormalize: for `"zero"`: multiply the remaining routed weights by (sum of all) / (sum of the remaining).
-        seed: random seed of `"resample"`.
-        fallback: for `"resample"`, what to do for an expert with a single token: raise an `"error"`, or use its
-            `"mean"` over the reference.
+        seed: random seed of `"resample"`; 0 if not given.
+        fallback: for `"resample"`, what to do for an expert with a single token: raise an `"error"`, as if not given,
+            or use its `"mean"` over the reference.
 
     Raises:
         InputError: layers, experts or ranks that the model does not have, or arguments that contradict one another;
@@ -87,8 +87,11 @@ def ablate(
         selection = Selection(experts=experts, ranks=ranks, layers=layers, shared=shared, where=where).check(model)
     if how not in get_args(How):
         raise InputError(f"how is {how!r}; expected one of {get_args(How)}")
-    if fallback not in get_args(Fallback):
+    if fallback not in (None, *get_args(Fallback)):
         raise InputError(f"fallback is {fallback!r}; expected one of {get_args(Fallback)}")
+    for name, value in (("seed", seed), ("fallback", fallback)):
+        if value is not None and how != "resample":
+            raise InputError(f"{name}={value!r} with how={how!r}: only how='resample' draws tokens; leave it out")
     if renormalize and (how != "zero" or not selection.routed):
         raise InputError(
             f"renormalize=True with how={how!r} and {'routed' if selection.routed else 'shared'} experts: weights are "
@@ -103,7 +106,7 @@ def ablate(
         means = means_for(model, reference, selection)
     elif reference is not None:
         raise InputError(f"how={how!r} uses no reference; leave it out, or say how='mean' or fallback='mean'")
-    replacement = Replacement(model, selection, "zero" if how == "reroute" else how, means, seed)
+    replacement = Replacement(model, selection, "zero" if how == "reroute" else how, means, seed or 0)
     hooks: list[Hook] = []
     for layer in selection.layers_of(model):
         if selection.routed and how == "zero":
@@ -112,7 +115,7 @@ def ablate(
             hooks.append(_reroute(model, selection, layer) if how == "reroute" else replacement.routed(layer))
         if selection.shared and model.has_shared(layer):
             hooks.append(replacement.shared(layer))
-    options = [how] + ["renormalised"] * renormalize + [f"seed {seed}"] * (how == "resample")
+    options = [how] + ["renormalised"] * renormalize + [f"seed {seed or 0}"] * (how == "resample")
     about = {"how": how, "reference": means, "renormalize": renormalize, "seed": seed, "fallback": fallback}
     recipe = Recipe(ablate, {"experts": selection, **about})
     return Intervention(model, f"ablate {selection}, {', '.join(options)}", tuple(hooks), recipe)
@@ -161,7 +164,7 @@ def keep_top(
     by: By = "weight",
     layers: Iterable[int] | None = None,
     renormalize: bool = False,
-    seed: Seed = 0,
+    seed: Seed | None = None,
 ) -> Intervention:
     """Keep k of every token's active experts; the others are not computed. Shared experts stay.
 
@@ -174,22 +177,25 @@ def keep_top(
             drawn for every token (`"random"`).
         layers: layers in which experts are dropped; all layers with experts if not given.
         renormalize: multiply the kept weights by (sum of all) / (sum of the kept).
-        seed: random seed of `"random"`.
+        seed: random seed of `"random"`; 0 if not given.
 
     Raises:
-        InputError: k out of range, k = 0 with `renormalize`, no such layer or a dense one.
+        InputError: k out of range, k = 0 with `renormalize`, a seed where nothing is drawn, no such layer or a dense
+            one.
     """
     if by not in get_args(By):
         raise InputError(f"by is {by!r}; expected one of {get_args(By)}")
     if k > model.top_k:
         raise InputError(f"k is {k!r}; the model has {model.top_k} active experts: expected 0 to {model.top_k}")
+    if seed is not None and by != "random":
+        raise InputError(f"seed={seed} with by={by!r}: only by='random' draws; leave it out")
     if k == 0 and renormalize:
         raise InputError("renormalize=True with k=0: there is no weight left to rescale")
     selection = Selection(layers=layers).check(model)
     hooks: list[Hook] = []
     for layer in selection.layers_of(model) if k < model.top_k else ():
-        hooks += _leave_out(model, layer, _others(model, layer, k, by, seed), renormalize)
-    options = [f"by {by}"] + ["renormalised"] * renormalize + [f"seed {seed}"] * (by == "random")
+        hooks += _leave_out(model, layer, _others(model, layer, k, by, seed or 0), renormalize)
+    options = [f"by {by}"] + ["renormalised"] * renormalize + [f"seed {seed or 0}"] * (by == "random")
     where = "" if layers is None else f" of {selection}"
     recipe = Recipe(keep_top, {"k": k, "by": by, "layers": selection.layers, "renormalize": renormalize, "seed": seed})
     return Intervention(model, f"keep_top {k}{where}, {', '.join(options)}", tuple(hooks), recipe)

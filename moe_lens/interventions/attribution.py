@@ -38,7 +38,7 @@ def expert_attribution(
     reference: Reference | None = None,
     selection: Selection | None = None,
     per_position: bool | None = None,
-    steps: Positive = 16,
+    steps: Positive | None = None,
     **kwargs: Any,
 ) -> ExpertAttribution:
     """Attribute a metric to every expert (or rank) of every layer: metric(run) − metric(run without it).
@@ -77,7 +77,7 @@ def expert_attribution(
             experts or ranks that are left out are 0.
         per_position: a value for each position, instead of one for all positions (removed together). If not given,
             false for knock-outs, since true needs a run for each expert and position; true otherwise.
-        steps: quadrature points of `"integrated"`.
+        steps: quadrature points of `"integrated"`; 16 if not given.
         kwargs: of `forward`: `attention_mask`, `prepend_bos`, `padding_side`.
 
     Raises:
@@ -88,6 +88,8 @@ def expert_attribution(
     for name, value, known in (("method", method, Method), ("routing", routing, RoutingMode), ("unit", unit, Unit)):
         if value not in get_args(known):
             raise InputError(f"{name} is {value!r}; expected one of {', '.join(map(repr, get_args(known)))}")
+    if steps is not None and method != "integrated":
+        raise InputError(f"steps={steps} with method={method!r}: only method='integrated' takes steps; leave it out")
     if torch.is_inference_mode_enabled() and method in ("direct", "gradient", "integrated"):
         raise InputError(f"method={method!r} needs gradients, which torch.inference_mode() forbids: leave it out")
     selection = (selection or Selection()).check(model)
@@ -120,7 +122,13 @@ def expert_attribution(
             gradients, starts = {}, []
             for layer, which in zip(layers, chosen, strict=True):
                 gradients[layer], start = integrated_gradient(
-                    model, run, metric, layer, slots.removed(layer, which), steps=steps, frozen=routing == "frozen"
+                    model,
+                    run,
+                    metric,
+                    layer,
+                    slots.removed(layer, which),
+                    steps=steps or 16,
+                    frozen=routing == "frozen",
                 )
                 starts.append(start)
             difference = clean - torch.tensor(starts, dtype=torch.float64)

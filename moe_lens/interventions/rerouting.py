@@ -182,13 +182,16 @@ def steer_experts(
         where: tokens to steer at; see `ablate`.
 
     Raises:
-        InputError: no such layer or expert, another value, more experts "on" than are active, or too few experts left.
+        InputError: no such layer or expert, another value, a rule that nothing follows, more experts "on" than are
+            active, or too few experts left.
     """
     if rule not in get_args(SteerRule):
         raise InputError(f"rule is {rule!r}; expected one of {get_args(SteerRule)}")
     if not isinstance(steering, Mapping) or not all(isinstance(of_layer, Mapping) for of_layer in steering.values()):
         raise InputError(f"steering is {steering!r}; expected {{layer: {{expert: a number, 'on' or 'off'}}}}")
     values = {at: dict(of_layer) for at, of_layer in steering.items()}
+    if rule != "affinity" and not any(value in ("on", "off") for of in values.values() for value in of.values()):
+        raise InputError(f"rule={rule!r} is about 'on' and 'off', and only numbers are given: leave it out")
     selection = Selection(experts={at: list(of_layer) for at, of_layer in values.items()}, where=where).check(model)
     hooks: list[Hook] = []
     largest = torch.finfo(getattr(model.cfg, "dtype", None) or torch.float32).max / 2

@@ -63,10 +63,11 @@ class Decoding:
         if not 1 <= top <= d_vocab:
             raise InputError(f"top is {top}; expected 1 to {d_vocab}")
         to_find = self._following() if targets is None else targets.cpu()
-        if to_find.shape != (self.batch, len(self.positions)) or (to_find >= d_vocab).any():
+        if to_find.shape != (self.batch, len(self.positions)) or ((to_find >= d_vocab) | (to_find < -1)).any():
+            ends = f"from {int(to_find.min())} to {int(to_find.max())}" if to_find.numel() else "none"
             raise InputError(
-                f"targets are {tuple(to_find.shape)}, the greatest {int(to_find.max())}; expected ids below {d_vocab} "
-                f"in the shape {(self.batch, len(self.positions))} of batch and positions"
+                f"targets are {tuple(to_find.shape)}, {ends}; expected ids below {d_vocab}, or −1 for none, in the "
+                f"shape {(self.batch, len(self.positions))} of batch and positions"
             )
         _, kept = output_place(self.model.original_model)
         cells = blank(

@@ -64,7 +64,12 @@ class Lens(Summary, ABC):
 
         Args:
             resid: Any points of the residual stream, in the basis of the last layer.
+
+        Raises:
+            InputError: A stream of another width.
         """
+        if resid.shape[-1] != self.model.cfg.d_model:
+            raise InputError(f"got a stream {list(resid.shape)}; expected a last axis of {self.model.cfg.d_model}")
         logits = self.model.unembed(self.model.ln_final(resid))
         return self.model.adapter.apply_output_logits_transform(logits)
 

@@ -79,8 +79,9 @@ def effects(
     found: dict[str, Tensor] = {}
     methods: tuple[Method, ...] = ("direct", "gradient", "integrated")
     for method in methods:
+        taken = steps if method == "integrated" else None
         attribution = expert_attribution(
-            model, tokens, metric, method=method, routing="frozen", steps=steps, attention_mask=attention_mask
+            model, tokens, metric, method=method, routing="frozen", steps=taken, attention_mask=attention_mask
         )
         found[method] = -attribution.values.sum(-1) * reads.sum()
     hooks = Slots.hooks(model.moe_layers, weights=False)

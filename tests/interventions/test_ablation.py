@@ -472,6 +472,9 @@ def test_gradients_flow_past_what_is_left_out() -> None:
         ({"how": "reroute", "shared": True, "ranks": [0]}, "shared ones are not selected"),
         ({"how": "mean", "renormalize": True}, "every weight is still in use"),
         ({"shared": True, "renormalize": True}, "every weight is still in use"),
+        *(({"how": how, "seed": 0}, f"seed=0 with how={how!r}") for how in ("zero", "mean", "reroute")),
+        *(({"how": how, "fallback": "mean"}, f"fallback='mean' with how={how!r}") for how in ("zero", "reroute")),
+        ({"fallback": "error"}, "only how='resample' draws tokens"),
         ({"experts": {1: range(6)}, "how": "reroute"}, "layer 1: 2 experts would be left; a token needs 3"),
         ({"experts": Selection(ranks=[0]), "layers": [1]}, "the Selection says them all"),
     ],
@@ -518,6 +521,9 @@ def test_keep_top_refuses_other_ways_and_rescaling_nothing() -> None:
     model: Any = wrapped("deepseek").model
     with pytest.raises(InputError, match="by is 'first'"):
         model.keep_top(1, by="first")
+    for by in ("weight", "last"):
+        with pytest.raises(InputError, match=f"seed=3 with by='{by}'"):
+            model.keep_top(1, by=by, seed=3)
     with pytest.raises(InputError, match="k=0"):
         model.keep_top(0, renormalize=True)
     with pytest.raises(InputError, match="layer 0 is dense"):

@@ -445,6 +445,7 @@ def test_results_are_tables_and_files(tmp_path: Path) -> None:
         ({"selection": Selection(experts={1: [8]})}, "no expert 8 in layer 1; it has experts 0 to 7"),
         ({"selection": Selection(layers=[7])}, "no layer 7"),
         ({"selection": Selection(shared=True)}, "the selection means shared experts"),
+        ({"steps": 8}, "steps=8 with method='gradient'"),
         ({"metric": lambda logits: logits}, "expected a floating-point scalar tensor"),
         ({"metric": lambda logits: logits.sum() * float("nan")}, "is nan; expected a finite number"),
         ({"metric": lambda logits: logits.argmax().double()}, "has no gradient"),

@@ -233,6 +233,8 @@ def test_other_rules_and_other_parts_are_refused() -> None:
     model: Any = wrapped("deepseek").model
     with pytest.raises(InputError, match=re.escape("rule is 'max'; expected one of ('affinity', 'steermoe')")):
         model.steer_experts({1: {1: "on"}}, rule="max")
+    with pytest.raises(InputError, match="rule='steermoe' is about 'on' and 'off'"):
+        model.steer_experts({1: {1: 0.5}}, rule="steermoe")
     with pytest.raises(InputError, match="what is 'logits'"):
         model.force_routing(model.routing(OTHER), what="logits")
     with pytest.raises(InputError, match="routing is a Tensor; expected what model.routing returns, or a cache"):

@@ -227,10 +227,21 @@ def test_targets_can_be_given(model: HookedMoE, cache: MoECache):
         1 / float(result.top_probs[0, 0, 0, 0, place]), rel=1e-5
     )
     assert int(result.target_rank[0, 0, 1, 0]) == -1 and bool(result.cross_entropy[0, 0, 1, 0].isnan())
-    with pytest.raises(InputError, match=r"targets are \(2, 1\), the greatest 101; expected ids below 101"):
+    with pytest.raises(InputError, match=r"targets are \(2, 1\), from 0 to 101; expected ids below 101"):
         lens.decode(cache, SUMS, positions=[-1], targets=torch.tensor([[101], [0]]))
+    with pytest.raises(InputError, match=r"from -100 to 0; expected ids below 101, or −1 for none"):
+        lens.decode(cache, SUMS, positions=[-1], targets=torch.tensor([[-100], [0]]))
     with pytest.raises(InputError, match=r"in the shape \(2, 12\) of batch and positions"):
         lens.decode(cache, SUMS, targets=other)
+
+
+def test_a_stream_of_another_width_is_refused(model: HookedMoE):
+    lens = LogitLens(model)
+    for call in (lens.unembed, lambda resid: lens.logits(resid, 1), lambda resid: lens.translate(resid, 1)):
+        assert call(torch.zeros(2, model.cfg.d_model)).shape[0] == 2
+        for shape in ((2, 3), (3,), (2, model.cfg.d_model, 1)):
+            with pytest.raises(InputError, match=f"expected .*a last axis of {model.cfg.d_model}"):
+                call(torch.zeros(shape))
 
 
 def test_lenses_of_reduced_precision_read_nearly_the_same(cache: MoECache, model: HookedMoE):

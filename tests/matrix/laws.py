@@ -135,7 +135,7 @@ def parity(case: Case) -> None:
 
 
 def observing(case: Case) -> None:
-    """Reading every hook at once changes no bit, and every hook fires."""
+    """Reading every hook at once, those inside of attention left out, changes no bit, and every hook fires."""
     fired = set(case.cache.keys())
     assert fired == set(case.every), sorted(set(case.every) - fired)[:5]
 
@@ -438,7 +438,7 @@ def generation(case: Case) -> None:
 
 
 def bfloat16(case: Case) -> None:
-    """In bfloat16, too, logits are those of transformers to the bit, with and without hooks that read."""
+    """In bfloat16, too, logits are those of transformers to the bit, with and without hooks that read as above."""
     hf = build(case.model_type, torch.bfloat16, **case.changes)
     with torch.no_grad():
         plain = hf(case.tokens).logits

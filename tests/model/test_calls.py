@@ -1,5 +1,6 @@
 """Calls as people bring them from TransformerLens and transformers: done as they mean, or refused in a line."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,18 @@ def test_the_config_says_the_dtype_that_is_there() -> None:
     ):
         change()
         assert model.cfg.dtype == dtype == model.W_E.dtype
+    inner: Any = model.original_model
+    for change, dtype in (
+        (lambda: inner.half(), torch.float16),
+        (lambda: inner.to(torch.bfloat16), torch.bfloat16),
+        (lambda: inner.model.double(), torch.float64),
+    ):
+        change()
+        assert model.cfg.dtype == dtype == model.W_E.dtype
+    inner.float()
+    copied = copy.deepcopy(model)
+    copied.original_model.half()
+    assert (copied.cfg.dtype, model.cfg.dtype) == (torch.float16, torch.float32)
 
 
 @pytest.mark.slow  # torch's compiler is imported
@@ -180,6 +193,17 @@ def test_what_runs_modules_in_other_ways_is_refused_in_a_line() -> None:
     values = {name: value * 2 for name, value in case.model.named_parameters()}
     with pytest.raises(UnsupportedModelError, match="functional_call cannot run a wrapped model"):
         torch.func.functional_call(case.model, values, (case.tokens,))
+    inner: Any = case.model.original_model
+    by_name = dict(inner.named_parameters())
+    for part in (inner, inner.base_model):
+        for state in (
+            inner.state_dict(),
+            case.model.state_dict(),
+            {name: value * 2 for name, value in by_name.items()},
+        ):
+            with pytest.raises(UnsupportedModelError, match="functional_call cannot run a wrapped model"):
+                torch.func.functional_call(part, state, (case.tokens,))
+    assert len(dict(inner.named_parameters(remove_duplicate=False))) > len(by_name), "transformers' own is untouched"
     with torch.no_grad():
         assert torch.equal(case.model(case.tokens), case.logits)
 
@@ -208,6 +232,11 @@ def test_experts_at_tokens_have_the_tokens_axes(x: tuple[int, ...], experts: Any
     )  # fmt: skip
     with pytest.raises(InputError, match=says):
         model.expert_outputs(0, torch.zeros(*x, model.cfg.d_model), experts)
+    for none in ((0, 3), (1, 0)):
+        with pytest.raises(InputError, match="no expert is asked for"):
+            model.expert_outputs(0, torch.zeros(*none, model.cfg.d_model), torch.zeros(*none, 2).long())
+    with pytest.raises(InputError, match="no expert is asked for at"):
+        model.expert_outputs(0, torch.zeros(1, 3, model.cfg.d_model), torch.zeros(1, 3, 0).long())
     with pytest.raises(InputError, match="is 5 wide"):
         model.expert_outputs(0, torch.zeros(1, 3, 5), torch.zeros(1, 3, 2).long())
 
@@ -223,6 +252,17 @@ def test_a_residual_stream_needs_labels_for_a_loss_and_runs_forwards() -> None:
     assert torch.allclose(loss, case.model(case.tokens, return_type="loss"), atol=1e-6)
 
 
+def test_routing_keeps_and_returns_what_it_does() -> None:
+    case = wrapped("mixtral")
+    said: list[dict[str, Any]] = [{"names_filter": []}, {"return_cache_object": False}, {"remove_batch_dim": True}]
+    said += [{"return_type": "loss"}, {"incl_bwd": True}, {"keep_graph": True}, {"stop_at_layer": 1}]
+    for words in said:
+        with pytest.raises(InputError, match=f"routing has no argument {next(iter(words))}"):
+            case.model.routing(case.tokens, **words)
+    whole, last = case.model.routing(case.tokens), case.model.routing(case.tokens, pos_slice=-1)
+    assert torch.equal(last.indices, whole.indices[:, :, -1:])
+
+
 def test_what_is_said_of_a_loss_that_is_not_asked_for_is_refused() -> None:
     case = wrapped("mixtral")
     said: list[dict[str, Any]] = [{"loss_per_token": True}, {"labels": case.tokens}]
@@ -231,8 +271,14 @@ def test_what_is_said_of_a_loss_that_is_not_asked_for_is_refused() -> None:
         for run in (case.model, case.model.run_with_hooks, case.model.run_with_cache):
             with pytest.raises(InputError, match="has no effect on return_type='logits'"):
                 run(case.tokens, **how)
-    collated = {"input_ids": case.tokens, "labels": case.tokens}  # as transformers' collators make it
-    assert torch.equal(case.model(collated), case.logits)
+    collated = {"input_ids": case.tokens, "labels": case.tokens.clone()}  # as transformers' collators make it
+    collated["labels"][0, :6] = -100
+    with pytest.raises(InputError, match="labels has no effect on return_type='logits'; expected return_type='loss'"):
+        case.model(collated)
+    theirs = case.hf(**collated).loss
+    assert torch.allclose(case.model(collated, return_type="loss"), theirs, atol=1e-5)
+    assert (case.model(case.tokens, return_type="loss") - theirs).abs() > APART, "negative control"
+    assert torch.equal(case.model.routing(collated).indices, case.model.routing(case.tokens).indices)
 
 
 def test_the_loss_of_logits_of_another_shape_is_refused() -> None:

@@ -285,3 +285,46 @@ def test_interventions_hold_in_a_stream_and_nowhere_else(model: HookedMoE) -> No
     assert torch.equal(model("The old"), logits)
     with pytest.raises(InputError, match="interventions holds a str"):
         model.generate_stream("The old", interventions=["top"], **GREEDY)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.untyped
+def test_what_is_said_twice_must_be_the_same(model: HookedMoE) -> None:
+    texts = ["The old man", "The old man looked at the sea"]
+    encoding = dict(model.tokenizer(texts, return_tensors="pt", padding=True))
+    mask = encoding["attention_mask"]
+    assert not bool(mask.all())
+    right = model(encoding)
+    batch = TokenBatch(encoding["input_ids"], mask.bool(), mask.bool(), ("a", "b"))
+    for run in (model, model.read, model.run_with_cache, model.routing):
+        for given in (encoding, batch, model.read(encoding)):
+            run(given, attention_mask=mask)
+            with pytest.raises(InputError, match="differ in what is padding; pass one of them"):
+                run(given, attention_mask=torch.ones_like(mask))
+    assert torch.equal(model(encoding, attention_mask=mask), right)
+    rows = [row[kept.bool()].tolist() for row, kept in zip(encoding["input_ids"], mask, strict=True)]
+    assert torch.equal(model(rows, attention_mask=mask, padding_side="right")[1], right[1])
+    with pytest.raises(InputError, match="attention_mask is not 0 where shorter rows are padded, on the right"):
+        model(rows, attention_mask=torch.ones_like(mask), padding_side="right")
+    places = torch.arange(mask.shape[1])[None].expand_as(mask)
+    model({**encoding, "position_ids": places}, position_ids=places.clone())
+    with pytest.raises(InputError, match="position_ids is passed by name, and the input brings another"):
+        model({**encoding, "position_ids": places}, position_ids=places + 1)
+    with pytest.raises(InputError, match="input_ids and inputs_embeds"):
+        model({**encoding, "inputs_embeds": torch.zeros(2, 3, model.cfg.d_model)})
+
+
+@pytest.mark.untyped
+def test_what_is_said_of_texts_needs_texts(model: HookedMoE) -> None:
+    ids, text = model.to_tokens("The old"), "The old"
+    for run in (model, model.to_tokens, model.run_with_cache, model.routing):
+        run(text, prepend_bos=True, padding_side="left")
+        run([text, "The"], prepend_bos=True, padding_side="left")
+        run(ids, prepend_bos=False)
+        for given in (ids, ids.tolist(), {"input_ids": ids}):
+            with pytest.raises(InputError, match="prepend_bos=True is about texts"):
+                run(given, prepend_bos=True)
+        for given in (ids, {"input_ids": ids}):
+            with pytest.raises(InputError, match="padding_side='left' is about texts, or rows of ids.*attention_mask="):
+                run(given, padding_side="left")
+    with pytest.raises(InputError, match="prepend_bos=True is about texts"):
+        model.generate(ids, prepend_bos=True, max_new_tokens=1)

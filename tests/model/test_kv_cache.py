@@ -1,6 +1,8 @@
 """A key-value cache goes on in any mix of runs that listen inside of attention and runs that do not."""
 
+import copy
 import itertools
+import pickle
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +12,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from moe_lens import HookedMoE
 from moe_lens.errors import HookError, InputError
 from moe_lens.model.hf_compat import cache_word
+from moe_lens.model.hooks import held_tokens
 from moe_lens.model.hooks.key_value_cache import Driver
 from tests.families import CONFIGS
+from tests.matrix import configs
 from tests.wrapped import Case, as_hook, deviation, wrapped
 
 FP32 = 1e-5  # relative to the largest value; TransformerLens's eager attention sums in another order
@@ -165,3 +170,186 @@ def test_the_driver_speaks_of_the_cache_as_the_model_does() -> None:
     for model in (Model(), Former()):
         result = Driver(model, adapter, None).forward(torch.ones(1, 2), past_key_values=past)
         assert result.raw_output.past_key_values is past
+
+
+# --- padding in a cache ---
+
+ROWS = [[5, 9, 33, 7, 60, 12, 44], [71, 50, 40, 85]]
+NEW = torch.tensor([[8, 14, 90], [27, 31, 6]])
+
+
+def filled(model: HookedMoE, config: Any, side: str) -> Any:
+    past = DynamicCache(config=config)
+    model(ROWS, padding_side=side, past_key_values=past)
+    return past
+
+
+def mask_of(side: str) -> Tensor:
+    short = [0] * 3 + [1] * 4 if side == "left" else [1] * 4 + [0] * 3
+    return torch.tensor([[1] * 7, short])
+
+
+def alone(model: HookedMoE) -> Tensor:
+    """What follows each row where nothing is padded."""
+    rows = [torch.tensor([row + new]) for row, new in zip(ROWS, NEW.tolist(), strict=True)]
+    return torch.stack([model(row)[0, -3:] for row in rows])
+
+
+def returned(model: HookedMoE, config: Any, side: str) -> Any:  # noqa: ARG001
+    return model(ROWS, padding_side=side, return_type="logits_and_cache")[1]
+
+
+def in_an_encoding(model: HookedMoE, config: Any, side: str) -> Any:
+    short = [0] * 3 + ROWS[1] if side == "left" else ROWS[1] + [0] * 3
+    past = DynamicCache(config=config)
+    encoding = {"input_ids": torch.tensor([ROWS[0], short]), "attention_mask": mask_of(side)}
+    model(encoding, past_key_values=past)
+    return past
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "deepseek"])
+@torch.no_grad()
+def test_a_cache_knows_its_padding(family: str, side: str) -> None:
+    case = wrapped(family)
+    model, config = case.model, case.hf.config
+    right = alone(model)
+    bound = FP32 * right.abs().max().item()
+    for fill in (filled, returned, in_an_encoding):
+        for kept in (copy.deepcopy, lambda past: pickle.loads(pickle.dumps(past)), lambda past: past):
+            assert deviation(model(NEW, past_key_values=kept(fill(model, config, side))), right) <= bound
+    past = filled(model, config, side)
+    steps = [model(NEW[:, :1], past_key_values=past), model(NEW[:, 1:], past_key_values=past)]
+    assert deviation(torch.cat(steps, 1), right) <= bound
+    whole = torch.cat([mask_of(side), torch.ones_like(NEW)], 1)
+    assert deviation(model(NEW, past_key_values=filled(model, config, side), attention_mask=whole), right) <= bound
+    forgetful = filled(model, config, side)
+    del forgetful.__dict__[held_tokens._NOTE]
+    assert deviation(model(NEW, past_key_values=forgetful), right) > 0.1, "negative control: padding is read"
+
+
+@torch.no_grad()
+def test_positions_of_hooks_do_not_count_the_padding_of_a_cache() -> None:
+    case = wrapped("mixtral")
+    places: list[Tensor] = []
+
+    def note(value: Tensor, hook: Any) -> None:  # noqa: ARG001
+        step = case.model.current_tokens()
+        assert step is not None
+        places.append(step.places())
+
+    past = filled(case.model, case.hf.config, "left")
+    case.model.run_with_hooks(NEW, fwd_hooks=[("blocks.1.mlp.hook_in", note)], past_key_values=past)
+    assert places[0].tolist() == [[7, 8, 9], [4, 5, 6]]
+
+
+@torch.no_grad()
+def test_padding_of_a_cache_that_cannot_be_told_is_refused() -> None:
+    case = wrapped("mixtral")
+    model, config = case.model, case.hf.config
+    whole = torch.cat([mask_of("left"), torch.ones_like(NEW)], 1)
+    past = filled(model, config, "left")
+    with pytest.raises(InputError, match="attention_mask is not 0 at padding that past_key_values holds"):
+        model(NEW, past_key_values=past, attention_mask=torch.ones_like(whole))
+    past.reorder_cache(torch.tensor([1, 0]))
+    with pytest.raises(InputError, match=r"was changed since; pass attention_mask of shape \(2, 10\)"):
+        model(NEW.flip(0), past_key_values=past)
+    found = model(NEW.flip(0), past_key_values=past, attention_mask=whole.flip(0))
+    right = alone(model)
+    assert deviation(found.flip(0), right) <= FP32 * right.abs().max().item()
+    past.reset()  # a cache that was emptied holds no padding
+    fresh = model(torch.tensor(ROWS[:1] * 2), past_key_values=DynamicCache(config=config))
+    past = filled(model, config, "left")
+    past.crop(0)
+    for layer in past.layers:
+        layer.keys, layer.values, layer.is_initialized = None, None, False
+    assert torch.equal(model(torch.tensor(ROWS[:1] * 2), past_key_values=past), fresh)
+
+
+@pytest.mark.parametrize(("model_type", "why"), [("qwen3_next", "into a state"), ("gpt_oss", "attention window of 8")])
+@torch.no_grad()
+def test_padding_inside_a_text_is_refused_where_no_mask_hides_it(model_type: str, why: str) -> None:
+    hf: Any = configs.build(model_type)
+    model = HookedMoE.from_hf(hf, check=False)
+    right = alone(model)
+    left = filled(model, hf.config, "left")
+    assert deviation(model(NEW, past_key_values=left), right) <= 1e-4
+    whole = torch.cat([mask_of("right"), torch.ones_like(NEW)], 1)
+    for mask in (None, whole):
+        with pytest.raises(InputError, match=f"{why}.*padding_side='left'"):
+            model(NEW, past_key_values=filled(model, hf.config, "right"), attention_mask=mask)
+    forgetful = filled(model, hf.config, "right")
+    del forgetful.__dict__[held_tokens._NOTE]
+    found = model(NEW, past_key_values=forgetful, attention_mask=whole)
+    assert deviation(found, right) > 0.1, "negative control: the mask alone is not enough"
+
+
+# --- caches that are not this model's ---
+
+
+@torch.no_grad()
+def test_caches_of_hybrids_are_held_against_the_model() -> None:
+    hf: Any = configs.build("qwen3_next")
+    model, other = HookedMoE.from_hf(hf, check=False), wrapped("mixtral")
+    token = NEW[:, :1]
+
+    def full() -> Any:
+        past = DynamicCache(config=hf.config)
+        model(NEW, past_key_values=past)
+        return past
+
+    assert model(token, past_key_values=full()).isfinite().all(), "its own is read"
+    with pytest.raises(InputError, match="holds a batch of 2, and the input is one of 1"):
+        model(token[:1], past_key_values=full())
+    foreign, short = DynamicCache(), DynamicCache(config=hf.config)
+    other.model(NEW, past_key_values=foreign)
+    with pytest.raises(InputError, match="without what this model keeps of layer 0"):
+        model(token, past_key_values=foreign)
+    with pytest.raises(InputError, match=r"DynamicCache\(config="):
+        model(token, past_key_values=DynamicCache())
+    model(NEW, past_key_values=short, stop_at_layer=1)
+    with pytest.raises(InputError, match="tokens for some of its layers only"):
+        model(token, past_key_values=short)
+    hf_wide: Any = configs.build("qwen3_next", linear_num_value_heads=8)
+    wide = DynamicCache(config=hf_wide.config)
+    HookedMoE.from_hf(hf_wide, check=False)(NEW, past_key_values=wide)
+    with pytest.raises(InputError, match="was filled by another model"):
+        model(token, past_key_values=wide)
+
+
+@torch.no_grad()
+def test_a_cache_with_the_models_layers_that_a_shorter_pass_has_filled_is_refused() -> None:
+    case = wrapped("mixtral")
+    past = new_cache(case)
+    case.model(case.tokens, past_key_values=past, stop_at_layer=1)
+    assert len(past.layers) == 3
+    with pytest.raises(InputError, match="tokens for some of its layers only"):
+        case.model(case.tokens[:, :1], past_key_values=past)
+
+
+@torch.no_grad()
+def test_what_transformers_computes_otherwise_behind_a_cache_or_padding_is_refused() -> None:
+    jamba: Any = configs.build("jamba")
+    whole = jamba(torch.cat([NEW, NEW], 1)).logits
+    past = DynamicCache(config=jamba.config)
+    jamba(NEW, past_key_values=past, use_cache=True)
+    control = jamba(NEW, past_key_values=past, use_cache=True).logits
+    assert deviation(control, whole[:, 3:]) > 0.1, "transformers can do it by now: take the refusal away"
+    model, past = HookedMoE.from_hf(jamba, check=False), DynamicCache(config=jamba.config)
+    model(NEW, past_key_values=past)
+    with pytest.raises(InputError, match="one token at a time"):
+        model(NEW, past_key_values=past)
+    steps = [model(part, past_key_values=past) for part in NEW.split(1, 1)]
+    assert deviation(torch.cat(steps, 1), whole[:, 3:]) <= 1e-4
+
+    hf: Any = configs.build("deepseek_v4")
+    front, mask = torch.tensor([[0] * 3 + ROWS[1]]), mask_of("left")[1:]
+    right = hf(front[:, 3:]).logits
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    control = hf(front, attention_mask=mask, position_ids=places).logits[:, 3:]
+    assert deviation(control, right) > 1e-2, "transformers can do it by now: take the refusal away"
+    model = HookedMoE.from_hf(hf, check=False)
+    for call in (lambda: model(ROWS, padding_side="left"), lambda: model(front, attention_mask=mask)):
+        with pytest.raises(InputError, match="padding in front of a text.*padding_side='right'"):
+            call()
+    assert deviation(model(ROWS, padding_side="right")[1:, :4], right) <= 1e-4

@@ -16,7 +16,7 @@ from moe_lens.interventions.metrics import Logit
 from moe_lens.model.loading.quantising import quantise
 from tests.matrix.configs import build, tokens
 from tests.model.test_quantised import unpacked
-from tests.wrapped import deviation
+from tests.wrapped import GATED, INNER, deviation
 
 ALL = {"model": "disk", "lm_head": "disk"}
 
@@ -93,3 +93,16 @@ def test_what_is_done_and_read_is_that_of_plain_numbers(kept: tuple[HookedMoE, H
     if what in ("ablated", "rerouted", "the largest kept", "steered", "with a hook"):
         with torch.no_grad():
             assert deviation(theirs, kept[1](tokens()).float()) > 1e-3 * scale, "negative control: it changes something"
+
+
+@torch.no_grad()
+def test_listening_inside_attention_selects_eager_attention_and_nothing_else_changes_a_bit() -> None:
+    """What docs/families.md and docs/hooks.md say of bfloat16, and float32."""
+    text = "The old man looked at the sea and then he went home to his wife."
+    for dtype, least, most in ((torch.bfloat16, 1e-3, 0.05), (torch.float32, 0.0, 1e-5)):
+        model = HookedMoE.from_pretrained("tiny-deepseekmoe", dtype=dtype, check=False)
+        logits, largest = model(text), model(text).abs().max().item()
+        outside = [name for name, point in model.hook_dict.items() if not INNER.search(point.name or name)]
+        kept = [name for name in outside if not name.endswith(GATED)]
+        assert torch.equal(model.run_with_cache(text, names_filter=kept)[0], logits)
+        assert least < deviation(model.run_with_cache(text)[0], logits) / largest <= most

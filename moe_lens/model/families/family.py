@@ -120,6 +120,10 @@ class Family:
     """Whether the router reads another input than the experts: logits are not those of `mlp.hook_in`."""
     select: Literal["topk", "sparsemixer", "token"] = "topk"
     """How experts are chosen: the largest scores, one after the other (PhiMoE), or by the token's id in some layers."""
+    one_by_one: bool = False
+    """Whether transformers goes on with a key-value cache by one token alone: several it reads as if it were empty."""
+    reads_front: bool = False
+    """Whether transformers' attention reads padding in front of a text, whatever the mask."""
     note: str = ""
     """What a user should know beyond the fields: which hooks are lacking, and why."""
     since: tuple[int, ...] = OLDEST

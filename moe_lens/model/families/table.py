@@ -131,7 +131,9 @@ FAMILIES = {
             select="token",
             layout=STREAMS,
             note=MANY_STREAMS
-            + "; the first layers select experts by the token's id: router logits only set their weights",
+            + "; the first layers select experts by the token's id: router logits only set their weights; texts in a "
+            "batch are padded behind: attention would read padding in front",
+            reads_front=True,
         ),
         Family("dots1", **V3_SHARED),
         Family("dots3_note_text", **V3_SHARED, since=(5, 23)),
@@ -235,6 +237,8 @@ FAMILIES = {
             "jamba",
             router="router",
             layout=Layout(mlp="feed_forward", ln2="pre_ff_layernorm", final_norm="final_layernorm"),
+            one_by_one=True,
+            note="goes on with a key-value cache one token at a time",
             since=(5, 21),
         ),
         Family(

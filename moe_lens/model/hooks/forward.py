@@ -14,16 +14,19 @@ from moe_lens.errors import InputError
 from moe_lens.model.hooks.arguments import forward_words, further_words, refuse_unknown
 from moe_lens.model.hooks.forward_checks import (
     additive,
+    check_family,
     check_mask,
     check_of_loss,
     check_returned,
     layer_limits,
 )
+from moe_lens.model.hooks.held_tokens import behind, check_held, n_held, note_padding
 from moe_lens.model.hooks.hook_pairs import as_pairs
 from moe_lens.model.hooks.hook_scope import ForwardClaim, HookContext, Hooks, without_batch
-from moe_lens.model.hooks.key_value_cache import check_layers_held, fitting_cache, name_as_transformer_lens
+from moe_lens.model.hooks.key_value_cache import fitting_cache, name_as_transformer_lens
+from moe_lens.model.hooks.latent_cache import check_all_stored
 from moe_lens.model.hooks.layer_hooks import SelectionState
-from moe_lens.model.hooks.model_input import ModelInput
+from moe_lens.model.hooks.model_input import ModelInput, further
 from moe_lens.model.hooks.to_tokens import InputReader
 from moe_lens.model.tl_compat import BridgeCore
 from moe_lens.selection import Step
@@ -215,14 +218,17 @@ class ExpertBridge(InputReader):
             raise InputError(f"return_type is {return_type!r}; expected one of {', '.join(map(repr, RETURNED))}")
         residual = kwargs.get("start_at_layer") is not None
         given = self.read(input, attention_mask, prepend_bos=prepend_bos, padding_side=padding_side, residual=residual)
-        words = {name: value for name, value in given.words.items() if name not in kwargs}
+        words = further(given.words, kwargs)
         if "token_type_ids" not in further_words(kind):
             words.pop("token_type_ids", None)
         refuse_unknown("the input, for forward,", words, forward_words(kind))
         check_returned(return_type, {**words, **kwargs}, given)
-        check_of_loss(return_type, loss_per_token, kwargs.get("labels"))
-        check_mask(given, past)
-        check_layers_held(past, self._hf_config.get_text_config())
+        check_of_loss(return_type, loss_per_token, {**words, **kwargs}.get("labels"))
+        check_all_stored(past)
+        config = self._hf_config.get_text_config()
+        check_held(past, config, len(given.values))
+        check_mask(given := behind(past, config, given), past)
+        check_family(self.family, given, n_held(past))
         stop = kwargs.get("stop_at_layer")
         _, last = layer_limits(len(self.blocks), kwargs.get("start_at_layer"), stop)
         mask = given.attention_mask
@@ -230,7 +236,7 @@ class ExpertBridge(InputReader):
             mask = additive(mask, self.original_model.dtype)  # pyright: ignore[reportArgumentType]
         claim = ForwardClaim(self)
         with claim, fitting_cache(past):
-            claim.running = _Running(given, 0 if past is None else past.get_seq_length())
+            claim.running = _Running(given, before := n_held(past))
             in_vain = return_type is None and kwargs.get("labels") is None and not self._head_is_heard()
             if last == len(self.blocks) and (stop is not None or in_vain):
                 claim.end_after_blocks()
@@ -242,6 +248,8 @@ class ExpertBridge(InputReader):
                 **words,
                 **kwargs,
             )
+            filled = out[1] if past is None and return_type == "logits_and_cache" else past
+            note_padding(filled, given, before)
             return None if stop is None and return_type is None else out
 
     def _attends_eagerly(self) -> bool:

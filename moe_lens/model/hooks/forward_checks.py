@@ -9,6 +9,8 @@ from torch import Tensor
 from transformer_lens.utilities import Slice
 
 from moe_lens.errors import InputError, a_kind
+from moe_lens.model.families.family import Family
+from moe_lens.model.hooks.held_tokens import n_held
 from moe_lens.model.hooks.model_input import ModelInput
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
@@ -164,14 +166,16 @@ def check_of_loss(return_type: Any, loss_per_token: bool, labels: Any) -> None:
     Args:
         return_type: Of `forward`.
         loss_per_token: Of `forward`.
-        labels: Of `forward`, not of the input: batches of transformers bring some, whatever they are for.
+        labels: Of `forward`, or what the input brings as such; transformers would give their loss.
 
     Raises:
         InputError: Logits are to come back.
     """
     for word, given in (("loss_per_token", loss_per_token), ("labels", labels is not None)):
         if given and return_type in ("logits", "logits_and_cache"):
-            raise InputError(f"{word} has no effect on return_type={return_type!r}; expected 'loss' or 'both'")
+            raise InputError(
+                f"{word} has no effect on return_type={return_type!r}; expected return_type='loss' or 'both', or none"
+            )
 
 
 def check_mask(given: ModelInput, past: Any) -> None:
@@ -184,14 +188,10 @@ def check_mask(given: ModelInput, past: Any) -> None:
         past: The key-value cache; None if there is none.
 
     Raises:
-        InputError: The mask is too short or too long, or the cache is of another batch.
+        InputError: The mask is too short or too long.
     """
     batch, pos = given.values.shape[:2]
-    before = 0 if past is None else int(past.get_seq_length())
-    for layer in getattr(past, "layers", ()) if before else ():
-        held = getattr(layer, "keys", None)
-        if isinstance(held, Tensor) and held.dim() == 4 and len(held) != batch:
-            raise InputError(f"past_key_values holds a batch of {len(held)}, and the input is one of {batch}")
+    before = n_held(past)
     mask = given.attention_mask
     if mask is None or mask.dim() != 2:
         return
@@ -200,6 +200,29 @@ def check_mask(given: ModelInput, past: Any) -> None:
         raise InputError(
             f"attention_mask has shape {tuple(mask.shape)} for {pos} tokens behind {before} in the key-value cache; "
             f"expected ({batch}, {before + pos}), 0 at padding in either"
+        )
+
+
+def check_family(family: Family, given: ModelInput, before: int) -> None:
+    """Nothing, where transformers computes what is meant.
+
+    Args:
+        family: What is particular to the model.
+        given: What is read.
+        before: Tokens in the key-value cache.
+
+    Raises:
+        InputError: Several tokens behind a cache, or padding in front, in a family where it does not.
+    """
+    if family.one_by_one and before and given.values.shape[1] > 1:
+        raise InputError(
+            f"{family.model_type} goes on with a key-value cache one token at a time: transformers would read these "
+            f"{given.values.shape[1]} as if nothing came before; pass them one by one, or all without a cache"
+        )
+    if family.reads_front and given.mask is not None and bool((given.mask.int().diff(dim=1) > 0).any()):
+        raise InputError(
+            f"there is padding in front of a text, which attention in {family.model_type} would read, whatever the "
+            "mask; expected padding behind (padding_side='right'), or one text"
         )
 
 

@@ -14,7 +14,7 @@ from moe_lens.ids import one_id
 from moe_lens.model.hooks.arguments import further_words, named, refuse_unknown
 from moe_lens.model.hooks.forward import OF_INPUT
 from moe_lens.model.hooks.hook_scope import GenerationClaim
-from moe_lens.model.hooks.model_input import ModelInput
+from moe_lens.model.hooks.model_input import ModelInput, further
 from moe_lens.model.hooks.run_with_cache import CachedRuns
 
 _RETURNED = ("input", "str", "tokens", None)
@@ -80,7 +80,7 @@ class GeneratingBridge(CachedRuns):
         if given.attention_mask is not None:
             words["attention_mask"] = given.attention_mask
         with GenerationClaim(self, "hf_generate"):
-            out = super().hf_generate(given.values, return_type="tokens", **given.words, **words)
+            out = super().hf_generate(given.values, return_type="tokens", **further(given.words, words), **words)
         if returned == "tokens" or (returned in ("input", None) and not given.was_text):
             return out
         return self._decoded(getattr(out, "sequences", out), given.was_text == "texts")
@@ -102,14 +102,14 @@ class GeneratingBridge(CachedRuns):
             words["attention_mask"] = given.attention_mask
         if given.was_text and words.get("return_type", "input") == "input":
             words["return_type"] = "str"
-        return {"input": given.values, **given.words, **words}
+        return {"input": given.values, **further(given.words, words), **words}
 
     def _prompt(self, words: dict[str, Any]) -> ModelInput:
         """The prompt, padded on the left, taken off the arguments with all that says how to read it."""
         how = {word: words.pop(word) for word in OF_INPUT & words.keys()}
         given = self.read(words.pop("input"), truncate=False, **how).laid_left()
-        further = further_words(type(self.original_model))
-        refuse_unknown("the prompt", {name: 0 for name in given.words if name != "token_type_ids"}, further)
+        known = further_words(type(self.original_model))
+        refuse_unknown("the prompt", {name: 0 for name in given.words if name != "token_type_ids"}, known)
         return given
 
 

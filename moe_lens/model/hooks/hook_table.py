@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedModel
@@ -22,7 +23,7 @@ from moe_lens.model.hooks.moe_block import MoEBlock
 from moe_lens.model.hooks.ownership import Owner
 from moe_lens.model.loading.transformer_lens_words import PROCESSING, refuse_processing
 from moe_lens.model.loading.validate import asked_kernel, check_kernel, check_layers, check_tokenizer
-from moe_lens.model.loading.whole_state import WholeState
+from moe_lens.model.loading.whole_state import OnePlace, WholeState
 from moe_lens.model.tl_compat import detect_tokenizer_bos_eos
 from moe_lens.model.unknown_hooks import instead_of
 
@@ -43,6 +44,8 @@ class HookTable(WholeState):
         self.__dict__.update(family=family, _original_names=tuple(model.state_dict()), owner=Owner())
         super().__init__(model, adapter, tokenizer, driver=Driver(model, adapter, tokenizer))
         self.owner.bind(self)
+        for part in (model, model.base_model):
+            part.__dict__["named_parameters"] = OnePlace(part)
         check_points(self, self.owner)
         check_layers(self.blocks, self.cfg.n_layers)
         for layer, block in enumerate(self.blocks):
@@ -80,21 +83,21 @@ class HookTable(WholeState):
         super().__setstate__(state)
         self.owner.bind(self)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """`cuda`, `half`, `type` and their like, which torch defines; `cfg.dtype` says what is there afterwards."""
-        applied = super()._apply(*args, **kwargs)
-        self._say_dtype()
-        return applied
+    @property
+    def cfg(self) -> Any:
+        """TransformerLens's config. Its `dtype` and `device` are those of the weights, whoever has moved them."""
+        cfg, model = self.__dict__["_cfg"], self.__dict__.get("original_model")
+        if model is not None:
+            weight = model.get_input_embeddings().weight  # that of any model, found without a walk through all of them
+            cfg.dtype, place = weight.dtype if weight.is_floating_point() else model.dtype, weight.device
+            alone = place.type != "meta" and getattr(cfg, "n_devices", 1) == 1 and not hasattr(model, "hf_device_map")
+            if alone and cfg.device is not None and torch.device(cfg.device).type != place.type:
+                cfg.device = str(place)
+        return cfg
 
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        """As TransformerLens's."""
-        moved = super().to(*args, **kwargs)
-        self._say_dtype()
-        return moved
-
-    def _say_dtype(self) -> None:
-        model: Any = self.original_model
-        self.cfg.dtype = model.dtype
+    @cfg.setter
+    def cfg(self, value: Any) -> None:
+        self.__dict__["_cfg"] = value
 
     def _layer_hooks(self) -> Iterator[tuple[int, LayerHooks]]:
         for layer, block in enumerate(self.blocks):

@@ -36,31 +36,8 @@ def name_as_transformer_lens(words: MutableMapping[str, Any]) -> Any:
     return past
 
 
-def check_layers_held(past: Any, config: Any) -> None:
-    """Nothing, where a cache that holds tokens holds them for each of a model's layers.
-
-    transformers would go on with the layers that are missing as if nothing had come before.
-
-    Args:
-        past: The key-value cache; None if there is none.
-        config: Of the transformers model that decodes.
-
-    Raises:
-        InputError: It was filled by another model, or by a pass that stopped early.
-    """
-    layers = getattr(past, "layers", None)
-    if not layers or not past.get_seq_length():
-        return
-    if set(getattr(config, "layer_types", None) or ()) - _ATTENDING or getattr(config, "num_kv_shared_layers", None):
-        return  # some layers keep something else, or nothing
-    if len(layers) != config.num_hidden_layers:
-        raise InputError(
-            f"{PAST} holds {len(layers)} layers, and this model has {config.num_hidden_layers}; expected a cache that "
-            "a whole pass of this model has filled"
-        )
-
-
-_ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}
+_SHAPES_DIFFER = ("Sizes of tensors must match", "must match the size of tensor", "must match the existing size")
+"""What torch says of keys, of values, and of states."""
 
 
 @contextmanager
@@ -68,12 +45,16 @@ def fitting_cache(past: Any) -> Generator[None]:
     """Say that a cache is of another model where its keys cannot be put before this one's.
 
     Raises:
-        InputError: They differ in shape.
+        InputError: They differ in shape, or the family has a cache of its own.
     """
     try:
         yield
+    except ValueError as error:
+        if past is None or f"`{PAST}`" not in str(error):
+            raise
+        raise InputError(f"transformers says: {error}") from error
     except RuntimeError as error:
-        if past is None or not str(error).startswith("Sizes of tensors must match"):
+        if past is None or not any(words in str(error) for words in _SHAPES_DIFFER):
             raise
         raise InputError(f"{PAST} was filled by another model: its keys or values have other shapes") from error
 

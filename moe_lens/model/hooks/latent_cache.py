@@ -75,6 +75,19 @@ def check_keys_are_stored(cache: Any, layer: int) -> None:
         )
 
 
+def check_all_stored(cache: Any) -> None:
+    """Refuse to go on with a cache before it is changed; see `check_keys_are_stored`.
+
+    Args:
+        cache: The key-value cache; None if there is none.
+
+    Raises:
+        HookError: A hook has edited keys or values of some layer.
+    """
+    for layer in sorted(getattr(cache, _EDITED, ())):
+        check_keys_are_stored(cache, layer)
+
+
 @contextmanager
 def latents_of(attention: Any, rotated: HookPoint, cache: Any, listens: bool) -> Generator[LatentCache]:
     """A view of `cache` that learns what one pass through the layer stores.

@@ -85,7 +85,7 @@ class Reading:
         Args:
             input: What came.
             attention_mask: [batch, pos], with the key-value cache's tokens in front if there are any, or
-                [batch, heads, query, key]; wins over one that the input brings.
+                [batch, heads, query, key]. One that the input brings must say the same of its tokens.
             residual: Whether a residual stream is meant, as with `start_at_layer`.
 
         Raises:
@@ -94,14 +94,15 @@ class Reading:
         if self.padding_side not in ("left", "right"):
             raise InputError(f"padding_side is {self.padding_side!r}; expected 'left' or 'right'")
         if isinstance(input, ModelInput):
-            return input if attention_mask is None else replace(input, **self._masks(input.values, attention_mask))
+            if attention_mask is None:
+                return input
+            return replace(input, **self._one_mask(input.values, attention_mask, input.mask, None))
         words: dict[str, Any] = {}
+        brought: Any = None
         if isinstance(input, Mapping):
             input, brought, words = _of_tokenizer(input)
-            attention_mask = brought if attention_mask is None else attention_mask
         elif isinstance(input, PaddedTokens) and isinstance(input.mask, Tensor):
-            attention_mask = input.mask if attention_mask is None else attention_mask
-            input = input.tokens
+            input, brought = input.tokens, input.mask
         input = _unpacked(input)
         items = _items(input)
         if items is None or not items or not all(isinstance(item, str) for item in items):
@@ -110,7 +111,10 @@ class Reading:
         else:
             values, inferred = self._texts(items)
             was_text = "text" if isinstance(input, str) else "texts"
-        given = self._masks(values, attention_mask) if attention_mask is not None else self._padding(inferred)
+        if attention_mask is None and brought is None:
+            given = self._padding(inferred)
+        else:
+            given = self._one_mask(values, attention_mask, brought, inferred)
         return self._moved(ModelInput(values, was_text=was_text, words=words, **given))
 
     # --- what is read ---
@@ -197,6 +201,26 @@ class Reading:
         told = mask is not None and self.padding_side == "left"
         return {"seen": mask, "attention_mask": mask.long() if told and mask is not None else None}
 
+    def _one_mask(self, values: Tensor, asked: Any, brought: Any, inferred: Tensor | None) -> dict[str, Any]:
+        """The mask that was asked for, or else the one that came with the input, where they do not contradict."""
+        if asked is None:
+            return self._masks(values, brought)
+        given, pos = self._masks(values, asked), values.shape[1]
+        said = given["seen"][:, -pos:].to(values.device)
+        if brought is not None and not torch.equal(
+            said, self._masks(values, brought)["seen"][:, -pos:].to(said.device)
+        ):
+            raise InputError(
+                "attention_mask and the mask that the input brings differ in what is padding; pass one of them: the "
+                "ids alone with attention_mask=, or the input as it is"
+            )
+        if inferred is not None and bool((said & ~inferred.to(said.device)).any()):
+            raise InputError(
+                f"attention_mask is not 0 where shorter rows are padded, on the {self.padding_side}; leave it out: "
+                "where rows end is known"
+            )
+        return given
+
     def _masks(self, values: Tensor, attention_mask: Any) -> dict[str, Any]:
         attention_mask = _unpacked(attention_mask)
         if isinstance(attention_mask, list | tuple) and attention_mask:
@@ -251,11 +275,32 @@ def _is_of_ones(mask: Tensor) -> bool:
 
 def _of_tokenizer(given: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     """Ids (or embeddings), mask and further words of a dictionary as tokenizers and processors make it."""
-    values = given.get("input_ids", given.get("inputs_embeds"))
+    values = given.get("input_ids")
+    if values is not None and given.get("inputs_embeds") is not None:
+        raise InputError("the input holds input_ids and inputs_embeds, which both say what is read; pass one of them")
+    values = given.get("inputs_embeds") if values is None else values
     if values is None:
         raise InputError(f"the input is {a_kind(given)} of {sorted(map(str, given))}; expected input_ids in it")
     read = {"input_ids", "inputs_embeds", "attention_mask", *_OF_TOKENIZERS}
     return values, given.get("attention_mask"), {str(key): value for key, value in given.items() if key not in read}
+
+
+def further(brought: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What the input brings for the model beside ids and mask, without what is asked for by name.
+
+    Args:
+        brought: `ModelInput.words`.
+        asked: Keywords of the call.
+
+    Raises:
+        InputError: Both say something, and not the same.
+    """
+    for name in brought.keys() & asked.keys():
+        one, other = brought[name], asked[name]
+        alike = isinstance(one, Tensor) and isinstance(other, Tensor)
+        if not (one is other or (torch.equal(one, other.to(one.device)) if alike else one == other)):
+            raise InputError(f"{name} is passed by name, and the input brings another; pass one of them")
+    return {name: value for name, value in brought.items() if name not in asked}
 
 
 def _unpacked(value: Any) -> Any:

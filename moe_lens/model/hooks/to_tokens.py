@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, a_kind
 from moe_lens.model.hooks.model_input import ModelInput, Reading
 from moe_lens.model.hooks.token_words import TokenWords
 from moe_lens.model.loading.tokenizer import encode, own_ids
@@ -43,7 +43,9 @@ class InputReader(TokenWords):
             InputError: the model has no tokenizer, or one without the BOS that was asked for, or the input cannot be
                 read.
         """
-        tokens = self._reading(prepend_bos, padding_side, truncate, None, may_be_empty=True)(input).tokens
+        given = self._reading(prepend_bos, padding_side, truncate, None, may_be_empty=True)(input)
+        _check_for_texts(input, given, prepend_bos, padding_side)
+        tokens = given.tokens
         if tokens is None:
             raise InputError("the input is floating-point: embeddings have no tokens")
         return tokens.to(self.cfg.device) if move_to_device else tokens
@@ -63,8 +65,8 @@ class InputReader(TokenWords):
         Args:
             input: a text, texts, ids [batch, pos] or [pos] (a tensor, an array, lists), embeddings, what a tokenizer of
                 transformers returns (from `apply_chat_template` too), or a `TokenBatch`.
-            attention_mask: 1 at real tokens and 0 at padding, [batch, pos], or [batch, heads, query, key]; wins over
-                one that the input brings. Ids without a mask are all real, whatever token is used for padding.
+            attention_mask: 1 at real tokens and 0 at padding, [batch, pos], or [batch, heads, query, key]. One that
+                the input brings must say the same. Ids without a mask are all real, whatever token is used for padding.
             prepend_bos: see `to_tokens`.
             padding_side: see `to_tokens`.
             truncate: see `to_tokens`.
@@ -75,7 +77,9 @@ class InputReader(TokenWords):
         """
         device = self.original_model.get_input_embeddings().weight.device  # pyright: ignore[reportCallIssue]
         reading = self._reading(prepend_bos, padding_side, truncate, None if device.type == "meta" else device)
-        return reading(input, attention_mask, residual=residual)
+        given = reading(input, attention_mask, residual=residual)
+        _check_for_texts(input, given, prepend_bos, padding_side)
+        return given
 
     def _reading(
         self,
@@ -125,3 +129,18 @@ class InputReader(TokenWords):
             InputError: the model has no tokenizer.
         """
         return own_ids(self._need_tokenizer(), text)
+
+
+def _check_for_texts(input: Any, given: ModelInput, prepend_bos: bool | None, padding_side: str | None) -> None:
+    """Refuse what is said of texts where none came.
+
+    Raises:
+        InputError: BOS is to open ids, or a side is named for rows that are padded already, or not at all.
+    """
+    if prepend_bos and not given.was_text:
+        raise InputError("prepend_bos=True is about texts, and the input is ids or embeddings, which stay as they are")
+    if padding_side is not None and not isinstance(input, str | list | tuple):
+        raise InputError(
+            f"padding_side={padding_side!r} is about texts, or rows of ids, that differ in length; the input is "
+            f"{a_kind(input)}: pass attention_mask= to say what is padding in it"
+        )

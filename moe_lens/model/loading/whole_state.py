@@ -1,5 +1,6 @@
 """The parameters of a wrapped model by the names that they have in transformers: all of them, and each once."""
 
+import sys
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -70,6 +71,35 @@ def check_readable(model: PreTrainedModel, *, assign: bool = False) -> None:
             )
 
 
+class OnePlace:
+    """`named_parameters` of a wrapped transformers model, which `torch.func.functional_call` is refused.
+
+    Args:
+        module: The model, or a part of it.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __call__(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
+        """As torch's.
+
+        Raises:
+            UnsupportedModelError: torch itself asks for duplicates, to put others in their place.
+        """
+        if not remove_duplicate and sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
+            raise no_functional_call()
+        return type(self.module).named_parameters(self.module, prefix, recurse, remove_duplicate)
+
+
+def no_functional_call() -> UnsupportedModelError:
+    """Torch asks for duplicates there, and would put other numbers back than it found."""
+    return UnsupportedModelError(
+        "torch.func.functional_call cannot run a wrapped model, whose parameters have several places each: "
+        "copy.deepcopy(model).load_state_dict(…) holds other numbers"
+    )
+
+
 class WholeState(TransformerBridge):
     """A TransformerBridge whose `state_dict` holds the whole model: routers and experts, too."""
 
@@ -95,10 +125,7 @@ class WholeState(TransformerBridge):
                 places in the bridge and one name, and torch would put the wrong numbers back.
         """
         if not remove_duplicate:
-            raise UnsupportedModelError(
-                "torch.func.functional_call cannot run a wrapped model, whose parameters have several places each: "
-                "copy.deepcopy(model).load_state_dict(…) holds other numbers"
-            )
+            raise no_functional_call()
         names = {id(value): name for name, value in self._own().items()}
         for parameter in self.parameters(recurse):
             yield f"{prefix}.{names[id(parameter)]}" if prefix else names[id(parameter)], parameter
