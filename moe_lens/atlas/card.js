@@ -19,7 +19,7 @@ atlas.views.layer = async ({ layer, expert }) => {
     h("div", { class: "columns" }, reads(of), writesSection(of, early)),
     about.contexts && contexts(of, file.sources),
     h("div", { class: "columns" }, together(of, l), nearest(of, l)),
-    effects(of),
+    effects(of, l, e),
   ];
 };
 
@@ -148,18 +148,26 @@ const nearest = (of, l) => {
     list("outputs", "By outputs", "Correlation of outputs on the same tokens, whether they chose the experts or not; by chance: cosine of outputs on different tokens."));
 };
 
-const effects = (of) => {
+const effects = (of, l, e) => {
   const { about } = atlas;
   const rows = of.domains.map((d, i) => [h("b", {}, atlas.domains[i]), milli(d[SAVED]), span(d[SAVED_LOW], d[SAVED_HIGH], milli), whole(about.domains[i].predicted || about.domains[i].tokens)]);
   return section("What breaks without it", "Loss in millinats a token; above 0: the loss grows without the expert.",
     of.knockouts.length > 0 && [h("h3", {}, "Exact knock-out"),
       h("p", { class: "note" }, `Its contribution is set to zero, on the first tokens of every window. It was picked for its share on these same texts. Controls: other experts of the layer that carry as much of the domain's routing weight. *: the loss grows more than without the controls, with an interval that is corrected for all such comparisons.`),
       of.knockouts.map(knockout)],
-    !of.knockouts.length && h("p", {}, "Exact knock-outs were made only of the two most specialised experts of each layer and domain; this is not one of them."),
+    of.asked.length > 0 && [h("h3", {}, "Exact knock-out, asked for"),
+      h("p", { class: "note" }, "Its contribution is set to zero, on all texts. Controls: other experts of the layer that carry as much of the domain's routing weight. Intervals are of each row by itself."),
+      table(["On texts of", "Loss grows by", "95 % interval", "More than controls", "95 % interval", "n"], of.asked.map(asked))],
+    !of.knockouts.length && !of.asked.length && h("p", {}, "Exact knock-outs were made only of the two most specialised experts of each layer and domain; this is not one of them. The command that made the atlas adds it with ", h("code", {}, `--knock-out ${l}:${e}`), "."),
     h("h3", {}, "First order"),
     h("p", { class: "note" }, "Gradient × activation: a linear estimate of the exact knock-out. Where the expert contributes much, the two can differ widely."),
     table(["Domain", "Estimate", "95 % interval", "n"], rows));
 };
+
+const asked = ([domain, added, low, high, tokens, sources, mass, controls, controlMass, , beyond, beyondLow, beyondHigh]) => [
+  h("b", {}, atlas.domains[domain]), milli(added), span(low, high, milli),
+  controls ? milli(beyond) : "no control", controls ? span(beyondLow, beyondHigh, milli) : "",
+  `${whole(tokens)} tokens, ${whole(sources)} sources; ${controls} control${controls === 1 ? "" : "s"}${controls ? `, with ${percent(controlMass)} of the weight; the expert has ${percent(mass)}` : ""}`];
 
 const knockout = (k) => h("div", { class: "knockout" },
   table(["On texts of", "Loss grows by", "95 % interval", "n"], k.read.map(([domain, added, low, high, tokens, sources]) => [

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lens.atlas import records
+from moe_lens.atlas.asked_knockouts import load_asked
 from moe_lens.atlas.pages import about_of, of_atlas
 from moe_lens.atlas.script_files import script
 from moe_lens.checked import Natural
@@ -50,7 +51,8 @@ def expert_card(result: StudyResult | str | Path, layer: Natural, expert: Natura
     """The card of one expert.
 
     Args:
-        result: A result of the study `atlas`, or the folder that it was saved in.
+        result: A result of the study `atlas`, or the folder that it was saved in; knock-outs that were asked for are
+            found beside that folder.
         layer: A layer with experts.
         expert: The expert's id.
 
@@ -58,13 +60,15 @@ def expert_card(result: StudyResult | str | Path, layer: Natural, expert: Natura
         HookError: The layer is dense.
         InputError: There is no such expert, or the result is of another study.
     """
+    folder = Path(result).parent if isinstance(result, str | Path) else None
     result = of_atlas(result)
+    asked = {} if folder is None else load_asked(folder, result)
     about = about_of(result)
     if layer not in about["layers"]:
         raise HookError(f"layer {layer} has no experts; MoE layers are {about['layers']}")
     if not 0 <= expert < about["experts"]:
         raise InputError(f"expert {expert}; the layer has 0 to {about['experts'] - 1}")
-    record = records.experts(result)[layer]
+    record = records.experts(result, asked)[layer]
     others = [None] * about["experts"]
     differences = [{"difference": of["difference"]} for of in records.measures(result)["domains"]]
     words = _words(result, record, expert)

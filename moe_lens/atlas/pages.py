@@ -2,12 +2,14 @@
 
 import shutil
 import tempfile
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import moe_lens
 from moe_lens.atlas import records
+from moe_lens.atlas.asked_knockouts import Expert, load_asked
 from moe_lens.atlas.script_files import script, sharded
 from moe_lens.data import EMBEDDED, embedded_domain
 from moe_lens.errors import InputError, a_kind
@@ -27,7 +29,8 @@ def write_atlas(result: StudyResult | str | Path, out: str | Path) -> Path:
     """Write `index.html` and what it shows; the path of the page. The same result gives the same files.
 
     The folder opens from the disk, and nothing in it asks for anything from elsewhere. A page of an expert is
-    `index.html#layer=3&expert=17`. Files of the folder that have other names are left as they are.
+    `index.html#layer=3&expert=17`. Files of the folder that have other names are left as they are. Knock-outs that were
+    asked for, in the folder `knockouts` of it, are shown.
 
     Args:
         result: Of the study `atlas`, or the folder that it was saved in.
@@ -36,7 +39,8 @@ def write_atlas(result: StudyResult | str | Path, out: str | Path) -> Path:
     Raises:
         InputError: It is the result of another study, or the folder cannot be written.
     """
-    out, files = Path(out), files_of(of_atlas(result))
+    result, out = of_atlas(result), Path(out)
+    files = files_of(result, load_asked(out, result))
     try:
         out.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=out))
@@ -71,11 +75,16 @@ def of_atlas(result: StudyResult | str | Path) -> StudyResult:
     return result
 
 
-def files_of(result: StudyResult) -> dict[str, str]:
-    """The content of every file of the folder, by its path there."""
+def files_of(result: StudyResult, asked: Mapping[Expert, StudyResult]) -> dict[str, str]:
+    """The content of every file of the folder, by its path there.
+
+    Args:
+        result: Of the study `atlas`.
+        asked: Knock-outs of single experts that were asked for.
+    """
     shipped = resources.files("moe_lens.atlas")
     files = {name: (shipped / name).read_text(encoding="utf-8") for name in SHIPPED}
-    layers, texts = records.experts(result), records.texts(result)
+    layers, texts = records.experts(result, asked), records.texts(result)
     shards = list(sharded(records.tokens(result), SHARD))
     about = about_of(result)
     about |= {"shards": [min(shard) for shard in shards]}

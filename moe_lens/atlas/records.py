@@ -1,10 +1,11 @@
 """From the tables of the study to what the pages show: plain values, by expert, by token and by text."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from moe_lens.studies import StudyResult
+from moe_lens.studies.matched_coalitions import MATCHED, PICKED
 
 PROFILE = ("assigned", "share", "low", "high", "token_alone", "difference", "p_value", "first")
 PROFILE += ("saved", "saved_low", "saved_high")
@@ -30,8 +31,13 @@ def by_expert(table: Any, columns: Sequence[str]) -> dict[Expert, list[list[Any]
     return found
 
 
-def experts(result: StudyResult) -> dict[int, dict[str, Any]]:
-    """By layer, what the cards of its experts show."""
+def experts(result: StudyResult, asked: Mapping[Expert, StudyResult]) -> dict[int, dict[str, Any]]:
+    """By layer, what the cards of its experts show.
+
+    Args:
+        result: Of the study `atlas`.
+        asked: Knock-outs of single experts that were asked for.
+    """
     tables: dict[str, Any] = dict(result.tables)
     overall = by_expert(tables["experts"], [*OVERALL, "super_expert", "rare"])
     domains = by_expert(tables["domains"], PROFILE)
@@ -50,6 +56,7 @@ def experts(result: StudyResult) -> dict[int, dict[str, Any]]:
     }
     nearest = {by: by_expert(table, ["other", "value", "null"]) for by, table in tables["nearest"].groupby("by")}
     knocked = _knockouts(result)
+    alone = {key: _asked(of) for key, of in asked.items()}
     contexts, sources = _contexts(result)
     explained, said = _explained(result)
     layers: dict[int, dict[str, Any]] = {}
@@ -64,6 +71,7 @@ def experts(result: StudyResult) -> dict[int, dict[str, Any]]:
         record["partners"] = {kind: found[key] for kind, found in partners.items()}
         record["nearest"] = {by: found[key] for by, found in nearest.items()}
         record["knockouts"], record["contexts"] = knocked[key], contexts[key]
+        record["asked"] = alone.get(key, [])
         record["explained"], record["said"] = explained[key], (said[key] or [None])[0]
         layer = layers.setdefault(key[0], {"experts": [], "sources": sources})
         layer["experts"].append(record)
@@ -89,6 +97,20 @@ def _knockouts(result: StudyResult) -> dict[Expert, list[dict[str, Any]]]:
         record["read"] = [[order[name], *values] for name, *values in read]
         found[int(layer), int(expert)].append(record)
     return found
+
+
+ASKED = ("added", "low", "high", "tokens", "sources", "mass")
+CONTROL = ("coalitions", "mass", "added")
+BEYOND = ("beyond", "beyond_low", "beyond_high")
+"""Of a domain that is read without an expert: the expert, its controls, what it costs more than these."""
+
+
+def _asked(result: StudyResult) -> list[list[Any]]:
+    """For each domain, in their order, what it loses without the expert, and without its controls."""
+    kinds = result.tables["ablation"].set_index("coalition")
+    picked, control = kinds.loc[[PICKED]], kinds.loc[[MATCHED]]
+    parts = zip(rows(picked, ASKED), rows(control, CONTROL), rows(control, BEYOND), strict=True)
+    return [[number, *own, *held, *beyond] for number, (own, held, beyond) in enumerate(parts)]
 
 
 EXPLAINED = ("feature", "recall", "precision", "auc", "explained", "explained_low", "explained_high")

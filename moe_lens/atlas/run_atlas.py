@@ -4,9 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from moe_lens.atlas.asked_knockouts import FOLDER, one_by_one
 from moe_lens.atlas.pages import write_atlas
 from moe_lens.checked import Positive
 from moe_lens.data import Domains, Reading
+from moe_lens.selection import Experts
 from moe_lens.studies import Atlas
 from moe_lens.studies import run as run_study
 from moe_lens.studies.study import agreed
@@ -24,6 +26,7 @@ def run(
     *,
     study: Atlas | None = None,
     reading: Reading = READING,
+    knock_out: Experts | None = None,
     name: str | None = None,
     batch_tokens: Positive | None = None,
     command: str | None = None,
@@ -38,6 +41,8 @@ def run(
         out: The folder: the study is saved in the folder `study` in it.
         study: With its settings.
         reading: How texts are read.
+        knock_out: Experts to take out exactly, each by itself, beside the two most specialised ones of each layer and
+            domain: on all texts, with controls. They can be asked for when the atlas is complete, too.
         name: What the model was loaded as.
         batch_tokens: Rows × columns that the model reads at once to begin with; see `studies.run`.
         command: For the record; the arguments of this process if not given.
@@ -45,8 +50,13 @@ def run(
         say: Called with what there is to do, if that is known before.
 
     Raises:
-        InputError: The texts or the model cannot be worked with, or the folder holds the atlas of something else.
+        HookError: A layer of `knock_out` has no experts.
+        InputError: The texts or the model cannot be worked with, there is no such expert, or the folder holds the atlas
+            of something else.
     """
     how = {"reading": reading, "name": name, "batch_tokens": batch_tokens, "command": command}
+    asked = one_by_one(model, knock_out)
     result = run_study(study or Atlas(), model, domains, out=Path(out) / STUDY, watch=watch, say=say, **how)
+    for folder, each in asked.items():
+        run_study(each, model, domains, out=Path(out) / FOLDER / folder, watch=watch, say=say, **how)
     return agreed(lambda: write_atlas(result, out))

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from moe_lens.cli import options
 from moe_lens.cli.study_command import Work, command
 
 
@@ -21,6 +22,14 @@ def atlas(
         int,
         typer.Option(min=1, help="Number of tokens of each domain for knock-outs, from the beginnings of all windows."),
     ] = 512,
+    knock_out: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LAYER:EXPERT,…",
+            help="Experts to knock out exactly, each by itself, on all texts: 3:17,4; may be repeated for other "
+            "layers. The same command with this option adds them to a complete atlas.",
+        ),
+    ] = None,
 ) -> Work:
     """A page for every expert: what chooses it, what it reads and writes, and what breaks without it.
 
@@ -36,4 +45,5 @@ def atlas(
     from moe_lens.atlas import run
     from moe_lens.studies import Atlas
 
-    return partial(run, study=Atlas(contexts=contexts, texts=tuple(text or ()), knockout_tokens=knockout_tokens))
+    study = Atlas(contexts=contexts, texts=tuple(text or ()), knockout_tokens=knockout_tokens)
+    return partial(run, study=study, knock_out=options.experts_by_layer(knock_out or (), "--knock-out") or None)

@@ -92,8 +92,8 @@ def max_memory(given: Sequence[str] | None, device: str) -> dict[int | str, int 
     return found
 
 
-def experts_by_layer(given: Sequence[str]) -> dict[int, list[int]]:
-    """Experts by layer, of --experts.
+def experts_by_layer(given: Sequence[str], option: str) -> dict[int, list[int]]:
+    """Experts by layer, of an option.
 
     Raises:
         InputError: Something else.
@@ -102,7 +102,7 @@ def experts_by_layer(given: Sequence[str]) -> dict[int, list[int]]:
     for text in given:
         matched = re.fullmatch(r"([0-9]+):([0-9]+(?:,[0-9]+)*)", text.replace(" ", ""), re.ASCII)
         if matched is None:
-            raise InputError(f"--experts {text!r}: expected LAYER:EXPERT,EXPERT,…, such as 3:17,4")
+            raise InputError(f"{option} {text!r}: expected LAYER:EXPERT,EXPERT,…, such as 3:17,4")
         layer, experts = matched.groups()
         found.setdefault(int(layer), []).extend(int(expert) for expert in experts.split(","))
     return found

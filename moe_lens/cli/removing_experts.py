@@ -153,7 +153,7 @@ def ablate(
     from moe_lens.studies import AblationStudy
 
     chosen: dict[str, Any] = {"how": tuple(each.value for each in how)} if how else {}
-    return AblationStudy(options.experts_by_layer(experts), matched=matched, **chosen)
+    return AblationStudy(options.experts_by_layer(experts, "--experts"), matched=matched, **chosen)
 
 
 @command("contrast", "moe-lens-contrast", tokens=2048, window=128)

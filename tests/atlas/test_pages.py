@@ -4,19 +4,24 @@ import json
 import re
 from collections.abc import Generator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from moe_lens.atlas import expert_card, write_atlas
+from moe_lens.atlas import expert_card, run, write_atlas
 from moe_lens.atlas.pages import DATA, SHARD, SHIPPED
+from moe_lens.atlas.records import ASKED, BEYOND, CONTROL
 from moe_lens.atlas.script_files import script, sharded
 from moe_lens.cli import main
+from moe_lens.data import Reading
 from moe_lens.errors import HookError, InputError
-from moe_lens.studies import StudyResult
+from moe_lens.studies import AblationStudy, Atlas, StudyResult
+from moe_lens.studies import run as run_study
 from tests.browser import CHROMIUM, Page, browser
-from tests.planted import LAYER, PLANTED, planted_atlas
+from tests.planted import ATLAS_READING, LAYER, PLANTED, planted_atlas, planted_domains, planted_model
 from tests.studies.tiny import save_checkpoint, write_jsonl
 from tests.test_docs import DOCS, code_of
 
@@ -27,6 +32,10 @@ HOSTILE = (
     "line\u2028separator\u2029&amp;<!--",
     "\u202eright to left\u0634\u0645\u0633",
 )
+
+
+FOUR_DIGITS = 5e-4
+"""Numbers in the files of a folder are rounded to four significant digits."""
 
 
 def hostile(result: StudyResult) -> StudyResult:
@@ -215,6 +224,40 @@ def test_a_card_by_itself_shows_the_same_in_a_notebook(page, folder, tmp_path):
         expert_card(planted_atlas()[1], LAYER, 16)
     with pytest.raises(HookError, match=r"layer 0 has no experts; MoE layers are \[1, 2\]"):
         expert_card(planted_atlas()[1], 0, 0)
+
+
+def test_knock_outs_that_are_asked_for_join_a_complete_atlas(page, tmp_path):
+    model = planted_model()
+    made = partial(run, model, planted_domains(), tmp_path / "atlas", study=Atlas(), reading=ATLAS_READING)
+    first = made()
+    manifest = (tmp_path / "atlas" / "study" / "manifest.json").read_bytes()
+    knocked: Any = StudyResult.load(tmp_path / "atlas" / "study").tables["knockouts"]
+    expert = min({*range(16)} - {*knocked.query(f"layer == {LAYER}")["expert"]})
+    show(page, tmp_path / "atlas", f"#layer={LAYER}&expert={expert}")
+    assert f"adds it with --knock-out {LAYER}:{expert}." in text(page) and "asked for" not in text(page)
+
+    with pytest.raises(InputError, match="expert 99"):
+        made(knock_out={LAYER: [99]})
+    assert made(knock_out={LAYER: [expert, PLANTED["sea"]]}) == first
+    assert (tmp_path / "atlas" / "study" / "manifest.json").read_bytes() == manifest  # nothing is measured again
+    study = AblationStudy({LAYER: [PLANTED["sea"]]}, how=("zero",), matched=4)
+    table: Any = run_study(study, model, planted_domains(), reading=ATLAS_READING).tables["ablation"]
+    shown = given(tmp_path / "atlas", f"layer-{LAYER}")["experts"]
+    assert [of["asked"] for i, of in enumerate(shown) if i not in (expert, PLANTED["sea"])] == [[]] * 14
+    for kind, names, place in (("picked", ASKED, 1), ("matched", CONTROL, 7), ("matched", BEYOND, 10)):
+        right = table.query(f"coalition == '{kind}'")[list(names)].to_numpy(dtype=float)
+        found = [line[place : place + len(names)] for line in shown[PLANTED["sea"]]["asked"]]
+        np.testing.assert_allclose(np.array(found, dtype=float), right, rtol=FOUR_DIGITS)
+    lost = {line[0]: line[1] for line in shown[PLANTED["sea"]]["asked"]}
+    assert lost.pop(list(PLANTED).index("sea")) > 10 * max(map(abs, lost.values()))  # the planted truth
+
+    show(page, tmp_path / "atlas", f"#layer={LAYER}&expert={PLANTED['sea']}")
+    assert "Exact knock-out, asked for" in text(page) and not page.complaints
+    assert "asked for" in expert_card(tmp_path / "atlas" / "study", LAYER, expert).page
+    other = tmp_path / "atlas" / "knockouts" / "layer-9-expert-0"
+    run_study(study, model, planted_domains(), reading=Reading(tokens=64, context=32), out=other)
+    with pytest.raises(InputError, match="reading differ from the atlas's; move it elsewhere"):
+        write_atlas(tmp_path / "atlas" / "study", tmp_path / "atlas")
 
 
 @pytest.mark.parametrize("place", ["", f"#layer={LAYER}&expert=2", "#text=0", "#about", "#token=377"])

@@ -90,7 +90,7 @@ def test_what_cannot_be_taken_out_is_refused(model, study, message):
 
 
 def test_experts_of_the_command_line(capsys, tmp_path):
-    assert options.experts_by_layer(["3:17,4", "5:8", "3: 2"]) == {3: [17, 4, 2], 5: [8]}
+    assert options.experts_by_layer(["3:17,4", "5:8", "3: 2"], "--experts") == {3: [17, 4, 2], 5: [8]}
     for wrong in ("3", "3:", "3:x", "-1:2", "3:1,", "³:1"):
         assert main(["ablate", f"--experts={wrong}", "--out", str(tmp_path / "out")]) == 2
         assert "expected LAYER:EXPERT,EXPERT" in capsys.readouterr().err
