@@ -17,6 +17,9 @@ from moe_lens.stats.accumulator import Accumulator, Result
 from moe_lens.stats.observation import Hooks, each_layer
 from moe_lens.stats.sums import Total
 
+CHUNK = 2**24
+"""Numbers of the rows of all experts' AAᵀ that are held at a time."""
+
 
 @dataclass(frozen=True, eq=False)
 class OutputSimilarityResult(Result):
@@ -130,6 +133,16 @@ class OutputSimilarityStats(Accumulator[OutputSimilarityResult]):
         )
 
 
+def _overlaps(a: Float[Tensor, "expert d_model d_expert"]) -> Float[Tensor, "expert expert"]:
+    """‖AᵀB‖² of all pairs, as the inner product of AAᵀ and BBᵀ: some rows of all of these at a time."""
+    n, d = a.shape[:2]
+    found = a.new_zeros(n, n)
+    for rows in a.split(max(1, CHUNK // (n * d)), dim=1):
+        grams = (rows @ a.mT).flatten(1)
+        found += grams @ grams.mT
+    return found
+
+
 def weight_similarity(model: Any, layer: Natural) -> pd.DataFrame:
     """How alike the parameters of a layer's experts are.
 
@@ -152,7 +165,7 @@ def weight_similarity(model: Any, layer: Natural) -> pd.DataFrame:
         a = (matrices if name != "W_out" else matrices.mT).float()  # [expert, d_model, d_expert]
         flat = normalize(a.flatten(1), dim=-1)
         cosine = (flat @ flat.mT).cpu()
-        overlap = torch.stack([torch.stack([(one.mT @ other).square().sum() for other in a]) for one in a]).cpu()
+        overlap = _overlaps(a).cpu()
         size = overlap.diagonal().sqrt()
         first, second = torch.triu_indices(len(a), len(a), 1)
         d, m = a.shape[1:]

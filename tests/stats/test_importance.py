@@ -7,7 +7,14 @@ import torch
 
 from moe_lens import names
 from moe_lens.errors import InputError
-from moe_lens.stats import SCORES, ImportanceStats, NeuronStats, OutputSimilarityStats, weight_similarity
+from moe_lens.stats import (
+    SCORES,
+    ImportanceStats,
+    NeuronStats,
+    OutputSimilarityStats,
+    expert_similarity,
+    weight_similarity,
+)
 from tests.wrapped import wrapped
 
 F64 = 1e-12  # sums of few numbers in float64, taken in another order: what rounding there may differ by
@@ -145,6 +152,10 @@ def test_a_common_direction_is_not_likeness():
     assert float(result.correlation[0, 0, 2]) == pytest.approx(1, abs=1e-9)
 
 
+FLOAT32 = 1e-5
+"""Sums of 480 products and of 1,600 squares in float32."""
+
+
 class Parameters:
     """What `weight_similarity` reads of a model."""
 
@@ -169,6 +180,18 @@ def test_weights_that_are_alike_but_for_the_order_of_neurons():
     live = wrapped("deepseek").model
     pairs = live.n_experts * (live.n_experts - 1) // 2
     assert len(weight_similarity(live, live.moe_layers[0])) == 3 * pairs
+
+
+def test_subspaces_overlap_as_pair_by_pair_whatever_is_held_at_a_time(monkeypatch):
+    model = Parameters(40, 12, 3)
+    a = model.W_in[0].double()
+    pairs = torch.einsum("edm,fdn->efmn", a, a).square().sum((-1, -2))
+    cosines = pairs / (pairs.diagonal().sqrt()[:, None] * pairs.diagonal().sqrt())
+    for held in (2**24, 3 * 40 * 7, 1):
+        monkeypatch.setattr(expert_similarity, "CHUNK", held)
+        table: Any = weight_similarity(model, 0).set_index(["matrix", "expert", "other"])["subspace"]
+        for i, j in ((0, 1), (0, 2), (1, 2)):
+            assert table["W_in", i, j] == pytest.approx(float(cosines[i, j]), rel=FLOAT32)
 
 
 @pytest.mark.typed
