@@ -129,6 +129,11 @@ def test_a_tokenizer_of_another_model_is_named(model: HookedMoE) -> None:
         ({"logits_to_keep": 1, "return_type": "loss"}, "at every token"),
         ({"labels": torch.zeros(1, 3, dtype=torch.long)}, "labels are of shape"),
         ({"labels": "a"}, "labels are a str"),
+        ({"labels": torch.full((2, 12), 5000), "return_type": "loss"}, "from 5000 to 5000; expected ids from 0 to 100"),
+        ({"labels": torch.full((2, 12), -5), "return_type": "loss"}, "or -100 where none is meant"),
+        ({"labels": torch.ones(2, 12), "return_type": "loss"}, "labels are torch.float32"),
+        ({"position_ids": torch.arange(12)}, r"position_ids have shape \(12,\); expected \[batch, 12\]"),
+        ({"position_ids": torch.arange(5)[None]}, r"expected \[batch, 12\]"),
         ({"output_hidden_states": True}, "run_with_cache"),
         ({"return_dict": True}, "return_type"),
         ({"attention_mask": torch.ones(2, 40).long()}, "attention_mask has shape"),
@@ -275,6 +280,10 @@ def test_what_is_said_of_a_loss_that_is_not_asked_for_is_refused() -> None:
     collated["labels"][0, :6] = -100
     with pytest.raises(InputError, match="labels has no effect on return_type='logits'; expected return_type='loss'"):
         case.model(collated)
+    assert torch.equal(
+        case.model(case.tokens, labels=case.tokens.int(), return_type="loss"),
+        case.model(case.tokens, labels=case.tokens, return_type="loss"),
+    )
     theirs = case.hf(**collated).loss
     assert torch.allclose(case.model(collated, return_type="loss"), theirs, atol=1e-5)
     assert (case.model(case.tokens, return_type="loss") - theirs).abs() > APART, "negative control"

@@ -16,6 +16,7 @@ from moe_lens.model.hooks.forward_checks import (
     additive,
     check_family,
     check_mask,
+    check_numbers,
     check_of_loss,
     check_returned,
     layer_limits,
@@ -224,6 +225,9 @@ class ExpertBridge(InputReader):
         refuse_unknown("the input, for forward,", words, forward_words(kind))
         check_returned(return_type, {**words, **kwargs}, given)
         check_of_loss(return_type, loss_per_token, {**words, **kwargs}.get("labels"))
+        check_numbers(asked := {**words, **kwargs}, given, self.cfg.d_vocab)
+        if isinstance(asked.get("labels"), Tensor):
+            (kwargs if "labels" in kwargs else words)["labels"] = asked["labels"].long()
         check_all_stored(past)
         config = self._hf_config.get_text_config()
         check_held(past, config, len(given.values))

@@ -160,6 +160,30 @@ def check_returned(return_type: Any, words: Mapping[str, Any], given: ModelInput
         raise InputError(f"return_type={return_type!r} of embeddings or a residual stream needs the ids: pass labels=")
 
 
+def check_numbers(words: Mapping[str, Any], given: ModelInput, d_vocab: int) -> None:
+    """Nothing, where labels and positions are numbers that can be meant.
+
+    Args:
+        words: Keywords of `forward`, and what the input brings.
+        given: What is read.
+        d_vocab: How many ids there are.
+
+    Raises:
+        InputError: Labels that are no ids, or positions of another number than the tokens.
+    """
+    pos, labels, places = given.values.shape[1], words.get("labels"), words.get("position_ids")
+    if isinstance(labels, Tensor) and labels.numel():
+        ids = labels[labels != -100]
+        whole = not (labels.is_floating_point() or labels.dtype == torch.bool)
+        if not whole or (ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < d_vocab):
+            raise InputError(
+                f"labels are {labels.dtype}, from {labels.min().item()} to {labels.max().item()}; expected ids from 0 "
+                f"to {d_vocab - 1}, or -100 where none is meant"
+            )
+    if isinstance(places, Tensor) and (places.dim() < 2 or places.shape[-1] != pos):
+        raise InputError(f"position_ids have shape {tuple(places.shape)}; expected [batch, {pos}]")
+
+
 def check_of_loss(return_type: Any, loss_per_token: bool, labels: Any) -> None:
     """Nothing, where what is said of the loss has a loss to be said of.
 
