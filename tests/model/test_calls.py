@@ -253,6 +253,9 @@ def test_a_residual_stream_needs_labels_for_a_loss_and_runs_forwards() -> None:
         case.model(middle, start_at_layer=1, return_type="loss")
     with pytest.raises(InputError, match="no block would run"):
         case.model(middle, start_at_layer=2, stop_at_layer=1)
+    for kept in ({"past_key_values": DynamicCache()}, {"return_type": "logits_and_cache"}):
+        with pytest.raises(InputError, match="start_at_layer with a key-value cache"):
+            case.model(middle, start_at_layer=1, **kept)
     loss = case.model(middle, start_at_layer=1, return_type="loss", labels=case.tokens)
     assert torch.allclose(loss, case.model(case.tokens, return_type="loss"), atol=1e-6)
 

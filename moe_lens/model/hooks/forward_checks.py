@@ -150,6 +150,12 @@ def check_returned(return_type: Any, words: Mapping[str, Any], given: ModelInput
         raise InputError(
             "start_at_layer needs a residual stream [batch, pos, d_model], as hook_resid_pre has it; got ids"
         )
+    keeps = words.get("past_key_values") is not None or return_type == "logits_and_cache"
+    if words.get("start_at_layer") and keeps:
+        raise InputError(
+            "start_at_layer with a key-value cache: blocks before it would store keys and values of another stream; "
+            "leave one of them out"
+        )
     if return_type in (None, "logits"):
         return
     if words.get("stop_at_layer") is not None:
