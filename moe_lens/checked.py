@@ -45,6 +45,15 @@ class Within:
         return f"from {self.least}" if self.most == float("inf") else f"from {self.least} to {self.most}"
 
 
+@dataclass(frozen=True)
+class ModelWith:
+    """For `Annotated`: a `HookedMoE`, or what stands in for one: it has an attribute that no other model has."""
+
+    attribute: str
+
+
+AnyModel = Annotated[Any, ModelWith("moe_layers")]
+"""A `HookedMoE`."""
 Natural = Annotated[int, Within(0)]
 """A whole number from 0."""
 Positive = Annotated[int, Within(1)]
@@ -174,6 +183,8 @@ def _check_of(annotation: Any) -> Check | None:
     origin, inner = get_origin(annotation), get_args(annotation)
     if annotation in _PLAIN:
         return functools.partial(_plain, *_PLAIN[annotation])
+    if _is_own(annotation):
+        return functools.partial(_instance, annotation)
     if is_tensor(annotation):
         return functools.partial(expected, annotation)
     if origin is Literal:
@@ -184,6 +195,9 @@ def _check_of(annotation: Any) -> Check | None:
         base, *extras = inner
         if any(isinstance(extra, ReadByItself) for extra in extras):
             return None
+        models = [extra for extra in extras if isinstance(extra, ModelWith)]
+        if models:
+            return functools.partial(_model, models[0].attribute)
         ranges = [extra for extra in extras if isinstance(extra, Within)]
         if not ranges:
             return _check_of(base)
@@ -195,7 +209,7 @@ def _check_of(annotation: Any) -> Check | None:
         alike = len(set(inner) - {Ellipsis}) == 1
         if alike and origin in _ABSTRACT and _counts(inner[0]):
             return None  # read by `ids`, which takes arrays and masks too, and says more
-        return functools.partial(_each, _check_of(inner[0]) if alike else None)
+        return functools.partial(_each, _check_of(inner[0]) if alike else None, inner[0] if alike else None)
     if origin is Mapping and (of_values := _check_of(inner[1])) is not None:
         return functools.partial(_each_value, of_values)
     return None
@@ -203,6 +217,14 @@ def _check_of(annotation: Any) -> Check | None:
 
 _ABSTRACT = (Sequence, Iterable, Collection)
 _SEVERAL = (list, tuple, set, frozenset, *_ABSTRACT)
+
+
+def _is_own(annotation: Any) -> bool:
+    """Whether it is a text, or a class of this package whose instances `isinstance` knows."""
+    if annotation is str:
+        return True
+    own = isinstance(annotation, type) and annotation.__module__.startswith("moe_lens.")
+    return own and not getattr(annotation, "_is_protocol", False)
 
 
 def _counts(annotation: Any) -> bool:
@@ -216,9 +238,10 @@ def _check_of_union(members: tuple[Any, ...]) -> Check | None:
     if Path in members and set(members) <= {str, Path, type(None)}:
         known: tuple[type, ...] = (str, os.PathLike, *((type(None),) if type(None) in members else ()))
         return functools.partial(_plain, lambda value: isinstance(value, known), "a path")
-    checks = [(member, _check_of(member)) for member in members]
-    if not any(check for _, check in checks):
-        return None
+    checks = [(member, None if _is_own(member) else _check_of(member)) for member in members]
+    optional = len(members) == 2 and type(None) in members and any(map(_is_own, members))
+    if not optional and not any(check for _, check in checks):
+        return None  # several classes: read by the function itself, which says more
     classes = [_class_of(member) for member, check in checks if check is None]
     if any(kind is None for kind in classes):
         return None  # something is allowed that cannot be told apart
@@ -274,6 +297,19 @@ def _plain(fits: Callable[[Any], bool], expected: str, value: Any) -> str | None
     return None if fits(value) else expected
 
 
+def _instance(kind: type, value: Any) -> str | None:
+    if isinstance(value, kind):
+        return None
+    made = f": an instance, {kind.__name__}(…)" if value is kind else ""
+    return ("a text" if kind is str else a_kind(kind)) + made
+
+
+def _model(attribute: str, value: Any) -> str | None:
+    if hasattr(value, attribute):
+        return None
+    return "a HookedMoE, as HookedMoE.from_pretrained(name) and HookedMoE.from_hf(model, tokenizer) give it"
+
+
 def _word(words: tuple[Any, ...], value: Any) -> str | None:
     if any(value is word or (type(value) is type(word) and value == word) for word in words):
         return None
@@ -292,9 +328,11 @@ def _in_range(base: Check | None, kind: str, within: Within, value: Any) -> str 
     return None if wrong is None else f"{wrong} {within}".rstrip()
 
 
-def _each(check: Check | None, values: Any) -> str | None:
-    if isinstance(values, str | bytes):
+def _each(check: Check | None, kind: Any, values: Any) -> str | None:
+    if isinstance(values, str | bytes) or (_is_own(kind) and isinstance(values, kind)):
         return "several: put a single one in a list"
+    if isinstance(values, Mapping):
+        return "several, in a list and no dictionary"  # whose keys alone would be read
     if not (isinstance(values, Iterable) or hasattr(values, "__getitem__")):
         return "several, in a list"
     if check is None or not isinstance(values, list | tuple | set | frozenset):

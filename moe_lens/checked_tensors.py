@@ -41,7 +41,8 @@ def came(value: Any) -> str:
     """A value, for a message: of arrays, their shapes and not their numbers."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{a_kind(value)} of {str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
-    return f"{value!r:.200}"
+    said = repr(value)
+    return a_kind(value) if "\n" in said else f"{said:.200}"  # a model, a frame
 
 
 def tensors_in(annotation: Any) -> list[Any]:

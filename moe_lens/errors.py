@@ -86,6 +86,9 @@ _SAID = {
     "Sequence": "several, in a list",
     "Mapping": "dictionary",
     "ndarray": "numpy array",
+    "Domain": "Domain (what Domain.of makes of texts)",
+    "Passage": "Passage (what Domain.of makes of a text)",
+    "Tokens": "Tokens (what tokenize makes of a domain)",
 }
 """Classes that are called otherwise."""
 

@@ -16,8 +16,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 import moe_lens
-from moe_lens.checked import Natural, Positive, Within, argument_checks, checked
+from moe_lens.checked import AnyModel, Natural, Positive, Within, argument_checks, checked
 from moe_lens.errors import InputError
+from moe_lens.selection import Selection
 
 pytestmark = pytest.mark.untyped
 
@@ -36,8 +37,15 @@ def example(
     where: int | Iterable[int] | slice | None = None,
     by_layer: Mapping[int, Positive] | None = None,
     real: float | Literal["auto"] = "auto",
+    selection: Selection | None = None,
+    selections: Sequence[Selection] = (),
+    model: AnyModel = None,
 ) -> str:
     return f"{word} {number} {least} {share} {words} {either} {flag} {texts} {where} {by_layer} {real}"
+
+
+class Model:
+    moe_layers = (1,)
 
 
 def test_what_an_annotation_allows_passes() -> None:
@@ -46,6 +54,7 @@ def test_what_an_annotation_allows_passes() -> None:
     assert example("global", None, share=1.0)
     assert example("global", three, real=three)
     assert example("layer", flag=np.bool_(True), texts=["a"], where=range(3), by_layer={3: 2}, real=1)  # pyright: ignore[reportArgumentType]
+    assert example("layer", selection=Selection(), selections=(Selection(),), model=Model())
     assert example("layer", texts=iter(["a"]), where=[-1], real=np.float32(0.5))  # pyright: ignore[reportArgumentType]
 
 
@@ -69,6 +78,13 @@ def test_what_an_annotation_allows_passes() -> None:
         ({"texts": 3}, "texts is 3; expected several, in a list"),
         ({"where": 1.5}, "where is 1.5; expected a whole number, or several, in a list, or a slice, or None"),
         ({"by_layer": {3: 0}}, "expected a whole number from 1 at 3, not 0, or None"),
+        ({"texts": {"a": "b"}}, "expected several, in a list and no dictionary"),
+        ({"selection": {"layers": [3]}}, "selection is {'layers': [3]}; expected a Selection, or None"),
+        ({"selections": ["x"]}, "selections is ['x']; expected a Selection in it, not 'x'"),
+        ({"selections": Selection()}, "expected several: put a single one in a list"),
+        ({"selections": [Selection]}, "expected a Selection: an instance, Selection(…) in it"),
+        ({"model": "tiny"}, "model is 'tiny'; expected a HookedMoE, as HookedMoE.from_pretrained(name) and"),
+        ({"model": torch.nn.Sequential(torch.nn.Linear(1, 1))}, "model is a Sequential; expected a HookedMoE"),
         ({"real": "atuo"}, "real is 'atuo'; expected a number, or 'auto'"),
     ],
 )

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from moe_lens.atlas.asked_knockouts import FOLDER, one_by_one
 from moe_lens.atlas.pages import write_atlas
-from moe_lens.checked import Positive
+from moe_lens.checked import AnyModel, Positive
 from moe_lens.data import Domains, Reading
 from moe_lens.selection import Experts
 from moe_lens.studies import Atlas
@@ -20,7 +19,7 @@ STUDY = "study"
 
 
 def run(
-    model: Any,
+    model: AnyModel,
     domains: Domains,
     out: str | Path,
     *,

@@ -99,6 +99,8 @@ def prune(
         raise InputError(
             f"--specialist is {specialist!r}; the domains are {', '.join(known)}{near_miss(specialist, known)}"
         )
+    if uniform and budget is not Budget.whole:
+        raise InputError("--uniform evens out what --budget global gives; without that it has no effect: leave it out")
     if (out / "model").exists() and any((out / "model").iterdir()):
         raise InputError(f"{out / 'model'} is not an empty folder; choose another --out, or remove it")
     from rich.console import Console

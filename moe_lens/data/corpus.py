@@ -44,8 +44,10 @@ class Corpus(Summary):
                 count in that order. None: in the order of the corpus.
 
         Raises:
-            InputError: It cannot be read; the message says where.
+            InputError: It cannot be read; the message says where. Or there is no such process.
         """
+        if rank >= world_size:
+            raise InputError(f"rank is {rank}; expected 0 to {world_size - 1}, as world_size is {world_size}")
         from datasets.distributed import split_dataset_by_node
 
         rows = self.rows()
@@ -101,7 +103,7 @@ def from_file(name: str, path: str | Path, *, text: str = "text", source: str | 
         for passage in read_passages(path, text=text, source=source):
             yield vars(passage)
 
-    return Corpus(name, partial(_iterable, rows), {"file": path.name, "digest": digest(path), "text": text})
+    return Corpus(name, partial(_iterable, rows), _told(file=path.name, digest=digest(path), text=text, source=source))
 
 
 def from_hub(
@@ -164,8 +166,14 @@ def from_hub(
                 raise unreachable(error) from None
         return from_hub(name, repository, revision=commit, **how)
 
-    identity = {"hub": repository, "config": config, "split": split, "revision": revision, "text": text}
+    at = {"hub": repository, "config": config, "split": split, "revision": revision}
+    identity = {**at, **_told(text=text, source=source)}
     return Corpus(name, stream, identity, None if re.fullmatch("[0-9a-f]{40}", revision or "") else pin)
+
+
+def _told(*, source: str | None, **identity: Any) -> dict[str, Any]:
+    """What a corpus is read from, with the column of the sources where one is named: other sources, other intervals."""
+    return identity if source is None else {**identity, "source": source}
 
 
 def digest(path: Path) -> str:

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from moe_lens.checked import Natural, Positive, Seed
+from moe_lens.checked import ModelWith, Natural, Positive, Seed
 from moe_lens.data.corpus import Corpus
 from moe_lens.data.domains import Domain, Passage
 from moe_lens.data.windows import Window, in_turns, up_to, windows_of
@@ -47,7 +47,7 @@ class Shard:
 
 def shards(
     domain: Domain | Corpus,
-    encoder: Any,
+    encoder: Annotated[Any, ModelWith("own_ids")],
     reading: Reading,
     *,
     rank: Natural = 0,
@@ -71,8 +71,10 @@ def shards(
         start: Leave out this many of the process's own shards.
 
     Raises:
-        InputError: The domain holds no text of two tokens, or cannot be read.
+        InputError: The domain holds no text of two tokens, or cannot be read, or there is no such process.
     """
+    if rank >= world_size:
+        raise InputError(f"rank is {rank}; expected 0 to {world_size - 1}, as world_size is {world_size}")
     context = min(reading.context, int(encoder.cfg.n_ctx))
     shared = isinstance(domain, Corpus) and reading.tokens is None
     short = 0

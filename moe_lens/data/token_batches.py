@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from moe_lens.checked import Positive, Seed, checked
+from moe_lens.checked import ModelWith, Positive, Seed, checked
 from moe_lens.data.domains import Domain
 from moe_lens.data.windows import Window, in_turns, up_to
 from moe_lens.errors import InputError, a_kind
@@ -116,7 +116,7 @@ class Tokens(Summary):
 @checked
 def tokenize(
     domain: Domain,
-    encoder: Encoder,
+    encoder: Annotated[Encoder, ModelWith("own_ids")],
     *,
     n_tokens: Positive,
     context: Positive,

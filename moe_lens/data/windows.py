@@ -23,11 +23,13 @@ class Window:
     document: Natural
     """Number of the passage in its domain, from 0."""
     start: Natural
-    """Where in the passage's tokens, what opens it not counted, the window begins."""
+    """Where the window's text begins, among the ids that the tokenizer gives for the passage without adding any."""
     counted: Natural
     """How many of its tokens are text: no special tokens."""
     opening: Natural = 0
-    """How many of its first tokens the tokenizer put before the text."""
+    """How many of its first tokens open it, and are not counted as its text."""
+    written: bool = False
+    """Whether these are the text's own, which begins with what the tokenizer would put before it."""
 
 
 def too_short(passage: Passage, length: int) -> None:
@@ -64,11 +66,16 @@ def windows_of(
             " is it the tokenizer of another model?"
         )
     special = set(encoder.tokenizer.all_special_ids)
+    from moe_lens.model.loading.tokenizer import opens_itself  # not before: it imports transformers
+
+    written = bool(opening) and opens_itself(encoder.tokenizer, passage.text, opening)
+    before = len(opening) if written else 0
     for start, window in pieces(text, context, opening):
         own = window[len(opening) :]
         if len(own) >= 2:  # a single left-over token predicts nothing
             counted = sum(token not in special for token in own)
-            yield Window(tuple(window), passage.source, number, start, counted, len(opening))
+            first = written and start == 0
+            yield Window(tuple(window), passage.source, number, before + start, counted, len(opening), first)
 
 
 def in_turns(

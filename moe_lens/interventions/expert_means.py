@@ -1,5 +1,6 @@
 """`ExpertMeans`: every expert's mean output over a reference, what "replaced by its mean" refers to."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from moe_lens.model.cache.moe_cache import MoECache
 from moe_lens.protocols import HookedModel, PaddedTokens, require_stream_width
 from moe_lens.reprs import Summary
 from moe_lens.selection import Selection
-from moe_lens.storage import load_tensors, save_tensors
+from moe_lens.storage import believed, load_tensors, save_tensors, whole_numbers
 
 Batch = Mapping[str, Any] | PaddedTokens
 """Tokens and which of them are padding: what a tokenizer of transformers returns, or a `TokenBatch`."""
@@ -34,6 +35,12 @@ class ExpertMeans(Summary):
     """How many tokens each mean is over."""
     shared: Float[Tensor, "layer d_model"] | None = None
     """Mean output of the shared experts over all tokens of the reference."""
+
+    def __post_init__(self) -> None:
+        if len(set(self.layers)) < len(self.layers) or len(self.layers) != len(self.experts):
+            raise InputError(
+                f"layers are {self.layers}, and there are means of {len(self.experts)}; expected each once"
+            )
 
     def __repr__(self) -> str:
         unseen = int((self.counts == 0).sum())
@@ -165,7 +172,8 @@ class ExpertMeans(Summary):
         tensors, header = load_tensors(path, "ExpertMeans")
         if not {"experts", "counts"} <= tensors.keys():
             raise InputError(f"{path} holds {sorted(tensors)}; expected at least experts and counts")
-        return cls(tuple(header["layers"]), **tensors)
+        with believed(path, "ExpertMeans"):
+            return cls(whole_numbers("layers", header["layers"], least=0), **tensors)
 
 
 class ExpertSums:
@@ -262,9 +270,18 @@ def _is_file(reference: Path | str) -> bool:
     if isinstance(reference, Path) or reference.endswith(".safetensors"):
         return True
     try:
-        return Path(reference).is_file()
+        there = Path(reference).exists()
     except (OSError, ValueError):  # too long for a name, or with characters that no name has
         return False
+    if not there and _PATH.fullmatch(reference):
+        raise InputError(
+            f"reference: there is no file {reference}; if this is a text, put it in a list: [{reference!r}]"
+        )
+    return there
+
+
+_PATH = re.compile(r"\S+\.[A-Za-z]\w{0,15}|\S*[/\\]\S*")
+"""What is more likely the name of a file than a text: no space, and a suffix or folders."""
 
 
 def _holds_any(reference: Any) -> bool:

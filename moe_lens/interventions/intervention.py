@@ -82,7 +82,9 @@ class Intervention(OpensScope):
     def scope(self) -> Any:
         """Its hooks, in place."""
         context: Any = self._model().hooks(fwd_hooks=self.fwd_hooks)
-        return context.scope()
+        scope = context.scope()
+        scope.recipe = self.recipe
+        return scope
 
     def _model(self) -> HookedModel:
         if self.model is None:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moe_lens import names
-from moe_lens.checked import Natural, Positive
+from moe_lens.checked import AnyModel, Natural, Positive
 from moe_lens.errors import HookError, InputError
 from moe_lens.lenses.logit_lens import LogitLens
 from moe_lens.lenses.token_rows import Rows, row_batches, rows
@@ -110,7 +110,7 @@ class ExpertVocabulary(Summary):
 
 @torch.no_grad()
 def expert_vocabulary(
-    model: Any,
+    model: AnyModel,
     layer: Natural,
     expert: Natural,
     texts: Iterable[Any] | None = None,

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lens import names
-from moe_lens.checked import Natural, Positive
+from moe_lens.checked import AnyModel, Natural, Positive
 from moe_lens.errors import InputError
 from moe_lens.lenses.decoding import Decoding
 from moe_lens.lenses.lens_result import LensResult
@@ -28,7 +28,7 @@ class Lens(Summary, ABC):
         model: A `HookedMoE`.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: AnyModel):
         self.model = model
 
     def _facts(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe_lens import names
-from moe_lens.checked import Natural
+from moe_lens.checked import AnyModel, Natural
 from moe_lens.errors import HookError, InputError
 from moe_lens.model.experts.offloaded_experts import numbers_of
 from moe_lens.reprs import Summary
@@ -60,7 +60,7 @@ class RouterAttrs(Summary):
         return pd.DataFrame({"logit": shown}, index=index).reset_index()
 
 
-def router_attrs_hooks(model: Any, layer: Natural, *, heads: bool = True) -> list[str]:
+def router_attrs_hooks(model: AnyModel, layer: Natural, *, heads: bool = True) -> list[str]:
     """The names that a cache must hold for `router_attrs` at a layer: everything that writes before its experts.
 
     Raises:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from moe_lens import names
-from moe_lens.checked import Natural, Positive
+from moe_lens.checked import AnyModel, Natural, Positive
 from moe_lens.errors import HookError, InputError
 from moe_lens.lenses.token_rows import row_batches, rows
 from moe_lens.model.loading.placement import input_device
@@ -57,7 +57,7 @@ class RouterGeometry(Summary):
 
 @torch.no_grad()
 def router_geometry(
-    model: Any, layer: Natural, texts: Iterable[Any] | None = None, *, top: Positive = 10, batch: Positive = 8
+    model: AnyModel, layer: Natural, texts: Iterable[Any] | None = None, *, top: Positive = 10, batch: Positive = 8
 ) -> RouterGeometry:
     """Compare a router's rows with token embeddings and with what experts read.
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moe_lens.checked import Natural, Positive, Seed
+from moe_lens.checked import AnyModel, Natural, Positive, Seed
 from moe_lens.errors import InputError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.json_files import read_json
@@ -49,7 +49,7 @@ class TunedLens(TranslatedLens):
 
     def __init__(
         self,
-        model: Any,
+        model: AnyModel,
         weights: Sequence[Float[Tensor, "d_model d_model"]] | None = None,
         biases: Sequence[Float[Tensor, " d_model"]] | None = None,
         *,
@@ -98,7 +98,7 @@ class TunedLens(TranslatedLens):
     @classmethod
     def fit(
         cls,
-        model: Any,
+        model: AnyModel,
         texts: Iterable[Any],
         *,
         held_out: Iterable[Any] | None = None,
@@ -205,7 +205,7 @@ class TunedLens(TranslatedLens):
         return cls(model, list(tensors["post.weight"]), list(tensors["post.bias"]), mid=mid, tuning=tuning)
 
     @classmethod
-    def from_tuned_lens(cls, folder: str | Path, model: Any, *, strict: bool = True) -> "TunedLens":
+    def from_tuned_lens(cls, folder: str | Path, model: AnyModel, *, strict: bool = True) -> "TunedLens":
         """Load a lens that the package tuned-lens trained and saved.
 
         Its translator i reads the stream before block i; here it is that of layer i − 1, whose output this is. Its

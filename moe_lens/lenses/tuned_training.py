@@ -13,10 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from moe_lens.by_value import digest_of
 from moe_lens.errors import InputError, several
 from moe_lens.lenses.token_rows import endless, of_item, padded, row_batches, rows, shuffled
 from moe_lens.lenses.training_summary import TrainingSummary
 from moe_lens.lenses.tuned_loss import Streams, TranslatedLens, divergences, sites
+from moe_lens.model.hooks.edits import edits
 from moe_lens.storage import load_tensors, save_tensors
 
 HELD_OUT = 32
@@ -69,6 +71,7 @@ def train(
     before, scale, held_out_tokens = divergences(lens, evaluation)
     optimizer = _optimizer(lens, scale.tolist(), settings)
     run = {**asdict(settings), "fingerprint": lens.unembedding_digest(), "held_out_tokens": held_out_tokens}
+    run |= {"held_out": digest_of(kept), "hooks": edits(model)}
     step = tokens = 0
     if checkpoint is not None and checkpoint.exists():
         step, tokens = _resume(checkpoint, optimizer, run)

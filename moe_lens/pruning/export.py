@@ -111,7 +111,10 @@ def _without_prediction(checkpoint: Checkpoint, raw: Mapping[str, Any]) -> tuple
 def _source(model: Any, target: Path, hub: dict[str, Any]) -> Generator[tuple[str, dict[str, Any]]]:
     """A checkpoint on disk: the one that was named, or what a loaded model is saved as for the time being."""
     if isinstance(model, str | Path):
-        yield resolve_name(str(model)), hub
+        source = resolve_name(str(model))
+        if "revision" in hub and Path(source).is_dir():
+            raise InputError(f"got revision={hub['revision']!r}, and {source} is on the disk, where there are none")
+        yield source, hub
         return
     if hub:
         raise InputError(f"got {sorted(hub)}, which say where a checkpoint comes from, for a model that is loaded")

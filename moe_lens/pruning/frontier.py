@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moe_lens.checked import Positive, Seed
+from moe_lens.checked import AnyModel, Positive, Seed
 from moe_lens.data import Domains, Tokens, in_memory, tokenize
 from moe_lens.errors import InputError
 from moe_lens.pruning.merging import merge
@@ -118,7 +118,7 @@ class Frontier(Drawn, Result):
 
 
 def halved(
-    domains: Domains, model: Any, *, n_tokens: Positive, context: Positive, seed: Seed = 0
+    domains: Domains, model: AnyModel, *, n_tokens: Positive, context: Positive, seed: Seed = 0
 ) -> tuple[tuple[Tokens, ...], tuple[Tokens, ...]]:
     """Each domain's texts, divided by source into two halves of about `n_tokens` / 2 each.
 
@@ -173,7 +173,7 @@ class _Judge:
 
 
 def frontier(
-    model: Any,
+    model: AnyModel,
     texts: tuple[Sequence[Tokens], Sequence[Tokens]],
     methods: Sequence[Method],
     keep: Sequence[float | int],
@@ -194,17 +194,30 @@ def frontier(
         specialists: The method by which, besides, models for a single domain are made.
         top_k: Numbers of active experts that are measured with all experts kept.
         on_batch: Called after every batch of every pass.
+
+    Raises:
+        InputError: no method, one for merging that has no plans here, or halves of other domains; see also `score`
+            and `plan`.
     """
+    if not methods:
+        raise InputError("methods is empty; give at least one")
+    if other := [method for method in merged if method not in methods]:
+        raise InputError(f"merged names {other[0]!r}, which is not among the methods {list(methods)}")
+    names = [[tokens.domain for tokens in half] for half in texts]
+    if len(names) != 2 or names[0] != names[1]:
+        raise InputError(f"texts are of the domains {names}; expected two halves of the same ones, as of `halved`")
+    if specialists and ALL in names[0]:
+        raise InputError(f"a domain is called {ALL!r}, which stands for all domains together here; rename it")
     whole = Point("all experts", ALL, "dropped", model.n_experts, model.top_k)
-    judge = _Judge([tokens.domain for tokens in texts[0]])
+    judge = _Judge(names[0])
     for seen, unseen in (texts, texts[::-1]):
         judge.judge(whole, model, None, unseen, on_batch)
         scores: dict[Method, Scores] = {
             method: score(model, seen, method, on_batch=on_batch) for method in _needed(methods, specialists)
         }
-        for point, made in _plans(model, scores, seen, methods, keep, merged, specialists, on_batch):
+        for point, made in _plans(model, scores, seen, methods, keep, merged, specialists, on_batch).items():
             judge.judge(point, model, made, unseen, on_batch)
-        for k in top_k:
+        for k in (k for k in dict.fromkeys(top_k) if k != model.top_k):
             made = plan(next(iter(scores.values())), top_k=k)
             judge.judge(Point("all experts", ALL, "dropped", model.n_experts, k), model, made, unseen, on_batch)
     return judge.frontier(model.n_experts)
@@ -223,17 +236,17 @@ def _plans(
     merged: Sequence[Method],
     specialists: Method | None,
     on_batch: Callable[[], None],
-) -> list[tuple[Point, Plan]]:
-    """All plans of one half."""
-    made: list[tuple[Point, Plan]] = []
+) -> dict[Point, Plan]:
+    """All plans of one half, each once: a model that is judged twice would count its texts twice."""
+    made: dict[Point, Plan] = {}
     for method, count in product(methods, keep):
         dropping = plan(scores[method], count)
         point = Point(method, ALL, "dropped", len(dropping.kept[0]), model.top_k)
-        made.append((point, dropping))
-        if method in merged:
-            made.append((point._replace(treatment="merged"), merge(dropping, model, seen, on_batch=on_batch)))
+        made[point] = dropping
+        if method in merged and (both := point._replace(treatment="merged")) not in made:
+            made[both] = merge(dropping, model, seen, on_batch=on_batch)
     for domain, count in product([tokens.domain for tokens in seen] if specialists else [], keep):
         assert specialists is not None
         special = plan(scores[specialists], count, domain=domain)
-        made.append((Point(specialists, domain, "dropped", len(special.kept[0]), model.top_k), special))
+        made[Point(specialists, domain, "dropped", len(special.kept[0]), model.top_k)] = special
     return made

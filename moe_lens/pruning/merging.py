@@ -8,7 +8,6 @@ for the others, and the leader keeps its own.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moe_lens import names
+from moe_lens.checked import AnyModel
 from moe_lens.data import Tokens
 from moe_lens.errors import InputError, UnsupportedModelError
 from moe_lens.model.cache.hook_cache import identity
@@ -29,7 +29,7 @@ _OUTWARD = ("down_proj", "w2")
 """What stored tensors call the matrix whose columns are neurons; in the others neurons are rows."""
 
 
-def merge(plan: Plan, model: Any, domains: Sequence[Tokens], *, on_batch: Callable[[], None] = nothing) -> Plan:
+def merge(plan: Plan, model: AnyModel, domains: Sequence[Tokens], *, on_batch: Callable[[], None] = nothing) -> Plan:
     """The same plan with pruned experts merged into kept ones instead of dropped.
 
     Each pruned expert joins the kept expert of its layer whose router logits are most like its own: the greatest cosine
@@ -42,10 +42,12 @@ def merge(plan: Plan, model: Any, domains: Sequence[Tokens], *, on_batch: Callab
         on_batch: Called after every batch.
 
     Raises:
-        InputError: the plan is for another model, or merges already.
+        InputError: the plan is for another model, or merges already; or there is no text.
         UnsupportedModelError: experts with biases.
     """
     plan.check(identity(model))
+    if not domains:
+        raise InputError("there are no texts to merge experts by; give at least one domain")
     if plan.merged is not None:
         raise InputError("this plan merges experts already")
     if any(model._experts(layer).has_bias for layer in plan.layers):

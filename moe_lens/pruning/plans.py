@@ -1,23 +1,24 @@
 """Plans: which experts of a model stay, how many a token uses, and what pruned experts are merged into."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sized
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moe_lens.checked import Natural, Positive
+from moe_lens.checked import AnyModel, Natural, Positive
 from moe_lens.errors import InputError
-from moe_lens.ids import one_id
+from moe_lens.ids import Ids
 from moe_lens.interventions.intervention import Intervention
 from moe_lens.pruning.preview import preview
 from moe_lens.pruning.scores import Scores
 from moe_lens.reprs import Summary
+from moe_lens.selection import Experts, Selection
 from moe_lens.storage import believed, load_tensors, save_tensors, whole_numbers
 
 Budget = Literal["layer", "global"]
@@ -47,6 +48,8 @@ class Plan(Summary):
     """Layers in which fewer than `top_k` experts are active, and how many."""
 
     def __post_init__(self) -> None:
+        if len(set(self.layers)) < len(self.layers):
+            raise InputError(f"layers are {self.layers}; expected each once")
         if self.values.ndim != 2 or len(self.values) != len(self.layers) or len(self.kept) != len(self.layers):
             raise InputError(
                 f"a plan for the layers {self.layers} keeps experts in {len(self.kept)}, with scores of shape "
@@ -56,12 +59,18 @@ class Plan(Summary):
             raise InputError("values or shares hold NaN, and experts cannot be ranked by it")
         if not isinstance(self.model, Mapping):
             raise InputError(f"model is {self.model!r:.60}; expected its name and sizes")
-        for layer, number in [("every layer", self.top_k), *self.fewer.items()]:
-            if not 1 <= number <= self.n_experts or (layer != "every layer" and layer not in self.layers):
-                raise InputError(f"{number} experts are to be active in {layer}; expected 1 to {self.n_experts}")
+        if not 1 <= self.top_k <= self.n_experts:
+            raise InputError(f"top_k is {self.top_k}; expected 1 to {self.n_experts}, the number of experts")
+        for layer, number in self.fewer.items():
+            self._row(layer)
+            if not 1 <= number < self.top_k:
+                raise InputError(f"fewer is {number} in layer {layer}; expected 1 to {self.top_k - 1}, below top_k")
         for layer, experts in zip(self.layers, self.kept, strict=True):
-            if any(not 0 <= expert < self.n_experts for expert in experts):
-                raise InputError(f"layer {layer} would keep {experts}; expected ids from 0 to {self.n_experts - 1}")
+            if any(not 0 <= expert < self.n_experts for expert in experts) or list(experts) != sorted(set(experts)):
+                told = f"expected ids from 0 to {self.n_experts - 1}, ascending, each once"
+                raise InputError(f"layer {layer} would keep {experts}; {told}")
+        if bool(self.merged) and self.shares is None:
+            raise InputError("merged is given without shares, by which experts are averaged")
         for (layer, expert), into in (self.merged or {}).items():
             if expert in self.of(layer) or into not in self.of(layer):
                 raise InputError(f"layer {layer} would merge expert {expert} into {into}; expected one that stays")
@@ -96,7 +105,12 @@ class Plan(Summary):
         return len({len(experts) for experts in self.kept}) == 1
 
     def active(self, layer: Natural) -> int:
-        """Experts of a layer that a token uses."""
+        """Experts of a layer that a token uses.
+
+        Raises:
+            InputError: the layer has no experts.
+        """
+        self._row(layer)
         return self.fewer.get(layer, self.top_k)
 
     def of(self, layer: Natural) -> tuple[int, ...]:
@@ -105,16 +119,19 @@ class Plan(Summary):
         Raises:
             InputError: the layer has no experts.
         """
+        return self.kept[self._row(layer)]
+
+    def _row(self, layer: int) -> int:
         if layer not in self.layers:
             raise InputError(f"layer {layer} has no experts; the plan is for layers {list(self.layers)}")
-        return self.kept[self.layers.index(layer)]
+        return self.layers.index(layer)
 
     def pruned(self, layer: Natural) -> tuple[int, ...]:
         """The experts of a layer that are removed."""
         stay = set(self.of(layer))
         return tuple(expert for expert in range(self.n_experts) if expert not in stay)
 
-    def preview(self, model: Any) -> AbstractContextManager[Intervention]:
+    def preview(self, model: AnyModel) -> AbstractContextManager[Intervention]:
         """Apply the plan to a `HookedMoE` inside `with`; see `moe_lens.pruning.preview`."""
         return preview(self, model)
 
@@ -190,9 +207,9 @@ def plan(
     scores: Scores,
     keep: float | int | Literal["selected"] | None = None,
     *,
-    budget: Budget = "layer",
+    budget: Budget | None = None,
     domain: str | None = None,
-    protect: Collection[tuple[int, int]] = (),
+    protect: Selection | Experts = (),
     top_k: Positive | Mapping[int, Positive] | None = None,
 ) -> Plan:
     """Choose the experts to keep: those with the largest scores.
@@ -203,24 +220,27 @@ def plan(
         scores: What `score` returned.
         keep: The share of experts to keep, in (0, 1); or their number in each layer; `"selected"`: all with a score
             above 0, whatever their number; None: all (to reduce `top_k` alone).
-        budget: `"layer"`: the same number in every layer. `"global"`: the best of all layers together, with scores
-            divided by their layer's sum, and at least `top_k` in each.
+        budget: Of a share or a number: `"layer"`, the same number in every layer, if not given; or `"global"`, the best
+            of all layers together, with scores divided by their layer's sum, and at least `top_k` in each.
         domain: Keep what this domain needs (a specialist); all domains, each counting the same, if not given.
-        protect: (layer, expert) that stay whatever their score, such as super experts.
+        protect: Experts that stay whatever their score, such as super experts: `[(layer, expert), …]`, one such pair,
+            `{layer: [expert, …]}`, or a `Selection` of experts or of layers.
         top_k: Experts active per token in the smaller model, or in some of its layers `{layer: number}`; as before if
             not given. Layers that differ can be previewed; no family's config has words for them.
 
     Raises:
-        InputError: too few experts for every token, more than there are, or a domain or expert that does not exist.
+        InputError: too few experts for every token, more than there are, a domain or expert that does not exist, or a
+            budget where `keep` says what stays in each layer.
     """
+    if budget is not None and (keep is None or keep == "selected"):
+        raise InputError(f"budget={budget!r} has no effect with keep={keep!r}; give a share or a number, or no budget")
     values = scores.of(domain)
     n_layers, n_experts = values.shape
     by_layer = _by_layer(scores, top_k)
     active = max(by_layer.values())
     ranked = values.clone()
-    for layer, expert in protect:
-        if one_id("protect: layer", layer) not in scores.layers or one_id("protect: expert", expert) >= n_experts:
-            raise InputError(f"there is no expert {expert} in layer {layer} to protect")
+    protected = _protected(protect, scores)
+    for layer, expert in protected:
         ranked[scores.layers.index(layer), expert] = torch.inf
     stay = torch.zeros_like(values, dtype=torch.bool)
     if keep == "selected":
@@ -237,7 +257,7 @@ def plan(
             rest = relative.masked_fill(stay, -torch.inf).flatten()
             more = count * n_layers - int(stay.sum())
             stay.view(-1)[rest.argsort(dim=-1, descending=True, stable=True)[:more]] = True
-    lost = [(layer, e) for layer, e in protect if not stay[scores.layers.index(layer), e]]
+    lost = [(layer, e) for layer, e in protected if not stay[scores.layers.index(layer), e]]
     if lost:
         raise InputError(
             f"{len(lost)} protected experts do not fit into keep={keep}, such as {lost[0]} (layer, expert)"
@@ -252,6 +272,33 @@ def plan(
         method=method,
         fewer={layer: number for layer, number in by_layer.items() if number < active},
     )
+
+
+def _protected(given: Selection | Experts, scores: Scores) -> list[tuple[int, int]]:
+    """(layer, expert) of those that are to stay.
+
+    Raises:
+        InputError: there is no such expert, or the selection is of something else.
+    """
+    if isinstance(given, tuple) and len(given) == 2 and all(isinstance(one, int) for one in given):
+        given = [cast(tuple[int, int], given)]
+    n_experts = scores.values.shape[-1]
+    if isinstance(given, Sized) and not len(given):
+        return []
+    chosen = given if isinstance(given, Selection) else Selection(experts=given)
+    told = chosen.by_layer is not None or chosen.layers is not None
+    if not told or chosen.ranks is not None or chosen.shared or chosen.where is not None:
+        raise InputError(f"protect is the selection {chosen}; expected one of experts or layers, and of nothing else")
+    by_layer = chosen.by_layer
+    if by_layer is None:
+        by_layer = {layer: Ids(range(n_experts)) for layer in chosen.layers or ()}
+    found = []
+    for layer, experts in by_layer.items():
+        if layer not in scores.layers:
+            raise InputError(f"protect names layer {layer}; the layers with experts are {list(scores.layers)}")
+        experts.check(f"protect: experts of layer {layer}", n_experts)
+        found += [(layer, expert) for expert in experts]
+    return found
 
 
 def _by_layer(scores: Scores, top_k: int | Mapping[int, int] | None) -> dict[int, int]:

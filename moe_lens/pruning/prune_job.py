@@ -86,7 +86,7 @@ def prune(
         tokenize(domain, model, n_tokens=settings.tokens, context=context, seed=settings.seed) for domain in domains
     ]
     watch(f"scoring experts by {settings.method}")
-    scores = score(model, batches, settings.method, seed=settings.seed)
+    scores = score(model, batches, settings.method, seed=settings.seed if settings.method == "random" else None)
     made = plan(scores, settings.keep, budget=settings.budget, domain=settings.domain, top_k=settings.top_k)
     made = made.uniform() if settings.uniform else made
     expressible(model.original_model.config.to_dict(), made)  # before the long part

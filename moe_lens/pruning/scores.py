@@ -54,6 +54,9 @@ class Scores(Summary):
 
     def __post_init__(self) -> None:
         shape = tuple(self.values.shape)
+        for name in ("domains", "layers"):
+            if len(set(given := getattr(self, name))) < len(given):
+                raise InputError(f"{name} are {given}; expected each once")
         if len(shape) != 3 or shape[:2] != (len(self.domains), len(self.layers)):
             raise InputError(
                 f"values have shape {shape}; expected {len(self.domains)} domains × {len(self.layers)} layers × experts"

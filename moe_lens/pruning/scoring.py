@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moe_lens.checked import Seed
+from moe_lens.checked import AnyModel, Seed
 from moe_lens.data import Tokens
 from moe_lens.errors import InputError
 from moe_lens.interventions import Loss, expert_attribution
@@ -25,7 +25,12 @@ _SUMS: tuple[Method, ...] = ("summed_weight", "ean", "weighted_ean")
 
 
 def score(
-    model: Any, domains: Sequence[Tokens], method: Method, *, seed: Seed = 0, on_batch: Callable[[], None] = nothing
+    model: AnyModel,
+    domains: Sequence[Tokens],
+    method: Method,
+    *,
+    seed: Seed | None = None,
+    on_batch: Callable[[], None] = nothing,
 ) -> Scores:
     """Score every expert of every layer on each domain; `METHODS` says what each method measures.
 
@@ -33,23 +38,27 @@ def score(
         model: A `HookedMoE`.
         domains: Calibration texts.
         method: What is measured.
-        seed: Of `"random"`.
+        seed: Of `"random"`, where it is 0 if not given.
         on_batch: Called after every batch.
 
     Raises:
-        InputError: an unknown method, no text, or fewer tokens in a domain than a layer has experts.
+        InputError: an unknown method, a seed for one that draws nothing, no text, two domains of one name, or fewer
+            tokens in a domain than a layer has experts.
     """
     if method not in get_args(Method):
         raise InputError(f"method is {method!r}; expected one of {', '.join(get_args(Method))}")
+    if seed is not None and method != "random":
+        raise InputError(f"seed={seed} has no effect on {method!r}, which draws nothing; leave it out")
     if not domains:
         raise InputError("there are no texts to score experts on; give at least one domain")
+    _differ(domains)
     for tokens in domains:
         if tokens.n_tokens < model.n_experts:
             raise InputError(
                 f"domain {tokens.domain!r} has {tokens.n_tokens} tokens, fewer than the {model.n_experts} experts of a "
                 "layer: scores would be mostly zeros. Give more text"
             )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed or 0)
     values = []
     for tokens in domains:
         if method == "random":
@@ -70,6 +79,14 @@ def score(
         texts=texts_digest(domains),
         values=torch.stack(values),
     )
+
+
+def _differ(domains: Sequence[Tokens]) -> None:
+    """Refuse two domains of one name, of which the second could not be asked for."""
+    names = [tokens.domain for tokens in domains]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two domains are called {name!r}; give each a name of its own")
 
 
 def texts_digest(domains: Sequence[Tokens]) -> str:
@@ -122,7 +139,7 @@ def _usage(
     return found.score(method).double() / (found.n_tokens if method in _SUMS else 1)
 
 
-def super_experts(model: Any, domains: Sequence[Tokens]) -> list[tuple[int, int]]:
+def super_experts(model: AnyModel, domains: Sequence[Tokens]) -> list[tuple[int, int]]:
     """(layer, expert) of experts with extreme activations, in any of the domains, for `plan(…, protect=…)`.
 
     The rule is that of arXiv 2507.23279, without its restriction to the layers that form massive activations; see

@@ -4,9 +4,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from moe_lens.checked import Positive
+from moe_lens.checked import AnyModel, Positive
 from moe_lens.data import Domains, Reading, as_domains
 from moe_lens.errors import UnfitError, UnsupportedModelError
 from moe_lens.manifest import studies_in
@@ -35,7 +34,7 @@ SHORT = 32
 
 
 def run(
-    model: Any,
+    model: AnyModel,
     domains: Domains,
     out: str | Path,
     *,

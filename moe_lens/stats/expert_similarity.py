@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import pandas as pd
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from moe_lens import names
-from moe_lens.checked import Natural, Positive
+from moe_lens.checked import AnyModel, Natural, Positive
 from moe_lens.errors import InputError
 from moe_lens.stats.accumulator import Accumulator, Result
 from moe_lens.stats.observation import Hooks, each_layer
@@ -97,7 +97,7 @@ class OutputSimilarityStats(Accumulator[OutputSimilarityResult]):
             self._totals[name][i].add(value)
         return self
 
-    def hooks(self, model: Any, sample: Bool[Tensor, "batch pos"], *, chunk: Positive = 64) -> Hooks:
+    def hooks(self, model: AnyModel, sample: Bool[Tensor, "batch pos"], *, chunk: Positive = 64) -> Hooks:
         """Hooks for one forward pass that compute all experts at some of its tokens.
 
         Args:
@@ -143,7 +143,7 @@ def _overlaps(a: Float[Tensor, "expert d_model d_expert"]) -> Float[Tensor, "exp
     return found
 
 
-def weight_similarity(model: Any, layer: Natural) -> pd.DataFrame:
+def weight_similarity(model: AnyModel, layer: Natural) -> pd.DataFrame:
     """How alike the parameters of a layer's experts are.
 
     Args:

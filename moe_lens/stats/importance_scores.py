@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import pandas as pd
 import torch
@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens import names
-from moe_lens.checked import Natural, Positive
+from moe_lens.checked import AnyModel, Natural, Positive
 from moe_lens.errors import InputError
 from moe_lens.protocols import require_stream_width
 from moe_lens.routing import output_factors
@@ -157,7 +157,7 @@ class ImportanceStats(Accumulator[ImportanceResult]):
         self._greatest[i].add(found.scatter_reduce_(0, chosen, greatest, "amax"))
         return self
 
-    def hooks(self, model: Any, counted: Bool[Tensor, "batch pos"]) -> Hooks:
+    def hooks(self, model: AnyModel, counted: Bool[Tensor, "batch pos"]) -> Hooks:
         """Hooks for one forward pass that count its tokens.
 
         Args:

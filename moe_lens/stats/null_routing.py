@@ -11,7 +11,7 @@ from jaxtyping import Float64, Int
 from torch import Tensor
 
 from moe_lens import names
-from moe_lens.checked import Seed
+from moe_lens.checked import AnyModel, Seed
 from moe_lens.errors import InputError
 from moe_lens.routing import LayerRouting, affinity
 from moe_lens.stats.observation import Hooks, TextBatch, each_layer, forward, routed
@@ -89,7 +89,7 @@ def systematic_sample(
 
 
 @torch.no_grad()
-def random_router(model: Any, batch: TextBatch, seed: Seed = 0) -> RoutedBatch:
+def random_router(model: AnyModel, batch: TextBatch, seed: Seed = 0) -> RoutedBatch:
     """What an untrained router would choose, reading what the model's own read: does specialisation take training?
 
     Router rows are random directions with the lengths of the model's own; the experts with the greatest logits are

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from moe_lens import names
+from moe_lens.checked import AnyModel
 from moe_lens.errors import InputError
 from moe_lens.model.loading import placement
 from moe_lens.model.loading.batch_sizes import rows_at_once
@@ -193,7 +194,7 @@ def _first_not_finite(model: Any, tokens: Int[Tensor, "rows columns"], how: dict
 _STREAM = (names.RESID_PRE, names.RESID_MID, names.RESID_POST)
 
 
-def observe(model: Any, batch: TextBatch, *, predicted: bool = False, beside: Hooks | None = None) -> RoutedBatch:
+def observe(model: AnyModel, batch: TextBatch, *, predicted: bool = False, beside: Hooks | None = None) -> RoutedBatch:
     """Run a model over a batch and note its routing: one forward pass, and nothing else is kept.
 
     Without `predicted` the model ends before its unembedding: routing does not ask for it.

@@ -9,11 +9,11 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from moe_lens import distributed, names
-from moe_lens.checked import Positive
+from moe_lens.checked import AnyModel, Positive
 from moe_lens.data import Domains, Reading, Shard, TokenBatch, as_domains, batch_windows, shards
 from moe_lens.errors import InputError, near_miss, several
 from moe_lens.manifest import file_digest
@@ -30,7 +30,7 @@ from moe_lens.studies.study_folder import SPACE, StudyFolder
 
 
 def collect(
-    model: Any,
+    model: AnyModel,
     domains: Domains,
     out: str | Path,
     *,
@@ -60,8 +60,9 @@ def collect(
         watch: Called with what is being read and how many tokens were, after every shard.
 
     Raises:
-        InputError: No such hook, too little space on the disk, a folder with something else in it, or one that
-            vanished during the work.
+        InputError: No such hook, too little space on the disk, a folder with something else in it (such as what was
+            collected under other hooks, or none), one that vanished during the work, or a number that `dtype` is too
+            narrow for.
     """
     reading = Reading() if reading is None else reading
     out = Path(out)
@@ -69,8 +70,9 @@ def collect(
     points = hook_points(model, several(hooks, "hooks"))
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise InputError(f"dtype is {dtype!r}; expected a floating-point dtype of torch, such as torch.float16")
-    if kind == "parquet" and dtype == torch.bfloat16:
-        raise InputError("parquet has no bfloat16; choose float16 or float32, or safetensors")
+    if kind == "parquet" and dtype not in (torch.float16, torch.float32, torch.float64):
+        narrow = str(dtype).removeprefix("torch.")
+        raise InputError(f"parquet has no {narrow}; choose float16 or float32, or safetensors")
     if kind == "parquet" and (single := [name for name in points if names.parse_expert(name)]):
         raise InputError(f"parquet has a row for each token, and {single[0]} for some only; choose safetensors")
     plan = {
@@ -141,20 +143,39 @@ class _Collector:
             kept: dict[str, Tensor] = {}
             experts: Experts = {}
             forward(self.model, batch, [*routing_hooks(self.model, layers), *_keep(self.points, batch, kept, experts)])
-            chosen = {"indices": torch.int16, "weights": self.dtype}
             routing = {
                 name: torch.stack([batch.unpack(getattr(layers[at], name)).cpu() for at in self.model.moe_layers], 2)
-                for name in chosen
+                for name in ("indices", "weights")
             }
             tensors = {
                 **_about(batch),
-                **{name: value[batch.mask].to(chosen[name]) for name, value in routing.items()},
-                **{name: value[batch.mask].to(self.dtype) for name, value in kept.items()},
+                "indices": routing["indices"][batch.mask].to(torch.int16),
+                "weights": _narrowed("weights", routing["weights"][batch.mask], self.dtype),
+                **{name: _narrowed(name, value[batch.mask], self.dtype) for name, value in kept.items()},
             }
             for rows in experts.values():
-                rows.update({name: value.to(self.dtype) for name, value in rows.items() if value.is_floating_point()})
+                wide = {name: value for name, value in rows.items() if value.is_floating_point()}
+                rows.update({name: _narrowed(name, value, self.dtype) for name, value in wide.items()})
             found.append((batch, tensors, experts))
         return found
+
+
+def _narrowed(name: str, value: Shaped[Tensor, "*axes"], dtype: torch.dtype) -> Shaped[Tensor, "*axes"]:
+    """A tensor in the dtype that it is saved in.
+
+    Raises:
+        InputError: A number is too large for that.
+    """
+    found, most = value.to(dtype), torch.finfo(dtype).max
+    # Beyond the greatest number some dtypes have infinity, and some that number again.
+    beyond = ~found.float().isfinite() | (value.abs() > most * (1 + torch.finfo(dtype).eps / 2))
+    if bool((lost := value.isfinite() & beyond).any()):
+        said = str(dtype).removeprefix("torch.")
+        raise InputError(
+            f"{name} reaches {float(value[lost].abs().max()):.4g}, and {said} holds {most:.4g} at "
+            "most; choose bfloat16 or float32, and another folder"
+        )
+    return found
 
 
 def _keep(points: Sequence[str], batch: TokenBatch, into: dict[str, Tensor], experts: Experts) -> Hooks:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
@@ -118,7 +117,7 @@ def _rows(folder: Path, wanted: Sequence[Mapping[str, Any]]) -> Iterator[dict[st
         columns: dict[str, Any] = {}
         tensors = _read(folder, shard)
         for name, value in tensors.items():
-            array = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+            array = (value.float() if value.is_floating_point() and value.itemsize <= 2 else value).numpy()
             if (one := names.parse_expert(name)) is not None:
                 columns[name] = [None] * shard["tokens"]
                 for token, row in zip(tensors[rows_of(*one[:2], "token")].tolist(), array, strict=True):

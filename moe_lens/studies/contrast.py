@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moe_lens.checked import Natural, Positive, Seed
+from moe_lens.checked import AnyModel, Natural, Positive, Seed
 from moe_lens.data import Corpus, Domain, Passage, Reading, TokenBatch
 from moe_lens.errors import InputError
 from moe_lens.stats import Result
@@ -314,7 +314,7 @@ def _log_odds(model: Any, prompts: Encoded, hooks: Any, answer: Tensor, foil: Te
 
 
 def contrast_prompts(
-    model: Any,
+    model: AnyModel,
     pairs: Sequence[Pair],
     neutral: Sequence[Domain | Corpus] = (),
     *,

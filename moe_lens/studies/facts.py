@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moe_lens.checked import Natural, Positive, Seed
+from moe_lens.checked import AnyModel, Natural, Positive, Seed
 from moe_lens.data import Domain, Passage, Reading, TokenBatch
 from moe_lens.errors import InputError
 from moe_lens.interventions.causal_tracing import embedding_deviation
@@ -267,7 +267,7 @@ def read_facts(path: str | Path) -> tuple[Fact, ...]:
 
 
 def localise_facts(
-    model: Any,
+    model: AnyModel,
     facts: Sequence[Fact],
     *,
     experts: Positive | None = None,

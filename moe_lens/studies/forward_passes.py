@@ -47,15 +47,18 @@ def predicted(batch: TokenBatch) -> Bool[Tensor, "batch pos"]:
 def token_places(batch: TokenBatch) -> dict[str, Int[Tensor, "batch pos"]]:
     """Where each token stands: number of its passage ("document"), "position" in the passage, "place" in the window.
 
-    What the tokenizer puts before a text has the position and place of the token that follows.
+    What the tokenizer puts before a text has the position and place of the token that follows; where the text itself
+    begins with it, it has a position of its own.
     """
     shape = batch.tokens.shape
     of = {name: torch.tensor([getattr(window, name) for window in batch.windows])[:, None] for name in _OF_WINDOWS}
-    place = (torch.arange(shape[1]) - of["opening"]).clamp(min=0)
-    return {"document": of["document"].expand(shape), "position": of["start"] + place, "place": place}
+    after = torch.arange(shape[1]) - of["opening"]
+    place = after.clamp(min=0)
+    position = of["start"] + torch.where(of["written"], after, place)
+    return {"document": of["document"].expand(shape), "position": position, "place": place}
 
 
-_OF_WINDOWS = ("document", "start", "opening")
+_OF_WINDOWS = ("document", "start", "opening", "written")
 
 
 def drawn_by_place(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from moe_lens.model.hooks.edits import edits
 from moe_lens.model.loading.placement import places
 from moe_lens.model.loading.quantising import packed_in
 from moe_lens.model.loading.streaming import values_at
@@ -14,15 +15,23 @@ SAMPLED = 64
 """Values of each parameter that the digest looks at."""
 
 
-def model_facts(model: Any, name: str) -> dict[str, Any]:
+def model_facts(model: Any, name: str, *, saved: bool = True) -> dict[str, Any]:
     """Name, sizes and digest of parameters of a `HookedMoE`, and what opens the texts that it reads, as plain values.
+
+    Under hooks, also which these are: what was saved without them, or under others, is then of another model.
 
     Args:
         model: The model.
         name: What it was loaded as.
+        saved: Whether what comes of it is kept in a folder, where other work must be told from it.
+
+    Raises:
+        InputError: A hook cannot be told from others, and must be.
     """
     hf, tokenizer = model.original_model, model.tokenizer
+    hooks = edits(model, saved)
     return {
+        **({"hooks": hooks} if hooks else {}),
         "name": name,
         "type": hf.config.model_type,
         "fingerprint": parameters_digest(hf),

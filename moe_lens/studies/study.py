@@ -19,7 +19,7 @@ import pandas as pd
 from torch import Tensor
 
 from moe_lens import distributed
-from moe_lens.checked import Positive
+from moe_lens.checked import AnyModel, Positive
 from moe_lens.data import Corpus, Domain, Domains, Reading, Shard, TokenBatch, as_domains, batch_windows, shards
 from moe_lens.errors import InputError, UnfitError, UnsupportedModelError
 from moe_lens.model.loading import batch_sizes
@@ -125,7 +125,7 @@ class Study(ABC):
 
 def run(
     study: Study,
-    model: Any,
+    model: AnyModel,
     domains: Domains,
     *,
     reading: Reading | None = None,
@@ -166,7 +166,7 @@ def run(
         "study": study.name,
         "settings": study.settings(),
         "reading": vars(reading),
-        "model": model_facts(model, name or str(model.cfg.model_name)),
+        "model": model_facts(model, name or str(model.cfg.model_name), saved=out is not None),
         "domains": [{"name": domain.name, **domain.identity} for domain in domains],
         "processes": distributed.world_size(),
     }

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -143,13 +143,11 @@ class StudyFolder:
             self.unfinished.rmdir()
 
     def _same(self, found: Mapping[str, Any], where: Path, what: str) -> None:
-        different = sorted(key for key in self.plan.keys() | found.keys() if self.plan.get(key) != found.get(key))
+        different = list(_different(found, self.plan))
         if where == self.path:
-            different = [key for key in different if key != "processes"]  # they change no result
+            different = [each for each in different if each[0] != "processes"]  # they change no result
         if different:
-            told = "; ".join(
-                f"{key}: {_short(found.get(key))} there, {_short(self.plan.get(key))} now" for key in different
-            )
+            told = "; ".join(f"{key}: {_short(there)} there, {_short(now)} now" for key, there, now in different)
             raise InputError(f"{where}: {what} – {told}. Choose another --out, or remove it")
 
 
@@ -186,8 +184,18 @@ def _write(path: Path, content: str) -> None:
     temporary.replace(path)
 
 
+def _different(there: Mapping[str, Any], now: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """What differs of two plans: the key, and both values; keys inside keys are named with dots."""
+    for key in sorted(there.keys() | now.keys()):
+        one, other = there.get(key), now.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from _different(one, other, f"{inside}{key}.")
+        elif one != other:
+            yield f"{inside}{key}", one, other
+
+
 def _short(value: Any) -> str:
-    said = json.dumps(value, ensure_ascii=False)
+    said = "nothing" if value is None else json.dumps(value, ensure_ascii=False)
     return said if len(said) <= 160 else f"{said[:157]}…"
 
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from moe_lens.checked import AnyModel
 from moe_lens.data import Domain, Passage
 from moe_lens.errors import InputError
 from moe_lens.json_files import parse_json
@@ -28,7 +29,9 @@ class Span(NamedTuple):
     label: str
 
 
-def label_tokens(model: Any, domains: Iterable[Any], find: Callable[[str, int, str], Iterable[Span]]) -> pd.DataFrame:
+def label_tokens(
+    model: AnyModel, domains: Iterable[Any], find: Callable[[str, int, str], Iterable[Span]]
+) -> pd.DataFrame:
     """A row per token of every passage: domain, document, position, and of each label whether a span of it is there.
 
     A token has the labels of all spans of which it holds a character.

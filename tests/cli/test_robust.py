@@ -42,6 +42,16 @@ def test_a_config_that_would_take_for_ever_is_refused_before_it_is_tried(tmp_pat
     assert "a number of 30 digits" in refused(capsys, "info", config(tmp_path, vocab_size=10**29))
     assert main(["info", config(tmp_path)]) == 0  # as it is, it is fine
     capsys.readouterr()
+    for name, value, told in (
+        ("rms_norm_eps", float("nan"), "is nan"), ("rope_theta", float("inf"), "is inf"), ("rope_theta", -1.0, "is -1"),
+        ("rms_norm_eps", 1e9, "is 1000000000.0; expected at most 1"), ("hidden_size", -64, "is -64"),
+        ("max_position_embeddings", -1, "is -1"), ("hidden_size", 10**9, "is 1,000,000,000, which is more"),
+        ("num_attention_heads", 10**6, "is 1,000,000, which is more"), ("hidden_size", 1.5, "StrictDataclass"),
+    ):  # fmt: skip
+        assert f"{name} {told}" in (said := refused(capsys, "info", config(tmp_path, **{name: value}))) or told in said
+    assert "DeepSeekMoE does not know" in refused(capsys, "info", config(tmp_path, time_step_limit=float("inf")))
+    assert main(["info", config(tmp_path, pad_token_id=-1)]) == 0
+    capsys.readouterr()
     for content, message in (
         ("[" * 100_000, "nested too deeply"),
         ('{"model_type": "deepseek", "x": ' + "[" * 60 + "]" * 60 + "}", "nested more than 50 deep"),

@@ -26,8 +26,11 @@ class Letters:
         self.cfg = SimpleNamespace(d_vocab=128)
         self.bos = bos
 
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) for letter in text]}
+
     def own_ids(self, text: str) -> tuple[list[int], list[int]]:
-        return [BOS] * self.bos, [ord(letter) for letter in text]
+        return [BOS] * self.bos, self(text)["input_ids"]
 
 
 def domain(*texts: tuple[str, str]) -> Domain:

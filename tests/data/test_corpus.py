@@ -18,6 +18,7 @@ from moe_lens.data import (
     domains_from_table,
     from_file,
     from_generator,
+    from_hub,
     load_domain,
     parse_domains,
     shards,
@@ -236,3 +237,20 @@ def test_a_generator_that_breaks_is_told_with_its_place():
 
     with pytest.raises(InputError, match=r"domain 'd' cannot be read after passage 2: no more"):
         list(shards(from_generator("d", breaks), Encoder(), Reading(tokens=None)))
+
+
+def test_there_is_no_process_behind_the_last():
+    stream = from_generator("g", lambda: rows(9))
+    for read in (lambda: list(stream.passages(rank=2, world_size=2)),
+                 lambda: list(shards(stream, Encoder(), Reading(), rank=2, world_size=2))):  # fmt: skip
+        with pytest.raises(InputError, match="rank is 2; expected 0 to 1"):
+            read()
+
+
+def test_other_sources_are_another_reading(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row | {"book": "b"}) + "\n" for row in rows(9)), encoding="utf-8")
+    read = [from_file("a", path, source=source).identity for source in (None, "book", "source")]
+    assert read[0] != read[1] != read[2] and "source" not in read[0]
+    hub = [from_hub("a", "o/d", source=source).identity for source in (None, "book")]
+    assert hub[0] != hub[1]

@@ -297,7 +297,7 @@ def test_a_dictionary_is_a_set_of_domains():
         ("english", "domains are a str"),
         (3, "domains are an int"),
         ([Domain.of("a", TEXTS)] * 2, "two domains are called 'a'"),
-        ({1: TEXTS}, "is called 1; its name must be a text"),
+        ({1: TEXTS}, "name is 1; expected a text"),
         ({"a": "one text"}, "are one str"),
     ],
 )
@@ -311,11 +311,11 @@ def test_what_is_no_set_of_domains_is_said(given: Any, message):
     ("call", "says"),
     [
         (lambda: Domain.of("d", {"x", "y"}), "are a set"),
-        (lambda: tokenize(["x"], None, n_tokens=5, context=8), "expected a domain"),  # pyright: ignore[reportArgumentType]
+        (lambda: tokenize(["x"], None, n_tokens=5, context=8), "expected a Domain"),  # pyright: ignore[reportArgumentType]
         (lambda: Domain.of("d", ["x", "y"], sources={"u", "v"}), "has no order"),
         (lambda: Domain.of("d", pd.Series(["x", "y"]), sources=pd.Series(["u", "v"], index=[1, 0])), "indices differ"),
         (lambda: Domain.of("d", pd.DataFrame({"text": ["x"]}), sources=pd.Series(["u"], index=[3])), "indices differ"),
-        (lambda: Domain.of("d", [{"text": "x"}], text=None), "name of a column"),  # pyright: ignore[reportArgumentType]
+        (lambda: Domain.of("d", [{"text": "x"}], text=None), "text is None; expected a text"),  # pyright: ignore[reportArgumentType]
     ],
 )
 def test_texts_and_sources_that_python_would_pair_at_random_are_refused(call: Callable[[], Domain], says: str) -> None:

@@ -17,6 +17,7 @@ from moe_lens.interventions.expert_means import ExpertMeans
 from moe_lens.interventions.metrics import LogitDifference
 from moe_lens.interventions.patching import patch
 from moe_lens.selection import Selection
+from moe_lens.storage import save_tensors
 from tests.families import CONFIGS, tokens
 from tests.interventions.by_hand import FP32, LAYERS, bound, replaced, rerouted, slots_of, zeroed
 from tests.wrapped import Case, deviation, untouched, wrapped
@@ -245,6 +246,26 @@ def test_the_reference_may_be_texts_tokens_a_cache_means_or_their_file(tmp_path:
     assert deviation(runs[0], case.logits) > 1e-3
     alone = [ExpertMeans.measure(case.model, one, layers=[2]) for one in (texts[0], texts[:1])]
     assert torch.equal(alone[0].counts, alone[1].counts)
+
+
+def test_a_file_that_is_not_there_is_not_read_as_a_text(tmp_path: Path) -> None:
+    model = wrapped("deepseek").model
+    (tmp_path / "means.json").write_text("{}")
+    for path in ("means.pt", "runs/means", "means.json", str(tmp_path / "means.bin")):
+        with pytest.raises(InputError, match=f"there is no file {path}; if this is a text, put it in a list"):
+            model.ablate({2: [3]}, how="mean", reference=path)
+    for there in (tmp_path / "means.json", str(tmp_path / "means.json"), str(tmp_path)):
+        with pytest.raises(InputError, match="cannot be read as safetensors"):
+            model.ablate({2: [3]}, how="mean", reference=there)
+
+
+def test_means_whose_layers_were_edited_are_refused(tmp_path: Path) -> None:
+    means = reference(wrapped("deepseek"))
+    for layers in ([2, 2], [2], "23", [1.5, 2]):
+        tensors = {"experts": means.experts, "counts": means.counts}
+        save_tensors(tmp_path / "means.safetensors", "ExpertMeans", tensors, {"layers": layers})
+        with pytest.raises(InputError, match="means.safetensors holds no ExpertMeans"):
+            ExpertMeans.load(tmp_path / "means.safetensors")
 
 
 # --- resample ---

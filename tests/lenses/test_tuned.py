@@ -196,6 +196,13 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(model, tmp_path, mon
     assert not torch.equal(fitted(model, steps=2).weights[0], whole.weights[0])
     with pytest.raises(InputError, match=r'another training: it has \{"seed": 0\}, this one \{"seed": 5\}'):
         fitted(model, checkpoint=file, seed=5)
+    with pytest.raises(InputError, match='it has {"held_out": '):  # evaluated on other texts of the same length
+        fitted(model, checkpoint=file, held_out=tokens(batch=6, pos=10, seed=3))
+    with (
+        model.ablate({2: [1]}),
+        pytest.raises(InputError, match=r'it has {"hooks": \[\]}, this one {"hooks": \["blocks'),
+    ):
+        fitted(model, checkpoint=file)
 
 
 def test_rows_are_held_out_of_the_corpus_if_none_are_given(model):

@@ -73,7 +73,7 @@ def fill(name: str, value: float, at: int = 0) -> Any:
         (PLAN, lambda h, t: h.pop("method"), "lacks 'method'"),
         (PLAN, put("top_k", -2), "top_k is"),
         (PLAN, put("top_k", 4), "keep 3 experts, and every token needs 4"),
-        (PLAN, put("fewer", [[7, 1]]), "1 experts are to be active in 7"),
+        (PLAN, put("fewer", [[7, 1]]), "layer 7 has no experts"),
         (PLAN, put("fewer", [[1]]), "was it edited"),
         (PLAN, put("layers", [1]), "a plan for the layers"),
         (PLAN, put("model", None), "model is None"),

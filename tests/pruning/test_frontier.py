@@ -112,3 +112,23 @@ def test_the_whole_model_is_unchanged_afterwards(model, found):
         for name, value in model.original_model.state_dict().items()
         if name.replace("_original_component.", "") in state
     )
+
+
+def test_a_smaller_model_that_is_asked_for_twice_counts_its_texts_once(model, found):
+    halves, _ = found
+    once = frontier(model, halves, ["frequency"], [0.5], top_k=[1]).to_frame()
+    again = frontier(model, halves, ["frequency", "frequency"], [0.5, 4, 0.5], top_k=[1, 3, 1]).to_frame()
+    assert again.equals(once)
+
+
+def test_what_a_frontier_would_not_measure_is_refused(model, found):
+    halves, _ = found
+    wrong: list[tuple[Any, Any, dict[str, Any], str]] = [
+        (halves, [], {}, "methods is empty"),
+        (halves, ["random"], {"merged": ["frequency"]}, "merged names 'frequency', which is not among the methods"),
+        ((halves[0], halves[1][:1]), ["random"], {}, "expected two halves of the same ones"),
+        (((texts(name=ALL),), (texts(2, name=ALL),)), ["random"], {"specialists": "random"}, "is called 'all'"),
+    ]
+    for given, methods, more, message in wrong:
+        with pytest.raises(InputError, match=message):
+            frontier(model, given, methods, [0.5], **more)

@@ -1,8 +1,13 @@
+import re
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
 from moe_lens.errors import InputError
 from moe_lens.pruning import Plan, Scores, plan
+from moe_lens.selection import Selection
 
 VALUES = torch.tensor(
     [
@@ -59,7 +64,7 @@ def test_protected_experts_stay():
     ).of(2)
     with pytest.raises(InputError, match="1 protected experts do not fit into keep=2, such as"):
         plan(scores(), 2, protect=[(2, 0), (2, 1), (2, 2)])
-    with pytest.raises(InputError, match="no expert 4 in layer 2"):
+    with pytest.raises(InputError, match="experts of layer 2: got 4; expected numbers from 0 to 3"):
         plan(scores(), 2, protect=[(2, 4)])
 
 
@@ -126,3 +131,61 @@ def test_plans_and_scores_are_read_as_they_were_written(tmp_path):
         Plan.load(tmp_path / "scores")
     with pytest.raises(InputError, match="the plan is for a model with name 'm'; this one has 'n'"):
         made.check({"name": "n"})
+
+
+def test_protection_is_read_in_every_way_that_is_clear():
+    values = VALUES.flip(-1)
+    expected = plan(scores(values), 2, protect=[(2, 2)]).kept
+    assert expected != plan(scores(values), 2).kept
+    for given in ((2, 2), {2: [2]}, [[2, 2]], {(2, 2)}, Selection(experts={2: [2]}), {2: torch.arange(4) == 2}):
+        assert plan(scores(values), 2, protect=given).kept == expected
+    assert plan(scores(values), protect=Selection(layers=[2])).share_kept == 1
+    nothing: list[Any] = [(), [], {}]
+    assert all(plan(scores(values), 2, protect=one).kept == plan(scores(values), 2).kept for one in nothing)
+    wrong: list[tuple[Any, str]] = [
+        (3, "expected {layer: "), ([(2, 3, 4)], "expected {layer: "), (["a"], "expected {layer: "),
+        ({2: 3}, "experts of layer 2: got 3"), ([(0, 1)], "protect names layer 0; the layers with experts are"),
+        ({2: torch.ones(3).bool()}, "got a mask of 3"), (Selection(), "expected one of experts or layers"),
+        (Selection(ranks=[0]), "expected one of experts or layers"),
+        (Selection(experts={2: [3]}, where=[0]), "and of nothing else"),
+    ]  # fmt: skip
+    for given, message in wrong:
+        with pytest.raises(InputError, match=re.escape(message)):
+            plan(scores(values), 2, protect=given)
+
+
+def test_a_budget_without_effect_is_refused():
+    for keep in (None, "selected"):
+        with pytest.raises(InputError, match="budget='layer' has no effect with keep="):
+            plan(scores(), keep, budget="layer")
+    assert plan(scores(), 2, budget="layer").kept == plan(scores(), 2).kept
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kept": ((0, 1, 1), (0, 1))}, "would keep (0, 1, 1); expected ids from 0 to 3, ascending, each once"),
+        ({"kept": ((1, 0), (0, 1))}, "ascending, each once"),
+        ({"layers": (1, 1)}, "layers are (1, 1); expected each once"),
+        ({"fewer": {1: 3}}, "fewer is 3 in layer 1; expected 1 to 1, below top_k"),
+        ({"fewer": {1: 2}}, "fewer is 2 in layer 1"),
+        ({"fewer": {7: 1}}, "layer 7 has no experts"),
+        ({"top_k": 5}, "top_k is 5; expected 1 to 4"),
+        ({"merged": {(1, 2): 0}}, "merged is given without shares"),
+    ],
+)
+def test_a_plan_that_no_model_could_have_is_refused(change, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        replace(plan(scores(), 2), **change)
+
+
+def test_a_layer_that_a_plan_is_not_for_has_no_active_experts():
+    assert plan(scores(), 2).active(1) == 2
+    with pytest.raises(InputError, match="layer 99 has no experts; the plan is for layers"):
+        plan(scores(), 2).active(99)
+
+
+@pytest.mark.parametrize("change", [{"domains": ("a", "a")}, {"layers": (1, 1)}])
+def test_scores_name_each_domain_and_layer_once(change):
+    with pytest.raises(InputError, match="expected each once"):
+        replace(scores(), **change)

@@ -1,3 +1,4 @@
+import re
 from typing import Any
 
 import pytest
@@ -194,3 +195,24 @@ def test_super_experts_can_be_protected(model):
     worst = int(score(model, [texts()], "random").values.mean(0).argsort(dim=-1)[0, 0])
     made = plan(score(model, [texts()], "random"), 0.5, protect=[(1, worst)])
     assert worst in made.of(1) and worst not in plan(score(model, [texts()], "random"), 0.5).of(1)
+
+
+@pytest.mark.untyped
+def test_what_is_no_list_of_tokens_is_said(model):
+    own: Any = texts()
+    wrong: list[tuple[Any, str]] = [
+        (own, "expected several: put a single one in a list"), (["x"], "expected a Tokens (what tokenize makes"),
+        ({"a": own}, "in a list and no dictionary"), ([own, texts(seed=9)], "two domains are called 'a'"),
+    ]  # fmt: skip
+    for given, message in wrong:
+        with pytest.raises(InputError, match=re.escape(message)):
+            score(model, given, "frequency")
+    with pytest.raises(InputError, match="model is a .*ForCausalLM; expected a HookedMoE"):
+        score(model.original_model, [own], "frequency")
+
+
+def test_a_seed_without_effect_is_refused(model):
+    with pytest.raises(InputError, match="seed=0 has no effect on 'frequency', which draws nothing"):
+        score(model, [texts()], "frequency", seed=0)
+    drawn = [score(model, [texts()], "random", seed=seed).values for seed in (None, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])

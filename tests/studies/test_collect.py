@@ -1,6 +1,8 @@
 """What `collect` saves: every token at its place, single experts' rows, and nothing that was changed or lost since."""
 
+import contextlib
 import shutil
+from typing import Any
 
 import pyarrow.parquet
 import pytest
@@ -10,7 +12,7 @@ from safetensors import safe_open
 from moe_lens import HookedMoE
 from moe_lens.data import Domain, Reading
 from moe_lens.errors import InputError
-from moe_lens.studies import Collected, collect
+from moe_lens.studies import Collected, RoutingStudy, collect, run
 from moe_lens.studies.collect_activations import hook_points
 from tests.studies.tiny import domain, passages, tiny_model
 
@@ -157,3 +159,82 @@ def test_texts_by_name_are_domains(model, tmp_path):
 def test_numbers_are_kept_as_numbers(dtype, tmp_path):
     with pytest.raises(InputError, match="expected a floating-point dtype"):
         collect(tiny_model(), domain("d", n=2, sources=2), tmp_path / "c", dtype=dtype)
+
+
+def test_a_text_that_opens_itself_has_its_own_first_place(model, tmp_path):
+    text = f"{model.tokenizer.bos_token}one two three four five six seven eight nine ten"
+    ids = model.tokenizer(text, add_special_tokens=False).input_ids
+    assert ids[0] == model.own_ids("one")[0][0] and model.own_ids(text)[1] == ids[1:]
+    shard = next(collect(model, {"d": [text]}, tmp_path / "c", reading=Reading(tokens=None, context=5)).shards())
+    added = (shard["token"] == ids[0]) & (torch.arange(len(shard["token"])) > 0)  # before the later windows
+    assert int(added.sum()) >= 2
+    assert [ids[place] for place in shard["position"][~added].tolist()] == shard["token"][~added].tolist()
+    assert torch.equal(shard["position"][added.nonzero()[:, 0] + 1], shard["position"][added])
+
+
+def test_a_number_that_the_dtype_cannot_hold_is_an_error(model, tmp_path):
+    how = {"reading": READING, "hooks": ["blocks.1.hook_resid_post", EXPERTS.format(2, "hook_out")]}
+    for name, dtype in (("blocks.1.hook_resid_post", torch.float16), (how["hooks"][1], torch.float8_e4m3fn)):
+        with (
+            model.hooks(fwd_hooks=[(name, lambda value, hook: value * 1e9)]),
+            pytest.raises(InputError, match=f"{name} reaches .*e.*, and float.* holds .* at most; choose bfloat16"),
+        ):
+            collect(model, domain("d"), tmp_path / "c", dtype=dtype, **{**how, "hooks": [name]})
+        shutil.rmtree(tmp_path / "c.unfinished", ignore_errors=True)
+    made = collect(model, domain("d"), tmp_path / "c", dtype=torch.float16, **how)
+    assert all(bool(value.isfinite().all()) for shard in made.shards() for value in shard.values())
+
+
+def test_what_was_begun_without_hooks_is_not_gone_on_with_under_them(model, tmp_path):
+    def stop(what: str, tokens: int) -> None:
+        raise KeyboardInterrupt
+
+    def begin(folder: str, **how: Any) -> Any:
+        return collect(model, domain("d"), tmp_path / folder, reading=READING, **how)
+
+    with pytest.raises(KeyboardInterrupt):
+        begin("c", watch=stop)
+    with model.ablate({1: [2]}), pytest.raises(InputError, match=r"other work – model.hooks: nothing there, \["):
+        begin("c")
+    with model.ablate({1: [2]}), pytest.raises(KeyboardInterrupt):
+        begin("a", watch=stop)
+    for other in (model.ablate({1: [3]}), model.keep_top(1), contextlib.nullcontext()):
+        with other, pytest.raises(InputError, match="other work – model.hooks: "):
+            begin("a")
+    with model.ablate({1: [2]}):
+        resumed, whole = begin("a"), begin("whole")
+    assert all(torch.equal(one["weights"], other["weights"]) for one, other in zip(resumed.shards(), whole.shards()))  # noqa: B905
+    clean = begin("c")
+    assert not all(torch.equal(one["weights"], other["weights"]) for one, other in zip(clean.shards(), whole.shards()))  # noqa: B905
+
+
+def test_what_is_given_by_mistake_is_said(model, tmp_path):
+    wrong: list[tuple[Any, Any, str]] = [
+        (model, {"tokens": 64}, "reading is {'tokens': 64}; expected a Reading, or None"),
+        (model.original_model, None, "model is a .*; expected a HookedMoE"),
+        ("tiny-deepseekmoe", None, "model is 'tiny-deepseekmoe'; expected a HookedMoE"),
+    ]
+    for given, reading, message in wrong:
+        with pytest.raises(InputError, match=message):
+            collect(given, domain("d"), tmp_path / "c", reading=reading)
+    for study in ("routing", RoutingStudy):
+        with pytest.raises(InputError, match="; expected a Study"):
+            run(study, model, domain("d"))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match=r"passages is \('x text',\); expected a Passage \(what Domain.of makes"):
+        Domain("d", ("x text",))  # pyright: ignore[reportArgumentType]
+
+
+def test_a_study_notes_the_hooks_that_it_was_made_under(model, tmp_path):
+    small = Reading(tokens=60, context=24)
+    run(RoutingStudy(), model, domain("d"), reading=small, out=tmp_path / "s")
+    with model.ablate({1: [2]}):
+        with pytest.raises(InputError, match="model.hooks: nothing there"):
+            run(RoutingStudy(), model, domain("d"), reading=small, out=tmp_path / "s")
+        made = run(RoutingStudy(), model, domain("d"), reading=small)
+    assert "ablate" in made.manifest["plan"]["model"]["hooks"][0]
+    with (tmp_path / "log").open("w") as log:
+        seen = [("blocks.1.hook_resid_post", lambda value, hook, log=log: None)]
+        with model.hooks(fwd_hooks=seen), pytest.raises(InputError, match="a TextIOWrapper has no value"):
+            run(RoutingStudy(), model, domain("d"), reading=small, out=tmp_path / "other")
+        with model.hooks(fwd_hooks=seen):
+            run(RoutingStudy(), model, domain("d"), reading=small)  # of what is not kept, nothing can be mixed

@@ -164,7 +164,9 @@ def test_the_plan_names_the_commit_that_was_read(model, tmp_path, monkeypatch):
 def test_folders_of_other_work_are_refused(model, tmp_path):
     texts = [domain("a", n=6)]
     run(RoutingStudy(), model, texts, reading=SMALL, out=tmp_path / "out")
-    with pytest.raises(InputError, match=r"holds the result of another study \(routing\) – settings: .*; study: "):
+    with pytest.raises(
+        InputError, match=r"holds the result of another study \(routing\) – settings\.layers.*; study: "
+    ):
         run(SingleExpertStudy(), model, texts, reading=SMALL, out=tmp_path / "out")
     with pytest.raises(InputError, match="domains: "):
         run(RoutingStudy(), model, [domain("a", n=6, seed=3)], reading=SMALL, out=tmp_path / "out")
@@ -179,7 +181,9 @@ def test_folders_of_other_work_are_refused(model, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run(RoutingStudy(), model, texts, reading=SMALL, out=tmp_path / "begun", watch=stop)
-    with pytest.raises(InputError, match="begun.unfinished: holds the beginning of other work – reading: "):
+    with pytest.raises(
+        InputError, match="begun.unfinished: holds the beginning of other work – reading.shard_tokens: "
+    ):
         run(RoutingStudy(), model, texts, reading=Reading(context=24), out=tmp_path / "begun")
 
 

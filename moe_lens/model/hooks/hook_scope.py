@@ -22,7 +22,7 @@ Direction = Literal["fwd", "bwd"]
 class HookScope(Claim):
     """An open hook context: the claim on the model that its hooks are."""
 
-    __slots__ = ("clear_contexts", "exit", "handles", "in_stack", "model", "points", "remove")
+    __slots__ = ("clear_contexts", "exit", "handles", "in_stack", "model", "points", "recipe", "remove")
 
     def __init__(self, model: Any, what: str, *, remove: bool = True, clear_contexts: bool = False):
         super().__init__(model.owner, what)
@@ -30,6 +30,8 @@ class HookScope(Claim):
         self.points: list[CheckedPoint] = []
         self.handles: list[LensHandle] = []
         self.in_stack = False
+        self.recipe: Any = None
+        """How the intervention is made that its hooks are of, where that can be said by value."""
         self.exit: Callable[[], Any] | None = None
         """Of a scope that was entered by hand: a weak reference to what was looked up to leave it."""
 

@@ -12,7 +12,7 @@ import sys
 import threading
 import weakref
 from contextlib import nullcontext, suppress
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -159,6 +159,10 @@ class Owner:
     def depth(self) -> int:
         """How many hook contexts are open."""
         return sum(hasattr(ref(), "handles") for ref in self._claims)
+
+    def scopes(self) -> list[Any]:
+        """The hook contexts that are open."""
+        return [claim for ref in self._claims if hasattr(claim := ref(), "handles") and not _lost(cast(Claim, claim))]
 
     @staticmethod
     def _check(claims: list[Claim]) -> None:

@@ -1,5 +1,6 @@
 """config.json of a checkpoint: read, or refused before anything is built of it. Needs no torch."""
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,17 +40,23 @@ def believed_config(path: Path) -> dict[str, Any]:
 
 _GREATEST = {re.compile(r"(num|n)_(\w+_)?layers?|n_layer|(?!max_)\w+_layers|depth"): 4096,
              re.compile(r"(num|n)_(\w+_)?experts"): 2**16,
-             re.compile(r"(\w+_)?(vocab|hidden|intermediate)_size"): 2**31}  # fmt: skip
+             re.compile(r"(num|n)_(\w+_)?heads?"): 2**16,
+             re.compile(r"(\w+_)?(head_dim|(hidden|intermediate)_size)"): 2**24,
+             re.compile(r"(\w+_)?vocab_size"): 2**31}  # fmt: skip
 """By names of sizes that are built one by one or multiplied, in whatever part of a config: more than any model has."""
+_POSITIVE = re.compile(r"(num|n)_\w+|(\w+_)?(size|eps|epsilon|theta|embeddings|dim|rank|range|step|top_?k|dropout)")
+"""Names of what is counted or measured: negative in no model."""
+_SHARES = re.compile(r"(\w+_)?(eps|epsilon|dropout|pdrop)")
+"""Names of numbers that are at most 1."""
 _DEEPEST = 50
 """Levels of values inside values, many more than any config has."""
 
 
 def _believable(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse sizes that a model would take for ever to be built in, before transformers begins.
+    """Refuse what no model has, before transformers begins: it would build it for ever, or not look at it.
 
     Raises:
-        CheckpointError: such a size; names it.
+        CheckpointError: a size that is too large, a negative one, or a number that is none; names it.
     """
     waiting: list[tuple[str, Any, int]] = [("", config, 0)]
     while waiting:
@@ -60,6 +67,12 @@ def _believable(path: Path, config: Mapping[str, Any]) -> None:
             waiting += [(str(key), inner, depth + 1) for key, inner in value.items()]
         elif isinstance(value, list):
             waiting += [(name, inner, depth + 1) for inner in value if isinstance(inner, Mapping | list)]
+        elif isinstance(value, float) and not math.isfinite(value) and not (value == math.inf and "limit" in name):
+            raise CheckpointError(f"{path}: {name} is {value}; expected a number.")
+        elif isinstance(value, int | float) and value > 1 and _SHARES.fullmatch(name):
+            raise CheckpointError(f"{path}: {name} is {value}; expected at most 1.")
+        elif isinstance(value, int | float) and value < 0 and _POSITIVE.fullmatch(name):
+            raise CheckpointError(f"{path}: {name} is {value}, and less than none there cannot be.")
         elif isinstance(value, int):
             limits = [limit for pattern, limit in _GREATEST.items() if pattern.fullmatch(name)]
             if abs(value) > min([2**63 - 1, *limits]):

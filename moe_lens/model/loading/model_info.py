@@ -109,7 +109,7 @@ def model_info(name_or_path: str | Path, **hub: Any) -> ModelInfo:
         raise
     except Exception as error:  # a config can be wrong in as many ways as there are models that read it
         raise CheckpointError(
-            f"{path} is no config that transformers understands: {type(error).__name__}: {error}"
+            f"{path} is no config that transformers understands: {type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
 
 

@@ -96,6 +96,21 @@ def own_ids(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
     return _opened(opening_of(tokenizer), _ids(tokenizer, text, special=False))
 
 
+def opens_itself(tokenizer: Any, text: str, opening: list[int]) -> bool:
+    """Whether a text begins with what the tokenizer would put before it, so that `own_ids` has added nothing.
+
+    Args:
+        tokenizer: of transformers.
+        text: the text.
+        opening: what `own_ids` gives as its opening.
+    """
+    return _ids(tokenizer, text[:_LONGEST], special=False)[: len(opening)] == opening
+
+
+_LONGEST = 256
+"""Characters of the longest name of what opens a text: no more of it is read again."""
+
+
 def encode(tokenizer: Any, text: str, *, bos: bool | None, limit: int | None) -> list[int]:
     """The ids of a text, opened by BOS or not; nothing is put behind it.
 
