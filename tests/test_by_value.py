@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,13 @@ class Counter:
     def see(self, value: Any, hook: Any) -> None: ...
 
 
-ALIKE = [
+def linear(weight: float) -> torch.nn.Module:
+    made = torch.nn.Linear(2, 2, bias=False)
+    torch.nn.init.constant_(made.weight, weight)
+    return made
+
+
+ALIKE: list[Callable[[], Any]] = [
     lambda: 3,
     lambda: True,
     lambda: 1.0,
@@ -61,8 +68,8 @@ ALIKE = [
     lambda: torch.Generator().manual_seed(2),
     lambda: Selection(experts={2: [3]}),
     lambda: Selection(experts={2: [4]}),
-    lambda: torch.nn.Linear(2, 2, bias=False).requires_grad_(False).apply(lambda m: m.weight.fill_(1)),
-    lambda: torch.nn.Linear(2, 2, bias=False).requires_grad_(False).apply(lambda m: m.weight.fill_(2)),
+    lambda: linear(1.0),
+    lambda: linear(2.0),
 ]
 
 

@@ -101,6 +101,8 @@ def prune(
         )
     if uniform and budget is not Budget.whole:
         raise InputError("--uniform evens out what --budget global gives; without that it has no effect: leave it out")
+    if Path(model).is_dir() and Path(model).resolve() in (out.resolve(), *out.resolve().parents):
+        raise InputError(f"--out is {out}, in the folder of the model itself; choose another")
     if (out / "model").exists() and any((out / "model").iterdir()):
         raise InputError(f"{out / 'model'} is not an empty folder; choose another --out, or remove it")
     from rich.console import Console
