@@ -67,6 +67,7 @@ def test_a_smaller_model_its_report_and_its_numbers_are_written(texts, tmp_path,
         (["--specialist", "latin"], "--specialist is 'latin'; the domains are prose, code"),
         (["--budget", "global", "--method", "frequency"], "plan.uniform() is the plan of the same size that fits"),
         (["--top-k", "7", "--method", "random"], "top_k is 7; expected 1 to 6"),
+        (["--uniform"], "--uniform evens out what --budget global gives"),
         (["--method", "magic"], "'magic' is not one of"),
     ],
 )
@@ -75,3 +76,12 @@ def test_what_cannot_be_done_is_one_line_and_leaves_nothing(texts, options, mess
     said = capsys.readouterr().err.strip()
     assert message in said and said.splitlines()[-1].startswith("moe-lens: error: ")
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_written_into_the_folder_that_is_read(texts, tmp_path, capsys):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for out in (folder, folder / "smaller" / "one"):
+        assert main(["prune", *texts, "--model", str(folder), "--out", str(out)]) == 2
+        assert "in the folder of the model itself" in capsys.readouterr().err
+    assert not any(folder.iterdir())

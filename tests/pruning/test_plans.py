@@ -137,7 +137,8 @@ def test_protection_is_read_in_every_way_that_is_clear():
     values = VALUES.flip(-1)
     expected = plan(scores(values), 2, protect=[(2, 2)]).kept
     assert expected != plan(scores(values), 2).kept
-    for given in ((2, 2), {2: [2]}, [[2, 2]], {(2, 2)}, Selection(experts={2: [2]}), {2: torch.arange(4) == 2}):
+    clear: list[Any] = [(2, 2), {2: [2]}, [[2, 2]], {(2, 2)}, Selection(experts={2: [2]}), {2: torch.arange(4) == 2}]
+    for given in clear:
         assert plan(scores(values), 2, protect=given).kept == expected
     assert plan(scores(values), protect=Selection(layers=[2])).share_kept == 1
     nothing: list[Any] = [(), [], {}]
