@@ -3,21 +3,76 @@
 An example is a script under examples/ in jupytext's percent format, with its executed notebook beside it. Without
 arguments every example is executed from its script, and a notebook whose cells differ from the script is an error;
 `--write` writes the executed notebooks instead.
+
+Each has a Jupyter kernel of its own, which is forked from a process that has imported what examples import: a fresh
+interpreter takes longer for that than most examples for what they do.
 """
 
 import argparse
+import asyncio
+import multiprocessing
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import jupytext
 import nbformat
+from jupyter_client.connect import KernelConnectionInfo
+from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+
+SERVER = multiprocessing.get_context("forkserver")
+IMPORTED = ["ipykernel.kernelapp", "plotly.express", "moe_lens.hooked_moe", "moe_lens.studies"]
+
+
+class Forked(LocalProvisioner):
+    """Starts a kernel as a fork, where Jupyter would start an interpreter."""
+
+    process: Any
+
+    async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:
+        options = cmd[cmd.index("ipykernel_launcher") + 1 :]
+        self.process = SERVER.Process(target=_kernel, args=(options, str(kwargs["cwd"])))
+        self.process.start()
+        self.pid = self.process.pid
+        return self.connection_info
+
+    async def poll(self) -> int | None:
+        return self.process.exitcode if self.process else 0
+
+    async def wait(self) -> int | None:
+        while (status := await self.poll()) is None:
+            await asyncio.sleep(0.02)
+        self.process = None
+        return status
+
+    async def send_signal(self, signum: int) -> None:
+        if self.process and self.process.is_alive():
+            os.kill(self.process.pid, signum)
+
+
+def _kernel(options: list[str], folder: str) -> None:
+    from ipykernel.kernelapp import IPKernelApp
+
+    os.chdir(folder)
+    IPKernelApp.launch_instance([*options, "--log-level=ERROR"], parent_handle=os.getppid())  # with which it ends, too
+
+
+def client(notebook: nbformat.NotebookNode, folder: Path) -> NotebookClient:
+    """Executes a notebook in a folder, in a kernel that is forked."""
+    factory = KernelProvisionerFactory.instance()
+    factory.provisioners["forked"] = EntryPoint("forked", f"{__name__}:Forked", factory.GROUP_NAME)
+    factory.default_provisioner_name = "forked"
+    # "python3" is the kernel of the very interpreter that runs this script.
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    return NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}})
 
 
 def cells(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
@@ -34,10 +89,8 @@ def run(script: Path, *, write: bool) -> str | None:
             return f"{written.name} is missing; write it with `make notebooks`"
         if cells(nbformat.read(written, as_version=4)) != cells(notebook):
             return f"{written.name} is out of step with {script.name}; write it again with `make notebooks`"
-    # "python3" is the kernel of the very interpreter that runs this script.
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     try:
-        NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(script.parent)}}).execute()
+        client(notebook, script.parent).execute()
     except CellExecutionError as error:
         return str(error)
     if write:
@@ -65,6 +118,7 @@ def main() -> int:
     workers = 1 if arguments.write else 2
     if workers > 1:
         os.environ["OMP_NUM_THREADS"] = "1"
+    SERVER.set_forkserver_preload(IMPORTED)
     failures = 0
     with ThreadPoolExecutor(workers) as pool:
         for script, reason in zip(scripts, pool.map(partial(run, write=arguments.write), scripts), strict=True):

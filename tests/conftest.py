@@ -1,5 +1,6 @@
 """What every test shares: no network, one thread, a fixed seed, hypothesis without deadlines; and our own options."""
 
+import gc
 import os
 import sys
 
@@ -8,7 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import hypothesis
 import jaxtyping
@@ -60,6 +61,17 @@ def _shared_models_are_left_as_they_were() -> Iterator[None]:
     yield
     if shared := sys.modules.get("tests.wrapped"):
         shared.check_shared()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None]:
+    """Collects no garbage while tests are: what is imported stays, and each search for garbage would walk over all of it."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

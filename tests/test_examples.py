@@ -5,10 +5,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from scripts.run_examples import EXAMPLES, cells, run
+from scripts.run_examples import EXAMPLES, cells, client, run
 
 SCRIPT = '# %% [markdown]\n# A sum.\n\n# %%\nvalue = 1 + 1\nprint("it is", value)\n'
 
@@ -49,12 +48,12 @@ def test_the_hosted_notebook_keeps_the_torch_that_is_there(tmp_path: Path, monke
 def test_the_hosted_notebook_runs_as_it_is_but_for_the_installation(tmp_path: Path):
     notebook = nbformat.read(HOSTED, as_version=4)
     notebook.cells = [cell for cell in notebook.cells if "install" not in cell.metadata.get("tags", ())]
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    client(notebook, tmp_path).execute()
     (last,) = notebook.cells[-1].outputs
     assert "without it" in last.text
     notebook.cells = notebook.cells[-1:]  # which needs those before it
     with pytest.raises(CellExecutionError, match="NameError"):
-        NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+        client(notebook, tmp_path).execute()
 
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda script: script.stem)

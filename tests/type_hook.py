@@ -26,11 +26,18 @@ _beartyped = beartype(conf=BeartypeConf(hint_overrides=FrozenDict({Self: object}
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The type checker that jaxtyping's import hook puts around each function of the package."""
-    name, typed = f"{function.__module__}:{function.__qualname__}", _beartyped(function)
+    """The type checker that jaxtyping's import hook puts around each function of the package.
 
-    @functools.wraps(typed)
+    What it checks is compiled when the function is first called: most are not, in most processes, and compiling all
+    takes longer than importing the package.
+    """
+    name = f"{function.__module__}:{function.__qualname__}"
+    typed: Callable[..., Any] | None = None
+
+    @functools.wraps(function)
     def noted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal typed
+        typed = typed or _beartyped(function)
         result = typed(*args, **kwargs)
         REACHED.add(name)
         return result
