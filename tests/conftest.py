@@ -44,7 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.typed:  # before a test module imports the package
         from tests import type_hook
 
-        jaxtyping.install_import_hook("moe_lens", f"{type_hook.__name__}.{type_hook.checked.__name__}")
+        type_hook.install()
         if config.option.reach:
             config.pluginmanager.register(type_hook.Reach(config))
 
@@ -65,7 +65,7 @@ def _shared_models_are_left_as_they_were() -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None]:
-    """Collects no garbage while tests are: what is imported stays, and each search for garbage would walk over all of it."""
+    """No garbage is looked for while tests are collected, nor later in what was imported: it is large, and stays."""
     gc.disable()
     try:
         return (yield)

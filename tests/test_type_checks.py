@@ -6,7 +6,8 @@ from typing import Any
 import jaxtyping
 import pytest
 
-from moe_lens import names
+from moe_lens import names, selection
+from moe_lens.errors import InputError
 from tests import type_hook
 
 WRONG: Any = 3
@@ -28,7 +29,7 @@ def test_a_user_sees_the_error_of_the_code_itself():
 
 SOURCE = """
 from dataclasses import dataclass
-from typing import Protocol, no_type_check, overload
+from typing import TYPE_CHECKING, Protocol, no_type_check, overload
 from jaxtyping import Float as F
 Rows = F[Tensor, "rows d"]
 
@@ -45,6 +46,10 @@ if True:
     def chosen():
         def inside(x: Rows): ...
         def other(): ...
+if TYPE_CHECKING:
+    def never(x: Rows): ...
+else:
+    def always(): ...
 
 @dataclass(frozen=True)
 class Plain:
@@ -74,11 +79,25 @@ def test_what_has_to_be_reached_is_read_from_the_source():
         "_imported",
         "chosen",
         "chosen.<locals>.inside",
+        "always",
         "Plain.method",
         "Plain.size",
         "_Hidden.__init__",
         "_Hidden.shaped",
     ]
+
+
+@pytest.mark.typed
+def test_the_constructor_of_a_class_that_checks_arguments_itself_is_checked_too(pytestconfig: pytest.Config):
+    typed = pytestconfig.getoption("typed")
+    constructor = "moe_lens.selection:Step.__init__"
+    assert constructor in type_hook.package()
+    type_hook.REACHED.discard(constructor)
+    with pytest.raises(jaxtyping.TypeCheckError if typed else InputError, match="tokens"):
+        selection.Step(2, 2, WRONG)
+    assert constructor not in type_hook.REACHED
+    selection.Step(2, 2)
+    assert (constructor in type_hook.REACHED) == typed
 
 
 def test_what_is_called_is_noted_where_types_are_checked(pytestconfig: pytest.Config):

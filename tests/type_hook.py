@@ -6,12 +6,14 @@ itself.
 """
 
 import ast
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 from beartype import BeartypeConf, FrozenDict, beartype
 from beartype.typing import Self
@@ -43,6 +45,31 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return noted
+
+
+_jaxtyping: Any = jaxtyping
+_jaxtyped = _jaxtyping.jaxtyped
+
+
+def install() -> None:
+    """Check the package as it is imported: to be called before that."""
+    _jaxtyping.jaxtyped = jaxtyped
+    jaxtyping.install_import_hook("moe_lens", f"{__name__}.{checked.__name__}")
+
+
+def jaxtyped(target: Any = None, **kwargs: Any) -> Any:
+    """What the import hook decorates with; jaxtyping's, but for dataclasses whose constructor is `moe_lens.checked`.
+
+    jaxtyping would take the constructor for one that it has checked already: what `moe_lens.checked` puts around it
+    is a function of the package, and so has been.
+    """
+    if target is None:
+        return functools.partial(jaxtyped, **kwargs)
+    constructor = vars(target).get("__init__") if dataclasses.is_dataclass(target) else None
+    if "__checked__" in getattr(constructor, "__dict__", ()):
+        target.__init__ = _jaxtyped(constructor, **kwargs)
+        return target
+    return _jaxtyped(target, **kwargs)
 
 
 def package() -> list[str]:
@@ -86,7 +113,8 @@ def demanded(tree: ast.Module, shapes: set[str]) -> Iterator[str]:
                     yield f"{path}{node.name}"
                 yield from visit(node.body, f"{path}{node.name}.<locals>.", False)
             elif not isinstance(node, ast.ClassDef | ast.FunctionDef):
-                for part in ("body", "orelse", "handlers", "finalbody"):
+                parts = ("body", "orelse", "handlers", "finalbody")
+                for part in parts[1:] if _never_run(node) else parts:
                     yield from visit(getattr(node, part, []), path, public)
 
     return visit(tree.body, "", True)
@@ -102,6 +130,10 @@ def _unchecked(node: ast.ClassDef | ast.FunctionDef) -> bool:
     if isinstance(node, ast.ClassDef) and any("Protocol" in ast.unparse(base) for base in node.bases):
         return True
     return bool(_decorators(node) & {"no_type_check", "overload", "abstractmethod"})
+
+
+def _never_run(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
 
 
 def _shaped(shapes: set[str], *annotations: ast.AST | None) -> bool:
