@@ -36,13 +36,13 @@ def one_by_one(model: Any, experts: Experts | None) -> dict[str, AblationStudy]:
     }
 
 
-def load_asked(folder: Path, atlas: StudyResult) -> dict[Expert, StudyResult]:
+def load_asked(folder: str | Path, atlas: StudyResult) -> dict[Expert, StudyResult]:
     """The studies of single experts that are complete, in the folder of an atlas.
 
     Raises:
         InputError: One is of another model, of other texts, or of several experts.
     """
-    return dict(_found(folder, atlas))
+    return dict(_found(Path(folder), atlas))
 
 
 def _found(folder: Path, atlas: StudyResult) -> Iterator[tuple[Expert, StudyResult]]:

@@ -159,6 +159,8 @@ FLOAT32 = 1e-5
 class Parameters:
     """What `weight_similarity` reads of a model."""
 
+    moe_layers = (0,)
+
     def __init__(self, d: int, m: int, n: int):
         self.W_gate, self.W_in, self.W_out = ({0: torch.randn(n, *shape)} for shape in ((d, m), (d, m), (m, d)))
 
