@@ -8,7 +8,7 @@ of them: its studentised difference against the greatest one of the whole table 
 source's difference has a random sign, or, if sources are not paired, where sources are assigned to the sides at random.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,44 +23,15 @@ from moe_lens.checked import Seed
 from moe_lens.errors import InputError, near_miss
 from moe_lens.reprs import Summary
 from moe_lens.resampling import tail
-from moe_lens.stats import MEASURES, MIN_SOURCES, Result, RoutingResult, SimilarityResult
+from moe_lens.stats import MIN_SOURCES
 from moe_lens.storage import written_whole
-from moe_lens.studies.lens import QUANTITIES, LensTotals
+from moe_lens.studies.comparable import COMPARED, Means
 from moe_lens.studies.study_result import StudyResult
-from moe_lens.studies.variant_losses import VariantLosses
 
 RESAMPLES = 2000
 LEVEL = 0.95
 CHUNK = 2**11
 """Values whose resamples are held at a time."""
-
-
-@dataclass(frozen=True, eq=False)
-class Means:
-    """Means of sums over sources, each with its name: what a difference can be taken of."""
-
-    index: pd.Index
-    """Of the values: the quantity first."""
-    sources: tuple[str, ...]
-    above: Float[Tensor, "source value"]
-    below: Float[Tensor, "source value"]
-    exponential: bool = False
-    """Whether a value is exp(above / below), as perplexity is."""
-
-    def at(self, wanted: pd.Index) -> "Means":
-        """Some of the values."""
-        place = torch.as_tensor(self.index.get_indexer(wanted))
-        return Means(wanted, self.sources, self.above[:, place], self.below[:, place], self.exponential)
-
-    def by_source(self) -> Float[Tensor, "source value"]:
-        """Numbers whose mean over sources is the value (its logarithm, if it is one of exp): what each adds to it."""
-        mean = self.above.sum(0) / self.below.sum(0)
-        return mean + (self.above - mean * self.below) / self.below.mean(0)
-
-    def of(self, times: Float[Tensor, "resample source"]) -> Float[Tensor, "resample value"]:
-        """The values, with each source counted so many times."""
-        mean = (times @ self.above) / (times @ self.below)
-        return mean.exp() if self.exponential else mean
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +130,12 @@ def compare(
         raise InputError(
             f"a study {first.study!r} and a study {second.study!r} cannot be compared; both must be one kind"
         )
+    kinds = tuple(kind for kind, _ in COMPARED)
+    if not any(isinstance(result, kinds) for of in first.results.values() for result in of.values()):
+        raise InputError(
+            f"two studies {first.study!r} cannot be compared: they keep no sums by source of which a difference has an "
+            "interval. Their tables can be read side by side: moe-lens show FOLDER"
+        )
     for domain, study in zip(domains or (), (first, second), strict=False):
         if domain not in study.domains:
             there = f"there are {list(study.domains)}{near_miss(domain, study.domains)}"
@@ -171,7 +148,7 @@ def compare(
     for one, other in couples:
         domain = one if one == other else f"{other} minus {one}"
         for name, result in first.results[one].items():
-            for kind, means in _KINDS:
+            for kind, means in COMPARED:
                 there = second.results[other].get(name)
                 if isinstance(result, kind) and isinstance(there, kind):
                     for a, b in zip(means(result), means(there), strict=True):
@@ -281,69 +258,3 @@ def _drawn(n_sources: int, seed: int) -> Float[Tensor, "resample source"]:
     return torch.zeros(RESAMPLES, n_sources, dtype=torch.float64).scatter_add_(
         1, drawn, torch.ones(1, dtype=torch.float64).expand(RESAMPLES, n_sources)
     )
-
-
-def _index(quantities: Iterable[str], of: Iterable[str]) -> pd.MultiIndex:
-    return pd.MultiIndex.from_arrays([list(quantities), list(of)], names=["quantity", "of"])
-
-
-def _routing(result: Result) -> list[Means]:
-    assert isinstance(result, RoutingResult)
-    cells = [f"layer {layer}, expert {expert}" for layer in result.layers for expert in range(result.n_experts)]
-    tokens = result.tokens.double()[:, None]
-    layers = [f"layer {layer}" for layer in result.layers]
-    shares = [
-        Means(
-            _index([name] * len(cells), cells), result.sources, above.double().flatten(1), tokens.expand(-1, len(cells))
-        )
-        for name, above in (("share", result.assignments), ("weight", result.weights))
-    ]
-    decided = [
-        Means(
-            _index([name] * len(layers), layers),
-            result.sources,
-            result.sums[..., at].double(),
-            result.measured[..., at].double(),
-        )
-        for at, name in enumerate(("router_entropy", "margin"))
-    ]
-    return [*shares, *decided]
-
-
-def _losses(result: Result) -> list[Means]:
-    assert isinstance(result, VariantLosses)
-    of = [f"{what}, k = {k}" + ("" if layer is None else f", layer {layer}") for what, layer, k in result.variants]
-    n = len(of)
-    sums = {
-        "perplexity": (result.nats, result.tokens),
-        "geometric perplexity": (result.row_losses, result.rows),
-        "ratio to the whole model": (result.log_ratios()[0], result.tokens),
-        "geometric ratio": (result.log_ratios()[1], result.rows),
-    }
-    return [
-        Means(_index([name] * n, of), result.sources, above, below.double()[:, None].expand(-1, n), exponential=True)
-        for name, (above, below) in sums.items()
-    ]
-
-
-def _similarity(result: Result) -> list[Means]:
-    assert isinstance(result, SimilarityResult)
-    measures = list(MEASURES)
-    names = [(measure, f"layer {layer}") for layer in result.layers for measure in measures]
-    tokens = result.tokens.double()[..., None].expand(-1, -1, len(measures))
-    return [Means(_index(*zip(*names, strict=True)), result.sources, result.sums.flatten(1), tokens.flatten(1))]
-
-
-def _lens(result: Result) -> list[Means]:
-    assert isinstance(result, LensTotals)
-    names = [(what, f"layer {at}, {which}") for at in result.layers for which in result.sums for what in QUANTITIES]
-    sums = result.totals.flatten(1), result.tokens.double().flatten(1)
-    return [Means(_index(*zip(*names, strict=True)), result.sources, *sums)]
-
-
-_KINDS: tuple[tuple[type[Result], Callable[[Result], list[Means]]], ...] = (
-    (RoutingResult, _routing),
-    (VariantLosses, _losses),
-    (SimilarityResult, _similarity),
-    (LensTotals, _lens),
-)

@@ -277,7 +277,45 @@ def _explain(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: ARG001
         )
 
 
-_POOLED = ("explain",)
+def _checkpoints(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: ARG001
+    overlap, losses = tables["overlap"], tables["losses"]
+    for pair, words in _PAIRS.items():
+        rows = _where(overlap, pair=pair)
+        rows, null = rows.assign(domain=rows["domain"] + ", layer " + rows["layer"].astype(str)), rows["by_load"]
+        yield (
+            f"{words}, share of experts in common: {across(rows, 'overlap')}; by load alone {null.min():.3g} to "
+            f"{null.max():.3g} (overlap)"
+        )
+    for run in ("first with the other's routers", "other with the first's routers"):
+        yield f"the {run} loses {across(_where(losses, run=run), 'added')} nats a token (losses)"
+
+
+_PAIRS = {
+    "checkpoints": "both as they are",
+    "routers": "the first's routers and the other's, in the first",
+    "all but routers": "both with the same routers",
+}
+
+
+def _attribution_fidelity(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: ARG001
+    fidelity = tables["fidelity"]
+    every = fidelity[fidelity["layer"].isna() & (fidelity["reference"] == "knockout")]
+    of = "all" if "all" in set(every["domain"]) else every["domain"].iloc[0]
+    rows = _where(every, domain=of)
+    for method in ("direct", "gradient", "integrated"):
+        row = _where(rows, method=method).iloc[0]
+        agreement = value(row, "spearman", ("spearman_low", "spearman_high"))
+        yield f"{method} attribution and knock-outs: Spearman {agreement} over {row['pairs']} experts (fidelity)"
+    cheap = [f"{name} {_where(rows, method=name)['spearman'].iloc[0]:.3g}" for name in ("frequency", "norm")]
+    yield f"  an expert's {' and '.join(cheap)}, which ask for no attribution at all"
+    again = tables["rerouting"]
+    yield (
+        f"later layers that choose again make {again['share'].min():.0%} to {again['share'].max():.0%} of the size of "
+        "a knock-out's effect, over layers (rerouting)"
+    )
+
+
+_POOLED = ("explain", "probe")
 """Studies whose intervals are over the sources of all domains together."""
 _RULES: dict[str, tuple[Callable[[Tables, Facts], Iterator[str]], str]] = {
     "routing": (_routing, "moe-lens localise, whether a domain's experts matter to its loss"),
@@ -289,6 +327,11 @@ _RULES: dict[str, tuple[Callable[[Tables, Facts], Iterator[str]], str]] = {
     "facts": (_facts, "moe-lens ablate --experts …, what the picked experts (table experts) do on texts"),
     "contrast": (_contrast, "moe-lens ablate --experts …, what these experts (table experts) do on texts"),
     "explain": (_explain, "moe-lens atlas, what each expert reads and writes"),
+    "checkpoints": (_checkpoints, "moe-lens compare, what a study of either found, side by side"),
+    "attribution-fidelity": (
+        _attribution_fidelity,
+        "moe-lens localise --by attribution, experts picked by it",
+    ),
     "pruning": (_pruning, "moe-lens prune, the smaller model itself"),
     "atlas": (_atlas, "open index.html in a browser"),
 }

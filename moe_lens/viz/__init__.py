@@ -7,10 +7,16 @@ from moe_lens import checked as _checked
 from moe_lens.viz.ablation import ablation_costs as ablation_costs
 from moe_lens.viz.attribution import attribution_agreement as attribution_agreement
 from moe_lens.viz.attribution import attribution_map as attribution_map
+from moe_lens.viz.checkpoints import routing_overlap as routing_overlap
+from moe_lens.viz.checkpoints import swapped_router_costs as swapped_router_costs
 from moe_lens.viz.coloured_tokens import expert_tokens as expert_tokens
 from moe_lens.viz.coloured_tokens import routing_tokens as routing_tokens
+from moe_lens.viz.contrast import contrast_map as contrast_map
+from moe_lens.viz.contrast import contrast_steering as contrast_steering
 from moe_lens.viz.figures import figures_of as figures_of
 from moe_lens.viz.figures import save_figure as save_figure
+from moe_lens.viz.held_out import choices_explained as choices_explained
+from moe_lens.viz.held_out import probe_accuracy as probe_accuracy
 from moe_lens.viz.lens import lens_table as lens_table
 from moe_lens.viz.lens import lens_text as lens_text
 from moe_lens.viz.lens_study import lens_by_layer as lens_by_layer

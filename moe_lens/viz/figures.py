@@ -27,6 +27,10 @@ OF_STUDIES: Mapping[str, tuple[str, ...]] = {
     "ablation": ("ablation_costs",),
     "pruning": ("pruning_ratios",),
     "attribution-fidelity": ("attribution_agreement",),
+    "contrast": ("contrast_map", "contrast_steering"),
+    "explain": ("choices_explained",),
+    "probe": ("probe_accuracy",),
+    "checkpoints": ("routing_overlap", "swapped_router_costs"),
 }
 """Functions of `moe_lens.viz` that draw the result of a study, by its name; the first is drawn if none is named."""
 OF_RESULTS: Mapping[type, tuple[str, ...]] = {

@@ -12,8 +12,10 @@ from moe_lens.cli import main
 from moe_lens.cli.show import findings_in
 from moe_lens.errors import near_miss
 from moe_lens.report.report_page import page_of
-from moe_lens.studies import Collected, RoutingStudy, SingleExpertStudy, StudyResult, collect, run
+from moe_lens.studies import Checkpoints, Collected, RoutingStudy, SingleExpertStudy, StudyResult, collect, run
+from moe_lens.studies.attribution_fidelity import AttributionFidelity
 from moe_lens.studies.findings import MOST, across, findings_of
+from tests.studies.test_checkpoints import perturbed
 from tests.studies.test_study import SMALL
 from tests.studies.tiny import domain, tiny_model
 
@@ -147,3 +149,23 @@ def test_a_single_source_has_no_share_that_was_picked_on_others():
     result = run(RoutingStudy(), tiny_model(), texts, reading=SMALL)
     said = str(result.findings())
     assert "most specialised: expert" in said and "cross-fitted" not in said
+
+
+def test_checkpoints_and_fidelity_end_with_their_numbers_and_nulls():
+    texts = [domain("a", n=12), domain("b", n=12, seed=1)]
+    found = run(Checkpoints(perturbed(tiny_model(), "gate.weight")), tiny_model(), texts, reading=SMALL)
+    lines, overlap = found.findings().lines, found.tables["overlap"]
+    assert len(lines) == MOST and "tables" not in lines[0]
+    own: Any = overlap[overlap["pair"] == "checkpoints"]
+    least = own.loc[own["overlap"].idxmin()]
+    assert f"{least['overlap']:.3g} [{least['low']:.3g}, {least['high']:.3g}] ({least['domain']}, layer" in lines[0]
+    assert f"by load alone {own['by_load'].min():.3g} to" in lines[0] and "1 [1, 1]" in lines[2]
+    losses = found.tables["losses"].set_index(["run", "domain"])["added"]
+    assert all(f"{value:.3g} [" in lines[3] for value in losses["first with the other's routers"])
+
+    found = run(AttributionFidelity(steps=1), tiny_model(), texts[0], reading=SMALL)
+    lines, fidelity = found.findings().lines, found.tables["fidelity"]
+    rows = fidelity[fidelity["layer"].isna() & (fidelity["reference"] == "knockout")].set_index("method")
+    for line, method in zip(lines, ("direct", "gradient", "integrated"), strict=False):
+        assert line.startswith(method) and f"Spearman {rows['spearman'][method]:.3g} [" in line
+    assert f"frequency {rows['spearman']['frequency']:.3g}" in lines[3] and "rerouting" in lines[4]
