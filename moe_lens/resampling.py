@@ -146,22 +146,48 @@ def halves(sources: Iterable[str], seed: Seed = 0) -> dict[str, int]:
     return {source: i % 2 for i, source in enumerate(order)}
 
 
-def folds(sources: Sequence[str], domains: Sequence[str], n_folds: int, seed: int = 0) -> Int[Tensor, " row"]:
-    """Deal rows into folds, each source whole into one, and each domain's sources evenly into all.
+Unit = tuple[str, ...]
+"""A domain and a source of it; or what the names of parallel sources have in common, alone."""
+
+
+def units(sources: Sequence[str], domains: Sequence[str], parallel: Callable[[str], str] | None = None) -> list[Unit]:
+    """What stays whole where rows are divided or resampled: a source, with those of other domains parallel to it.
 
     Args:
-        sources: Of each row; those of different domains are different, whatever their names.
+        sources: Of each row.
         domains: Of each row.
-        n_folds: How many folds; fewer where a domain has fewer sources.
+        parallel: From the name of a source to what it has in common with parallel ones; if not given, sources of
+            different domains are different, whatever their names.
+    """
+    rows = zip(domains, sources, strict=True)
+    return [(domain, source) if parallel is None else (parallel(source),) for domain, source in rows]
+
+
+def folds(of: Sequence[Unit], domains: Sequence[str], n_folds: int, seed: int = 0) -> Int[Tensor, " row"]:
+    """Deal rows into folds, each unit whole into one, and each domain's units evenly into all.
+
+    Units of several domains are dealt first; each goes to the fold where its domains have fewest units so far.
+
+    Args:
+        of: The unit of each row; see `units`.
+        domains: Of each row.
+        n_folds: How many folds; fewer where a domain has fewer units.
         seed: Of the random division.
     """
-    of_domain: dict[str, list[str]] = {}
-    for domain, source in sorted(set(zip(domains, sources, strict=True))):
-        of_domain.setdefault(domain, []).append(source)
-    n_folds = min(n_folds, *(len(names) for names in of_domain.values()))
+    domains_of: dict[Unit, set[str]] = {}
+    for unit, domain in zip(of, domains, strict=True):
+        domains_of.setdefault(unit, set()).add(domain)
+    every = sorted(set(domains))
+    n_folds = min(n_folds, *(sum(domain in some for some in domains_of.values()) for domain in every))
+    dealt = {domain: [0] * n_folds for domain in every}
     shuffled = random.Random(seed)
-    fold: dict[tuple[str, str], int] = {}
-    for domain, names in of_domain.items():
-        shuffled.shuffle(names)
-        fold.update({(domain, name): i % n_folds for i, name in enumerate(names)})
-    return torch.tensor([fold[key] for key in zip(domains, sources, strict=True)])
+    fold: dict[Unit, int] = {}
+    for group in (None, *every):  # those of several domains, then of each one alone
+        here = sorted(u for u, some in domains_of.items() if (None if len(some) > 1 else next(iter(some))) == group)
+        shuffled.shuffle(here)
+        for unit in here:
+            counts = [sum(dealt[domain][at] for domain in domains_of[unit]) for at in range(n_folds)]
+            fold[unit] = counts.index(min(counts))
+            for domain in domains_of[unit]:
+                dealt[domain][fold[unit]] += 1
+    return torch.tensor([fold[unit] for unit in of])

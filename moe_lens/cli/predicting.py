@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moe_lens.cli import options
+from moe_lens.cli.options import Parallel
 from moe_lens.cli.study_command import Work, command
 from moe_lens.data import EMBEDDED
 from moe_lens.errors import InputError
@@ -23,6 +24,7 @@ def explain(
             "token, its document and position as `collect` has them (and domain), and a column for each feature.",
         ),
     ] = None,
+    parallel: Parallel = None,
 ) -> "Study":
     """From what can a token's choice of experts be predicted: the token, the one before it, position, domain?
 
@@ -33,11 +35,17 @@ def explain(
     chosen_for (a sentence for each expert, picked on half of the sources, and how well it predicts the expert's choices
     on the other half).
 
+    Parallel sources are held out together; without --parallel they are those whose names differ in a language code
+    between slashes.
+
     Example: moe-lens explain --domain prose=prose.jsonl --domain code=code.jsonl --features sae.parquet --out runs/why
     """
     from moe_lens.studies import Explain, read_features
 
-    return Explain(None if features is None else read_features(features))
+    return Explain(
+        None if features is None else read_features(features),
+        parallel=Explain.parallel if parallel is None else parallel,
+    )
 
 
 @command("probe", "moe-lens-probes", tokens=2048)
@@ -64,6 +72,7 @@ def probe(
             "--k", min=1, help="Number of experts or neurons a probe sees; may be repeated.  [1, 2, 4, 8, 16]"
         ),
     ] = None,
+    parallel: Parallel = None,
 ) -> Work:
     """Do a few experts, or a few of their neurons, tell what a token is (a digit, a bracket, any label of your own)?
 
@@ -71,6 +80,9 @@ def probe(
 
     Tables: probes (balanced accuracy by layer, experts or neurons, label and k, with intervals over sources, beside
     probes of labels that were shuffled within each window), components (who was picked, and whether on both halves).
+
+    Parallel sources are in one half; without --parallel they are those whose names differ in a language code between
+    slashes.
 
     Example: moe-lens probe --label year='[12][0-9]{3}' --k 1 --k 4 --domain prose=prose.jsonl --out runs/probe
     """
@@ -84,12 +96,13 @@ def probe(
         raise InputError(f"--label {wrong[0]}: expected NAME=REGEX")
     find = by_pattern({name: pattern for name, _, pattern in pairs} or PATTERNS)
     own = None if spans is None else read_spans(spans)
+    settings: dict[str, Any] = {"k": tuple(k or Probe.k), "parallel": Probe.parallel if parallel is None else parallel}
 
     def run_probes(model: Any, domains: options.Opened, **how: Any) -> Any:
         if own is None:
-            return run(Probe(label_tokens(model, domains, find), tuple(k or Probe.k)), model, domains, **how)
+            return run(Probe(label_tokens(model, domains, find), **settings), model, domains, **how)
         if tuple(domain.name for domain in domains) != EMBEDDED:
             raise InputError("--spans has texts of its own: leave --domain out, or --spans")
-        return run(Probe(label_tokens(model, own[:1], own[1]), tuple(k or Probe.k)), model, own[:1], **how)
+        return run(Probe(label_tokens(model, own[:1], own[1]), **settings), model, own[:1], **how)
 
     return run_probes

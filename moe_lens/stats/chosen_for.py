@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens.checked import Seed
-from moe_lens.resampling import bootstrap_all
+from moe_lens.resampling import bootstrap_all, units
 from moe_lens.stats.explained_choices import TOKEN, octave, token_features
 from moe_lens.stats.held_out import Categories, Feature, Numbers
 from moe_lens.stats.parallel_sources import balanced_halves
@@ -51,6 +51,7 @@ def chosen_for(
     names: Mapping[str, Sequence[str]] | None = None,
     *,
     seed: Seed = 0,
+    parallel: Callable[[str], str] | None = None,
 ) -> pd.DataFrame:
     """For each expert up to five things that the tokens which choose it have, and how well they tell its choices.
 
@@ -64,6 +65,7 @@ def chosen_for(
         more: Further features, as in `explain_choices`; of numbers, whether they are above 0.
         names: Of each of them, what its categories, or its columns of numbers, are called.
         seed: Of the halves.
+        parallel: As in `explain_choices`: parallel sources are in one half, and resampled together.
 
     Returns:
         A row per layer and expert: sentence ("" if nothing stands out), precision (share of the tokens that it holds
@@ -72,11 +74,14 @@ def chosen_for(
     """
     levels = _levels(samples, text_of, more or {}, names or {})
     first = next(iter(samples.values()))
-    of = {domain: {source: source for source in of.source} for domain, of in samples.items()}
-    halves = balanced_halves(of, seed)
+    same = parallel or str
+    halves = balanced_halves(
+        {domain: {source: same(source) for source in of.source} for domain, of in samples.items()}, seed
+    )
     side = torch.tensor([halves[domain][source] for domain, of in samples.items() for source in of.source])
     pick, score = ((side == half).nonzero()[:, 0] for half in (0, 1))
-    keys = [(domain, source) for domain, of in samples.items() for source in of.source]
+    domains = [domain for domain, of in samples.items() for _ in of.source]
+    keys = units([source for of in samples.values() for source in of.source], domains, parallel)
     place = {key: number for number, key in enumerate(sorted({keys[row] for row in score.tolist()}))}
     source = torch.tensor([place[keys[row]] for row in score.tolist()], dtype=torch.long)
     rows, held = [], []

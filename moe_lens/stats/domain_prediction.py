@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from moe_lens.checked import Natural, Positive, Seed
 from moe_lens.errors import InputError
-from moe_lens.resampling import Interval, bootstrap, folds
+from moe_lens.resampling import Interval, bootstrap, folds, units
 from moe_lens.stats.accumulator import Accumulator, Result
 from moe_lens.stats.routed_batch import RoutedBatch
 from moe_lens.stats.routing_stats import check_sizes
@@ -189,7 +189,8 @@ def predict_domain(samples: Mapping[str, PassageResult], *, n_folds: Positive = 
     tokens = torch.cat([s.tokens[:each] for s in samples.values()])
     types, place = tokens.unique(return_inverse=True)
     occurring = torch.zeros(len(tokens), len(types)).scatter_add_(1, place, torch.ones(place.shape))
-    fold = folds(source, [list(samples)[d] for d in domain.tolist()], n_folds, seed)
+    domains = [list(samples)[d] for d in domain.tolist()]
+    fold = folds(units(source, domains), domains, n_folds, seed)
     found = {}
     for name, counts in (("routing", assigned.float()), ("unigram", occurring)):
         features = (counts / tokens.shape[1]).sqrt()

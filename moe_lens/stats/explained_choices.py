@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_lens.checked import Natural, Positive, Seed
 from moe_lens.errors import InputError
-from moe_lens.resampling import bootstrap_all, folds
+from moe_lens.resampling import bootstrap_all, folds, units
 from moe_lens.stats.accumulator import Result
 from moe_lens.stats.held_out import Categories, Feature, Held, placements
 from moe_lens.stats.token_sample import TokenSampleResult
@@ -37,6 +37,7 @@ class ChoiceExplanation(Result):
     subsets: tuple[str, ...]
     """What predictions are from: a feature alone, the token with another, all, and those shuffled."""
     sources: tuple[str, ...]
+    """Of all domains; parallel ones are one."""
     tokens: Int[Tensor, " source"]
     sums: Float[Tensor, "subset source measure layer n_experts"]
     """Columns `MEASURES`."""
@@ -168,6 +169,7 @@ def explain_choices(
     *,
     n_folds: Positive = 5,
     seed: Seed = 0,
+    parallel: Callable[[str], str] | None = None,
 ) -> ChoiceExplanation:
     """Predict which experts tokens choose, from what is known of them, on sources that were held out.
 
@@ -180,6 +182,8 @@ def explain_choices(
         more: Further features of the tokens of all samples, one sample after another.
         n_folds: How many folds of sources; fewer where a domain has fewer sources.
         seed: Of the folds, and of what is shuffled.
+        parallel: From the name of a source to what it has in common with those of other domains that are the same
+            document, as `parallel_key` gives it: they are held out together, and resampled together.
 
     Raises:
         InputError: Samples of different models, features of other tokens or by a name that is taken, or a domain of
@@ -188,8 +192,7 @@ def explain_choices(
     first = next(iter(samples.values()))
     if len({(of.layers, of.n_experts, of.chosen.shape[-1]) for of in samples.values()}) > 1:
         raise InputError("the samples differ in layers, experts or top_k; expected those of one model")
-    few = {name: len(set(of.source)) for name, of in samples.items() if len(set(of.source)) < LEAST_SOURCES}
-    if few:
+    if few := too_few(samples, parallel):
         raise InputError(f"domains with too few sources (three are needed to keep them apart): {few}")
     features = token_features(samples)
     own, n = [name for name in features if name != PAIR], sum(len(of.about) for of in samples.values())
@@ -201,16 +204,20 @@ def explain_choices(
             )
         features[name] = feature
         own.append(name)
-    names = [(domain, source) for domain, of in samples.items() for source in of.source]
-    fold = folds([source for _, source in names], [domain for domain, _ in names], n_folds, seed)
-    places = {name: place for place, name in enumerate(sorted(set(names)))}
-    source = torch.tensor([places[name] for name in names])
+    domains = [domain for domain, of in samples.items() for _ in of.source]
+    unit = units([source for of in samples.values() for source in of.source], domains, parallel)
+    fold = folds(unit, domains, n_folds, seed)
+    places = {name: place for place, name in enumerate(sorted(set(unit)))}
+    source = torch.tensor([places[name] for name in unit])
+    alone = [(domain, source) for domain, of in samples.items() for source in of.source]
+    numbers = {name: number for number, name in enumerate(sorted(set(alone)))}
+    each = torch.tensor([numbers[name] for name in alone])
     for number, name in enumerate([*own[1:], PAIR]):
-        features[name + SHUFFLED] = features[name].shuffled(source, seed + number)
+        features[name + SHUFFLED] = features[name].shuffled(each, seed + number)
     subsets = _subsets(own)
     parts = [Held(features, fold, held) for held in range(int(fold.max()) + 1)]
     top_k = first.chosen.shape[-1]
-    step = max(1, CHUNK // (len(names) * first.n_experts))
+    step = max(1, CHUNK // (n * first.n_experts))
     sums = []
     for start in range(0, len(first.layers), step):
         target = torch.cat([of.hot(slice(start, start + step)) for of in samples.values()])
@@ -224,6 +231,12 @@ def explain_choices(
         tokens=torch.bincount(source, minlength=len(places)),
         sums=torch.cat(sums, 3),
     )
+
+
+def too_few(samples: Mapping[str, TokenSampleResult], parallel: Callable[[str], str] | None = None) -> dict[str, int]:
+    """Domains with fewer than `LEAST_SOURCES` sources, parallel ones being one, and how many they have."""
+    sizes = {name: len(set(units(of.source, [name] * len(of.source), parallel))) for name, of in samples.items()}
+    return {name: n for name, n in sizes.items() if n < LEAST_SOURCES}
 
 
 def _subsets(own: list[str]) -> dict[str, tuple[str, ...]]:

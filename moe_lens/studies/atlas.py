@@ -30,7 +30,8 @@ from moe_lens.stats import (
     halves,
     observe,
 )
-from moe_lens.stats.explained_choices import LEAST_SOURCES
+from moe_lens.stats.explained_choices import too_few
+from moe_lens.stats.parallel_sources import parallel_key
 from moe_lens.studies import atlas_choice, atlas_knockouts, atlas_reading
 from moe_lens.studies.atlas_contexts import TEXTS as SAMPLE
 from moe_lens.studies.atlas_contexts import context_stats, contexts_table, count_contexts
@@ -166,13 +167,14 @@ class Atlas(Study):
         if self.contexts:
             tables["contexts"] = contexts_table(results, tuple(model["moe_layers"]), int(model["experts"]))
             if (samples := self._explained(results)) is not None:
-                tables["explained"] = explain_choices(samples, seed=self.seed).to_frame()
+                held = {"seed": self.seed, "parallel": parallel_key()}
+                tables["explained"] = explain_choices(samples, **held).to_frame()
         return tables
 
     def _explained(self, results: Mapping[str, Mapping[str, Result]]) -> dict[str, TokenSampleResult] | None:
         """The tokens whose choices are explained; None where sources are too few to hold any out."""
         samples = atlas_choice.of_kind(results, TOKENS, TokenSampleResult)
-        return samples if all(len(set(of.source)) >= LEAST_SOURCES for of in samples.values()) else None
+        return None if too_few(samples, parallel_key()) else samples
 
     def read_off(
         self, model: Any, results: Mapping[str, Mapping[str, Result]], tables: Mapping[str, pd.DataFrame]

@@ -15,6 +15,7 @@ from moe_lens.checked import Positive, Seed
 from moe_lens.data import TokenBatch
 from moe_lens.errors import InputError
 from moe_lens.stats import Result, TokenSample, TokenSampleResult, chosen_for, explain_choices, observe
+from moe_lens.stats.parallel_sources import LANGUAGE, parallel_key
 from moe_lens.studies.atlas_choice import of_kind
 from moe_lens.studies.forward_passes import token_places
 from moe_lens.studies.study import TEXTS, Gathered, Study
@@ -31,6 +32,8 @@ class Explain(Study):
     """A row per token: see `moe_lens.studies.token_features.user_features`."""
     sample: Positive = 2**13
     """Tokens of a domain that are kept at most, drawn at random."""
+    parallel: str = LANGUAGE
+    """What may differ in the names of sources that are one document in several domains: they are held out together."""
     seed: Seed = 0
     """Of folds, halves and what is shuffled."""
 
@@ -46,7 +49,8 @@ class Explain(Study):
         return {**vars(self), "features": digest}
 
     def check(self, model: Any) -> None:  # noqa: ARG002
-        """Refuse a table that does not say which token a row is of, and a sample of none."""
+        """Refuse a table that does not say which token a row is of, what is no regular expression, a sample of none."""
+        parallel_key(self.parallel)
         if self.features is not None:
             check_features(self.features)
         if self.sample < 1:
@@ -71,7 +75,7 @@ class Explain(Study):
     ) -> dict[str, pd.DataFrame]:
         """`experts` and `layers`: see `ChoiceExplanation`."""
         samples = of_kind(results, SAMPLE, TokenSampleResult)
-        found = explain_choices(samples, self._own(samples).features, seed=self.seed)
+        found = explain_choices(samples, self._own(samples).features, **self._held())
         return {"experts": found.to_frame(), "layers": found.per_layer()}
 
     def read_off(
@@ -83,7 +87,10 @@ class Explain(Study):
         """`chosen_for`: a sentence for each expert, and its score."""
         samples = of_kind(results, SAMPLE, TokenSampleResult)
         own = self._own(samples)
-        return {"chosen_for": chosen_for(samples, text_of(model), own.features, own.names, seed=self.seed)}
+        return {"chosen_for": chosen_for(samples, text_of(model), own.features, own.names, **self._held())}
+
+    def _held(self) -> dict[str, Any]:
+        return {"seed": self.seed, "parallel": parallel_key(self.parallel)}
 
     def _own(self, samples: Mapping[str, TokenSampleResult]) -> UserFeatures:
         return UserFeatures({}, {}) if self.features is None else user_features(self.features, samples)

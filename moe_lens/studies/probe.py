@@ -17,7 +17,7 @@ from moe_lens.checked import Natural, Seed
 from moe_lens.data import TokenBatch
 from moe_lens.errors import InputError
 from moe_lens.stats import Result
-from moe_lens.stats.parallel_sources import balanced_halves
+from moe_lens.stats.parallel_sources import LANGUAGE, balanced_halves, parallel_blocks
 from moe_lens.stats.sparse_probes import (
     KINDS,
     ProbeResult,
@@ -55,6 +55,8 @@ class Probe(Study):
     """A row per token, as `label_tokens` gives it: document, position, domain, and a column of truth values each."""
     k: tuple[Natural, ...] = (1, 2, 4, 8, 16)
     """How many components a probe sees."""
+    parallel: str = LANGUAGE
+    """What may differ in the names of sources that are one document in several domains: they are in one half."""
     seed: Seed = 0
     """Of halves and of shuffled labels."""
 
@@ -69,7 +71,8 @@ class Probe(Study):
     def settings(self) -> dict[str, Any]:
         """What was asked for; labels by their digest."""
         whole = json.dumps(self.labels.to_dict("list"), default=str)
-        return {"labels": hashlib.sha256(whole.encode()).hexdigest()[:16], "k": self.k, "seed": self.seed}
+        digest = hashlib.sha256(whole.encode()).hexdigest()[:16]
+        return {"labels": digest, "k": self.k, "parallel": self.parallel, "seed": self.seed}
 
     def check(self, model: Any) -> None:
         """Refuse numbers of components that make no sense, and tables that are none of labels."""
@@ -77,6 +80,7 @@ class Probe(Study):
             raise InputError(
                 f"k is {list(self.k)}; expected numbers from 1 to the {model.n_experts} experts of a layer"
             )
+        parallel_blocks({}, self.parallel)
         assert self.table.names
 
     def begin(self, model: Any, name: str) -> Gathered:
@@ -95,7 +99,7 @@ class Probe(Study):
         if name == "texts":
             return None
         sources = {of: passes["texts"][TEXTS].result().sources for of, passes in earlier.items()}
-        halves = balanced_halves({of: {one: one for one in each} for of, each in sources.items()}, self.seed)
+        halves = balanced_halves(parallel_blocks(sources, self.parallel), self.seed)
         prepared = _Prepared(halves[domain], domain)
         if name == "pick":
             return prepared
@@ -233,10 +237,14 @@ class Probe(Study):
         """`probes` and `components`, of all domains together: see `ProbeResult`."""
         parts = [of["probes"] for of in results.values()]
         found = [part for part in parts if isinstance(part, ProbeResult)]
-        sources = tuple(
-            f"{domain}/{source}" for domain, of in zip(results, found, strict=True) for source in of.sources
-        )
-        sums = {name: torch.cat([getattr(of, name) for of in found]) for name in ("tokens", "said")}
+        of = parallel_blocks({domain: of.sources for domain, of in zip(results, found, strict=True)}, self.parallel)
+        blocks = [block for of_domain in of.values() for block in of_domain.values()]
+        sources = tuple(sorted(set(blocks)))  # parallel ones are one, and are drawn together
+        at = torch.tensor([sources.index(block) for block in blocks])
+        sums = {}
+        for name in ("tokens", "said"):
+            every = torch.cat([getattr(of, name) for of in found])
+            sums[name] = every.new_zeros(len(sources), *every.shape[1:]).index_add_(0, at, every)
         pooled = replace(found[0], sources=sources, **sums)
         return {"probes": pooled.to_frame(), "components": pooled.components()}
 

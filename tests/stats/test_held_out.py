@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from moe_lens.errors import InputError
+from moe_lens.resampling import folds, units
 from moe_lens.stats import Categories, Numbers, TokenSampleResult, chosen_for, explain_choices
+from moe_lens.stats.explained_choices import too_few
 from moe_lens.stats.held_out import Held, placements
+from moe_lens.stats.parallel_sources import parallel_key
 
 F32 = 1e-4  # a few sums and one eigendecomposition of some hundred numbers near 1 in float32
 
@@ -123,3 +126,54 @@ def test_features_of_ones_own_are_found_and_named():
     few = {"a": TokenSampleResult((0,), 6, ("x",) * 600, samples["a"].about, samples["a"].chosen)}
     with pytest.raises(InputError, match="too few sources"):
         explain_choices(few)
+
+
+def chapters(generator: torch.Generator, *, n: int = 15, tokens: int = 30) -> dict[str, TokenSampleResult]:
+    """A book in two languages: a token is a name that only its chapter has, and says what experts it chooses."""
+    experts = torch.rand(n, 8, generator=generator).argsort(-1)[:, None, :2]  # of each chapter
+    found = {}
+    for language in ("de", "fr"):
+        chapter = torch.arange(n).repeat_interleave(tokens)
+        about = torch.zeros(len(chapter), 5, dtype=torch.long)
+        about[:, 0] = chapter
+        names = tuple(f"book/{language}/{one}" for one in chapter.tolist())
+        found[language] = TokenSampleResult((1,), 8, names, about, experts[chapter])
+    return found
+
+
+@pytest.mark.typed
+def test_parallel_sources_are_held_out_together_and_their_names_explain_nothing():
+    samples = chapters(torch.Generator().manual_seed(3))
+    together = explain_choices(samples, parallel=parallel_key())
+    assert together.sources == tuple(sorted(f"book/*/{one}" for one in range(15)))
+    found: Any = together.per_layer().set_index("feature")
+    recall, explained = (float(found.at["token", name]) for name in ("recall", "explained"))
+    assert recall < 0.5 and abs(explained) < 0.1
+    said: Any = chosen_for(samples, str, parallel=parallel_key())
+    assert said["sentence"].str.startswith("chosen for").any() and not said["held"].any()
+    # The control: apart, the other language has the same names, and they say everything.
+    apart: Any = explain_choices(samples).per_layer().set_index("feature")
+    assert float(apart.at["token", "recall"]) > 0.8 and float(apart.at["token", "explained"]) > 0.7
+    said = chosen_for(samples, str)
+    assert said["held"].any()
+    few = {name: TokenSampleResult((1,), 8, *_some(of, 60)) for name, of in samples.items()}  # two chapters
+    assert set(too_few(few, parallel_key())) == {"de", "fr"}
+    with pytest.raises(InputError, match="too few sources"):
+        explain_choices(few, parallel=parallel_key())
+
+
+def _some(of: TokenSampleResult, n: int) -> tuple[Any, ...]:
+    return of.source[:n], of.about[:n], of.chosen[:n]
+
+
+def test_folds_deal_parallel_sources_into_one_and_every_domain_evenly():
+    sources = [f"b/{language}/{n}" for language in ("de", "fr") for n in range(12)] + [f"c/{n}" for n in range(9)]
+    domains = ["de"] * 12 + ["fr"] * 12 + ["code"] * 9
+    key = parallel_key()
+    dealt = folds(units(sources, domains, key), domains, 4, seed=1)
+    assert torch.equal(dealt[:12], dealt[12:24])
+    for part, n in ((dealt[:12], 3), (dealt[24:], 2)):
+        counts = torch.bincount(part, minlength=4)
+        assert int(counts.min()) >= n and int(counts.max() - counts.min()) <= 1
+    apart = folds(units(sources, domains), domains, 4, seed=1)
+    assert not torch.equal(apart[:12], apart[12:24]), "the control: by name alone they are dealt apart"

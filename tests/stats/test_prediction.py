@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_lens.errors import InputError
-from moe_lens.resampling import folds
+from moe_lens.resampling import folds, units
 from moe_lens.stats import PassageResult, PassageSample, predict_domain
 from moe_lens.stats.domain_prediction import fit_logistic
 from tests.stats.routed import routed
@@ -75,11 +75,12 @@ def test_sources_are_never_on_both_sides():
 def test_names_of_domains_and_sources_may_hold_anything():
     """A domain is its whole name: paper/english and paper/code are dealt evenly into the folds each by itself."""
     names, sources = ["paper/english"] * 10 + ["paper/code"] * 5, [f"s/{i}" for i in [*range(10), *range(5)]]
-    dealt = folds(sources, names, 5, seed=0)
+    dealt = folds(units(sources, names), names, 5, seed=0)
     for name in set(names):
         of = torch.tensor([one == name for one in names])
         assert torch.bincount(dealt[of], minlength=5).unique().numel() == 1
-    mixed = folds(sources, ["paper"] * 15, 5, seed=0)  # a control: as one stratum, code is not dealt evenly
+    one = ["paper"] * 15  # a control: as one stratum, code is not dealt evenly
+    mixed = folds(units(sources, one), one, 5, seed=0)
     assert torch.bincount(mixed[10:], minlength=5).unique().numel() > 1
     generator = torch.Generator().manual_seed(6)
     found = predict_domain(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -12,6 +13,7 @@ from moe_lens.cli import main
 from moe_lens.errors import InputError
 from moe_lens.stats.sparse_probes import at_components, component_sums, discriminant, pick_components
 from moe_lens.studies import Probe, StudyResult, by_pattern, label_tokens, read_spans, run
+from moe_lens.studies.study import TEXTS
 from tests.planted import ATLAS_READING, LAYER, PLANTED, WORDS, planted_domains, planted_model
 from tests.studies.tiny import save_checkpoint
 
@@ -124,3 +126,23 @@ def test_what_cannot_be_probed_is_refused(model, labels, tmp_path: Path, capsys:
     assert main(["probe", "--label", "x", "--out", f"{tmp_path}/other"]) == 2
     assert main(["probe", "--label", "x=(", "--out", f"{tmp_path}/other"]) == 2
     assert capsys.readouterr().err.count("error: ") == 4
+
+
+@pytest.mark.typed
+def test_parallel_sources_are_in_one_half_and_are_one_in_intervals(model, labels, found):
+    domains = planted_domains(shuffled=True)
+    names = {domain.name: tuple(dict.fromkeys(p.source for p in domain.passages)) for domain in domains}
+    texts: Any = {name: {"texts": {TEXTS: SimpleNamespace(result=lambda of=of: SimpleNamespace(sources=of))}}
+             for name, of in names.items()}  # fmt: skip
+
+    def halves(study: Probe) -> list[list[int]]:
+        prepared: list[Any] = [study.prepare(model, "pick", name, texts) for name in names]
+        return [[each.halves[source] for source in of] for each, of in zip(prepared, names.values(), strict=True)]
+
+    first, *others = halves(Probe(labels, (1,)))
+    assert all(other == first for other in others) and sum(first) == len(first) / 2
+    assert set(found.tables["probes"]["sources"]) == {12}
+    first, *others = halves(Probe(labels, (1,), parallel="nothing"))  # the control: as if they had nothing in common
+    assert any(other != first for other in others)
+    with pytest.raises(InputError, match="no regular expression"):
+        run(Probe(labels, (1,), parallel="("), model, domains, reading=ATLAS_READING)
