@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from moe_lens import HookedMoE
 
 
+SMALL = 2**26
+"""Bytes of a small model. With two threads the embedded one, of 40 MB, takes longer than with one, and where other
+programs run, many times as long: threads that wait for one another do so at full speed."""
+
+
 def quiet() -> None:
     """Silence messages of libraries: what the user has to know is raised."""
     import transformers
@@ -47,6 +52,8 @@ def load_model(
         InputError: There is no such device, or the model has no layer with experts.
         MoELensError: The model cannot be loaded.
     """
+    import torch
+
     from moe_lens import HookedMoE
     from moe_lens.model.loading.pretrained import EMBEDDED
 
@@ -56,6 +63,8 @@ def load_model(
     model = HookedMoE.from_pretrained(name, dtype=dtype, quantize=quantize, trust_remote_code=trust, **where)
     if not model.moe_layers:
         raise InputError(f"{name} has no layer with experts")
+    if is_small(model) and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
     return model.eval().requires_grad_(False)
 
 
@@ -69,6 +78,14 @@ def where_it_is(model: "HookedMoE") -> str | None:
         return None
     dtype = str(next(model.original_model.parameters()).dtype).removeprefix("torch.")
     return f"{model.cfg.model_name} in {dtype}: {said(found)}"
+
+
+def is_small(model: "HookedMoE") -> bool:
+    """Whether a model is in main memory, and its matrices so small that threads wait longer than they compute."""
+    from moe_lens.model.loading.placement import places
+
+    found = places(model.original_model)
+    return found.keys() == {"cpu"} and found["cpu"] < SMALL
 
 
 def join_processes(device: str) -> None:

@@ -1,12 +1,15 @@
 """`moe-lens report`: the main job, or one page of studies that were saved."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from moe_lens.cli.model_loading import quiet
+from moe_lens.cli import options
+from moe_lens.cli.model_loading import is_small, quiet
+from moe_lens.cli.second_process import TOLD, second_process, worth_it
 from moe_lens.cli.study_command import Work, command
 from moe_lens.errors import InputError
 from moe_lens.manifest import read_manifest, studies_in
@@ -38,10 +41,27 @@ def report(
     for folder in found:
         read_manifest(folder)
 
-    from moe_lens.report import run, write_page
+    from moe_lens.report import write_page
 
     if not found:
-        return run
+        return _run
     quiet()
     print(write_page(found, out).resolve())
     return None
+
+
+def _run(model: Any, domains: options.Opened, *, out: Path, watch: Any, **how: Any) -> Path:
+    """The studies and the page; some of them, where that is quicker, in a second process meanwhile."""
+    from moe_lens.report import run
+    from moe_lens.report.run_report import SECOND
+
+    if TOLD in os.environ:
+        return run(model, domains, out, watch=watch, part="second", **how)
+    wanted = worth_it(is_small(model), domains, [out / name for name in SECOND])
+    with second_process(wanted) as finished:
+
+        def wait() -> None:
+            watch(", ".join(SECOND), 0)
+            finished()
+
+        return run(model, domains, out, watch=watch, wait=wait if wanted else None, **how)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from moe_lens.checked import AnyModel, Positive
 from moe_lens.data import Domains, Reading, as_domains
@@ -29,6 +30,11 @@ they cannot be made."""
 READING = Reading(tokens=2048, context=128)
 """How texts are read if nothing else is asked for: short windows, so that few tokens are of many sources."""
 
+SECOND = ("routing", "pruning", "localisation")
+"""What a second process runs, where there is one: about as much work as the others."""
+
+Part = Literal["all", "second"]
+
 SHORT = 32
 """Tokens of a window for `OF_HALVES`, at most."""
 
@@ -42,6 +48,8 @@ def run(
     name: str | None = None,
     batch_tokens: Positive | None = None,
     command: str | None = None,
+    part: Part = "all",
+    wait: Callable[[], None] | None = None,
     watch: Callable[[str, int], None] = lambda what, tokens: None,  # noqa: ARG005
     say: Callable[[str], None] = lambda line: None,  # noqa: ARG005
 ) -> Path:
@@ -55,6 +63,9 @@ def run(
         name: What the model was loaded as.
         batch_tokens: Rows × columns that the model reads at once to begin with; see `studies.run`.
         command: For the record; the arguments of this process if not given.
+        part: "second" runs those of `SECOND` alone and writes no page: what another process calls meanwhile.
+        wait: Called when all but those of `SECOND` are done, if there is another process: what that has finished by
+            its end is not run again.
         watch: Called with what is being read and how many tokens were, after every shard.
         say: Called with what there is to do, before anything is done, and now and then with how long it will take.
 
@@ -77,9 +88,16 @@ def run(
 
         run_study(study, model, domains, out=Path(out) / folder, reading=reading, watch=watch_one, **how)
 
-    for each in every:
-        go(*each)
-    for each in halved:
-        with suppress(UnfitError, UnsupportedModelError):  # the verdict says what was not run
-            go(*each)
+    jobs = {each[0]: each for each in (*every, *halved)}
+    others = [folder for folder in jobs if folder not in SECOND]
+    meanwhile = [folder for folder in jobs if folder in SECOND]
+    order = meanwhile if part == "second" else list(jobs) if wait is None else [*others, *meanwhile]
+    for folder in order:
+        if wait is not None and folder in meanwhile[:1]:
+            wait()
+        unfit = (UnfitError, UnsupportedModelError) if folder in OF_HALVES else ()
+        with suppress(*unfit):  # the verdict says what was not run
+            go(*jobs[folder])
+    if part == "second":
+        return Path(out)
     return agreed(lambda: write_page(studies_in(out), out))
