@@ -182,7 +182,7 @@ def test_a_finished_report_is_drawn_again_from_its_folder_and_refuses_other_work
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
     given = arguments(checkpoint, texts, made)
     said = refused(capsys, *given[1:], "--seed", "1")
-    assert "routing: holds the result of another study (routing) – reading: " in said
+    assert "routing: holds the result of another study (routing) – reading.seed: 0 there, 1 now" in said
 
 
 def test_arguments_that_are_wrong(capsys, checkpoint, texts, tmp_path):
