@@ -5,6 +5,9 @@ import typing
 from moe_lens import _late
 from moe_lens import checked as _checked
 from moe_lens._moved import renamed
+from moe_lens.data.as_domains import Domains as Domains
+from moe_lens.data.as_domains import as_domains as as_domains
+from moe_lens.data.as_domains import in_memory as in_memory
 from moe_lens.data.corpus import Corpus as Corpus
 from moe_lens.data.corpus import from_file as from_file
 from moe_lens.data.corpus import from_generator as from_generator
@@ -17,9 +20,6 @@ from moe_lens.data.domains import Domain as Domain
 from moe_lens.data.domains import embedded_domain as embedded_domain
 from moe_lens.data.domains import embedded_domains as embedded_domains
 from moe_lens.data.domains import load_domain as load_domain
-from moe_lens.data.given import Domains as Domains
-from moe_lens.data.given import as_domains as as_domains
-from moe_lens.data.given import in_memory as in_memory
 from moe_lens.data.paper_presets import PRESETS as PRESETS
 from moe_lens.data.paper_presets import Preset as Preset
 from moe_lens.data.rows import Passage as Passage

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_lens.data.files import read_passages
+from moe_lens.data.in_memory import read_given
 from moe_lens.data.rows import Passage
-from moe_lens.data.tables import read_given
 from moe_lens.errors import InputError
 from moe_lens.reprs import Summary
 

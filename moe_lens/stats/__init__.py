@@ -47,14 +47,14 @@ from moe_lens.stats.routed_batch import RoutedBatch as RoutedBatch
 from moe_lens.stats.routing_stats import LAYER_MEASURES as LAYER_MEASURES
 from moe_lens.stats.routing_stats import RoutingResult as RoutingResult
 from moe_lens.stats.routing_stats import RoutingStats as RoutingStats
+from moe_lens.stats.sign_flip_test import SignTest as SignTest
+from moe_lens.stats.sign_flip_test import sign_test as sign_test
 from moe_lens.stats.standing_committee import StandingCommittee as StandingCommittee
 from moe_lens.stats.standing_committee import standing_committee as standing_committee
 from moe_lens.stats.token_sample import TokenSample as TokenSample
 from moe_lens.stats.token_sample import TokenSampleResult as TokenSampleResult
 from moe_lens.stats.top_examples import TopExamples as TopExamples
 from moe_lens.stats.top_examples import TopExamplesResult as TopExamplesResult
-from moe_lens.stats.unit_signs import SignTest as SignTest
-from moe_lens.stats.unit_signs import sign_test as sign_test
 from moe_lens.stats.vocabulary_specialisation import VocabularyResult as VocabularyResult
 from moe_lens.stats.vocabulary_specialisation import VocabularyStats as VocabularyStats
 

@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens.stats import Accumulator, Result, bootstrap_all
+from moe_lens.stats.sign_flip_test import sign_test
 from moe_lens.stats.sums import BySource
-from moe_lens.stats.unit_signs import sign_test
 
 PICKED, OPPOSITE, MATCHED = "picked", "opposite", "matched"
 SHUFFLES = 100

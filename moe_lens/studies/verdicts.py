@@ -23,9 +23,9 @@ import pandas as pd
 from moe_lens.errors import InputError, near_miss
 from moe_lens.reprs import Summary
 from moe_lens.storage import written_whole
+from moe_lens.studies.paper_claims import RULES
 from moe_lens.studies.study_result import StudyResult
-from moe_lens.studies.verdict_bounds import FACTORS, HOLDS, THRESHOLDS, Threshold, Verdict
-from moe_lens.studies.verdict_rules import RULES
+from moe_lens.studies.verdict_answers import FACTORS, HOLDS, THRESHOLDS, Threshold, Verdict
 
 FORMAT = 1
 """Of `verdicts.json`; grows when a key changes its meaning or goes away."""

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from moe_lens import HookedMoE
 from moe_lens.errors import HookError, InputError, MoELensError, TokenError, UnsupportedModelError
-from moe_lens.model.loading.whole_state import StateError
+from moe_lens.model.loading.state_dict import StateError
 from tests.families import build
 from tests.wrapped import wrapped
 

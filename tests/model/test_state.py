@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from moe_lens.errors import MoELensError, UnsupportedModelError
 from moe_lens.hooked_moe import HookedMoE
-from moe_lens.model.loading.whole_state import StateError
+from moe_lens.model.loading.state_dict import StateError
 from tests.matrix.configs import build, tokens
 
 FAMILIES = ["deepseek", "gpt_oss", "qwen3_next", "granitemoehybrid"]

@@ -16,7 +16,7 @@ from moe_lens.studies import Localisation, PruningStudy, RoutingStudy, StudyResu
 from moe_lens.studies.frames import where
 from moe_lens.studies.lens import QUANTITIES, LensTotals
 from moe_lens.studies.variant_losses import VariantLosses
-from moe_lens.studies.verdict_bounds import Bound, OfDomain, Threshold, over_domains, together
+from moe_lens.studies.verdict_answers import Bound, OfDomain, Threshold, over_domains, together
 from tests.planted import LAYER, PLANTED, planted_domains, planted_model
 
 EXPERTS, TOP_K, SOURCES = 16, 2, 12

@@ -21,9 +21,9 @@ from moe_lens.model.hooks.key_value_cache import Driver
 from moe_lens.model.hooks.layer_hooks import LayerHooks
 from moe_lens.model.hooks.moe_block import MoEBlock
 from moe_lens.model.hooks.ownership import Owner
+from moe_lens.model.loading.state_dict import OnePlace, WholeState
 from moe_lens.model.loading.transformer_lens_words import PROCESSING, refuse_processing
 from moe_lens.model.loading.validate import asked_kernel, check_kernel, check_layers, check_tokenizer
-from moe_lens.model.loading.whole_state import OnePlace, WholeState
 from moe_lens.model.tl_compat import detect_tokenizer_bos_eos
 from moe_lens.model.unknown_hooks import instead_of
 

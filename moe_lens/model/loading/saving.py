@@ -19,7 +19,7 @@ from moe_lens.model.hf_compat import (
     revert_weight_conversion,
 )
 from moe_lens.model.loading.quantising import VARIANT, packed_in
-from moe_lens.model.loading.whole_state import check_numbers, original_state
+from moe_lens.model.loading.state_dict import check_numbers, original_state
 
 _SHARD = "2GB"
 _WORDS = frozenset(

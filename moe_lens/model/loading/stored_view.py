@@ -9,8 +9,8 @@ from torch import Tensor
 from moe_lens.errors import InputError, UnsupportedModelError
 from moe_lens.model.loading.checkpoint import Checkpoint, OpenFiles, StoredTensor
 from moe_lens.model.loading.formats.view import method_of, packing_of, unpacked
+from moe_lens.model.loading.key_mapping import without_wrappers
 from moe_lens.model.loading.quantising import METHOD
-from moe_lens.model.loading.stored_names import without_wrappers
 
 
 def locate(

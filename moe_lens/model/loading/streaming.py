@@ -12,8 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from moe_lens.model.experts.offloaded_experts import is_elsewhere, numbers_of
 from moe_lens.model.loading.packed_tensors import LazyParameter
 from moe_lens.model.loading.placement import place_of
+from moe_lens.model.loading.state_dict import WRAPPER
 from moe_lens.model.loading.streamed_weights import StreamedWeights
-from moe_lens.model.loading.whole_state import WRAPPER
 
 _OF_LOADING = frozenset(
     {"offload_folder", "offload_buffers", "offload_state_dict", "low_cpu_mem_usage", "max_memory", "disable_mmap"}

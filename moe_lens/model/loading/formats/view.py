@@ -13,11 +13,11 @@ import torch
 
 from moe_lens.errors import CheckpointError, UnsupportedModelError
 from moe_lens.model.loading.checkpoint import Checkpoint, StoredTensor
-from moe_lens.model.loading.formats.blocks import bitsandbytes
-from moe_lens.model.loading.formats.compressed import compressed
-from moe_lens.model.loading.formats.floats import fp8, modelopt, mxfp4
+from moe_lens.model.loading.formats.bitsandbytes import bitsandbytes
+from moe_lens.model.loading.formats.compressed_tensors import compressed
+from moe_lens.model.loading.formats.fp8_mxfp4 import fp8, modelopt, mxfp4
+from moe_lens.model.loading.formats.gptq_awq import awq, gptq
 from moe_lens.model.loading.formats.packed_tensor import FP8, Found, Tensors
-from moe_lens.model.loading.formats.words import awq, gptq
 
 
 class Format(NamedTuple):

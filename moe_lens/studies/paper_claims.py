@@ -18,7 +18,7 @@ from moe_lens.studies.localisation import contrast
 from moe_lens.studies.localisation_effects import CoalitionEffects
 from moe_lens.studies.study_result import StudyResult
 from moe_lens.studies.variant_losses import VariantLosses
-from moe_lens.studies.verdict_bounds import Bound, OfDomain, Threshold, Verdict
+from moe_lens.studies.verdict_answers import Bound, OfDomain, Threshold, Verdict
 
 RESAMPLES = 4000
 """Of sources: simultaneous intervals reach far into the tails."""
