@@ -20,7 +20,7 @@ from moe_lens.errors import InputError
 from moe_lens.resampling import jackknife_interval
 from moe_lens.stats.accumulator import Result
 from moe_lens.stats.domain_pairs import CHUNK, PairTest, Rows, information, normalised
-from moe_lens.stats.multiple_tests import holm, most_significant
+from moe_lens.stats.multiple_tests import holm, max_t, most_significant
 from moe_lens.stats.routing_stats import RoutingResult
 from moe_lens.stats.source_permutation import Deviations
 
@@ -225,7 +225,7 @@ def compare_domains(
         mi.append(information(normalised(shares)))
     observed = deviations.shares()
     statistics = standardised(observed[None])[0]
-    p_values = _p_values_of_greatest(torch.cat(greatest), statistics.abs())
+    p_values = max_t(statistics, torch.cat(greatest)[1:])
     mi = torch.cat(mi)
 
     units = rows if parallel is None else Rows.of(results, parallel)
@@ -289,11 +289,3 @@ def _of_difference(errors: Float[Tensor, "domain *rest"]) -> Float[Tensor, "doma
     """Standard deviation of a domain's difference from the mean of the others, from those of the domains' shares."""
     squares = errors.square()
     return (squares + (squares.sum(0) - squares) / (len(errors) - 1) ** 2).sqrt()
-
-
-def _p_values_of_greatest(
-    null: Float[Tensor, " labelling"], observed: Float[Tensor, "*shape"]
-) -> Float[Tensor, "*shape"]:
-    """Share of labellings, the observed one among them, whose greatest value is at least what was observed."""
-    below = torch.searchsorted(null.sort().values, observed.contiguous() - 1e-9)
-    return (len(null) - below).double() / len(null)

@@ -36,6 +36,22 @@ def benjamini_hochberg(p_values: Float[Tensor, "*shape"]) -> Float[Tensor, "*sha
     return adjusted.view(p_values.shape)
 
 
+def max_t(statistics: Float[Tensor, "*shape"], greatest: Float[Tensor, " draw"]) -> Float[Tensor, "*shape"]:
+    """P-values of Westfall and Young's maxT (1993), in (0, 1]: corrected for all quantities, however they depend.
+
+    Share of the draws, with the observed data as one of them, whose greatest statistic is as large as the observed one.
+    Draws that give the observed data again count as reaching it, whatever the last bit; NaN is no test.
+
+    Args:
+        statistics: Of each quantity, as observed; their sizes are compared.
+        greatest: Of each draw under the null hypothesis, the greatest size of all quantities.
+    """
+    sizes = statistics.abs().to(greatest.dtype).contiguous()
+    below = torch.searchsorted(greatest.sort().values, sizes * (1 - 1e-9))
+    p_values = (1 + len(greatest) - below).double() / (1 + len(greatest))
+    return p_values.masked_fill(statistics.isnan(), torch.nan)
+
+
 def most_significant(frame: pd.DataFrame, effect: str, p_value: str = "p_value") -> pd.DataFrame:
     """Rows by p-value; those with the same one, as all have that no draw reaches, by the size of their effect."""
     return (

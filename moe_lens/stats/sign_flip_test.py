@@ -9,6 +9,7 @@ from torch import Tensor
 from moe_lens.checked import Positive, Seed
 from moe_lens.errors import InputError
 from moe_lens.resampling import MIN_SOURCES
+from moe_lens.stats.multiple_tests import max_t
 
 
 class SignTest(NamedTuple):
@@ -51,10 +52,7 @@ def sign_test(differences: Float[Tensor, "unit *shape"], draws: Positive = 1000,
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(2, (draws, n), generator=generator).double() * 2 - 1
     greatest = torch.cat([_studentised(some @ flat / n, squares, n).abs().amax(1) for some in signs.split(64)])
-    reached = greatest.sort().values
-    # Draws that give the observed data again must count as reaching it, whatever the last bit.
-    below = torch.searchsorted(reached, t.abs() * (1 - 1e-9))
-    p_values = (1 + draws - below).double() / (1 + draws)
+    p_values = max_t(t, greatest)
     smallest = max(1 / (1 + draws), 2.0 ** (1 - n))
     return SignTest(mean.view(shape), t.view(shape), p_values.view(shape), smallest)
 

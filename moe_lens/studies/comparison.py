@@ -24,6 +24,7 @@ from moe_lens.errors import InputError, near_miss
 from moe_lens.reprs import Summary
 from moe_lens.resampling import tail
 from moe_lens.stats import MIN_SOURCES
+from moe_lens.stats.multiple_tests import max_t
 from moe_lens.storage import written_whole
 from moe_lens.studies.comparable import COMPARED, Means
 from moe_lens.studies.study_result import StudyResult
@@ -162,9 +163,7 @@ def compare(
             f"{list(first.domains)} and {list(second.domains)}"
         )
     table = pd.concat(rows, ignore_index=True)
-    t = torch.tensor(table.pop("t").tolist(), dtype=torch.float64).abs()
-    beyond = len(greatest) - torch.searchsorted(greatest.sort().values, t * (1 - 1e-9))
-    adjusted = ((1 + beyond).double() / (1 + len(greatest))).masked_fill(t.isnan(), torch.nan)
+    adjusted = max_t(torch.tensor(table.pop("t").tolist(), dtype=torch.float64), greatest)
     table.insert(list(table.columns).index("high") + 1, "p_adjusted", adjusted.numpy())
     table.insert(0, "domain", table.pop("domain"))
     table = table.rename(columns={"first": names[0], "second": names[1]})
