@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from moe_lens.model.hooks.edits import edits
+from moe_lens.model.loading.load_streamed import values_at
 from moe_lens.model.loading.placement import places
 from moe_lens.model.loading.quantising import packed_in
-from moe_lens.model.loading.streaming import values_at
 
 SAMPLED = 64
 """Values of each parameter that the digest looks at."""

@@ -9,6 +9,10 @@ from moe_lens.viz.attribution import attribution_agreement as attribution_agreem
 from moe_lens.viz.attribution import attribution_map as attribution_map
 from moe_lens.viz.checkpoints import routing_overlap as routing_overlap
 from moe_lens.viz.checkpoints import swapped_router_costs as swapped_router_costs
+from moe_lens.viz.circuitsvis_views import attention_beside_routing as attention_beside_routing
+from moe_lens.viz.circuitsvis_views import expert_activations as expert_activations
+from moe_lens.viz.circuitsvis_views import top_expert_contexts as top_expert_contexts
+from moe_lens.viz.circuitsvis_views import top_expert_tokens as top_expert_tokens
 from moe_lens.viz.coloured_tokens import expert_tokens as expert_tokens
 from moe_lens.viz.coloured_tokens import routing_tokens as routing_tokens
 from moe_lens.viz.contrast import contrast_map as contrast_map
@@ -33,10 +37,6 @@ from moe_lens.viz.similarity import similarity_by_layer as similarity_by_layer
 from moe_lens.viz.specialisation import experts_for_half as experts_for_half
 from moe_lens.viz.specialisation import most_specialised as most_specialised
 from moe_lens.viz.specialisation import specialisation_map as specialisation_map
-from moe_lens.viz.text_routing import attention_beside_routing as attention_beside_routing
-from moe_lens.viz.text_routing import expert_activations as expert_activations
-from moe_lens.viz.text_routing import top_expert_contexts as top_expert_contexts
-from moe_lens.viz.text_routing import top_expert_tokens as top_expert_tokens
 from moe_lens.viz.token_losses import token_log_probs as token_log_probs
 from moe_lens.viz.token_text import readable as readable
 from moe_lens.viz.tokens_html import TokensHTML as TokensHTML

@@ -28,7 +28,7 @@ from moe_lens.model.families import deepseek
 from moe_lens.model.families.deepseek import DeepseekConfig, DeepseekForCausalLM, DeepseekModel
 from moe_lens.model.loading import pretrained
 from moe_lens.model.loading.checkpoint import Checkpoint
-from moe_lens.model.loading.packed_tensors import parameter_shapes, stored_shapes
+from moe_lens.model.loading.lazy_parameters import parameter_shapes, stored_shapes
 from moe_lens.model.loading.pretrained import EMBEDDED, load_pretrained, resolve_name
 from tests.model.tiny import BASE, TINY, original_shapes, prompts, random_tensors, write_checkpoint
 

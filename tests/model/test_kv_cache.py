@@ -15,8 +15,8 @@ from transformers import DynamicCache
 from moe_lens import HookedMoE
 from moe_lens.errors import HookError, InputError
 from moe_lens.model.hf_compat import cache_word
-from moe_lens.model.hooks import held_tokens
-from moe_lens.model.hooks.key_value_cache import Driver
+from moe_lens.model.hooks import key_value_padding
+from moe_lens.model.hooks.cache_names import Driver
 from tests.families import CONFIGS
 from tests.matrix import configs
 from tests.wrapped import Case, as_hook, deviation, wrapped
@@ -224,7 +224,7 @@ def test_a_cache_knows_its_padding(family: str, side: str) -> None:
     whole = torch.cat([mask_of(side), torch.ones_like(NEW)], 1)
     assert deviation(model(NEW, past_key_values=filled(model, config, side), attention_mask=whole), right) <= bound
     forgetful = filled(model, config, side)
-    del forgetful.__dict__[held_tokens._NOTE]
+    del forgetful.__dict__[key_value_padding._NOTE]
     assert deviation(model(NEW, past_key_values=forgetful), right) > 0.1, "negative control: padding is read"
 
 
@@ -279,7 +279,7 @@ def test_padding_inside_a_text_is_refused_where_no_mask_hides_it(model_type: str
         with pytest.raises(InputError, match=f"{why}.*padding_side='left'"):
             model(NEW, past_key_values=filled(model, hf.config, "right"), attention_mask=mask)
     forgetful = filled(model, hf.config, "right")
-    del forgetful.__dict__[held_tokens._NOTE]
+    del forgetful.__dict__[key_value_padding._NOTE]
     found = model(NEW, past_key_values=forgetful, attention_mask=whole)
     assert deviation(found, right) > 0.1, "negative control: the mask alone is not enough"
 

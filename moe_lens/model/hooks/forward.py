@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_lens.checked import Natural
 from moe_lens.errors import InputError
 from moe_lens.model.hooks.arguments import forward_words, further_words, refuse_unknown
+from moe_lens.model.hooks.cache_names import fitting_cache, name_as_transformer_lens
 from moe_lens.model.hooks.forward_checks import (
     additive,
     check_family,
@@ -21,10 +22,9 @@ from moe_lens.model.hooks.forward_checks import (
     check_returned,
     layer_limits,
 )
-from moe_lens.model.hooks.held_tokens import behind, check_held, n_held, note_padding
 from moe_lens.model.hooks.hook_pairs import as_pairs
 from moe_lens.model.hooks.hook_scope import ForwardClaim, HookContext, Hooks, without_batch
-from moe_lens.model.hooks.key_value_cache import fitting_cache, name_as_transformer_lens
+from moe_lens.model.hooks.key_value_padding import behind, check_held, n_held, note_padding
 from moe_lens.model.hooks.latent_cache import check_all_stored
 from moe_lens.model.hooks.layer_hooks import SelectionState
 from moe_lens.model.hooks.model_input import ModelInput, further

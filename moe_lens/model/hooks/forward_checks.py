@@ -10,7 +10,7 @@ from transformer_lens.utilities import Slice
 
 from moe_lens.errors import InputError, a_kind
 from moe_lens.model.families.family import Family
-from moe_lens.model.hooks.held_tokens import n_held
+from moe_lens.model.hooks.key_value_padding import n_held
 from moe_lens.model.hooks.model_input import ModelInput
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None

@@ -14,10 +14,10 @@ from moe_lens.errors import HookError, UnsupportedModelError
 from moe_lens.model.experts.expert_weights_view import Experts, top_k_of
 from moe_lens.model.families.table import Family
 from moe_lens.model.hooks.arguments import refuse_unknown
+from moe_lens.model.hooks.cache_names import Driver
 from moe_lens.model.hooks.checked_point import CheckedPoint, check_points
 from moe_lens.model.hooks.hook_pairs import check_function
 from moe_lens.model.hooks.hook_scope import remove_lost, run_all_blocks
-from moe_lens.model.hooks.key_value_cache import Driver
 from moe_lens.model.hooks.layer_hooks import LayerHooks
 from moe_lens.model.hooks.moe_block import MoEBlock
 from moe_lens.model.hooks.ownership import Owner

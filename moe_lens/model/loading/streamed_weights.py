@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_lens.model.loading.checkpoint import FLOATS
-from moe_lens.model.loading.packed_tensors import LazyParameter, StoredPart
+from moe_lens.model.loading.lazy_parameters import LazyParameter, StoredPart
 from moe_lens.model.loading.stored_file import Bytes, StoredFile, page_block
 
 AHEAD = 2
