@@ -144,6 +144,37 @@ def test_what_does_not_fit_is_refused():
         poor.logit_attrs(poor["resid_post", 2][None], 3)
 
 
+def test_components_of_other_tokens_than_the_cache_are_refused():
+    case, _, kept = full("deepseek")
+    one = fresh("deepseek", tokens=case.tokens[:1])  # where a broadcast would fit
+    for cache, batch in ((kept, 2), (one, 1)):
+        whole, last = (cache.decompose_experts(pos_slice=cut, return_labels=False) for cut in (None, -1))
+        for ask in (
+            lambda *args, cache=cache, **words: cache.logit_attrs(args[0], 7, **words),
+            cache.apply_ln_to_stack,
+        ):
+            with pytest.raises(InputError, match=rf"of \({batch},\) tokens, and the cache has \({batch}, 12\) there"):
+                ask(last)
+            with pytest.raises(InputError, match=rf"of \({batch}, 12\) tokens, and the cache has \({batch},\) there"):
+                ask(whole, pos_slice=-1)
+            with pytest.raises(
+                InputError, match=r"shape \(\d+, \d, 12, 5\); expected .* \[component, batch, pos, 32\]"
+            ):
+                ask(whole[..., :5])
+        with pytest.raises(InputError, match="there; pos_slice says"):
+            cache.logit_attrs(kept.decompose_experts(return_labels=False)[:, : 3 - batch], 7)
+        with pytest.raises(InputError, match="there; pos_slice says"):
+            kept.apply_ln_to_stack(whole[:batch, 0], has_batch_dim=False)
+        final = cache["resid_post", -1][:, -1]  # a component without an axis for components, as in demos
+        assert close(
+            cache.apply_ln_to_stack(final, pos_slice=-1), cache.apply_ln_to_stack(final[None], pos_slice=-1)[0]
+        )
+        assert close(cache.apply_ln_to_stack(final, pos_slice=-1) @ case.model.W_U, case.logits[:batch, -1])
+    alone = one.decompose_experts(return_labels=False)
+    assert close(one.logit_attrs(alone[:, 0], 7, has_batch_dim=False), one.logit_attrs(alone, 7)[:, 0])
+    assert close(one.apply_ln_to_stack(alone[:, 0], has_batch_dim=False), one.apply_ln_to_stack(alone)[:, 0])
+
+
 def test_half_precision_is_summed_in_float32():
     _, _, kept = full("deepseek")
     stack, _ = kept.decompose_experts()

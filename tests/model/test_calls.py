@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -388,6 +389,12 @@ def test_what_cannot_be_kept_is_refused(words: dict[str, Any], says: str) -> Non
         ([(PRE, None)], "a hook function is None"),
         ([(PRE, lambda value: value)], "the hook point is passed by that name"),
         ([(PRE, lambda value, point: value)], "the hook point is passed by that name"),
+        ([(PRE, lambda hook, value: value)], "the hook point is passed by that name"),
+        (
+            [(PRE, lambda value, hook, head: value)],
+            r"takes \(value, hook, head\).*functools.partial gives a function the",
+        ),
+        ([(PRE, partial(lambda value, hook, head, by: value, head=0))], r"takes \(value, hook, \*, head=0, by\)"),
         ([(lambda name: name.endswith("hook_expert_weights"), zero)], "chose no hook point"),
     ],
 )
@@ -485,6 +492,7 @@ def test_what_a_cache_cannot_tell_is_refused(cache: Any, call: Callable[[Any], A
         {"max_new_tokens": 0},
         {"max_new_tokens": 2.5},
         {"temperature": -1},
+        *({word: value} for word in ("do_sample", "stop_at_eos", "use_past_kv_cache") for value in ("no", 0.5, None)),
         {"temperature": float("nan")},
         {"temperature": "1"},
         {"top_k": 0},
@@ -514,6 +522,7 @@ def test_sampling_that_means_nothing_is_refused(words: dict[str, Any]) -> None:
         ({"state_dict": {}}, "load_state_dict"),
         ({"output_loading_info": True}, "error here"),
         ({"first_n_layers": 2, "num_hidden_layers": 3}, "expected one of them"),
+        *(({"first_n_layers": layers}, "first_n_layers is .*; expected a whole") for layers in (0, -1, 2.0, "2", True)),
         ({"device_map": "atuo"}, "device_map is 'atuo'"),
         ({"attn_implementation": "eagre"}, "eagre"),
         ({"tokenizer": False, "num_hidden_layers": 2, "check": False}, "expected a tokenizer"),

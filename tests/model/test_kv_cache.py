@@ -228,6 +228,28 @@ def test_a_cache_knows_its_padding(family: str, side: str) -> None:
     assert deviation(model(NEW, past_key_values=forgetful), right) > 0.1, "negative control: padding is read"
 
 
+@pytest.mark.parametrize("returned", [False, True])
+@torch.no_grad()
+def test_a_cache_that_transformers_generation_filled_knows_the_padding_of_its_prompts(returned: bool) -> None:
+    model = HookedMoE.from_pretrained("tiny-deepseekmoe", dtype=torch.float32)
+    prompts = ["Der alte Mann sah auf das Meer und dachte", "The sea"]
+    hf: Any = model.original_model
+    passed = None if returned else DynamicCache(config=hf.config)
+    words: dict[str, Any] = {"return_dict_in_generate": True, "stop_at_eos": False, "num_return_sequences": 2}
+    torch.manual_seed(0)
+    out = model.hf_generate(prompts, max_new_tokens=3, return_type="tokens", past_key_values=passed, **words)
+    past, forgetful = out.past_key_values, copy.deepcopy(out.past_key_values)
+    assert passed is None or past is passed
+    new = out.sequences[:, past.get_seq_length() :]
+    found = model(new, past_key_values=past)
+    del forgetful.__dict__[key_value_padding._NOTE]
+    wrong = model(new, past_key_values=forgetful)
+    for row, text in enumerate([prompts[0]] * 2 + [prompts[1]] * 2):
+        alone = model(out.sequences[row : row + 1, -(model.to_tokens(text).shape[1] + 3) :])
+        assert deviation(found[row, -1], alone[0, -1]) <= FP32 * alone.abs().max().item()
+    assert deviation(wrong, found) > 0.1, "negative control: padding is read"
+
+
 @torch.no_grad()
 def test_positions_of_hooks_do_not_count_the_padding_of_a_cache() -> None:
     case = wrapped("mixtral")

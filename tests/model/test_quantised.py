@@ -177,6 +177,16 @@ def test_loading_packs_as_packing_does_and_what_is_saved_comes_back(stored: Path
     assert "experts in nf4" in repr(model)
 
 
+def test_a_packed_model_changes_its_dtype_by_every_word_for_it(stored: Path) -> None:
+    one, other = (HookedMoE.from_pretrained(stored, quantize="nf4") for _ in range(2))
+    assert torch.equal(logits(one.to(torch.bfloat16)), logits(other.bfloat16()))
+    assert torch.equal(logits(one.to("cpu", dtype=torch.float64)), logits(other.double()))
+    assert one.cfg.dtype == torch.float64
+    with pytest.raises(TypeError, match="floating point"):
+        one.to(torch.int8)
+    assert one.cfg.dtype == torch.float64
+
+
 def test_the_embedded_model_is_packed_by_name() -> None:
     model = HookedMoE.from_pretrained("tiny-deepseekmoe", quantize="int8", dtype=torch.float32)
     exact = HookedMoE.from_pretrained("tiny-deepseekmoe", dtype=torch.float32)

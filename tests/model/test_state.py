@@ -242,3 +242,16 @@ def test_quantised_parameters_are_refused() -> None:
     norm.original_component.weight = nn.Parameter(torch.ones(40, dtype=torch.int8), requires_grad=False)
     with pytest.raises(UnsupportedModelError, match=r"quantised \(model\.norm\.weight is torch\.int8\)"):
         model.state_dict()
+
+
+def test_offloaded_weights_change_the_dtype_and_stay_where_they_are(tmp_path: Path) -> None:
+    hf = build("olmoe")
+    hf.save_pretrained(tmp_path / "model")
+    parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+    layers = {f"model.layers.{layer}": "disk" if layer else "cpu" for layer in range(hf.config.num_hidden_layers)}
+    places: Any = {**dict.fromkeys(parts, "cpu"), **layers}
+    model = HookedMoE.from_pretrained(tmp_path / "model", device_map=places, offload_folder=str(tmp_path / "off"))
+    with pytest.raises(UnsupportedModelError, match="weights are offloaded, and cannot be moved"):
+        model.to("cpu", torch.bfloat16)
+    assert model.cfg.dtype == torch.float32
+    assert torch.equal(logits(model.to(torch.bfloat16)), logits(HookedMoE.from_hf(hf.bfloat16())))

@@ -31,5 +31,5 @@ class AbsentModel:
         if name.startswith("_"):
             raise AttributeError(name)
         raise NoModelError(
-            f"this cache was unpickled and has no model, whose {name} is needed: cache.bind(model) gives it one"
+            f"this cache was unpickled and has no model, whose {name} is needed: use cache.bind(model), which has one"
         )

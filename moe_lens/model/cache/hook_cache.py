@@ -66,7 +66,10 @@ class HookCache(Summary, ActivationCache):
         return self.cache_dict[name]
 
     def __contains__(self, key: Any) -> bool:
-        return self._full_name(key) in self.cache_dict
+        try:
+            return self._full_name(key) in self.cache_dict
+        except HookError:
+            return False  # no layer of this model, or no name at all
 
     def __repr__(self) -> str:
         batch = "" if self.has_batch_dim else ", no batch axis"

@@ -1,5 +1,6 @@
 """Direct attribution to logits, right for a model whose norms keep their gain."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,12 +31,31 @@ class AttributionCache(HookCache):
         """What each component adds to what a block, or the unembedding, reads: TransformerLens's method, with the gain.
 
         TransformerLens leaves the gain out, which is right only after folding it into the weights behind the norm.
+
+        Args:
+            residual_stack: components of the residual stream at every token of the cache, or where `pos_slice` cut it;
+                a single one may lack the axis of components.
+            layer: the block that reads it; None or -1 for the unembedding.
+            mlp_input: whether the block's MLP reads it, not its attention.
+            pos_slice: positions that `residual_stack` has been cut to.
+            batch_slice: items of the batch to take.
+            has_batch_dim: whether `residual_stack` has a batch axis.
+            recompute_ln: apply the final norm to each component, with the scale that it has alone.
+
+        Raises:
+            HookError: the norm's scale was not cached, or there is no such layer.
+            InputError: components of other tokens than the scale.
         """
         layer = self._end(layer)
         final = layer == self.model.cfg.n_layers
-        scaled = super().apply_ln_to_stack(
-            residual_stack, layer, mlp_input, as_slice(pos_slice), as_slice(batch_slice), has_batch_dim, recompute_ln
-        )
+        where, items = as_slice(pos_slice), as_slice(batch_slice)
+        if not (final and recompute_ln):
+            cut = items.apply(residual_stack, dim=1) if has_batch_dim else residual_stack
+            scale = self._get_cached_ln_scale(layer, mlp_input, where, items)
+            batched = has_batch_dim or not self.has_batch_dim
+            alone = batched and batch_slice is None and cut.shape[:-1] == scale.shape[:-1]
+            self._check_tokens(cut[None] if alone else cut, scale.shape[:-1], has_batch_dim)
+        scaled = super().apply_ln_to_stack(residual_stack, layer, mlp_input, where, items, has_batch_dim, recompute_ln)
         if final and recompute_ln:
             return scaled  # computed by the norm itself, gain included
         block = None if final else self.model.blocks[layer]
@@ -67,7 +87,7 @@ class AttributionCache(HookCache):
 
         Raises:
             HookError: the scale of the final norm was not cached.
-            InputError: tokens and incorrect tokens differ in shape.
+            InputError: tokens and incorrect tokens differ in shape, or components are of other tokens than the scale.
         """
         wide = torch.promote_types(residual_stack.dtype, torch.float32)
         direction = self._directions(tokens).to(residual_stack.device, wide)
@@ -80,6 +100,10 @@ class AttributionCache(HookCache):
         items = as_slice(batch_slice)
         where = as_slice(pos_slice)
         stack = items.apply(residual_stack, dim=1) if has_batch_dim else residual_stack
+        scale = where.apply(self[names.FINAL_SCALE], dim=-2)
+        scale = (items.apply(scale) if self.has_batch_dim else scale).squeeze(-1)
+        self._check_tokens(stack, scale.shape, has_batch_dim)
+        scale = scale.reshape(stack.shape[1:-1])
         batched = has_batch_dim and items.mode != "int"
         if batched and stack.ndim == 4 and direction.ndim == 2 and len(direction) == stack.shape[1]:
             direction = direction.unsqueeze(-2)  # one token per item, at all its positions
@@ -88,14 +112,28 @@ class AttributionCache(HookCache):
             raise InputError(
                 f"tokens have shape {shapes[0]}; expected one, or what fits components of {shapes[1]} tokens"
             )
-        scale = where.apply(self[names.FINAL_SCALE], dim=-2)
-        scale = (items.apply(scale) if self.has_batch_dim else scale).squeeze(-1).to(direction)
+        scale = scale.to(direction)
         # (c ⊙ gain / scale) · w = c · (gain ⊙ w) / scale: nothing of the stack's size is made.
         direction = direction * gain(self.model.ln_final).to(direction)
         direction = direction * getattr(self.model.adapter, "logits_factor", 1.0)
         if self._uses_ln_centering(None):
             direction = direction - direction.mean(-1, keepdim=True)
         return torch.stack([(part.to(wide) * direction).sum(-1) / scale for part in stack])
+
+    def _check_tokens(self, stack: Tensor, scaled: Sequence[int], has_batch_dim: bool) -> None:
+        """Raise where components and a norm's scale are of different tokens: a broadcast would mix them up."""
+        d_model, found = self.model.cfg.d_model, tuple(stack.shape[1:-1])
+        if stack.ndim < 2 or stack.shape[-1] != d_model:
+            raise InputError(
+                f"the stack has shape {tuple(stack.shape)}; expected components of the residual stream, [component, "
+                f"batch, pos, {d_model}]"
+            )
+        expected = tuple(scaled)
+        if found != expected and (has_batch_dim or (1, *found) != expected):
+            raise InputError(
+                f"the stack holds components of {found} tokens, and the cache has {expected} there; pos_slice says to "
+                "which positions the stack has been cut"
+            )
 
     def _directions(self, tokens: str | int | Int[Tensor, "..."]) -> Float[Tensor, "... d_model"]:
         """Columns of the unembedding."""

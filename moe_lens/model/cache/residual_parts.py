@@ -57,7 +57,8 @@ class ResidualPartsCache(NeuronCache):
         Args:
             layer: the last one; None or -1 for behind the last layer of the model.
             incl_mid: whether the stream before each MLP is there, too.
-            apply_ln: divide by the cached scale of the last norm and multiply by its gain.
+            apply_ln: apply the norm that reads the last one: behind the last layer the final norm, to each stream with
+                the scale that it has itself; before another layer that layer's norm, with the cached scale.
             pos_slice: positions to take.
             mlp_input: up to the layer's MLP.
             return_labels: whether to return the labels, too.

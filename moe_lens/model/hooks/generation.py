@@ -12,8 +12,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from moe_lens.errors import InputError
 from moe_lens.ids import one_id
 from moe_lens.model.hooks.arguments import further_words, named, refuse_unknown
+from moe_lens.model.hooks.cache_names import CACHE, PAST
 from moe_lens.model.hooks.forward import OF_INPUT
 from moe_lens.model.hooks.hook_scope import GenerationClaim
+from moe_lens.model.hooks.key_value_padding import note_prompts
 from moe_lens.model.hooks.model_input import ModelInput, further
 from moe_lens.model.hooks.run_with_cache import CachedRuns
 
@@ -81,6 +83,8 @@ class GeneratingBridge(CachedRuns):
             words["attention_mask"] = given.attention_mask
         with GenerationClaim(self, "hf_generate"):
             out = super().hf_generate(given.values, return_type="tokens", **further(given.words, words), **words)
+        for past in (words.get(PAST), words.get(CACHE), getattr(out, PAST, None)):
+            note_prompts(past, words.get("attention_mask"))
         if returned == "tokens" or (returned in ("input", None) and not given.was_text):
             return out
         return self._decoded(getattr(out, "sequences", out), given.was_text == "texts")
@@ -127,6 +131,15 @@ def _check_returned(what: str, returned: Any) -> None:
         raise InputError(f"{what}: return_type is {returned!r}; expected 'input', 'str' or 'tokens'")
 
 
+_FLAGS = (
+    "do_sample",
+    "stop_at_eos",
+    "use_past_kv_cache",
+    "verbose",
+    "return_cache",
+    "return_input_tokens",
+    "output_logits",
+)
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_new_tokens": (lambda value: _is_whole(value) and value >= 1, "a whole number from 1"),
     "max_tokens_per_yield": (lambda value: _is_whole(value) and value >= 1, "a whole number from 1"),
@@ -134,6 +147,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "top_p": (lambda value: value is None or _is_number(value) and 0 < value <= 1, "a number in (0, 1], or None"),
     "temperature": (lambda value: _is_number(value) and value >= 0, "a number from 0, which takes the likeliest token"),
     "freq_penalty": (lambda value: _is_number(value), "a number"),
+    **dict.fromkeys(_FLAGS, (lambda value: isinstance(value, bool | np.bool_), "True or False")),
     "repetition_penalty": (lambda value: _is_number(value) and value > 0, "a number above 0"),
 }
 """What TransformerLens's sampling can do with; it takes other values for another one, or fails somewhere inside."""

@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from types import FunctionType, MethodType
 from typing import Any
 
 from moe_lens.errors import HookError, a_kind
@@ -41,13 +40,15 @@ def check_function(function: Any) -> None:
     """
     if not callable(function):
         raise HookError(f"a hook function is {function!r:.80}; expected a function of (activation, hook)")
-    plain = function.__func__ if isinstance(function, MethodType) else function
-    if not isinstance(plain, FunctionType):
-        return  # what else there is says so itself when it is called
-    code = plain.__code__
-    named = code.co_varnames[code.co_posonlyargcount : code.co_argcount + code.co_kwonlyargcount]
-    if "hook" not in named and not code.co_flags & inspect.CO_VARKEYWORDS:
+    try:
+        signature = inspect.signature(function, follow_wrapped=False)
+    except ValueError:
+        return  # some of C have none, and say so themselves when they are called
+    try:
+        signature.bind(None, hook=None)
+    except TypeError:
+        name = getattr(function, "__qualname__", None) or repr(function)
         raise HookError(
-            f"the hook function {plain.__qualname__} takes ({', '.join(code.co_varnames[: code.co_argcount])}); "
-            "expected (activation, hook): the hook point is passed by that name"
-        )
+            f"the hook function {name:.80} takes {signature}; expected (activation, hook): the hook point is passed by "
+            "that name, and nothing else is; functools.partial gives a function the rest"
+        ) from None

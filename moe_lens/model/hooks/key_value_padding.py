@@ -150,6 +150,25 @@ def note_padding(past: Any, given: ModelInput, before: int) -> None:
     past.__dict__[_NOTE] = _Held(torch.cat(parts, 1), _sample(past, before + pos))
 
 
+def note_prompts(past: Any, mask: Tensor | None) -> None:
+    """Let a cache that transformers' own generation filled remember the padding of its prompts.
+
+    Args:
+        past: The key-value cache, after the last token; None if there is none.
+        mask: Of the prompts, [prompt, pos], as generation was given it: 0 at padding. None: nothing is known of it.
+    """
+    if mask is None or mask.dim() != 2 or not hasattr(past, "get_seq_length"):
+        return
+    total, rows = n_held(past), [len(held) for held in _tensors(past)]
+    if not total or not rows or rows[0] % len(mask):
+        return
+    past.__dict__.pop(_NOTE, None)
+    real = mask.bool().repeat_interleave(rows[0] // len(mask), 0)[:, :total]  # beams and samples of a prompt in a row
+    if not bool(real.all()):
+        seen = torch.cat([real, real.new_ones(len(real), total - real.shape[1])], 1)
+        past.__dict__[_NOTE] = _Held(seen, _sample(past, total))
+
+
 # --- layers of a cache ---
 
 

@@ -3,7 +3,7 @@
 import sys
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +129,30 @@ class WholeState(TransformerBridge):
         names = {id(value): name for name, value in self._own().items()}
         for parameter in self.parameters(recurse):
             yield f"{prefix}.{names[id(parameter)]}" if prefix else names[id(parameter)], parameter
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As torch's, to a device, a dtype, or both; packed and offloaded weights change the dtype they compute in.
+
+        TransformerLens's own sets `cfg.dtype` and reads the whole `state_dict` before torch has agreed to the dtype.
+
+        Args:
+            args: of torch's `to`.
+            kwargs: of torch's `to`; `print_details`, of TransformerLens's.
+
+        Raises:
+            UnsupportedModelError: a device is named, and weights are offloaded.
+        """
+        model: Any = self.original_model
+        places = [value for value in args if not isinstance(value, torch.dtype)]
+        moves = bool(places) or kwargs.keys() & {"device", "tensor"}
+        if moves and getattr(model, "hf_device_map", None) and any(p.is_meta for p in model.parameters()):
+            raise UnsupportedModelError("weights are offloaded, and cannot be moved: load the model with device=…")
+        for dtype in (*args, kwargs.pop("dtype", None)):
+            if isinstance(dtype, torch.dtype):
+                nn.Module.to(self, dtype)
+        if moves:
+            super().to(*places, **kwargs)
+        return self
 
     def state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Every parameter and persistent buffer, once, under the name that it has in the transformers model.

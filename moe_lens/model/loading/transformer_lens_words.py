@@ -69,6 +69,8 @@ def read_words(kwargs: dict[str, Any]) -> Asked:
         if isinstance(kwargs.get(word), str):
             kwargs[word] = _DTYPES.get(kwargs[word], kwargs[word])
     if (layers := kwargs.pop("first_n_layers", None)) is not None:
+        if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
+            raise InputError(f"from_pretrained: first_n_layers is {layers!r}; expected a whole number from 1")
         if kwargs.get("num_hidden_layers", layers) != layers:
             raise InputError(
                 f"from_pretrained: got first_n_layers={layers!r} and num_hidden_layers="
