@@ -5,6 +5,7 @@ import hashlib
 import pickle
 import types
 from collections.abc import Iterator, Mapping
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -13,25 +14,44 @@ from torch import Tensor, nn
 
 from moe_lens.errors import InputError, a_kind
 
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, slice, range, type(...))
+_PLAIN = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    torch.dtype,
+    torch.device,
+    slice,
+    range,
+    type(...),
+    PurePath,
+)
 
 
-def digest_of(value: Any) -> str:
+def digest_of(value: Any, *, pickled: bool = True) -> str:
     """A short digest of a value: of functions, their code and what they hold; of tensors, all numbers.
 
     Models are left out, wherever they are held: they have a digest of their own. So are lists that functions of this
     package hold, in which these keep what they have seen.
 
+    Args:
+        value: What to tell from others.
+        pickled: Pickle what is of no kind that is known here, which may be slow; otherwise its class and the plain
+            values in its public attributes tell it from others, and nothing is refused.
+
     Raises:
         InputError: it holds something that has no value, such as an open file.
     """
     found = hashlib.sha256()
-    for part in _parts(value, {}):
+    for part in _parts(value, {}, pickled):
         found.update(part)
     return found.hexdigest()[:16]
 
 
-def _parts(value: Any, seen: dict[int, Any]) -> Iterator[bytes]:
+def _parts(value: Any, seen: dict[int, Any], pickled: bool) -> Iterator[bytes]:
     """What a value is made of, with the kind of each part in front."""
     yield f"<{type(value).__qualname__}>".encode()
     if isinstance(value, _PLAIN):
@@ -49,13 +69,13 @@ def _parts(value: Any, seen: dict[int, Any]) -> Iterator[bytes]:
     elif isinstance(value, torch.Generator):
         yield str(value.initial_seed()).encode()
     elif isinstance(value, set | frozenset):
-        yield from sorted(b"".join(_parts(one, seen)) for one in value)
+        yield from sorted(b"".join(_parts(one, seen, pickled)) for one in value)
     else:
-        for part in _held(value):
-            yield from _parts(part, seen)
+        for part in _held(value, pickled):
+            yield from _parts(part, seen, pickled)
 
 
-def _held(value: Any) -> list[Any]:
+def _held(value: Any, pickled: bool) -> list[Any]:
     """The values that one holds.
 
     Raises:
@@ -73,12 +93,15 @@ def _held(value: Any) -> list[Any]:
         return [value.func, value.args, value.keywords]
     if isinstance(value, types.MethodType):
         return [value.__func__, value.__self__]
-    if isinstance(value, nn.Module):
+    if isinstance(value, nn.Module) and pickled:
         return [type(value), *value.state_dict().items()]
     own = type(value).__module__.startswith("moe_lens.")
-    if own or callable(value):
+    if own or (callable(value) and pickled):
         names = [*vars(value)] if hasattr(value, "__dict__") else list(getattr(type(value), "__slots__", ()))
         return [type(value), *((name, getattr(value, name, None)) for name in names if not name.startswith("_"))]
+    if not pickled:
+        plain = [pair for pair in getattr(value, "__dict__", {}).items() if isinstance(pair[1], _PLAIN)]
+        return [type(value), *(pair for pair in plain if not pair[0].startswith("_"))]
     try:
         return [pickle.dumps(value)]
     except Exception:  # pickle raises errors of many kinds

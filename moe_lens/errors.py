@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -60,6 +61,29 @@ def several(given: T, what: str) -> T:
     if isinstance(given, str | bytes):
         raise InputError(f"got one text, {given[:40]!r}, for {what}; expected several {what}: put it in a list")
     return given
+
+
+def not_files(given: Iterable[Any], what: str, instead: str) -> None:
+    """Nothing, unless every one of some texts is the name of a file that is there: then the files were meant.
+
+    Args:
+        given: The texts; what is no text is passed over, where there is one that is.
+        what: What they are, for the message: "the texts of domain 'a'".
+        instead: What to write for a file.
+
+    Raises:
+        InputError: they are names of files.
+    """
+    texts = [one for one in given if isinstance(one, str)]
+    if texts and all(map(_is_file, texts)):
+        raise InputError(f"{what} are names of files ({texts[0]!r:.80}), and would be read as the texts; {instead}")
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).expanduser().is_file()
+    except (OSError, ValueError, RuntimeError):  # too long for a name, with a zero in it, or of nobody's home
+        return False
 
 
 def near_miss(wrong: str, known: Iterable[object]) -> str:

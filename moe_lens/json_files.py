@@ -1,5 +1,6 @@
 """JSON that somebody else may have written: read, or refused in a few words. Needs no torch."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,20 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+class NoFileError(OSError):
+    """What has a file's name is none."""
+
+
+def check_file(path: Path) -> None:
+    """Nothing, where a path is a file or leads nowhere: opening a pipe waits for ever, and a device may have no end.
+
+    Raises:
+        NoFileError: it is a folder, a pipe or a device.
+    """
+    if path.exists() and not path.is_file():
+        raise NoFileError(errno.EINVAL, "a folder" if path.is_dir() else "a pipe or a device, and no file")
+
+
 def read_json(path: Path, limit: int = 2**28) -> Any:
     """The value of a JSON file.
 
@@ -48,8 +63,10 @@ def read_json(path: Path, limit: int = 2**28) -> Any:
         OSError: it cannot be read.
         ValueError: it is no file, larger than `limit` bytes, or not JSON; says why, in a few words.
     """
-    if path.exists() and not path.is_file():
-        raise ValueError("a folder" if path.is_dir() else "a pipe or a device, and no file")
+    try:
+        check_file(path)
+    except NoFileError as error:
+        raise ValueError(error.strerror) from None
     with path.open("rb") as content:
         read = content.read(limit + 1)
     if len(read) > limit:

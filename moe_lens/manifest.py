@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lens.errors import InputError, a_kind
-from moe_lens.json_files import read_json
+from moe_lens.json_files import check_file, read_json
 
 MANIFEST = "manifest.json"
 FORMAT = 3
@@ -69,7 +69,12 @@ def known(path: Path, found: Any) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """SHA-256 of a file.
+
+    Raises:
+        OSError: It cannot be read, or is a pipe or a device, of which there may be no end.
+    """
+    check_file(path)
     with path.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 

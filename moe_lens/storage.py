@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_lens.errors import InputError
+from moe_lens.json_files import check_file
 from moe_lens.json_files import parse_json as parse_json
 from moe_lens.json_files import read_json as read_json
 from moe_lens.scratch import scratch_folder
@@ -62,6 +63,7 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
         InputError: there is no such file, it is not safetensors, or it holds something else.
     """
     try:
+        check_file(Path(path))
         with safe_open(str(path), framework="pt") as file:
             header = _header(file.metadata())
             found = header.get("kind", "something that moe_lens did not write")
@@ -120,6 +122,7 @@ def stored_kind(path: str | Path) -> str:
         InputError: there is no such file, or it is not safetensors.
     """
     try:
+        check_file(Path(path))
         with safe_open(str(path), framework="pt") as file:
             header = _header(file.metadata())
             return str(header.get("kind", "something that moe_lens did not write"))

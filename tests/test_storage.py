@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from moe_lens.errors import InputError
+from moe_lens.manifest import file_digest
 from moe_lens.storage import load_tensors, parse_json, read_json, save_tensors, stored_kind, written_whole
 
 
@@ -109,6 +110,17 @@ def test_a_json_file_is_a_file_and_ends(tmp_path: Path):
         with pytest.raises(ValueError, match=message):
             read_json(tmp_path / name, limit=100)
     assert read_json(tmp_path / "long", limit=101) == 1
+
+
+def test_a_pipe_or_a_device_is_never_opened_for_a_file(tmp_path: Path):
+    (tmp_path / "null").symlink_to("/dev/null")  # read as an empty file without the check; a pipe would never end
+    with pytest.raises(OSError, match="a pipe or a device, and no file"):
+        file_digest(tmp_path / "null")
+    for read in (stored_kind, lambda path: load_tensors(path, "Test")):
+        with pytest.raises(InputError, match="a pipe or a device, and no file"):
+            read(tmp_path / "null")
+    with pytest.raises(OSError, match="No such file"):
+        file_digest(tmp_path / "nothing")
 
 
 def test_a_header_that_is_no_object_is_named(tmp_path: Path):

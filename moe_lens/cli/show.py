@@ -1,6 +1,7 @@
 """`moe-lens show`: saved results in the terminal; and the findings that every command ends with."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,8 +10,7 @@ import typer
 from moe_lens.cli.app import app
 from moe_lens.cli.model_loading import quiet
 from moe_lens.errors import InputError, near_miss
-from moe_lens.json_files import read_json
-from moe_lens.manifest import read_manifest, studies_in
+from moe_lens.manifest import read_manifest, read_object, seal, studies_in
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,16 +67,26 @@ def findings_in(folder: Path) -> str:
 
 
 def _verdicts(folder: Path) -> dict[str, Any]:
-    try:
-        found = read_json(folder / VERDICTS)
-        assert isinstance(found, dict)
-        _ = [(row["claim"], row["number"], row["inference"], row["key"]) for row in found["verdicts"]]
-        _ = found["model"], found["texts"]
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
-        raise InputError(
-            f"{folder / VERDICTS}: cannot be read as the verdicts of a report; run its command again"
-        ) from None
+    from moe_lens.studies.verdicts import FORMAT
+
+    path = folder / VERDICTS
+    found = read_object(path, "the verdicts of a report")
+    sealed = found.pop("seal", None)
+    if (version := found.get("format")) not in range(1, FORMAT + 1):
+        raise InputError(f"{path}: has format {version!r:.40}, and this moe_lens reads 1 to {FORMAT}")
+    if (version != 1 and sealed != seal(found)) or not _are_verdicts(found):
+        raise InputError(f"{path}: is not as the report wrote it; run its command again")
     return found
+
+
+def _are_verdicts(found: Mapping[str, Any]) -> bool:
+    """Whether everything that is shown of them is text; what has no verdict on its number holds None there."""
+    rows, texts = found.get("verdicts"), found.get("texts")
+    if not isinstance(found.get("model"), str) or not isinstance(rows, list) or not isinstance(texts, list):
+        return False
+    told = all(isinstance(row, dict) and isinstance(row.get("number"), str | None) for row in rows)
+    said = [row.get(part) for row in rows for part in ("key", "claim", "inference")] if told else [None]
+    return all(isinstance(one, str) for one in (*texts, *said))
 
 
 def _verdict_findings(folder: Path) -> str:

@@ -72,15 +72,20 @@ def from_generator(name: str, generate: Callable[[], Iterable[str | dict[str, An
 
     Args:
         name: What the domain is called.
-        generate: Must generate the same each time: an interrupted study reads it again from the start.
+        generate: Must generate the same each time: an interrupted study reads it again from the start. Two functions of
+            equal code that hold equal values are taken for the same texts; of objects that one holds, the class and the
+            plain values in their attributes count.
     """
+    from moe_lens.by_value import digest_of  # not before: it imports torch
 
     def rows() -> Iterator[dict[str, Any]]:
         for number, row in enumerate(generate(), start=1):
             given = {"text": row} if isinstance(row, str) else row
             yield vars(read_row(given, f"{name}:{number}", name, empty=True))
 
-    return Corpus(name, partial(_iterable, rows), {"generator": getattr(generate, "__qualname__", str(generate))})
+    called = getattr(generate, "__qualname__", type(generate).__qualname__)
+    identity = {"generator": called, "digest": digest_of(generate, pickled=False)}
+    return Corpus(name, partial(_iterable, rows), identity)
 
 
 def from_file(name: str, path: str | Path, *, text: str = "text", source: str | None = None) -> Corpus:

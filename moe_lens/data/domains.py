@@ -11,7 +11,7 @@ from typing import Any
 from moe_lens.data.files import read_passages
 from moe_lens.data.in_memory import read_given
 from moe_lens.data.rows import Passage
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, not_files
 from moe_lens.reprs import Summary
 
 EMBEDDED = ("english", "french", "german", "math", "code")
@@ -41,14 +41,15 @@ class Domain(Summary):
                 have no intervals.
 
         Raises:
-            InputError: One is no text, is empty or holds half of a character; there is no such column; or there are
-                more or fewer sources than texts. The message says which.
+            InputError: One is no text, is empty or holds half of a character; there is no such column; there are
+                more or fewer sources than texts; or all texts are names of files. The message says which.
         """
         if not isinstance(name, str) or not name.strip():
             raise InputError(f"a domain is called {name!r}; its name must be a text that is not empty")
         passages = tuple(read_given(name, texts, text=text, sources=sources))
         if not passages:
             raise InputError(f"domain {name!r} holds no text")
+        not_files((passage.text for passage in passages), f"the texts of domain {name!r}", "load_domain(name, path)")
         return cls(name, passages)
 
     def _facts(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_lens import names
 from moe_lens.checked import Natural
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, not_files
 from moe_lens.model.cache.moe_cache import MoECache
 from moe_lens.protocols import HookedModel, PaddedTokens, require_stream_width
 from moe_lens.reprs import Summary
@@ -248,6 +248,8 @@ def means_for(model: HookedModel, reference: Reference, selection: Selection) ->
     elif isinstance(reference, ExpertMeans):
         means = reference
     elif isinstance(reference, str | Sequence | Tensor | Mapping | PaddedTokens) and _holds_any(reference):
+        if isinstance(reference, Sequence) and not isinstance(reference, str):
+            not_files(reference, "the texts of the reference", "reference=path reads the means that were saved to one")
         means = ExpertMeans.measure(model, reference, layers=selection.layers_of(model))
     else:
         came = repr(reference) if isinstance(reference, Sequence) else type(reference).__name__

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from moe_lens.errors import InputError, a_kind, several
+from moe_lens.errors import InputError, a_kind, not_files, several
 from moe_lens.pieces import pieces
 from moe_lens.protocols import PaddedTokens
 
@@ -40,6 +40,8 @@ def rows(model: Any, texts: Texts, context: int | None = None) -> Iterator[list[
         InputError: An item is neither text nor tokens, or holds a token that the model does not have.
     """
     texts = several(texts, "texts")
+    if isinstance(texts, Sequence):  # what can only be read once is not looked at
+        not_files(texts[:BUFFER], "the texts", "load_domain(name, path) reads one")
     length = int(context or model.cfg.n_ctx)
     for item in texts:
         yield from (row for row in of_item(model, item, length) if row)

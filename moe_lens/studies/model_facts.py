@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moe_lens.model.hooks.edits import edits
 from moe_lens.model.loading.load_streamed import values_at
@@ -12,7 +15,7 @@ from moe_lens.model.loading.placement import places
 from moe_lens.model.loading.quantising import packed_in
 
 SAMPLED = 64
-"""Values of each parameter that the digest looks at."""
+"""Values of each parameter that the digest looks at; of one that holds the matrices of many experts, of each matrix."""
 
 
 def model_facts(model: Any, name: str, *, saved: bool = True) -> dict[str, Any]:
@@ -57,7 +60,7 @@ def model_device(hf: Any) -> str:
 
 
 def parameters_digest(hf: Any) -> str:
-    """A hash of a transformers model's config and of `SAMPLED` evenly spaced values of every parameter.
+    """A hash of a transformers model's config and of `SAMPLED` evenly spaced values of every matrix.
 
     It tells checkpoints apart at once even if they are large; two that differ in other values alone look the same to
     it. Where parameters are kept makes no difference.
@@ -67,10 +70,17 @@ def parameters_digest(hf: Any) -> str:
     packed = [(f"{name}.{half}", getattr(part, half)) for name, part in packed_in(hf) for half in ("data", "scale")]
     for name, parameter in sorted([*hf.named_parameters(), *packed], key=lambda pair: pair[0]):
         found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if size := parameter.numel():
-            at = torch.linspace(0, size - 1, min(SAMPLED, size), dtype=torch.float64).long()
+        if parameter.numel():
+            at = _sampled(parameter.shape)
             found.update(values_at(hf, name, parameter, at).double().cpu().numpy().tobytes())
     return found.hexdigest()[:16]
+
+
+def _sampled(shape: Sequence[int]) -> Tensor:
+    """Places in a parameter, counted through all of its axes: of every expert's matrix, where it holds several."""
+    size = math.prod(shape[1:] if len(shape) > 2 else shape)
+    within = torch.linspace(0, size - 1, min(SAMPLED, size), dtype=torch.float64).long()
+    return (torch.arange(math.prod(shape) // size)[:, None] * size + within).flatten()
 
 
 _VOLATILE = {"transformers_version", "torch_dtype", "dtype", "architectures"}

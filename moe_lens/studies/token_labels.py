@@ -11,7 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from moe_lens.checked import AnyModel
-from moe_lens.data import Domain, Passage
+from moe_lens.data import Domain, Domains, Passage, in_memory
 from moe_lens.errors import InputError
 from moe_lens.json_files import parse_json
 
@@ -29,16 +29,15 @@ class Span(NamedTuple):
     label: str
 
 
-def label_tokens(
-    model: AnyModel, domains: Iterable[Any], find: Callable[[str, int, str], Iterable[Span]]
-) -> pd.DataFrame:
+def label_tokens(model: AnyModel, domains: Domains, find: Callable[[str, int, str], Iterable[Span]]) -> pd.DataFrame:
     """A row per token of every passage: domain, document, position, and of each label whether a span of it is there.
 
-    A token has the labels of all spans of which it holds a character.
+    A token has the labels of all spans of which it holds a character. What opens a text is a token of it only where the
+    text spells it out itself, as one of a chat template does.
 
     Args:
         model: Whose tokenizer reads the texts.
-        domains: In memory.
+        domains: One, several, or a dictionary of texts by name; in memory.
         find: From the name of a domain, the number of a passage and its text to its spans.
 
     Raises:
@@ -47,14 +46,13 @@ def label_tokens(
     if model.tokenizer is None or not getattr(model.tokenizer, "is_fast", False):
         raise InputError("this model has no tokenizer that knows its characters: give a table of tokens instead")
     rows: list[tuple[str, int, int, set[str]]] = []
-    for domain in domains:
-        if not isinstance(domain, Domain):
-            raise InputError(f"the domain {domain.name!r} is streamed; labels are found in texts in memory")
+    for domain in in_memory(domains):
         for number, passage in enumerate(domain.passages):
             encoded = model.tokenizer(
                 passage.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
             )
-            if list(encoded["input_ids"]) != model.own_ids(passage.text)[1]:
+            opening, own = model.own_ids(passage.text)
+            if list(encoded["input_ids"]) not in (own, [*opening, *own]):
                 raise InputError(
                     f"{passage.origin}: its tokens are not those of its text alone; give a table of tokens"
                 )

@@ -21,14 +21,15 @@ from typing import Any
 import pandas as pd
 
 from moe_lens.errors import InputError, near_miss
+from moe_lens.manifest import seal
 from moe_lens.reprs import Summary
 from moe_lens.storage import written_whole
 from moe_lens.studies.paper_claims import RULES
 from moe_lens.studies.study_result import StudyResult
 from moe_lens.studies.verdict_answers import FACTORS, HOLDS, THRESHOLDS, Threshold, Verdict
 
-FORMAT = 1
-"""Of `verdicts.json`; grows when a key changes its meaning or goes away."""
+FORMAT = 2
+"""Of `verdicts.json`; grows when a key changes its meaning or goes away. From 2 on there is a seal."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,9 +102,9 @@ class Verdicts(Summary):
         return pd.DataFrame(rows)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as plain values."""
+        """Everything, as plain values, with a seal by which it is known whether they are still these."""
         table, bounds, changed = self.to_frame(), self.per_domain(), self.changed()
-        return {
+        found = {
             "format": FORMAT,
             "model": self.model,
             "texts": list(self.texts),
@@ -118,6 +119,7 @@ class Verdicts(Summary):
             },
             **self.about,
         }
+        return {**found, "seal": seal(found)}
 
     def save(self, path: str | Path) -> None:
         """Write `verdicts.json`, whole or not at all.

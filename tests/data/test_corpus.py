@@ -3,6 +3,9 @@
 import itertools
 import json
 import re
+import threading
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -254,3 +257,24 @@ def test_other_sources_are_another_reading(tmp_path):
     assert read[0] != read[1] != read[2] and "source" not in read[0]
     hub = [from_hub("a", "o/d", source=source).identity for source in (None, "book")]
     assert hub[0] != hub[1]
+
+
+def test_generators_are_told_apart_by_code_and_values():
+    """By the name of a function alone, all lambdas of a place would be the same texts to a study that resumes."""
+
+    class Reader:
+        def __init__(self, path: Path):
+            self.path, self._lock = path, threading.Lock()  # which cannot be pickled
+
+        def __call__(self):
+            return iter([str(self.path)])
+
+    def over(texts):
+        return from_generator("d", lambda: iter(texts)).identity
+
+    one = over(["a", "b"])
+    assert one == over(["a", "b"]) != over(["a", "c"])
+    assert from_generator("d", lambda: iter(["a"])).identity != from_generator("d", lambda: iter(["b"])).identity
+    first, again, other = (from_generator("d", Reader(Path(name))).identity for name in "aab")
+    assert first == again != other
+    assert from_generator("d", partial(over, 1)).identity != from_generator("d", partial(over, 2)).identity

@@ -276,6 +276,16 @@ def test_what_is_no_collection_of_texts_is_said(texts: Any, more, message):
         Domain.of("d", texts, **more)
 
 
+def test_names_of_files_are_not_read_as_texts(tmp_path):
+    """One text that is the name of a file is an error already; a list of such was read as a text of a few letters."""
+    path = str(written(tmp_path, "d.jsonl", '{"text": "a b"}\n'))
+    for texts in ([path], [path, path], pd.Series([path]), [{"text": path}], iter([path])):
+        with pytest.raises(InputError, match=r"are names of files .*load_domain\(name, path\)"):
+            Domain.of("d", texts)
+    for texts in ([path, "a text"], [f"{path}.gone"], [str(tmp_path)], ["a" * 9999], ["zero \0"], ["~nobody/a"]):
+        assert len(Domain.of("d", texts).passages) == len(texts)
+
+
 def test_a_dictionary_is_a_set_of_domains():
     stream = from_generator("s", lambda: TEXTS)
     found = as_domains({"a": TEXTS, "b": Domain.of("other", ROWS), "c": stream})

@@ -9,6 +9,7 @@ import torch
 from moe_lens import names
 from moe_lens.errors import InputError
 from moe_lens.interventions.expert_means import ExpertMeans, ExpertSums
+from moe_lens.lenses.token_rows import rows
 from tests.families import tokens
 from tests.wrapped import wrapped
 
@@ -87,6 +88,16 @@ def test_sums_merge_and_are_saved_as_they_are(tmp_path: Path) -> None:
     assert merged.shared is not None and loaded.shared is not None
     assert torch.equal(loaded.shared, merged.shared)
     assert torch.equal(loaded.experts.nan_to_num(7), merged.experts.nan_to_num(7))
+
+
+@pytest.mark.typed
+def test_names_of_files_in_a_list_are_not_taken_for_texts(tmp_path: Path) -> None:
+    model = wrapped("deepseek").model
+    (tmp_path / "texts.jsonl").write_text('{"text": "a b"}')
+    with pytest.raises(InputError, match="the texts of the reference are names of files"):
+        model.ablate({1: [0]}, how="mean", reference=[str(tmp_path / "texts.jsonl")])
+    with pytest.raises(InputError, match="the texts are names of files"):
+        next(rows(model, [str(tmp_path / "texts.jsonl")]))
 
 
 @pytest.mark.typed

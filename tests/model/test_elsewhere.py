@@ -1,6 +1,7 @@
 """Between two passes, parameters that are kept elsewhere can be read as any others, and not be written to."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,6 +91,22 @@ def test_a_model_is_known_wherever_it_is_kept(pair):
         whole.W_out[whole.moe_layers[0], 0][0, 0] += 1
         assert parameters_digest(whole.original_model) != known
         whole.W_out[whole.moe_layers[0], 0][0, 0] = before
+
+
+@pytest.mark.typed
+def test_a_change_of_any_expert_is_seen_however_many_there_are():
+    """Between 64 numbers of all 200 experts together, a merged expert would go unseen."""
+    model: Any = torch.nn.Module()
+    model.config = SimpleNamespace(to_dict=dict)
+    model.experts = torch.nn.Parameter(torch.zeros(200, 3, 50))
+    model.other = torch.nn.Parameter(torch.zeros(3, 1))
+    model.nothing = torch.nn.Parameter(torch.zeros(4, 0, 3))
+    found = [parameters_digest(model)]
+    for expert in range(200):
+        with torch.no_grad():
+            model.experts[expert] = 1
+        found.append(parameters_digest(model))
+    assert len(set(found)) == 201
 
 
 def test_a_model_on_disk_is_saved_whole(pair, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from moe_lens.cli import main
 from moe_lens.cli.show import findings_in
 from moe_lens.errors import near_miss
+from moe_lens.manifest import seal
 from moe_lens.report.report_page import page_of
 from moe_lens.studies import Checkpoints, Collected, RoutingStudy, SingleExpertStudy, StudyResult, collect, run
 from moe_lens.studies.attribution_fidelity import AttributionFidelity
@@ -112,15 +113,32 @@ def test_verdicts_of_several_reports_stand_side_by_side(tmp_path, capsys):
     for name, inference in (("one", "holds"), ("two", "contradicted")):
         row = {"key": "1a", "claim": "1a few", "number": "holds", "inference": inference, "sentence": ""}
         (tmp_path / name).mkdir()
-        verdicts = {"model": name, "texts": ["a"], "verdicts": [row]}
-        (tmp_path / name / "verdicts.json").write_text(json.dumps(verdicts))
+        verdicts = {"format": 2, "model": name, "texts": ["a"], "verdicts": [row]}
+        (tmp_path / name / "verdicts.json").write_text(json.dumps({**verdicts, "seal": seal(verdicts)}))
     assert main(["show", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
     said = capsys.readouterr().out
     assert "one on a" in said and "two on a" in said and "holds / holds" in said and "holds / contradicted" in said
     assert "the inference contradicted: claim 1a" in findings_in(tmp_path / "two")
-    (tmp_path / "two" / "verdicts.json").write_text("{}")
-    assert main(["show", str(tmp_path / "one"), str(tmp_path / "two")]) == 2
-    assert "cannot be read as the verdicts of a report" in capsys.readouterr().err
+    path = tmp_path / "two" / "verdicts.json"
+    sealed, row = json.loads(path.read_text()), {"key": "1", "claim": "c", "number": None, "inference": "holds"}
+    earlier = {"format": 1, "model": "two", "texts": ["a"], "verdicts": [row]}  # had no seal
+
+    def shown(content: Any) -> str:
+        path.write_text(json.dumps(content))
+        code = main(["show", str(tmp_path / "one"), str(tmp_path / "two")])
+        said = capsys.readouterr().err
+        assert (code, said.count("\n")) in ((0, 0), (2, 1))
+        return said
+
+    assert not shown(earlier)
+    for content in (
+        {**sealed, "verdicts": [{**sealed["verdicts"][0], "inference": "holds"}]},
+        {**sealed, "model": "another"},
+        *({**earlier, key: value} for key in ("model", "texts", "verdicts") for value in (None, 3, [3])),
+        *({**earlier, "verdicts": [{**row, key: [3]}]} for key in row),
+    ):
+        assert "is not as the report wrote it" in shown(content)
+    assert "has format 3" in shown({**sealed, "format": 3}) and "holds a list" in shown([])
 
 
 def test_a_report_of_two_models_begins_with_their_verdicts_side_by_side(saved):

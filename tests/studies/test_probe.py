@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from moe_lens.cli import main
+from moe_lens.data import Domain, Passage, from_generator
+from moe_lens.data.windows import windows_of
 from moe_lens.errors import InputError
 from moe_lens.stats.sparse_probes import at_components, component_sums, discriminant, pick_components
 from moe_lens.studies import Probe, StudyResult, by_pattern, label_tokens, read_spans, run
 from moe_lens.studies.study import TEXTS
+from moe_lens.studies.token_labels import LabelTable
 from tests.planted import ATLAS_READING, LAYER, PLANTED, WORDS, planted_domains, planted_model
 from tests.studies.tiny import save_checkpoint
 
@@ -98,6 +101,34 @@ def test_spans_are_read_and_label_every_token_that_they_touch(model, tmp_path: P
             read_spans(path)
     with pytest.raises(InputError, match="no token has a label"):
         label_tokens(model, [domain], by_pattern({"x": "zzzz"}))
+
+
+@pytest.mark.typed
+def test_labels_are_found_in_domains_however_they_are_given(model):
+    find, text = by_pattern({"ship": "ship"}), "the ship and the judge"
+    expected = label_tokens(model, [Domain.of("a", [text])], find)
+    for given in (Domain.of("a", [text]), {"a": [text]}):
+        pd.testing.assert_frame_equal(label_tokens(model, given, find), expected)
+    wrong: Any = [text]
+    with pytest.raises(InputError, match="domain 0 is a str"):
+        label_tokens(model, wrong, find)
+    with pytest.raises(InputError, match="'a' is a stream"):
+        label_tokens(model, from_generator("a", lambda: [text]), find)
+
+
+@pytest.mark.typed
+def test_a_text_that_spells_out_what_opens_it_has_the_labels_of_the_tokens_that_are_read(model):
+    opening, _ = model.own_ids("")
+    assert opening
+    texts = ["the ship and the judge", f"{model.tokenizer.decode(opening)}the ship and the judge"]
+    frame = label_tokens(model, {"a": texts}, by_pattern({"ship": "ship"}))
+    table = LabelTable(frame)
+    found: list[list[bool]] = []
+    for number, passage in enumerate(texts):
+        (window,) = windows_of(number, Passage(passage, "s", "o"), model, 64)
+        positions = range(window.start, window.start + len(window.ids) - window.opening)
+        found.append(table.of("a", number, positions)[:, 0].tolist())
+    assert found[0] == found[1] and 1 <= sum(found[0]) < len(found[0])
 
 
 @pytest.mark.typed
