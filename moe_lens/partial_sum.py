@@ -60,8 +60,6 @@ class PartialSum:
             raise InputError(f"seed is {self.seed!r}; expected a whole number from 0")
         for name in ("ranks", "experts"):
             object.__setattr__(self, name, _distinct(name, getattr(self, name)))
-        if not self.weighted and self.restricted and not self.picks:
-            raise InputError("weighted=False without a routed expert in the sum: no weight is left out; leave it out")
         if not self.label:
             raise InputError(
                 "a partial sum of nothing: no residual, no routed expert, no shared experts. Ask for one of them"

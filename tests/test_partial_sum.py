@@ -133,7 +133,6 @@ def test_controls_are_told_from_what_they_control():
         ({"ranks": [0], "drawn": "active"}, "got ranks and drawn"),
         ({"drawn": "any"}, "drawn is 'any'; expected one of ('active', 'unselected'), or None"),
         ({"seed": 3}, "seed=3 without drawn=: nothing is drawn; leave it out"),
-        ({"ranks": [], "weighted": False}, "weighted=False without a routed expert in the sum"),
         ({"drawn": "active", "seed": -1}, "seed is -1; expected a whole number from 0"),
         ({"drawn": "active", "seed": 0.5}, "seed is 0.5; expected a whole number from 0"),
         ({"ranks": 0}, "ranks: got 0; expected whole numbers from 0, in a list"),
