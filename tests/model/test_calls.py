@@ -22,7 +22,6 @@ PRE = "blocks.1.hook_resid_pre"
 APART = (
     1e-3  # of negative controls: a hundred times what equal logits may differ by, so that rounding never passes for it
 )
-pytestmark = pytest.mark.untyped  # wrong kinds are passed on purpose
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +36,7 @@ def zero(value: Tensor, hook: Any) -> Tensor:
 # --- tokens ---
 
 
+@pytest.mark.typed
 def test_tokens_are_named_alike_in_every_form(model: HookedMoE) -> None:
     ids = model.to_tokens(TEXT)
     names = model.to_str_tokens(TEXT)
@@ -83,6 +83,7 @@ def test_a_text_that_is_not_one_token_there_is_both_libraries_error(
     assert isinstance(error.value, AssertionError) and isinstance(error.value, InputError)
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     ("call", "says"),
     [
@@ -120,6 +121,7 @@ def test_a_tokenizer_of_another_model_is_named(model: HookedMoE) -> None:
 # --- what a pass is asked for ---
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -162,6 +164,7 @@ def test_a_cache_that_another_model_or_a_shorter_pass_has_filled_is_refused() ->
             case.model(case.tokens, past_key_values=foreign)
 
 
+@pytest.mark.typed
 def test_the_config_says_the_dtype_that_is_there() -> None:
     model = HookedMoE.from_hf(build("mixtral"), check=False)
     for change, dtype in (
@@ -189,6 +192,7 @@ def test_the_config_says_the_dtype_that_is_there() -> None:
     assert (copied.cfg.dtype, model.cfg.dtype) == (torch.float16, torch.float32)
 
 
+@pytest.mark.typed
 @pytest.mark.slow  # torch's compiler is imported
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # by itself
 def test_what_runs_modules_in_other_ways_is_refused_in_a_line() -> None:
@@ -294,6 +298,7 @@ def test_what_is_said_of_a_loss_that_is_not_asked_for_is_refused() -> None:
     assert torch.equal(case.model.routing(collated).indices, case.model.routing(case.tokens).indices)
 
 
+@pytest.mark.untyped
 def test_the_loss_of_logits_of_another_shape_is_refused() -> None:
     case = wrapped("mixtral")
     model, tokens = case.model, case.tokens
@@ -325,6 +330,7 @@ def test_masks_of_queries_and_keys_mean_what_they_say(listened: bool) -> None:
     assert not torch.allclose(everything, case.logits, atol=APART), "negative control: the mask is used"
 
 
+@pytest.mark.typed
 def test_eager_attention_reads_booleans_as_a_mask() -> None:
     """transformers' own adds True as 1 to the scores there."""
     case = wrapped("mixtral")
@@ -341,6 +347,7 @@ def test_eager_attention_reads_booleans_as_a_mask() -> None:
     assert not torch.allclose(plain, case.logits, atol=APART), "negative control"
 
 
+@pytest.mark.typed
 def test_a_mask_covers_the_cache_too() -> None:
     case = wrapped("mixtral")
     model, tokens = case.model, case.tokens
@@ -358,10 +365,12 @@ def test_a_mask_covers_the_cache_too() -> None:
     )
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ({"names_filter": 3}, "names_filter is 3"),
+        ({"names_filter": 3}, "names_filter is an int, 3; expected a name, names, or a function"),
+        ({"names_filter": {PRE: zero}}, "names_filter is a dict, "),
         ({"names_filter": [zero]}, "names_filter holds a function"),
         ({"pos_slice": 99}, "pos_slice is 99"),
         ({"pos_slice": "last"}, "pos_slice is 'last'"),
@@ -379,6 +388,7 @@ def test_what_cannot_be_kept_is_refused(words: dict[str, Any], says: str) -> Non
 # --- hooks ---
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     ("hooks", "says"),
     [
@@ -413,6 +423,7 @@ def test_a_predicate_may_choose_blocks_that_do_not_run() -> None:
     assert torch.equal(found, case.model(case.tokens, stop_at_layer=1))
 
 
+@pytest.mark.untyped
 def test_hooks_from_a_generator_are_there_in_every_with() -> None:
     case = wrapped("mixtral")
     pairs: Any = ((name, zero) for name in [PRE])
@@ -444,6 +455,7 @@ def cache() -> Any:
     return case.model.run_with_cache(case.tokens)[1]
 
 
+@pytest.mark.typed
 def test_layers_of_stacks_count_from_the_end_too(cache: Any) -> None:
     """-1 is TransformerLens's word for behind the last layer; others mean what they mean in a list."""
     n = cache.model.cfg.n_layers
@@ -467,6 +479,7 @@ def test_layers_of_stacks_count_from_the_end_too(cache: Any) -> None:
     assert torch.equal(cache.stack_activation("resid_pre", -2), cache.stack_activation("resid_pre", n - 2))
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize(
     ("call", "kind"),
     [
@@ -516,6 +529,7 @@ def test_sampling_that_means_nothing_is_refused(words: dict[str, Any]) -> None:
 # --- loading and weights ---
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -546,6 +560,7 @@ def test_layers_are_those_of_the_config() -> None:
         HookedMoE.from_hf(twice)
 
 
+@pytest.mark.untyped
 def test_weights_that_are_none_are_refused(tmp_path: Path) -> None:
     model = wrapped("mixtral").model
     state: Any = model.state_dict()
@@ -558,6 +573,12 @@ def test_weights_that_are_none_are_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=next(iter(words))):
             model.save_pretrained(tmp_path, **words)
     assert not any(tmp_path.iterdir())
-    for call in (lambda: model.resize_token_embeddings(99), lambda: model.push_to_hub("a")):
-        with pytest.raises(UnsupportedModelError):
-            call()
+
+
+@pytest.mark.typed
+def test_what_a_wrapped_model_does_not_do_is_refused() -> None:
+    model = wrapped("mixtral").model
+    with pytest.raises(UnsupportedModelError, match="call resize_token_embeddings on the transformers model"):
+        model.resize_token_embeddings(99)
+    with pytest.raises(UnsupportedModelError, match=r"save_pretrained\(folder, push_to_hub=True\)"):
+        model.push_to_hub("a")

@@ -1,19 +1,20 @@
 """What a forward pass is asked for, held against what it can give; torch and transformers would go on in silence."""
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from transformer_lens.utilities import Slice
 
+from moe_lens.checked import ReadByItself
 from moe_lens.errors import InputError, a_kind
 from moe_lens.model.families.family import Family
 from moe_lens.model.hooks.key_value_padding import n_held
 from moe_lens.model.hooks.model_input import ModelInput
 
-NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
+NamesFilter = Annotated[str | Sequence[str] | Callable[[str], bool] | None, ReadByItself()]
 _OF_TRANSFORMERS = {
     "output_hidden_states": "run_with_cache(input) keeps hook_resid_pre of every layer",
     "output_attentions": "run_with_cache(input) keeps attn.hook_pattern of every layer",
@@ -60,16 +61,13 @@ def as_names(names_filter: Any) -> Any:
         return names_filter
     if isinstance(names_filter, str):
         return [names_filter]
-    try:
-        names = list(names_filter)
-    except TypeError:
-        names = [names_filter]
+    wanted = "expected a name, names, or a function from a name to True or False"
+    if isinstance(names_filter, Mapping) or not isinstance(names_filter, Iterable):  # a dictionary's keys would be read
+        raise InputError(f"names_filter is {a_kind(names_filter)}, {names_filter!r:.80}; {wanted}")
+    names = list(names_filter)
     for name in names:
         if not isinstance(name, str):
-            raise InputError(
-                f"names_filter holds {a_kind(name)}, {name!r:.80}; expected a name, names, or a function from "
-                "a name to True or False"
-            )
+            raise InputError(f"names_filter holds {a_kind(name)}, {name!r:.80}; {wanted}")
     return names
 
 
