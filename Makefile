@@ -42,9 +42,10 @@ test: check .plain .typed  ## lint, formatting, types, import layers, tests; PYT
 .plain: $(VENV)/.installed-dev
 	$(PYTEST) --durations=20 $(PYTEST_ARGS)
 
-# A part of the tests once more, with annotations checked at every call, and with two threads.
+# A part of the tests once more, with annotations checked at every call, and with two threads. It fails with the names of
+# functions that it has not reached.
 .typed: $(VENV)/.installed-dev
-	$(PYTEST) -n $(TYPED_PROCESSES) -m typed --typed --threads 2 --durations=20
+	$(PYTEST) -n $(TYPED_PROCESSES) -m typed --typed --reach --threads 2 --durations=20
 
 test-typed: $(VENV)/.installed-dev  ## all tests with annotations, shapes too, checked at every call: slow
 	$(PYTEST) --typed $(PYTEST_ARGS)

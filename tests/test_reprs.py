@@ -95,3 +95,7 @@ def test_the_objects_that_people_look_at_are_short(model: HookedMoE):
         assert page.kinds <= {"table", "caption", "tr", "th", "td"} and type(one).__name__ in page.cells
     assert "9,7" in repr(model) and "64, 6 active a token, and shared ones" in repr(model)
     assert "blocks.0.mlp.hook_in" in Cells(cache._repr_html_()).cells
+    layers = list(model.moe_layers)
+    assert repr(model.W_in) == f"W_in{layers}"
+    one = cache.routing(layers[1])
+    assert repr(one).startswith(f"LayerRouting(layer {layers[1]}, ") and len(repr(one)) < 100

@@ -63,6 +63,13 @@ class _Hidden:
     x: Rows
     def method(self): ...
     def shaped(self, *, x: Rows): ...
+@dataclass
+class _Base:
+    x: Rows
+    def shaped(self, *, x: Rows): ...
+@dataclass
+class Made(_Base):
+    y: Rows
 class Reader(Protocol):
     def read(self) -> Rows: ...
 """
@@ -84,6 +91,8 @@ def test_what_has_to_be_reached_is_read_from_the_source():
         "Plain.size",
         "_Hidden.__init__",
         "_Hidden.shaped",
+        "_Base.shaped",
+        "Made.__init__",
     ]
 
 

@@ -99,12 +99,17 @@ def shape_names(tree: ast.Module) -> set[str]:
 def demanded(tree: ast.Module, shapes: set[str]) -> Iterator[str]:
     """The qualified names of a module's functions that are public, or have one of `shapes` in their annotations."""
 
+    bases = {base.id for node in tree.body if isinstance(node, ast.ClassDef) for base in node.bases
+             if isinstance(base, ast.Name)}  # fmt: skip
+
     def visit(body: list[Any], path: str, public: bool) -> Iterator[str]:
         for node in body:
             if isinstance(node, ast.ClassDef) and not _unchecked(node):
-                # Of a dataclass jaxtyping checks the fields, after its constructor.
+                # Of a dataclass jaxtyping checks the fields, after its constructor; those of a private base with the
+                # fields of the classes that are made of it.
                 fields = (each.annotation for each in node.body if isinstance(each, ast.AnnAssign))
-                if "dataclass" in _decorators(node) and _shaped(shapes, *fields):
+                base = node.name.startswith("_") and node.name in bases
+                if "dataclass" in _decorators(node) and _shaped(shapes, *fields) and not base:
                     yield f"{path}{node.name}.__init__"
                 yield from visit(node.body, f"{path}{node.name}.", public and not node.name.startswith("_"))
             elif isinstance(node, ast.FunctionDef) and not _unchecked(node):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from moe_lens.cli import freed_memory
 from moe_lens.cli import second_process as module
 from moe_lens.cli.second_process import TOLD, second_process, worth_it
 from moe_lens.data import Domain, Passage, Reading
@@ -46,6 +47,13 @@ def test_memory_that_is_kept_is_not_cleared_anew_for_every_tensor():
 
 def child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     monkeypatch.setattr(sys, "orig_argv", [sys.executable, "-c", code])
+
+
+@pytest.mark.typed
+def test_a_process_that_has_said_itself_what_memory_stays_is_left_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    monkeypatch.setattr(freed_memory.ctypes, "CDLL", None)  # which it would need
+    assert freed_memory.keep_freed_memory() is False
 
 
 def test_a_second_process_is_told_what_it_is_and_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

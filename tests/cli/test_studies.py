@@ -1,6 +1,7 @@
 """`moe-lens routing|single-expert|lens|collect|compare` and the report of what they save."""
 
 import json
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -8,9 +9,12 @@ import torch
 
 from moe_lens import HookedMoE
 from moe_lens.cli import main
+from moe_lens.cli.removing_experts import contrast
+from moe_lens.cli.studies import experts_per_token
+from moe_lens.errors import InputError
 from moe_lens.model.loading import placement
 from moe_lens.report.published_numbers import MODEL, PUBLISHED, published, published_table, same_model
-from moe_lens.studies import Collected, StudyResult
+from moe_lens.studies import Collected, ExpertsPerToken, StudyResult
 from tests.studies.tiny import save_checkpoint, write_jsonl
 
 
@@ -80,6 +84,20 @@ def test_the_report_collects_saved_studies(saved, tmp_path, capsys):
         assert shown in content
     assert "Beside the paper" not in content  # the model has three active experts: nothing to set beside six
     assert {path.name for path in (tmp_path / "page").iterdir()} == {"report.html", "verdicts.json"}
+
+
+@pytest.mark.typed
+def test_a_rule_that_is_named_takes_the_place_of_the_usual_ones_and_pairs_are_read():
+    usual: Any = experts_per_token([2], None, None, None)
+    own = experts_per_token(None, None, [0.02], None)
+    assert vars(usual) == vars(ExpertsPerToken(k=(2,))) and usual.mass
+    assert vars(own) == vars(ExpertsPerToken(mass=(), threshold=(0.02,)))
+    work: Any = contrast("german-english", experts=3, push=1.5, matched=4)
+    assert work.keywords == {
+        "experts": 3, "push": 1.5, "matched": 4,
+    }  # fmt: skip
+    with pytest.raises(InputError, match="nowhere.jsonl"):
+        contrast("nowhere.jsonl")
 
 
 @pytest.mark.typed

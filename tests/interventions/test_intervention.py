@@ -281,6 +281,12 @@ def test_what_is_refused_while_running_leaves_nothing_either() -> None:
             case.model.generate(case.tokens, interventions=[case.model.keep_top(1), bad], **OPTIONS)
 
 
+@pytest.mark.typed
+def test_a_value_is_its_own_copy() -> None:
+    made = wrapped("deepseek").model.keep_top(1)
+    assert copy.copy(made) is made and copy.deepcopy(made) is made
+
+
 def test_a_value_pickles_without_its_model_and_is_bound_to_another() -> None:
     case, other = wrapped("deepseek"), HookedMoE.from_hf(build("deepseek"), check=False)
     for made in every(case):

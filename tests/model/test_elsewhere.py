@@ -46,6 +46,7 @@ def test_every_matrix_is_the_plain_model_s(pair):
     with pytest.raises(InputError, match="kept elsewhere and read when they are needed"):
         away.W_U[0] = 1
     assert all(p.is_meta for p in away.original_model.parameters()), "nothing stays"
+    assert away._experts(layer).sizes()[1] == whole._experts(layer).sizes()[1]
 
 
 @pytest.mark.typed

@@ -207,7 +207,7 @@ def test_a_norm_s_gradient_arrives_also_where_rounding_makes_no_difference(size:
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("frozen", [False, pytest.param(True, marks=pytest.mark.typed)])
 def test_a_graph_that_is_kept_gives_the_gradients_of_any_loss(family: str, frozen: bool) -> None:
     """All points at once, parameters frozen or not; a loss of the cache alone reaches what comes before it."""
     case = wrapped(family)

@@ -270,6 +270,28 @@ def test_hooks_are_gone_after_every_exit(family: str, data: st.DataObject) -> No
 
 
 @pytest.mark.typed
+def test_what_a_hook_does_to_one_head_is_done_to_its_columns() -> None:
+    case = wrapped("mixtral")
+
+    def silence(z: torch.Tensor, hook: Any) -> torch.Tensor:  # noqa: ARG001
+        return z.index_fill(2, torch.tensor([1]), 0)
+
+    def columns(_: Any, given: tuple[torch.Tensor]) -> torch.Tensor:
+        return given[0].unflatten(-1, (case.model.cfg.n_heads, -1)).index_fill(2, torch.tensor([1]), 0).flatten(2)
+
+    plain: Any = case.hf
+    handle = plain.model.layers[1].self_attn.o_proj.register_forward_pre_hook(columns)
+    try:
+        with torch.no_grad():
+            expected = plain(case.tokens).logits
+            found = case.model.run_with_hooks(case.tokens, fwd_hooks=[("blocks.1.attn.hook_z", silence)])
+    finally:
+        handle.remove()
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, case.logits, atol=1e-3), "negative control: the head does something"
+
+
+@pytest.mark.typed
 def test_hooks_of_the_caller_stay_and_reset_hooks_takes_them() -> None:
     case = wrapped("deepseek")
     seen: list[str] = []

@@ -228,7 +228,7 @@ def test_a_cache_knows_its_padding(family: str, side: str) -> None:
     assert deviation(model(NEW, past_key_values=forgetful), right) > 0.1, "negative control: padding is read"
 
 
-@pytest.mark.parametrize("returned", [False, True])
+@pytest.mark.parametrize("returned", [False, pytest.param(True, marks=pytest.mark.typed)])
 @torch.no_grad()
 def test_a_cache_that_transformers_generation_filled_knows_the_padding_of_its_prompts(returned: bool) -> None:
     model = HookedMoE.from_pretrained("tiny-deepseekmoe", dtype=torch.float32)
@@ -248,6 +248,13 @@ def test_a_cache_that_transformers_generation_filled_knows_the_padding_of_its_pr
         alone = model(out.sequences[row : row + 1, -(model.to_tokens(text).shape[1] + 3) :])
         assert deviation(found[row, -1], alone[0, -1]) <= FP32 * alone.abs().max().item()
     assert deviation(wrong, found) > 0.1, "negative control: padding is read"
+
+
+@pytest.mark.typed
+def test_the_tokens_of_a_pass_have_their_earlier_name_too() -> None:
+    model = wrapped("mixtral").model
+    with pytest.warns(DeprecationWarning, match=r"model.step\(\) is now model.current_tokens\(\)"):
+        assert model.step() is None, "no pass is under way"
 
 
 @torch.no_grad()

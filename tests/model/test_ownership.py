@@ -179,6 +179,7 @@ def test_a_paused_stream_owns_the_model_until_it_is_forgotten() -> None:
         assert torch.equal(elsewhere(lambda: case.model(case.tokens)), case.logits)
 
 
+@pytest.mark.typed
 def test_a_context_of_a_thread_that_has_ended_is_closed() -> None:
     case = wrapped("mixtral")
     context = case.model.hooks([("hook_embed", doubled)])

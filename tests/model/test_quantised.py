@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from moe_lens import names
@@ -64,6 +65,7 @@ def test_what_is_unpacked_is_the_nearest_that_there_is(scheme: Any) -> None:
     assert deviation(packed.read([2, 0]), expected[[2, 0]]) <= 1e-6
     assert packed.read([]).shape == (0, 40, 24)
     assert packed.numel() == weight.numel()
+    assert repr(packed) == f"PackedMatrices({scheme}, {tuple(weight.shape)})"
     assert packed.nbytes < weight.nbytes / (6 if scheme == "nf4" else 3)
 
 
@@ -175,6 +177,14 @@ def test_loading_packs_as_packing_does_and_what_is_saved_comes_back(stored: Path
     with pytest.raises(UnsupportedModelError, match="this model is quantised"):
         model.state_dict()
     assert "experts in nf4" in repr(model)
+    inner: Any = model.original_model
+    assert not inner.hf_quantizer.is_trainable
+    assert model._experts(1).sizes()[1] == 3 * model.W_in[1, 0].numel()
+    x = torch.randn(1, 4, model.cfg.d_model)
+    by_hand = (silu(x @ model.W_gate[1, 2]) * (x @ model.W_in[1, 2])) @ model.W_out[1, 2]
+    with torch.no_grad():
+        found = model.expert_outputs(1, x, torch.full((1, 4, 1), 2))[:, :, 0]
+    assert deviation(found, by_hand) <= 1e-5 * float(by_hand.abs().max())
 
 
 def test_a_packed_model_changes_its_dtype_by_every_word_for_it(stored: Path) -> None:

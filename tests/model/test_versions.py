@@ -56,6 +56,7 @@ def test_a_family_is_refused_by_name_on_releases_on_which_it_does_not_hold(
         family_of(made)
 
 
+@pytest.mark.typed
 def test_a_model_type_that_is_to_come_is_refused_with_the_release_that_has_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

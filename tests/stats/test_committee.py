@@ -57,6 +57,7 @@ def test_experts_of_one_domain_each_are_none_and_own_sets_carry_what_the_shared_
     )
     frame: Any = found.to_frame().query("layer == 4")
     assert (frame["own"] > 0.6).all() and frame["mass"].min() < 0.2
+    assert found.uniform_jaccard == pytest.approx(1 / 11)  # of two and two of twelve, 4/12 are shared on average
     assert found.jaccard[1] == 0 and "no standing committee" in found.per_layer()["finding"].iloc[1]
 
 

@@ -56,13 +56,15 @@ def test_p_values_are_calibrated_where_domains_are_alike():
     assert np.mean(np.array(naive) > 3) > 0.9  # tokens are not independent: resampling them finds what is not there
 
 
+@pytest.mark.typed
 def test_planted_specialisation_is_found_and_nothing_else():
     generator = torch.Generator().manual_seed(1)
     bias = torch.zeros(LAYERS, EXPERTS)
     bias[1, 5] = 3.0
     results = {"a": domain(generator, 20), "b": domain(generator, 20, bias), "c": domain(generator, 20)}
     found = compare_domains(results, permutations=499)
-    assert float(found.p_values[1, 1, 5]) == 1 / 500
+    assert float(found.p_values[1, 1, 5]) == found.smallest_p == 1 / 500
+    assert found.strongest(1)[["domain", "layer", "expert"]].values.tolist() == [["b", 1, 5]]
     assert int(found.statistics.abs().argmax()) == 1 * LAYERS * EXPERTS + 1 * EXPERTS + 5
     assert float(found.npmi[1, 1, 5]) > 0.05
     assert (found.p_values[:, 0] > 0.05).all()

@@ -144,6 +144,8 @@ def chapters(generator: torch.Generator, *, n: int = 15, tokens: int = 30) -> di
 @pytest.mark.typed
 def test_parallel_sources_are_held_out_together_and_their_names_explain_nothing():
     samples = chapters(torch.Generator().manual_seed(3))
+    frame = samples["de"].to_frame()
+    assert frame["source"].tolist() == [f"book/de/{chapter}" for chapter in frame["token"]]
     together = explain_choices(samples, parallel=parallel_key())
     assert together.sources == tuple(sorted(f"book/*/{one}" for one in range(15)))
     found: Any = together.per_layer().set_index("feature")

@@ -184,6 +184,7 @@ def test_weights_that_are_alike_but_for_the_order_of_neurons():
     assert len(weight_similarity(live, live.moe_layers[0])) == 3 * pairs
 
 
+@pytest.mark.typed
 def test_subspaces_overlap_as_pair_by_pair_whatever_is_held_at_a_time(monkeypatch):
     model = Parameters(40, 12, 3)
     a = model.W_in[0].double()

@@ -180,5 +180,6 @@ def test_means_are_those_of_numpy_and_unseen_experts_get_the_layer_mean():
         assert torch.allclose(means.experts[0, expert], out[counted][indices[counted] == expert].mean(0), atol=1e-6)
     assert torch.allclose(means.experts[0, 4], out[counted].flatten(0, 1).mean(0), atol=1e-6)
     assert (means.n_tokens, means.unseen) == (6, 1)
+    assert means.per_expert.layers == (3,) and torch.equal(means.per_expert.experts, means.experts)
     with pytest.raises(InputError, match="no tokens"):
         ActivationMeans([3], 5, K, D).result()

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.stats import ttest_ind, ttest_rel
@@ -75,11 +76,15 @@ def test_what_chance_gives_does_not_stand_and_what_was_planted_does(paired):
     assert "differences, chat minus base; " in said and "intervals leave out 0, where chance alone would give" in said
 
 
-def test_two_domains_of_one_study():
+@pytest.mark.typed
+def test_two_domains_of_one_study(tmp_path):
     generator = torch.Generator().manual_seed(2)
     taste = torch.randn(EXPERTS, generator=generator)
     made = study(prose=counted(generator, 12, taste, "p"), code=counted(generator, 15, taste.flip(0), "c"))
     found = compare(made, domains=("prose", "code"))
+    assert found.same_model
+    found.save(tmp_path / "differences.parquet")
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "differences.parquet"), found.table)
     table: Any = found.table
     assert set(table["domain"]) == {"code minus prose"} and set(table["paired"]) == {False}
     row = table.query("quantity == 'share' and of == 'layer 3, expert 5'").iloc[0]
@@ -115,6 +120,7 @@ def test_texts_that_were_opened_otherwise_are_said():
         return one
 
     both = compare(opened("a", "<s>"), opened("b", "<s>"))
+    assert not both.same_model
     assert both.opened_otherwise is None and "open" not in both.found()
     found = compare(opened("a", "<s>"), opened("b"))
     assert found.opened_otherwise == "texts open with <s> in a and with nothing in b"

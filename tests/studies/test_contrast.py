@@ -103,6 +103,8 @@ def test_sums_are_those_of_the_model_run_pair_by_pair() -> None:
                 chosen = model.routing(text).indices[:, 0, -n:]
                 expected += sign * torch.nn.functional.one_hot(chosen, model.n_experts).sum((1, 2)).double() / n
         assert (found.differences[at] - expected).abs().max() <= 1e-12
+    frame = found.to_frame().sort_values(["layer", "expert"])
+    assert frame["difference"].tolist() == pytest.approx(found.by_unit().mean(0).flatten().tolist(), abs=1e-12)
     outcomes: Any = result.results["pairs"]["outcomes"]
     study = ContrastStudy(tuple(pairs), **settings)
     halves = study._halves(found)

@@ -1,5 +1,7 @@
 """Localisation on a model whose truth is planted, and on texts in which domains mean nothing."""
 
+from typing import Any
+
 import pandas as pd
 import pytest
 import torch
@@ -75,15 +77,23 @@ def test_it_recovers_the_planted_experts(found):
         assert abs(row["control_mass"] / row["mass"] - 1) < 0.1 and row["control_experts"] > row["experts"] == 2
     assert min(table["own"]) > 4 and max(abs(table["others"])) < 1e-3
     assert set(table["control"]) == {"busiest", "random", "matched"}
+    for at, name in enumerate(PLANTED):
+        effects: Any = found.results[name]["effects"]
+        rows: Any = effects.to_frame().query("kind == 'picked'").set_index(["how", "of_domain"])["added"]
+        for way in effects.how:
+            added, tokens = (values[:, at, effects.kinds.index("picked")].sum() for values in effects.of(way))
+            assert rows[way, at] == pytest.approx(float(added / tokens)) and rows[way].idxmax() == at
 
 
 @pytest.mark.typed
 @pytest.mark.parametrize("by", ["attribution", "knockout"])
 def test_experts_can_be_picked_by_what_they_are_worth(model, by):
     study = Localisation(by=by, experts=1, matched=1, how=("zero",))
-    assert picked(run(study, model, planted_domains(), reading=READING)) == {
-        (name, half): [(LAYER, of)] for name, of in PLANTED.items() for half in (0, 1)
-    }
+    result = run(study, model, planted_domains(), reading=READING)
+    assert picked(result) == {(name, half): [(LAYER, of)] for name, of in PLANTED.items() for half in (0, 1)}
+    for name, of in PLANTED.items():
+        saved: Any = result.results[name]["scores"].to_frame().set_index(["layer", "expert"])["saved"]
+        assert saved.idxmax() == (LAYER, of)
 
 
 def test_it_says_no_where_domains_mean_nothing(model):

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -13,9 +12,10 @@ from moe_lens.cli import main
 from moe_lens.data import Domain, Passage, from_generator
 from moe_lens.data.windows import windows_of
 from moe_lens.errors import InputError
-from moe_lens.stats.sparse_probes import at_components, component_sums, discriminant, pick_components
+from moe_lens.stats.sparse_probes import Sums, at_components, component_sums, discriminant, pick_components
 from moe_lens.studies import Probe, StudyResult, by_pattern, label_tokens, read_spans, run
 from moe_lens.studies.study import TEXTS
+from moe_lens.studies.texts_read import TextStats
 from moe_lens.studies.token_labels import LabelTable
 from tests.planted import ATLAS_READING, LAYER, PLANTED, WORDS, planted_domains, planted_model
 from tests.studies.tiny import save_checkpoint
@@ -86,6 +86,13 @@ def test_components_and_discriminants_are_those_written_out():
 
 
 @pytest.mark.typed
+def test_sums_add_up_by_name():
+    one, other = (Sums(("a", "b")).update("a", torch.full((2, 3), value)) for value in (1.0, 2.0))
+    frame = one.merge(other).result().to_frame()
+    assert frame.to_dict("list") == {"name": ["a", "b"], "value": [18.0, 0.0]}
+
+
+@pytest.mark.typed
 def test_spans_are_read_and_label_every_token_that_they_touch(model, tmp_path: Path):
     path = tmp_path / "spans.jsonl"
     text = "the ship and the judge"
@@ -109,11 +116,15 @@ def test_labels_are_found_in_domains_however_they_are_given(model):
     expected = label_tokens(model, [Domain.of("a", [text])], find)
     for given in (Domain.of("a", [text]), {"a": [text]}):
         pd.testing.assert_frame_equal(label_tokens(model, given, find), expected)
-    wrong: Any = [text]
-    with pytest.raises(InputError, match="domain 0 is a str"):
-        label_tokens(model, wrong, find)
     with pytest.raises(InputError, match="'a' is a stream"):
         label_tokens(model, from_generator("a", lambda: [text]), find)
+
+
+@pytest.mark.untyped
+def test_labels_are_not_found_in_texts_without_a_domain(model):
+    texts: Any = ["the ship and the judge"]
+    with pytest.raises(InputError, match="domain 0 is a str"):
+        label_tokens(model, texts, by_pattern({"ship": "ship"}))
 
 
 @pytest.mark.typed
@@ -163,8 +174,11 @@ def test_what_cannot_be_probed_is_refused(model, labels, tmp_path: Path, capsys:
 def test_parallel_sources_are_in_one_half_and_are_one_in_intervals(model, labels, found):
     domains = planted_domains(shuffled=True)
     names = {domain.name: tuple(dict.fromkeys(p.source for p in domain.passages)) for domain in domains}
-    texts: Any = {name: {"texts": {TEXTS: SimpleNamespace(result=lambda of=of: SimpleNamespace(sources=of))}}
-             for name, of in names.items()}  # fmt: skip
+    texts: Any = {name: {"texts": {TEXTS: TextStats()}} for name in names}
+    for name, of in names.items():
+        texts[name]["texts"][TEXTS]._read.add(torch.ones(len(of), 2).long(), of)
+        read = texts[name]["texts"][TEXTS].result().to_frame()
+        assert sorted(read["source"]) == sorted(of) and set(read["tokens"]) == set(read["windows"]) == {1}
 
     def halves(study: Probe) -> list[list[int]]:
         prepared: list[Any] = [study.prepare(model, "pick", name, texts) for name in names]

@@ -63,6 +63,20 @@ def test_losses_of_few_rows_at_a_time_are_those_of_all_at_once(model, monkeypatc
     assert torch.equal(again, best)
 
 
+@pytest.mark.typed
+def test_packed_rows_that_are_repeated_are_read_as_the_first(model):
+    reading = Reading(tokens=None, context=24, shard_tokens=10**6, packed=True)
+    (shard,) = shards(domain("d", n=10, sources=10), model, reading)
+    batch = next(iter(batch_windows(shard.windows, model, batch_tokens=150, packed=24)))
+    values = torch.rand(batch.tokens.shape)
+    packed = batch.pack(values)
+    assert batch.packing is not None and len(packed) < len(values)
+    assert torch.equal(batch.packing.unpack(packed)[batch.mask], values[batch.mask])
+    twice = side_by_side.repeated(batch, 2)
+    assert torch.equal(twice.pack(values.repeat(2, 1)), packed.repeat(2, 1))
+    assert torch.allclose(losses(model, twice, []), losses(model, batch, []).repeat(2, 1), atol=1e-5)
+
+
 def test_what_is_computed_of_logits_in_bfloat16_is_as_in_float64():
     """The model gives logits in its dtype; losses, softmax and KL of them are computed in float32 or better."""
     logits = (torch.randn(3, 9, 3000) * 4).bfloat16()

@@ -236,11 +236,6 @@ class Matrices:
         """Where they are."""
         return self.packed.device
 
-    @property
-    def ndim(self) -> int:
-        """Three."""
-        return 3
-
     def __len__(self) -> int:
         """How many matrices."""
         return self.count

@@ -72,7 +72,3 @@ class LazyTensor:
 
     def __getitem__(self, _: Any) -> Tensor:
         return self._stored.read(OpenFiles())
-
-    def get_shape(self) -> list[int]:
-        """Of the tensor."""
-        return list(self._stored.shape)
