@@ -23,6 +23,8 @@ RELEASE = tuple(int(part) for part in re.findall(r"\d+", version("transformers")
 _V2 = "transformers.models.deepseek_v2.modeling_deepseek_v2:DeepseekV2"
 _LLAMA = "transformers.models.llama.modeling_llama:Llama"
 TOUCHPOINTS = (
+    "transformers.cache_utils:DynamicLayer",
+    "transformers.cache_utils:DynamicSlidingWindowLayer",
     "transformers.initialization:normal_",
     "transformers.conversion_mapping:get_checkpoint_conversion_mapping",
     "transformers.conversion_mapping:register_checkpoint_conversion_mapping",
@@ -71,6 +73,7 @@ if RELEASE[:2] > NEWEST:
     )
 
 from transformers import initialization  # noqa: E402
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer  # noqa: E402
 from transformers.conversion_mapping import (  # noqa: E402
     get_checkpoint_conversion_mapping,
     get_model_conversion_mapping,
@@ -107,6 +110,8 @@ __all__ = [
     "NEWEST",
     "OLDEST",
     "RELEASE",
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
     "GradientCheckpointingLayer",
     "OutputRecorder",
     "RopeParameters",

@@ -321,8 +321,13 @@ def test_interventions_are_interventions_on_this_model() -> None:
     case = wrapped("deepseek")
     other = HookedMoE.from_hf(build("deepseek"), check=False)
     bad: Any
-    for bad, says in (([other.keep_top(1)], "made for another model"), (["keep_top"], "interventions holds a str"),
-        (case.model.keep_top(1), "interventions is Intervention(keep_top 1, by weight); expected several, in a list"),
-    ):  # fmt: skip
+    for bad, says in (
+        ([other.keep_top(1)], "made for another model"),
+        (["keep_top"], "expected an Intervention in it, not 'keep_top'"),
+        (
+            case.model.keep_top(1),
+            "interventions is Intervention(keep_top 1, by weight); expected several: put a single",
+        ),
+    ):
         with untouched(case.model), pytest.raises(InputError, match=re.escape(says)):
             case.model.generate(case.tokens, interventions=bad, **OPTIONS)

@@ -189,7 +189,7 @@ def test_the_guide_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ({"subject": [40]}, r"positions are \[40\]; expected some from 0 to"),
         ({"subject": []}, r"positions are \[\]"),
         ({"subject": 40}, r"positions are \[40\]; expected some from 0 to"),
-        ({"prompt": [PROMPT]}, "the prompt is a list; expected one text"),
+        ({"prompt": [PROMPT]}, "expected a text"),
         ({"answer": " banana split"}, r"the answer ' banana split' is \d+ tokens, .*expected one"),
         ({"answer": 5000}, "the answer is token 5000; expected an id from 0 to 4095"),
         ({"foil": ""}, "the foil '' is 0 tokens"),

@@ -80,13 +80,16 @@ def test_a_filter_is_a_name_names_or_a_predicate() -> None:
 )
 def test_names_that_do_not_exist_are_refused_wherever_they_are_asked_for(name: str, says: str) -> None:
     case = wrapped("deepseek")
+
+    def zero(value: torch.Tensor, hook: Any) -> None: ...
+
     ways: list[Callable[[], Any]] = [
-        lambda: case.model.run_with_hooks(case.tokens, fwd_hooks=[("blocks.1.hook_resid_mid", print), (name, print)]),
-        lambda: case.model.run_with_hooks(case.tokens, bwd_hooks=[(name, print)]),
+        lambda: case.model.run_with_hooks(case.tokens, fwd_hooks=[("blocks.1.hook_resid_mid", zero), (name, zero)]),
+        lambda: case.model.run_with_hooks(case.tokens, bwd_hooks=[(name, zero)]),
         lambda: case.model.run_with_cache(case.tokens, names_filter=name),
         lambda: case.model.run_with_cache(case.tokens, names_filter=["blocks.1.hook_resid_mid", name]),
-        lambda: case.model.add_hook(name, print),
-        lambda: case.model.hooks([(name, print)]).__enter__(),
+        lambda: case.model.add_hook(name, zero),
+        lambda: case.model.hooks([(name, zero)]).__enter__(),
     ]
     for way in ways:
         with untouched(case.model), pytest.raises(HookError, match=re.escape(says)):

@@ -283,7 +283,7 @@ def test_interventions_hold_in_a_stream_and_nowhere_else(model: HookedMoE) -> No
     next(unfinished)
     unfinished.close()
     assert torch.equal(model("The old"), logits)
-    with pytest.raises(InputError, match="interventions holds a str"):
+    with pytest.raises(InputError, match="expected an Intervention in it, not 'top'"):
         model.generate_stream("The old", interventions=["top"], **GREEDY)  # pyright: ignore[reportArgumentType]
 
 

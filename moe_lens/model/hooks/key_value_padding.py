@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from moe_lens.errors import InputError
+from moe_lens.model.hf_compat import DynamicLayer, DynamicSlidingWindowLayer
 from moe_lens.model.hooks.model_input import ModelInput
 
 _NOTE = "_moe_lens_held"
