@@ -32,10 +32,8 @@ install: $(VENV)/.installed  ## create .venv and install the package there, edit
 
 # Three processes of one thread each, for two cores: some tests wait for others' processes. Each begins with a third of the
 # tests, in order, and takes over some of the others' when it is done: most of what tests share is built once. Threads that
-# wait do not spin: more of them than cores would. CI runs the typed part in one process beside two others.
-PROCESSES ?= 3
-TYPED_PROCESSES ?= $(PROCESSES)
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(PROCESSES) --dist worksteal
+# wait do not spin: more of them than cores would.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n 3 --dist worksteal
 
 test: check .plain .typed  ## lint, formatting, types, import layers, tests; PYTEST_ARGS="-m 'not slow'" goes to pytest
 
@@ -45,7 +43,7 @@ test: check .plain .typed  ## lint, formatting, types, import layers, tests; PYT
 # A part of the tests once more, with annotations checked at every call, and with two threads. It fails with the names of
 # functions that it has not reached.
 .typed: $(VENV)/.installed-dev
-	$(PYTEST) -n $(TYPED_PROCESSES) -m typed --typed --reach --threads 2 --durations=20
+	$(PYTEST) -m typed --typed --reach --threads 2 --durations=20
 
 test-typed: $(VENV)/.installed-dev  ## all tests with annotations, shapes too, checked at every call: slow
 	$(PYTEST) --typed $(PYTEST_ARGS)
