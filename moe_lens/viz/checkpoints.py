@@ -1,11 +1,11 @@
 """Figures of the study `checkpoints`: how alike two models route, and what swapping their routers costs."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe_lens.studies import StudyResult
 from moe_lens.studies.checkpoint_overlap import PAIRS
 from moe_lens.studies.frames import where
-from moe_lens.viz.of_study import panels, table_of
+from moe_lens.viz.of_study import add_by_layer, panels, table_of
 from moe_lens.viz.style import MUTED, colour, error_bars, styled
 from moe_lens.viz.token_text import as_text
 
@@ -31,32 +31,11 @@ def routing_overlap(result: StudyResult) -> "Figure":
     figure = panels(result.domains, "layer", "share of experts in common")
     for column, domain in enumerate(result.domains, start=1):
         for number, pair in enumerate(PAIRS):
-            rows, look = where(table, domain=domain, pair=pair), {"color": colour(number), "width": 2}
-            figure.add_scatter(
-                x=rows["layer"],
-                y=rows["overlap"],
-                error_y=error_bars(rows["overlap"], rows["low"], rows["high"]),
-                mode="lines+markers",
-                line=look,
-                name=LABELS[pair],
-                legendgroup=pair,
-                showlegend=column == 1,
-                hovertemplate="layer %{x}: %{y:.3f}",
-                row=1,
-                col=column,
-            )
-            figure.add_scatter(
-                x=rows["layer"],
-                y=rows["by_load"],
-                mode="lines",
-                line={**look, "dash": "dot", "width": 1.5},
-                name=f"{LABELS[pair]}, by load alone",
-                legendgroup=pair,
-                showlegend=False,
-                hovertemplate="layer %{x}: %{y:.3f}",
-                row=1,
-                col=column,
-            )
+            rows = where(table, domain=domain, pair=pair)
+            how: dict[str, Any] = {"number": number, "column": column}
+            name, loads = LABELS[pair], f"{LABELS[pair]}, by load alone"
+            add_by_layer(figure, rows, "overlap", ("low", "high"), name=name, legend=column == 1, **how)
+            add_by_layer(figure, rows, "by_load", name=loads, legend=False, **how)
     figure.update_yaxes(range=[0, 1.02])
     return figure
 

@@ -1,13 +1,13 @@
 """Figures of what is predicted on held-out sources: choices of experts, and labels from experts."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe_lens.checked import Positive
 from moe_lens.errors import InputError
 from moe_lens.studies import StudyResult
 from moe_lens.studies.frames import where
-from moe_lens.viz.of_study import panels, table_of
-from moe_lens.viz.style import MUTED, colour, error_bars
+from moe_lens.viz.of_study import add_by_layer, panels, table_of
+from moe_lens.viz.style import MUTED
 from moe_lens.viz.token_text import as_text
 
 if TYPE_CHECKING:
@@ -28,31 +28,12 @@ def choices_explained(result: StudyResult) -> "Figure":
     figure = panels(["explained", "added to the token"], "layer", "share of the squared error")
     for number, feature in enumerate(dict.fromkeys(table["feature"])):
         rows, both = where(table, feature=feature), feature in (TOKEN, ALL)
-        name, ends = ("explained", "explained_") if both else ("gain", "gain_")
-        look = {"color": colour(number), "width": 2}
-        figure.add_scatter(
-            x=rows["layer"],
-            y=rows[name],
-            error_y=error_bars(rows[name], rows[f"{ends}low"], rows[f"{ends}high"]),
-            mode="lines+markers",
-            line=look,
-            name=as_text(str(feature)),
-            hovertemplate="layer %{x}: %{y:.3f}",
-            row=1,
-            col=1 if both else 2,
-        )
+        value = "explained" if both else "gain"
+        ends, name = (f"{value}_low", f"{value}_high"), as_text(str(feature))
+        add_by_layer(figure, rows, value, ends, name=name, number=number, column=1 if both else 2)
         if not both:
-            figure.add_scatter(
-                x=rows["layer"],
-                y=rows["gain_shuffled"],
-                mode="lines",
-                line={**look, "dash": "dot", "width": 1.5},
-                name=f"{as_text(str(feature))}, shuffled",
-                showlegend=False,
-                hovertemplate="layer %{x}: %{y:.3f}",
-                row=1,
-                col=2,
-            )
+            shuffled = f"{name}, shuffled"
+            add_by_layer(figure, rows, "gain_shuffled", name=shuffled, number=number, column=2, legend=False)
     return figure
 
 
@@ -77,31 +58,9 @@ def probe_accuracy(result: StudyResult, k: Positive | None = None) -> "Figure":
     figure = panels([str(label) for label in labels], "layer", f"balanced accuracy, k = {k}")
     for column, label in enumerate(labels, start=1):
         for number, kind in enumerate(dict.fromkeys(table["kind"])):
-            rows, look = where(table, label=label, kind=kind, k=k), {"color": colour(number), "width": 2}
-            figure.add_scatter(
-                x=rows["layer"],
-                y=rows["accuracy"],
-                error_y=error_bars(rows["accuracy"], rows["low"], rows["high"]),
-                mode="lines+markers",
-                line=look,
-                name=str(kind),
-                legendgroup=str(kind),
-                showlegend=column == 1,
-                hovertemplate="layer %{x}: %{y:.3f}",
-                row=1,
-                col=column,
-            )
-            figure.add_scatter(
-                x=rows["layer"],
-                y=rows["shuffled"],
-                mode="lines",
-                line={**look, "dash": "dot", "width": 1.5},
-                name=f"{kind}, shuffled labels",
-                legendgroup=f"{kind} shuffled",
-                showlegend=column == 1,
-                hovertemplate="layer %{x}: %{y:.3f}",
-                row=1,
-                col=column,
-            )
+            rows = where(table, label=label, kind=kind, k=k)
+            how: dict[str, Any] = {"number": number, "column": column, "legend": column == 1}
+            add_by_layer(figure, rows, "accuracy", ("low", "high"), name=str(kind), **how)
+            add_by_layer(figure, rows, "shuffled", name=f"{kind}, shuffled labels", **how)
     figure.add_hline(y=0.5, line={"color": MUTED, "width": 1})
     return figure

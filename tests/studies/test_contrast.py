@@ -21,6 +21,7 @@ from tests.planted import LAYER, PLANTED, WORDS, planted_model
 from tests.studies.tiny import domain, tiny_model
 
 READING = Reading(tokens=None, context=64)
+ORDER = 1e-12  # sums of some ten shares in float64, in another order: 1e-15 each
 
 
 def pairs_of(model: HookedMoE, a: str, b: str, n: int = 24, seed: int = 0) -> list[Pair]:
@@ -102,9 +103,10 @@ def test_sums_are_those_of_the_model_run_pair_by_pair() -> None:
                 n = len(model.to_tokens(f" {span}" if sign < 0 else span, prepend_bos=False)[0])
                 chosen = model.routing(text).indices[:, 0, -n:]
                 expected += sign * torch.nn.functional.one_hot(chosen, model.n_experts).sum((1, 2)).double() / n
-        assert (found.differences[at] - expected).abs().max() <= 1e-12
+        assert (found.differences[at] - expected).abs().max() <= ORDER
     frame = found.to_frame().sort_values(["layer", "expert"])
-    assert frame["difference"].tolist() == pytest.approx(found.by_unit().mean(0).flatten().tolist(), abs=1e-12)
+    means = found.by_unit().mean(0).flatten().tolist()
+    assert frame["difference"].tolist() == pytest.approx(means, abs=ORDER)
     outcomes: Any = result.results["pairs"]["outcomes"]
     study = ContrastStudy(tuple(pairs), **settings)
     halves = study._halves(found)
