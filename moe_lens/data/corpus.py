@@ -19,6 +19,16 @@ SHUFFLED = 10_000
 """Passages that are held at a time to be drawn from in a random order, where not all of a corpus is read."""
 
 
+def check_rank(rank: int, world_size: int) -> None:
+    """Nothing, where there is such a process.
+
+    Raises:
+        InputError: There are fewer.
+    """
+    if rank >= world_size:
+        raise InputError(f"rank is {rank}; expected 0 to {world_size - 1}, as world_size is {world_size}")
+
+
 @dataclass(frozen=True, eq=False)
 class Corpus(Summary):
     """A named stream of passages, of which only a few are in memory at a time."""
@@ -46,8 +56,7 @@ class Corpus(Summary):
         Raises:
             InputError: It cannot be read; the message says where. Or there is no such process.
         """
-        if rank >= world_size:
-            raise InputError(f"rank is {rank}; expected 0 to {world_size - 1}, as world_size is {world_size}")
+        check_rank(rank, world_size)
         from datasets.distributed import split_dataset_by_node
 
         rows = self.rows()

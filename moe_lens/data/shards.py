@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from moe_lens.checked import ModelWith, Natural, Positive, Seed
-from moe_lens.data.corpus import Corpus
+from moe_lens.data.corpus import Corpus, check_rank
 from moe_lens.data.domains import Domain, Passage
 from moe_lens.data.windows import Window, in_turns, up_to, windows_of
 from moe_lens.errors import InputError
@@ -73,8 +73,7 @@ def shards(
     Raises:
         InputError: The domain holds no text of two tokens, or cannot be read, or there is no such process.
     """
-    if rank >= world_size:
-        raise InputError(f"rank is {rank}; expected 0 to {world_size - 1}, as world_size is {world_size}")
+    check_rank(rank, world_size)
     context = min(reading.context, int(encoder.cfg.n_ctx))
     shared = isinstance(domain, Corpus) and reading.tokens is None
     short = 0

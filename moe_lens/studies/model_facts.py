@@ -15,7 +15,9 @@ from moe_lens.model.loading.placement import places
 from moe_lens.model.loading.quantising import packed_in
 
 SAMPLED = 64
-"""Values of each parameter that the digest looks at; of one that holds the matrices of many experts, of each matrix."""
+"""Values of a parameter that the digest looks at."""
+FEWEST = 4
+"""Of each expert's matrix, where a parameter holds many: each value is a page to read where they are on disk."""
 
 
 def model_facts(model: Any, name: str, *, saved: bool = True) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def model_device(hf: Any) -> str:
 
 
 def parameters_digest(hf: Any) -> str:
-    """A hash of a transformers model's config and of `SAMPLED` evenly spaced values of every matrix.
+    """A hash of a transformers model's config and of evenly spaced values of every parameter, and of every matrix in it.
 
     It tells checkpoints apart at once even if they are large; two that differ in other values alone look the same to
     it. Where parameters are kept makes no difference.
@@ -79,8 +81,9 @@ def parameters_digest(hf: Any) -> str:
 def _sampled(shape: Sequence[int]) -> Tensor:
     """Places in a parameter, counted through all of its axes: of every expert's matrix, where it holds several."""
     size = math.prod(shape[1:] if len(shape) > 2 else shape)
-    within = torch.linspace(0, size - 1, min(SAMPLED, size), dtype=torch.float64).long()
-    return (torch.arange(math.prod(shape) // size)[:, None] * size + within).flatten()
+    matrices = math.prod(shape) // size
+    within = torch.linspace(0, size - 1, min(max(FEWEST, SAMPLED // matrices), size), dtype=torch.float64).long()
+    return (torch.arange(matrices)[:, None] * size + within).flatten()
 
 
 _VOLATILE = {"transformers_version", "torch_dtype", "dtype", "architectures"}
