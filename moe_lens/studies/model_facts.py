@@ -62,7 +62,7 @@ def model_device(hf: Any) -> str:
 
 
 def parameters_digest(hf: Any) -> str:
-    """A hash of a transformers model's config and of evenly spaced values of every parameter, and of every matrix in it.
+    """A hash of a transformers model's config and of evenly spaced values of every matrix.
 
     It tells checkpoints apart at once even if they are large; two that differ in other values alone look the same to
     it. Where parameters are kept makes no difference.

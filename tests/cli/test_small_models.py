@@ -21,9 +21,12 @@ import resource, torch
 from moe_lens.cli.freed_memory import keep_freed_memory
 torch.set_num_threads(1)
 kept = {keep} and keep_freed_memory()
-def work():
+def several():
     held = [torch.ones(2**n) for n in range(18, 24)]
     return [one + 1 for one in held]
+def work():
+    several()
+    torch.ones(2**23)  # alone at the end of the heap, where freed memory is given back
 work()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
