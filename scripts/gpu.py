@@ -25,7 +25,7 @@ from accelerate.utils import set_module_tensor_to_device
 from moe_lens import HookedMoE
 from moe_lens.data import Reading, embedded_domains
 from moe_lens.model.families.deepseek import DeepseekConfig, DeepseekForCausalLM
-from moe_lens.model.loading.memory_plan import gibibytes
+from moe_lens.model.loading.device_map import gibibytes
 from moe_lens.model.loading.pretrained import EMBEDDED, load_tokenizer, resolve_name
 from moe_lens.model.loading.quantising import packers
 from moe_lens.studies import RoutingStudy, run

@@ -70,8 +70,8 @@ def load_model(
 
 def where_it_is(model: "HookedMoE") -> str | None:
     """The dtype of a large model, and what of it is in which place; None for one that is small and in main memory."""
-    from moe_lens.model.loading.memory_plan import said
-    from moe_lens.model.loading.placement import places
+    from moe_lens.model.loading.device_map import said
+    from moe_lens.model.loading.dispatch import places
 
     found = places(model.original_model)
     if found.keys() == {"cpu"} and found["cpu"] < 2**30:
@@ -82,7 +82,7 @@ def where_it_is(model: "HookedMoE") -> str | None:
 
 def is_small(model: "HookedMoE") -> bool:
     """Whether a model is in main memory, and its matrices so small that threads wait longer than they compute."""
-    from moe_lens.model.loading.placement import places
+    from moe_lens.model.loading.dispatch import places
 
     found = places(model.original_model)
     return found.keys() == {"cpu"} and found["cpu"] < SMALL

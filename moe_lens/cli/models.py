@@ -48,9 +48,9 @@ def families_text() -> str:
 
 def info_text(name_or_path: str) -> str:
     """What a model is, from its config alone."""
+    from moe_lens.model.loading.dispatch import offload_root
     from moe_lens.model.loading.machine import Machine
     from moe_lens.model.loading.model_info import here, model_info
-    from moe_lens.model.loading.placement import offload_root
 
     info = model_info(name_or_path)
     places = [(f"in {how}", where) for how, where in here(info, Machine.here(offload_root()))]

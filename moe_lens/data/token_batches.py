@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_lens.checked import ModelWith, Positive, Seed, checked
 from moe_lens.data.domains import Domain
+from moe_lens.data.packing import Packing, packed_rows
 from moe_lens.data.windows import Window, in_turns, up_to
 from moe_lens.errors import InputError, a_kind
 from moe_lens.reprs import Summary
@@ -25,32 +26,6 @@ class Encoder(Protocol):
     def own_ids(self, text: str, /) -> tuple[list[int], list[int]]:
         """A text as the tokenizer itself encodes it: the special tokens that it puts first, and the text's ids."""
         ...
-
-
-@checked
-@dataclass(frozen=True, eq=False)
-class Packing:
-    """How the rows of a batch lie one after another in fewer, fuller rows that the model reads.
-
-    Positions start again with every window, which is what tells transformers that no attention reaches across.
-    """
-
-    tokens: Int[Tensor, "row column"]
-    positions: Int[Tensor, "row column"]
-    at: Int[Tensor, "batch pos"]
-    """Where each token of the batch lies, counting row by row; 0 for padding."""
-
-    def unpack(self, values: Shaped[Tensor, "row column *rest"]) -> Shaped[Tensor, "batch pos *rest"]:
-        """Values of packed tokens as values of the batch; those of padding mean nothing."""
-        return values.flatten(0, 1)[self.at.to(values.device)]
-
-    def pack(
-        self, values: Shaped[Tensor, "batch pos *rest"], mask: Bool[Tensor, "batch pos"]
-    ) -> Shaped[Tensor, "row column *rest"]:
-        """The inverse of `unpack` at real tokens; 0 elsewhere."""
-        packed = values.new_zeros(self.tokens.numel(), *values.shape[2:])
-        packed[self.at[mask].to(values.device)] = values[mask.to(values.device)]
-        return packed.view(*self.tokens.shape, *values.shape[2:])
 
 
 @checked
@@ -179,27 +154,5 @@ def _batch(rows: list[Window], special: set[int], packed: int | None) -> TokenBa
     tokens = torch.tensor([[*row.ids, *([0] * (width - len(row.ids)))] for row in rows])  # padding is masked: any id
     mask = torch.arange(width) < torch.tensor([len(row.ids) for row in rows])[:, None]
     counted = mask & ~torch.isin(tokens, torch.tensor(sorted(special), dtype=torch.long))
-    packing = None if packed is None else _packed(rows, max(packed, width), width)
+    packing = None if packed is None else packed_rows(rows, max(packed, width), width)
     return TokenBatch(tokens, mask, counted, tuple(row.source for row in rows), tuple(rows), packing)
-
-
-def _packed(rows: list[Window], columns: int, width: int) -> Packing:
-    """Each window goes where the row that was begun last has room; otherwise a new row begins."""
-    starts, row, column = [], 0, 0
-    for window in rows:
-        if column + len(window.ids) > columns:
-            row, column = row + 1, 0
-        starts.append((row, column))
-        column += len(window.ids)
-    columns = min(columns, max(at + len(window.ids) for (_, at), window in zip(starts, rows, strict=True)))
-    tokens = torch.zeros(row + 1, columns, dtype=torch.long)
-    # What is left of a row is a document of its own: its positions start at 0 too.
-    positions = torch.arange(columns).repeat(row + 1, 1)
-    at = torch.zeros(len(rows), width, dtype=torch.long)
-    for number, ((row, column), window) in enumerate(zip(starts, rows, strict=True)):
-        n = len(window.ids)
-        tokens[row, column : column + n] = torch.tensor(window.ids)
-        positions[row, column : column + n] = torch.arange(n)
-        positions[row, column + n :] = torch.arange(columns - column - n)
-        at[number, :n] = row * columns + column + torch.arange(n)
-    return Packing(tokens, positions, at)

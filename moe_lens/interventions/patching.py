@@ -15,7 +15,7 @@ from moe_lens.interventions.metrics import Metric, among, describe, evaluate
 from moe_lens.interventions.patch_result import PatchResult
 from moe_lens.interventions.patch_sites import SITES, Parts, Units, differing, logits_variant, stream_variant
 from moe_lens.interventions.sweep import RoutingMode, sweep
-from moe_lens.model.loading.placement import output_place
+from moe_lens.model.loading.dispatch import output_place
 from moe_lens.selection import Selection
 
 Direction = Literal["denoising", "noising"]

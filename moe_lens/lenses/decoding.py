@@ -11,7 +11,7 @@ from moe_lens import names
 from moe_lens.errors import HookError, InputError, a_kind
 from moe_lens.lenses.lens_result import LensResult, blank
 from moe_lens.lenses.metrics import Distribution, read
-from moe_lens.model.loading.placement import output_place
+from moe_lens.model.loading.dispatch import output_place
 from moe_lens.partial_sum import PartialSum
 
 CHUNK = 2**24

@@ -15,7 +15,7 @@ from moe_lens.checked import AnyModel, Natural, Positive
 from moe_lens.errors import HookError, InputError
 from moe_lens.lenses.logit_lens import LogitLens
 from moe_lens.lenses.token_rows import Rows, row_batches, rows
-from moe_lens.model.loading.placement import input_device, output_place
+from moe_lens.model.loading.dispatch import input_device, output_place
 from moe_lens.protocols import require_stream_width
 from moe_lens.reprs import Summary
 from moe_lens.routing import output_factors

@@ -14,7 +14,7 @@ from moe_lens import names
 from moe_lens.checked import AnyModel, Natural, Positive
 from moe_lens.errors import HookError, InputError
 from moe_lens.lenses.token_rows import row_batches, rows
-from moe_lens.model.loading.placement import input_device
+from moe_lens.model.loading.dispatch import input_device
 from moe_lens.reprs import Summary
 
 _CHUNK = 2**12

@@ -20,7 +20,7 @@ from moe_lens.lenses.training_summary import TrainingSummary
 from moe_lens.lenses.tuned_lens_package import read_translators
 from moe_lens.lenses.tuned_loss import TranslatedLens
 from moe_lens.lenses.tuned_training import TrainingSettings, train
-from moe_lens.model.loading.placement import output_place
+from moe_lens.model.loading.dispatch import output_place
 from moe_lens.model.loading.pretrained import EMBEDDED
 from moe_lens.storage import load_tensors, save_tensors, written_whole
 

@@ -11,7 +11,7 @@ from moe_lens import names
 from moe_lens.errors import InputError
 from moe_lens.lenses.lens import Lens
 from moe_lens.lenses.token_rows import Rows
-from moe_lens.model.loading.placement import input_device, output_place
+from moe_lens.model.loading.dispatch import input_device, output_place
 
 CHUNK = 256
 """Tokens whose logits are held at a time: few enough to stay in a CPU's cache with a small vocabulary (twice as fast as

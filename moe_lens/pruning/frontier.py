@@ -19,7 +19,8 @@ from moe_lens.pruning.plans import Plan, plan
 from moe_lens.pruning.scores import Method, Scores
 from moe_lens.pruning.scoring import score
 from moe_lens.reprs import Drawn
-from moe_lens.stats import LossResult, LossStats, Result, halves
+from moe_lens.stats import LossResult, LossStats, Result
+from moe_lens.stats.parallel_sources import balanced_halves, parallel_blocks
 from moe_lens.studies.findings import Findings, across, too_few
 from moe_lens.studies.forward_passes import losses, nothing, predicted
 from moe_lens.studies.frames import where
@@ -122,17 +123,25 @@ def halved(
 ) -> tuple[tuple[Tokens, ...], tuple[Tokens, ...]]:
     """Each domain's texts, divided by source into two halves of about `n_tokens` / 2 each.
 
+    Sources that are parallel, as translations of a document are, are in the same half: their names differ in a language
+    code between slashes alone.
+
     Raises:
-        InputError: a domain has a single source: nothing in it is independent of the rest.
+        InputError: a domain has a single source, or sources that are parallel only: nothing in it is independent of
+            the rest.
     """
-    parts: tuple[list[Tokens], list[Tokens]] = [], []
-    for domain in in_memory(domains):
-        if domain.n_sources < 2:
+    several = in_memory(domains)
+    blocks = parallel_blocks({domain.name: sorted({p.source for p in domain.passages}) for domain in several})
+    sides = balanced_halves(blocks, seed)
+    for name, of in sides.items():
+        if len(set(of.values())) < 2:
             raise InputError(
-                f"domain {domain.name!r} has a single source, so that there is no other to measure on; give passages "
-                'their "source"'
+                f"domain {name!r} has a single source, so that there is no other to measure on (sources whose names "
+                'differ in a language code alone are one); give passages their "source"'
             )
-        side = halves((passage.source for passage in domain.passages), seed)
+    parts: tuple[list[Tokens], list[Tokens]] = [], []
+    for domain in several:
+        side = sides[domain.name]
         for number, part in enumerate(parts):
             own = replace(domain, passages=tuple(p for p in domain.passages if side[p.source] == number))
             part.append(tokenize(own, model, n_tokens=max(2, n_tokens // 2), context=context, seed=seed))

@@ -21,8 +21,8 @@ from moe_lens.errors import InputError, UnsupportedModelError
 from moe_lens.model.cache.hook_cache import identity
 from moe_lens.model.loading.checkpoint import Checkpoint
 from moe_lens.pruning.checkpoint_formats import ExpertTensor
-from moe_lens.pruning.expert_averages import averaged, members
 from moe_lens.pruning.plans import Plan
+from moe_lens.pruning.weight_matching import averaged, members
 from moe_lens.studies.forward_passes import each_layer, forward, nothing
 
 _OUTWARD = ("down_proj", "w2")

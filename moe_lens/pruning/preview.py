@@ -13,7 +13,7 @@ from moe_lens.interventions.ablation import _leave_out as leave_out
 from moe_lens.interventions.intervention import Hook, Intervention
 from moe_lens.model.cache.hook_cache import identity
 from moe_lens.pruning.checkpoint_formats import normalizes
-from moe_lens.pruning.expert_averages import Planned, averaged, members, views
+from moe_lens.pruning.weight_matching import Planned, averaged, members, views
 
 _BIAS = "e_score_correction_bias"
 """What some routers add to the affinities for the choice alone."""

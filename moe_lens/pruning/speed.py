@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_lens.model.hf_compat import cache_of, cache_word
-from moe_lens.model.loading.placement import input_device
+from moe_lens.model.loading.dispatch import input_device
 
 PROMPT, NEW, ROUNDS = 128, 32, 7
 """Tokens of a prompt, tokens decoded after it, and repetitions of which the median counts."""

@@ -1,6 +1,6 @@
 """How well routing tells the domain, beside how well the tokens alone do."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -14,6 +14,7 @@ from moe_lens.checked import Natural, Positive, Seed
 from moe_lens.errors import InputError
 from moe_lens.resampling import Interval, bootstrap, folds, units
 from moe_lens.stats.accumulator import Accumulator, Result
+from moe_lens.stats.parallel_sources import too_few_sources
 from moe_lens.stats.routed_batch import RoutedBatch
 from moe_lens.stats.routing_stats import check_sizes
 from moe_lens.stats.top_rows import TopRows, row_keys
@@ -109,6 +110,8 @@ class DomainPrediction(Result):
     """Tokens of a passage."""
     source: tuple[str, ...]
     """Of each passage; a name means another source in another domain."""
+    unit: Int[Tensor, " passage"]
+    """Number of what was held out, and is resampled, together: a source, or parallel ones of several domains."""
     domain: Int[Tensor, " passage"]
     routing: Int[Tensor, " passage"]
     """Domain predicted from how many of the passage's tokens chose each expert of each layer."""
@@ -128,15 +131,15 @@ class DomainPrediction(Result):
         """95 % interval over sources of the accuracy of one name, or of the first's minus the second's, paired."""
         correct = torch.stack([(getattr(self, name) == self.domain).double() for name in names])
         value = correct[0] if len(names) == 1 else correct[0] - correct[1]
-        of = list(zip(self.domain.tolist(), self.source, strict=True))
-        places = {key: i for i, key in enumerate(sorted(set(of)))}
-        place, keys = torch.tensor([places[key] for key in of]), places
-        sums = torch.zeros(len(keys), dtype=torch.float64).index_add_(0, place, value)
-        counts = torch.bincount(place, minlength=len(keys)).double()
+        counts = torch.bincount(self.unit).double()
+        sums = torch.zeros_like(counts).index_add_(0, self.unit, value)
         return bootstrap(lambda times: (times @ sums) / (times @ counts), counts)
 
     def to_frame(self) -> pd.DataFrame:
-        """A row for "routing", "unigram" and "routing − unigram": accuracy, low, high, chance, passages, sources."""
+        """A row for "routing", "unigram" and "routing − unigram": accuracy, low, high, chance, passages, sources.
+
+        Parallel sources are one.
+        """
         rows = []
         for label, names in (
             ("routing", ["routing"]),
@@ -152,13 +155,19 @@ class DomainPrediction(Result):
                     "high": interval.high if interval else None,
                     "chance": self.chance if len(names) == 1 else 0.0,
                     "passages": len(self.source),
-                    "sources": len(set(zip(self.domain.tolist(), self.source, strict=True))),
+                    "sources": len(self.unit.unique()),
                 }
             )
         return pd.DataFrame(rows)
 
 
-def predict_domain(samples: Mapping[str, PassageResult], *, n_folds: Positive = 5, seed: Seed = 0) -> DomainPrediction:
+def predict_domain(
+    samples: Mapping[str, PassageResult],
+    *,
+    n_folds: Positive = 5,
+    seed: Seed = 0,
+    parallel: Callable[[str], str] | None = None,
+) -> DomainPrediction:
     """Train two classifiers to tell a passage's domain, each the same multinomial logistic regression with L2 penalty.
 
     One sees how often each expert was chosen, the other how often each token occurs, both as square roots of shares.
@@ -169,6 +178,9 @@ def predict_domain(samples: Mapping[str, PassageResult], *, n_folds: Positive = 
         samples: Of each domain, taken with the same model and length.
         n_folds: How many folds; fewer where a domain has fewer sources.
         seed: Of the folds.
+        parallel: From the name of a source to what it has in common with those of other domains that are the same
+            document, as `parallel_key` gives it: they are held out together, and resampled together. If not given,
+            sources of different domains are different documents.
 
     Raises:
         InputError: Fewer than two domains, samples that do not fit one another, or a domain of a single source: then
@@ -179,8 +191,7 @@ def predict_domain(samples: Mapping[str, PassageResult], *, n_folds: Positive = 
     shapes = {(s.layers, s.n_experts, s.tokens.shape[1]) for s in samples.values()}
     if len(shapes) > 1:
         raise InputError(f"the samples differ in layers, experts or length: {sorted(shapes)}")
-    few = {name: len(set(s.source)) for name, s in samples.items() if len(set(s.source)) < 3}
-    if few:
+    if few := too_few_sources({name: s.source for name, s in samples.items()}, parallel):
         raise InputError(f"domains with too few sources (three are needed to keep them apart): {few}")
     each = min(len(s.source) for s in samples.values())
     domain = torch.arange(len(samples)).repeat_interleave(each)
@@ -190,7 +201,10 @@ def predict_domain(samples: Mapping[str, PassageResult], *, n_folds: Positive = 
     types, place = tokens.unique(return_inverse=True)
     occurring = torch.zeros(len(tokens), len(types)).scatter_add_(1, place, torch.ones(place.shape))
     domains = [list(samples)[d] for d in domain.tolist()]
-    fold = folds(units(source, domains), domains, n_folds, seed)
+    of = units(source, domains, parallel)
+    fold = folds(of, domains, n_folds, seed)
+    places = {name: place for place, name in enumerate(sorted(set(of)))}
+    unit = torch.tensor([places[name] for name in of])
     found = {}
     for name, counts in (("routing", assigned.float()), ("unigram", occurring)):
         features = (counts / tokens.shape[1]).sqrt()
@@ -205,7 +219,7 @@ def predict_domain(samples: Mapping[str, PassageResult], *, n_folds: Positive = 
             best = fit_logistic(features[train], domain[train], penalty, len(samples))
             predicted[fold == held] = best(features[fold == held]).argmax(-1)
         found[name] = predicted
-    return DomainPrediction(tuple(samples), tokens.shape[1], source, domain, found["routing"], found["unigram"])
+    return DomainPrediction(tuple(samples), tokens.shape[1], source, unit, domain, found["routing"], found["unigram"])
 
 
 class Logistic:

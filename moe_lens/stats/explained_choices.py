@@ -13,6 +13,7 @@ from moe_lens.errors import InputError
 from moe_lens.resampling import bootstrap_all, folds, units
 from moe_lens.stats.accumulator import Result
 from moe_lens.stats.held_out import Categories, Feature, Held, placements
+from moe_lens.stats.parallel_sources import too_few_sources
 from moe_lens.stats.token_sample import TokenSampleResult
 
 TOKEN, ALL, SHUFFLED = "token", "all", " shuffled"
@@ -20,8 +21,6 @@ MEASURES = ("chosen", "predicted", "hits", "error", "base_error", "above", "belo
 """Sums over a source's tokens, of each expert: times chosen, predicted, both; squared errors of the prediction and of
 the expert's share; and placements (see `held_out.placements`) of tokens that chose it and of those that did not."""
 RESAMPLES = 1000
-LEAST_SOURCES = 3
-"""Of a domain: to be fitted, to choose penalties, and to be predicted."""
 CHUNK = 2**22
 """Numbers of a chunk of layers."""
 
@@ -192,7 +191,7 @@ def explain_choices(
     first = next(iter(samples.values()))
     if len({(of.layers, of.n_experts, of.chosen.shape[-1]) for of in samples.values()}) > 1:
         raise InputError("the samples differ in layers, experts or top_k; expected those of one model")
-    if few := too_few(samples, parallel):
+    if few := too_few_sources({name: of.source for name, of in samples.items()}, parallel):
         raise InputError(f"domains with too few sources (three are needed to keep them apart): {few}")
     features = token_features(samples)
     own, n = [name for name in features if name != PAIR], sum(len(of.about) for of in samples.values())
@@ -231,12 +230,6 @@ def explain_choices(
         tokens=torch.bincount(source, minlength=len(places)),
         sums=torch.cat(sums, 3),
     )
-
-
-def too_few(samples: Mapping[str, TokenSampleResult], parallel: Callable[[str], str] | None = None) -> dict[str, int]:
-    """Domains with fewer than `LEAST_SOURCES` sources, parallel ones being one, and how many they have."""
-    sizes = {name: len(set(units(of.source, [name] * len(of.source), parallel))) for name, of in samples.items()}
-    return {name: n for name, n in sizes.items() if n < LEAST_SOURCES}
 
 
 def _subsets(own: list[str]) -> dict[str, tuple[str, ...]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.checked import AnyModel
 from moe_lens.errors import InputError
-from moe_lens.model.loading import placement
+from moe_lens.model.loading import dispatch
 from moe_lens.model.loading.batch_sizes import rows_at_once
 from moe_lens.protocols import HookedModel
 from moe_lens.routing import LayerRouting, Routing, affinity
@@ -101,7 +101,7 @@ def routing_hooks(model: HookedModel, layers: dict[int, LayerRouting]) -> Hooks:
 
 def input_device(model: Any) -> torch.device:
     """Where the model wants its tokens."""
-    return placement.input_device(model.original_model)
+    return dispatch.input_device(model.original_model)
 
 
 @torch.no_grad()

@@ -9,9 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe_lens.errors import InputError
+from moe_lens.resampling import units
 
 LANGUAGE = r"(?<=/)[a-z]{2,3}([-_][A-Za-z]{2,4})?(?=/)"
 """A language code between slashes: `handbook/de-DE/backup.html` and `handbook/fr-FR/backup.html` are parallel."""
+
+LEAST_SOURCES = 3
+"""Of a domain: to be fitted, to choose penalties, and to be predicted."""
 
 
 def parallel_blocks(sources: Mapping[str, Sequence[str]], differ: str = LANGUAGE) -> dict[str, dict[str, str]]:
@@ -44,6 +48,19 @@ def parallel_key(differ: str = LANGUAGE) -> Callable[[str], str]:
             f"{differ!r} is no regular expression ({error}); expected what parallel names differ in"
         ) from None
     return lambda name: pattern.sub("*", name, count=1)
+
+
+def too_few_sources(
+    sources: Mapping[str, Sequence[str]], parallel: Callable[[str], str] | None = None
+) -> dict[str, int]:
+    """Domains with fewer than `LEAST_SOURCES` sources, parallel ones being one, and how many they have.
+
+    Args:
+        sources: Of each row of each domain.
+        parallel: See `parallel_key`; if not given, none are parallel.
+    """
+    sizes = {name: len(set(units(of, [name] * len(of), parallel))) for name, of in sources.items()}
+    return {name: n for name, n in sizes.items() if n < LEAST_SOURCES}
 
 
 def balanced_halves(blocks: Mapping[str, Mapping[str, str]], seed: int = 0) -> dict[str, dict[str, int]]:

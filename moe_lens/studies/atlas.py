@@ -27,11 +27,9 @@ from moe_lens.stats import (
     VocabularyStats,
     chosen_for,
     explain_choices,
-    halves,
     observe,
 )
-from moe_lens.stats.explained_choices import too_few
-from moe_lens.stats.parallel_sources import parallel_key
+from moe_lens.stats.parallel_sources import balanced_halves, parallel_blocks, parallel_key, too_few_sources
 from moe_lens.studies import atlas_choice, atlas_knockouts, atlas_reading
 from moe_lens.studies.atlas_contexts import TEXTS as SAMPLE
 from moe_lens.studies.atlas_contexts import context_stats, contexts_table, count_contexts
@@ -103,7 +101,10 @@ class Atlas(Study):
             return None
         texts = _texts(earlier[domain]["choice"][TEXTS].result())
         if name == "outputs":
-            return halves(texts.sources, self.seed), COMPARED_TOKENS / int(texts.tokens.sum())
+            blocks = parallel_blocks(
+                {name: _texts(of["choice"][TEXTS].result()).sources for name, of in earlier.items()}
+            )
+            return balanced_halves(blocks, self.seed)[domain], COMPARED_TOKENS / int(texts.tokens.sum())
         routing = {name: of["choice"]["routing"].result() for name, of in earlier.items()}
         members = atlas_knockouts.coalitions(routing, self.seed)
         return list(earlier).index(domain), members, -(-self.knockout_tokens // int(texts.windows.sum()))
@@ -174,7 +175,7 @@ class Atlas(Study):
     def _explained(self, results: Mapping[str, Mapping[str, Result]]) -> dict[str, TokenSampleResult] | None:
         """The tokens whose choices are explained; None where sources are too few to hold any out."""
         samples = atlas_choice.of_kind(results, TOKENS, TokenSampleResult)
-        return None if too_few(samples, parallel_key()) else samples
+        return None if too_few_sources({name: of.source for name, of in samples.items()}, parallel_key()) else samples
 
     def read_off(
         self, model: Any, results: Mapping[str, Mapping[str, Result]], tables: Mapping[str, pd.DataFrame]

@@ -18,7 +18,7 @@ from moe_lens.data import Domains, Reading, Shard, TokenBatch, as_domains, batch
 from moe_lens.errors import InputError, near_miss, several
 from moe_lens.manifest import file_digest
 from moe_lens.model.loading import batch_sizes
-from moe_lens.model.loading.placement import places
+from moe_lens.model.loading.dispatch import places
 from moe_lens.routing import LayerRouting
 from moe_lens.stats.observation import Hooks, routing_hooks
 from moe_lens.studies.batch_halving import Halving

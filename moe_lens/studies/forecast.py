@@ -8,8 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from moe_lens.checked import Natural, Positive
 from moe_lens.data import Reading
-from moe_lens.model.loading.memory_plan import gibibytes
-from moe_lens.model.loading.placement import places
+from moe_lens.model.loading.device_map import gibibytes
+from moe_lens.model.loading.dispatch import places
 from moe_lens.model.loading.quantising import packed_in
 
 READ_AS_TOKENS = 133

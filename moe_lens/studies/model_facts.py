@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from moe_lens.model.hooks.edits import edits
+from moe_lens.model.loading.dispatch import places
 from moe_lens.model.loading.load_streamed import values_at
-from moe_lens.model.loading.placement import places
 from moe_lens.model.loading.quantising import packed_in
 
 SAMPLED = 64

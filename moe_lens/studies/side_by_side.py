@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe_lens.data import TokenBatch
-from moe_lens.data.token_batches import Packing
+from moe_lens.data.packing import Packing
 from moe_lens.model.loading.batch_sizes import reads_in_every_pass, tokens_at_once
 from moe_lens.studies.forward_passes import Hooks, input_device, losses
 

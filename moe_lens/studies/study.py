@@ -23,7 +23,7 @@ from moe_lens.checked import AnyModel, Positive
 from moe_lens.data import Corpus, Domain, Domains, Reading, Shard, TokenBatch, as_domains, batch_windows, shards
 from moe_lens.errors import InputError, UnfitError, UnsupportedModelError
 from moe_lens.model.loading import batch_sizes
-from moe_lens.model.loading.placement import places
+from moe_lens.model.loading.dispatch import places
 from moe_lens.stats import Accumulator, Result
 from moe_lens.studies.batch_halving import Halving
 from moe_lens.studies.forecast import Forecast, Load

@@ -32,8 +32,8 @@ from moe_lens.viz.patching import trace_map as trace_map
 from moe_lens.viz.pruning import frontier as frontier
 from moe_lens.viz.pruning import pruning_ratios as pruning_ratios
 from moe_lens.viz.pruning import specialists as specialists
-from moe_lens.viz.similarity import perplexity_by_k as perplexity_by_k
-from moe_lens.viz.similarity import similarity_by_layer as similarity_by_layer
+from moe_lens.viz.single_expert import perplexity_by_k as perplexity_by_k
+from moe_lens.viz.single_expert import similarity_by_layer as similarity_by_layer
 from moe_lens.viz.specialisation import experts_for_half as experts_for_half
 from moe_lens.viz.specialisation import most_specialised as most_specialised
 from moe_lens.viz.specialisation import specialisation_map as specialisation_map

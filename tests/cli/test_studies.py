@@ -12,7 +12,7 @@ from moe_lens.cli import main
 from moe_lens.cli.removing_experts import contrast
 from moe_lens.cli.studies import experts_per_token
 from moe_lens.errors import InputError
-from moe_lens.model.loading import placement
+from moe_lens.model.loading import dispatch
 from moe_lens.report.published_numbers import MODEL, PUBLISHED, published, published_table, same_model
 from moe_lens.studies import Collected, ExpertsPerToken, StudyResult
 from tests.studies.tiny import save_checkpoint, write_jsonl
@@ -228,7 +228,7 @@ def test_help_teaches(command, capsys):
 
 def test_a_model_that_memory_does_not_hold_gives_the_same_tables(saved, folder, config, tmp_path, monkeypatch, capsys):
     """Most of it is read from disk in every pass; the plan is told and kept."""
-    monkeypatch.setattr(placement, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(dispatch, "HF_HOME", str(tmp_path / "home"))
     out, whole = tmp_path / "split", StudyResult.load(folder / "routing")
     size = sum(whole.manifest["bytes_in"].values())
     assert whole.manifest["bytes_in"] == {"cpu": size} and whole.manifest["plan"]["model"]["device"] == "cpu"

@@ -14,7 +14,7 @@ from transformers.distributed import DistributedConfig
 
 from moe_lens import HookedMoE
 from moe_lens.errors import UnsupportedModelError
-from moe_lens.model.loading import placement
+from moe_lens.model.loading import dispatch
 from tests.families import build, tokens
 from tests.forked import group
 
@@ -100,16 +100,16 @@ def test_two_processes_with_half_of_every_layer_each_are_refused(tmp_path):
 
 def test_what_does_not_fit_is_kept_elsewhere_and_nothing_is_left_behind(tmp_path, monkeypatch, caplog):
     """A checkpoint whose experts transformers has to put together: nobody need name a folder."""
-    monkeypatch.setattr(placement, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(dispatch, "HF_HOME", str(tmp_path / "home"))
     build("mixtral").save_pretrained(tmp_path / "model")
     whole = HookedMoE.from_pretrained(tmp_path / "model").requires_grad_(False)
     size = sum(p.numel() * p.element_size() for p in whole.original_model.parameters())
-    assert placement.places(whole.original_model) == {"cpu": size}
+    assert dispatch.places(whole.original_model) == {"cpu": size}
     assert not (tmp_path / "home").exists(), "a model that fits is not split"
     killed = tmp_path / "home" / "moe_lens-offload" / "killed"
     killed.mkdir(parents=True)
     split = HookedMoE.from_pretrained(tmp_path / "model", max_memory={"cpu": int(size * 0.8)}).requires_grad_(False)
-    found = placement.places(split.original_model)
+    found = dispatch.places(split.original_model)
     assert found.keys() == {"cpu", "disk"} and sum(found.values()) == size
     assert "does not fit into memory" in caplog.text and "on disk, read in every pass" in caplog.text
     assert not killed.exists(), "what a killed process left is removed"
@@ -123,9 +123,9 @@ def test_what_does_not_fit_is_kept_elsewhere_and_nothing_is_left_behind(tmp_path
 
 
 def test_who_names_a_device_gets_it(monkeypatch):
-    monkeypatch.setattr(placement, "plan_memory", lambda *_: pytest.fail("nothing is open"))
+    monkeypatch.setattr(dispatch, "plan_memory", lambda *_: pytest.fail("nothing is open"))
     given: dict[str, Any]
     for given in ({"device": "cpu"}, {"device_map": {"": "cpu"}}, {"device_map": None}):
         HookedMoE.from_pretrained("tiny-deepseekmoe", **given)
     with torch.device("meta"):
-        assert not placement.is_open({})
+        assert not dispatch.is_open({})

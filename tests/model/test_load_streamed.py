@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from moe_lens import HookedMoE
 from moe_lens.errors import CheckpointError
-from moe_lens.model.loading import placement, stored_file
+from moe_lens.model.loading import dispatch, stored_file
 from moe_lens.model.loading.load_streamed import streamed_weights
 from moe_lens.model.loading.streamed_weights import StreamedWeights
 from tests.families import build, tokens
@@ -48,11 +48,11 @@ def streamed(folder: Path, places: dict[str, Any], **how: Any) -> tuple[HookedMo
 
 @pytest.mark.parametrize("places", [EXPERTS, ALL], ids=["experts", "all"])
 def test_every_activation_is_the_plain_model_s_and_every_byte_is_read_once(folder, whole, places, monkeypatch):
-    monkeypatch.setattr(placement, "_new_folder", lambda _: pytest.fail("nothing is written"))
+    monkeypatch.setattr(dispatch, "_new_folder", lambda _: pytest.fail("nothing is written"))
     model, weights = streamed(folder, places)
     elsewhere = [p for p in model.original_model.parameters() if p.is_meta]
     size = sum(p.numel() * p.element_size() for p in elsewhere)
-    assert size == placement.places(model.original_model)["disk"] > 0
+    assert size == dispatch.places(model.original_model)["disk"] > 0
     with torch.no_grad():
         plain, expected = whole.run_with_cache(tokens(2, 9))
         for _ in range(2):
@@ -68,7 +68,7 @@ def test_every_activation_is_the_plain_model_s_and_every_byte_is_read_once(folde
 
 
 def test_a_plan_that_divides_keeps_all_but_experts_and_is_what_is_really_placed(folder, whole, monkeypatch, caplog):
-    monkeypatch.setattr(placement, "_new_folder", lambda _: pytest.fail("nothing is written"))
+    monkeypatch.setattr(dispatch, "_new_folder", lambda _: pytest.fail("nothing is written"))
     clean = lambda name: name.replace("_original_component.", "")  # noqa: E731
     sizes = {clean(name): p.numel() * p.element_size() for name, p in whole.original_model.named_parameters()}
     experts = {name for name in sizes if ".mlp.experts." in name}
@@ -77,7 +77,7 @@ def test_a_plan_that_divides_keeps_all_but_experts_and_is_what_is_really_placed(
     found = {clean(name) for name, p in model.original_model.named_parameters() if p.is_meta}
     assert found == {*experts, "lm_head.weight"}
     elsewhere = sum(sizes[name] for name in found)
-    assert placement.places(model.original_model) == {"cpu": sum(sizes.values()) - elsewhere, "disk": elsewhere}
+    assert dispatch.places(model.original_model) == {"cpu": sum(sizes.values()) - elsewhere, "disk": elsewhere}
     assert "does not fit into memory" in caplog.text and "on disk, read in every pass" in caplog.text
     assert torch.equal(model(tokens(2, 9)), whole(tokens(2, 9)))
 

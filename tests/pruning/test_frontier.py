@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -84,6 +85,33 @@ def test_a_domain_of_one_source_has_nothing_to_measure_on(model):
     domain = Domain("one", (Passage("text", "book", "x:1"), Passage("more", "book", "x:2")))
     with pytest.raises(InputError, match="domain 'one' has a single source"):
         halved([domain], model, n_tokens=10, context=8)
+    twins = Domain("two", (Passage("text", "book/de/1", "x:1"), Passage("more", "book/fr/1", "x:2")))
+    with pytest.raises(InputError, match="domain .two. has a single source, .*language code alone are one"):
+        halved([twins], model, n_tokens=10, context=8)
+
+
+def test_parallel_texts_are_in_one_half():
+    model = HookedMoE.from_pretrained("tiny-deepseekmoe")
+
+    def domain(language: str) -> Domain:
+        return Domain(language, tuple(Passage(f"{i} text " * 9, f"book/{language}/{i}", f"x:{i}") for i in range(10)))
+
+    first, second = halved([domain("de"), domain("fr")], model, n_tokens=10**4, context=8)
+    read = [
+        [{s.rsplit("/", 1)[1] for batch in tokens for s in batch.sources} for tokens in half]
+        for half in (first, second)
+    ]
+    assert [[len(of) for of in half] for half in read] == [[5, 5], [5, 5]]
+    assert read[0][0] == read[0][1] and read[1][0] == read[1][1] and not read[0][0] & read[1][1]
+    # A control: names that share no document are divided each by its own draw.
+    alone = [
+        replace(domain(name), passages=tuple(replace(p, source=name + p.source[-1]) for p in domain(name).passages))
+        for name in ("de", "fr")
+    ]
+    parts = halved(alone, model, n_tokens=10**4, context=8)
+    assert [{s[-1] for batch in tokens for s in batch.sources} for tokens in parts[0]][0] != {
+        s[-1] for batch in parts[0][1] for s in batch.sources
+    }
 
 
 @pytest.mark.typed

@@ -6,8 +6,8 @@ from moe_lens.errors import InputError
 from moe_lens.interventions import CleanRun, Loss
 from moe_lens.interventions.coalitions import added_losses
 from moe_lens.pruning import plan, score
-from moe_lens.pruning.expert_averages import averaged, matching, members, views
 from moe_lens.pruning.merging import grouped
+from moe_lens.pruning.weight_matching import averaged, matching, members, views
 from tests.families import CONFIGS, build, tokens
 from tests.pruning.smaller import by_hand, make_plan, whole
 from tests.pruning.test_scores import texts

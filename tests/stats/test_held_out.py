@@ -9,9 +9,8 @@ from torch import Tensor
 from moe_lens.errors import InputError
 from moe_lens.resampling import folds, units
 from moe_lens.stats import Categories, Numbers, TokenSampleResult, chosen_for, explain_choices
-from moe_lens.stats.explained_choices import too_few
 from moe_lens.stats.held_out import Held, placements
-from moe_lens.stats.parallel_sources import parallel_key
+from moe_lens.stats.parallel_sources import parallel_key, too_few_sources
 
 F32 = 1e-4  # a few sums and one eigendecomposition of some hundred numbers near 1 in float32
 
@@ -159,7 +158,7 @@ def test_parallel_sources_are_held_out_together_and_their_names_explain_nothing(
     said = chosen_for(samples, str)
     assert said["held"].any()
     few = {name: TokenSampleResult((1,), 8, *_some(of, 60)) for name, of in samples.items()}  # two chapters
-    assert set(too_few(few, parallel_key())) == {"de", "fr"}
+    assert set(too_few_sources({name: of.source for name, of in few.items()}, parallel_key())) == {"de", "fr"}
     with pytest.raises(InputError, match="too few sources"):
         explain_choices(few, parallel=parallel_key())
 

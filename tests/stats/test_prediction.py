@@ -9,6 +9,7 @@ from moe_lens.errors import InputError
 from moe_lens.resampling import folds, units
 from moe_lens.stats import PassageResult, PassageSample, predict_domain
 from moe_lens.stats.domain_prediction import fit_logistic
+from moe_lens.stats.parallel_sources import parallel_key
 from tests.stats.routed import routed
 
 EXPERTS, TOP_K, LAYERS, VOCABULARY = 6, 2, (1, 3), 30
@@ -70,6 +71,31 @@ def test_sources_are_never_on_both_sides():
         for name, r in results.items()
     }
     assert predict_domain(leaky).accuracy("routing") > 0.9
+
+
+def test_parallel_sources_are_held_out_together():
+    """A book in two languages, routed alike: nothing tells them, and its twin must not say that it is the other."""
+    r = sample(torch.Generator().manual_seed(7), own=6, sources=8)
+    twins = {
+        name: PassageResult(r.layers, r.n_experts, tuple(f"book/{name}/{s}" for s in r.source), r.tokens, r.assigned)
+        for name in ("de", "fr")
+    }
+    together = predict_domain(twins, parallel=parallel_key())
+    assert together.accuracy("routing") == together.accuracy("unigram") == 0.5  # both of a pair are called the same
+    assert set(together.to_frame()["sources"]) == {8}
+    assert len({(name, unit) for name, unit in zip(together.source, together.unit.tolist(), strict=True)}) == 16
+    apart = predict_domain(twins)  # a control: a twin that was trained on gives the wrong language
+    assert apart.accuracy("routing") < 0.3 and set(apart.to_frame()["sources"]) == {16}
+    few = {name: sample(torch.Generator().manual_seed(8), sources=3) for name in ("de", "fr")}
+    few["fr"] = PassageResult(
+        few["fr"].layers,
+        EXPERTS,
+        tuple(f"x/{s}/1" for s in ("de", "fr", "en") * 4),
+        few["fr"].tokens,
+        few["fr"].assigned,
+    )
+    with pytest.raises(InputError, match="too few sources .*'fr': 1"):
+        predict_domain(few, parallel=parallel_key())
 
 
 def test_names_of_domains_and_sources_may_hold_anything():

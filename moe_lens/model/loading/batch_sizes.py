@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moe_lens.model.loading.placement import places
+from moe_lens.model.loading.dispatch import places
 
 TOKENS = {"cpu": 2**11, "cuda": 2**16}
 """Tokens of a batch of variants at most, by kind of device; fewer if memory does not suffice.

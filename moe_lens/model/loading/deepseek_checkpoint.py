@@ -13,10 +13,10 @@ from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError, 
 from moe_lens.model.families.deepseek import DeepseekConfig, DeepseekForCausalLM
 from moe_lens.model.loading.checkpoint import Checkpoint, OpenFiles, StoredTensor, not_whole
 from moe_lens.model.loading.depth import PREDICTING, layer_of, read_depth
+from moe_lens.model.loading.dispatch import Placing, size_of
 from moe_lens.model.loading.key_mapping import mapped
 from moe_lens.model.loading.lazy_parameters import lazy_state_dict, parameter_shapes, stored_shapes
 from moe_lens.model.loading.load_streamed import load_streamed
-from moe_lens.model.loading.placement import Placing, size_of
 from moe_lens.model.loading.quantising import VARIANT
 from moe_lens.model.loading.stored_view import locate
 from moe_lens.model.loading.through_transformers import load_through_transformers, read_generation_config

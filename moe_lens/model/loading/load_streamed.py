@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_lens.model.experts.offloaded_experts import is_elsewhere, numbers_of
+from moe_lens.model.loading.dispatch import place_of
 from moe_lens.model.loading.lazy_parameters import LazyParameter
-from moe_lens.model.loading.placement import place_of
 from moe_lens.model.loading.state_dict import WRAPPER
 from moe_lens.model.loading.streamed_weights import StreamedWeights
 

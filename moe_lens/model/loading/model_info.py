@@ -17,9 +17,9 @@ from moe_lens.model.families.deepseek import DeepseekConfig
 from moe_lens.model.families.table import check_release, family_of
 from moe_lens.model.hf_compat import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from moe_lens.model.loading.checkpoint import read_config
+from moe_lens.model.loading.device_map import Size, gibibytes, plan_memory
+from moe_lens.model.loading.dispatch import size_of
 from moe_lens.model.loading.machine import Machine
-from moe_lens.model.loading.memory_plan import Size, gibibytes, plan_memory
-from moe_lens.model.loading.placement import size_of
 from moe_lens.model.loading.pretrained import resolve_name
 from moe_lens.model.loading.quantising import packers
 

@@ -25,8 +25,8 @@ from moe_lens.model.hf_compat import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from moe_lens.model.hf_compat import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from moe_lens.model.loading.checkpoint import Checkpoint, not_whole
 from moe_lens.model.loading.depth import layer_of, list_of_layers, read_depth
-from moe_lens.model.loading.memory_plan import Size
-from moe_lens.model.loading.placement import Placing, size_of
+from moe_lens.model.loading.device_map import Size
+from moe_lens.model.loading.dispatch import Placing, size_of
 from moe_lens.model.loading.quantising import VARIANT
 from moe_lens.model.loading.stored_view import LazyTensor, locate
 

@@ -7,8 +7,8 @@ import psutil
 import pytest
 
 from moe_lens.errors import InputError
+from moe_lens.model.loading.device_map import SHARE, Size, plan_memory
 from moe_lens.model.loading.machine import Machine, free_memory
-from moe_lens.model.loading.memory_plan import SHARE, Size, plan_memory
 from moe_lens.model.loading.model_info import here, model_info
 
 GIB = 2**30

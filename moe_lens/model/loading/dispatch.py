@@ -16,8 +16,8 @@ from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedModel
 
 from moe_lens.model.experts.offloaded_experts import device_of
+from moe_lens.model.loading.device_map import Place, Size, gibibytes, plan_memory
 from moe_lens.model.loading.machine import Machine
-from moe_lens.model.loading.memory_plan import Place, Size, gibibytes, plan_memory
 from moe_lens.model.loading.quantising import packed_in
 
 _LOG = logging.getLogger(__name__)
