@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 import moe_lens
-from moe_lens.checked import AnyModel, Natural, Positive, Within, argument_checks, checked
+from moe_lens.argument_checks import Within, argument_checks
+from moe_lens.checked import AnyModel, Natural, Positive, checked
 from moe_lens.errors import InputError
 from moe_lens.selection import Selection
 

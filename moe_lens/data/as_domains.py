@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
-from moe_lens.checked import ReadByItself
+from moe_lens.argument_checks import ReadByItself
 from moe_lens.data.corpus import Corpus
 from moe_lens.data.domains import Domain
 from moe_lens.errors import InputError, a_kind

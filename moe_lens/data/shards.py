@@ -4,7 +4,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from moe_lens.checked import ModelWith, Natural, Positive, Seed
+from moe_lens.argument_checks import ModelWith
+from moe_lens.checked import Natural, Positive, Seed
 from moe_lens.data.corpus import Corpus, check_rank
 from moe_lens.data.domains import Domain, Passage
 from moe_lens.data.windows import Window, in_turns, up_to, windows_of

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from moe_lens.checked import ModelWith, Positive, Seed, checked
+from moe_lens.argument_checks import ModelWith
+from moe_lens.checked import Positive, Seed, checked
 from moe_lens.data.domains import Domain
 from moe_lens.data.packing import Packing, packed_rows
 from moe_lens.data.windows import Window, in_turns, up_to

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens import names
-from moe_lens.checked import ReadByItself
+from moe_lens.argument_checks import ReadByItself
 from moe_lens.errors import InputError, UnfitError, a_kind
 from moe_lens.interventions.intervention import Hook, Intervention, Recipe, first_token, positions, this_pass
 from moe_lens.model.cache.moe_cache import MoECache

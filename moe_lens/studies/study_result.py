@@ -14,7 +14,8 @@ from moe_lens.manifest import file_digest, read_manifest
 from moe_lens.reprs import Drawn
 from moe_lens.stats import Result
 from moe_lens.storage import stored_kind
-from moe_lens.studies.findings import Findings, findings_of
+from moe_lens.studies.finding_sentences import findings_of
+from moe_lens.studies.findings import Findings
 from moe_lens.studies.frames import latex
 
 

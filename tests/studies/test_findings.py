@@ -15,7 +15,8 @@ from moe_lens.manifest import seal
 from moe_lens.report.report_page import page_of
 from moe_lens.studies import Checkpoints, Collected, RoutingStudy, SingleExpertStudy, StudyResult, collect, run
 from moe_lens.studies.attribution_fidelity import AttributionFidelity
-from moe_lens.studies.findings import MOST, across, findings_of
+from moe_lens.studies.finding_sentences import MOST, findings_of
+from moe_lens.studies.findings import across
 from tests.studies.test_checkpoints import perturbed
 from tests.studies.test_study import SMALL
 from tests.studies.tiny import domain, tiny_model

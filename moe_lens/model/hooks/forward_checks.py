@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformer_lens.utilities import Slice
 
-from moe_lens.checked import ReadByItself
+from moe_lens.argument_checks import ReadByItself
 from moe_lens.errors import InputError, a_kind
 from moe_lens.model.families.family import Family
 from moe_lens.model.hooks.key_value_padding import n_held

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from torch import Tensor, nn
 from transformer_lens.hook_points import LensHandle
 
-from moe_lens.checked import ReadByItself
+from moe_lens.argument_checks import ReadByItself
 from moe_lens.model.hooks.checked_point import CheckedPoint
 from moe_lens.model.hooks.interrupts import uninterrupted
 from moe_lens.model.hooks.ownership import Claim

@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moe_lens.checked import Natural, ReadByItself, checked
+from moe_lens.argument_checks import ReadByItself
+from moe_lens.checked import Natural, checked
 from moe_lens.errors import InputError, TokenError
 from moe_lens.ids import one_id
 from moe_lens.model.hooks.parameter_views import ParameterViews
