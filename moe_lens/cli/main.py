@@ -24,7 +24,6 @@ from moe_lens.cli import show as _show
 from moe_lens.cli import studies as _studies
 from moe_lens.cli.app import app
 from moe_lens.cli.config_file import defaults
-from moe_lens.cli.freed_memory import keep_freed_memory
 from moe_lens.errors import InputError, MoELensError
 
 __all__ = [
@@ -59,8 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    if arguments is None:  # the process is ours
-        keep_freed_memory()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

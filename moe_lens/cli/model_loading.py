@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from moe_lens.cli.freed_memory import keep_freed_memory
 from moe_lens.errors import InputError
 
 if TYPE_CHECKING:
@@ -63,8 +64,10 @@ def load_model(
     model = HookedMoE.from_pretrained(name, dtype=dtype, quantize=quantize, trust_remote_code=trust, **where)
     if not model.moe_layers:
         raise InputError(f"{name} has no layer with experts")
-    if is_small(model) and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
+    if is_small(model):
+        keep_freed_memory()
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)
     return model.eval().requires_grad_(False)
 
 
