@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moe_lens.cli import freed_memory
+from moe_lens.cli import freed_memory, model_loading
 from moe_lens.cli import second_process as module
 from moe_lens.cli.second_process import TOLD, second_process, worth_it
 from moe_lens.data import Domain, Passage, Reading
@@ -45,6 +45,18 @@ def test_memory_that_is_kept_is_not_cleared_anew_for_every_tensor():
     kept, n = faults(keep=True)
     assert kept == (platform.libc_ver()[0] == "glibc"), "other C libraries are left as they are"
     assert not kept or n < faults(keep=False)[1] / 5
+
+
+def test_a_large_model_gives_its_memory_back(monkeypatch: pytest.MonkeyPatch):
+    """What is freed of one lies between what is not: kept, it would add up to gigabytes."""
+    kept: list[str] = []
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(model_loading, "keep_freed_memory", lambda: kept.append("kept"))
+    model_loading.load_model("tiny-deepseekmoe", "auto", "cpu")
+    assert kept == ["kept"]
+    monkeypatch.setattr(model_loading, "SMALL", 2**20)
+    model_loading.load_model("tiny-deepseekmoe", "auto", "cpu")
+    assert kept == ["kept"]
 
 
 def child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
