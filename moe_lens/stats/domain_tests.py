@@ -85,7 +85,7 @@ class DomainComparison(Result):
         return 1 / (self.permutations + 1)
 
     def to_frame(self) -> pd.DataFrame:
-        """A row per domain, layer and expert: share, difference, statistic, p_value, npmi."""
+        """A row per domain, layer and expert: share, difference, statistic, p_value, smallest_p, npmi."""
         axes = [self.domains, self.layers, range(self.shares.shape[-1])]
         index = pd.MultiIndex.from_product(axes, names=["domain", "layer", "expert"])
         columns = {
@@ -95,16 +95,16 @@ class DomainComparison(Result):
             "p_value": self.p_values,
             "npmi": self.npmi,
         }
-        return pd.DataFrame(
-            {name: table.flatten().numpy() for name, table in columns.items()}, index=index
-        ).reset_index()
+        frame = pd.DataFrame({name: table.flatten().numpy() for name, table in columns.items()}, index=index)
+        frame.insert(list(frame).index("p_value") + 1, "smallest_p", self.smallest_p)
+        return frame.reset_index()
 
     def strongest(self, n: Positive = 10) -> pd.DataFrame:
         """The rows of `to_frame` with the smallest p-values; of equal ones, those with the largest effect."""
         return most_significant(self.to_frame(), "statistic").head(n)
 
     def per_layer(self) -> pd.DataFrame:
-        """A row per layer: mi, low, high, null, excess (mi minus null), p_value, p_holm (over layers); nats.
+        """A row per layer: mi, low, high, null, excess (mi − null), p_value, p_holm (over layers), smallest_p; nats.
 
         low and high are the 95 % interval over sources of the mutual information less what few sources add to it.
         """
@@ -119,7 +119,8 @@ class DomainComparison(Result):
             "p_value": self.mi_p_values,
             "p_holm": holm(self.mi_p_values),
         }
-        return pd.DataFrame({"layer": self.layers, **{name: value.numpy() for name, value in columns.items()}})
+        frame = pd.DataFrame({"layer": self.layers, **{name: value.numpy() for name, value in columns.items()}})
+        return frame.assign(smallest_p=self.smallest_p)
 
     def per_pair(self) -> pd.DataFrame:
         """A row per layer and pair of domains, of these two alone; nats.

@@ -9,6 +9,8 @@ HOLDS: Answer = "holds"
 CONTRADICTED: Answer = "contradicted"
 UNDECIDED: Answer = "undecided"
 
+NO_DAGGER = "no †"
+
 FACTORS = (0.5, 1.0, 2.0)
 """Distances of a † threshold from what it is measured from, at which verdicts are also shown."""
 
@@ -105,10 +107,11 @@ def together(answers: Sequence[Answer]) -> Answer:
 
 
 def over_domains(answers: Sequence[Answer]) -> str:
-    """Of all domains: the answer that they agree on, or "mixed (a of b)", a of b of which hold."""
+    """Of all domains: the answer that they share, or "mixed (a of b hold, c contradicted)"; the rest is undecided."""
     if len(set(answers)) == 1:
         return answers[0]
-    return f"mixed ({answers.count(HOLDS)} of {len(answers)})" if answers else UNDECIDED
+    held, against = answers.count(HOLDS), answers.count(CONTRADICTED)
+    return f"mixed ({held} of {len(answers)} hold, {against} contradicted)" if answers else UNDECIDED
 
 
 @dataclass(frozen=True)
@@ -133,3 +136,16 @@ class Verdict:
     def inference(self, factor: float = 1.0) -> str:
         """Whether the inference is supported, over all domains."""
         return over_domains([of.inference(factor) for of in self.domains])
+
+    def elsewhere(self, factor: float) -> str:
+        """Both verdicts with † thresholds at so many times their distance; "no †" where all thresholds are the paper's.
+
+        A row that was not run has no thresholds; its verdict is the same at every distance.
+        """
+        if not self.domains:
+            return f"{self.number(factor)} / {self.inference(factor)}"
+        ours = {bound.control for of in self.domains for bound in of.bounds if bound.threshold.ours}
+        if not ours:
+            return NO_DAGGER
+        number = self.number(factor) if False in ours or not self.has_number else NO_DAGGER
+        return f"{number} / {self.inference(factor)}"

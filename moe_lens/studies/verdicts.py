@@ -8,8 +8,9 @@ row's domains), and the side of a threshold that the claim puts them on.
 - *contradicted*: one of them lies wholly on the other side;
 - *undecided*: all else, fewer than ten sources and what was not run included.
 
-Of all domains together a claim holds, or is contradicted, only where it is in each; otherwise it is mixed. A verdict is
-about the model and the texts that were read, and no others. Thresholds marked † are ours, not the paper's.
+Of all domains together a claim holds, or is contradicted, only where it is in each; otherwise it is mixed, with the
+number of domains on either side. A verdict is about the model and the texts that were read, and no others. Thresholds
+marked † are ours, not the paper's.
 """
 
 import json
@@ -28,8 +29,9 @@ from moe_lens.studies.paper_claims import RULES
 from moe_lens.studies.study_result import StudyResult
 from moe_lens.studies.verdict_answers import FACTORS, HOLDS, THRESHOLDS, Threshold, Verdict
 
-FORMAT = 2
-"""Of `verdicts.json`; grows when a key changes its meaning or goes away. From 2 on there is a seal."""
+FORMAT = 3
+"""Of `verdicts.json`; grows when a key changes its meaning or goes away. From 2 on there is a seal; from 3 on a mixed
+verdict says how many domains contradict it, and `at_half` and `at_double` say where there is no †."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,12 +58,14 @@ class Verdicts(Summary):
         return tuple(name for name, at in self.thresholds.items() if at != THRESHOLDS[name])
 
     def to_frame(self) -> pd.DataFrame:
-        """A row per claim: claim, estimate, number, inference, at_half and at_double the distance of † thresholds."""
+        """A row per claim: claim, estimate, number, inference, at_half and at_double the distance of † thresholds.
+
+        The last two are "number / inference", or "no †" where no threshold is ours.
+        """
         rows = []
         for row in self.rows:
             others = {
-                name: f"{row.number(factor)} / {row.inference(factor)}"
-                for name, factor in (("at_half", FACTORS[0]), ("at_double", FACTORS[2]))
+                name: row.elsewhere(factor) for name, factor in (("at_half", FACTORS[0]), ("at_double", FACTORS[2]))
             }
             rows.append(
                 {

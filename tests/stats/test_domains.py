@@ -64,6 +64,7 @@ def test_planted_specialisation_is_found_and_nothing_else():
     results = {"a": domain(generator, 20), "b": domain(generator, 20, bias), "c": domain(generator, 20)}
     found = compare_domains(results, permutations=499)
     assert float(found.p_values[1, 1, 5]) == found.smallest_p == 1 / 500
+    assert set(found.to_frame()["smallest_p"]) == set(found.per_layer()["smallest_p"]) == {found.smallest_p}
     assert found.strongest(1)[["domain", "layer", "expert"]].values.tolist() == [["b", 1, 5]]
     assert int(found.statistics.abs().argmax()) == 1 * LAYERS * EXPERTS + 1 * EXPERTS + 5
     assert float(found.npmi[1, 1, 5]) > 0.05

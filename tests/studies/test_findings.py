@@ -139,7 +139,7 @@ def test_verdicts_of_several_reports_stand_side_by_side(tmp_path, capsys):
         *({**earlier, "verdicts": [{**row, key: [3]}]} for key in row),
     ):
         assert "is not as the report wrote it" in shown(content)
-    assert "has format 3" in shown({**sealed, "format": 3}) and "holds a list" in shown([])
+    assert "has format 4" in shown({**sealed, "format": 4}) and "holds a list" in shown([])
 
 
 def test_a_report_of_two_models_begins_with_their_verdicts_side_by_side(saved):

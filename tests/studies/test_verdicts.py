@@ -178,12 +178,11 @@ def test_domains_that_disagree_are_mixed(planted):
         for name, study in planted.items()
     }
     found = judge(mixed)
-    assert answers(found)["4"] == ("mixed (1 of 2)", "mixed (1 of 2)")
-    assert answers(found)["3"] == ("holds", "mixed (1 of 2)")
+    half = "mixed (1 of 2 hold, 1 contradicted)"
+    assert answers(found)["4"] == (half, half)
+    assert answers(found)["3"] == ("holds", half)
     (row,) = (row for row in found.rows if row.key == "4")
-    assert found.sentence(row) == (
-        "4, of planted on a, b: the number is mixed (1 of 2), the inference is mixed (1 of 2)."
-    )
+    assert found.sentence(row) == f"4, of planted on a, b: the number is {half}, the inference is {half}."
 
 
 def test_what_was_not_run_is_undecided_and_says_so(planted):
@@ -216,6 +215,10 @@ def test_a_changed_threshold_is_flagged_and_ours_are_shown_at_other_distances(pl
     frame: Any = usual.to_frame().set_index(usual.to_frame()["claim"].str.split().str[0])
     # agreement .98: ≥ .95, and at half the distance from 1 ≥ .975; KL .05 is exactly at half of .10
     assert frame.loc["2", "at_double"] == "holds / holds" and frame.loc["2", "at_half"].startswith("holds / ")
+    # thresholds of the paper stay: of a row, or of its number, there is nothing to show
+    assert frame.loc[["1a", "4"], ["at_half", "at_double"]].to_numpy().tolist() == [["no †"] * 2] * 2
+    assert frame.loc["3", "at_half"].startswith("no † / ") and frame.loc["1b", "at_double"] == "holds / holds"
+    assert frame.loc["5", "at_half"] == "undecided / undecided"  # not run: no thresholds
     strict = judge(planted, {"agreement": 0.99, "perplexity": 1.001})
     assert strict.changed() == ("agreement", "perplexity")
     assert answers(strict)["2"][0] == "contradicted" and answers(strict)["4"][0] == "contradicted"
@@ -258,4 +261,9 @@ def test_sides_and_thresholds():
     assert OfDomain("d", 12, (bound, replace(bound, low=None, high=None, control=True))).inference() == "undecided"
     assert together(["holds", "undecided", "contradicted"]) == "contradicted" and together([]) == "undecided"
     assert over_domains(["undecided", "undecided"]) == "undecided"
-    assert over_domains(["contradicted", "undecided", "holds"]) == "mixed (1 of 3)"
+    assert over_domains(["contradicted", "undecided", "holds"]) == "mixed (1 of 3 hold, 1 contradicted)"
+    # none holds, and it is no contradiction either: both counts are said
+    assert (
+        over_domains(["undecided", "contradicted", "contradicted", "contradicted", "contradicted"])
+        == "mixed (0 of 5 hold, 4 contradicted)"
+    )
