@@ -1,5 +1,6 @@
 """`moe-lens prune`: a smaller checkpoint, and what it costs."""
 
+import gc
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -108,7 +109,7 @@ def prune(
     from rich.console import Console
     from rich.text import Text
 
-    from moe_lens.pruning.prune_job import PruneSettings
+    from moe_lens.pruning.prune_job import PruneSettings, compare
     from moe_lens.pruning.prune_job import prune as run
     from moe_lens.report import OutputFolder
     from moe_lens.report.pruning_page import write_pruning
@@ -136,8 +137,12 @@ def prune(
             )
         memory, trust = options.max_memory(max_memory, device), trust_tokenizer_code
         loaded = load_model(model, dtype.value, device, memory, trust_tokenizer=trust)
-        made = run(loaded, domains, settings, folder.scratch / "model", watch=status.update)  # appears with the rest
-        page = write_pruning(made, folder)
+        smaller = folder.scratch / "model"  # appears with the rest
+        made = run(loaded, domains, settings, smaller, watch=status.update)
+        del loaded  # the two that are timed take its place
+        gc.collect()
+        status.update("timing both models")
+        page = write_pruning(made, *compare(model, smaller), folder)
     console.print(f"done in {time.monotonic() - started:.0f} s", highlight=False)
     console.print(Text(str(made.frontier.findings())), soft_wrap=True)
     print(page.resolve())

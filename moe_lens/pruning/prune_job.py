@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from moe_lens.data import Domains, in_memory, tokenize
+from moe_lens.model.loading.dispatch import places
 from moe_lens.model.loading.pretrained import load_pretrained, resolve_name
 from moe_lens.pruning.export import export, expressible, folder_size
 from moe_lens.pruning.frontier import ALL, Frontier, frontier, halved
@@ -15,7 +16,7 @@ from moe_lens.pruning.merging import merge
 from moe_lens.pruning.plans import Budget, Plan, plan
 from moe_lens.pruning.scores import Method, Scores
 from moe_lens.pruning.scoring import score
-from moe_lens.pruning.speed import memory, speed
+from moe_lens.pruning.speed import SPEED, memory, speed
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,6 @@ class Pruned:
     plan: Plan
     frontier: Frontier
     """Cross-fitted: plans made like the one that was written, but from half of the texts, and judged on the rest."""
-    size: pd.DataFrame
-    """Bytes on disk and in memory, before and after."""
-    speed: pd.DataFrame
-    """Tokens per second in plain transformers, before and after."""
 
 
 def shares(keep: float) -> list[float]:
@@ -68,7 +65,7 @@ def prune(
     *,
     watch: Callable[[str], None] = lambda what: None,  # noqa: ARG005
 ) -> Pruned:
-    """Score, plan, measure, write, and measure what was written.
+    """Score, plan, measure, and write.
 
     Args:
         model: A `HookedMoE`, loaded from `settings.model`, whose stored weights are what is written.
@@ -107,13 +104,20 @@ def prune(
     )
     watch("writing the smaller model")
     export(settings.model, made, folder, measurements={"Perplexity": _card_table(found, settings, len(made.kept[0]))})
-    watch("timing both models")
-    size, times = compare(settings.model, folder)
-    return Pruned(settings, scores, made, found, size, times)
+    return Pruned(settings, scores, made, found)
 
 
 def compare(original: str, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Size and speed of two checkpoints in plain transformers, both in the dtype that they are stored in."""
+    """Size and speed of two checkpoints in plain transformers, both in the dtype that they are stored in.
+
+    Args:
+        original: Name or folder of the whole model. Both are loaded: no other should be in memory.
+        folder: Of the smaller one.
+
+    Returns:
+        Parameters and bytes on disk and in memory of each; and what `speed` gives, without a row where one of the two
+        does not fit into memory: its speed is the disk's, and 66 passes a round take hours.
+    """
     models: dict[str, Any] = {"original": load_pretrained(original)[0], "pruned": load_pretrained(str(folder))[0]}
     disk = {"original": resolve_name(original), "pruned": str(folder)}
     rows = [
@@ -125,7 +129,8 @@ def compare(original: str, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         }
         for name, one in models.items()
     ]
-    return pd.DataFrame(rows), speed(models)
+    fit = not any("disk" in places(one) for one in models.values())
+    return pd.DataFrame(rows), speed(models) if fit else pd.DataFrame(columns=[*SPEED])
 
 
 def _card_table(found: Frontier, settings: PruneSettings, kept: int) -> pd.DataFrame:

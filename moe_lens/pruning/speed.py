@@ -15,6 +15,8 @@ from moe_lens.model.loading.dispatch import input_device
 PROMPT, NEW, ROUNDS = 128, 32, 7
 """Tokens of a prompt, tokens decoded after it, and repetitions of which the median counts."""
 BATCHES = (1, 8)
+SPEED = ("model", "phase", "batch", "tokens_per_second", "ratio")
+"""Columns of what is measured."""
 
 
 @torch.no_grad()
@@ -41,16 +43,9 @@ def speed(models: Mapping[str, Any], *, watch: Callable[[], None] = lambda: None
     for (phase, name, batch), all_ in seconds.items():
         took, reference = all_[1:], seconds[phase, first, batch][1:]
         tokens = batch * (PROMPT if phase == "prefill" else NEW)
-        rows.append(
-            {
-                "model": name,
-                "phase": phase,
-                "batch": batch,
-                "tokens_per_second": tokens / statistics.median(took),
-                "ratio": statistics.median(there / here for there, here in zip(reference, took, strict=True)),
-            }
-        )
-    return pd.DataFrame(rows)
+        ratio = statistics.median(there / here for there, here in zip(reference, took, strict=True))
+        rows.append((name, phase, batch, tokens / statistics.median(took), ratio))
+    return pd.DataFrame(rows, columns=[*SPEED])
 
 
 def _once(model: Any, batch: int) -> dict[str, float]:

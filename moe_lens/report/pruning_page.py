@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from markupsafe import Markup
 
 from moe_lens import viz
@@ -14,28 +15,30 @@ from moe_lens.report.report_files import OutputFolder
 from moe_lens.report.report_page import framed
 
 
-def write_pruning(made: Pruned, folder: OutputFolder) -> Path:
+def write_pruning(made: Pruned, size: pd.DataFrame, speed: pd.DataFrame, folder: OutputFolder) -> Path:
     """Write `report.html`, the frontier, sizes and speeds as parquet, and scores and plan; the path of the page.
 
     Args:
         made: What was done and measured.
+        size: As `compare` gives it.
+        speed: The same; empty where it was not measured.
         folder: Where to, entered.
     """
 
     def everything(into: Path) -> None:
         made.frontier.to_frame().to_parquet(into / "frontier.parquet", index=False)
-        made.size.to_parquet(into / "size.parquet", index=False)
-        made.speed.to_parquet(into / "speed.parquet", index=False)
+        size.to_parquet(into / "size.parquet", index=False)
+        speed.to_parquet(into / "speed.parquet", index=False)
         made.frontier.save(into / "frontier.safetensors")
         made.scores.save(into / "scores.safetensors")
         made.plan.save(into / "plan.safetensors")
-        (into / "report.html").write_text(_page(made), encoding="utf-8")
+        (into / "report.html").write_text(_page(made, size, speed), encoding="utf-8")
 
     folder.fill(everything)
     return folder.path / "report.html"
 
 
-def _page(made: Pruned) -> str:
+def _page(made: Pruned, size: pd.DataFrame, speed: pd.DataFrame) -> str:
     kept = len(made.plan.kept[0])
     specialised = {point[3] for point in made.frontier.points if point[1] != ALL}
     figures: dict[str, Any] = {"frontier": as_html(viz.frontier(made.frontier)), "specialists": None}
@@ -50,8 +53,8 @@ def _page(made: Pruned) -> str:
         kept=kept,
         experts=made.plan.n_experts,
         rows=made.frontier.to_frame().to_dict("records"),
-        size=made.size.to_dict("records"),
-        speed=made.speed.to_dict("records"),
+        size=size.to_dict("records"),
+        speed=speed.to_dict("records"),
         figures=figures,
     )
     return framed(f"A smaller {made.settings.model}", Markup(body))  # noqa: S704

@@ -1,14 +1,19 @@
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
 from moe_lens import HookedMoE
 from moe_lens.data import Domain, Passage
 from moe_lens.errors import InputError
-from moe_lens.pruning import Frontier, Point, frontier, halved, plan, score
+from moe_lens.model.loading.pretrained import resolve_name
+from moe_lens.pruning import Frontier, Point, frontier, halved, plan, prune_job, score
 from moe_lens.pruning.frontier import ALL
+from moe_lens.pruning.speed import SPEED
+from moe_lens.report.pruning_page import _page as page_of
 from tests.families import build
 from tests.pruning.test_scores import nats, texts
 
@@ -160,3 +165,18 @@ def test_what_a_frontier_would_not_measure_is_refused(model, found):
     for given, methods, more, message in wrong:
         with pytest.raises(InputError, match=message):
             frontier(model, given, methods, [0.5], **more)
+
+
+def test_speed_is_not_measured_of_a_model_that_is_read_from_disk(model, found, monkeypatch):
+    """A round of it is 66 passes over the disk."""
+    monkeypatch.setattr(prune_job, "speed", lambda models: pytest.fail(f"{[*models]} are timed"))
+    monkeypatch.setattr(prune_job, "places", lambda _: {"cpu": 1, "disk": 1})
+    size, speed = prune_job.compare("tiny-deepseekmoe", Path(resolve_name("tiny-deepseekmoe")))
+    assert len(set(size["parameters"].tolist())) == 1 and len(speed) == 0 and list(speed) == list(SPEED)
+    scores = score(model, [texts(1, name="a")], "frequency")
+    settings = prune_job.PruneSettings("m", 0.5, "frequency", False, "layer", False, None, None, (), 9, 0)
+    made = prune_job.Pruned(settings, scores, plan(scores, 0.5), found[1])
+    said = "Not measured: one of the two models does not fit"
+    assert said in page_of(made, size, speed)
+    timed = pd.DataFrame([("original", "prefill", 1, 9.0, 1.0)], columns=[*SPEED])
+    assert said not in page_of(made, size, timed)

@@ -48,7 +48,7 @@ def load_pretrained(
         trust_remote_code: whether to run code that comes with the checkpoint; "tokenizer" for the tokenizer's alone.
             DeepSeekMoE never needs it.
         kwargs: the loading arguments of transformers (`dtype`, `device_map`, `attn_implementation`, `revision`, …).
-            Without `device_map`, or with "auto", `memory_plan` says where parameters go; `max_memory` bounds it.
+            Without `device_map`, or with "auto", they go where there is room; `max_memory` bounds it.
 
     Returns:
         The model in evaluation mode, and its tokenizer or None where the checkpoint has none that can be read.
