@@ -186,7 +186,7 @@ def _instance(kind: type, value: Any) -> str | None:
 
 
 def _model(attribute: str, value: Any) -> str | None:
-    if hasattr(value, attribute):
+    if hasattr(value, attribute) and not isinstance(value, type):
         return None
     return "a HookedMoE, as HookedMoE.from_pretrained(name) and HookedMoE.from_hf(model, tokenizer) give it"
 

@@ -1,11 +1,12 @@
 """What instruments and caches need of a model, so that they need not import it."""
 
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from moe_lens.checked import ModelWith
 from moe_lens.errors import InputError
 
 
@@ -103,6 +104,10 @@ class HookedModel(Protocol):
     def to_single_token(self, string: str) -> int:
         """The id of a string that is one token."""
         ...
+
+
+Hooked = Annotated[HookedModel, ModelWith("moe_layers")]
+"""A model that is held against this at the call, where what is offered takes one."""
 
 
 def require_stream_width(model: Any, what: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_lens.checked import Natural, checked
 from moe_lens.errors import InputError
 from moe_lens.ids import Ids, ids, one_id
-from moe_lens.protocols import HookedModel
+from moe_lens.protocols import Hooked
 
 Experts = Mapping[int, Iterable[int] | Tensor | NDArray[Any]] | Iterable[tuple[int, int]]
 """`{layer: [expert, …]}` or `[(layer, expert), …]`; a mask over all experts may replace a list of ids."""
@@ -114,7 +114,7 @@ class Selection:
         """Whether routed experts are meant."""
         return self.experts is not None or self.ranks is not None or not self.shared
 
-    def check(self, model: HookedModel, *, dense: bool = False) -> "Selection":
+    def check(self, model: Hooked, *, dense: bool = False) -> "Selection":
         """The selection itself, if the model has everything that it names.
 
         Args:
@@ -149,7 +149,7 @@ class Selection:
             raise InputError("shared=True, and the model has no shared experts")
         return self
 
-    def layers_of(self, model: HookedModel) -> tuple[int, ...]:
+    def layers_of(self, model: Hooked) -> tuple[int, ...]:
         """The layers that are meant, ascending.
 
         Args:

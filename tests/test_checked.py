@@ -86,6 +86,7 @@ def test_what_an_annotation_allows_passes() -> None:
         ({"selections": [Selection]}, "expected a Selection: an instance, Selection(…) in it"),
         ({"model": "tiny"}, "model is 'tiny'; expected a HookedMoE, as HookedMoE.from_pretrained(name) and"),
         ({"model": torch.nn.Sequential(torch.nn.Linear(1, 1))}, "model is a Sequential; expected a HookedMoE"),
+        ({"model": Model}, "expected a HookedMoE"),
         ({"real": "atuo"}, "real is 'atuo'; expected a number, or 'auto'"),
     ],
 )
@@ -291,6 +292,35 @@ def test_what_is_offered_refuses_what_its_annotations_do_not_allow(name: str) ->
                 function(**{argument: wrong})
             refused += 1
     assert bool(refused) <= bool(argument_checks(function))
+
+
+A_MODEL = {name: function for name, function in OFFERED.items() if "model" in hints(function)}
+OTHER_MODELS = {
+    "HookTable.__init__": "a model of transformers, by from_hf",
+    "HookedMoE.from_hf": "a model of transformers, which it checks itself",
+    "Intervention.__init__": "made by what changes a model; None after unpickling",
+    "Plan.__init__": "what is known of a model",
+    "Plan.check": "what is known of a model",
+    "Scores.__init__": "what is known of a model",
+    "Verdicts.__init__": "the name of a model",
+}
+"""What has an argument `model` that is no `HookedMoE`, and what that is."""
+
+
+def is_of_a_study(function: Any) -> bool:
+    """Whether it is what `studies.run`, which checks the model, calls."""
+    return function.__module__.startswith("moe_lens.studies.") and "self" in inspect.signature(function).parameters
+
+
+@pytest.mark.parametrize("name", sorted(A_MODEL))
+def test_what_takes_a_model_refuses_all_else_in_a_line(name: str) -> None:
+    function = A_MODEL[name]
+    if function.__qualname__ in OTHER_MODELS or is_of_a_study(function):
+        pytest.skip("takes another kind of model, or is called with one that was checked")
+    plain = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    for wrong in (3, plain, moe_lens.HookedMoE):
+        with pytest.raises(InputError, match=r"^model is [^\n]*; expected a HookedMoE, as HookedMoE\.from_[^\n]*$"):
+            function(**{"model": wrong})
 
 
 def test_the_law_walks_what_users_call() -> None:

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 from moe_lens.data.rows import Passage, passage, read_row
 from moe_lens.errors import InputError
-from moe_lens.json_files import parse_json
+from moe_lens.json_files import check_file, parse_json
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 """Suffixes of files of texts."""
@@ -19,6 +19,7 @@ LINE = 2**28
 """Bytes of the longest line that is read: a file without line ends must not fill the memory."""
 WHOLE = 2**30
 """Bytes of the largest file of a kind that must be read as a whole."""
+_TEXT = 'an object with "text"'
 _SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")
 
 
@@ -30,6 +31,27 @@ def read_passages(path: str | Path, *, text: str = "text", source: str | None = 
             yield from _read_folder(path, text, source)
         else:
             yield from _read_file(path, path.name, text, source)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def read_objects(path: str | Path, like: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSON Lines file, compressed or not, each with its file and line.
+
+    Args:
+        path: Of a file with any name.
+        like: What a line is expected to be, for messages.
+
+    Raises:
+        InputError: It cannot be read, or a line is no object.
+    """
+    path = Path(path)
+    codec = COMPRESSED.get(path.suffix.lower())
+    try:
+        check_file(path)
+        for number, line in _lines(path, codec):
+            if line.strip():
+                yield f"{path}:{number}", _object(line, f"{path}:{number}", like)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
 
@@ -111,15 +133,14 @@ def _read_jsonl(path: Path, codec: str | None) -> Iterator[tuple[str, Any]]:
             yield f"{path}:{number}", _object(line, f"{path}:{number}")
 
 
-def _object(line: str, origin: str) -> dict[str, Any]:
+def _object(line: str, origin: str, like: str = _TEXT) -> dict[str, Any]:
     try:
         row = parse_json(line, once=True)
     except ValueError as error:
-        raise InputError(
-            f'{origin}: not JSON ({error}); expected a line such as {{"text": "…", "source": "…"}}'
-        ) from None
+        such = '{"text": "…", "source": "…"}' if like == _TEXT else like
+        raise InputError(f"{origin}: not JSON ({error}); expected a line such as {such}") from None
     if not isinstance(row, dict):
-        raise InputError(f'{origin}: expected an object with "text", got a JSON {type(row).__name__}')
+        raise InputError(f"{origin}: expected {like}, got a JSON {type(row).__name__}")
     return row
 
 

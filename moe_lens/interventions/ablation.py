@@ -23,7 +23,7 @@ from moe_lens.interventions.intervention import (
     this_pass,
 )
 from moe_lens.interventions.rerouting import forbid
-from moe_lens.protocols import HookedModel
+from moe_lens.protocols import Hooked, HookedModel
 from moe_lens.selection import Experts, Selection, Where
 
 How = Literal["zero", "mean", "resample", "reroute"]
@@ -33,7 +33,7 @@ Chooser = Callable[[], Bool[Tensor, "batch pos top_k"]]
 
 
 def ablate(
-    model: HookedModel,
+    model: Hooked,
     experts: Experts | Selection | None = None,
     *,
     ranks: Iterable[int] | None = None,
@@ -158,7 +158,7 @@ def _leave_out(model: HookedModel, layer: int, chosen: Chooser, renormalize: boo
 
 
 def keep_top(
-    model: HookedModel,
+    model: Hooked,
     k: Natural,
     *,
     by: By = "weight",

@@ -12,7 +12,7 @@ from moe_lens import names
 from moe_lens.checked import Positive
 from moe_lens.errors import InputError
 from moe_lens.interventions.intervention import Hook, Intervention, Recipe
-from moe_lens.protocols import HookedModel
+from moe_lens.protocols import Hooked, HookedModel
 from moe_lens.routing import affinity
 from moe_lens.selection import Selection
 
@@ -20,7 +20,7 @@ Counts = Int[Tensor, "batch pos"]
 
 
 def use_experts(
-    model: HookedModel,
+    model: Hooked,
     k: Positive | None = None,
     *,
     mass: float | None = None,

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from moe_lens.checked import Positive
+from moe_lens.checked import AnyModel, Positive
 from moe_lens.errors import InputError, UnsupportedModelError
 from moe_lens.interventions.attribution_gradients import (
     Slots,
@@ -27,7 +27,7 @@ Method = Literal["direct", "gradient", "integrated", "knockout", "direct_knockou
 
 
 def expert_attribution(
-    model: Any,
+    model: AnyModel,
     input: Any,
     metric: Metric,
     *,

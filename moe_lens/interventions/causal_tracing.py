@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moe_lens.checked import Natural, Positive, Seed
+from moe_lens.checked import AnyModel, Natural, Positive, Seed
 from moe_lens.errors import InputError, a_kind
 from moe_lens.interventions.batched_variants import RoutingMode
 from moe_lens.interventions.clean_run import CleanRun, Variant
@@ -34,7 +34,7 @@ class Probability(LogProb):
 
 @torch.no_grad()
 def trace(
-    model: Any,
+    model: AnyModel,
     prompt: str,
     subject: str | int | Sequence[int],
     answer: str | Natural,

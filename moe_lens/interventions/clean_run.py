@@ -11,7 +11,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from moe_lens import names
-from moe_lens.checked import Natural
+from moe_lens.checked import AnyModel, Natural
 from moe_lens.errors import InputError, UnsupportedModelError
 from moe_lens.model.cache.moe_cache import MoECache
 from moe_lens.model.hooks.block_replay import Recording, Replay
@@ -60,7 +60,7 @@ class CleanRun:
     @torch.no_grad()
     def of(
         cls,
-        model: Any,
+        model: AnyModel,
         input: Any,
         *,
         keep: Sequence[str] = (),

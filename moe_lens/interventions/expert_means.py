@@ -14,7 +14,7 @@ from moe_lens import names
 from moe_lens.checked import Natural
 from moe_lens.errors import InputError, not_files
 from moe_lens.model.cache.moe_cache import MoECache
-from moe_lens.protocols import HookedModel, PaddedTokens, require_stream_width
+from moe_lens.protocols import Hooked, HookedModel, PaddedTokens, require_stream_width
 from moe_lens.reprs import Summary
 from moe_lens.selection import Selection
 from moe_lens.storage import believed, load_tensors, save_tensors, whole_numbers
@@ -126,7 +126,7 @@ class ExpertMeans(Summary):
     @torch.no_grad()
     def measure(
         cls,
-        model: HookedModel,
+        model: Hooked,
         input: str | Sequence[str | Tensor] | Tensor | Batch,
         *,
         layers: Iterable[int] | None = None,

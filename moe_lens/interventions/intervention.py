@@ -11,7 +11,7 @@ from transformer_lens.hook_points import HookPoint
 
 from moe_lens.errors import InputError, a_kind
 from moe_lens.model.hooks.hook_scope import OpensScope
-from moe_lens.protocols import HookedModel
+from moe_lens.protocols import Hooked, HookedModel
 from moe_lens.selection import Selection, Step
 
 Hook = tuple[str, Callable[[Tensor, HookPoint], Tensor | None]]
@@ -46,7 +46,7 @@ class Intervention(OpensScope):
     def __post_init__(self) -> None:
         super().__init__()
 
-    def bind(self, model: HookedModel) -> "Intervention":
+    def bind(self, model: Hooked) -> "Intervention":
         """The same intervention on a model: this one, a copy, or another with the same layers and experts.
 
         Raises:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from moe_lens.checked import Positive
+from moe_lens.checked import AnyModel, Positive
 from moe_lens.errors import InputError, several
 from moe_lens.interventions.clean_run import CleanRun, Variant
 from moe_lens.interventions.metrics import Metric, among, describe, evaluate
@@ -22,7 +22,7 @@ Direction = Literal["denoising", "noising"]
 
 
 def patch(
-    model: Any,
+    model: AnyModel,
     clean: Any,
     corrupted: Any,
     site: str,

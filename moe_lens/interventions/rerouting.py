@@ -13,7 +13,7 @@ from moe_lens.argument_checks import ReadByItself
 from moe_lens.errors import InputError, UnfitError, a_kind
 from moe_lens.interventions.intervention import Hook, Intervention, Recipe, first_token, positions, this_pass
 from moe_lens.model.cache.moe_cache import MoECache
-from moe_lens.protocols import HookedModel
+from moe_lens.protocols import Hooked, HookedModel
 from moe_lens.routing import Routing
 from moe_lens.selection import Selection, Where, where_text
 
@@ -103,7 +103,7 @@ def forbid(model: HookedModel, selection: Selection, layer: int) -> Hook:
 
 
 def force_routing(
-    model: HookedModel, routing: Routing | MoECache, *, layers: Iterable[int] | None = None, what: Replayed = "both"
+    model: Hooked, routing: Routing | MoECache, *, layers: Iterable[int] | None = None, what: Replayed = "both"
 ) -> Intervention:
     """Replay recorded routing, slot by slot, on an input of the same shape.
 
@@ -161,7 +161,7 @@ def _replay(model: HookedModel, recorded: Tensor) -> Callable[..., Tensor]:
 
 
 def steer_experts(
-    model: HookedModel,
+    model: Hooked,
     steering: Annotated[Mapping[int, Mapping[int, Steer]], ReadByItself()],
     *,
     rule: SteerRule = "affinity",

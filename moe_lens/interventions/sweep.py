@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from moe_lens.checked import Positive
+from moe_lens.checked import AnyModel, Positive
 from moe_lens.errors import InputError
 from moe_lens.interventions.batched_variants import RoutingMode, Stack, inside
 from moe_lens.interventions.clean_run import CleanRun, Variant
@@ -32,7 +32,7 @@ Read = Callable[[int, Tensor, Tensor, Tensor], None]
 
 @torch.no_grad()
 def sweep(
-    model: Any,
+    model: AnyModel,
     run: CleanRun,
     variants: Sequence[Variant],
     metric: Metric,

@@ -5,7 +5,7 @@ of a coalition add at the subject's last token: what each adds in the corrupted 
 the clean run is put there. The coalition of all experts so restores the whole `routed_out` of every layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -151,8 +151,8 @@ class TracedFact:
         return [(names.mlp(names.EXPERT_WEIGHTED, layer), take_away), (names.mlp(names.ROUTED_OUT, layer), put)]
 
 
-def facts_of(rows: Sequence[dict[str, Any]], where: str) -> tuple[Fact, ...]:
-    """Facts from plain values.
+def facts_of(rows: Iterable[tuple[str, dict[str, Any]]], file: str) -> tuple[Fact, ...]:
+    """Facts from plain values, each with where it stands.
 
     Raises:
         InputError: One lacks a text, or has a word that is not known; the message names its line.
@@ -160,16 +160,14 @@ def facts_of(rows: Sequence[dict[str, Any]], where: str) -> tuple[Fact, ...]:
     needed = ("prompt", "subject", "answer", "foil")
     allowed = (*needed, "kind", "source")
     found = []
-    for number, row in enumerate(rows, 1):
+    for where, row in rows:
         missing = [name for name in needed if not isinstance(row.get(name), str) or not row[name]]
         unknown = sorted(row.keys() - set(allowed))
         wrong = [name for name in ("kind", "source") if name in row and not (isinstance(row[name], str) and row[name])]
         if missing or unknown or wrong:
             told = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(unknown or wrong)}"
-            raise InputError(
-                f"{where}:{number}: a fact {told}; expected texts {', '.join(needed)}, and perhaps kind, source"
-            )
+            raise InputError(f"{where}: a fact {told}; expected texts {', '.join(needed)}, and perhaps kind, source")
         found.append(Fact(**row))
     if not found:
-        raise InputError(f"{where}: holds no fact")
+        raise InputError(f"{file}: holds no fact")
     return tuple(found)

@@ -176,7 +176,9 @@ class TunedLens(TranslatedLens):
             temporary.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, model: Any = None, *, strict: bool = True) -> "TunedLens":
+    def from_pretrained(
+        cls, name_or_path: str | Path, model: AnyModel | None = None, *, strict: bool = True
+    ) -> "TunedLens":
         """Load a lens for a model.
 
         Args:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moe_lens.checked import AnyModel
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
 from moe_lens.model.loading.checkpoint import Checkpoint, read_config
 from moe_lens.model.loading.pretrained import resolve_name
@@ -41,7 +42,12 @@ _INDEX = "model.safetensors.index.json"
 
 
 def export(
-    model: Any, plan: Plan, folder: str | Path, *, measurements: Mapping[str, Any] | None = None, **hub: Any
+    model: AnyModel | str | Path,
+    plan: Plan,
+    folder: str | Path,
+    *,
+    measurements: Mapping[str, Any] | None = None,
+    **hub: Any,
 ) -> Path:
     """Write the smaller model, in the format that its family's checkpoints have.
 

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from moe_lens.checked import AnyModel, Natural, Positive, Seed
 from moe_lens.data import Domain, Passage, Reading, TokenBatch
+from moe_lens.data.files import read_objects
 from moe_lens.errors import InputError
 from moe_lens.interventions.causal_tracing import embedding_deviation
 from moe_lens.interventions.trace_prompt import whole_prompt
 from moe_lens.interventions.traced_fact import Fact, TracedFact, facts_of
-from moe_lens.json_files import parse_json
 from moe_lens.stats import Accumulator, Result, bootstrap_all
 from moe_lens.stats.parallel_sources import balanced_halves
 from moe_lens.stats.sums import BySource
@@ -251,19 +251,7 @@ def read_facts(path: str | Path) -> tuple[Fact, ...]:
     """
     if str(path) == SMALL_FACTS:
         path = Path(str(resources.files("moe_lens") / "assets" / "facts" / "small.jsonl"))
-    rows = []
-    try:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-            if line.strip():
-                row = parse_json(line)
-                if not isinstance(row, dict):
-                    raise InputError(f"{path}:{number}: expected an object with prompt, subject, answer and foil")
-                rows.append(row)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from None
-    return facts_of(rows, str(path))
+    return facts_of(read_objects(path, "an object with prompt, subject, answer and foil"), str(path))
 
 
 def localise_facts(

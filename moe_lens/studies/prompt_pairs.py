@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moe_lens.data.files import read_objects
 from moe_lens.errors import InputError
 from moe_lens.interventions.trace_prompt import single_token, subject_positions, whole_prompt
-from moe_lens.json_files import parse_json
 
 EMBEDDED_PAIRS = "german-english"
 """The pairs that ship with the package."""
@@ -50,14 +50,7 @@ def read_pairs(path: str | Path) -> tuple[Pair, ...]:
     """
     if str(path) == EMBEDDED_PAIRS:
         path = Path(str(resources.files("moe_lens") / "assets" / "pairs" / f"{EMBEDDED_PAIRS}.jsonl"))
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        rows = [(number, parse_json(line)) for number, line in enumerate(lines, 1) if line.strip()]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from None
-    pairs = [_pair(row, f"{path}:{number}") for number, row in rows]
+    pairs = [_pair(row, where) for where, row in read_objects(path, "an object of texts a and b")]
     if not pairs:
         raise InputError(f"{path}: holds no pair")
     with_outcome = {pair.answer is not None for pair in pairs}

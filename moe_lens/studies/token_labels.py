@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,11 +13,17 @@ from torch import Tensor
 
 from moe_lens.checked import AnyModel
 from moe_lens.data import Domain, Domains, Passage, in_memory
-from moe_lens.errors import InputError
-from moe_lens.json_files import parse_json
+from moe_lens.data.files import read_objects
+from moe_lens.data.rows import passage
+from moe_lens.errors import InputError, a_kind
 
 PATTERNS: dict[str, str] = {"number": r"\d+", "bracket": r"[()\[\]{}]", "capital": r"\b[A-ZÄÖÜÉÈÀ]\w*"}
 """What is labelled where nothing else is asked for: a regular expression for each label."""
+
+
+_ROW = 'an object with "text" and "spans", a list of [start, end, label] in it'
+ABOUT = ("domain", "document", "position", "token", "counted", "source")
+"""Columns of a table of tokens that are no labels."""
 
 
 class Span(NamedTuple):
@@ -38,25 +45,22 @@ def label_tokens(model: AnyModel, domains: Domains, find: Callable[[str, int, st
     Args:
         model: Whose tokenizer reads the texts.
         domains: One, several, or a dictionary of texts by name; in memory.
-        find: From the name of a domain, the number of a passage and its text to its spans.
+        find: From the name of a domain, the number of a passage and its text to its spans, or (start, end, label).
 
     Raises:
-        InputError: A domain that is streamed, a tokenizer that does not know its characters, or no span at all.
+        InputError: A domain that is streamed, a tokenizer that does not know its characters, no span at all, or one
+            that is none of the text, or whose label is the name of a column that every table of tokens has.
     """
     if model.tokenizer is None or not getattr(model.tokenizer, "is_fast", False):
         raise InputError("this model has no tokenizer that knows its characters: give a table of tokens instead")
     rows: list[tuple[str, int, int, set[str]]] = []
     for domain in in_memory(domains):
-        for number, passage in enumerate(domain.passages):
-            encoded = model.tokenizer(
-                passage.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-            )
-            opening, own = model.own_ids(passage.text)
+        for number, one in enumerate(domain.passages):
+            encoded = model.tokenizer(one.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            opening, own = model.own_ids(one.text)
             if list(encoded["input_ids"]) not in (own, [*opening, *own]):
-                raise InputError(
-                    f"{passage.origin}: its tokens are not those of its text alone; give a table of tokens"
-                )
-            spans = list(find(domain.name, number, passage.text))
+                raise InputError(f"{one.origin}: its tokens are not those of its text alone; give a table of tokens")
+            spans = _spans(find(domain.name, number, one.text), one, len(one.text))
             for position, (start, end) in enumerate(encoded["offset_mapping"]):
                 rows.append(
                     (domain.name, number, position, {s.label for s in spans if s.start < end and start < s.end})
@@ -68,6 +72,39 @@ def label_tokens(model: AnyModel, domains: Domains, find: Callable[[str, int, st
     return frame.assign(**{label: [label in row[3] for row in rows] for label in labels})
 
 
+def _spans(found: Any, one: Passage, length: int) -> list[Span]:
+    """What was found in a passage, as spans."""
+    if not isinstance(found, Iterable) or isinstance(found, str | bytes | Mapping):
+        raise InputError(f"{one.origin}: find gave {a_kind(found)}; expected spans, (start, end, label) each")
+    return [_span(each, f"{one.origin}: find gave", length) for each in found]
+
+
+def _span(given: Any, who: str, length: int) -> Span:
+    """A span that lies in a text of some characters.
+
+    Raises:
+        InputError: It does not.
+    """
+    if not isinstance(given, tuple | list) or len(given) != 3:
+        raise InputError(f"{who} {given!r:.80}; expected (start, end, label)")
+    start, end, label = given
+    whole = all(isinstance(at, Integral) and not isinstance(at, bool) for at in (start, end))
+    if not whole or not 0 <= start < end <= length:
+        raise InputError(f"{who} a span from {start!r:.20} to {end!r:.20} of a text of {length} characters")
+    if wrong := _wrong_label(label):
+        raise InputError(f"{who} {wrong}")
+    return Span(int(start), int(end), label)
+
+
+def _wrong_label(label: Any) -> str:
+    """What is wrong with a label, if anything is."""
+    if not isinstance(label, str) or not label.strip():
+        return f"the label {label!r:.80}; expected a text"
+    if label in ABOUT:
+        return f"the label {label!r}, which is a column of every table of tokens; call it otherwise"
+    return ""
+
+
 def by_pattern(patterns: Mapping[str, str]) -> Callable[[str, int, str], Iterable[Span]]:
     """Spans that regular expressions find, each with the name of its expression.
 
@@ -76,9 +113,11 @@ def by_pattern(patterns: Mapping[str, str]) -> Callable[[str, int, str], Iterabl
     """
     compiled = {}
     for label, pattern in patterns.items():
+        if wrong := _wrong_label(label):
+            raise InputError(wrong)
         try:
             compiled[label] = re.compile(pattern)
-        except re.error as error:
+        except (re.error, TypeError) as error:
             raise InputError(f"{label}: {pattern!r} is no regular expression ({error})") from None
 
     def find(domain: str, number: int, text: str) -> Iterable[Span]:  # noqa: ARG001
@@ -96,39 +135,29 @@ def read_spans(path: str | Path) -> tuple[Domain, Callable[[str, int, str], Iter
     Raises:
         InputError: It cannot be read, or a line is not so; the message names it.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     passages, spans = [], []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            where = f"{path}:{number}"
-            passage, found = _row(line, where, str(path))
-            passages.append(passage)
-            spans.append(found)
+    for where, row in read_objects(path, _ROW):
+        one, found = _row(row, where, str(path))
+        passages.append(one)
+        spans.append(found)
     if not passages:
         raise InputError(f"{path}: holds no text")
     return Domain("spans", tuple(passages)), lambda domain, number, text: spans[number]  # noqa: ARG005
 
 
-def _row(line: str, where: str, file: str) -> tuple[Passage, list[Span]]:
-    try:
-        row: Any = parse_json(line)
-        text, spans = row["text"], [Span(start, end, label) for start, end, label in row["spans"]]
-        if isinstance(text, str) and all(0 <= span.start < span.end <= len(text) and span.label for span in spans):
-            return Passage(text, str(row.get("source", file)), where), spans
-    except (ValueError, TypeError, KeyError):
-        pass
-    raise InputError(f'{where}: expected an object with "text" and "spans", a list of [start, end, label] in it')
+def _row(row: dict[str, Any], where: str, file: str) -> tuple[Passage, list[Span]]:
+    text, spans = row.get("text"), row.get("spans")
+    if not isinstance(text, str) or not text or not isinstance(spans, list):
+        raise InputError(f"{where}: expected {_ROW}")
+    one = passage(text, row.get("source"), where, file)
+    return one, [_span(each, f"{where}: there is", len(text)) for each in spans]
 
 
 class LabelTable:
     """Labels by domain, passage and position."""
 
     def __init__(self, frame: pd.DataFrame):
-        about = ("domain", "document", "position", "token", "counted", "source")
-        self.names: tuple[str, ...] = tuple(str(name) for name in frame.columns if name not in about)
+        self.names: tuple[str, ...] = tuple(str(name) for name in frame.columns if name not in ABOUT)
         wrong = [name for name in self.names if frame[name].dtype != bool]
         if not {"document", "position"} <= set(frame.columns) or not self.names or wrong:
             raise InputError(

@@ -1,9 +1,11 @@
 """Sparse probes: against sums written out, the planted experts, labels that mean nothing, and spans of texts."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -13,10 +15,10 @@ from moe_lens.data import Domain, Passage, from_generator
 from moe_lens.data.windows import windows_of
 from moe_lens.errors import InputError
 from moe_lens.stats.sparse_probes import Sums, at_components, component_sums, discriminant, pick_components
-from moe_lens.studies import Probe, StudyResult, by_pattern, label_tokens, read_spans, run
+from moe_lens.studies import Probe, StudyResult, by_pattern, label_tokens, read_facts, read_pairs, read_spans, run
 from moe_lens.studies.study import TEXTS
 from moe_lens.studies.texts_read import TextStats
-from moe_lens.studies.token_labels import LabelTable
+from moe_lens.studies.token_labels import ABOUT, LabelTable, Span
 from tests.planted import ATLAS_READING, LAYER, PLANTED, WORDS, planted_domains, planted_model
 from tests.studies.tiny import save_checkpoint
 
@@ -102,12 +104,76 @@ def test_spans_are_read_and_label_every_token_that_they_touch(model, tmp_path: P
     encoded = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     for (start, end), row in zip(encoded["offset_mapping"], frame.to_dict("records"), strict=True):
         assert (row["inside"], row["judge"]) == (start < 7 and end > 5, end > 17)
-    for line in ("[]", '{"text": "a", "spans": [[0, 2, "x"]]}', '{"text": 3, "spans": []}', "{"):
+    as_objects = "expected an object with"
+    for line, says in (
+        ("[]", as_objects),
+        ('{"text": 3, "spans": []}', as_objects),
+        ("{", "not JSON"),
+        ('{"text": "a", "spans": [[0, 2, "x"]]}', "there is a span from 0 to 2 of a text of 1 char"),
+        ('{"text": "a", "spans": [[false, 1, "x"]]}', "there is a span from False to 1"),
+        ('{"text": "a", "spans": [[0, 1, 5]]}', "there is the label 5; expected a text"),
+        ('{"text": "a", "spans": [[0, 1, "position"]]}', "there is the label 'position', which is a column"),
+        ('{"text": "\\ud800a", "spans": [[0, 1, "x"]]}', "the text holds half of a character"),
+    ):
         path.write_text(line + "\n")
-        with pytest.raises(InputError, match=r":1: expected an object with"):
+        with pytest.raises(InputError, match=rf":1: {says}"):
             read_spans(path)
     with pytest.raises(InputError, match="no token has a label"):
         label_tokens(model, [domain], by_pattern({"x": "zzzz"}))
+
+
+@pytest.mark.typed
+def test_files_of_spans_facts_and_pairs_are_read_as_files_of_texts_are(tmp_path: Path):
+    """A mark in front, and a line separator of Unicode inside a text, end no line; a pipe is not waited for."""
+    text = "the ship\u2028and the judge"
+    fact = {"prompt": text, "subject": "ship", "answer": " a", "foil": " b"}
+    readers: list[tuple[Any, dict[str, Any], Any]] = [
+        (read_spans, {"text": text, "spans": [[4, 8, "ship"]]}, lambda found: found[0].passages[0].text),
+        (read_facts, fact, lambda found: found[0].prompt),
+        (read_pairs, {"a": text, "b": "x"}, lambda found: found[0].a),
+    ]
+    for read, row, text_of in readers:
+        path = tmp_path / "rows.jsonl"
+        path.write_text(f"\ufeff{json.dumps(row, ensure_ascii=False)}\n\n", encoding="utf-8")
+        assert text_of(read(path)) == text
+        pipe = tmp_path / f"pipe {read.__name__}"
+        os.mkfifo(pipe)
+        with pytest.raises(InputError, match=r"cannot be read \(a pipe or a device"):
+            read(pipe)
+
+
+@pytest.mark.typed
+def test_spans_may_be_plain_tuples(model):
+    expected = label_tokens(model, {"a": ["the ship"]}, lambda *_: [Span(4, 8, "ship")])
+    for pair in ((4, 8, "ship"), [np.int64(4), 8, "ship"]):
+        found: Any = lambda *_, pair=pair: [pair]  # noqa: E731
+        pd.testing.assert_frame_equal(label_tokens(model, {"a": ["the ship"]}, found), expected)
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        (None, "find gave None; expected spans"),
+        ("ship", "find gave a str; expected spans"),
+        ([(4, 8)], r"find gave \(4, 8\); expected \(start, end, label\)"),
+        ([(4, 9, "ship")], "a span from 4 to 9 of a text of 8 characters"),
+        ([(-4, 8, "ship")], "a span from -4 to 8"),
+        ([(4.0, 8, "ship")], "a span from 4.0 to 8"),
+        ([(8, 4, "ship")], "a span from 8 to 4"),
+        ([(4, 8, "")], "the label ''; expected a text"),
+        *(([(4, 8, name)], f"the label '{name}', which is a column of every table") for name in ABOUT),
+    ],
+)
+def test_what_is_no_span_of_a_text_is_refused(model, found: Any, says: str):
+    with pytest.raises(InputError, match=says):
+        label_tokens(model, {"a": ["the ship"]}, lambda *_: found)
+
+
+def test_expressions_are_not_called_as_columns_of_every_table_are():
+    for name in ABOUT:
+        with pytest.raises(InputError, match=f"the label '{name}', which is a column"):
+            by_pattern({name: "x"})
 
 
 @pytest.mark.typed

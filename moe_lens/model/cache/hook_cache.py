@@ -18,7 +18,7 @@ from moe_lens.checked import Positive
 from moe_lens.errors import HookError, InputError
 from moe_lens.model.cache.absent_model import AbsentModel
 from moe_lens.model.unknown_hooks import instead_of
-from moe_lens.protocols import HookedModel
+from moe_lens.protocols import Hooked, HookedModel
 from moe_lens.reprs import Summary
 from moe_lens.storage import load_tensors, save_tensors
 
@@ -43,7 +43,7 @@ class HookCache(Summary, ActivationCache):
     def __init__(
         self,
         cache_dict: dict[str, Tensor],
-        model: HookedModel,
+        model: Hooked,
         has_batch_dim: bool = True,
         tokens: Int[Tensor, "*batch pos"] | None = None,
         mask: Bool[Tensor, "*batch pos"] | None = None,
@@ -230,7 +230,7 @@ class HookCache(Summary, ActivationCache):
         found.__dict__.update(copy.deepcopy(others, memo))
         return found
 
-    def bind(self: _Cache, model: HookedModel) -> _Cache:
+    def bind(self: _Cache, model: Hooked) -> _Cache:
         """The same cache with a model, as one needs that was pickled: tensors are shared.
 
         Raises:
@@ -261,7 +261,7 @@ class HookCache(Summary, ActivationCache):
         save_tensors(path, type(self).__name__, tensors, header)
 
     @classmethod
-    def from_disk(cls: type[_Cache], path: str | Path, model: HookedModel) -> _Cache:
+    def from_disk(cls: type[_Cache], path: str | Path, model: Hooked) -> _Cache:
         """Read what `to_disk` wrote, onto the CPU.
 
         Raises:
