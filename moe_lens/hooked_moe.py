@@ -28,6 +28,7 @@ from moe_lens.model.hooks.transaction import undone_on_error
 from moe_lens.model.loading.pretrained import Trust, load_pretrained
 from moe_lens.model.loading.quantising import packed_in, read_quantize
 from moe_lens.model.loading.saving import save_pretrained
+from moe_lens.model.loading.state_dict import uncompiled
 from moe_lens.model.loading.transformer_lens_words import read_words
 from moe_lens.model.loading.validate import check_tokenizer, check_wrappable, refuse_plan, refuse_shards
 from moe_lens.reprs import Summary
@@ -186,6 +187,7 @@ class HookedMoE(Summary, GeneratingBridge):
 
     # --- routing ---
 
+    @uncompiled
     def routing(self, input: Any, **kwargs: Any) -> Routing:
         """Routing of every MoE layer on a text or on tokens; no other activation is kept.
 
@@ -215,6 +217,7 @@ class HookedMoE(Summary, GeneratingBridge):
     force_routing = rerouting.force_routing
     steer_experts = rerouting.steer_experts
 
+    @uncompiled
     def generate(self, input: Any = "", *args: Any, interventions: Iterable[Intervention] = (), **kwargs: Any) -> Any:
         """Generate as in TransformerLens, with interventions active; the first one is outermost.
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Protocol, runtime_checkable
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from moe_lens.checked import ModelWith
+from moe_lens.argument_checks import ModelWith
 from moe_lens.errors import InputError
 
 

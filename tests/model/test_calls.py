@@ -218,6 +218,53 @@ def test_what_runs_modules_in_other_ways_is_refused_in_a_line() -> None:
         assert torch.equal(case.model(case.tokens), case.logits)
 
 
+@pytest.mark.typed
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, while it is imported
+def test_functional_call_on_a_part_runs_it_right_or_is_refused_and_changes_nothing() -> None:
+    """Torch puts the wrong numbers back where a parameter has two places: shared experts have."""
+    model = wrapped("qwen2_moe").model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    refused = ran = 0
+    parts = {id(part): part for root in (model, model.original_model) for part in root.modules()}
+    for part in parts.values():
+        if not (values := {name: value * 2 for name, value in part.named_parameters()}):
+            continue
+        try:
+            torch.func.functional_call(part, values, (torch.ones(1, 3, model.cfg.d_model),))
+            ran += 1
+        except UnsupportedModelError:
+            refused += 1
+        except (TypeError, RuntimeError, NotImplementedError, AttributeError):
+            pass  # a part that takes other arguments, or is no function of one
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), type(part)
+    assert refused > 3 and ran > 3
+
+
+@pytest.mark.slow  # torch's compiler is imported
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it traces
+def test_what_is_compiled_around_a_call_leaves_the_call_as_it_is() -> None:
+    case = wrapped("mixtral")
+    model, seen = case.model, []
+
+    def see(value: Tensor, hook: Any) -> None:  # noqa: ARG001
+        seen.append(1)
+
+    def around(tokens: torch.Tensor) -> torch.Tensor:
+        doubled = model(tokens) * 2
+        watched = model.run_with_hooks(tokens, fwd_hooks=[("blocks.1.hook_resid_post", see)])
+        return doubled + watched
+
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(torch.compile(around, backend="eager")(case.tokens), around(case.tokens))
+        assert len(seen) == 4
+        inner: Any = model.original_model
+        for part in (inner, inner.base_model, inner.base_model.layers[1]):
+            with pytest.raises(Exception, match="^UnsupportedModelError: a wrapped model is not compiled: [^\n]*\n"):
+                torch.compile(part, backend="eager")(case.tokens)
+        assert torch.equal(model(case.tokens), case.logits)
+
+
 def test_a_hook_outside_of_the_layers_has_no_number() -> None:
     case = wrapped("mixtral")
     seen = [case.model.hook_dict[name].layer() for name in ("blocks.1.hook_in", "blocks.1.mlp.hook_router_logits")]

@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from moe_lens import HookedMoE
-from moe_lens.errors import UnsupportedModelError
+from moe_lens.errors import InputError, UnsupportedModelError
 from moe_lens.model.loading import dispatch
 from tests.families import build, tokens
 from tests.forked import group
+from tests.wrapped import wrapped
 
 SPLIT = {
     "model.embed_tokens": "cpu",
@@ -120,6 +121,41 @@ def test_what_does_not_fit_is_kept_elsewhere_and_nothing_is_left_behind(tmp_path
     del split
     gc.collect()
     assert not list((tmp_path / "home" / "moe_lens-offload").glob("*/*"))
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("device", ["cuda:99", "mps", "xpu", "hpu", "xla", "gpu", "CPU", 1.5])
+def test_a_device_that_is_not_here_is_refused_in_a_line_wherever_one_is_named(device: Any) -> None:
+    model = wrapped("mixtral").model
+    _, cache = model.run_with_cache(tokens(), names_filter="hook_embed")
+    for call in (
+        lambda: model.to(device),
+        lambda: model.to(device=device),
+        lambda: cache.to(device),
+        lambda: model.run_with_cache(tokens(), device=device),
+        lambda: model.get_caching_hooks(device=device),
+        lambda: model.routing(tokens(), device=device),
+        lambda: HookedMoE.from_pretrained("tiny-deepseekmoe", device=device),
+    ):
+        with pytest.raises(InputError, match=r"device is [^\n]*$"):
+            call()
+    assert model.cfg.device == "cpu" and all(value.device.type == "cpu" for value in model.state_dict().values())
+
+
+def test_what_is_kept_has_numbers() -> None:
+    model = wrapped("mixtral").model
+    with pytest.raises(InputError, match="device is 'meta', which holds shapes and no numbers"):
+        model.run_with_cache(tokens(), device="meta")
+
+
+@pytest.mark.parametrize("part", ["", "model.layers.1", "model.rotary_emb"])
+def test_a_model_on_the_meta_device_does_not_run(part: str) -> None:
+    hf: Any = build("mixtral")
+    hf.get_submodule(part).to("meta")
+    model = HookedMoE.from_hf(hf, check=False)
+    for call in (model.forward, model.run_with_cache, model.routing, model.generate):
+        with pytest.raises(InputError, match=rf"^{part}[^ ]* is on the meta device and holds no numbers: load [^\n]*$"):
+            call(tokens())
 
 
 def test_who_names_a_device_gets_it(monkeypatch):

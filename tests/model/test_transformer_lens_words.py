@@ -37,7 +37,7 @@ def test_loading_words_do_what_they_mean() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"device": "gpu"}, "device is 'gpu'; expected one such as 'cuda'"),
+    ({"device": "gpu"}, "device is 'gpu'; expected one such as 'cpu'"),
     ({"device": "cpu", "device_map": "auto"}, "expected one of them"),
     ({"n_devices": 2}, 'device_map="auto"'),
     ({"move_to_device": False}, 'device="cpu"'),

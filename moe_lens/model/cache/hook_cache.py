@@ -17,6 +17,7 @@ from moe_lens import names
 from moe_lens.checked import Positive
 from moe_lens.errors import HookError, InputError
 from moe_lens.model.cache.absent_model import AbsentModel
+from moe_lens.model.devices import check_kept
 from moe_lens.model.unknown_hooks import instead_of
 from moe_lens.protocols import Hooked, HookedModel
 from moe_lens.reprs import Summary
@@ -200,7 +201,12 @@ class HookCache(Summary, ActivationCache):
         return sliced
 
     def to(self: _Cache, device: torch.device | str, dtype: torch.dtype | None = None) -> _Cache:
-        """Move everything to a device, and floating-point tensors to a dtype. Changes the cache and returns it."""
+        """Move everything to a device, and floating-point tensors to a dtype. Changes the cache and returns it.
+
+        Raises:
+            InputError: No device that can keep numbers, or no floating-point dtype.
+        """
+        check_kept(device, dtype)
 
         def moved(value: Tensor) -> Tensor:
             return value.to(device, dtype if value.is_floating_point() else None)

@@ -43,6 +43,15 @@ def every_parameter(module: nn.Module) -> Iterator[Tensor]:
             yield numbers_of(part, name)
 
 
+def without_numbers(module: nn.Module) -> str | None:
+    """The first parameter or buffer on the meta device whose numbers are kept nowhere; None where all have some."""
+    for owner, part in module.named_modules():
+        for name, value in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
+            if value.is_meta and not is_elsewhere(part, name):
+                return f"{owner}.{name}".lstrip(".")
+    return None
+
+
 @dataclass(frozen=True)
 class StoredMatrices:
     """Matrices of experts, one parameter of theirs, that are kept elsewhere; `read` reads those that are asked for."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_lens.checked import Natural
 from moe_lens.errors import InputError
+from moe_lens.model.experts.offloaded_experts import without_numbers
 from moe_lens.model.hooks.arguments import forward_words, further_words, refuse_unknown
 from moe_lens.model.hooks.cache_names import fitting_cache, name_as_transformer_lens
 from moe_lens.model.hooks.forward_checks import (
@@ -29,6 +30,7 @@ from moe_lens.model.hooks.latent_cache import check_all_stored
 from moe_lens.model.hooks.layer_hooks import SelectionState
 from moe_lens.model.hooks.model_input import ModelInput, further
 from moe_lens.model.hooks.to_tokens import InputReader
+from moe_lens.model.loading.state_dict import WRAPPER, uncompiled
 from moe_lens.model.tl_compat import BridgeCore
 from moe_lens.selection import Step
 
@@ -124,6 +126,7 @@ class ExpertBridge(InputReader):
         """
         return HookContext(self, (as_pairs(fwd_hooks), as_pairs(bwd_hooks)), reset_hooks_end, clear_contexts)
 
+    @uncompiled
     def run_with_hooks(
         self,
         input: Any,
@@ -179,6 +182,7 @@ class ExpertBridge(InputReader):
 
     # --- the forward pass that is running, for hook functions that ask ---
 
+    @uncompiled
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # what follows is by name here
         self,
         input: Any = None,
@@ -244,14 +248,22 @@ class ExpertBridge(InputReader):
             in_vain = return_type is None and kwargs.get("labels") is None and not self._head_is_heard()
             if last == len(self.blocks) and (stop is not None or in_vain):
                 claim.end_after_blocks()
-            out = super().forward(
-                given.values,
-                return_type,
-                loss_per_token,
-                attention_mask=mask,
-                **words,
-                **kwargs,
-            )
+            try:
+                out = super().forward(
+                    given.values,
+                    return_type,
+                    loss_per_token,
+                    attention_mask=mask,
+                    **words,
+                    **kwargs,
+                )
+            except RuntimeError as error:
+                if (lacking := without_numbers(self.original_model)) is not None:
+                    raise InputError(
+                        f"{lacking.replace(WRAPPER, '')} is on the meta device and holds no numbers: load the model "
+                        "with its weights (load_state_dict(…, assign=True) gives parameters alone, and no buffers)"
+                    ) from error
+                raise
             filled = out[1] if past is None and return_type == "logits_and_cache" else past
             note_padding(filled, given, before)
             return None if stop is None and return_type is None else out

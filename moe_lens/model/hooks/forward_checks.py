@@ -71,26 +71,6 @@ def as_names(names_filter: Any) -> Any:
     return names
 
 
-def check_kept(device: Any, dtype: Any) -> None:
-    """Nothing, where activations can be kept there and so.
-
-    Args:
-        device: Of what is kept; None for where it is computed.
-        dtype: Of what is kept; None for what is computed.
-
-    Raises:
-        InputError: No device of torch, or no floating-point dtype: whole numbers would cut off what comes behind the
-            point.
-    """
-    if device is not None:
-        try:
-            torch.device(device)
-        except (RuntimeError, TypeError) as error:
-            raise InputError(f"device is {device!r}; expected one such as 'cpu' or 'cuda:0'") from error
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise InputError(f"dtype is {dtype!r}; expected a floating-point one, such as torch.float16")
-
-
 def check_graph_kept(copying: list[str]) -> None:
     """Nothing, where activations can be kept in their graph.
 

@@ -21,7 +21,7 @@ from moe_lens.model.hooks.hook_scope import remove_lost, run_all_blocks
 from moe_lens.model.hooks.layer_hooks import LayerHooks
 from moe_lens.model.hooks.moe_block import MoEBlock
 from moe_lens.model.hooks.ownership import Owner
-from moe_lens.model.loading.state_dict import OnePlace, WholeState
+from moe_lens.model.loading.state_dict import WholeState, hold_in_one_place, not_compiled
 from moe_lens.model.loading.transformer_lens_words import PROCESSING, refuse_processing
 from moe_lens.model.loading.validate import asked_kernel, check_kernel, check_layers, check_tokenizer
 from moe_lens.model.tl_compat import detect_tokenizer_bos_eos
@@ -44,8 +44,7 @@ class HookTable(WholeState):
         self.__dict__.update(family=family, _original_names=tuple(model.state_dict()), owner=Owner())
         super().__init__(model, adapter, tokenizer, driver=Driver(model, adapter, tokenizer))
         self.owner.bind(self)
-        for part in (model, model.base_model):
-            part.__dict__["named_parameters"] = OnePlace(part)
+        hold_in_one_place(self, model)
         check_points(self, self.owner)
         check_layers(self.blocks, self.cfg.n_layers)
         for layer, block in enumerate(self.blocks):
@@ -367,10 +366,7 @@ class HookTable(WholeState):
         Raises:
             UnsupportedModelError: always; says what to do instead.
         """
-        raise UnsupportedModelError(
-            "a wrapped model is not compiled: hooks are Python functions. Compile the transformers model instead, or a "
-            "copy.deepcopy of it, before one is wrapped"
-        )
+        raise not_compiled()
 
     @property
     def _initialize_hook(self) -> Any:

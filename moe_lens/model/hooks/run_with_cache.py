@@ -11,15 +11,16 @@ from moe_lens.errors import HookError
 from moe_lens.model.cache.caching_hook import CachingHook, GraphHook
 from moe_lens.model.cache.hook_cache import following_tokens
 from moe_lens.model.cache.moe_cache import MoECache
+from moe_lens.model.devices import check_kept
 from moe_lens.model.hooks.forward import OF_INPUT, ExpertBridge
 from moe_lens.model.hooks.forward_checks import (
     NamesFilter,
     as_names,
     check_graph_kept,
-    check_kept,
     check_positions,
     layer_limits,
 )
+from moe_lens.model.loading.state_dict import uncompiled
 
 
 class CachedRuns(ExpertBridge):
@@ -73,6 +74,7 @@ class CachedRuns(ExpertBridge):
         ]
         return cache, fwd_hooks, [(name, keep.gradients()) for name, keep in fwd_hooks] if incl_bwd else []
 
+    @uncompiled
     def run_with_cache(
         self,
         input: Any,

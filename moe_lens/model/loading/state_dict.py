@@ -12,9 +12,12 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
 from moe_lens.errors import MoELensError, UnsupportedModelError, a_kind
+from moe_lens.model.devices import usable_device
 from moe_lens.model.loading.quantising import packed_in
 
 WRAPPER = "_original_component."
+uncompiled = torch.compiler.disable(reason="hooks are Python functions")
+"""What `torch.compile` around a call leaves as it is."""
 
 
 class StateError(MoELensError, RuntimeError):
@@ -72,10 +75,10 @@ def check_readable(model: PreTrainedModel, *, assign: bool = False) -> None:
 
 
 class OnePlace:
-    """`named_parameters` of a wrapped transformers model, which `torch.func.functional_call` is refused.
+    """`named_parameters` of a module of a wrapped model, which `torch.func.functional_call` is refused.
 
     Args:
-        module: The model, or a part of it.
+        module: The model, or a part of it in which a parameter has several places.
     """
 
     def __init__(self, module: nn.Module):
@@ -92,12 +95,41 @@ class OnePlace:
             raise no_functional_call()
         return type(self.module).named_parameters(self.module, prefix, recurse, remove_duplicate)
 
+    @property
+    def __func__(self) -> Any:
+        """What torch's compiler asks a method for, and nothing else does.
+
+        Raises:
+            UnsupportedModelError: always.
+        """
+        raise not_compiled()
+
+
+def hold_in_one_place(*models: nn.Module) -> None:
+    """Refuse `torch.func.functional_call` to every module in which a parameter is reached by two ways."""
+    for module in {id(part): part for model in models for part in model.modules()}.values():
+        if isinstance(module, WholeState):
+            continue  # refuses it by itself
+        with_numbers = [
+            part for _, part in module.named_modules(remove_duplicate=False) if part._parameters or part._buffers
+        ]
+        if len(with_numbers) > len({id(part) for part in with_numbers}):
+            module.__dict__["named_parameters"] = OnePlace(module)
+
+
+def not_compiled() -> UnsupportedModelError:
+    """A compiled graph holds no hook functions, and would leave out those that are added later."""
+    return UnsupportedModelError(
+        "a wrapped model is not compiled: hooks are Python functions. Compile the transformers model instead, or a "
+        "copy.deepcopy of it, before one is wrapped"
+    )
+
 
 def no_functional_call() -> UnsupportedModelError:
     """Torch asks for duplicates there, and would put other numbers back than it found."""
     return UnsupportedModelError(
-        "torch.func.functional_call cannot run a wrapped model, whose parameters have several places each: "
-        "copy.deepcopy(model).load_state_dict(…) holds other numbers"
+        "torch.func.functional_call cannot run a wrapped model or a part of it, whose parameters have several places "
+        "each, and would put the wrong ones back: copy.deepcopy(model).load_state_dict(…) holds other numbers"
     )
 
 
@@ -142,10 +174,14 @@ class WholeState(TransformerBridge):
 
         Raises:
             UnsupportedModelError: a device is named, and weights are offloaded.
+            InputError: what is named is no device, or none that is here.
         """
         model: Any = self.original_model
         places = [value for value in args if not isinstance(value, torch.dtype)]
         moves = bool(places) or kwargs.keys() & {"device", "tensor"}
+        for place in (*places, kwargs.get("device")):
+            if not isinstance(place, bool | Tensor | None):
+                usable_device(place, meta=True)
         if moves and getattr(model, "hf_device_map", None) and any(p.is_meta for p in model.parameters()):
             raise UnsupportedModelError("weights are offloaded, and cannot be moved: load the model with device=…")
         for dtype in (*args, kwargs.pop("dtype", None)):

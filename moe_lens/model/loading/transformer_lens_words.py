@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_lens.errors import InputError, UnsupportedModelError
+from moe_lens.model.devices import usable_device
 
 PROCESSING: dict[str, bool] = {
     "fold_ln": True,
@@ -92,14 +93,7 @@ def _read_device(kwargs: dict[str, Any]) -> None:
         return
     if kwargs.get("device_map") is not None:
         raise InputError(f"from_pretrained: got device={device!r} and device_map; expected one of them")
-    try:
-        device = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(
-            f"from_pretrained: device is {device!r}; expected one such as 'cuda', 'cuda:1' or 'cpu'"
-        ) from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"from_pretrained: device is '{device}', but torch finds no CUDA device here")
+    device = usable_device(device, "from_pretrained: device", meta=True)
     kwargs["device_map"] = None if device.type == "cpu" else {"": device}  # None: transformers' word for the processor
 
 
