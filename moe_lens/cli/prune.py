@@ -10,7 +10,7 @@ import typer
 
 from moe_lens.cli import options
 from moe_lens.cli.app import app
-from moe_lens.cli.model_loading import load_model, quiet
+from moe_lens.cli.model_loading import load_model, quiet, where_it_is
 from moe_lens.data import in_memory
 from moe_lens.errors import InputError, near_miss
 
@@ -137,11 +137,20 @@ def prune(
             )
         memory, trust = options.max_memory(max_memory, device), trust_tokenizer_code
         loaded = load_model(model, dtype.value, device, memory, trust_tokenizer=trust)
+        where = where_it_is(loaded)
+
+        def watch(what: str) -> None:
+            status.update(Text(what))
+            if where is not None:  # small models are quick
+                console.print(Text(what))
+
+        if where is not None:
+            console.print(Text(where))
         smaller = folder.scratch / "model"  # appears with the rest
-        made = run(loaded, domains, settings, smaller, watch=status.update)
+        made = run(loaded, domains, settings, smaller, watch=watch)
         del loaded  # the two that are timed take its place
         gc.collect()
-        status.update("timing both models")
+        watch("measuring both models")
         page = write_pruning(made, *compare(model, smaller), folder)
     console.print(f"done in {time.monotonic() - started:.0f} s", highlight=False)
     console.print(Text(str(made.frontier.findings())), soft_wrap=True)

@@ -205,12 +205,30 @@ def _size(name: str, shape: tuple[int, ...], item: int, plan: Plan) -> int:
     return count
 
 
-def _room(checkpoint: Checkpoint, plan: Plan, target: Path) -> None:
+def disk_needed(model: str | Path, plan: Plan, folder: str | Path) -> int:
+    """Bytes that the checkpoint of a plan takes: another plan that keeps as many experts takes as many.
+
+    Args:
+        model: Name or folder of the whole checkpoint, whose headers are read.
+        plan: What stays.
+        folder: Where it goes; nothing is written.
+
+    Raises:
+        InputError: there is no room for it.
+        CheckpointError: the checkpoint is not whole.
+    """
+    source = resolve_name(str(model))
+    own, _ = _without_prediction(Checkpoint.locate(source, {}), read_config(source, {})[1])
+    return _room(own, plan, Path(folder))
+
+
+def _room(checkpoint: Checkpoint, plan: Plan, target: Path) -> int:
     bits = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
     needed = sum(_size(n, t.shape, bits.get(t.dtype, 1), plan) for n, t in checkpoint.tensors.items())
     parent = next(folder for folder in target.absolute().parents if folder.exists())
     if (free := shutil.disk_usage(parent).free) < needed:
         raise InputError(f"{target}: the smaller model takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")
+    return needed
 
 
 def _write_shards(checkpoint: Checkpoint, plan: Plan, folder: Path) -> None:

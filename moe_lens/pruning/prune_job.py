@@ -10,7 +10,7 @@ import pandas as pd
 from moe_lens.data import Domains, in_memory, tokenize
 from moe_lens.model.loading.dispatch import places
 from moe_lens.model.loading.pretrained import load_pretrained, resolve_name
-from moe_lens.pruning.export import export, expressible, folder_size
+from moe_lens.pruning.export import disk_needed, export, expressible, folder_size
 from moe_lens.pruning.frontier import ALL, Frontier, frontier, halved
 from moe_lens.pruning.merging import merge
 from moe_lens.pruning.plans import Budget, Plan, plan
@@ -82,7 +82,9 @@ def prune(
     batches = [
         tokenize(domain, model, n_tokens=settings.tokens, context=context, seed=settings.seed) for domain in domains
     ]
-    watch(f"scoring experts by {settings.method}")
+    drawn = plan(score(model, batches, "random"), settings.keep, top_k=settings.top_k)  # as large as the one to come
+    needed = disk_needed(settings.model, drawn, folder)  # before the long part
+    watch(f"scoring experts by {settings.method}; the smaller model will take {needed / 1e9:.2f} GB of disk")
     scores = score(model, batches, settings.method, seed=settings.seed if settings.method == "random" else None)
     made = plan(scores, settings.keep, budget=settings.budget, domain=settings.domain, top_k=settings.top_k)
     made = made.uniform() if settings.uniform else made

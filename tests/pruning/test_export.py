@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from moe_lens import HookedMoE
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
 from moe_lens.pruning import export
+from moe_lens.pruning.export import disk_needed, folder_size
 from tests.families import CONFIGS, build, tokens
 from tests.pruning.smaller import by_hand, make_plan, whole
 
@@ -180,7 +181,13 @@ def test_a_broken_checkpoint_or_a_full_disk_leaves_nothing_behind(hooked, tmp_pa
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
     with pytest.raises(InputError, match="takes 0.00 GB, and 0.00 GB are free"):
         export(str(tmp_path / "whole"), plan, tmp_path / "out")
+    with pytest.raises(InputError, match="takes 0.00 GB, and 0.00 GB are free"):
+        disk_needed(tmp_path / "whole", plan, tmp_path / "out")
     monkeypatch.undo()
+    export(str(tmp_path / "whole"), plan, tmp_path / "smaller")
+    header = int.from_bytes((tmp_path / "smaller" / "model.safetensors").read_bytes()[:8], "little")
+    assert disk_needed(tmp_path / "whole", plan, tmp_path / "out") == folder_size(tmp_path / "smaller") - header - 8
+    shutil.rmtree(tmp_path / "smaller")
     stored = load((tmp_path / "whole" / "model.safetensors").read_bytes())
     (tmp_path / "whole" / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(CheckpointError, match="no whole safetensors file"):

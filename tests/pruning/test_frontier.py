@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -180,3 +181,15 @@ def test_speed_is_not_measured_of_a_model_that_is_read_from_disk(model, found, m
     assert said in page_of(made, size, speed)
     timed = pd.DataFrame([("original", "prefill", 1, 9.0, 1.0)], columns=[*SPEED])
     assert said not in page_of(made, size, timed)
+
+
+def test_a_full_disk_is_noticed_before_experts_are_scored(tmp_path, monkeypatch):
+    """Scoring, and the frontier, take hours of a large model."""
+    model, began = HookedMoE.from_pretrained("tiny-deepseekmoe"), []
+    settings = prune_job.PruneSettings("tiny-deepseekmoe", 0.5, "reap", False, "layer", False, None, None, (), 99, 0)
+    text = Domain("a", tuple(Passage(f"{i} text " * 9, f"{i}", f"x:{i}") for i in range(10)))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**20))
+    with pytest.raises(InputError, match=r"the smaller model takes 0.01 GB, and 0.00 GB are free"):
+        prune_job.prune(model, [text], settings, tmp_path / "out", watch=began.append)
+    assert not began
