@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_lens.data import TokenBatch
 from moe_lens.data.packing import Packing
-from moe_lens.model.loading.batch_sizes import reads_in_every_pass, tokens_at_once
+from moe_lens.model.loading.batch_sizes import wants_few_passes, tokens_at_once
 from moe_lens.studies.forward_passes import Hooks, input_device, losses
 
 Version = Callable[[slice], Hooks]
@@ -30,7 +30,7 @@ def versions_losses(model: Any, batch: TokenBatch, versions: Sequence[Version]) 
         versions: What is done to each.
     """
     read = batch.tokens if batch.packing is None else batch.packing.tokens
-    together = reads_in_every_pass(model)
+    together = wants_few_passes(model)
     at_once = max(1, tokens_at_once(model, input_device(model)) // max(1, read.numel())) if together else 1
     found: list[Tensor] = []
     for first in range(0, len(versions), at_once):

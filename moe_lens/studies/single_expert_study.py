@@ -19,7 +19,7 @@ from moe_lens import names
 from moe_lens.checked import Natural, Positive, Seed
 from moe_lens.data import Reading, TokenBatch
 from moe_lens.errors import InputError
-from moe_lens.model.loading.batch_sizes import BATCH_TOKENS, batch_tokens, reads_in_every_pass, tokens_at_once
+from moe_lens.model.loading.batch_sizes import BATCH_TOKENS, batch_tokens, wants_few_passes, tokens_at_once
 from moe_lens.protocols import require_stream_width
 from moe_lens.routing import output_factors
 from moe_lens.stats import ActivationMeans, Means, Result, SimilarityResult, SimilarityStats, halves
@@ -88,7 +88,7 @@ class SingleExpertStudy(Study):
         if name == "means":
             return Load.stacked(tokens, batch_tokens(model, kept=self.keeps), logits=0)
         every = tokens * (1 + len(self.variants(model)))
-        together = reads_in_every_pass(model)
+        together = wants_few_passes(model)
         at_once = tokens_at_once(model, input_device(model)) if together else min(tokens, BATCH_TOKENS)
         return Load.stacked(every, at_once)
 

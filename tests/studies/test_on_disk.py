@@ -36,7 +36,7 @@ STUDIES = {
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_is_that_of_the_model_in_memory(pair, monkeypatch, name):
     # The same batches: with others, the last bits differ.
-    monkeypatch.setattr(batch_sizes, "STREAMED_TOKENS", batch_sizes.BATCH_TOKENS)
+    monkeypatch.setattr(batch_sizes, "FEW_PASSES_TOKENS", batch_sizes.BATCH_TOKENS)
     if name == "single-expert":
         monkeypatch.setattr(batch_sizes, "places", lambda _: {})
     texts = [domain(each, n=12, sources=12, seed=seed) for seed, each in enumerate(("one", "two"))]

@@ -37,13 +37,20 @@ def test_versions_on_disk_share_passes_and_have_their_own_losses(model, monkeypa
     one_by_one = len(passes)
     passes.clear()
     monkeypatch.setattr(batch_sizes, "places", lambda _: {"disk": 1})
-    monkeypatch.setattr(batch_sizes, "STREAMED_TOKENS", 1000)
+    monkeypatch.setattr(batch_sizes, "FEW_PASSES_TOKENS", 1000)
     monkeypatch.setitem(batch_sizes.TOKENS, "cpu", 0)
     together: Any = run(study, model, texts, **how).results["d"]["losses"]
     assert len(passes) < one_by_one / 4
     assert together.variants == alone.variants
     assert torch.allclose(together.nats, alone.nats, rtol=1e-5)
     assert not torch.allclose(alone.nats[:, :1], alone.nats[:, 1:], rtol=1e-3), "and versions differ"
+
+
+def test_a_model_in_4_bits_is_unpacked_as_rarely_as_one_on_disk_is_read():
+    whole, packed = (HookedMoE.from_pretrained("tiny-deepseekmoe", quantize=how) for how in (None, "nf4"))
+    cpu = torch.device("cpu")
+    few, many = ([batch_sizes.tokens_at_once(m, cpu), batch_sizes.batch_tokens(m, kept=False)] for m in (packed, whole))
+    assert few == [batch_sizes.FEW_PASSES_TOKENS] * 2 and many == [batch_sizes.TOKENS["cpu"], batch_sizes.BATCH_TOKENS]
 
 
 @pytest.mark.typed

@@ -1,9 +1,9 @@
 """How much is computed at once: decided here, for studies, lenses and interventions.
 
-Where parameters are read from disk in every pass, a pass costs the reading whatever its batch, until computing takes
-longer: with two cores and one disk from about 1,000 tokens on. At `STREAMED_TOKENS` reading is a tenth of the whole,
-and activations of one layer are about a GiB of a model of 16 billion parameters. Memory that does not suffice for so
-many makes batches smaller when it runs out.
+Where parameters are read from disk in every pass, or unpacked from 4 or 8 bits, a pass costs that whatever its batch,
+until computing takes longer: with two cores from about 1,000 tokens on. At `FEW_PASSES_TOKENS` it is a tenth of the
+whole, and activations of one layer are about a GiB of a model of 16 billion parameters. Memory that does not suffice
+for so many makes batches smaller when it runs out.
 """
 
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from moe_lens.model.loading.dispatch import places
+from moe_lens.model.loading.quantising import packed_in
 
 TOKENS = {"cpu": 2**11, "cuda": 2**16}
 """Tokens of a batch of variants at most, by kind of device; fewer if memory does not suffice.
@@ -18,23 +19,23 @@ TOKENS = {"cpu": 2**11, "cuda": 2**16}
 On a CPU more would be slower: the C library hands large temporary tensors back to the system, which clears every page
 of them again for the next product.
 """
-STREAMED_TOKENS = 2**13
-"""The same where parameters are read from disk in every pass."""
+FEW_PASSES_TOKENS = 2**13
+"""The same where parameters are read from disk, or unpacked, in every pass."""
 BATCH_TOKENS = 2**11
 """Tokens of a batch of texts, of which activations of all layers, or all logits, are kept: up to 1 MB a token."""
 ROWS = 64
 """Rows of logits at least that are made at once: a product of fewer takes as long, to read the unembedding."""
 
 
-def reads_in_every_pass(model: Any) -> bool:
-    """Whether some parameters of a `HookedMoE` are on disk."""
-    return "disk" in places(model.original_model)
+def wants_few_passes(model: Any) -> bool:
+    """Whether a pass of a `HookedMoE` costs much whatever its tokens: parameters are on disk, or packed."""
+    return "disk" in places(model.original_model) or bool(packed_in(model.original_model))
 
 
 def tokens_at_once(model: Any, device: torch.device) -> int:
     """How many tokens, of all variants together, to run in one pass that computes on a device."""
     usual = TOKENS.get(device.type, TOKENS["cuda"])
-    return max(usual, STREAMED_TOKENS) if reads_in_every_pass(model) else usual
+    return max(usual, FEW_PASSES_TOKENS) if wants_few_passes(model) else usual
 
 
 def batch_tokens(model: Any, *, kept: bool) -> int:
@@ -44,7 +45,7 @@ def batch_tokens(model: Any, *, kept: bool) -> int:
         model: A `HookedMoE`.
         kept: Whether activations of all layers, or logits, are kept of each.
     """
-    return BATCH_TOKENS if kept or not reads_in_every_pass(model) else STREAMED_TOKENS
+    return BATCH_TOKENS if kept or not wants_few_passes(model) else FEW_PASSES_TOKENS
 
 
 def rows_at_once(logits: int, d_vocab: int) -> int:
