@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_lens.data import TokenBatch
 from moe_lens.data.packing import Packing
-from moe_lens.model.loading.batch_sizes import wants_few_passes, tokens_at_once
+from moe_lens.model.loading.batch_sizes import tokens_at_once, wants_few_passes
 from moe_lens.studies.forward_passes import Hooks, input_device, losses
 
 Version = Callable[[slice], Hooks]

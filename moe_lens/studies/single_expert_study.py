@@ -19,7 +19,7 @@ from moe_lens import names
 from moe_lens.checked import Natural, Positive, Seed
 from moe_lens.data import Reading, TokenBatch
 from moe_lens.errors import InputError
-from moe_lens.model.loading.batch_sizes import BATCH_TOKENS, batch_tokens, wants_few_passes, tokens_at_once
+from moe_lens.model.loading.batch_sizes import BATCH_TOKENS, batch_tokens, tokens_at_once, wants_few_passes
 from moe_lens.protocols import require_stream_width
 from moe_lens.routing import output_factors
 from moe_lens.stats import ActivationMeans, Means, Result, SimilarityResult, SimilarityStats, halves
