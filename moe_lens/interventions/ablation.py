@@ -193,7 +193,7 @@ def keep_top(
         raise InputError("renormalize=True with k=0: there is no weight left to rescale")
     selection = Selection(layers=layers).check(model)
     hooks: list[Hook] = []
-    for layer in selection.layers_of(model) if k < model.top_k else ():
+    for layer in selection.layers_of(model):
         hooks += _leave_out(model, layer, _others(model, layer, k, by, seed or 0), renormalize)
     options = [f"by {by}"] + ["renormalised"] * renormalize + [f"seed {seed or 0}"] * (by == "random")
     where = "" if layers is None else f" of {selection}"
@@ -206,12 +206,16 @@ def _others(model: HookedModel, layer: int, k: int, by: By, seed: int) -> Choose
 
     def others() -> Bool[Tensor, "batch pos top_k"]:
         experts = model.experts_in_slots(layer)
+        order = torch.arange(experts.shape[-1], device=experts.device).expand(experts.shape)
+        if by == "weight":
+            return order >= k
         if by == "random":
             offset = this_pass(model, experts, "by='random'").offset
             generator = torch.Generator().manual_seed((seed * 1009 + layer) * 1_000_003 + offset)
-            place = torch.rand(experts.shape, generator=generator).argsort(-1).to(experts.device)
-            return place >= k
-        rank = torch.arange(experts.shape[-1], device=experts.device).expand(experts.shape)
-        return rank >= k if by == "weight" else rank < experts.shape[-1] - k
+            order = torch.rand(experts.shape, generator=generator).argsort(-1).to(experts.device)
+        else:
+            order = -order
+        empty = experts < 0  # behind a token's number of experts, inside use_experts: there is nothing to keep
+        return order.masked_fill(empty, order.shape[-1]).argsort(-1).argsort(-1) >= k
 
     return others

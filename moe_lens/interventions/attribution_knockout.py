@@ -42,7 +42,7 @@ class Knockouts:
     @property
     def n_units(self) -> int:
         """Experts or ranks of a layer."""
-        return self.model.n_experts if self.unit == "expert" else self.model.top_k
+        return self.model.n_experts if self.unit == "expert" else self.chosen.shape[-1]
 
     def all(self, per_position: bool) -> Iterator[Knockout]:
         """Those that change anything: for each expert or rank, or for each of its positions."""
@@ -58,7 +58,7 @@ class Knockouts:
         """The slots that are taken out."""
         row = knockout.place[0]
         indices = self.slots.indices[knockout.layer]
-        names = indices if self.unit == "expert" else torch.arange(self.model.top_k, device=indices.device)
+        names = indices if self.unit == "expert" else torch.arange(self.chosen.shape[-1], device=indices.device)
         mask = self.chosen[row] & (names == knockout.unit)
         if knockout.at is None:
             return mask

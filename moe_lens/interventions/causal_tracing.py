@@ -192,7 +192,8 @@ def _sites(
     made, joint = [], []
     for row, layer in enumerate(model.moe_layers):
         of_layer = parts[layer]
-        for expert in of_layer.experts[here].unique().tolist():
+        chosen = of_layer.experts[here].unique()
+        for expert in chosen[chosen >= 0].tolist():  # −1: slots that use_experts leaves empty
             slots = of_layer.chosen(lambda experts, _, expert=expert: experts == expert, here)
             made.append(((row, expert), of_layer.variant(base, layer, slots)))
         for size in range(1, model.top_k + 1):

@@ -1,6 +1,6 @@
 """A forward pass that can be started again at any block, and the variants that depart from it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -43,6 +43,27 @@ def check_whole_runs(words: Mapping[str, Any]) -> None:
             "position_ids jump: without a cache, as here, transformers reads that as several texts in a row; pass one "
             "text a row, or an attention_mask"
         )
+
+
+def even_slots(indices: Iterable[Int[Tensor, "batch pos _"]], what: str) -> int:
+    """How many slots every token has in some layers and runs.
+
+    Args:
+        indices: The experts of the slots, −1 in those that a token does not use.
+        what: What goes from slot to slot, for the message.
+
+    Raises:
+        InputError: Not all tokens have the same number.
+    """
+    widths = set()
+    for of_layer in indices:
+        widths |= {of_layer.shape[-1], *([] if bool((of_layer >= 0).all()) else [-1])}
+    if len(widths) != 1:
+        raise InputError(
+            f"tokens have different numbers of experts, as inside use_experts(mass=…), and {what} goes from slot to "
+            "slot; use_experts(k) gives the same number to all of them, in all layers"
+        )
+    return widths.pop()
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from moe_lens import names
 from moe_lens.checked import AnyModel, Positive
 from moe_lens.errors import InputError, several
-from moe_lens.interventions.clean_run import CleanRun, Variant
+from moe_lens.interventions.clean_run import CleanRun, Variant, even_slots
 from moe_lens.interventions.metrics import Metric, among, describe, evaluate
 from moe_lens.interventions.patch_result import PatchResult
 from moe_lens.interventions.patch_sites import SITES, Parts, Units, differing, logits_variant, stream_variant
@@ -62,8 +63,8 @@ def patch(
         kwargs: Of `forward`, for both runs: `attention_mask`, `prepend_bos`, `padding_side`.
 
     Raises:
-        InputError: inputs of different lengths, an unknown site or axis, a selection that does not fit, or a metric
-            that is not a finite scalar.
+        InputError: inputs of different lengths, an unknown site or axis, a selection that does not fit, a metric that
+            is not a finite scalar, or experts' outputs or routing where tokens have different numbers of experts.
     """
     chosen = _check(model, site, over, direction, selection or Selection())
     layers = _layers(model, site, chosen)
@@ -71,6 +72,8 @@ def patch(
     runs = {"clean": CleanRun.of(model, clean, keep=keep, **kwargs)}
     runs["corrupted"] = CleanRun.of(model, corrupted, keep=keep, **kwargs)
     _same_shape(runs["clean"], runs["corrupted"])
+    for layer in layers if names.EXPERT_INDICES in SITES[site].hooks else ():
+        even_slots([run.indices(layer) for run in runs.values()], f"patching {site}")
     metric = among(metric, runs["clean"].cache.mask)
     base, source = (runs[name] for name in (("corrupted", "clean") if direction == "denoising" else runs))
     axes = _axes(model, over, chosen, layers, base)
@@ -155,10 +158,15 @@ def _axes(
         wanted = sorted({expert for experts in (chosen.by_layer or {}).values() for expert in experts})
         axes["expert"] = wanted or list(range(model.n_experts))
     if "rank" in over:
-        axes["rank"] = list(range(model.top_k) if chosen.ranks is None else chosen.ranks)
+        axes["rank"] = list(range(_most_slots(base, layers)) if chosen.ranks is None else chosen.ranks)
     if "pos" in over:
         axes["pos"] = chosen.positions(base.step).any(0).nonzero()[:, 0].tolist()
     return axes
+
+
+def _most_slots(run: CleanRun, layers: Sequence[int]) -> int:
+    """Ranks of the layer that has most of them: as many as `top_k`, but for what `use_experts` gives."""
+    return max(run.indices(layer).shape[-1] for layer in layers)
 
 
 def _layers(model: Any, site: str, chosen: Selection) -> tuple[int, ...]:

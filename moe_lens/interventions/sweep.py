@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_lens.checked import AnyModel, Positive
 from moe_lens.errors import InputError
 from moe_lens.interventions.batched_variants import RoutingMode, Stack, inside
-from moe_lens.interventions.clean_run import CleanRun, Variant
+from moe_lens.interventions.clean_run import CleanRun, Variant, even_slots
 from moe_lens.interventions.metrics import Metric, TokenMetric, among, describe, evaluate, finite
 from moe_lens.model.loading.batch_sizes import tokens_at_once
 
@@ -59,7 +59,8 @@ def sweep(
         In float64, on the CPU, in the order of the variants.
 
     Raises:
-        InputError: the metric is not a scalar or not a finite number; a layer or hook that the sweep does not run.
+        InputError: the metric is not a scalar or not a finite number; a layer or hook that the sweep does not run;
+            frozen routing where tokens have different numbers of experts.
     """
     metric = among(metric, run.cache.mask)
     if isinstance(metric, TokenMetric):
@@ -129,6 +130,8 @@ class _Sweep:
         self.model, self.clean, self.variants, self.at_once = model, run, variants, at_once
         self.routing: RoutingMode = routing
         self.n_layers = model.cfg.n_layers
+        for layer in model.moe_layers if routing == "frozen" else ():
+            even_slots([run.indices(layer)], "frozen routing")
         self.reads = reads.to(run.logits.device)
         listened = [name for name, point in model.hook_dict.items() if point.has_hooks()]
         self.foreign = {layer for layer in range(self.n_layers) if any(inside(name, layer) for name in listened)}

@@ -8,21 +8,28 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from moe_lens import Routing, names
+from moe_lens import HookedMoE, Routing, names
 from moe_lens.errors import HookError, InputError
+from moe_lens.interventions import expert_attribution, patch, trace
 from moe_lens.interventions.any_k import by_mass
+from moe_lens.interventions.attribution import Method
+from moe_lens.interventions.attribution_result import Unit
 from moe_lens.interventions.coalitions import added_losses
-from moe_lens.interventions.metrics import Loss
+from moe_lens.interventions.metrics import Logit, Loss
+from moe_lens.interventions.patch_sites import SITES
 from moe_lens.interventions.sweep import CleanRun, Variant, sweep
 from moe_lens.stats import RoutedBatch
 from tests.wrapped import Case, deviation, untouched, wrapped
 
+OF_SLOTS = ("expert_out", "expert_weighted", "routing")
+assert {site for site in SITES if names.EXPERT_INDICES in SITES[site].hooks} == set(OF_SLOTS)
 F64 = 1e-13  # relative to what is compared: the same products in other batches
 
 
@@ -180,6 +187,94 @@ def test_what_cannot_be_is_refused() -> None:
     third = model.ablate(ranks=[2])
     with torch.no_grad(), model.use_experts(2), third, pytest.raises(InputError, match="there is no rank 2 in layer"):
         model(x)
+
+
+@pytest.mark.typed
+@pytest.mark.parametrize("by", ["weight", "last", "random"])
+def test_top_experts_are_kept_of_those_that_a_token_has(by: Any) -> None:
+    """Not of empty slots; and as many as the model has active may be kept where there are more."""
+    case = wrapped("olmoe", torch.float64)
+    model, layer = case.model, case.last
+    kept: list[Tensor] = []
+
+    def note(weighted: Tensor, hook: Any) -> None:  # noqa: ARG001
+        kept.append(model.experts_in_slots(layer) >= 0)
+
+    watch = [(names.mlp(names.EXPERT_WEIGHTED, layer), note)]
+    with torch.no_grad(), model.use_experts(mass=0.6):
+        model.run_with_hooks(case.tokens, fwd_hooks=watch)
+        with model.keep_top(1, by=by, layers=[layer]):  # what is before it stays as it was
+            model.run_with_hooks(case.tokens, fwd_hooks=watch)
+    had, left = kept
+    assert had.sum(-1).unique().numel() > 1, "or the test shows nothing"
+    assert (left.sum(-1) == 1).all() and (had | ~left).all()
+    if by != "random":
+        at = left.int().argmax(-1)
+        assert torch.equal(at, torch.zeros_like(at) if by == "weight" else had.sum(-1) - 1)
+    with torch.no_grad(), model.use_experts(model.top_k + 2), model.keep_top(model.top_k, by=by):
+        model.run_with_hooks(case.tokens, fwd_hooks=watch)
+    assert (kept[-1].sum(-1) == model.top_k).all() and kept[-1].shape[-1] == model.top_k + 2
+
+
+@pytest.mark.parametrize("k", [2, 5])
+def test_ranks_are_those_that_tokens_have(k: int) -> None:
+    case = wrapped("olmoe", torch.float64)
+    model, metric = case.model, Logit(5)
+    other = case.tokens.flip(0)
+    with untouched(model), torch.no_grad(), model.use_experts(k):
+        patched = patch(model, case.tokens, other, "expert_weighted", metric, over=("layer", "rank"))
+        alone = expert_attribution(model, case.tokens, metric, method="knockout", unit="rank", routing="free")
+        clean = metric(model(case.tokens)).item()
+        assert patched.axes["rank"] == tuple(range(k)) and alone.values.shape == (len(model.moe_layers), k)
+        for row, layer in enumerate(model.moe_layers):
+            for rank in range(k):
+                without = replaced(layer, rank)
+                expected = clean - metric(model.run_with_hooks(case.tokens, fwd_hooks=[without])).item()
+                assert abs(alone.values[row, rank].item() - expected) <= F64 * case.logits.abs().max()
+
+
+def replaced(layer: int, rank: int) -> Any:
+    def zero(weighted: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        weighted = weighted.clone()
+        weighted[:, :, rank] = 0
+        return weighted
+
+    return names.mlp(names.EXPERT_WEIGHTED, layer), zero
+
+
+def test_what_goes_from_slot_to_slot_is_refused_where_tokens_have_numbers_of_their_own() -> None:
+    """An empty slot is −1, which is the last expert to an index; widths differ between layers and texts."""
+    case = wrapped("mixtral")
+    model, metric, other = case.model, Logit(5), case.tokens.flip(0)
+    says = "tokens have different numbers of experts, as inside use_experts"
+    with untouched(model), torch.no_grad(), model.use_experts(mass=0.7):
+        run = CleanRun.of(model, case.tokens)
+        assert any((run.indices(layer) < 0).any() for layer in model.moe_layers), "or the test shows nothing"
+        for call in (
+            *(
+                partial(expert_attribution, model, case.tokens, metric, method=method, unit=unit)
+                for method in get_args(Method)
+                for unit in get_args(Unit)
+            ),
+            *(partial(patch, model, case.tokens, other, site, metric, over=("layer",)) for site in OF_SLOTS),
+            partial(sweep, model, run, [Variant(0)], metric, routing="frozen"),
+        ):
+            with pytest.raises(InputError, match=says):
+                call()
+        assert sweep(model, run, [Variant(0)], metric).isfinite().all()
+
+
+def test_tracing_takes_an_empty_slot_for_no_expert() -> None:
+    model: Any = HookedMoE.from_pretrained("tiny-deepseekmoe", dtype=torch.float32, check=False)
+    last = model.n_experts - 1
+    with (
+        torch.no_grad(),
+        model.use_experts(mass=0.5),
+        model.ablate([(at, last) for at in model.moe_layers], how="reroute"),
+    ):
+        found = trace(model, "The old man looked at the sea and", " man", " the", draws=2)
+    assert not found.sites["expert"].values[..., last].any()
+    assert found.sites["expert"].values.any()
 
 
 @pytest.mark.parametrize("how", ["reroute", "zero"])
