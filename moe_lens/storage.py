@@ -1,6 +1,7 @@
 """Files written whole or not at all; tensors with a small JSON header in one safetensors file."""
 
 import json
+import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,14 +25,17 @@ _VERSION = 1
 def written_whole(path: str | Path) -> Generator[Path]:
     """A path for a file that takes another's place when the block ends; the folder of that is created.
 
+    A link stays one, and what it leads to is written. What is there and no file is never replaced: a device would be
+    gone for the whole machine.
+
     Raises:
         InputError: the file cannot be written there; nothing is left behind.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path)) if Path(path).is_symlink() else Path(path)
     try:
+        if target.exists() and not target.is_file():
+            raise OSError(f"it is {'a folder' if target.is_dir() else 'a pipe or a device'}, and no file")
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.is_dir():
-            raise IsADirectoryError(f"{target} is a folder")
         with scratch_folder(target.parent, f".{target.name}.") as folder:
             yield folder / target.name
             (folder / target.name).replace(target)

@@ -1,5 +1,6 @@
 """Files are whole or not there, and say what they are."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,18 @@ def test_where_nothing_can_be_written_nothing_is_left(tmp_path: Path):
             save_tensors(tmp_path / name, "Test", {"a": torch.ones(2)}, {})
         assert str(tmp_path / name) in str(error.value)
     assert sorted(file.name for file in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+def test_a_pipe_or_a_device_is_never_replaced_and_a_link_leads_on(tmp_path: Path):
+    # `--out /dev/null`, as root, would take the device away from the whole machine.
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="a pipe or a device"), written_whole(tmp_path / "pipe"):
+        pass
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "link").symlink_to("there/file")
+    with written_whole(tmp_path / "link") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "file").read_text() == "new"
 
 
 def test_work_that_fails_midway_leaves_the_old_file(tmp_path: Path):

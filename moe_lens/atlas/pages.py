@@ -37,9 +37,11 @@ def write_atlas(result: StudyResult | str | Path, out: str | Path) -> Path:
         out: The folder; made if it does not exist.
 
     Raises:
-        InputError: It is the result of another study, or the folder cannot be written.
+        InputError: It is the result of another study, or the folder cannot be written, or holds others' files of the
+            same names.
     """
     result, out = of_atlas(result), Path(out)
+    check_place(out)
     files = files_of(result, load_asked(out, result))
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -59,6 +61,43 @@ def write_atlas(result: StudyResult | str | Path, out: str | Path) -> Path:
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror or error}); choose another --out") from None
     return out / PAGE
+
+
+def check_place(out: str | Path) -> None:
+    """Nothing, where an atlas can be written: all that it would replace is of an atlas.
+
+    Raises:
+        InputError: Files of other origin have names that the atlas needs.
+    """
+    out = Path(out)
+    page, data = out / PAGE, out / DATA
+    try:
+        foreign = [page] if _there(page) and _TITLE not in _beginning(page) else []
+        if data.is_dir():
+            foreign += [path for path in sorted(data.iterdir()) if not _beginning(path).startswith(_CALL)]
+        elif _there(data):
+            foreign.append(data)
+        if not _there(page) and not _there(data):
+            foreign += [out / name for name in SHIPPED if _there(out / name)]
+    except OSError as error:
+        raise InputError(f"{out}: cannot be looked into ({error.strerror or error}); choose another --out") from None
+    if foreign:
+        raise InputError(f"{foreign[0]}: is there, is not of an atlas, and would be replaced; choose another --out")
+
+
+_TITLE, _CALL = b"<title>Atlas of experts</title>", b"atlas.put("
+
+
+def _there(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
+
+
+def _beginning(path: Path) -> bytes:
+    """Some bytes of a file; none of a folder, a pipe or a device."""
+    if not path.is_file():
+        return b""
+    with path.open("rb") as content:
+        return content.read(4096)
 
 
 def of_atlas(result: StudyResult | str | Path) -> StudyResult:

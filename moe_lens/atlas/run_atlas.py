@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moe_lens.atlas.asked_knockouts import FOLDER, one_by_one
-from moe_lens.atlas.pages import write_atlas
+from moe_lens.atlas.pages import check_place, write_atlas
 from moe_lens.checked import AnyModel, Positive
 from moe_lens.data import Domains, Reading
 from moe_lens.selection import Experts
@@ -54,6 +54,7 @@ def run(
             of something else.
     """
     how = {"reading": reading, "name": name, "batch_tokens": batch_tokens, "command": command}
+    agreed(lambda: check_place(out))
     asked = one_by_one(model, knock_out)
     result = run_study(study or Atlas(), model, domains, out=Path(out) / STUDY, watch=watch, say=say, **how)
     for folder, each in asked.items():

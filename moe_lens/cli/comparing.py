@@ -77,6 +77,8 @@ def compare_studies(
         read_manifest(folder)
     if any(folder.resolve() in out.resolve().parents for folder in (first, second or first)):
         raise InputError(f"--out {out} is inside of a study that is compared; give a file elsewhere")
+    if out.suffix not in ("", ".parquet"):
+        raise InputError(f"--out {out} is not named as what is written there; expected a .parquet file")
 
     from moe_lens.storage import written_whole
     from moe_lens.studies import StudyResult, compare

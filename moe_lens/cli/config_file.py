@@ -39,7 +39,7 @@ def defaults(arguments: Sequence[str], commands: Mapping[str, Any]) -> dict[str,
         if key != _DOMAINS:
             values[option] = value
     options = [parameter for parameter in commands[name].params if parameter.opts[0].startswith("--")]
-    known = {option.name: option for option in options if option.name not in _ELSEWHERE}
+    known = {_key(option): option for option in options if option.name not in _ELSEWHERE}
     if unknown := sorted(values.keys() - known.keys()):
         there = f"known: {', '.join(sorted(known))}, {_DOMAINS}{near_miss(unknown[0], [*known, _DOMAINS])}"
         raise InputError(f"--config {path}: unknown key {unknown[0]!r}; {there}")
@@ -48,13 +48,22 @@ def defaults(arguments: Sequence[str], commands: Mapping[str, Any]) -> dict[str,
         if switch != isinstance(value, bool):
             expected = "true or false" if switch else "a value"
             raise InputError(f"--config {path}: {key} = {json.dumps(value, default=str)}; expected {expected}")
+        if value in ("", []):
+            raise InputError(f"--config {path}: {key} is empty; leave it out, and it is as without --config")
         if getattr(known[key], "multiple", False) != isinstance(value, list):
             expected = "a list, as it can be given several times" if not isinstance(value, list) else "one value"
             raise InputError(f"--config {path}: {key} = {json.dumps(value, default=str)}; expected {expected}")
         inside = value if isinstance(value, list) else [value]
+        if isinstance(value, list) and any(isinstance(one, bool | dict | list) for one in value):
+            raise InputError(f"--config {path}: {key} = {json.dumps(value, default=str)}; expected a list of values")
         if _is_text(known[key]) and not all(isinstance(one, str) for one in inside):
             raise InputError(f"--config {path}: {key} = {json.dumps(value, default=str)}; expected text in quotes")
-    return {name: values}
+    return {name: {known[key].name: value for key, value in values.items()}}
+
+
+def _key(option: Any) -> str:
+    """What an option is called in a file: as on the command line, without hyphens."""
+    return option.opts[0].removeprefix("--").replace("-", "_")
 
 
 def _once(arguments: Sequence[str], parameters: Sequence[Any]) -> None:

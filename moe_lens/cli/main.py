@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -114,12 +115,17 @@ def _termination() -> Generator[list[bool]]:
 
 
 def _readable(arguments: Sequence[str]) -> None:
-    """Refuse arguments in another encoding, which no result could be saved with.
+    """Refuse arguments in another encoding, which no result could be saved with, and empty ones.
+
+    What is empty would mean the working directory, a model of that name, or a default.
 
     Raises:
         InputError: One of them; says which.
     """
     for number, argument in enumerate(arguments, start=1):
+        if not argument or re.fullmatch("--[a-z-]+=", argument):
+            where = argument or (arguments[number - 2] if number > 1 else "the first")
+            raise InputError(f"argument {number} ({where}) is empty; is a variable of the shell not set?")
         try:
             argument.encode()
         except UnicodeEncodeError:

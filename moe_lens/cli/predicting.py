@@ -94,6 +94,9 @@ def probe(
     pairs = [each.partition("=") for each in label or ()]
     if wrong := ["".join(pair) for pair in pairs if not (pair[0] and pair[2])]:
         raise InputError(f"--label {wrong[0]}: expected NAME=REGEX")
+    names = [name for name, _, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"--label {twice[0]} is given {names.count(twice[0])} times; expected each label once")
     find = by_pattern({name: pattern for name, _, pattern in pairs} or PATTERNS)
     own = None if spans is None else read_spans(spans)
     settings: dict[str, Any] = {"k": tuple(k or Probe.k), "parallel": Probe.parallel if parallel is None else parallel}

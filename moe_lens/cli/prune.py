@@ -113,7 +113,9 @@ def prune(
     from moe_lens.pruning.prune_job import prune as run
     from moe_lens.report import OutputFolder
     from moe_lens.report.pruning_page import write_pruning
+    from moe_lens.report.report_files import SMALLER, check_place
 
+    check_place(out, SMALLER)
     quiet()
     chosen: Any = [one.value for one in against] if against else ["frequency", "random"]
     settings = PruneSettings(

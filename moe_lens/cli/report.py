@@ -38,8 +38,11 @@ def report(
     found = [study for folder in saved or () for study in studies_in(folder)]
     if found and changed:
         raise InputError(f"{changed[0]} applies to studies that are run; with FOLDER arguments none is: leave it out")
+    found = list({folder.resolve(): folder for folder in found}.values())  # a study given twice is one
     for folder in found:
         read_manifest(folder)
+        if folder.resolve() in (out.resolve(), *out.resolve().parents):
+            raise InputError(f"--out {out} is in the folder of a study that is shown; choose another")
 
     from moe_lens.report import write_page
 

@@ -2,13 +2,14 @@
 
 import csv
 import io
+import json
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 from moe_lens.data.rows import Passage, passage, read_row
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, check_characters
 from moe_lens.json_files import check_file, parse_json
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
@@ -43,7 +44,7 @@ def read_objects(path: str | Path, like: str) -> Iterator[tuple[str, dict[str, A
         like: What a line is expected to be, for messages.
 
     Raises:
-        InputError: It cannot be read, or a line is no object.
+        InputError: It cannot be read, or a line is no object or holds half of a character.
     """
     path = Path(path)
     codec = COMPRESSED.get(path.suffix.lower())
@@ -51,7 +52,9 @@ def read_objects(path: str | Path, like: str) -> Iterator[tuple[str, dict[str, A
         check_file(path)
         for number, line in _lines(path, codec):
             if line.strip():
-                yield f"{path}:{number}", _object(line, f"{path}:{number}", like)
+                row = _object(line, f"{path}:{number}", like)
+                check_characters(f"{path}:{number}", json.dumps(row, ensure_ascii=False))
+                yield f"{path}:{number}", row
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
 
@@ -138,7 +141,8 @@ def _object(line: str, origin: str, like: str = _TEXT) -> dict[str, Any]:
         row = parse_json(line, once=True)
     except ValueError as error:
         such = '{"text": "…", "source": "…"}' if like == _TEXT else like
-        raise InputError(f"{origin}: not JSON ({error}); expected a line such as {such}") from None
+        why = str(error).replace(" in line 1, column ", " in column ")  # of the file it is another line
+        raise InputError(f"{origin}: not JSON ({why}); expected a line such as {such}") from None
     if not isinstance(row, dict):
         raise InputError(f"{origin}: expected {like}, got a JSON {type(row).__name__}")
     return row

@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 
 from moe_lens.checked import Natural, Positive, Seed
+from moe_lens.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,16 @@ class TrainingSummary:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "TrainingSummary":
-        """From what `dataclasses.asdict` and JSON make of it."""
+        """From what `dataclasses.asdict` and JSON make of it.
+
+        Raises:
+            InputError: Not every layer has its two numbers.
+        """
         plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return cls(**plain)
+        made = cls(**plain)
+        of_layers = (made.post_before, made.post_after, made.mid_before, made.mid_after)
+        if len({len(of) for of in of_layers if of is not None}) > 1 or (made.mid_before is None) != (
+            made.mid_after is None
+        ):
+            raise InputError("the numbers before and after the training are not of the same layers")
+        return made

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe_lens.checked import AnyModel, Natural, Positive, Seed
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, a_kind
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.json_files import read_json
 from moe_lens.lenses.logit_lens import LogitLens
@@ -20,9 +20,10 @@ from moe_lens.lenses.training_summary import TrainingSummary
 from moe_lens.lenses.tuned_lens_package import read_translators
 from moe_lens.lenses.tuned_loss import TranslatedLens
 from moe_lens.lenses.tuned_training import TrainingSettings, train
+from moe_lens.manifest import file_digest
 from moe_lens.model.loading.dispatch import output_place
 from moe_lens.model.loading.pretrained import EMBEDDED
-from moe_lens.storage import load_tensors, save_tensors, written_whole
+from moe_lens.storage import believed, load_tensors, save_tensors, written_whole
 
 _CONFIG, _TENSORS, _KIND = "config.json", "lens.safetensors", "TunedLens"
 
@@ -190,9 +191,7 @@ class TunedLens(TranslatedLens):
         Raises:
             InputError: No lens there, a broken one, or one of another model.
         """
-        folder = Path(name_or_path)
-        if name_or_path == EMBEDDED:
-            folder = Path(str(importlib.resources.files("moe_lens") / "assets" / f"{EMBEDDED}-lens"))
+        folder = _folder(name_or_path)
         config = _read_config(folder)
         if model is None:
             model = HookedMoE.from_pretrained(config["model_name"])
@@ -200,11 +199,27 @@ class TunedLens(TranslatedLens):
         tensors, header = load_tensors(folder / _TENSORS, _KIND)
         if header.get("fingerprint") != config["fingerprint"]:
             raise InputError(f"{folder}: {_CONFIG} and {_TENSORS} are not of the same lens")
-        if set(tensors) not in ({"post.weight", "post.bias"}, {"post.weight", "post.bias", "mid.weight", "mid.bias"}):
-            raise InputError(f"{folder / _TENSORS} holds {sorted(tensors)}; expected post.weight and post.bias")
+        _check_tensors(folder / _TENSORS, tensors, config["n_layers"], config["d_model"])
         mid = cls(model, list(tensors["mid.weight"]), list(tensors["mid.bias"])) if "mid.bias" in tensors else None
-        tuning = None if config["tuning"] is None else TrainingSummary.from_json(config["tuning"])
+        with believed(folder / _CONFIG, _KIND):
+            tuning = None if config["tuning"] is None else TrainingSummary.from_json(config["tuning"])
         return cls(model, list(tensors["post.weight"]), list(tensors["post.bias"]), mid=mid, tuning=tuning)
+
+    @staticmethod
+    def digest_of(name_or_path: str | Path) -> str:
+        """SHA-256 of the translators of a saved lens: two of one digest read alike.
+
+        Args:
+            name_or_path: As `from_pretrained` has it.
+
+        Raises:
+            InputError: They cannot be read.
+        """
+        file = _folder(name_or_path) / _TENSORS
+        try:
+            return file_digest(file)
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read ({error.strerror or error})") from None
 
     @classmethod
     def from_tuned_lens(cls, folder: str | Path, model: AnyModel, *, strict: bool = True) -> "TunedLens":
@@ -226,6 +241,25 @@ class TunedLens(TranslatedLens):
         return cls(model, *read_translators(Path(folder), model, strict=strict))
 
 
+def _folder(name_or_path: str | Path) -> Path:
+    if name_or_path == EMBEDDED:
+        return Path(str(importlib.resources.files("moe_lens") / "assets" / f"{EMBEDDED}-lens"))
+    return Path(name_or_path)
+
+
+def _check_tensors(file: Path, tensors: dict[str, Tensor], n_layers: int, d_model: int) -> None:
+    """Refuse translators of other shapes, or with numbers that no lens can read with."""
+    shapes = {"weight": (n_layers, d_model, d_model), "bias": (n_layers, d_model)}
+    sites = ("post", "mid") if any(name.startswith("mid.") for name in tensors) else ("post",)
+    expected = {f"{site}.{part}": shape for site in sites for part, shape in shapes.items()}
+    if (found := {name: tuple(tensor.shape) for name, tensor in tensors.items()}) != expected:
+        raise InputError(f"{file} holds {found}; expected {expected}")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            kind = "NaN or infinities" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
+            raise InputError(f"{file}: {name} holds {kind}; expected finite floating-point numbers")
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / _CONFIG
     try:
@@ -237,9 +271,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise InputError(f"{file} is not JSON: {error}") from error
-    needed = {"kind", "model_name", "fingerprint", "n_layers", "d_model", "tuning"}
-    if not isinstance(config, dict) or config.get("kind") != _KIND or not needed <= config.keys():
+    needed = {"kind": str, "model_name": str, "fingerprint": str, "n_layers": int, "d_model": int}
+    if not isinstance(config, dict) or config.get("kind") != _KIND or not {*needed, "tuning"} <= config.keys():
         raise InputError(f"{file} is not the configuration of a TunedLens; it may be a model's")
+    for key, kind in needed.items():
+        if type(config[key]) is not kind:
+            raise InputError(f"{file}: {key} is {config[key]!r:.80}; expected {a_kind(kind)}. Was it edited?")
     return config
 
 

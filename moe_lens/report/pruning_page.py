@@ -11,7 +11,7 @@ from moe_lens.pruning import METHODS
 from moe_lens.pruning.frontier import ALL
 from moe_lens.pruning.prune_job import Pruned
 from moe_lens.report.rendering import as_html, rendered
-from moe_lens.report.report_files import OutputFolder
+from moe_lens.report.report_files import PAGE, SMALLER, OutputFolder, check_place
 from moe_lens.report.report_page import framed
 
 
@@ -24,6 +24,7 @@ def write_pruning(made: Pruned, size: pd.DataFrame, speed: pd.DataFrame, folder:
         speed: The same; empty where it was not measured.
         folder: Where to, entered.
     """
+    check_place(folder.path, SMALLER)
 
     def everything(into: Path) -> None:
         made.frontier.to_frame().to_parquet(into / "frontier.parquet", index=False)
@@ -32,10 +33,10 @@ def write_pruning(made: Pruned, size: pd.DataFrame, speed: pd.DataFrame, folder:
         made.frontier.save(into / "frontier.safetensors")
         made.scores.save(into / "scores.safetensors")
         made.plan.save(into / "plan.safetensors")
-        (into / "report.html").write_text(_page(made, size, speed), encoding="utf-8")
+        (into / PAGE).write_text(_page(made, size, speed), encoding="utf-8")
 
     folder.fill(everything)
-    return folder.path / "report.html"
+    return folder.path / PAGE
 
 
 def _page(made: Pruned, size: pd.DataFrame, speed: pd.DataFrame) -> str:
@@ -57,4 +58,4 @@ def _page(made: Pruned, size: pd.DataFrame, speed: pd.DataFrame) -> str:
         speed=speed.to_dict("records"),
         figures=figures,
     )
-    return framed(f"A smaller {made.settings.model}", Markup(body))  # noqa: S704
+    return framed(f"{SMALLER}{made.settings.model}", Markup(body))  # noqa: S704

@@ -6,7 +6,35 @@ from pathlib import Path
 from types import TracebackType
 
 from moe_lens.errors import InputError
+from moe_lens.json_files import check_file
 from moe_lens.scratch import remove_dead, scratch_folder
+
+PAGE = "report.html"
+REPORT, SMALLER = "MoE report: ", "A smaller "
+"""What the title of a report's page begins with, and of a smaller model's."""
+
+
+def check_place(folder: str | Path, title: str) -> None:
+    """Nothing, where a page can be written: only one of its own kind is replaced.
+
+    Args:
+        folder: Where to.
+        title: `REPORT` or `SMALLER`.
+
+    Raises:
+        InputError: There is another `report.html` in the folder.
+    """
+    page = Path(folder) / PAGE
+    if not (page.exists() or page.is_symlink()):
+        return
+    try:
+        check_file(page)
+        with page.open("rb") as content:
+            begin = content.read(1024)
+    except OSError as error:
+        raise InputError(f"{page}: is there, and cannot be replaced ({error.strerror or error})") from None
+    if f"<title>{title}".encode() not in begin:
+        raise InputError(f"{page}: is there, is another page, and would be replaced; choose another --out")
 
 
 class OutputFolder:

@@ -9,12 +9,11 @@ from typing import Any
 from markupsafe import Markup
 
 from moe_lens.report.rendering import rendered, table_html
+from moe_lens.report.report_files import PAGE, REPORT, check_place
 from moe_lens.report.sections import SECTIONS, Section, Studies, verdicts_of
 from moe_lens.storage import written_whole
 from moe_lens.studies import StudyResult
 from moe_lens.studies.verdicts import side_by_side
-
-PAGE = "report.html"
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ def write_page(folders: Iterable[str | Path], out: str | Path) -> Path:
         InputError: A folder holds no result of a study, or the page cannot be written.
     """
     page = Path(out) / PAGE
+    check_place(out, REPORT)
     results = [StudyResult.load(folder) for folder in folders]
     content = page_of(results)
     with written_whole(page) as temporary:
@@ -60,7 +60,7 @@ def page_of(results: Iterable[StudyResult]) -> str:
     found = dict.fromkeys(re.findall(r'<div id="([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"', body))
     for number, drawn in enumerate(found, start=1):
         body = body.replace(drawn, f"figure-{number}")  # plotly draws these names at random
-    title = f"MoE report: {', '.join(dict.fromkeys(str(model.facts['name']) for model in models))}"
+    title = f"{REPORT}{', '.join(dict.fromkeys(str(model.facts['name']) for model in models))}"
     return framed(title, Markup(body))  # noqa: S704  # its templates have escaped it
 
 

@@ -10,6 +10,7 @@ from moe_lens.checked import AnyModel, Positive
 from moe_lens.data import Domains, Reading, as_domains
 from moe_lens.errors import UnfitError, UnsupportedModelError
 from moe_lens.manifest import studies_in
+from moe_lens.report.report_files import REPORT, check_place
 from moe_lens.report.report_page import write_page
 from moe_lens.studies import LensStudy, Localisation, PruningStudy, RoutingStudy, SingleExpertStudy, Study
 from moe_lens.studies import run as run_study
@@ -74,6 +75,7 @@ def run(
     """
     for study in STUDIES.values():
         study.check(model)
+    agreed(lambda: check_place(out, REPORT))
     domains = pinned(as_domains(domains))
     few = None if reading.tokens is None else max(2, reading.tokens // 4)
     short = replace(reading, tokens=few, context=min(reading.context, SHORT))

@@ -90,25 +90,26 @@ def collect(
     agreed(lambda: folder.begin(SPACE + per_token * (reading.tokens or 0) * len(domains)))
     made: list[str] = []
     at_once = batch_sizes.batch_tokens(model, kept=bool(points)) if batch_tokens is None else batch_tokens
-    for number, domain in enumerate(domains):
-        mine = f"{number:02d}-{distributed.rank():03d}"
-        done = 0
-        while folder.has(f"{mine}-{done:06d}"):
-            done += 1
-        collector = _Collector(model, points, dtype, reading, at_once)
-        processes = {"rank": distributed.rank(), "world_size": distributed.world_size()}
-        for shard in shards(domain, model, reading, start=done, **processes):
-            tensors = collector.shard(shard)
-            stem = f"{mine}-{shard.number:06d}"
-            file = f"{stem}.{kind}"
-            folder.there()
-            write_shard(folder.unfinished / file, tensors, model.moe_layers)
-            # The note is written last: a shard without one is made again.
-            about = {"file": file, "domain": domain.name, "tokens": len(tensors["token"])}
-            folder.note(stem, {**about, "digest": file_digest(folder.unfinished / file), **_passages(shard)})
-            watch(domain.name, sum(window.counted for window in shard.windows))
-            done = shard.number + 1
-        made += [f"{mine}-{shard:06d}" for shard in range(done)]
+    with folder.filled():
+        for number, domain in enumerate(domains):
+            mine = f"{number:02d}-{distributed.rank():03d}"
+            done = 0
+            while folder.has(f"{mine}-{done:06d}"):
+                done += 1
+            collector = _Collector(model, points, dtype, reading, at_once)
+            processes = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+            for shard in shards(domain, model, reading, start=done, **processes):
+                tensors = collector.shard(shard)
+                stem = f"{mine}-{shard.number:06d}"
+                file = f"{stem}.{kind}"
+                folder.there()
+                write_shard(folder.unfinished / file, tensors, model.moe_layers)
+                # The note is written last: a shard without one is made again.
+                about = {"file": file, "domain": domain.name, "tokens": len(tensors["token"])}
+                folder.note(stem, {**about, "digest": file_digest(folder.unfinished / file), **_passages(shard)})
+                watch(domain.name, sum(window.counted for window in shard.windows))
+                done = shard.number + 1
+            made += [f"{mine}-{shard:06d}" for shard in range(done)]
     every = [stem for stems in distributed.gather(made) for stem in stems]
     agreed(lambda: _assemble(folder, sorted(every), places(model.original_model)))
     return Collected.load(out)

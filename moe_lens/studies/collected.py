@@ -38,12 +38,14 @@ class Collected(Summary):
         """Open a folder.
 
         Raises:
-            InputError: It holds something else.
+            InputError: It holds something else, or lacks a shard.
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
         if manifest["plan"]["study"] != "collect":
             raise InputError(f"{folder} holds the result of the study {manifest['plan']['study']}; expected of collect")
+        if missing := [shard["file"] for shard in manifest["shards"] if not (folder / shard["file"]).is_file()]:
+            raise InputError(f"{folder}: {missing[0]} is not there; run its command again, with another --out")
         return cls(folder, manifest)
 
     @property

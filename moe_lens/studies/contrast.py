@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moe_lens.checked import AnyModel, Natural, Positive, Seed
 from moe_lens.data import Corpus, Domain, Passage, Reading, TokenBatch
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, UnfitError
 from moe_lens.stats import Result
 from moe_lens.stats.parallel_sources import balanced_halves
 from moe_lens.studies.contrast_results import (
@@ -205,7 +205,7 @@ class ContrastStudy(Study):
     def _halves(self, found: ContrastResult) -> dict[str, int]:
         halves = balanced_halves({PAIRS: {unit: unit for unit in found.sources}}, self.seed)[PAIRS]
         if len(set(halves.values())) < 2:
-            raise InputError(
+            raise UnfitError(
                 "there is a single unit: experts are picked on one half of the units and steered on the other; give "
                 "pairs of two templates or more"
             )
@@ -235,7 +235,7 @@ class ContrastStudy(Study):
         of = self.coalitions(found, model.top_k, halves, half)
         (of_a,), (of_b,) = of["a"], of["b"]
         if not (of_a.any() and of_b.any()):
-            raise InputError("no expert is chosen more often in one kind of prompts than in the other: none to steer")
+            raise UnfitError("no expert is chosen more often in one kind of prompts than in the other: none to steer")
 
         def forbid(members: Tensor) -> Any:
             return model.ablate(_listed(model, members), how="reroute").fwd_hooks if members.any() else None

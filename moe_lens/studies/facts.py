@@ -21,7 +21,7 @@ from torch import Tensor
 from moe_lens.checked import AnyModel, Natural, Positive, Seed
 from moe_lens.data import Domain, Passage, Reading, TokenBatch
 from moe_lens.data.files import read_objects
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, UnfitError
 from moe_lens.interventions.causal_tracing import embedding_deviation
 from moe_lens.interventions.trace_prompt import whole_prompt
 from moe_lens.interventions.traced_fact import Fact, TracedFact, facts_of
@@ -206,7 +206,7 @@ class FactStudy(Study):
         """Those with the greatest mean effect on either half."""
         halves = self._halves(effects)
         if len(set(halves.values())) < 2:
-            raise InputError(
+            raise UnfitError(
                 "a kind of facts has a single source: experts are picked on one half of the sources and confirmed on "
                 "the other; give facts of two sources or more"
             )

@@ -115,6 +115,17 @@ class LensStudy(Study):
     name: ClassVar[str] = "lens"
     passes: ClassVar[tuple[str, ...]] = ("lens",)
 
+    def settings(self) -> dict[str, Any]:
+        """What was asked for; a tuned lens also by its digest, as another one may be put into its folder."""
+        return vars(self) if self.lens == "logit" else {**vars(self), "digest": TunedLens.digest_of(self.lens)}
+
+    def check(self, model: Any) -> None:
+        """Refuse a lens that is not there, or is of another model."""
+        self._lens(model)
+
+    def _lens(self, model: Any) -> Lens:
+        return LogitLens(model) if self.lens == "logit" else TunedLens.from_pretrained(self.lens, model)
+
     def sums(self, model: Any) -> tuple[PartialSum, ...]:
         """The columns of Figure 2, and what any one expert is to be compared with."""
         every = (*PartialSum.figure2(model.top_k), *PartialSum.controls(model.top_k, seed=self.seed))
@@ -132,7 +143,7 @@ class LensStudy(Study):
 
     def prepare(self, model: Any, name: str, domain: str, earlier: Any) -> Lens:  # noqa: ARG002
         """The lens."""
-        return LogitLens(model) if self.lens == "logit" else TunedLens.from_pretrained(self.lens, model)
+        return self._lens(model)
 
     @torch.no_grad()
     def step(self, model: Any, name: str, batch: TokenBatch, into: Gathered, prepared: Lens) -> None:  # noqa: ARG002

@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.checked import Natural, Seed
 from moe_lens.data import TokenBatch
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, UnfitError
 from moe_lens.stats import Result
 from moe_lens.stats.parallel_sources import LANGUAGE, balanced_halves, parallel_blocks
 from moe_lens.stats.sparse_probes import (
@@ -133,7 +133,7 @@ class Probe(Study):
     def _enough(self, n: Tensor) -> None:
         for label, of in zip(self.table.names, n.unbind(1), strict=False):
             if float(of.min()) < LEAST:
-                raise InputError(
+                raise UnfitError(
                     f"the label {label!r} is on {int(of[:, 1].sum())} of {int(of.sum())} tokens that were read; each "
                     f"half of the sources must have {LEAST} with it and {LEAST} without it"
                 )

@@ -10,6 +10,7 @@ import shlex
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -185,12 +186,15 @@ def run(
     if batch_tokens is None:
         batch_tokens = batch_sizes.batch_tokens(model, kept=study.keeps)
     try:
-        earlier = _read(study, model, domains, reading, batch_tokens, folder, seen)
+        with nullcontext() if folder is None else folder.filled():
+            earlier = _read(study, model, domains, reading, batch_tokens, folder, seen)
+        results = {domain.name: study.results(earlier[domain.name]) for domain in domains}
+        tables = study.tables(plan["model"], results)
+        tables |= study.read_off(model, results, tables)
     except (UnfitError, UnsupportedModelError):  # nothing can come of what was done
         if folder is not None:
             agreed(folder.discard)
         raise
-    results = {domain.name: study.results(earlier[domain.name]) for domain in domains}
     texts = {domain.name: earlier[domain.name][study.passes[0]][TEXTS].result() for domain in domains}
     read = [{"name": domain, **of.facts()} for domain, of in texts.items()]
     manifest = {
@@ -200,8 +204,7 @@ def run(
         "versions": versions(),
         "command": command or shlex.join(sys.argv),
     }
-    tables = study.tables(plan["model"], results)
-    result = StudyResult(manifest, {**tables, **study.read_off(model, results, tables)}, results)
+    result = StudyResult(manifest, tables, results)
     if folder is not None and out is not None:
         agreed(lambda: _finish(folder, result))
         return StudyResult.load(out)
@@ -230,7 +233,7 @@ def _read(
             for accumulator in into.values():
                 accumulator.all_reduce()
             if place == 0 and not into[TEXTS].result().sources:
-                raise InputError(f"domain {domain.name!r} holds no text of two tokens or more")
+                raise UnfitError(f"domain {domain.name!r} holds no text of two tokens or more")
             earlier[domain.name][each] = into
     return earlier
 

@@ -3,14 +3,15 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from torch import Tensor
 
+from moe_lens import distributed
 from moe_lens.errors import InputError
 from moe_lens.manifest import FORMAT, MANIFEST, known, read_manifest, read_object, seal
 from moe_lens.storage import load_tensors, save_tensors
@@ -80,6 +81,18 @@ class StudyFolder:
         except OSError as error:
             reason = error.strerror or str(error)
             raise InputError(f"{self.path}: cannot be written ({reason}); choose another --out") from None
+
+    @contextmanager
+    def filled(self) -> Generator[None]:
+        """Drop the plan if the block fails before anything of it was done."""
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):
+                done = {path.name for path in self.unfinished.iterdir() if path.name[0] != "."}
+                if done <= {PLAN} and distributed.world_size() == 1:  # others may be about to keep what they did
+                    self.discard()
+            raise
 
     def discard(self) -> None:
         """Drop what was done."""

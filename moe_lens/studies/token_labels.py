@@ -106,7 +106,7 @@ def _wrong_label(label: Any) -> str:
 
 
 def by_pattern(patterns: Mapping[str, str]) -> Callable[[str, int, str], Iterable[Span]]:
-    """Spans that regular expressions find, each with the name of its expression.
+    """Spans that regular expressions find, each with the name of its expression; matches of no character are none.
 
     Raises:
         InputError: One is no regular expression.
@@ -121,7 +121,10 @@ def by_pattern(patterns: Mapping[str, str]) -> Callable[[str, int, str], Iterabl
             raise InputError(f"{label}: {pattern!r} is no regular expression ({error})") from None
 
     def find(domain: str, number: int, text: str) -> Iterable[Span]:  # noqa: ARG001
-        return [Span(m.start(), m.end(), label) for label, pattern in compiled.items() for m in pattern.finditer(text)]
+        found = [(label, m) for label, pattern in compiled.items() for m in pattern.finditer(text)]
+        return [
+            Span(m.start(), m.end(), label) for label, m in found if m.group()
+        ]  # `x*` is found between all letters, too
 
     return find
 

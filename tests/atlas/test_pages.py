@@ -119,6 +119,22 @@ def test_another_studys_result_and_a_place_that_cannot_be_written_are_refused(tm
         write_atlas(result, tmp_path / "file" / "a")
 
 
+@pytest.mark.parametrize("name", ["data/mine.csv", "data/mine.js", "index.html", "base.js", "data"])
+def test_nothing_of_other_origin_is_replaced(tmp_path, name):
+    mine = tmp_path / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("the only copy")
+    with pytest.raises(InputError, match=f"{re.escape(str(mine))}: is there, is not of an atlas"):
+        write_atlas(planted_atlas()[1], tmp_path)
+    with pytest.raises(InputError, match="is not of an atlas"):  # before the work
+        run(planted_model(), {"a": ["b"]}, tmp_path)
+    assert mine.read_text() == "the only copy" and not (tmp_path / "study").exists()
+    mine.unlink()
+    write_atlas(planted_atlas()[1], tmp_path)
+    (tmp_path / "index.html").unlink()  # what is written last
+    write_atlas(planted_atlas()[1], tmp_path)
+
+
 def test_the_map_shows_all_experts_and_whose_they_are(page, folder):
     show(page, folder, "")
     assert page.ask("document.querySelectorAll('.cell').length") == 2 * 16

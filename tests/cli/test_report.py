@@ -12,8 +12,10 @@ import moe_lens
 from moe_lens import viz
 from moe_lens.cli import main
 from moe_lens.data import Reading
+from moe_lens.errors import InputError
 from moe_lens.model.loading.tokenizer import load_tokenizer
 from moe_lens.report import run
+from moe_lens.report.report_files import REPORT, SMALLER, check_place
 from moe_lens.studies import NULLS, Localisation, PruningStudy, RoutingStudy, SingleExpertStudy, StudyResult
 from tests.families import build
 from tests.planted import planted_domains, planted_model
@@ -183,6 +185,24 @@ def test_a_finished_report_is_drawn_again_from_its_folder_and_refuses_other_work
     given = arguments(checkpoint, texts, made)
     said = refused(capsys, *given[1:], "--seed", "1")
     assert "routing: holds the result of another study (routing) – reading.seed: 0 there, 1 now" in said
+
+
+def test_another_page_of_the_name_is_not_replaced_nor_a_studys_folder_mixed(checkpoint, texts, made, tmp_path, capsys):
+    page = tmp_path / "report.html"
+    page.write_text("<title>Mine</title>")
+    for command in (["report", str(made)], arguments(checkpoint, texts, tmp_path)[:-2]):
+        said = refused(capsys, *command[1:], "--out", str(tmp_path))
+        assert f"{page}: is there, is another page, and would be replaced" in said
+    for title, other in ((SMALLER, REPORT), (REPORT, SMALLER)):  # of our own, each kind its own alone
+        page.write_text(f"<title>{title}x</title>")
+        check_place(tmp_path, title)
+        with pytest.raises(InputError, match="is another page"):
+            check_place(tmp_path, other)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    for out in (made / "routing", made / "routing" / "page"):
+        assert "in the folder of a study that is shown" in refused(capsys, str(made), "--out", str(out))
+    assert main(["report", str(made), str(made / "routing"), "--out", str(tmp_path)]) == 0
+    assert page.read_bytes() == (made / "report.html").read_bytes(), "a study that is given twice is shown once"
 
 
 def test_arguments_that_are_wrong(capsys, checkpoint, texts, tmp_path):

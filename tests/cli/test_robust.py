@@ -93,6 +93,8 @@ def test_a_config_file_that_cannot_be_read(content, message, tmp_path, capsys):
     [
         ("batch-tokens = 64\nbatch_tokens = 65", "batch_tokens is given twice, once with a hyphen"),
         ("out = 5", "out = 5; expected text in quotes"),
+        ("out = ''", "out is empty; leave it out"),
+        ("max-memory = []", "max_memory is empty; leave it out"),
         ("text-column = ['a']", 'text_column = ["a"]; expected one value'),
         ("max-memory = 'cpu=1GiB'", "expected a list"),
         ("text-column = 'body'", "--text-column is about --domain, and there is none: give your texts"),
@@ -125,6 +127,34 @@ def test_options_that_contradict_each_other_or_have_no_effect(arguments, message
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("command", "content", "message"),
+    [
+        ("experts-per-token", "k = [true]", "k = [true]; expected a list of values"),
+        ("experts-per-token", "k = [[2]]", "k = [[2]]; expected a list of values"),
+        ("experts-per-token", "mass = []", "mass is empty; leave it out"),
+        ("prune", "against = []", "against is empty; leave it out"),
+        ("collect", "kind = 'parquet'", "unknown key 'kind'"),
+        ("collect", "format = 'parket'", "'parket' is not one of"),
+    ],
+)
+def test_a_file_has_the_names_of_the_command_line_and_lists_hold_what_it_takes(
+    command, content, message, tmp_path, capsys
+):
+    (tmp_path / "c.toml").write_text(content)
+    assert message in refused(capsys, command, "--config", str(tmp_path / "c.toml"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["report", ""], ["show", ""], ["routing", "--out", ""], ["routing", "--out="], ["routing", "--model", ""]],
+)
+def test_a_variable_of_the_shell_that_is_not_set_is_not_the_working_directory(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "is empty; is a variable of the shell not set?" in refused(capsys, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_options_that_may_be_repeated_and_a_mark_before_the_first_key_are_read(tmp_path, capsys):
     (tmp_path / "c.toml").write_text("k = [1, 99]\ntokens = 5", encoding="utf-8-sig")  # as some editors save it
     command = ["single-expert", "--config", str(tmp_path / "c.toml"), "--k", "2", "--k", "2", "--treatment", "nonsense"]
@@ -140,7 +170,7 @@ def test_a_result_goes_where_a_link_leads(tmp_path):
         folder_meant(tmp_path / "loop")
 
 
-@pytest.mark.parametrize("out", [".", "..", "/", "", "a/.."])
+@pytest.mark.parametrize("out", [".", "..", "/", "a/.."])
 def test_progress_needs_a_place_beside_the_result(out, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "so it needs a name" in refused(capsys, "routing", "--tokens", "50", "--domain", "english", "--out", out)

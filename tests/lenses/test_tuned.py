@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from moe_lens.errors import InputError
 from moe_lens.lenses import LogitLens, TunedLens
 from moe_lens.lenses.token_rows import BUFFER, padded, rows
 from moe_lens.lenses.tuned_loss import Streams, divergences, sites
+from moe_lens.storage import load_tensors, save_tensors
+from moe_lens.studies import LensStudy, run
 from tests.families import build, tokens
+from tests.studies.tiny import tiny_model
 
 TOKENS = tokens(batch=40, pos=10)
 HELD_OUT = tokens(batch=6, pos=10, seed=2)
@@ -295,6 +299,64 @@ def test_what_is_no_lens_is_refused(model, tmp_path):
     (tmp_path / "lens.safetensors").unlink()
     with pytest.raises(InputError, match="there is no file"):
         TunedLens.from_pretrained(tmp_path, model, strict=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model_name", 5), ("model_name", None), ("fingerprint", 5), ("n_layers", "3"), ("d_model", 32.0),
+        ("tuning", [1]), ("tuning", "x"), ("tuning", {}), ("tuning", {"steps": "many"}),
+    ],
+)  # fmt: skip
+def test_a_lens_that_was_edited_by_hand_is_refused(model, tmp_path, key, value):
+    random_lens(model, mid=random_lens(model)).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(InputError, match=re.escape(str(path))):
+        TunedLens.from_pretrained(tmp_path, model)
+
+
+def test_how_a_lens_was_trained_is_told_of_all_its_layers(model, tmp_path):
+    fitted(model).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "tuning": {**config["tuning"], "post_after": [0.0]}}))
+    with pytest.raises(InputError, match="not of the same layers"):
+        TunedLens.from_pretrained(tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda value: value * float("nan"), "post.bias holds NaN or infinities"),
+        (lambda value: value.int(), "post.bias holds int32"),
+        (lambda value: value[:1], r"holds .*'post.bias': \(1, 32\)"),
+        (lambda value: value.sum(), r"holds .*'post.bias': \(\)"),
+    ],
+)
+def test_translators_that_nothing_can_be_read_with_are_refused(model, tmp_path, change, message):
+    random_lens(model).save_pretrained(tmp_path)
+    tensors, header = load_tensors(tmp_path / "lens.safetensors", "TunedLens")
+    changed = {**tensors, "post.bias": change(tensors["post.bias"]).clone()}
+    save_tensors(tmp_path / "lens.safetensors", "TunedLens", changed, {"fingerprint": header["fingerprint"]})
+    with pytest.raises(InputError, match=message):
+        TunedLens.from_pretrained(tmp_path, model)
+
+
+def test_a_study_knows_one_lens_from_another_in_its_place(tmp_path):
+    model, texts, out = tiny_model(), {"a": ["the ship", "and the judge"]}, tmp_path / "out"
+    with pytest.raises(InputError, match="no lens at"):
+        run(LensStudy(lens=str(tmp_path / "lens")), model, texts, out=out)
+    assert list(tmp_path.iterdir()) == []
+    other = TunedLens(model)
+    other.biases[0] += 1.0
+    other.save_pretrained(tmp_path / "lens")
+    first = run(LensStudy(lens=str(tmp_path / "lens")), model, texts, out=out)
+    again = run(LensStudy(lens=str(tmp_path / "lens")), model, texts, out=out)
+    assert again.manifest == first.manifest
+    TunedLens(model).save_pretrained(tmp_path / "lens")
+    with pytest.raises(InputError, match="another study .lens. – settings.digest"):
+        run(LensStudy(lens=str(tmp_path / "lens")), model, texts, out=out)
 
 
 def test_a_lens_that_cannot_be_written_is_an_error(model, tmp_path):

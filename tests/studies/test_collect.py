@@ -107,6 +107,8 @@ def test_what_was_changed_since_is_not_read(model, kind, tmp_path):
     files[0].unlink()
     with pytest.raises(InputError, match=f"{files[0].name}: cannot be read"):
         next(made.shards())
+    with pytest.raises(InputError, match=f"{files[0].name} is not there"):
+        Collected.load(out)
     documents = made.documents()
     documents.assign(source="another").to_parquet(out / "documents.parquet", index=False)
     with pytest.raises(InputError, match=r"documents.parquet: is not as collect"):

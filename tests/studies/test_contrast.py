@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -159,6 +160,12 @@ def test_pairs_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
         with pytest.raises(InputError, match=says):
             read_pairs(path)
+    path.write_text(f"{json.dumps(good)}\n\n{{", encoding="utf-8")
+    with pytest.raises(InputError, match=r":3: not JSON .*column 2"):
+        read_pairs(path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="a pipe or a device"):
+        read_pairs(tmp_path / "pipe")
     model = tiny_model()
     with pytest.raises(InputError, match="the pairs have"):
         contrast_prompts(model, [Pair("the sea", "the man")], reading=Reading(tokens=2))

@@ -1,5 +1,6 @@
 """What explains a choice: the planted model is recovered, tables of one's own meet their tokens, and the page runs."""
 
+import os
 from typing import Any
 
 import pandas as pd
@@ -65,6 +66,22 @@ def test_tables_that_do_not_fit_the_texts_are_refused(model, features, tmp_path)
     assert "lack a column domain" in refused(features.drop(columns="domain"))
     assert "'noise' has values that are missing" in refused(features.assign(noise=float("nan")))
     assert "columns document and position" in refused(features[["token", "label"]])
+    assert "'noise' reaches 1e+30; at most" in refused(features.assign(noise=1e30))
+    assert "'noise' holds a list; expected texts or numbers" in refused(features.assign(noise=[[1, 2]] * len(features)))
+    assert "column counted holds ['no'" in refused(features.assign(counted="no"))
+    assert "two columns are called 'noise'" in refused(
+        features.set_axis([*features.columns[:-2], "noise", "noise"], axis=1)
+    )
+    (tmp_path / "twice.csv").write_text("document,position,x,position\n0,0,1,2\n")
+    with pytest.raises(InputError, match=r"twice.csv: two columns are called 'position'"):
+        read_features(tmp_path / "twice.csv")
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(InputError, match="a pipe or a device"):
+        read_features(tmp_path / "pipe.csv")
+    with pytest.raises(InputError, match="lack 1 of"):
+        few = features.drop(features.index[features["position"] == 3][0])
+        run(Explain(few), model, planted_domains(), reading=ATLAS_READING, out=tmp_path / "out")
+    assert not list(tmp_path.glob("out*")), "no other table can go on from there"
     path = tmp_path / "t.parquet"
     features.to_parquet(path)
     assert read_features(path).equals(features)

@@ -113,10 +113,14 @@ def test_the_command_and_what_is_refused(tmp_path, capsys):
         ({"prompt": "a", "subject": "a", "answer": "b"}, r":1: a fact lacks foil"),
         ({**rows[0], "colour": "red"}, r":1: a fact has colour; expected texts prompt"),
         (["a"], ":1: expected an object"),
+        ({**rows[0], "prompt": "the old \ud83d man"}, ":1 holds half of a character"),
     ):
         path.write_text(json.dumps(row))
         with pytest.raises(InputError, match=message):
             read_facts(path)
+    path.write_text(f"\n{json.dumps(rows[0])}\n\n{{")  # blank lines count as lines
+    with pytest.raises(InputError, match=r":4: not JSON .*column 2"):
+        read_facts(path)
     with pytest.raises(InputError, match="cannot be read"):
         read_facts(tmp_path / "none.jsonl")
 

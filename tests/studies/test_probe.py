@@ -113,10 +113,11 @@ def test_spans_are_read_and_label_every_token_that_they_touch(model, tmp_path: P
         ('{"text": "a", "spans": [[false, 1, "x"]]}', "there is a span from False to 1"),
         ('{"text": "a", "spans": [[0, 1, 5]]}', "there is the label 5; expected a text"),
         ('{"text": "a", "spans": [[0, 1, "position"]]}', "there is the label 'position', which is a column"),
-        ('{"text": "\\ud800a", "spans": [[0, 1, "x"]]}', "the text holds half of a character"),
+        ('{"text": "\\ud800a", "spans": [[0, 1, "x"]]}', "half of a character"),
+        ('{"text": "a", "text": "b", "spans": []}', "not JSON .the key 'text' is there twice"),
     ):
         path.write_text(line + "\n")
-        with pytest.raises(InputError, match=rf":1: {says}"):
+        with pytest.raises(InputError, match=rf":1:? (holds )?{says}"):
             read_spans(path)
     with pytest.raises(InputError, match="no token has a label"):
         label_tokens(model, [domain], by_pattern({"x": "zzzz"}))
@@ -174,6 +175,30 @@ def test_expressions_are_not_called_as_columns_of_every_table_are():
     for name in ABOUT:
         with pytest.raises(InputError, match=f"the label '{name}', which is a column"):
             by_pattern({name: "x"})
+
+
+@pytest.mark.typed
+def test_a_match_of_no_character_labels_no_token(model):
+    domain = Domain.of("a", ["the ship and the judge"])
+    frame = label_tokens(model, domain, by_pattern({"j": "j*", "s": "ship"}))
+    found = label_tokens(model, domain, by_pattern({"j": "j", "s": "ship"}))
+    pd.testing.assert_frame_equal(frame, found)
+    assert set(found["j"]) == {True, False}
+
+
+@pytest.mark.typed
+def test_a_label_that_is_given_twice_is_not_the_second(capsys):
+    assert main(["probe", "--label", "a=b", "--label", "a=c"]) == 2
+    assert "--label a is given 2 times" in capsys.readouterr().err
+
+
+@pytest.mark.typed
+def test_labels_that_are_too_rare_leave_nothing_behind(model, tmp_path: Path):
+    domains = {"a": [f"the ship {number} and the judge" for number in range(4)]}
+    labels = label_tokens(model, domains, by_pattern({"ship": "ship"}))
+    with pytest.raises(InputError, match="must have 20 with it"):
+        run(Probe(labels, k=(1,)), model, domains, out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.typed
