@@ -23,10 +23,16 @@ PLANTED = {"sea": 2, "law": 5, "art": 7}
 """The expert of each domain in the last layer; the other layers do nothing."""
 
 
-def planted_model() -> HookedMoE:
+def planted_model(*, echo: bool = False, shuffled: bool = False) -> HookedMoE:
     """A token of each domain is sent to the domain's expert, which alone says that the domain's tokens come next.
 
     The other active experts are chosen by what else is in the token's embedding, and do nothing.
+
+    Args:
+        echo: The other experts say the same as the domain's expert, which has most of the weight; all speak softly, so
+            that predictions differ by nats and no more; and it is so in all layers, so that in each there is something
+            that one expert can be compared with.
+        shuffled: Numbers of routers and experts change places at random, each within its layer's matrix.
     """
     sizes: dict[str, Any] = {"hidden_size": 32, "n_routed_experts": 16, "num_experts_per_tok": 4}
     hf = build("deepseek", vocab_size=4096, bos_token_id=0, eos_token_id=1, pad_token_id=1, **sizes)
@@ -54,11 +60,21 @@ def planted_model() -> HookedMoE:
             mlp.shared_experts.down_proj.weight.zero_()
             mlp.experts.down_proj.zero_()
             mlp.gate.weight.copy_(0.2 * (mlp.gate.weight - mlp.gate.weight @ read.T @ read))
-        mlp, m = decoder.layers[LAYER].mlp, hf.config.moe_intermediate_size
-        for group, expert in enumerate(PLANTED.values()):
-            mlp.gate.weight[expert] = 0.15 * read[group]  # a logit of 0.85: some 40 % of the token's weight
-            mlp.experts.gate_up_proj[expert, [0, m]] = read[group]
-            mlp.experts.down_proj[expert, :, 0] = 6 * say[group]
+        m = hf.config.moe_intermediate_size
+        for number in range(1, len(decoder.layers)) if echo else [LAYER]:
+            mlp, loud = decoder.layers[number].mlp, 6.0 if not echo else 0.1 if number == LAYER else 0.05
+            for group in range(len(PLANTED) if echo else 0):
+                mlp.experts.gate_up_proj[:, [group, m + group]] = read[group]
+                mlp.experts.down_proj[:, :, group] = loud * say[group]
+            for group, expert in enumerate(PLANTED.values()):
+                # a logit of 0.85: some 40 % of the token's weight; with an echo, nearly all of it
+                mlp.gate.weight[expert] = (1.2 if echo else 0.15) * read[group]
+                mlp.experts.gate_up_proj[expert, [0, m]] = read[group]
+                mlp.experts.down_proj[expert, :, 0] = loud * say[group]
+            if shuffled:
+                for weight in (mlp.gate.weight, mlp.experts.gate_up_proj, mlp.experts.down_proj):
+                    order = torch.randperm(weight.numel(), generator=generator)
+                    weight.copy_(weight.flatten()[order].view_as(weight))
     return HookedMoE.from_hf(hf, tokenizer).requires_grad_(False)
 
 

@@ -8,11 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_lens import PartialSum
+from moe_lens import HookedMoE, PartialSum
 from moe_lens.data import Reading
 from moe_lens.errors import InputError
 from moe_lens.stats import MEASURES, Result, RoutingResult, SimilarityResult
-from moe_lens.studies import Localisation, PruningStudy, RoutingStudy, StudyResult, Verdicts, judge, run
+from moe_lens.studies import (
+    LensStudy,
+    Localisation,
+    PruningStudy,
+    RoutingStudy,
+    SingleExpertStudy,
+    StudyResult,
+    Verdicts,
+    judge,
+    run,
+)
 from moe_lens.studies.frames import where
 from moe_lens.studies.lens import QUANTITIES, LensTotals
 from moe_lens.studies.variant_losses import VariantLosses
@@ -20,6 +30,7 @@ from moe_lens.studies.verdict_answers import Bound, OfDomain, Threshold, over_do
 from tests.planted import LAYER, PLANTED, planted_domains, planted_model
 
 EXPERTS, TOP_K, SOURCES = 16, 2, 12
+ROUNDING = 0.02  # relative, of divergences of 1e-4 nats, sums over 4,096 tokens in float32
 LAYERS = (1, 2)
 DOMAINS = ("a", "b")
 NAMES = tuple(f"s{i:02d}" for i in range(SOURCES))
@@ -110,6 +121,61 @@ def of_a_model() -> dict[bool, tuple[Verdicts, StudyResult]]:
         results = {study.name: run(study, model, texts, reading=reading) for study in studies}
         found[shuffled] = judge(results), results["routing"]
     return found
+
+
+@pytest.fixture(scope="module")
+def of_outputs() -> dict[bool, tuple[HookedMoE, Verdicts]]:
+    """By whether its numbers are shuffled: of a model whose experts all say the same, the first loudest."""
+    found, texts, reading = {}, planted_domains(words=12), Reading(tokens=None, context=24)
+    for shuffled in (False, True):
+        model = planted_model(echo=True, shuffled=shuffled)
+        studies = LensStudy(), SingleExpertStudy(treatments=("dropped", "random"), k=(1,))
+        found[shuffled] = model, judge({study.name: run(study, model, texts, reading=reading) for study in studies})
+    return found
+
+
+def test_a_planted_first_expert_does_all_the_work_and_in_a_shuffled_model_it_does_not(of_outputs):
+    planted, shuffled = (answers(of_outputs[which][1]) for which in (False, True))
+    assert {key: planted[key] for key in "234"} == dict.fromkeys("234", ("holds", "holds"))
+    assert shuffled["2"][1] == shuffled["3"][1] == "contradicted"
+    # the traps of the paper: high cosines, agreement and perplexities where no expert says anything
+    assert shuffled["3"][0] == "holds" and shuffled["4"][1] != "holds"
+
+
+def test_bounds_of_outputs_are_those_of_the_model_run_text_by_text(of_outputs):
+    """With KL(ensemble ‖ lens), not the other direction, which is another number here."""
+    model, found = of_outputs[False]
+    layers = model.moe_layers
+    kl, reverse, cosines = (torch.zeros(2, len(layers)).double() for _ in range(3))
+    nats, agree, tokens = torch.zeros(2).double(), torch.zeros(len(layers)).double(), 0
+    for passage in planted_domains(words=12)[0].passages:
+        ids = model.to_tokens(passage.text)
+        assert ids.shape[1] < 24  # a window of its own
+        logits, cache = model.run_with_cache(ids)
+        with model.keep_top(1):
+            one = model(ids)
+        for at, of in enumerate((logits, one)):
+            nats[at] -= of.double().log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None]).sum()
+        u = torch.stack([cache["resid_mid", layer][0, 1:] for layer in layers])
+        parts = torch.stack([cache["expert_weighted", layer][0, 1:] for layer in layers])
+        whole, top = u + parts.sum(-2), u + parts[..., 0, :]
+        p, q, none = (model.unembed(model.ln_final(x)).double().log_softmax(-1) for x in (whole, top, u))
+        for at, (of, sums) in enumerate(((q, top), (none, u))):
+            kl[at] += (p.exp() * (p - of)).sum((1, 2))
+            reverse[at] += (of.exp() * (of - p)).sum((1, 2))
+            cosines[at] += torch.cosine_similarity(sums, whole, dim=-1).sum(1).double()
+        agree += (p.argmax(-1) == q.argmax(-1)).sum(1).double()
+        tokens += ids.shape[1] - 1
+    right, wrong = (float((of[0] / of[1]).mean()) for of in (kl, reverse))
+    (value, *_) = values(found, "2", "KL ratio: KL(ensemble ‖ u + g₀E₀) / KL(ensemble ‖ u)")
+    assert value == pytest.approx(right, rel=ROUNDING) and abs(wrong / right - 1) > 5 * ROUNDING
+    assert values(found, "2", "agreement with the ensemble")[0] == pytest.approx(float(agree.mean()) / tokens)
+    best = cosines[0].argmax()
+    gained = (cosines[0] - cosines[1])[best] / (tokens - cosines[1][best])
+    assert values(found, "3", "cos(u + a₀, u + S)")[0] == pytest.approx(float(cosines[0, best]) / tokens)
+    assert values(found, "3", "(cos − cos_u) / (1 − cos_u)")[0] == pytest.approx(float(gained), rel=ROUNDING)
+    ratio = float(((nats[1] - nats[0]) / tokens).exp())
+    assert values(found, "4", "perplexity ratio, k = 1 ÷ all")[0] == pytest.approx(ratio, rel=1e-5)
 
 
 def values(found: Verdicts, claim: str, what: str) -> list[float]:
