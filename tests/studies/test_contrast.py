@@ -84,6 +84,14 @@ def test_sides_that_mean_nothing_show_nothing(planted: HookedMoE) -> None:
     result = contrast_prompts(planted, silent, reading=READING, draws=200)
     assert sorted(result.tables) == ["experts", "test"]
     assert result.tables["test"]["finding"].tolist()[0] == "not rejected"
+    # answers that belong to A in half of the pairs and to B in the others: no expert of A's brings them
+    neutral = [domain("neutral", n=2, sources=2)]
+    settings: dict[str, Any] = {"experts": 1, "matched": 3, "neutral_matched": 1, "draws": 200}
+    result = contrast_prompts(planted, swapped, neutral, reading=READING, **settings)
+    assert result.tables["test"]["finding"].tolist()[0] == "not rejected"
+    for row in result.tables["steering"].query("kind == 'picked'").to_dict("records"):
+        # below 0 it may be: what is picked on one half of a balanced set is the wrong side's on the other
+        assert row["low"] <= 0 and not row["beyond_low"] > 0
 
 
 @pytest.mark.typed

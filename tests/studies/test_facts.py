@@ -1,6 +1,8 @@
 """Tracing over facts: restoring coalitions against patching by hand, and the study on a model with planted experts."""
 
 import json
+import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,6 +88,22 @@ def test_it_finds_the_planted_experts(model):
         runs.setdefault(of["domain"], {})[of["run"]] = of["difference"]
     for row in runs.values():
         assert row["corrupted"] < row["picked"] and row["random"] <= row["picked"] < row["clean"] + 1
+
+
+def test_it_finds_nothing_where_subjects_are_shuffled(model):
+    """Answers that the prompt's last word does not choose, and subjects that the answer does not hang on."""
+    draw = random.Random(0)
+    shuffled = []
+    for fact in facts():
+        answer, foil = draw.sample(list(SAYS.values()), 2)
+        shuffled.append(replace(fact, answer=answer, foil=foil, kind="answers"))
+    elsewhere = [replace(fact, subject=fact.prompt[: -len(fact.subject)], kind="subjects") for fact in facts()]
+    found = (
+        localise_facts(model, [*shuffled, *elsewhere], experts=1).tables["contrast"].query("measure == 'difference'")
+    )
+    answers, subjects = found.to_dict("records")
+    assert answers["sources"] >= 10 and answers["low"] <= 0 <= answers["high"] and not answers["picked"] > 0.5
+    assert abs(subjects["all"]) < 1e-4 and abs(subjects["estimate"]) < 1e-4  # rounding: no token reads another here
 
 
 @pytest.mark.typed
