@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from moe_lens.studies.findings import Findings, across, too_few, value
+from moe_lens.studies.findings import MARGINS, Findings, across, told, too_few, value
 from moe_lens.studies.frames import where
 
 MOST = 5
@@ -104,7 +104,7 @@ _ALIKE = {"top": "u + rank 0", "none": "u alone", "random": "u + a random active
 
 def _experts_per_token(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: ARG001
     rows = tables["numbers"]
-    ends = "ratio_low", "ratio_high"
+    ends, gains = ("ratio_low", "ratio_high"), ("gain_low", "gain_high")
     static = rows[(rows["rule"] == "k") & ~rows["own"]]
     numbers = sorted(static["value"].unique())
     for k in dict.fromkeys([*numbers[:1], *numbers[-1:]]):
@@ -113,7 +113,8 @@ def _experts_per_token(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: 
         shuffled = _where(rows, rule=rule, value=at, shuffled=True)
         yield (
             f"{rule} {at:g}, {own['experts'].mean():.1f} experts a token: perplexity × {across(own, 'ratio', ends)}; "
-            f"the same numbers shuffled over tokens: × {across(shuffled, 'ratio', ends)} (numbers)"
+            f"the same numbers shuffled over tokens: × {across(shuffled, 'ratio', ends)}; nats a token gained "
+            f"over as many for all {across(own, 'gain', gains)}{told(own, 'gain', MARGINS['nats'], gains)} (numbers)"
         )
 
 
@@ -166,7 +167,8 @@ def _facts(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: ARG001
     for _, row in rows.iterrows():
         yield (
             f"{row['domain']}: picked experts restore {row['picked']:.3g} of the {row['all']:.3g} logits that all "
-            f"experts restore; {value(row, 'estimate')} more than the same number at random (contrast)"
+            f"experts restore; {value(row, 'estimate')} more than the same number at random"
+            f"{told(row.to_frame().T, 'estimate', MARGINS['logits'])} (contrast)"
         )
 
 
@@ -224,11 +226,11 @@ def _explain(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: ARG001
     ends = "explained_low", "explained_high"
     yield f"share of a choice that the token explains on held-out texts: {across(token, 'explained', ends)} (layers)"
     for feature in ("previous", "position", "domain"):
-        rows = _where(layers, feature=feature)
+        rows, ends = _where(layers, feature=feature), ("gain_low", "gain_high")
         shuffled = rows["gain_shuffled"]
         yield (
-            f"  {feature} adds to that {across(rows, 'gain', ('gain_low', 'gain_high'))}; shuffled, "
-            f"{shuffled.min():.2g} to {shuffled.max():.2g}"
+            f"  {feature} adds to that {across(rows, 'gain', ends)}{told(rows, 'gain', MARGINS['explained'], ends)}; "
+            f"shuffled, {shuffled.min():.2g} to {shuffled.max():.2g}"
         )
 
 

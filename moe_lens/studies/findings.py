@@ -49,3 +49,37 @@ def across(rows: Any, name: str, ends: tuple[str, str] = ("low", "high"), form: 
     order = rows.sort_values(name, kind="stable")
     shown = [order.iloc[0], *([order.iloc[-1]] if len(order) > 1 else [])]
     return " to ".join(f"{value(row, name, ends, form)} ({row['domain']})" for row in shown)
+
+
+@dataclass(frozen=True)
+class Margin:
+    """What an effect has to be smaller than to be called none; named, and chosen before anything is run."""
+
+    value: float
+    unit: str
+
+
+MARGINS = {
+    "explained": Margin(0.01, "of the squared error"),  # a hundredth of all that there is to explain
+    "nats": Margin(0.01, "nats a token"),  # 1 % of perplexity
+    "logits": Margin(0.1, "logits"),  # the odds of answer against foil change by a tenth
+}
+"""By what is measured."""
+
+
+def told(rows: Any, name: str, margin: Margin, ends: tuple[str, str] = ("low", "high")) -> str:
+    """What the intervals of an effect say of 0, to be put after its numbers; empty where each leaves it out.
+
+    "No effect" takes every interval wholly inside of the margin; one that has 0 in it and reaches beyond the margin
+    says only that the effect is not told from 0.
+    """
+    known = rows[rows[name].notna() & rows[ends[0]].notna()]
+    low, high = known[ends[0]], known[ends[1]]
+    if not len(known) or len(known) < int(rows[name].notna().sum()):
+        return ""
+    if bool((low > -margin.value).all() and (high < margin.value).all()):
+        return f": no effect within ± {margin.value:g} {margin.unit}"
+    within = int(((low <= 0) & (high >= 0)).sum())
+    if not within:
+        return ""
+    return ": not told from 0" + (f" in {within} of {len(known)}" if len(known) > 1 else "")

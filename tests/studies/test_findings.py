@@ -16,7 +16,7 @@ from moe_lens.report.report_page import page_of
 from moe_lens.studies import Checkpoints, Collected, RoutingStudy, SingleExpertStudy, StudyResult, collect, run
 from moe_lens.studies.attribution_fidelity import AttributionFidelity
 from moe_lens.studies.finding_sentences import MOST, findings_of
-from moe_lens.studies.findings import across
+from moe_lens.studies.findings import Margin, across, told
 from tests.studies.test_checkpoints import perturbed
 from tests.studies.test_study import SMALL
 from tests.studies.tiny import domain, tiny_model
@@ -65,6 +65,26 @@ def test_across_domains_the_least_and_the_greatest_stand_with_their_own_interval
     assert across(rows, "x") == "1 [0.5, 1.5] (b) to 3 [no interval] (c)"
     assert across(rows[:1], "x") == "2 [1.5, 2.5] (a)"
     assert across(rows.assign(x=float("nan")), "x") == "not measured"
+
+
+def test_no_effect_takes_intervals_inside_of_the_margin():
+    near, margin = {"x": 0.001, "low": -0.004, "high": 0.006}, Margin(0.01, "nats")
+    wide, there = {"x": 0.001, "low": -0.2, "high": 0.2}, {"x": 0.3, "low": 0.2, "high": 0.4}
+    unknown, missing = (
+        {"x": 0.0, "low": float("nan"), "high": float("nan")},
+        dict.fromkeys(("x", "low", "high"), float("nan")),
+    )
+    for rows, said in (
+        ([near], ": no effect within ± 0.01 nats"),
+        ([near, missing], ": no effect within ± 0.01 nats"),
+        ([{**near, "low": 0.0005}], ": no effect within ± 0.01 nats"),  # told from 0, and still none to speak of
+        ([wide], ": not told from 0"),  # the same number, and nothing known
+        ([near, wide, there], ": not told from 0 in 2 of 3"),
+        ([there], ""),
+        ([near, unknown], ""),
+        ([missing], ""),
+    ):
+        assert told(pd.DataFrame(rows), "x", margin) == said
 
 
 def test_show_prints_findings_and_tables_as_text(saved, capsys):
