@@ -16,7 +16,7 @@ import torch
 from moe_lens import HookedMoE
 from moe_lens.data import Reading, embedded_domains
 from moe_lens.studies.attribution_fidelity import AttributionFidelity
-from moe_lens.studies.study import run
+from moe_lens.studies.run_study import run
 
 REFERENCES = {"knockout": "free", "knockout_frozen": "frozen", "direct_knockout": "direct path"}
 

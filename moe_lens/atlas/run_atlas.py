@@ -10,7 +10,7 @@ from moe_lens.data import Domains, Reading
 from moe_lens.selection import Experts
 from moe_lens.studies import Atlas
 from moe_lens.studies import run as run_study
-from moe_lens.studies.study import agreed
+from moe_lens.studies.run_study import agreed
 
 READING = Reading(tokens=4096, context=128)
 """How texts are read if nothing else is asked for: short windows, so that few tokens are of many sources."""

@@ -15,7 +15,8 @@ from moe_lens.checked import AnyModel, Positive, Seed
 from moe_lens.data import Domains, Tokens, in_memory, tokenize
 from moe_lens.errors import InputError
 from moe_lens.pruning.merging import merge
-from moe_lens.pruning.plans import Plan, plan
+from moe_lens.pruning.plan_from_scores import plan
+from moe_lens.pruning.plans import Plan
 from moe_lens.pruning.scores import Method, Scores
 from moe_lens.pruning.scoring import score
 from moe_lens.reprs import Drawn

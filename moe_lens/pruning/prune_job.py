@@ -13,7 +13,8 @@ from moe_lens.model.loading.pretrained import load_pretrained, resolve_name
 from moe_lens.pruning.export import disk_needed, export, expressible, folder_size
 from moe_lens.pruning.frontier import ALL, Frontier, frontier, halved
 from moe_lens.pruning.merging import merge
-from moe_lens.pruning.plans import Budget, Plan, plan
+from moe_lens.pruning.plan_from_scores import Budget, plan
+from moe_lens.pruning.plans import Plan
 from moe_lens.pruning.scores import Method, Scores
 from moe_lens.pruning.scoring import score
 from moe_lens.pruning.speed import SPEED, memory, speed

@@ -15,7 +15,7 @@ from moe_lens.report.report_page import write_page
 from moe_lens.studies import LensStudy, Localisation, PruningStudy, RoutingStudy, SingleExpertStudy, Study
 from moe_lens.studies import run as run_study
 from moe_lens.studies.forecast import Forecast
-from moe_lens.studies.study import agreed, pinned
+from moe_lens.studies.run_study import agreed, pinned
 
 STUDIES: Mapping[str, Study] = {
     "routing": RoutingStudy(nulls=True),

@@ -24,10 +24,10 @@ from moe_lens.studies.prompt_pairs import read_pairs as read_pairs
 from moe_lens.studies.pruning_study import PruningStudy as PruningStudy
 from moe_lens.studies.routing import NULLS as NULLS
 from moe_lens.studies.routing import RoutingStudy as RoutingStudy
+from moe_lens.studies.run_study import run as run
 from moe_lens.studies.single_expert_study import TREATMENTS as TREATMENTS
 from moe_lens.studies.single_expert_study import SingleExpertStudy as SingleExpertStudy
 from moe_lens.studies.study import Study as Study
-from moe_lens.studies.study import run as run
 from moe_lens.studies.study_result import StudyResult as StudyResult
 from moe_lens.studies.token_features import read_features as read_features
 from moe_lens.studies.token_labels import by_pattern as by_pattern

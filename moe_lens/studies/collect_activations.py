@@ -25,7 +25,7 @@ from moe_lens.studies.batch_halving import Halving
 from moe_lens.studies.collected import DOCUMENTS, Collected, Format, rows_of, write_shard
 from moe_lens.studies.forward_passes import forward, token_places
 from moe_lens.studies.model_facts import model_facts
-from moe_lens.studies.study import agreed, pinned, versions
+from moe_lens.studies.run_study import agreed, pinned, versions
 from moe_lens.studies.study_folder import SPACE, StudyFolder
 
 

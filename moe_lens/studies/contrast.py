@@ -39,7 +39,8 @@ from moe_lens.studies.forward_passes import input_device, losses, predicted
 from moe_lens.studies.frames import by_domain
 from moe_lens.studies.matched_coalitions import matched, pick
 from moe_lens.studies.prompt_pairs import Encoded, Pair, encode, outcome_tokens, shared_weights
-from moe_lens.studies.study import Earlier, Gathered, Study, run
+from moe_lens.studies.run_study import run
+from moe_lens.studies.study import Earlier, Gathered, Study
 from moe_lens.studies.study_result import StudyResult
 from moe_lens.studies.variant_losses import WHOLE, VariantLosses, VariantStats
 

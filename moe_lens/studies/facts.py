@@ -31,7 +31,8 @@ from moe_lens.stats.sums import BySource
 from moe_lens.studies.frames import by_domain
 from moe_lens.studies.localisation_scores import ScoreResult, ScoreStats
 from moe_lens.studies.matched_coalitions import pick
-from moe_lens.studies.study import Earlier, Gathered, Study, run
+from moe_lens.studies.run_study import run
+from moe_lens.studies.study import Earlier, Gathered, Study
 from moe_lens.studies.study_result import StudyResult
 
 SMALL_FACTS = "small"

@@ -25,7 +25,7 @@ from moe_lens.studies.attribution_effects import (
     ranked,
 )
 from moe_lens.studies.attribution_fidelity import AttributionFidelity, effects
-from moe_lens.studies.study import run
+from moe_lens.studies.run_study import run
 from tests.families import build
 from tests.families import tokens as some_tokens
 
