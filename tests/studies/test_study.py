@@ -89,13 +89,13 @@ def test_packing_changes_nothing_because_no_attention_reaches_across(model, stud
     together = run(study, model, texts, reading=packed)
     assert_same(alone, together, 2e-6)
     # The control: positions that run on make one text of the row, and then the results differ.
-    whole = token_batches._packed
+    whole = token_batches.packed_rows
 
     def runs_on(*args):
         made = whole(*args)
         return token_batches.Packing(made.tokens, torch.arange(made.tokens.shape[1]).expand(made.tokens.shape), made.at)
 
-    monkeypatch.setattr(token_batches, "_packed", runs_on)
+    monkeypatch.setattr(token_batches, "packed_rows", runs_on)
     with pytest.raises(AssertionError):
         assert_same(alone, run(study, model, texts, reading=packed), 2e-6)
 
