@@ -17,6 +17,7 @@ def rendered(template: str, **values: Any) -> str:
         loader=PackageLoader("moe_lens.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters |= {"percent": _percent, "number": _number, "span": _span, "whole": "{:,}".format}
+    environment.filters["side"] = lambda verdict: verdict.split()[0]
     return environment.get_template(template).render(**values)
 
 
@@ -31,9 +32,9 @@ def table_html(table: pd.DataFrame) -> Markup:
     return Markup(shown.to_html(index=False, border=0, na_rep="–", float_format=lambda value: f"{value:.4g}"))
 
 
-def ranged(values: Any, shown: str, unit: str = "") -> str:
+def ranged(values: Any, shown: str, unit: str = "", before: str = "") -> str:
     """The least and the greatest of some numbers, or the one that all are."""
-    low, high = (format(float(value), shown) for value in (min(values), max(values)))
+    low, high = (before + format(float(value), shown) for value in (min(values), max(values)))
     return f"{low}{unit}" if low == high else f"{low} to {high}{unit}"
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,9 @@ from markupsafe import Markup
 
 from moe_lens.report.rendering import rendered, table_html
 from moe_lens.report.report_files import PAGE, REPORT, check_place
-from moe_lens.report.sections import SECTIONS, Section, Studies, verdicts_of
+from moe_lens.report.section import Section, Studies
+from moe_lens.report.sections import SECTIONS
+from moe_lens.report.verdict_section import served_by, verdicts_of
 from moe_lens.storage import written_whole
 from moe_lens.studies import StudyResult
 from moe_lens.studies.verdicts import side_by_side
@@ -92,6 +94,11 @@ def _model(result: StudyResult) -> dict[str, Any]:
 
 
 def _shown(number: int, studies: Studies) -> _Model:
+    served = served_by(studies)
     made = (section(studies) for section in SECTIONS)
-    sections = tuple(one.numbered(number) for one in made if one is not None)
+    sections = tuple(
+        replace(one, body=served.get(one.anchor, Markup()) + one.body).numbered(number)
+        for one in made
+        if one is not None
+    )
     return _Model(_model(next(iter(studies.values()))), studies, sections)

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 
@@ -15,7 +16,10 @@ from moe_lens.data import Reading
 from moe_lens.errors import InputError
 from moe_lens.model.loading.tokenizer import load_tokenizer
 from moe_lens.report import run
+from moe_lens.report.paper_quotes import QUOTED
 from moe_lens.report.report_files import REPORT, SMALLER, check_place
+from moe_lens.report.report_page import page_of
+from moe_lens.report.verdict_words import TIMES
 from moe_lens.studies import NULLS, Localisation, PruningStudy, RoutingStudy, SingleExpertStudy, StudyResult
 from tests.families import build
 from tests.planted import planted_domains, planted_model
@@ -78,6 +82,12 @@ def test_pruning_and_localisation_are_part_of_it(tmp_path, monkeypatch):
     random = pruned.query("domain == 'sea' and kind == 'random'")["ratio"]
     assert f"sea (12 sources) {own:.3f} " in shown and f"{100 * (random > own).mean():.0f} % of 3" in shown
     assert "set to zero" in shown and "not run with controls" in shown
+    assert (
+        len(re.findall("This study read only [0-9,to ]+ tokens of each domain, in windows of at most 24 t", shown)) == 2
+    )
+    assert "pruning , in windows of at most 24 tokens" in shown or "pruning, in windows of at most 24 tokens" in shown
+    assert "3 random plans of this size, worse" in shown and "3 matched coalitions, beaten" in shown
+    assert "with 3 random plans of this size, by" in shown and "other experts that carry as much" in shown  # headlines
     saved = {of["key"]: of for of in json.loads((tmp_path / "out" / "verdicts.json").read_text())["verdicts"]}
     assert saved["5"]["number"] == saved["6"]["inference"] == "holds"
     figure = viz.pruning_ratios(StudyResult.load(tmp_path / "out" / "pruning")).to_dict()["data"]
@@ -124,7 +134,10 @@ def test_verdicts_stand_on_the_page_and_in_a_file(made):
     for of in saved["verdicts"]:
         # one source of the second domain decides nothing, so that no claim holds in both, nor is contradicted
         assert of["number"] not in ("holds", "contradicted") and of["inference"] not in ("holds", "contradicted")
-        assert f"{of['claim']} {of['number']} {of['inference']} {of['at_half']}; {of['at_double']}" in page
+        claim = QUOTED[of["key"]]
+        assert f"{of['claim']} “{claim.quote}” ({claim.place})" in page and f"Authors: {claim.authors}" in page
+        if "†" in of["estimate"] and not of["inference"].startswith("undecided: "):
+            assert f"{of['key']} {of['number']} / {of['inference']} {of['at_half']} {of['at_double']}" in page
     assert (
         "nothing here confirms or refutes a claim about DeepSeekMoE 16B" in page
         and "undecided: the study localisation was not run" in page
@@ -136,6 +149,52 @@ def test_verdicts_stand_on_the_page_and_in_a_file(made):
     assert (
         bounds[0]["low"] < ratio["ratio_low"].iloc[0] and bounds[0]["high"] > ratio["ratio_high"].iloc[0]
     )  # of both domains
+
+
+def test_the_page_begins_with_the_verdicts_and_each_leads_to_its_section_and_back(made):
+    page = re.sub(r"<script.*?</script>", "", (made / "report.html").read_text(encoding="utf-8"), flags=re.DOTALL)
+    sections = {part[: part.index('"')]: part for part in page.split('<h2 id="')[1:]}
+    assert list(sections)[:2] == ["verdicts", "findings"]
+    columns = re.findall(r"<th(?: [^>]*)?>(.*?)</th>", sections["verdicts"])
+    assert columns[:4] == ["claim", "number", "control", "inference"]
+    measured = [key for key, claim in QUOTED.items() if claim.section in sections]
+    assert measured == ["1a", "1b", "2", "3", "4"]  # the others were not run: a domain has a single source
+    for key in measured:
+        of = sections[QUOTED[key].section]
+        assert f'href="#{QUOTED[key].section}"' in sections["verdicts"] and 'href="#verdicts"' in of
+        assert of.index(f"Verdict {key}.") < min(of.find(tag) % len(of) for tag in ("<figure", "<h3"))
+    assert 'href="#pruning"' not in page
+    rows = dict(zip(QUOTED, sections["verdicts"].split("<tr><td>")[1:8], strict=True))
+    ratio = StudyResult.load(made / "single-expert").tables["perplexity"].query("k == 1 and treatment == 'random'")
+    ratios = ratio["ratio"].tolist()
+    shown = f"one random active expert: <b>{TIMES.range(ratios)}</b>"
+    assert shown in rows["4"] and "claimed more than ours" in rows["4"] and "claimed ≤\u00a0+5\u00a0%" in rows["4"]
+    for name in ("a random router", "by the token alone", "†"):
+        assert f"<dt>{name}</dt>" in sections["verdicts"]
+    assert sections["verdicts"].index("<dt>") < sections["verdicts"].index("<table")
+
+
+def test_sections_of_a_second_model_are_linked_within_it(made):
+    other = []
+    for name in ("routing", "single-expert", "lens"):
+        result = StudyResult.load(made / name)
+        plan = {**result.manifest["plan"], "model": {**result.manifest["plan"]["model"], "name": "another"}}
+        other.append(replace(result, manifest={**result.manifest, "plan": plan}))
+    page = page_of([StudyResult.load(made / "routing"), *other])
+    linked, there = set(re.findall(r'href="#([^"]+)"', page)), set(re.findall(r'id="([^"]+)"', page))
+    assert {"routing", "routing-2", "verdicts-2", "lens-2"} <= linked <= there and "lens" not in linked
+
+
+def test_dependence_on_the_domain_is_shown_pair_by_pair_with_its_families(made):
+    page = " ".join(unescape(re.sub("<[^>]*>", " ", (made / "report.html").read_text(encoding="utf-8"))).split())
+    routing = StudyResult.load(made / "routing")
+    pairs = routing.tables["domain_pairs"].query("routing == 'model'")
+    assert f"{pairs['jsd'].max():.3f}" in page and "The same token in two domains" in page
+    mi = routing.tables["domain_layers"].query("routing == 'model'")
+    smallest = min(1.0, len(mi) * mi["smallest_p"].min())
+    assert f"over layers: {len(mi)} tests, Holm; smallest p after correction: {smallest:,.4f}" in page
+    earlier = {name: table.drop(columns="smallest_p", errors="ignore") for name, table in routing.tables.items()}
+    assert "smallest p after correction: not saved" in page_of([replace(routing, tables=earlier)])
 
 
 def test_page_stands_alone_and_is_escaped(made):
