@@ -26,7 +26,7 @@ from transformers.integrations.mxfp4 import Mxfp4GptOssExperts, convert_moe_pack
 from transformers.utils.quantization_config import Mxfp4Config
 
 from moe_lens.cli.main import main
-from moe_lens.errors import UnsupportedModelError
+from moe_lens.errors import CheckpointError, UnsupportedModelError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.model.families.refusals import REFUSED
 from moe_lens.model.families.table import FAMILIES, family_of, here
@@ -284,6 +284,31 @@ def test_models_and_info_on_the_command_line(tmp_path: Path, capsys: pytest.Capt
     )
     assert main(["info", str(tmp_path / "config.json")]) == 0
     assert capsys.readouterr().out.startswith("model type  glm4_moe\n")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"n_group": 3}, "n_group is 3, and 8 experts cannot stand in so many groups"),  # three tokens as eight thirds
+        ({"n_group": 0}, "n_group is 0"),
+        ({"topk_group": 9}, "topk_group is 9, and there are 4 groups"),
+    ],
+)
+def test_groups_that_experts_cannot_stand_in_are_refused(changes, said, tmp_path, capsys) -> None:
+    model = build("deepseek_v3")
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    with pytest.raises(CheckpointError, match=said):
+        HookedMoE.from_hf(model)
+    (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict()))
+    assert main(["info", str(tmp_path)]) == 2
+    assert said in capsys.readouterr().err
+    greedy = {
+        **config("deepseek_v2").to_dict(),
+        "topk_method": "greedy",
+    }  # has no groups
+    (tmp_path / "config.json").write_text(json.dumps({**greedy, **changes}))
+    assert main(["info", str(tmp_path)]) == 0
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from moe_lens.errors import UnsupportedModelError
+from moe_lens.errors import CheckpointError, UnsupportedModelError
 from moe_lens.model.families.family import Family, Layout, dotted
 from moe_lens.model.families.refusals import refusal
 from moe_lens.model.hf_compat import RELEASE
@@ -481,12 +481,14 @@ def family_of(config: PretrainedConfig) -> Family:
     Raises:
         UnsupportedModelError: its model type is not in the table, or needs another transformers, or a field of it says
             what is not known.
+        CheckpointError: its experts cannot stand in the groups that it says.
     """
     model_type = getattr(config, "model_type", None)
     if model_type not in FAMILIES:
         raise UnsupportedModelError(refusal(str(model_type), here()))
     check_release(model_type)
     family, text = FAMILIES[model_type], config.get_text_config()
+    _check_groups(text)
     if family.narrow_field is not None and getattr(text, family.narrow_field) is None:
         family = replace(family, narrows=(), widens=None)
     if family.score_field is None:
@@ -497,3 +499,20 @@ def family_of(config: PretrainedConfig) -> Family:
             f"{family.score_field} of this {model_type} is {score!r}; expected softmax, sigmoid or sqrtsoftplus"
         )
     return replace(family, score=score)
+
+
+def _check_groups(text: PretrainedConfig) -> None:
+    """Refuse groups that experts cannot stand in: transformers' router would reshape those of one token into the next.
+
+    Raises:
+        CheckpointError: There are no such groups.
+    """
+    groups, chosen = getattr(text, "n_group", None), getattr(text, "topk_group", None)
+    counts = (getattr(text, name, None) for name in ("n_routed_experts", "num_experts", "num_local_experts"))
+    n_experts = next((count for count in counts if isinstance(count, int)), None)
+    if not isinstance(groups, int) or n_experts is None or getattr(text, "topk_method", None) == "greedy":
+        return  # greedy has no groups, whatever is said of them
+    if groups < 1 or n_experts % groups:
+        raise CheckpointError(f"n_group is {groups}, and {n_experts} experts cannot stand in so many groups")
+    if isinstance(chosen, int) and chosen > groups:
+        raise CheckpointError(f"topk_group is {chosen}, and there are {groups} groups (n_group)")
