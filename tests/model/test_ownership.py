@@ -81,6 +81,52 @@ def test_a_value_keeps_its_shape_in_place_too() -> None:
         case.model.run_with_hooks(case.tokens, fwd_hooks=[("blocks.0.hook_attn_out", lambda v, hook: v.unsqueeze_(0))])
 
 
+@pytest.mark.parametrize(
+    ("name", "later"),
+    [
+        ("hook_embed", "blocks.0.hook_resid_pre"),
+        ("blocks.1.hook_attn_out", "blocks.1.hook_attn_out"),
+        ("blocks.1.mlp.hook_router_logits", "blocks.1.mlp.hook_router_logits"),
+        ("blocks.1.hook_resid_post", "blocks.2.hook_resid_pre"),
+    ],
+)
+def test_what_a_hook_returns_is_not_what_later_ones_change_in_place(name: str, later: str) -> None:
+    """As in patching: a tensor of a cache is returned, and a hook behind changes what it is given."""
+    case = wrapped("mixtral")
+
+    def zero(value: torch.Tensor, hook: Any) -> torch.Tensor:  # noqa: ARG001
+        value[:, 3] = 0
+        return value
+
+    with torch.no_grad():
+        _, source = case.model.run_with_cache(case.tokens.flip(0))
+        before = source[name].clone()
+        case.model.run_with_hooks(case.tokens, fwd_hooks=[(name, lambda value, hook: source[name]), (later, zero)])  # noqa: ARG005
+    assert torch.equal(source[name], before)
+
+
+@pytest.mark.parametrize(
+    "name", ["hook_embed", "blocks.1.hook_resid_pre", "blocks.1.attn.hook_in", "blocks.1.mlp.hook_in"]
+)
+def test_a_parameter_that_a_hook_returns_becomes_none_of_the_models(name: str) -> None:
+    case = wrapped("mixtral")
+    value = torch.nn.Parameter(torch.ones(*case.tokens.shape, case.model.cfg.d_model))
+    before = list(case.model.parameters())
+    with untouched(case.model):
+        case.model.run_with_hooks(case.tokens, fwd_hooks=[(name, lambda given, hook: value)]).sum().backward()  # noqa: ARG005
+    assert value.grad is not None and value.grad.any()
+    assert [id(each) for each in case.model.parameters()] == [id(each) for each in before]
+    case.model.zero_grad()
+    with torch.no_grad():
+        assert torch.equal(case.model(case.tokens), case.logits)
+
+
+def test_a_tensor_of_another_layout_is_refused() -> None:
+    case = wrapped("mixtral")
+    with pytest.raises(HookError, match="returned a tensor of layout torch.sparse_coo; expected torch.strided"):
+        case.model.run_with_hooks(case.tokens, fwd_hooks=[("hook_embed", lambda value, hook: value.to_sparse())])  # noqa: ARG005
+
+
 def test_gradients_keep_their_shape() -> None:
     case = wrapped("mixtral")
     with untouched(case.model), case.model.hooks(bwd_hooks=[("blocks.1.hook_in", lambda grad, hook: grad[:, :1])]):

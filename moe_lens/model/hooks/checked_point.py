@@ -117,7 +117,7 @@ def _words(layout: Any) -> str:
 
 
 def _fitting(seen: Any, value: Any, name: str | None) -> Any:
-    """What a hook has returned, in the dtype of what it was given.
+    """A copy of what a hook has returned, in the dtype of what it was given.
 
     Raises:
         HookError: it is something else.
@@ -137,7 +137,11 @@ def _fitting(seen: Any, value: Any, name: str | None) -> Any:
         raise HookError(f"a hook on {name} returned {seen.dtype}; expected {value.dtype}")
     if seen.device != value.device:
         raise HookError(f"a hook on {name} returned a tensor on {seen.device}; expected one on {value.device}")
-    return seen.to(value.dtype)
+    if seen.layout != value.layout:
+        raise HookError(f"a hook on {name} returned a tensor of layout {seen.layout}; expected {value.layout}")
+    # A copy: what is kept elsewhere, as in a cache, is not what later hooks change in place, and a parameter becomes
+    # none of the model's.
+    return seen.to(value.dtype, copy=True)
 
 
 def _kind(value: Tensor) -> tuple[bool, bool, bool]:
