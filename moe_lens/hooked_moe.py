@@ -28,9 +28,9 @@ from moe_lens.model.hooks.transaction import undone_on_error
 from moe_lens.model.loading.pretrained import Trust, load_pretrained
 from moe_lens.model.loading.quantising import packed_in, read_quantize
 from moe_lens.model.loading.saving import save_pretrained
-from moe_lens.model.loading.state_dict import uncompiled
 from moe_lens.model.loading.transformer_lens_words import read_words
 from moe_lens.model.loading.validate import check_tokenizer, check_wrappable, refuse_plan, refuse_shards
+from moe_lens.model.torch_transforms import uncompiled
 from moe_lens.reprs import Summary
 from moe_lens.routing import Routing
 

@@ -30,8 +30,9 @@ from moe_lens.model.hooks.latent_cache import check_all_stored
 from moe_lens.model.hooks.layer_hooks import SelectionState
 from moe_lens.model.hooks.model_input import ModelInput, further
 from moe_lens.model.hooks.to_tokens import InputReader
-from moe_lens.model.loading.state_dict import WRAPPER, uncompiled
+from moe_lens.model.loading.state_dict import WRAPPER
 from moe_lens.model.tl_compat import BridgeCore
+from moe_lens.model.torch_transforms import uncompiled
 from moe_lens.selection import Step
 
 OF_INPUT = frozenset({"attention_mask", "prepend_bos", "padding_side"})

@@ -13,7 +13,6 @@ from moe_lens.checked import Natural
 from moe_lens.errors import HookError, UnsupportedModelError
 from moe_lens.model.experts.expert_weights_view import Experts, top_k_of
 from moe_lens.model.families.table import Family
-from moe_lens.model.hooks.arguments import refuse_unknown
 from moe_lens.model.hooks.cache_names import Driver
 from moe_lens.model.hooks.checked_point import CheckedPoint, check_points
 from moe_lens.model.hooks.hook_pairs import check_function
@@ -21,15 +20,15 @@ from moe_lens.model.hooks.hook_scope import remove_lost, run_all_blocks
 from moe_lens.model.hooks.layer_hooks import LayerHooks
 from moe_lens.model.hooks.moe_block import MoEBlock
 from moe_lens.model.hooks.ownership import Owner
-from moe_lens.model.loading.state_dict import WholeState, hold_in_one_place, not_compiled
-from moe_lens.model.loading.transformer_lens_words import PROCESSING, refuse_processing
+from moe_lens.model.hooks.refused_methods import RefusedMethods
 from moe_lens.model.loading.validate import asked_kernel, check_kernel, check_layers, check_tokenizer
 from moe_lens.model.tl_compat import detect_tokenizer_bos_eos
+from moe_lens.model.torch_transforms import hold_in_one_place
 from moe_lens.model.unknown_hooks import instead_of
 
 
-class HookTable(WholeState):
-    """A TransformerBridge that knows the hooks of experts and leaves the weights alone."""
+class HookTable(RefusedMethods):
+    """A TransformerBridge that knows the hooks of experts."""
 
     family: Family
     owner: Owner
@@ -321,80 +320,6 @@ class HookTable(WholeState):
         if hooks is None:
             raise HookError(f"layer {layer} has no experts; MoE layers are {list(self.moe_layers)}")
         return hooks
-
-    # --- what TransformerLens offers and we refuse ---
-
-    def enable_compatibility_mode(  # pyright: ignore[reportIncompatibleMethodOverride]  # processing is by name
-        self,
-        disable_warnings: bool = False,  # noqa: ARG002
-        no_processing: bool = False,
-        **processing: bool,
-    ) -> None:
-        """Nothing is done where nothing is asked for; processing is refused.
-
-        TransformerLens's names of hooks are there without this mode. Its processing folds and centres weights, which is
-        wrong for packed experts, whose norm other parts read too.
-
-        Args:
-            disable_warnings: as in TransformerLens; there are none.
-            no_processing: leave all weights as they are.
-            processing: `fold_ln`, `center_writing_weights`, `center_unembed`, `fold_value_biases` (on unless they are
-                turned off) and `refactor_factored_attn_matrices`.
-
-        Raises:
-            UnsupportedModelError: some processing is asked for.
-            InputError: a word that TransformerLens does not have.
-        """
-        refuse_unknown("enable_compatibility_mode", processing, PROCESSING)
-        if not no_processing:
-            refuse_processing({**PROCESSING, **processing})
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
-        """Not supported: the embedding is a hook point's.
-
-        Raises:
-            UnsupportedModelError: always; says what to do instead.
-        """
-        raise UnsupportedModelError(
-            "a wrapped model's embeddings are not resized: call resize_token_embeddings on the transformers model, and "
-            "wrap it then"
-        )
-
-    def compile(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
-        """Not supported: hook functions are Python, which no compiled graph holds.
-
-        Raises:
-            UnsupportedModelError: always; says what to do instead.
-        """
-        raise not_compiled()
-
-    @property
-    def _initialize_hook(self) -> Any:
-        """What `torch.compile(model)` asks a module for, and nothing else does: refused as `compile` is."""
-        return self.compile()
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
-        """Not supported: transformers' own would write the wrapped modules' names.
-
-        Raises:
-            UnsupportedModelError: always; says what to do instead.
-        """
-        raise UnsupportedModelError("push_to_hub is not for a wrapped model: save_pretrained(folder, push_to_hub=True)")
-
-    def process_weights(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, verbose: bool = False, **processing: bool
-    ) -> None:
-        """Nothing where all is turned off, and refused otherwise; see `enable_compatibility_mode`.
-
-        Args:
-            verbose: as in TransformerLens; there is nothing to tell.
-            processing: what to do, by name.
-
-        Raises:
-            UnsupportedModelError: some processing is asked for.
-            InputError: a word that TransformerLens does not have.
-        """
-        self.enable_compatibility_mode(verbose, False, **processing)
 
 
 def _check_direction(direction: Any, *others: str) -> None:

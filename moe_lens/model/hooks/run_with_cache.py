@@ -20,7 +20,7 @@ from moe_lens.model.hooks.forward_checks import (
     check_positions,
     layer_limits,
 )
-from moe_lens.model.loading.state_dict import uncompiled
+from moe_lens.model.torch_transforms import uncompiled
 
 
 class CachedRuns(ExpertBridge):

@@ -1,9 +1,8 @@
 """The parameters of a wrapped model by the names that they have in transformers: all of them, and each once."""
 
-import sys
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, Self, no_type_check
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +13,9 @@ from transformers import PreTrainedModel
 from moe_lens.errors import MoELensError, UnsupportedModelError, a_kind
 from moe_lens.model.devices import usable_device
 from moe_lens.model.loading.quantising import packed_in
+from moe_lens.model.torch_transforms import no_functional_call
 
 WRAPPER = "_original_component."
-uncompiled = torch.compiler.disable(reason="hooks are Python functions")
-"""What `torch.compile` around a call leaves as it is."""
 
 
 class StateError(MoELensError, RuntimeError):
@@ -72,65 +70,6 @@ def check_readable(model: PreTrainedModel, *, assign: bool = False) -> None:
             raise UnsupportedModelError(
                 f"{name.replace(WRAPPER, '')} is not in memory, and a state_dict would not hold it: it is {where}"
             )
-
-
-class OnePlace:
-    """`named_parameters` of a module of a wrapped model, which `torch.func.functional_call` is refused.
-
-    Args:
-        module: The model, or a part of it in which a parameter has several places.
-    """
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-
-    @no_type_check  # a checker's frame would come between: who asks is read from the frame
-    def __call__(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
-        """As torch's.
-
-        Raises:
-            UnsupportedModelError: torch itself asks for duplicates, to put others in their place.
-        """
-        if not remove_duplicate and sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
-            raise no_functional_call()
-        return type(self.module).named_parameters(self.module, prefix, recurse, remove_duplicate)
-
-    @property
-    def __func__(self) -> Any:
-        """What torch's compiler asks a method for, and nothing else does.
-
-        Raises:
-            UnsupportedModelError: always.
-        """
-        raise not_compiled()
-
-
-def hold_in_one_place(*models: nn.Module) -> None:
-    """Refuse `torch.func.functional_call` to every module in which a parameter is reached by two ways."""
-    for module in {id(part): part for model in models for part in model.modules()}.values():
-        if isinstance(module, WholeState):
-            continue  # refuses it by itself
-        with_numbers = [
-            part for _, part in module.named_modules(remove_duplicate=False) if part._parameters or part._buffers
-        ]
-        if len(with_numbers) > len({id(part) for part in with_numbers}):
-            module.__dict__["named_parameters"] = OnePlace(module)
-
-
-def not_compiled() -> UnsupportedModelError:
-    """A compiled graph holds no hook functions, and would leave out those that are added later."""
-    return UnsupportedModelError(
-        "a wrapped model is not compiled: hooks are Python functions. Compile the transformers model instead, or a "
-        "copy.deepcopy of it, before one is wrapped"
-    )
-
-
-def no_functional_call() -> UnsupportedModelError:
-    """Torch asks for duplicates there, and would put other numbers back than it found."""
-    return UnsupportedModelError(
-        "torch.func.functional_call cannot run a wrapped model or a part of it, whose parameters have several places "
-        "each, and would put the wrong ones back: copy.deepcopy(model).load_state_dict(…) holds other numbers"
-    )
 
 
 class WholeState(TransformerBridge):
