@@ -1,0 +1,28 @@
+"""The numbers of the embedded model in README and docs/paper.md are those of a report without options."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from moe_lens.cli import main
+from scripts import documented_numbers
+
+
+def every_number_is_there_and_a_wrong_one_is_named(report: Path, copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert documented_numbers.missing(report) == []
+    for page in (documented_numbers.PAPER, documented_numbers.README):
+        (copies / page).parent.mkdir(parents=True, exist_ok=True)
+        right = (documented_numbers.ROOT / page).read_text(encoding="utf-8")
+        wrong = right.replace("58 to 110 %", "5 %")
+        assert right != wrong
+        (copies / page).write_text(wrong, encoding="utf-8")
+    monkeypatch.setattr(documented_numbers, "ROOT", copies)
+    found = documented_numbers.missing(report)
+    assert len(found) == 2 and all(re.search(r"perplexity by 58 to 110 %$", phrase) for phrase in found)
+
+
+@pytest.mark.slow  # it runs the report: a minute and a half on two idle cores
+def test_documented_numbers_are_those_of_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert main(["report", "--out", str(tmp_path / "report")]) == 0
+    every_number_is_there_and_a_wrong_one_is_named(tmp_path / "report", tmp_path / "copies", monkeypatch)
