@@ -108,3 +108,19 @@ def test_what_does_not_sum_to_the_residual_is_refused() -> None:
     assert close(edited.decompose_experts(return_labels=False).sum(0), edited["resid_post", 2]), "whole experts do"
     with pytest.raises(HookError, match="hook_expert_post"):
         model.run_with_cache(tokens, names_filter=lambda n: "expert_post" not in n)[1].get_neuron_results(1)
+
+
+def test_streams_in_bfloat16_are_taken_apart_and_edits_are_seen() -> None:
+    """Neurons are computed in a wider dtype than the stream that they are compared with."""
+    model = HookedMoE.from_pretrained("tiny-deepseekmoe", check=False)
+    tokens = model.to_tokens("The old man looked at the sea and")
+    layer = model.moe_layers[0]
+    with torch.no_grad():
+        kept = model.run_with_cache(tokens)[1]
+        with model.hooks(fwd_hooks=[(names.block(names.RESID_MID, layer), lambda value, hook: value + 200)]):
+            edited = model.run_with_cache(tokens)[1]
+    stack = kept.get_full_resid_decomposition(expand_neurons=False)
+    assert (stack.dtype, kept["resid_post", -1].dtype) == (torch.float32, torch.bfloat16), "or the test shows nothing"
+    assert torch.allclose(stack.sum(0), kept["resid_post", -1].float(), atol=2, rtol=0.05)
+    with pytest.raises(HookError, match="do not sum to the residual stream"):
+        edited.get_full_resid_decomposition(expand_neurons=False)

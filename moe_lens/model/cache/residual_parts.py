@@ -120,9 +120,11 @@ class ResidualPartsCache(NeuronCache):
         stack, labels = super().get_full_resid_decomposition(
             end, mlp_input, expand_neurons, apply_ln, where, True, onto
         )
-        whole = self._reader(end, where, apply_ln, mlp_input, onto)(self._stream(end, mlp_input, where)[None])[0]
+        stream = self._stream(end, mlp_input, where)
+        whole = self._reader(end, where, apply_ln, mlp_input, onto)(stream[None])[0]
         off = (stack.sum(0) - (whole.squeeze(-1) if onto is not None and onto.ndim == 1 else whole)).abs().amax().item()
-        if off > 16 * torch.finfo(stack.dtype).eps * stack.abs().sum(0).amax().item():
+        rounded = max(torch.finfo(dtype).eps for dtype in (stack.dtype, stream.dtype))  # parts may be in a wider dtype
+        if off > 16 * rounded * stack.abs().sum(0).amax().item():
             raise HookError(
                 f"components do not sum to the residual stream, but miss it by {off:.3g}: a hook edited one "
                 f"after it was cached, or {self.model.family.model_type} adds something that is none of them"
