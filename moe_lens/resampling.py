@@ -68,18 +68,22 @@ def bootstrap_all(
     """`bootstrap` of many values at once, all from the same draws: lower and upper ends, NaN if never finite."""
     if len(sizes) < MIN_SOURCES:
         return None
-    values = statistic(times_drawn(len(sizes), resamples, seed)).double()
+    return ends_of(statistic(times_drawn(len(sizes), resamples, seed)), tail(sizes, level))
+
+
+def ends_of(values: Float[Tensor, "resample *shape"], beyond: float) -> Float[Tensor, "2 *shape"]:
+    """Lower and upper ends that leave out a share of resamples at either side; what is not finite does not count."""
+    values = values.double()
     values = values.masked_fill(~values.isfinite(), torch.nan)
-    beyond = tail(sizes, level)
     at = torch.tensor([beyond, 1 - beyond], dtype=torch.float64)
     # torch refuses quantiles of more than 2²⁴ numbers at a time
-    columns = values.flatten(1).split(2**23 // resamples, 1) if values.ndim > 1 else (values[:, None],)
+    columns = values.flatten(1).split(2**23 // len(values), 1) if values.ndim > 1 else (values[:, None],)
     return torch.cat([column.nanquantile(at, dim=0) for column in columns], 1).view(2, *values.shape[1:])
 
 
-def times_drawn(n_sources: int, resamples: int, seed: int) -> Float[Tensor, "resample source"]:
+def times_drawn(n_sources: int, resamples: int, seed: int | torch.Generator) -> Float[Tensor, "resample source"]:
     """How often each source is drawn when as many as there are are drawn with replacement; rows sum to `n_sources`."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
     drawn = torch.randint(n_sources, (resamples, n_sources), generator=generator)
     times = torch.zeros(resamples, n_sources, dtype=torch.float64)
     return times.scatter_add_(1, drawn, torch.ones(1, dtype=torch.float64).expand(resamples, n_sources))

@@ -58,6 +58,7 @@ def compare_studies(
             "--domain", metavar="NAME", help="Compare two domains: give the option twice, the second minus the first."
         ),
     ] = None,
+    parallel: options.Parallel = None,
     show: Annotated[int, typer.Option(min=0, help="Number of largest differences to print.")] = 10,
 ) -> None:
     """Compare two saved studies, or two domains: second minus first, with 95 % intervals over sources.
@@ -68,9 +69,13 @@ def compare_studies(
     Example: moe-lens compare runs/base runs/chat --out difference.parquet
 
     Two domains of one study: moe-lens compare runs/routing --domain english --domain german
+
+    With --parallel, two domains with parallel sources are paired by document, as those of two studies are by source.
     """
     if domains is not None and len(domains) != 2:
         raise InputError(f"got --domain {len(domains)} times; expected two domains to compare, or none")
+    if parallel is not None and domains is None:
+        raise InputError("--parallel is about two domains: give --domain twice, or leave it out")
     if second is None and domains is None:
         raise InputError("got one folder; give another one, or two of its domains: --domain NAME --domain NAME")
     for folder in (first, second or first):
@@ -89,14 +94,14 @@ def compare_studies(
     names = None if second is None else _apart(first, second)
     with written_whole(out) as temporary:
         temporary.touch()  # what cannot be written is said before the work, not after
-        found = compare(*studies, domains=two, names=names)
+        found = compare(*studies, domains=two, parallel=parallel, names=names)
         found.table.to_parquet(temporary, index=False)
     print(found.found())
     for quantity, rows in found.table.groupby("quantity", sort=False):
         order = (-abs(rows["difference"].to_numpy())).argsort()
         largest = rows.iloc[order[:show]]
         print(f"\n{quantity}, the largest differences:")
-        print(largest.drop(columns=["quantity", "paired", "sources"]).to_string(index=False))
+        print(largest.drop(columns=["quantity", "paired", "sources", "dropped"]).to_string(index=False))
     print(f"\n{out.resolve()}")
 
 

@@ -52,7 +52,8 @@ def routing(
 
     Tables: specialisation (share of tokens that have the expert among their active ones), most_specialised, layers
     (Gini, entropies, margin, experts for 50 and 80 %), pairs (co-activation, transitions), persistence, vocabulary; of
-    two domains or more: domain_experts, domain_layers, domain_pairs, the tests that permute domains over sources, and
+    two domains or more: domain_experts, domain_layers, domain_pairs, the tests that permute domains over sources; of
+    three or more: domain_nearer (is a domain nearer to one than to another: difference of two divergences);
     given_token_layers, given_token_pairs, what the domain adds once the token is known; committee and
     committee_layers, the experts with most of the routing weight of every domain (with --nulls also a random router's).
 

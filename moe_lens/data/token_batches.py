@@ -14,6 +14,7 @@ from moe_lens.data.domains import Domain
 from moe_lens.data.packing import Packing, packed_rows
 from moe_lens.data.windows import Window, in_turns, up_to
 from moe_lens.errors import InputError, a_kind
+from moe_lens.pieces import pad
 from moe_lens.reprs import Summary
 
 
@@ -151,9 +152,8 @@ def batch_windows(
 
 
 def _batch(rows: list[Window], special: set[int], packed: int | None) -> TokenBatch:
-    width = max(len(row.ids) for row in rows)
-    tokens = torch.tensor([[*row.ids, *([0] * (width - len(row.ids)))] for row in rows])  # padding is masked: any id
-    mask = torch.arange(width) < torch.tensor([len(row.ids) for row in rows])[:, None]
+    tokens, mask = pad([row.ids for row in rows])
+    width = tokens.shape[1]
     counted = mask & ~torch.isin(tokens, torch.tensor(sorted(special), dtype=torch.long))
     packing = None if packed is None else packed_rows(rows, max(packed, width), width)
     return TokenBatch(tokens, mask, counted, tuple(row.source for row in rows), tuple(rows), packing)

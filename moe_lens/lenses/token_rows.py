@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from moe_lens.errors import InputError, a_kind, not_files, several
-from moe_lens.pieces import pieces
+from moe_lens.pieces import pad, pieces
 from moe_lens.protocols import PaddedTokens
 
 BUFFER = 1024
@@ -130,7 +130,4 @@ def row_batches(stream: Iterator[list[int]], size: int) -> Iterator[Rows]:
 
 def padded(part: Sequence[Sequence[int]]) -> Rows:
     """Rows of different lengths as one batch."""
-    width = max(map(len, part))
-    tokens = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in part])  # any id will do: it is masked
-    mask = torch.arange(width) < torch.tensor([len(ids) for ids in part])[:, None]
-    return Rows(tokens, mask)
+    return Rows(*pad(part))

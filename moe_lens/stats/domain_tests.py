@@ -174,6 +174,22 @@ class DomainComparison(Result):
         layers = pd.array([*self.layers, None], dtype="Int64")
         return pd.DataFrame({"layer": layers, **{name: value.numpy() for name, value in columns.items()}})
 
+    def nearest(self) -> pd.DataFrame:
+        """`nearer` of every domain and every two others: its columns, after domain, one and other.
+
+        Raises:
+            InputError: There are two domains only.
+        """
+        if len(self.domains) < 3:
+            raise InputError(f"got the domains {list(self.domains)}; nearer to one than to another takes three")
+        parts = []
+        for domain in self.domains:
+            for one, other in combinations([name for name in self.domains if name != domain], 2):
+                parts.append(self.nearer(domain, one, other))
+                for at, (column, name) in enumerate((("domain", domain), ("one", one), ("other", other))):
+                    parts[-1].insert(at, column, name)
+        return pd.concat(parts, ignore_index=True)
+
     def _strata(self, units: Bool[Tensor, " unit"]) -> Int[Tensor, " some"]:
         """Units that have text in the same domains."""
         return self.unit_domains[units].long().unique(dim=0, return_inverse=True)[1]

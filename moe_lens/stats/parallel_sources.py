@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe_lens.errors import InputError
-from moe_lens.resampling import units
+from moe_lens.resampling import times_drawn, units
 
 LANGUAGE = r"(?<=/)[a-z]{2,3}([-_][A-Za-z]{2,4})?(?=/)"
 """A language code between slashes: `handbook/de-DE/backup.html` and `handbook/fr-FR/backup.html` are parallel."""
@@ -109,9 +109,7 @@ def resampled_blocks(
     times: dict[str, Tensor] = {}
     for domains in _strata(blocks):
         names = sorted({block for domain in domains for block in blocks[domain].values()})
-        drawn = torch.randint(len(names), (resamples, len(names)), generator=generator)
-        of_block = torch.zeros(resamples, len(names), dtype=torch.float64)
-        of_block.scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
+        of_block = times_drawn(len(names), resamples, generator)
         place = {name: i for i, name in enumerate(names)}
         for domain in domains:
             times[domain] = of_block[:, [place[block] for block in blocks[domain].values()]]

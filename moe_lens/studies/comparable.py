@@ -1,6 +1,6 @@
 """What can be compared of a study's results: means of sums over sources, each with a name."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -37,6 +37,17 @@ class Means:
         """Numbers whose mean over sources is the value (its logarithm, if it is one of exp): what each adds to it."""
         mean = self.above.sum(0) / self.below.sum(0)
         return mean + (self.above - mean * self.below) / self.below.mean(0)
+
+    def blocks(self, key: Callable[[str], str], wanted: Sequence[str]) -> "Means":
+        """Of some blocks of sources, in this order: all sources with one key are one."""
+        place = {block: at for at, block in enumerate(wanted)}
+        kept = [at for at, source in enumerate(self.sources) if key(source) in place]
+        into = torch.tensor([place[key(self.sources[at])] for at in kept])
+        above, below = (
+            torch.zeros(len(wanted), of.shape[1], dtype=torch.float64).index_add(0, into, of[kept].double())
+            for of in (self.above, self.below)
+        )
+        return Means(self.index, tuple(wanted), above, below, self.exponential)
 
     def of(self, times: Float[Tensor, "resample source"]) -> Float[Tensor, "resample value"]:
         """The values, with each source counted so many times."""

@@ -1,14 +1,15 @@
 """`compare`: two saved studies of one kind, or two domains of one study, with intervals of the difference.
 
 Base against chat, before and after pruning, two seeds of training: where both read the same texts, differences are
-paired by source, both sides being resampled together; otherwise each side is resampled by itself.
+paired by source, both sides being resampled together; otherwise each side is resampled by itself. Two domains whose
+sources are the same documents, in two languages say, are paired by document if it is said what their names differ in.
 
 Of thousands of differences many have an interval that leaves out 0 by chance. Each also has a p-value that counts all
 of them: its studentised difference against the greatest one of the whole table (Westfall and Young's maxT), where each
 source's difference has a random sign, or, if sources are not paired, where sources are assigned to the sides at random.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from torch import Tensor
 from moe_lens.checked import Seed
 from moe_lens.errors import InputError, near_miss
 from moe_lens.reprs import Summary
-from moe_lens.resampling import tail
+from moe_lens.resampling import ends_of, tail, times_drawn
 from moe_lens.stats import MIN_SOURCES
 from moe_lens.stats.multiple_tests import max_t
+from moe_lens.stats.parallel_sources import parallel_key
 from moe_lens.storage import written_whole
 from moe_lens.studies.comparable import COMPARED, Means
 from moe_lens.studies.study_result import StudyResult
@@ -51,7 +53,8 @@ class Comparison(Summary):
     Columns: domain, quantity, of (such as "layer 3, expert 17"), a column with each side's name, difference (the second
     minus the first), low, high (its 95 % interval over sources), p_adjusted (counting all rows of the table: the chance
     of even one below .05 is .05 where nothing differs), all three missing below ten sources on either side; paired
-    (whether both read the same sources), sources (of the side that has fewer).
+    (whether both read the same sources, or parallel ones), sources (of the side that has fewer), dropped (sources of
+    both sides that have no parallel one on the other).
     """
 
     @property
@@ -88,6 +91,8 @@ class Comparison(Summary):
                 f"{outside:,} of {bounded:,} intervals leave out 0, where chance alone would give about "
                 f"{by_chance:,.0f}; {stand:,} stand when all are counted (p_adjusted ≤ .05)"
             )
+        if dropped := max(table["dropped"].tolist(), default=0):
+            said.append(f"{dropped} sources have no parallel one and were left out")
         if (opened := self.opened_otherwise) is not None:
             said.append(f"{opened}, which is part of every difference")
         return "; ".join(said)
@@ -107,6 +112,7 @@ def compare(
     second: StudyResult | None = None,
     *,
     domains: tuple[str, str] | None = None,
+    parallel: str | None = None,
     names: tuple[str, str] | None = None,
     seed: Seed = 0,
 ) -> Comparison:
@@ -118,12 +124,19 @@ def compare(
         first: What is subtracted.
         second: What it is subtracted from; the first study again if not given, two domains of which are compared.
         domains: Compare this domain of the first with that one of the second, instead of each with its like.
+        parallel: A regular expression of what may differ in the names of sources of the two domains that are one
+            document, such as `parallel_sources.LANGUAGE`: they are paired, those without a partner left out and
+            counted. Domains without parallel sources are compared as if it was not given.
         names: What the two are called in the table; if not given, by their models, domains or places.
         seed: Of the resamples.
 
     Raises:
-        InputError: Studies of different kinds, or with nothing in common; domains that a study does not have.
+        InputError: Studies of different kinds, or with nothing in common; domains that a study does not have; parallel
+            sources without two domains, or what is no regular expression.
     """
+    if parallel is not None and domains is None:
+        raise InputError("parallel sources are those of two domains: name two to compare, or leave it out")
+    key = None if parallel is None else parallel_key(parallel)
     if second is None and domains is None:
         raise InputError(f"one study alone: name two of its domains to compare, of {list(first.domains)}")
     second = first if second is None else second
@@ -153,7 +166,7 @@ def compare(
                 there = second.results[other].get(name)
                 if isinstance(result, kind) and isinstance(there, kind):
                     for a, b in zip(means(result), means(there), strict=True):
-                        frame, null = _differences(a, b, seed)
+                        frame, null = _differences(*_matched(a, b, key), seed)
                         greatest = torch.maximum(greatest, null)
                         rows.append(frame.assign(domain=domain))
     rows = [frame for frame in rows if len(frame)]
@@ -170,7 +183,7 @@ def compare(
     return Comparison(first.study, names, first.manifest, second.manifest, table)
 
 
-_COLUMNS = ("domain", "quantity", "of", "difference", "low", "high", "p_adjusted", "paired", "sources")
+_COLUMNS = ("domain", "quantity", "of", "difference", "low", "high", "p_adjusted", "paired", "sources", "dropped")
 
 
 def _named(first: StudyResult, second: StudyResult, domains: tuple[str, str] | None) -> tuple[str, str]:
@@ -182,13 +195,27 @@ def _named(first: StudyResult, second: StudyResult, domains: tuple[str, str] | N
     return "first", "second"
 
 
-def _differences(a: Means, b: Means, seed: int) -> tuple[pd.DataFrame, Float[Tensor, " resample"]]:
+def _matched(a: Means, b: Means, key: Callable[[str], str] | None) -> tuple[Means, Means, int]:
+    """Both by block of parallel sources, and how many sources are in none; as they are if none are parallel."""
+    if key is None:
+        return a, b, 0
+    both = sorted({key(source) for source in a.sources} & {key(source) for source in b.sources})
+    if not both:
+        return a, b, 0
+    dropped = sum(key(source) not in both for source in (*a.sources, *b.sources))
+    return a.blocks(key, both), b.blocks(key, both), dropped
+
+
+def _differences(a: Means, b: Means, dropped: int, seed: int) -> tuple[pd.DataFrame, Float[Tensor, " resample"]]:
     """Differences, and the greatest studentised one of each draw in which there are none."""
     common = a.index[a.index.isin(b.index)]
     one, other = a.at(common), b.at(common)
     paired = one.sources == other.sources
     fewest = min(len(one.sources), len(other.sources))
-    drawn = _drawn(len(one.sources), seed), _drawn(len(other.sources), seed if paired else seed + 1)
+    drawn = (
+        times_drawn(len(one.sources), RESAMPLES, seed),
+        times_drawn(len(other.sources), RESAMPLES, seed if paired else seed + 1),
+    )
     parts, greatest = [], torch.zeros(RESAMPLES, dtype=torch.float64)
     for start in range(0, len(common), CHUNK):
         part = common[start : start + CHUNK]
@@ -199,7 +226,7 @@ def _differences(a: Means, b: Means, seed: int) -> tuple[pd.DataFrame, Float[Ten
         if fewest >= MIN_SOURCES:
             spread = there.of(drawn[1]) - here.of(drawn[0])
             beyond = min(tail(side.below.sum(1), LEVEL) for side in (here, there))
-            low, high = spread.nanquantile(torch.tensor([beyond, 1 - beyond], dtype=torch.float64), dim=0)
+            low, high = ends_of(spread, beyond)
             t, null = studentised(here.by_source(), there.by_source(), paired, seed)
             greatest = torch.maximum(greatest, null.abs().amax(1))
         columns = {
@@ -214,7 +241,7 @@ def _differences(a: Means, b: Means, seed: int) -> tuple[pd.DataFrame, Float[Ten
     if not parts:
         return pd.DataFrame(), greatest
     frame = pd.concat(parts).reset_index()
-    return frame[frame["difference"].notna()].assign(paired=paired, sources=fewest), greatest
+    return frame[frame["difference"].notna()].assign(paired=paired, sources=fewest, dropped=dropped), greatest
 
 
 def studentised(
@@ -249,11 +276,3 @@ def studentised(
         error = (squares[0] / (n - 1) + squares[1] / (m - 1)).sqrt()
     t = torch.where(mean.abs() > 1e-12 * error, mean / error, 0.0).nan_to_num(0.0, torch.inf, -torch.inf)
     return t[0], t[1:]
-
-
-def _drawn(n_sources: int, seed: int) -> Float[Tensor, "resample source"]:
-    """How often each source is drawn in each resample: the same for as many sources and one seed."""
-    drawn = torch.randint(n_sources, (RESAMPLES, n_sources), generator=torch.Generator().manual_seed(seed))
-    return torch.zeros(RESAMPLES, n_sources, dtype=torch.float64).scatter_add_(
-        1, drawn, torch.ones(1, dtype=torch.float64).expand(RESAMPLES, n_sources)
-    )

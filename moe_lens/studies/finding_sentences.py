@@ -62,6 +62,8 @@ def _routing(tables: Tables, model: Facts) -> Iterator[str]:
             f"{most['layer']}: mutual information {value(most, 'mi')} nats, {most['null']:.3g} with sources shuffled "
             "(domain_layers)"
         )
+        if "domain_nearer" in tables:
+            yield f"nearest by experts used, mean over layers: {_nearest(tables['domain_nearer'])} (domain_nearer)"
         rows = _where(tables["given_token_layers"], routing="model")
         found = rows["finding"].value_counts()
         said = ", ".join(f"{finding}: {n}" for finding, n in found.items())
@@ -70,6 +72,23 @@ def _routing(tables: Tables, model: Facts) -> Iterator[str]:
     half = -(-int(model["experts"]) // 2)
     taken = across(rows, "value")
     yield f"half of a layer's assignments go to {taken} of {model['experts']} experts; uniform {half} (layers)"
+
+
+def _nearest(table: Any) -> str:
+    """Each domain's nearest one, and by how many nats it is nearer than the next."""
+    rows, said = _where(table[table["layer"].isna()], routing="model"), []
+    for domain, of in rows.groupby("domain", sort=False):
+        sides = [
+            of[["one", "to_one"]].set_axis(["name", "far"], axis=1),
+            of[["other", "to_other"]].set_axis(["name", "far"], axis=1),
+        ]
+        near, next_ = pd.concat(sides).drop_duplicates("name").sort_values("far", kind="stable")["name"].iloc[:2]
+        row = of[of["one"].isin((near, next_)) & of["other"].isin((near, next_))].iloc[0]
+        sign = 1 if row["one"] == near else -1
+        ends = sorted((-sign * row["low"], -sign * row["high"]))
+        by = value({"by": -sign * row["difference"], "low": ends[0], "high": ends[1]}, "by")
+        said.append(f"{domain} to {near}, {by} nats nearer than {next_}")
+    return "; ".join(said)
 
 
 def _single_expert(tables: Tables, model: Facts) -> Iterator[str]:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moe_lens.resampling import tail
+from moe_lens.resampling import ends_of, tail
 from moe_lens.stats import MIN_SOURCES
 from moe_lens.stats.parallel_sources import resampled_blocks
 from moe_lens.studies.localisation_effects import CoalitionEffects
@@ -145,8 +145,7 @@ class Contrasts:
         """Ends over the resamples, which follow the value of all sources; missing with too few sources somewhere."""
         if min(len(of.sources) for of in self.effects.values()) < MIN_SOURCES or not bool(values.isfinite().any()):
             return float("nan"), float("nan")
-        beyond = tail(self.effects[domain].predicted, level)
-        low, high = values[1:].nanquantile(torch.tensor([beyond, 1 - beyond], dtype=values.dtype)).tolist()
+        low, high = ends_of(values[1:], tail(self.effects[domain].predicted, level)).tolist()
         return low, high
 
 

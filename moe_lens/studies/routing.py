@@ -130,7 +130,8 @@ class RoutingStudy(Study):
         """Tables by domain, with the routing ("model", or one of `NULLS`) in the second column.
 
         `specialisation`, `most_specialised`, `layers`, `pairs` (of the model alone), `persistence`, `vocabulary`; and
-        of two domains or more `domain_experts`, `domain_layers`, `domain_pairs`, the tests between them, and
+        of two domains or more `domain_experts`, `domain_layers`, `domain_pairs`, the tests between them (of
+        three or more `domain_nearer`, which of two others a domain is nearer to), and
         `given_token_layers`, `given_token_pairs`, what is left of them once the token is known; and of the model alone
         `committee`, `committee_layers`, the experts that carry most weight across domains, beside a random router's.
         """
@@ -161,6 +162,8 @@ class RoutingStudy(Study):
                 tables["domain_experts"] = compared.to_frame()
                 tables["domain_layers"] = compared.per_layer()
                 tables["domain_pairs"] = compared.per_pair()
+                if len(results) > 2:
+                    tables["domain_nearer"] = compared.nearest()
                 tables["given_token_layers"] = beyond.to_frame()
                 tables["given_token_pairs"] = beyond.per_pair()
             for name, table in tables.items():

@@ -1,5 +1,6 @@
 """Two studies, or two domains, side by side: what stands when all differences are counted, and how it is said."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from scipy.stats import ttest_ind, ttest_rel
 
 from moe_lens.errors import InputError
 from moe_lens.stats import RoutingResult
+from moe_lens.stats.parallel_sources import LANGUAGE
 from moe_lens.studies import StudyResult, compare
 from moe_lens.studies.comparison import studentised
 
@@ -17,6 +19,7 @@ F64 = 1e-12
 """Both sides are float64 and of size 1: sums of up to some thousand terms in another order, each rounded by 1e-16."""
 
 EXPERTS = 40
+BY_SOURCE = ("tokens", "assignments", "top1", "weights", "sums", "measured")
 
 
 def counted(generator: torch.Generator, sources: int, taste: torch.Tensor, name: str = "s") -> RoutingResult:
@@ -98,6 +101,40 @@ def test_two_domains_of_one_study(tmp_path):
         compare(made)
     with pytest.raises(InputError, match="expected two different ones"):
         compare(made, domains=("prose", "code"), names=("low", "x"))
+
+
+def test_parallel_sources_of_two_domains_are_paired():
+    """As sources of equal names are; intervals are narrower where both sides share what their documents do."""
+    generator = torch.Generator().manual_seed(4)
+    taste, documents = torch.randn(EXPERTS, generator=generator), 1.6 * torch.randn(16, EXPERTS, generator=generator)
+
+    def translated(language: str, n: int, extra: tuple[str, ...] = ()) -> RoutingResult:
+        of = [counted(generator, 1, taste + documents[i], "x") for i in range(n)]
+        names = tuple(f"book/{language}/{i}" for i in range(n))
+        stacked = {field: torch.cat([getattr(one, field) for one in of]) for field in BY_SOURCE}
+        return replace(of[0], sources=names, **stacked)
+
+    made = study(de=translated("de", 14), fr=translated("fr", 16))
+    apart, paired = (compare(made, domains=("de", "fr"), parallel=key) for key in (None, LANGUAGE))
+    shares: list[Any] = [of.table.query("quantity == 'share'") for of in (apart, paired)]
+    assert not shares[0]["paired"].any() and shares[1]["paired"].all()
+    assert set(shares[0]["dropped"]) == {0} and set(shares[1]["dropped"]) == {2} and set(shares[1]["sources"]) == {14}
+    widths = [float((of["high"] - of["low"]).mean()) for of in shares]
+    assert widths[1] < 0.7 * widths[0]
+    assert "2 sources have no parallel one and were left out" in paired.found() and "parallel" not in apart.found()
+    # the same as sources of the same names
+    alike = {}
+    for name, of in made.results.items():
+        result: Any = of["model routing"]
+        first = {field: getattr(result, field)[:14] for field in ("sources", *BY_SOURCE)}
+        first["sources"] = tuple(source.replace(f"/{name}/", "/*/") for source in first["sources"])
+        alike[name] = replace(result, **first)
+    named: Any = compare(study(**alike), domains=("de", "fr")).table
+    assert named["difference"].tolist() == pytest.approx(paired.table["difference"].tolist(), abs=F64)
+    # nothing is parallel: as without
+    assert compare(made, domains=("de", "fr"), parallel="nothing").table["low"].equals(apart.table["low"])
+    with pytest.raises(InputError, match="parallel sources are those of two domains"):
+        compare(made, made, parallel=LANGUAGE)
 
 
 def test_few_sources_have_no_intervals_and_that_is_said():

@@ -68,5 +68,14 @@ def test_parallel_sources_are_compared_as_such():
     by_hand = compare_domains(counts, parallel=lambda name: name.split("/")[-1]).per_pair()
     assert pairs["p_value"].tolist() == by_hand["p_value"].tolist()
     assert pairs["p_value"].tolist() != compare_domains(counts).per_pair()["p_value"].tolist()
+    near: Any = found.tables["domain_nearer"]
+    assert len(near) == 3 * 3  # each domain and the other two, in two layers and over both
+    compared = compare_domains(counts, parallel=lambda name: name.split("/")[-1])
+    for (domain, one, other), rows in near.groupby(["domain", "one", "other"]):
+        expected = compared.nearer(domain, one, other)
+        for column in ("to_one", "to_other", "difference", "low", "high"):
+            assert rows[column].tolist() == expected[column].tolist()
+    (said,) = (line for line in found.findings().lines if "nearest" in line)
+    assert all(f"{domain} to " in said for domain in found.domains) and "domain_nearer" in said
     with pytest.raises(InputError, match="no regular expression"):
         run(RoutingStudy(parallel="("), planted_model(), texts)
