@@ -16,7 +16,8 @@ from moe_lens.model.families.table import Family
 from moe_lens.model.hooks.components import combined, method_of
 from moe_lens.model.hooks.expert_kernel import experts_forward
 from moe_lens.model.hooks.layer_hooks import LayerHooks
-from moe_lens.model.hooks.router import route, rule_of
+from moe_lens.model.hooks.router import route
+from moe_lens.model.hooks.router_modes import rule_of
 from moe_lens.model.tl_compat import GeneralizedComponent
 
 
