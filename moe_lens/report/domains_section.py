@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moe_lens.report.section import Section, Studies, rows_where, section
+from moe_lens.report.section import Section, Studies, facts, rows_where, section
 from moe_lens.stats.information_given_token import LEAST_SHARED, LEVEL
 from moe_lens.studies import NULLS, StudyResult
 
@@ -23,6 +23,7 @@ def domains(studies: Studies) -> Section | None:
         layers=_layers(result, routings),
         routings=routings,
         nulls={null: NULLS[null] for null in routings if null in NULLS},
+        top_k=facts(result)["top_k"],
         least_shared=LEAST_SHARED,
         level=LEVEL,
         families=families(studies),

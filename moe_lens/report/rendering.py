@@ -33,8 +33,11 @@ def table_html(table: pd.DataFrame) -> Markup:
 
 
 def ranged(values: Any, shown: str, unit: str = "", before: str = "") -> str:
-    """The least and the greatest of some numbers, or the one that all are."""
-    low, high = (before + format(float(value), shown) for value in (min(values), max(values)))
+    """The least and the greatest of some numbers, or the one that all are; what is missing is left out."""
+    known = [float(value) for value in values if value == value]
+    if not known:
+        return "–"
+    low, high = (before + format(value, shown) for value in (min(known), max(known)))
     return f"{low}{unit}" if low == high else f"{low} to {high}{unit}"
 
 

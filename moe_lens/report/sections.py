@@ -11,7 +11,6 @@ from moe_lens.partial_sum import PartialSum
 from moe_lens.report.beside_paper_section import paper
 from moe_lens.report.domains_section import domains, families
 from moe_lens.report.findings_section import findings
-from moe_lens.report.paper_quotes import QUOTED
 from moe_lens.report.rendering import ROWS, as_html, ranged, table_html
 from moe_lens.report.section import Section, Studies, facts, section
 from moe_lens.report.verdict_section import verdicts
@@ -85,7 +84,6 @@ def ensemble(studies: Studies) -> Section | None:
     if result is None:
         return None
     means = result.tables["similarity"].pivot_table(index="measure", columns="domain", values="mean")
-    top = where(result.tables["similarity"], measure="top")
     return section(
         "ensemble",
         "One expert against the ensemble",
@@ -95,9 +93,6 @@ def ensemble(studies: Studies) -> Section | None:
         means=means.to_dict("index"),
         measures={**MEASURES, "unexplained": "Var(S − a₀) / Var(S)"},
         top_k=facts(result)["top_k"],
-        greatest=ranged(top.groupby("domain")["mean"].max(), ".3f"),
-        mean=ranged(top.groupby("domain")["mean"].mean(), ".3f"),
-        authors=QUOTED["3"].authors,
     )
 
 
@@ -143,13 +138,9 @@ def _five_sums(result: StudyResult) -> list[dict[str, str]]:
     model, seed = facts(result), result.manifest["plan"]["settings"].get("seed", 0)
     frame: Any = result.tables["lens"].query("layer in @model['moe_layers']")
     none, active, last, unselected = PartialSum.controls(model["top_k"], seed=seed)
-    said = {
-        none: "u alone",
-        PartialSum(ranks=[0]): "u + rank 0, the top expert",
-        active: "u + a random active expert",
-        last: "u + the last active expert",
-        unselected: "u + an expert that was not selected",
-    }
+    said = {none: "u alone", PartialSum(ranks=[0]): "u + rank 0, the top expert", active: "u + a random active expert"}
+    said.setdefault(last, "u + the last active expert")  # of a single active one it is rank 0
+    said[unselected] = "u + an expert that was not selected"
     distance: Any = where(frame, quantity="kl_ensemble").pivot(index=["domain", "layer"], columns="sum", values="mean")
     left = distance.div(distance[NONE.label], axis=0).groupby("domain").mean()
     rows = []

@@ -26,11 +26,18 @@ class Form:
 
     def one(self, value: float) -> str:
         """A single value, with a digit more."""
-        return f"{self.before}{self._scaled(value):{self.sign}.{self.digits + 1}f}{self.unit}"
+        return f"{self.before}{self._plain(value)}{self.unit}"
+
+    def ends(self, low: float, high: float) -> str:
+        """An interval, without the unit of the value that it stands under."""
+        return f"[{self._plain(low)}, {self._plain(high)}]"
 
     def limit(self, value: float) -> str:
         """A threshold, with as many digits as it has."""
         return f"{self.before}{self._scaled(value):{self.sign}.4g}{self.unit}"
+
+    def _plain(self, value: float) -> str:
+        return f"{self._scaled(value):{self.sign}.{self.digits + 1}f}"
 
     def _scaled(self, value: float) -> float:
         return self.scale * (value - self.less)
@@ -187,7 +194,7 @@ def _cell(of: OfDomain, what: str) -> Cell | None:
     if bound is None:
         return None
     form = words(what).form
-    ends = "" if bound.low is None or bound.high is None else f"[{form.one(bound.low)}, {form.one(bound.high)}]"
+    ends = "" if bound.low is None or bound.high is None else form.ends(bound.low, bound.high)
     return Cell(form.one(bound.value), ends, bound.answer())
 
 

@@ -28,7 +28,7 @@ def test_a_row_says_values_the_control_itself_and_what_decides():
     assert row.control == (Line("one random active expert", "×\u00a011 to ×\u00a022", "claimed more than ours"),)
     assert row.reasons == ("perplexity, k = 1: undecided in a; contradicted in b",)
     (_, (first, second)), (difference, _) = row.matrix
-    assert first == Cell("+4.0\u00a0%", "[+2.0\u00a0%, +6.0\u00a0%]", "undecided")
+    assert first == Cell("+4.0\u00a0%", "[+2.0, +6.0]", "undecided")
     assert second is not None and second.answer == "contradicted"
     assert (
         difference.label == "perplexity ratio − a random active expert's" and difference.claimed == "claimed <\u00a00"
@@ -64,6 +64,7 @@ def test_every_bound_of_the_rules_has_words_and_every_claim_its_place_in_the_pap
 def test_forms():
     assert Form(0, " %", scale=100).limit(0.125) == "12.5 %" and Form(2).range([0.5, 0.5]) == "0.50"
     assert Form(0, sign="+", scale=100, less=1).one(1.118) == "+11.8"
+    assert Form(1).range([float("nan"), 0.25, 0.5]) == "0.2 to 0.5" and Form(1).range([float("nan")]) == "–"
 
 
 def test_cautions_are_computed_from_the_study():
