@@ -21,6 +21,7 @@ from moe_lens.report.report_files import REPORT, SMALLER, check_place
 from moe_lens.report.report_page import page_of
 from moe_lens.report.verdict_words import TIMES
 from moe_lens.studies import NULLS, Localisation, PruningStudy, RoutingStudy, SingleExpertStudy, StudyResult
+from tests.browser import CHROMIUM, browser
 from tests.families import build
 from tests.planted import planted_domains, planted_model
 
@@ -172,6 +173,23 @@ def test_the_page_begins_with_the_verdicts_and_each_leads_to_its_section_and_bac
     for name in ("a random router", "by the token alone", "†"):
         assert f"<dt>{name}</dt>" in sections["verdicts"]
     assert sections["verdicts"].index("<dt>") < sections["verdicts"].index("<table")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path")
+@pytest.mark.parametrize("width", [1366, 360])
+def test_no_column_of_the_verdicts_is_cut_off(made, tmp_path, width):
+    cut = """[document.querySelector("#verdicts ~ .scroll")].map((e) => e.scrollWidth - e.clientWidth)[0]"""
+    inside = """[...document.querySelectorAll("table.verdicts td")].filter((e) => e.dataset.of === "control")
+        .every((e) => e.getBoundingClientRect().right <= innerWidth && e.getBoundingClientRect().width > 100)"""
+    with browser(tmp_path / "profile") as page:
+        page.send(
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 640
+        )
+        page.open(made / "report.html")
+        assert page.ask(cut) == 0 and page.ask(inside) is True
+        page.ask("document.querySelectorAll('table.verdicts td').forEach((e) => { e.style.whiteSpace = 'nowrap'; })")
+        page.ask("document.querySelector('table.verdicts').style.tableLayout = 'auto'")
+        assert page.ask(cut) > 0  # as it was: on one line nothing fits
 
 
 def test_sections_of_a_second_model_are_linked_within_it(made):
