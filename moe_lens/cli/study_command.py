@@ -160,7 +160,8 @@ def _run(made: "Study | Work", domains: options.Opened, out: Path, given: Argume
         console.print(f"done in {time.monotonic() - started:.0f} s", highlight=False)
         if distributed.rank() == 0:
             said = findings_in(out) if found is None or isinstance(found, Path) else str(found.findings())
-            more = "" if isinstance(found, Path) else f"\nall of it: moe-lens show {shlex.quote(str(out))}"
+            typed = f"./{out}" if str(out).startswith("-") else str(out)  # and no option
+            more = "" if isinstance(found, Path) else f"\nall of it: moe-lens show {shlex.quote(typed)}"
             console.print(Text(f"{said}{more}"), soft_wrap=True)
             print((found if isinstance(found, Path) else out).resolve())
     finally:

@@ -1,6 +1,7 @@
 """`moe-lens routing|single-expert|lens|collect|compare` and the report of what they save."""
 
 import json
+import shlex
 from typing import Any
 
 import pandas as pd
@@ -251,3 +252,12 @@ def test_max_memory_that_cannot_be_meant(capsys):
     assert "is for --device auto" in refused(capsys, "routing", "--device", "cpu", "--max-memory", "cpu=9GiB")
     assert "max_memory names 7; there is" in refused(capsys, "routing", "--max-memory", "7=9GiB")
     assert "largest module takes" in refused(capsys, "routing", "--max-memory", "cpu=1KiB")
+
+
+def test_a_folder_whose_name_begins_with_a_dash_can_be_shown_as_the_command_says(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["routing", "--config", str(config), "--out=-runs"]) == 0
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("all of it: ")]
+    command = shlex.split(said.removeprefix("all of it: "))
+    assert main(command[1:]) == 0
+    assert main([*command[1:-1], "-runs"]) == 2, "a control: by its bare name it is an option"
