@@ -109,12 +109,25 @@ class StudyFolder:
 
     def save(self, name: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
         """Keep progress, in place of what was kept under the name; complete or not at all."""
-        save_tensors(self.unfinished / f"{name}.safetensors", "progress", tensors, header)
+        save_tensors(self.unfinished / f"{name}.safetensors", "progress", tensors, {**header, **self._origin(name)})
 
     def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The progress kept under a name."""
+        """The progress kept under a name.
+
+        Raises:
+            InputError: It cannot be read, or was kept under another name or by another study.
+        """
         path = self.unfinished / f"{name}.safetensors"
-        return load_tensors(path, "progress") if path.exists() else None
+        if not path.exists():
+            return None
+        tensors, header = load_tensors(path, "progress")
+        if {key: header.get(key) for key in self._origin(name)} != self._origin(name):
+            raise InputError(f"{path}: is not what this study kept there; remove {self.unfinished} to begin anew")
+        return tensors, header
+
+    def _origin(self, name: str) -> dict[str, str]:
+        """What tells progress from that of other passes, domains and studies."""
+        return {"kept_as": name, "of_plan": seal(self.plan)}
 
     def note(self, name: str, values: Mapping[str, Any]) -> None:
         """Keep plain values."""

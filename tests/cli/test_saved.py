@@ -165,3 +165,23 @@ def test_progress_that_was_changed_is_said(saved, tmp_path):
             StudyFolder(tmp_path / "out", plan).begin()
     kept.write_text(whole, encoding="utf-8")
     StudyFolder(tmp_path / "out", plan).begin()
+
+
+def test_progress_of_another_pass_or_study_is_not_taken_for_its_own(saved, tmp_path):
+    plan = json.loads((saved / "routing" / MANIFEST).read_text(encoding="utf-8"))["plan"]
+    folder, other = StudyFolder(tmp_path / "out", plan), StudyFolder(tmp_path / "other", {**plan, "settings": {}})
+    for each in (folder, other):
+        each.begin()
+        for name in ("0-first", "1-second"):
+            each.save(name, {"state": torch.ones(1)}, {"shards": 3})
+    kept = tmp_path / "out.unfinished" / "0-first.safetensors"
+    own = kept.read_bytes()
+    for wrong in (kept.with_name("1-second.safetensors"), tmp_path / "other.unfinished" / "0-first.safetensors"):
+        shutil.copy(wrong, kept)
+        with pytest.raises(
+            InputError, match=r"0-first.safetensors: is not what this study kept there; remove .*out.unf"
+        ):
+            folder.load("0-first")
+    kept.write_bytes(own)
+    found = folder.load("0-first")
+    assert found is not None and found[1]["shards"] == 3 and found[0]["state"].tolist() == [1]
