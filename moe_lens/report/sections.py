@@ -165,8 +165,16 @@ def pruning(studies: Studies) -> Section | None:
         read = where(table, plan=domain, kind=PICKED).set_index("domain")["ratio"]
         own = where(table, domain=domain, plan=domain, kind=PICKED).to_dict("records")[0]
         beaten = float((random > own["ratio"]).mean())
+        others = where(table, domain=domain).query("kind not in (@PICKED, @RANDOM)").to_dict("records")
         rows.append(
-            {**own, "random": ranged(random, ".2f"), "beaten": beaten, "n": len(random), "read": read.to_dict()}
+            {
+                **own,
+                "others": others,
+                "random": ranged(random, ".2f"),
+                "beaten": beaten,
+                "n": len(random),
+                "read": read.to_dict(),
+            }
         )
     settings = result.manifest["plan"]["settings"]
     return section(
@@ -174,6 +182,7 @@ def pruning(studies: Studies) -> Section | None:
         "Pruning",
         figure=as_html(viz.pruning_ratios(result)),
         rows=rows,
+        others=[one["gone"] for one in rows[0]["others"]],
         domains=result.domains,
         read=_read(result),
         gone=PruningStudy(**settings).gone(facts(result)["experts"], facts(result)["top_k"]),

@@ -76,7 +76,7 @@ class Read:
         return Bound(what, float(value[0]), low, high, above, self.thresholds[threshold], control)
 
     def beaten(self, what: str, share: float) -> Bound:
-        """The share of random controls that are beaten, which holds, or leaves undecided."""
+        """The share of random controls that are beaten: nearly all of them, nearly none, or undecided."""
         return Bound(what, share, None, None, True, self.thresholds["controls beaten"], control=True, counted=True)
 
 

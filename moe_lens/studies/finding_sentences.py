@@ -222,6 +222,9 @@ def _pruning(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: ARG001
     if len(others):
         yield f"without those that another domain uses least: × {across(others, 'ratio')}"
     yield f"without the same number at random: × {across(_where(table, kind='random'), 'ratio')}"
+    for kind in ("half", "double"):
+        if len(rows := _where(table, kind=kind)):
+            yield f"with {kind} as many gone ({rows['gone'].iloc[0]} of each layer): × {across(rows, 'ratio')}"
 
 
 def _atlas(tables: Tables, model: Facts) -> Iterator[str]:

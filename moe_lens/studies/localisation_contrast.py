@@ -34,10 +34,10 @@ class Contrasts:
         A contrast is Δ own − mean Δ of the other domains, Δ the nats a token that the loss grows by without the
         experts. Columns: estimate (contrast of the picked minus the mean contrast of the controls) with low and high,
         its interval over all sources at `level`; beaten, the share of controls whose contrast is below that of the
-        picked; controls, how many there are (0: none could be matched; then the estimate is missing); own and others,
-        Δ of the picked, control_own and control_others, mean Δ of the controls; experts and control_experts, how many
-        are taken out, and mass and control_mass, the share of the domain's routing weight that they carry, means over
-        both halves; sources and tokens of the domain.
+        picked, ties by half; controls, how many there are (0: none could be matched; then the estimate is missing); own
+        and others, Δ of the picked, control_own and control_others, mean Δ of the controls; experts and
+        control_experts, how many are taken out, and mass and control_mass, the share of the domain's routing weight
+        that they carry, means over both halves; sources and tokens of the domain.
         """
         rows = [row for how in self._how for domain in self.effects for row in self._rows(domain, how, level)]
         return pd.DataFrame(rows)
@@ -121,7 +121,7 @@ class Contrasts:
                 "estimate": float(difference[0]),
                 "low": low,
                 "high": high,
-                "beaten": float((contrasts[0] < mine[0]).double().mean()) if at else float("nan"),
+                "beaten": _beaten(contrasts[0], mine[0]) if at else float("nan"),
                 "controls": len(at),
                 "own": float(own[0, picked]),
                 "others": float(others[0, picked]),
@@ -147,6 +147,11 @@ class Contrasts:
             return float("nan"), float("nan")
         low, high = ends_of(values[1:], tail(self.effects[domain].predicted, level)).tolist()
         return low, high
+
+
+def _beaten(controls: Float[Tensor, " control"], picked: Float[Tensor, ""]) -> float:
+    """The share of controls that are below what was picked; ties count by half."""
+    return float(((controls < picked).double() + (controls == picked).double() / 2).mean())
 
 
 def _mean(values: Tensor) -> float:

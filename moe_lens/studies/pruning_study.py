@@ -25,6 +25,10 @@ from moe_lens.studies.matched_coalitions import PICKED, RANDOM, of_sources
 from moe_lens.studies.study import Earlier, Gathered, Study
 
 HOW = ("prune",)
+HALF, DOUBLE = "half", "double"
+SHARES: dict[str, float] = {PICKED: 1.0, HALF: 0.5, DOUBLE: 2.0}
+"""Kinds of plans for a domain, and how many times the study's share goes: half and double show what the share decides.
+They are read by the domain itself alone, and have no random plans."""
 
 
 @dataclass(frozen=True)
@@ -56,17 +60,18 @@ class PruningStudy(Study):
         """Routing, or a clean run and one more without each plan."""
         if name == "routing":
             return Load.stacked(reading.tokens or 0, BATCH_TOKENS, logits=0)
-        return load_without(model, reading, domains + self.random)
+        return load_without(model, reading, domains + len(SHARES) - 1 + self.random)
 
-    def gone(self, n_experts: Positive, top_k: Positive) -> int:
-        """How many experts of each layer go."""
-        return min(round(self.share * n_experts), n_experts - top_k)
+    def gone(self, n_experts: Positive, top_k: Positive, kind: str = PICKED) -> int:
+        """How many experts of each layer go; of a kind of `SHARES`."""
+        wanted = round(SHARES.get(kind, 1.0) * self.share * n_experts)
+        return min(max(wanted, int(kind == HALF)), n_experts - top_k)
 
     def begin(self, model: Any, name: str) -> Gathered:
         """Empty counts, or sums of what is lost."""
         if name == "routing":
             return {"routing": RoutingStats(model.moe_layers, model.n_experts, model.top_k)}
-        return {"pruned": CoalitionStats(HOW, [PICKED, *[RANDOM] * self.random])}
+        return {"pruned": CoalitionStats(HOW, [*SHARES, *[RANDOM] * self.random])}
 
     def prepare(self, model: Any, name: str, domain: str, earlier: Earlier) -> Any:  # noqa: ARG002
         """The plans of all domains, and the halves of the sources of the one that is read."""
@@ -93,16 +98,19 @@ class PruningStudy(Study):
                         f"domain {domain!r} has too few sources to choose experts on one half of them and read the "
                         "other without; give texts of two sources or more"
                     )
-                own = self._least(of_sources(of, kept).specialisation, of.top_k)
-                found.append(torch.cat([own[None], random]))
+                worth = of_sources(of, kept).specialisation
+                own = torch.stack([self._least(worth, of.top_k, kind) for kind in SHARES])
+                found.append(torch.cat([own, random]))
         return torch.stack(found).unflatten(0, (2, len(results)))
 
-    def _least(self, worth: Float[Tensor, "*some n_experts"], top_k: int) -> Bool[Tensor, "*some n_experts"]:
-        order = worth.argsort(dim=-1, stable=True)[..., : self.gone(worth.shape[-1], top_k)]
+    def _least(
+        self, worth: Float[Tensor, "*some n_experts"], top_k: int, kind: str = PICKED
+    ) -> Bool[Tensor, "*some n_experts"]:
+        order = worth.argsort(dim=-1, stable=True)[..., : self.gone(worth.shape[-1], top_k, kind)]
         return torch.zeros_like(worth, dtype=torch.bool).scatter_(-1, order, True)
 
     def step(self, model: Any, name: str, batch: TokenBatch, into: Gathered, prepared: Any) -> None:
-        """Count routing; or read each plan of the own domain, and the other domains' without their random ones."""
+        """Count routing; or read every plan of the own domain, and of the others' those of the study's own share."""
         if name == "routing":
             into["routing"].update(observe(model, batch))
             return
@@ -118,13 +126,15 @@ class PruningStudy(Study):
 
     def tables(
         self,
-        model: Mapping[str, Any],  # noqa: ARG002
+        model: Mapping[str, Any],
         results: Mapping[str, Mapping[str, Result]],
     ) -> dict[str, pd.DataFrame]:
         """`pruning`: a row for each domain that is read, and each plan.
 
-        Columns: domain; plan, the domain that it is for; kind, `picked` for it or `random`; number, of random plans;
-        ratio of perplexities to the whole model with low and high, its 95 % interval over sources; tokens, sources.
+        Columns: domain; plan, the domain that it is for; kind, `picked` for it (`half` and `double` with half and twice
+        as many experts, as far as a token's can be chosen) or `random`; gone, how many experts of each layer; number,
+        of random plans; ratio of perplexities to the whole model with low and high, its 95 % interval over sources;
+        tokens, sources.
         """
         rows = []
         for domain, of in results.items():
@@ -140,11 +150,14 @@ class PruningStudy(Study):
             ends = bootstrap_all(ratios, effects.predicted)
             low, high = (torch.full_like(found, torch.nan),) * 2 if ends is None else ends.view(2, *found.shape)
             own = list(results).index(domain)
+            first = effects.kinds.index(RANDOM)
             plans = [(name, PICKED, 0, (d, 0)) for d, name in enumerate(results)]
-            plans += [(domain, RANDOM, n, (own, n + 1)) for n in range(self.random)]
+            plans += [(domain, kind, 0, (own, i)) for i, kind in enumerate(effects.kinds[1:first], start=1)]
+            plans += [(domain, RANDOM, n, (own, n + first)) for n in range(self.random)]
             read = {"tokens": int(effects.predicted.sum()), "sources": len(effects.sources)}
             rows += [
-                {"domain": domain, "plan": name, "kind": kind, "number": n, "ratio": float(found[at]),
+                {"domain": domain, "plan": name, "kind": kind, "number": n,
+                 "gone": self.gone(model["experts"], model["top_k"], kind), "ratio": float(found[at]),
                  "low": float(low[at]), "high": float(high[at]), **read}
                 for name, kind, n, at in plans
             ]  # fmt: skip

@@ -25,6 +25,8 @@ from moe_lens.errors import InputError, near_miss
 from moe_lens.manifest import seal
 from moe_lens.reprs import Summary
 from moe_lens.storage import written_whole
+from moe_lens.studies.frames import where
+from moe_lens.studies.matched_coalitions import PICKED
 from moe_lens.studies.paper_claims import RULES
 from moe_lens.studies.study_result import StudyResult
 from moe_lens.studies.verdict_answers import FACTORS, HOLDS, THRESHOLDS, Threshold, Verdict
@@ -43,7 +45,8 @@ class Verdicts(Summary):
     rows: tuple[Verdict, ...]
     thresholds: Mapping[str, Threshold]
     about: Mapping[str, Any] = field(default_factory=dict)
-    """Model, domains with their digests, versions, settings with their seeds, of each study."""
+    """Model, domains with their digests, versions, settings with their seeds, of each study; and `other_domains`, what
+    a plan that was made for one domain costs the others (row 5)."""
 
     def sentence(self, row: Verdict) -> str:
         """A verdict in words, which name model and texts."""
@@ -188,7 +191,7 @@ def judge(studies: Mapping[str, StudyResult], thresholds: Mapping[str, float] | 
     if any(plan["model"] != plans[0]["model"] or plan["domains"] != plans[0]["domains"] for plan in plans):
         raise InputError("the studies are of different models or texts; verdicts are about one model and its texts")
     used = {name: replace(at, value=(thresholds or {}).get(name, at.value)) for name, at in THRESHOLDS.items()}
-    about = {
+    about: dict[str, Any] = {
         "domains": list(plans[0]["domains"]),
         "model_facts": plans[0]["model"],
         "studies": {
@@ -201,6 +204,10 @@ def judge(studies: Mapping[str, StudyResult], thresholds: Mapping[str, float] | 
             for name, study in studies.items()
         },
     }
+    if "pruning" in studies and "pruning" in studies["pruning"].tables:
+        other = where(studies["pruning"].tables["pruning"], kind=PICKED).query("plan != domain")
+        columns = ("plan", "domain", "ratio", "low", "high", "sources")
+        about["other_domains"] = [_plain({name: of[name] for name in columns}) for of in other.to_dict("records")]
     rows = tuple(rule(studies, used) for rule in RULES)
     texts = tuple(next(iter(studies.values())).domains)
     return Verdicts(str(plans[0]["model"].get("name")), texts, rows, used, about)

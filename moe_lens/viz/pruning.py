@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from moe_lens.checked import Positive
 from moe_lens.pruning.frontier import ALL, Frontier
 from moe_lens.studies import StudyResult
-from moe_lens.studies.matched_coalitions import RANDOM
+from moe_lens.studies.matched_coalitions import PICKED, RANDOM
 from moe_lens.viz.of_study import table_of
 from moe_lens.viz.style import MUTED, PALETTE, colour, error_bars, styled
 from moe_lens.viz.token_text import as_text
@@ -23,6 +23,8 @@ def pruning_ratios(result: StudyResult) -> "Figure":
     import plotly.graph_objects as go
 
     table = table_of(result, "pruning", "pruning")
+    random = table["kind"] == RANDOM
+    table = table[random | (table["kind"] == PICKED)]  # of the study's own share
     random = table["kind"] == RANDOM
     own = (table["plan"] == table["domain"]) & ~random
     figure = go.Figure()

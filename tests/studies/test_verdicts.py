@@ -112,14 +112,14 @@ def planted() -> dict[str, StudyResult]:
 
 
 @pytest.fixture(scope="module")
-def of_a_model() -> dict[bool, tuple[Verdicts, StudyResult]]:
+def of_a_model() -> dict[bool, tuple[Verdicts, StudyResult, StudyResult]]:
     """By whether domains mean nothing: of a model in which experts 2, 5 and 7 of one layer serve a domain each."""
     model, found = planted_model(), {}
     studies = RoutingStudy(nulls=True), PruningStudy(random=20), Localisation(experts=1, matched=10, how=("reroute",))
     for shuffled in (False, True):
         texts, reading = planted_domains(shuffled=shuffled, words=12), Reading(tokens=None, context=24)
         results = {study.name: run(study, model, texts, reading=reading) for study in studies}
-        found[shuffled] = judge(results), results["routing"]
+        found[shuffled] = judge(results), results["routing"], results["pruning"]
     return found
 
 
@@ -185,7 +185,7 @@ def values(found: Verdicts, claim: str, what: str) -> list[float]:
 
 
 def test_experts_planted_in_a_model_are_found_and_what_explains_them_is_too(of_a_model):
-    found, routing = of_a_model[False]
+    found, routing, pruned = of_a_model[False]
     said = answers(found)
     # every token of a domain goes to the domain's expert; but then the token says it all, and the domain adds nothing
     assert said["1a"] == ("holds", "contradicted")
@@ -202,10 +202,36 @@ def test_experts_planted_in_a_model_are_found_and_what_explains_them_is_too(of_a
     assert said["5"] == ("holds", "undecided")
     assert max(values(found, "5", "perplexity, pruned ÷ whole")) < 1.02
     assert all(0.1 < share < 0.6 for share in values(found, "5", "share of 20 random plans beaten"))
+    # and an eighth and a half gone, the planted expert among those that stay: by plans of their own
+    table = pruned.tables["pruning"].query("plan == domain and kind != 'random'")
+    assert table["kind"].tolist() == ["picked", "half", "double"] * 3 and table["gone"].tolist() == [4, 2, 8] * 3
+    assert table["ratio"].max() < 1.02
+    (row,) = (row for row in found.rows if row.key == "5")
+    others = [bound.others for of in row.domains for bound in of.bounds if bound.others]
+    ratios = [[other.value for other in pair] for pair in others]
+    assert ratios == [
+        pytest.approx(where(table, domain=name).query("kind != 'picked'")["ratio"].tolist()) for name in PLANTED
+    ]
+    assert row.elsewhere(0.5).startswith("holds") and row.elsewhere(2.0).startswith("holds")
+    # what a plan costs the other domains stands in the file, too
+    stated = judge({"pruning": pruned}).to_json()["other_domains"]
+    shown = pruned.tables["pruning"].query("plan != domain and kind == 'picked'")
+    assert [(of["plan"], of["domain"], of["ratio"]) for of in stated] == list(
+        zip(shown["plan"], shown["domain"], shown["ratio"], strict=True)
+    )
+    assert len(stated) == 6
+    # of earlier versions there are none: the verdicts are those of the threshold alone
+    before = {}
+    for name, of in pruned.results.items():
+        effects: Any = of["pruned"]
+        kinds = tuple(kind if kind in ("picked", "random") else "none" for kind in effects.kinds)
+        before[name] = {"pruned": replace(effects, kinds=kinds)}
+    (row,) = (row for row in judge({"pruning": replace(pruned, results=before)}).rows if row.key == "5")
+    assert not any(bound.others for of in row.domains for bound in of.bounds) and row.number() == "holds"
 
 
 def test_where_domains_mean_nothing_nothing_is_found(of_a_model):
-    found, routing = of_a_model[True]
+    found, routing, _ = of_a_model[True]
     said = answers(found)
     assert said["1a"] == ("contradicted", "contradicted")  # a third of the tokens of every domain are an expert's
     assert (
@@ -321,9 +347,14 @@ def test_sides_and_thresholds():
         == "contradicted"
     )
     assert replace(bound, low=None, high=None).answer() == "undecided"
-    # a share of controls has no interval: it holds or decides nothing
-    share = replace(bound, low=None, high=None, counted=True)
-    assert share.answer() == "holds" and replace(share, value=0.5).answer() == "undecided"
+    # a share of controls has no interval: nearly all are beaten, nearly none, or it decides nothing
+    share = replace(bound, low=None, high=None, counted=True, threshold=replace(at, ours=False))
+    beaten = {n: replace(share, value=n / 40).answer() for n in (40, 38, 37, 20, 3, 2, 0)}
+    assert list(beaten.values()) == ["holds", "holds", *["undecided"] * 3, "contradicted", "contradicted"]
+    # where a † is part of the measurement, something else was measured at other distances
+    lower = replace(bound, value=0.8, low=0.78, high=0.82)
+    both = replace(bound, others=(replace(bound, low=0.98, high=1.0), lower))
+    assert [both.answer(factor) for factor in (0.5, 1.0, 2.0)] == ["holds", "holds", "contradicted"]
     assert OfDomain("d", 12, (bound, replace(bound, low=None, high=None, control=True))).inference() == "undecided"
     assert together(["holds", "undecided", "contradicted"]) == "contradicted" and together([]) == "undecided"
     assert over_domains(["undecided", "undecided"]) == "undecided"
