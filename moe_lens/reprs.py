@@ -15,6 +15,8 @@ WIDTH = 60
 """Characters of a value that are shown."""
 ROWS = 40
 """Rows of a table that are shown."""
+TRUST = "run this cell, or choose Trust Notebook in JupyterLab's command palette"
+"""What to do where a notebook leaves out of a saved output what it does not trust: scripts and frames."""
 
 
 class Summary:

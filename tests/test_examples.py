@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from nbclient.exceptions import CellExecutionError
 
-from scripts.run_examples import EXAMPLES, cells, client, run
+from scripts.run_examples import EXAMPLES, FIGURE, cells, client, run
 
 SCRIPT = '# %% [markdown]\n# A sum.\n\n# %%\nvalue = 1 + 1\nprint("it is", value)\n'
 
@@ -62,4 +62,6 @@ def test_every_example_has_its_executed_notebook(script: Path):
     code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
     assert cells(notebook)
     assert all(cell.execution_count for cell in code)
-    assert not any(output.output_type == "error" for cell in code for output in cell.outputs)
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not any(output.output_type == "error" for output in outputs)
+    assert all("image/png" in output.data for output in outputs if FIGURE in output.get("data", {}))

@@ -12,11 +12,14 @@ from moe_lens.atlas.pages import about_of, of_atlas
 from moe_lens.atlas.script_files import script
 from moe_lens.checked import Natural
 from moe_lens.errors import HookError, InputError
+from moe_lens.reprs import TRUST
 from moe_lens.storage import written_whole
 from moe_lens.studies import StudyResult
 
 HEIGHT = 720
 """Pixels of the frame; what does not fit scrolls."""
+UNTRUSTED = f"A page is shown here, and this notebook is not trusted to show it: {TRUST}."
+"""Stands in the frame, and is seen where there may be none."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class ExpertCard:
         """In a frame of its own, so that neither its look nor its scripts meet those of the notebook."""
         title = f"Layer {self.layer}, expert {self.expert}"
         frame = f'sandbox="allow-scripts" title="{title}" style="width: 100%; height: {HEIGHT}px; border: 0"'
-        return f'<iframe {frame} srcdoc="{html.escape(self.page)}"></iframe>'
+        return f'<iframe {frame} srcdoc="{html.escape(self.page)}">{title}. {UNTRUSTED}</iframe>'
 
     def save(self, path: str | Path) -> None:
         """Write the page, whole or not at all.

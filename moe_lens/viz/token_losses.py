@@ -68,9 +68,14 @@ def _cell(value: float, shade: Callable[[float], str] | None) -> str:
 
 def _surprise(value: float) -> str:
     """White where a token was certain, darker the less likely it was."""
-    return f"rgba(107,174,214,{min(1.0, -value / 12):.2f})"
+    return _on_white((107, 174, 214), min(1.0, -value / 12))
 
 
 def _change(value: float) -> str:
-    strength = min(1.0, abs(value) / 3)
-    return f"rgba(107,174,214,{strength:.2f})" if value > 0 else f"rgba(224,138,134,{strength:.2f})"
+    return _on_white((107, 174, 214) if value > 0 else (224, 138, 134), min(1.0, abs(value) / 3))
+
+
+def _on_white(colour: tuple[int, int, int], strength: float) -> str:
+    """Opaque: the ink is dark, and what lies behind may be dark too."""
+    red, green, blue = (round(255 + (part - 255) * strength) for part in colour)
+    return f"rgb({red},{green},{blue})"

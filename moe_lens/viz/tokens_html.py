@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from moe_lens.errors import InputError
+from moe_lens.reprs import TRUST
 from moe_lens.storage import written_whole
 from moe_lens.viz.token_text import readable
 
 LARGEST = 5_000_000
 """Bytes of data in a drawing: a notebook that holds more is slow to open and to save."""
+UNTRUSTED = f"A script draws here, and this notebook is not trusted to run it: {TRUST}."
+"""Stands where a drawing will be, until it is drawn."""
 _CALL = "CircuitsVis.render("
 _ELEMENT = re.compile(r"<div ([^>]*)/>")
 
@@ -28,10 +31,14 @@ class TokensHTML:
 
     @property
     def local_src(self) -> str:
-        """Everything, with circuitsvis' script (1.3 MB) once if something is drawn by it."""
+        """Everything, with circuitsvis' script (1.3 MB) once if something is drawn by it.
+
+        A page runs that script once, however many outputs of a notebook hold it.
+        """
         if not self.calls:
             return self.body
-        script = "\n".join([_bundle(), *self.calls])
+        once = f"globalThis.CircuitsVis ??= (() => {{\n{_bundle()}\nreturn CircuitsVis;\n}})();"
+        script = "\n".join([once, *self.calls])
         return f'{self.body}\n<script crossorigin type="module">\n{script}\n</script>'
 
     def _repr_html_(self) -> str:
@@ -86,7 +93,7 @@ def drawn(rendered: Any, what: str, instead: str) -> TokensHTML:
     # It closes its element as only XML may: what follows on a page would be inside, and be drawn over.
     found = _ELEMENT.match(before.lstrip())
     assert found is not None, "circuitsvis begins with one element"
-    return TokensHTML(f"<div {found[1]}></div>", (call,))
+    return TokensHTML(f"<div {found[1]}>{UNTRUSTED}</div>", (call,))
 
 
 def too_much(size: int, what: str, instead: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 from moe_lens import viz
+from moe_lens.atlas.card import ExpertCard
 from moe_lens.errors import InputError
 from moe_lens.routing import Routing
+from moe_lens.viz.tokens_html import UNTRUSTED
 from tests.browser import CHROMIUM, browser
 
 pytestmark = pytest.mark.typed
@@ -142,5 +145,54 @@ def test_all_are_drawn_on_one_page_with_one_script_and_nothing_runs_or_is_asked_
         after = opened.ask(f"{drawn}.map((one) => one.style.backgroundColor || one.firstChild.style.backgroundColor)")
         white = [colour == "rgb(255, 255, 255)" for colour in after]
         assert white == [4 not in experts for experts in given.layer(1).indices[0].tolist()] and before != after
+        assert UNTRUSTED not in opened.ask("document.body.innerText")  # drawings stand where it stood
         assert all(asked.startswith("file:") for asked in opened.requests)
         assert not [said for said in opened.complaints if "WebGL" not in said]  # circuitsvis' script looks for a GPU
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path")
+def test_outputs_of_one_notebook_run_the_script_once(tmp_path: Path):
+    """Each holds it, but a second run would register all of it again, and complain."""
+    one, other = (viz.expert_activations(TOKENS, routing(seed)) for seed in range(2))
+    (tmp_path / "page.html").write_text(f"<!doctype html>{one._repr_html_()}{other._repr_html_()}", "utf-8")
+    with browser(tmp_path / "profile") as opened:
+        opened.open(tmp_path / "page.html")
+        opened.until("document.querySelectorAll('[id^=circuits-vis] > *').length === 2")
+        assert not [said for said in opened.complaints if "WebGL" not in said]  # circuitsvis' script looks for a GPU
+
+
+class Untrusted(HTMLParser):
+    """What JupyterLab leaves of an output that it does not trust: no script, and of a frame its text."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.shown, self._inside = "", 0
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self._inside += tag in ("script", "style")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside -= tag in ("script", "style")
+
+    def handle_data(self, data: str) -> None:
+        self.shown += "" if self._inside else data
+
+
+def test_what_an_untrusted_notebook_leaves_of_a_drawing_says_what_to_do():
+    assert "Trust Notebook" in Untrusted(viz.expert_activations(TOKENS, routing())._repr_html_()).shown
+    without = viz.expert_tokens(TOKENS, routing().layer(1))._repr_html_()  # needs no script
+    assert "Trust Notebook" not in Untrusted(without).shown and "the" in Untrusted(without).shown
+    frame = ExpertCard(1, 2, "<p>page</p>")._repr_html_()
+    assert "Layer 1, expert 2" in Untrusted(frame).shown and "Trust Notebook" in Untrusted(frame).shown
+
+
+def test_ink_is_legible_whatever_lies_behind_it():
+    """A dark notebook is seen through a translucent colour, and the ink is dark."""
+    values = torch.tensor([float("nan"), -0.01, -6.0, -20.0])
+    said = viz.token_log_probs(TOKENS, {"one": values, "other": values + 1}).body
+    inked = re.findall(r"color:#10212e;background:([^\"]*)", said)
+    assert len(inked) == 9
+    for colour in inked:
+        levels = re.fullmatch(r"rgb\((\d+),(\d+),(\d+)\)", colour)
+        assert levels and min(map(int, levels.groups())) >= 107, colour

@@ -17,6 +17,7 @@ from moe_lens.stats import RoutingResult, RoutingStats
 from moe_lens.studies import StudyResult
 from moe_lens.studies.frames import by_domain, where
 from moe_lens.viz.token_text import as_text, escaped
+from moe_lens.viz.tokens_html import UNTRUSTED
 from tests.stats.routed import routed
 
 NASTY = "</script><b>&amp;[red]"
@@ -140,7 +141,9 @@ def test_what_is_shown_and_saved_is_offline_and_leaves_the_page_as_it_was(
     for source in (rendered._repr_html_(), rendered.__html__(), str(rendered), saved):
         assert not re.search(r"<script[^>]*src=|<link|unpkg.com/circuitsvis", source)
     opened = re.match(r"<div [^>]*>", rendered.local_src)
-    assert opened and not opened[0].endswith("/>") and rendered.local_src[opened.end() :].startswith("</div>")
+    assert (
+        opened and not opened[0].endswith("/>") and rendered.local_src[opened.end() :].startswith(f"{UNTRUSTED}</div>")
+    )
     assert len(repr(rendered)) < 80
 
 
