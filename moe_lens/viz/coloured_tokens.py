@@ -1,5 +1,6 @@
 """A text coloured by its routing in one layer."""
 
+import colorsys
 import html
 from collections.abc import Sequence
 
@@ -104,5 +105,10 @@ _LOOK = "color:#10212e;border-radius:3px;padding:1px 2px;margin:0 1px;display:in
 
 
 def _shade(expert: int) -> str:
-    """A light colour; neighbours in number are far apart in hue, and three lightnesses tell near hues apart."""
-    return f"hsl({expert * 137.508 % 360:.0f} 70% {(72, 82, 90)[expert % 3]}%)"
+    """A light colour; neighbours in number are far apart in hue, and three lightnesses tell near hues apart.
+
+    In the old notation: JupyterLab takes others out of outputs that it does not trust, and leaves the dark ink.
+    """
+    parts = colorsys.hls_to_rgb(expert * 137.508 % 360 / 360, (0.72, 0.82, 0.9)[expert % 3], 0.7)
+    red, green, blue = (round(255 * part) for part in parts)
+    return f"rgb({red},{green},{blue})"
