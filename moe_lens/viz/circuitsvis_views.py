@@ -53,7 +53,7 @@ def top_expert_tokens(
     """The tokens of each text with the largest weights of each expert, experts side by side.
 
     Ranks are within one text, which a selector chooses. "Bottomk" are its tokens with the smallest weight, most of them
-    tokens that did not select the expert.
+    tokens that did not select the expert. Of one text, circuitsvis shows expert 0 alone until others are chosen.
 
     Args:
         texts: Tokens of each.
