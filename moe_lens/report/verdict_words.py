@@ -43,9 +43,9 @@ class Form:
         return self.scale * (value - self.less)
 
 
-PERCENT = Form(0, "\u00a0%", scale=100)
-POINTS = Form(0, " points", scale=100)
-CHANGE = Form(0, "\u00a0%", sign="+", scale=100, less=1)
+PERCENT = Form(0, "\u00a0%", scale=100.0)
+POINTS = Form(0, " points", scale=100.0)
+CHANGE = Form(0, "\u00a0%", sign="+", scale=100.0, less=1.0)
 TIMES = Form(0, before="×\u00a0")
 TWO, THREE = Form(2), Form(3)
 
