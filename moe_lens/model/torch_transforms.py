@@ -35,6 +35,7 @@ class OnePlace:
         return type(self.module).named_parameters(self.module, prefix, recurse, remove_duplicate)
 
     @property
+    @no_type_check  # dynamo's own frames ask
     def __func__(self) -> Any:
         """What torch's compiler asks a method for, and nothing else does.
 

@@ -343,6 +343,7 @@ def test_translators_that_nothing_can_be_read_with_are_refused(model, tmp_path, 
         TunedLens.from_pretrained(tmp_path, model)
 
 
+@pytest.mark.typed
 def test_a_study_knows_one_lens_from_another_in_its_place(tmp_path):
     model, texts, out = tiny_model(), {"a": ["the ship", "and the judge"]}, tmp_path / "out"
     with pytest.raises(InputError, match="no lens at"):

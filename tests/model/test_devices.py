@@ -149,6 +149,7 @@ def test_what_is_kept_has_numbers() -> None:
 
 
 @pytest.mark.parametrize("part", ["", "model.layers.1", "model.rotary_emb"])
+@pytest.mark.typed
 def test_a_model_on_the_meta_device_does_not_run(part: str) -> None:
     hf: Any = build("mixtral")
     hf.get_submodule(part).to("meta")

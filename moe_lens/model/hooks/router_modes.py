@@ -4,6 +4,7 @@ While a mode is on, torch hands it every function that the router calls: the pro
 of the largest scores, and what follows from it.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ def rule_of(family: Family, router: Any, n_experts: int) -> Rule:
     return Rule(n_experts, n_experts + extra, bool(factor), select)
 
 
-class Watch(TorchFunctionMode):
+class Watch(TorchFunctionMode, ABC):
     """Find a router's logits while it runs, and what it does with them."""
 
     def __init__(self, rule: Rule):
@@ -56,9 +57,9 @@ class Watch(TorchFunctionMode):
         self.rule, self.product = rule, False
         self.logits: Tensor | None = None
 
+    @abstractmethod
     def found(self, logits: Tensor) -> Tensor:
         """The logits have been made: what the router goes on with."""
-        return logits
 
     def answer(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What a function of the logits returns to the router."""
