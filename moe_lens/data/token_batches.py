@@ -14,7 +14,7 @@ from moe_lens.data.domains import Domain
 from moe_lens.data.packing import Packing, packed_rows
 from moe_lens.data.windows import Window, in_turns, up_to
 from moe_lens.errors import InputError, a_kind
-from moe_lens.pieces import pad
+from moe_lens.padding import pad
 from moe_lens.reprs import Summary
 
 

@@ -10,7 +10,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from moe_lens.errors import InputError, a_kind, not_files, several
-from moe_lens.pieces import pad, pieces
+from moe_lens.padding import pad
+from moe_lens.pieces import pieces
 from moe_lens.protocols import PaddedTokens
 
 BUFFER = 1024

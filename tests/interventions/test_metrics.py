@@ -19,6 +19,7 @@ from moe_lens.interventions.metrics import (
     differentiable,
     evaluate,
 )
+from tests.wrapped import wrapped
 
 BATCH, POS, VOCAB = 3, 5, 7
 LENGTHS = (5, 3, 2)
@@ -87,7 +88,7 @@ def test_a_token_against_itself_and_what_is_no_metric_are_refused() -> None:
     with pytest.raises(InputError, match="tokens is 'text'; expected a tensor of whole numbers"):
         Loss(bad)
     with pytest.raises(InputError, match="metric is None; expected a function"):
-        patch(None, tokens, tokens, "resid_pre", nothing)
+        patch(wrapped("mixtral").model, tokens, tokens, "resid_pre", nothing)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
