@@ -43,7 +43,8 @@ class Study(ABC):
         """What was asked for, as plain values."""
         return dict(vars(self))
 
-    def check(self, model: Any) -> None:  # noqa: B027  # most have nothing to refuse
+    @abstractmethod
+    def check(self, model: Any) -> None:
         """Refuse what cannot be done with this model; raises `InputError`."""
 
     def load(self, model: Any, name: str, reading: Reading, domains: Positive) -> Load | None:  # noqa: ARG002

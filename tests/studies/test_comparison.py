@@ -103,6 +103,7 @@ def test_two_domains_of_one_study(tmp_path):
         compare(made, domains=("prose", "code"), names=("low", "x"))
 
 
+@pytest.mark.typed
 def test_parallel_sources_of_two_domains_are_paired():
     """As sources of equal names are; intervals are narrower where both sides share what their documents do."""
     generator = torch.Generator().manual_seed(4)

@@ -59,6 +59,7 @@ def test_layers_are_handed_on_complete_and_equal_to_a_cache(model):
         assert torch.equal(parts[names.EXPERT_WEIGHTED], cache["expert_weighted", layer])
 
 
+@pytest.mark.typed
 def test_parallel_sources_are_compared_as_such():
     texts = planted_domains(shuffled=True, words=12)
     found = run(RoutingStudy(parallel=LANGUAGE), planted_model(), texts, reading=Reading(tokens=None, context=24))
