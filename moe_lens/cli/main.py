@@ -1,5 +1,6 @@
 """Arguments in, exit code out: 0 done, 2 something to put right (in one line), 130 interrupted, 143 terminated."""
 
+import _thread
 import contextlib
 import io
 import os
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter is no reason to fail
-    with _termination() as terminated:
+    with _termination() as terminated, no_interrupt_lost():
         try:
             _readable(arguments)
             program: Any = typer.main.get_command(app)
@@ -112,6 +113,27 @@ def _termination() -> Generator[list[bool]]:
         yield found
     finally:
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def no_interrupt_lost() -> Generator[None]:
+    """Interrupt once more where Python has dropped an interrupt, as all that is raised while an object is freed."""
+    before, waiting = sys.unraisablehook, []
+
+    def again(dropped: Any) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            before(dropped)
+            return
+        waiting.append(threading.Timer(0.05, _thread.interrupt_main))  # when the object is gone
+        waiting[-1].start()
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        for timer in waiting:
+            timer.cancel()
 
 
 def _readable(arguments: Sequence[str]) -> None:

@@ -199,6 +199,27 @@ def test_termination_is_a_line_and_cleans_up(capsys, monkeypatch):
     assert capsys.readouterr().err.startswith("moe-lens: interrupted")
 
 
+FREED = """
+import contextlib, signal, time
+from moe_lens.cli.main import no_interrupt_lost
+class Freed:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)  # Ctrl-C at this moment: Python prints it, and goes on
+with {kept}():
+    Freed()
+    time.sleep(2)
+"""
+
+
+def test_an_interrupt_while_an_object_is_freed_is_not_lost():
+    ends = [
+        subprocess.run([sys.executable, "-c", FREED.format(kept=kept)], capture_output=True, text=True)
+        for kept in ("no_interrupt_lost", "contextlib.nullcontext")
+    ]
+    assert ends[0].returncode in (1, -signal.SIGINT, 130) and ends[0].stderr.count("KeyboardInterrupt") == 1
+    assert ends[1].returncode == 0 and "Exception ignored" in ends[1].stderr, "a control: by itself it is lost"
+
+
 def test_memory_that_runs_out_is_a_line_and_a_bug_is_not_hidden(capsys, monkeypatch):
     def fail(error: Exception) -> None:
         def raise_it(*_: object) -> None:
