@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from moe_lens import HookedMoE
 from moe_lens.errors import HookError, InputError
-from moe_lens.model.hf_compat import cache_word
+from moe_lens.model.hf_compat import cache_of, cache_word
 from moe_lens.model.hooks import key_value_padding
 from moe_lens.model.hooks.cache_names import Driver
 from tests.families import CONFIGS
@@ -238,7 +238,7 @@ def test_a_cache_that_transformers_generation_filled_knows_the_padding_of_its_pr
     words: dict[str, Any] = {"return_dict_in_generate": True, "stop_at_eos": False, "num_return_sequences": 2}
     torch.manual_seed(0)
     out = model.hf_generate(prompts, max_new_tokens=3, return_type="tokens", past_key_values=passed, **words)
-    past, forgetful = out.past_key_values, copy.deepcopy(out.past_key_values)
+    past, forgetful = cache_of(out), copy.deepcopy(cache_of(out))
     assert passed is None or past is passed
     new = out.sequences[:, past.get_seq_length() :]
     found = model(new, past_key_values=past)
@@ -361,8 +361,9 @@ def test_what_transformers_computes_otherwise_behind_a_cache_or_padding_is_refus
     jamba: Any = configs.build("jamba")
     whole = jamba(torch.cat([NEW, NEW], 1)).logits
     past = DynamicCache(config=jamba.config)
-    jamba(NEW, past_key_values=past, use_cache=True)
-    control = jamba(NEW, past_key_values=past, use_cache=True).logits
+    word = cache_word(type(jamba).forward)
+    jamba(NEW, **{word: past}, use_cache=True)
+    control = jamba(NEW, **{word: past}, use_cache=True).logits
     assert deviation(control, whole[:, 3:]) > 0.1, "transformers can do it by now: take the refusal away"
     model, past = HookedMoE.from_hf(jamba, check=False), DynamicCache(config=jamba.config)
     model(NEW, past_key_values=past)

@@ -11,6 +11,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from moe_lens.errors import InputError
 from moe_lens.ids import one_id
+from moe_lens.model.hf_compat import cache_word
 from moe_lens.model.hooks.arguments import further_words, named, refuse_unknown
 from moe_lens.model.hooks.cache_names import CACHE, PAST
 from moe_lens.model.hooks.forward import OF_INPUT
@@ -81,9 +82,13 @@ class GeneratingBridge(CachedRuns):
         _check_returned("hf_generate", returned)
         if given.attention_mask is not None:
             words["attention_mask"] = given.attention_mask
+        if words.get(PAST) is None:
+            words.pop(PAST, None)
+        else:
+            words[cache_word(type(self.original_model).forward)] = words.pop(PAST)
         with GenerationClaim(self, "hf_generate"):
             out = super().hf_generate(given.values, return_type="tokens", **further(given.words, words), **words)
-        for past in (words.get(PAST), words.get(CACHE), getattr(out, PAST, None)):
+        for past in (words.get(PAST), words.get(CACHE), getattr(out, PAST, None), getattr(out, CACHE, None)):
             note_prompts(past, words.get("attention_mask"))
         if returned == "tokens" or (returned in ("input", None) and not given.was_text):
             return out
