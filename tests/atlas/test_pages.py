@@ -20,7 +20,7 @@ from moe_lens.data import Reading
 from moe_lens.errors import HookError, InputError
 from moe_lens.studies import AblationStudy, Atlas, StudyResult
 from moe_lens.studies import run as run_study
-from tests.browser import CHROMIUM, Page, browser
+from tests.browser import Page, browser
 from tests.planted import ATLAS_READING, LAYER, PLANTED, planted_atlas, planted_domains, planted_model
 from tests.studies.tiny import save_checkpoint, write_jsonl
 from tests.test_docs import DOCS, code_of
@@ -57,8 +57,6 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(folder, tmp_path_factory) -> Generator[Page]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on the path")
     with browser(tmp_path_factory.mktemp("profile")) as opened:
         yield opened
 

@@ -21,7 +21,7 @@ from moe_lens.report.report_files import REPORT, SMALLER, check_place
 from moe_lens.report.report_page import page_of
 from moe_lens.report.verdict_words import TIMES
 from moe_lens.studies import NULLS, Localisation, PruningStudy, RoutingStudy, SingleExpertStudy, StudyResult
-from tests.browser import CHROMIUM, browser
+from tests.browser import browser
 from tests.families import build
 from tests.planted import planted_domains, planted_model
 
@@ -175,7 +175,6 @@ def test_the_page_begins_with_the_verdicts_and_each_leads_to_its_section_and_bac
     assert sections["verdicts"].index("<dt>") < sections["verdicts"].index("<table")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path")
 @pytest.mark.parametrize("width", [1366, 360])
 def test_no_column_of_the_verdicts_is_cut_off(made, tmp_path, width):
     cut = """[document.querySelector("#verdicts ~ .scroll")].map((e) => e.scrollWidth - e.clientWidth)[0]"""

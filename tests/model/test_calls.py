@@ -224,7 +224,7 @@ def test_functional_call_on_a_part_runs_it_right_or_is_refused_and_changes_nothi
     """Torch puts the wrong numbers back where a parameter has two places: shared experts have."""
     model = wrapped("qwen2_moe").model
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    refused = ran = 0
+    refused = ran = failed = 0
     parts = {id(part): part for root in (model, model.original_model) for part in root.modules()}
     for part in parts.values():
         if not (values := {name: value * 2 for name, value in part.named_parameters()}):
@@ -234,10 +234,10 @@ def test_functional_call_on_a_part_runs_it_right_or_is_refused_and_changes_nothi
             ran += 1
         except UnsupportedModelError:
             refused += 1
-        except (TypeError, RuntimeError, NotImplementedError, AttributeError):
-            pass  # a part that takes other arguments, or is no function of one
+        except (TypeError, RuntimeError):  # it takes other arguments, or another width
+            failed += 1
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), type(part)
-    assert refused > 3 and ran > 3
+    assert refused > 3 and ran > 3 and failed < ran, "most parts are tried"
 
 
 @pytest.mark.slow  # torch's compiler is imported

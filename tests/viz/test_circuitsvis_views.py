@@ -14,7 +14,7 @@ from moe_lens.atlas.card import ExpertCard
 from moe_lens.errors import InputError
 from moe_lens.routing import Routing
 from moe_lens.viz.tokens_html import UNTRUSTED
-from tests.browser import CHROMIUM, browser
+from tests.browser import browser
 
 pytestmark = pytest.mark.typed
 RUNS = '<img/src="x"/onerror="document.title=\'ran\'">'
@@ -113,7 +113,6 @@ def test_what_does_not_go_together_is_said():
         viz.attention_beside_routing(TOKENS, torch.ones(2, 3, 3), given.layer(1))
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path")
 def test_all_are_drawn_on_one_page_with_one_script_and_nothing_runs_or_is_asked_for(tmp_path: Path):
     given = routing()
     attention = torch.rand(2, len(TOKENS), len(TOKENS)).softmax(-1)
@@ -150,7 +149,6 @@ def test_all_are_drawn_on_one_page_with_one_script_and_nothing_runs_or_is_asked_
         assert not [said for said in opened.complaints if "WebGL" not in said]  # circuitsvis' script looks for a GPU
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path")
 def test_outputs_of_one_notebook_run_the_script_once(tmp_path: Path):
     """Each holds it, but a second run would register all of it again, and complain."""
     one, other = (viz.expert_activations(TOKENS, routing(seed)) for seed in range(2))

@@ -12,7 +12,7 @@ from moe_lens.errors import InputError
 from moe_lens.studies import AblationStudy, RoutingStudy, SingleExpertStudy, StudyResult, run
 from moe_lens.studies.frames import latex
 from moe_lens.viz import figures
-from tests.browser import CHROMIUM
+from tests.browser import chromium
 from tests.studies.test_study import SMALL
 from tests.studies.tiny import domain, tiny_model
 
@@ -100,9 +100,9 @@ def test_a_figure_that_cannot_be_written_says_what_it_takes(saved, tmp_path, mon
 
 
 @pytest.mark.slow  # kaleido starts a browser for each file
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path")
 def test_pdf_and_svg_are_drawn_offline(saved, tmp_path):
     pytest.importorskip("kaleido")
+    chromium()
     figure = StudyResult.load(saved / "routing").figure()
     assert viz.save_figure(figure, tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
     drawn = viz.save_figure(figure, tmp_path / "figure.svg", width=640).read_text()

@@ -1,7 +1,6 @@
 """What a browser does with hostile tokens and names: it shows them. Needs Chromium (Debian: chromium)."""
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,8 @@ import pytest
 from moe_lens import viz
 from moe_lens.viz import coloured_tokens
 from moe_lens.viz.token_text import as_text, readable
+from tests.browser import OFFLINE, QUIET, chromium
 from tests.viz.test_viz import routing
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path")
 
 RUNS = '<img/src="x"/onerror="document.title=\'ran\'">'
 TOKENS = [RUNS, "<s>", "</script><script>document.title='ran'</script>"]
@@ -22,11 +19,8 @@ TOKENS = [RUNS, "<s>", "</script><script>document.title='ran'</script>"]
 
 def shown(page: Path) -> str:
     """The page as the browser has it after its scripts have run."""
-    assert CHROMIUM is not None
-    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    offline = "--host-resolver-rules=MAP * ~NOTFOUND"
     profile = f"--user-data-dir={page.parent / 'profile'}"
-    asked = [CHROMIUM, *quiet, offline, profile, "--virtual-time-budget=10000", "--dump-dom", page.as_uri()]
+    asked = [chromium(), *QUIET, OFFLINE, profile, "--virtual-time-budget=10000", "--dump-dom", page.as_uri()]
     return subprocess.run(asked, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
