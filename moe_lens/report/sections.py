@@ -6,6 +6,8 @@ To add one, write such a function and put it into `SECTIONS`.
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from moe_lens import viz
 from moe_lens.partial_sum import PartialSum
 from moe_lens.report.beside_paper_section import paper
@@ -20,7 +22,7 @@ from moe_lens.studies.claim_rules import RESAMPLES
 from moe_lens.studies.frames import where
 from moe_lens.studies.lens import NONE
 from moe_lens.studies.lens_examples import EXAMPLE_TOKENS, LensExample
-from moe_lens.studies.matched_coalitions import PICKED, RANDOM
+from moe_lens.studies.matched_coalitions import PICKED, RANDOM, beaten
 from moe_lens.studies.variant_losses import WHOLE
 from moe_lens.viz.style import colour
 
@@ -164,14 +166,13 @@ def pruning(studies: Studies) -> Section | None:
         random = where(table, domain=domain, kind=RANDOM)["ratio"]
         read = where(table, plan=domain, kind=PICKED).set_index("domain")["ratio"]
         own = where(table, domain=domain, plan=domain, kind=PICKED).to_dict("records")[0]
-        beaten = float((random > own["ratio"]).mean())
         others = where(table, domain=domain).query("kind not in (@PICKED, @RANDOM)").to_dict("records")
         rows.append(
             {
                 **own,
                 "others": others,
                 "random": ranged(random, ".2f"),
-                "beaten": beaten,
+                "beaten": beaten(-torch.tensor(random.to_numpy()), -own["ratio"]),
                 "n": len(random),
                 "read": read.to_dict(),
             }

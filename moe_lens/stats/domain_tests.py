@@ -9,6 +9,7 @@ Domains whose sources differ more from one another than those of others are not 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
+from math import comb
 
 import pandas as pd
 import torch
@@ -20,7 +21,7 @@ from moe_lens.errors import InputError
 from moe_lens.resampling import jackknife_interval
 from moe_lens.stats.accumulator import Result
 from moe_lens.stats.domain_pairs import CHUNK, PairTest, Rows, information, normalised
-from moe_lens.stats.multiple_tests import holm, max_t, most_significant
+from moe_lens.stats.multiple_tests import enough_draws, holm, max_t, most_significant
 from moe_lens.stats.routing_stats import RoutingResult
 from moe_lens.stats.source_permutation import Deviations
 
@@ -198,7 +199,7 @@ class DomainComparison(Result):
 def compare_domains(
     results: Mapping[str, RoutingResult],
     *,
-    permutations: Positive = 1000,
+    permutations: Positive | None = None,
     seed: Seed = 0,
     parallel: Callable[[str], str] | None = None,
 ) -> DomainComparison:
@@ -212,7 +213,7 @@ def compare_domains(
 
     Args:
         results: Of each domain, counted with the same model.
-        permutations: How often labels are permuted.
+        permutations: How often labels are permuted; if not given, `enough_draws` for all pairs and layers.
         seed: Of the permutations.
         parallel: From the name of a source to a key that it shares with its translations, say, in other domains. A pair
             of domains that have keys in common is then compared on those, by swapping the two domains' sources of one
@@ -224,6 +225,7 @@ def compare_domains(
     """
     rows = Rows.of(results, None)
     domains, first = tuple(results), next(iter(results.values()))
+    permutations = permutations or enough_draws(comb(len(domains), 2) * len(first.layers))
     deviations = Deviations.of(rows.counts, rows.tokens, rows.domain)
     error = _of_difference(deviations.errors)
 

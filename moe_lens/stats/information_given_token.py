@@ -29,7 +29,7 @@ from moe_lens.errors import InputError
 from moe_lens.resampling import jackknife_interval
 from moe_lens.stats.accumulator import Result
 from moe_lens.stats.conditional_distance import PairOfDomains, Units
-from moe_lens.stats.multiple_tests import holm
+from moe_lens.stats.multiple_tests import enough_draws, holm
 from moe_lens.stats.vocabulary_specialisation import VocabularyResult
 
 LEAST_SHARED = 0.2
@@ -121,7 +121,7 @@ def _frame(
 
 
 def conditional_information(
-    results: Mapping[str, VocabularyResult], *, permutations: Positive = 1999, seed: Seed = 0
+    results: Mapping[str, VocabularyResult], *, permutations: Positive | None = None, seed: Seed = 0
 ) -> ConditionalInformation:
     """Test whether experts depend on the domain given the token.
 
@@ -131,7 +131,7 @@ def conditional_information(
     Args:
         results: Of each domain, counted by `VocabularyStats(…, groups=…)` with the same settings. Groups of sources are
             the units, so that there should be at least as many of them as of sources.
-        permutations: How often signs are drawn.
+        permutations: How often signs are drawn; if not given, `enough_draws` for all pairs and layers.
         seed: Of the signs.
 
     Raises:
@@ -149,6 +149,7 @@ def conditional_information(
     units = Units.of(list(results.values()))
     couples = list(combinations(range(len(domains)), 2))
     pairs = [PairOfDomains.of(units, *couple) for couple in couples]
+    permutations = permutations or enough_draws(len(couples) * len(first.layers))
     draws = torch.randint(2, (permutations, units.n_sources), generator=torch.Generator().manual_seed(seed)).numpy()
     signs = 2.0 * draws - 1
     shape = len(first.layers), len(pairs)

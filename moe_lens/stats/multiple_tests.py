@@ -21,6 +21,14 @@ def holm(p_values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return adjusted.view(p_values.shape)
 
 
+def enough_draws(n_tests: int) -> int:
+    """Draws of a null after which Holm's correction over so many tests can reach .025; from 1,999 to 9,999.
+
+    The smallest p-value is 1 / (draws + 1), and Holm multiplies it by the number of tests.
+    """
+    return min(max(1999, 40 * n_tests - 1), 9999)
+
+
 def benjamini_hochberg(p_values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Adjusted p-values of Benjamini and Hochberg (1995, JRSS B 57), in [0, 1].
 

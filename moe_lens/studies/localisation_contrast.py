@@ -14,7 +14,7 @@ from moe_lens.resampling import ends_of, tail
 from moe_lens.stats import MIN_SOURCES
 from moe_lens.stats.parallel_sources import resampled_blocks
 from moe_lens.studies.localisation_effects import CoalitionEffects
-from moe_lens.studies.matched_coalitions import KINDS, MATCHED, PICKED, Coalitions
+from moe_lens.studies.matched_coalitions import KINDS, MATCHED, PICKED, Coalitions, beaten
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +121,7 @@ class Contrasts:
                 "estimate": float(difference[0]),
                 "low": low,
                 "high": high,
-                "beaten": _beaten(contrasts[0], mine[0]) if at else float("nan"),
+                "beaten": beaten(contrasts[0], float(mine[0])) if at else float("nan"),
                 "controls": len(at),
                 "own": float(own[0, picked]),
                 "others": float(others[0, picked]),
@@ -147,11 +147,6 @@ class Contrasts:
             return float("nan"), float("nan")
         low, high = ends_of(values[1:], tail(self.effects[domain].predicted, level)).tolist()
         return low, high
-
-
-def _beaten(controls: Float[Tensor, " control"], picked: Float[Tensor, ""]) -> float:
-    """The share of controls that are below what was picked; ties count by half."""
-    return float(((controls < picked).double() + (controls == picked).double() / 2).mean())
 
 
 def _mean(values: Tensor) -> float:

@@ -34,6 +34,11 @@ def variants(n_matched: int) -> tuple[tuple[str, int], ...]:
     return tuple((kind, number) for kind, n in numbers.items() for number in range(n))
 
 
+def beaten(controls: Float[Tensor, " control"], picked: float) -> float:
+    """The share of controls that are below what was picked; ties count by half."""
+    return float(((controls < picked).double() + (controls == picked).double() / 2).mean())
+
+
 @dataclass(frozen=True, eq=False)
 class Coalitions:
     """All coalitions of one domain that are taken out of one half of the sources."""

@@ -16,7 +16,7 @@ from moe_lens.studies.frames import where
 from moe_lens.studies.lens import NONE, QUANTITIES, LensTotals
 from moe_lens.studies.localisation import contrast
 from moe_lens.studies.localisation_effects import CoalitionEffects
-from moe_lens.studies.matched_coalitions import PICKED, RANDOM
+from moe_lens.studies.matched_coalitions import PICKED, RANDOM, beaten
 from moe_lens.studies.pruning_study import DOUBLE, HALF
 from moe_lens.studies.study_result import StudyResult
 from moe_lens.studies.variant_losses import VariantLosses
@@ -168,11 +168,8 @@ def pruning_is_free(read: Read) -> Iterator[Bound]:
     yield replace(bound(PICKED, what), others=others)
     found = ratios(torch.ones(1, len(added), dtype=torch.float64))[0]
     picked = float(found[effects.kinds.index(PICKED)])
-    random = found[[kind == RANDOM for kind in effects.kinds]].tolist()
-    yield read.beaten(
-        f"share of {len(random)} random plans beaten",
-        sum((picked < one) + (picked == one) / 2 for one in random) / len(random),
-    )
+    random = found[[kind == RANDOM for kind in effects.kinds]]
+    yield read.beaten(f"share of {len(random)} random plans beaten", beaten(-random, -picked))
 
 
 def knowledge_is_localised(read: Read) -> Iterator[Bound]:

@@ -12,7 +12,7 @@ UNDECIDED: Answer = "undecided"
 NO_DAGGER = "no †"
 
 ROUNDING = 1e-12
-"""Of shares of some dozens of controls: .05 is not 1 − .95 in floating point."""
+"""Of shares of some dozens of controls: .1 is more than 1 − .9 in floating point."""
 
 FACTORS = (0.5, 1.0, 2.0)
 """Distances of a † threshold from what it is measured from, at which verdicts are also shown."""

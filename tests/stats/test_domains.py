@@ -298,6 +298,23 @@ def test_many_tests_are_one_family():
     assert most_significant(frame, "statistic")["expert"].tolist() == [2, 3, 1, 0]
 
 
+def test_many_pairs_and_layers_are_permuted_often_enough_to_be_found():
+    """Ten pairs and as many layers as DeepSeekMoE 16B has: 1,999 permutations could find none of them."""
+    generator, layers = torch.Generator().manual_seed(5), 27
+    results = {}
+    for i, name in enumerate("abcde"):
+        bias = 2.0 * torch.nn.functional.one_hot(torch.tensor(i), EXPERTS)
+        stats = RoutingStats(range(layers), EXPERTS, TOP_K)
+        for s in range(10):
+            noise = -torch.rand(layers, 1, 40, EXPERTS, generator=generator).log().neg().log()
+            stats.update(routed((bias + noise).topk(TOP_K).indices, sources=[f"s{s}"], n_experts=EXPERTS))
+        results[name] = stats.result()
+    found: Any = compare_domains(results).per_pair()
+    assert len(found) == 270 and (found["p_holm"] <= 0.05).all()
+    few: Any = compare_domains(results, permutations=1999).per_pair()
+    assert (few["p_holm"] > 0.05).all()
+
+
 def test_permutations_keep_sources_together():
     # Two sources in all: there are two labellings, and no difference however great can be told from chance.
     one, two = torch.tensor([0, 1]), torch.tensor([2, 3])

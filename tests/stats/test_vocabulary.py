@@ -193,6 +193,9 @@ def test_what_the_domain_decides_beyond_the_token_is_found():
     assert (three.low < three.excess).all() and (three.excess < three.high).all()
     table: Any = three.per_pair()
     assert (table["p_holm"] >= table["p_value"]).all() and table["smallest_p"].eq(0.01).all()
+    # by default there are draws enough for every pair and layer to be found after correction for all
+    many = conditional_information({f"{name}{i}": of for i in range(6) for name, of in zip("ab", results, strict=True)})
+    assert len(many.pairs) == 66 and many.permutations == 40 * 66 - 1
 
 
 def test_tokens_of_one_domain_say_nothing():

@@ -15,7 +15,7 @@ from moe_lens.interventions.coalitions import added_losses
 from moe_lens.studies import Localisation, StudyResult, run
 from moe_lens.studies.forward_passes import losses, predicted
 from moe_lens.studies.localisation import contrast
-from moe_lens.studies.matched_coalitions import matched, pick
+from moe_lens.studies.matched_coalitions import beaten, matched, pick
 from tests.planted import LAYER, PLANTED, planted_domains, planted_model
 from tests.studies.tiny import assert_same, domain, save_checkpoint, tiny_model, write_jsonl
 from tests.wrapped import untouched
@@ -147,6 +147,11 @@ def test_what_cannot_be_matched_is_not_matched():
     even = torch.full((1, 8), 1 / 8)
     other = matched(members, even, 3, generator)
     assert int(other.sum()) == 1 and not (other & members).any()
+
+
+def test_controls_as_good_as_the_picked_count_by_half():
+    assert beaten(torch.tensor([0.1, 0.2, 0.3, 0.4]), 0.3) == pytest.approx((2 + 0.5) / 4)
+    assert beaten(torch.zeros(40), 0.0) == 0.5  # all the same: neither beaten nor better
 
 
 def test_picked_are_the_greatest_of_each_layer_above_zero():

@@ -212,6 +212,11 @@ def test_experts_planted_in_a_model_are_found_and_what_explains_them_is_too(of_a
     assert ratios == [
         pytest.approx(where(table, domain=name).query("kind != 'picked'")["ratio"].tolist()) for name in PLANTED
     ]
+    # of few experts half is one at least, and twice as many leave enough to choose from
+    sizes = [
+        PruningStudy(share=0.25).gone(n, top_k, kind) for n, top_k in ((2, 1), (8, 5)) for kind in ("half", "double")
+    ]
+    assert sizes == [1, 1, 1, 3]
     assert row.elsewhere(0.5).startswith("holds") and row.elsewhere(2.0).startswith("holds")
     # what a plan costs the other domains stands in the file, too
     stated = judge({"pruning": pruned}).to_json()["other_domains"]
@@ -351,6 +356,7 @@ def test_sides_and_thresholds():
     share = replace(bound, low=None, high=None, counted=True, threshold=replace(at, ours=False))
     beaten = {n: replace(share, value=n / 40).answer() for n in (40, 38, 37, 20, 3, 2, 0)}
     assert list(beaten.values()) == ["holds", "holds", *["undecided"] * 3, "contradicted", "contradicted"]
+    assert replace(share, value=0.1, threshold=Threshold(0.9, 1.0)).answer() == "contradicted"  # to the last bit
     # where a † is part of the measurement, something else was measured at other distances
     lower = replace(bound, value=0.8, low=0.78, high=0.82)
     both = replace(bound, others=(replace(bound, low=0.98, high=1.0), lower))
