@@ -1,4 +1,4 @@
-"""Are the numbers of the embedded model in README.md and docs/paper.md those of a report?
+"""Are the numbers of the embedded model in README.md, docs/paper.md and docs/localisation.md those of a report?
 
     python -m scripts.documented_numbers FOLDER
 
@@ -19,7 +19,7 @@ from moe_lens.studies import StudyResult, judge
 from moe_lens.studies.verdict_answers import FACTORS
 
 ROOT = Path(__file__).parents[1]
-PAPER, README = "docs/paper.md", "README.md"
+PAPER, README, LOCALISATION = "docs/paper.md", "README.md", "docs/localisation.md"
 NAMES = {"english": "English", "french": "French", "german": "German", "math": "mathematics", "code": "code"}
 NUMBERS = ("no", "one", "two", "three", "four", "five")
 
@@ -92,6 +92,13 @@ def table(bounds: Bounds) -> Iterator[str]:
         f"contradicted in {NUMBERS[answers['contradicted']]} domains, undecided in English ({english['value']:.0f} %, "
         f"interval {english['low']:.0f} to {english['high']:.0f})"
     )
+    eighth, half = zip(*(bound.others for of in rows["5"].domains for bound in of.bounds if bound.others), strict=True)
+    eighth, half = (percents([bound.value for bound in of], less=1) for of in (eighth, half))
+    at = [rows["5"].number(factor) for factor in (FACTORS[0], FACTORS[2])]
+    yield (
+        f"Without an eighth perplexity rises by {eighth} % ({at[0]} at half the distance, ≤ 1.025), without a half by "
+        f"{half} % ({at[1]} at double, ≤ 1.10)"
+    )
     yield f"contrasts of {span(bounds.values('6', 0))} nats a token beyond the matched coalitions"
 
 
@@ -114,6 +121,27 @@ def localisation(study: StudyResult) -> Iterator[str]:
     yield f"English has a contrast of {short(row['estimate'])} (interval −{short(-row['low'])} to {short(row['high'])})"
 
 
+def localised(study: StudyResult) -> Iterator[str]:
+    """What docs/localisation.md says of the same: what it costs each domain, and what is beyond the controls."""
+    matched = rows_where(study.tables["contrast"], how="reroute", control="matched").set_index("domain")
+    costs = {name: f"{short(row['own'])} and {short(row['others'])}" for name, row in matched.iterrows()}
+    german = costs["german"].replace("and", "nats a token and on the other domains by")
+    yield f"forbidding the {matched['experts'].max():.0f} picked experts raises the loss on German by {german}"
+    others = (f"{NAMES[name]} {costs[name]}" for name in ("math", "code", "english"))
+    yield f"for French it is {costs['french']}, {', '.join(others)}"
+    beyond = matched["estimate"]
+    ends = (f"{short(beyond[at])} ({NAMES[at]})" for at in (beyond.idxmin(), beyond.idxmax()))
+    yield f"this leaves {' to '.join(ends)}, with all intervals above 0"
+    assert (matched["low"] > 0).all(), "the sentence says that all intervals are above 0"
+
+
+def random_plans(study: StudyResult) -> Iterator[str]:
+    """What as many experts at random cost, in docs/paper.md."""
+    random = rows_where(study.tables["pruning"], kind="random")
+    plans = len(random) // len(study.domains)
+    yield f"better than all {plans} random ones ({percents(random['ratio'], less=1)} % more)"
+
+
 def routing(study: StudyResult) -> Iterator[str]:
     """Specialisation, concentration, and what is left given the token."""
     most = study.tables["most_specialised"]
@@ -131,6 +159,7 @@ def routing(study: StudyResult) -> Iterator[str]:
     low, high = (f"{own[name]:.1f} ({NAMES[name]})" for name in (own.idxmin(), own.idxmax()))
     yield f"The busiest {low} to {high} experts of 64 receive half of the assignments"
     yield f"with a random router {span(mean['random_router'], 1)}, by the token alone {span(mean['token_unigram'], 1)}"
+    yield second_layer(half)
     given = study.tables["given_token_layers"].pivot(index="layer", columns="routing", values="excess")
     tenths = [round(10 * value) for value in (given["random_router"] / given["model"])]
     least, most_of_it = NUMBERS[min(tenths)], NUMBERS[max(tenths)]
@@ -210,8 +239,13 @@ def concentration(study: StudyResult) -> Iterator[str]:
     random, token, uniform = (percents(mean[null]) for null in ("random_router", "token_unigram", "uniform"))
     uniform = uniform.split(" to ")[-1]
     yield f"(with a random router {random} %, by the token alone {token} %, with uniform routing {uniform} %)"
+    yield second_layer(half)
+
+
+def second_layer(half: Any) -> str:
+    """Where a random router is more concentrated."""
     second = rows_where(half, layer=2).groupby("routing")["value"].mean()
-    yield f"{second['random_router']:.1f} experts for half against {second['model']:.1f}, means over domains"
+    return f"{second['random_router']:.1f} experts for half against {second['model']:.1f}, means over domains"
 
 
 def missing(folder: str | Path) -> list[str]:
@@ -221,12 +255,17 @@ def missing(folder: str | Path) -> list[str]:
     bounds = Bounds(studies)
     of_paper = (
         *table(bounds),
+        *random_plans(studies["pruning"]),
         *localisation(studies["localisation"]),
         *routing(studies["routing"]),
         *perplexity(studies["single_expert"]),
         *lens(studies["lens"]),
     )
-    phrases = {PAPER: of_paper, README: (*headlines(studies, bounds), *concentration(studies["routing"]))}
+    phrases = {
+        PAPER: of_paper,
+        README: (*headlines(studies, bounds), *concentration(studies["routing"])),
+        LOCALISATION: tuple(localised(studies["localisation"])),
+    }
     said = {page: " ".join((ROOT / page).read_text(encoding="utf-8").split()) for page in phrases}
     return [f"{page}: {phrase}" for page, of in phrases.items() for phrase in of if phrase not in said[page]]
 
