@@ -268,6 +268,8 @@ def test_intervals_of_divergences_cover_the_truth():
     assert torch.allclose(torch.tensor(other["difference"]), -torch.tensor(found.nearer("a", "b", "c")["difference"]))
     with pytest.raises(InputError, match=r"got \['a', 'b', 'b'\]; expected three different ones of \['a', 'b', 'c'\]"):
         found.nearer("a", "b", "b")
+    with pytest.raises(InputError, match="nearer to one than to another takes three"):
+        compare_domains({name: draws[0][name] for name in "ab"}, permutations=1).nearest()
 
 
 def scattered(generator: torch.Generator, load: torch.Tensor) -> RoutingResult:

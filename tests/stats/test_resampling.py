@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from moe_lens.resampling import tail
 from moe_lens.stats import MIN_SOURCES, bootstrap, halves
+from moe_lens.stats.parallel_sources import resampled_blocks
 
 EVEN = torch.ones
 """Sources of one size."""
@@ -88,3 +89,14 @@ def test_halves_are_even_and_do_not_depend_on_order(sources, seed):
     assert half == halves(reversed(sources), seed)
     assert half.keys() == set(sources)
     assert abs(sum(half.values()) * 2 - len(half)) <= 1
+
+
+@pytest.mark.typed
+def test_blocks_are_drawn_whole_and_domains_without_common_ones_each_by_itself():
+    twins = {name: {f"{name}{i}": f"chapter {i}" for i in range(12)} for name in ("de", "fr")}
+    alone = {"code": {f"m{i}": f"m{i}" for i in range(12)}}
+    times = resampled_blocks(twins | alone, resamples=500, seed=3)
+    assert torch.equal(times["de"], times["fr"]) and times["code"].sum(1).eq(12).all()
+    of_both = torch.corrcoef(torch.stack([times["de"][:, 0], times["code"][:, 0]]))[0, 1]
+    assert abs(float(of_both)) < 0.2  # 500 pairs of independent numbers: 0 ± .045
+    assert torch.equal(times["de"], resampled_blocks(twins | alone, resamples=500, seed=3)["de"])

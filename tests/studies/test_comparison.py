@@ -132,6 +132,15 @@ def test_parallel_sources_of_two_domains_are_paired():
         alike[name] = replace(result, **first)
     named: Any = compare(study(**alike), domains=("de", "fr")).table
     assert named["difference"].tolist() == pytest.approx(paired.table["difference"].tolist(), abs=F64)
+    # in whichever order either has them
+    sides: dict[str, Any] = {name: of["model routing"] for name, of in made.results.items()}
+    last = sides["fr"]
+    order = torch.randperm(16, generator=generator)
+    fields: dict[str, Any] = {field: getattr(last, field)[order] for field in BY_SOURCE}
+    fields["sources"] = tuple(last.sources[i] for i in order)
+    turned = study(de=sides["de"], fr=replace(last, **fields))
+    again: Any = compare(turned, domains=("de", "fr"), parallel=LANGUAGE).table
+    assert again["low"].tolist() == pytest.approx(paired.table["low"].tolist(), abs=F64)
     # nothing is parallel: as without
     assert compare(made, domains=("de", "fr"), parallel="nothing").table["low"].equals(apart.table["low"])
     with pytest.raises(InputError, match="parallel sources are those of two domains"):

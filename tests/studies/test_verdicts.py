@@ -206,6 +206,15 @@ def test_experts_planted_in_a_model_are_found_and_what_explains_them_is_too(of_a
     table = pruned.tables["pruning"].query("plan == domain and kind != 'random'")
     assert table["kind"].tolist() == ["picked", "half", "double"] * 3 and table["gone"].tolist() == [4, 2, 8] * 3
     assert table["ratio"].max() < 1.02
+    # random plans of the table are those of the verdict, each at its number
+    for name, of in pruned.results.items():
+        effects: Any = of["pruned"]
+        added, tokens = (values[:, list(PLANTED).index(name)].double().sum(0) for values in effects.of("prune"))
+        ratios = [
+            float(ratio) for ratio, kind in zip((added / tokens).exp(), effects.kinds, strict=True) if kind == "random"
+        ]
+        shown = pruned.tables["pruning"].query("domain == @name and kind == 'random'")
+        assert shown["ratio"].tolist() == pytest.approx(ratios) and len(set(ratios)) > 1
     (row,) = (row for row in found.rows if row.key == "5")
     others = [bound.others for of in row.domains for bound in of.bounds if bound.others]
     ratios = [[other.value for other in pair] for pair in others]
