@@ -18,7 +18,7 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.errors import InputError
 from moe_lens.interventions.attribution_result import Unit
-from moe_lens.interventions.clean_run import CleanRun, check_whole_runs, even_slots
+from moe_lens.interventions.clean_run import CleanRun, check_even_slots, check_whole_runs
 from moe_lens.interventions.expert_means import ExpertMeans
 from moe_lens.interventions.metrics import KLDivergence, Metric, TokenMetric, among, differentiable, evaluate, finite
 from moe_lens.model.cache.moe_cache import MoECache
@@ -53,7 +53,7 @@ class Slots:
             InputError: tokens have different numbers of experts.
         """
         indices = {layer: cache[names.mlp(names.EXPERT_INDICES, layer)] for layer in layers}
-        even_slots(indices.values(), "attribution")
+        check_even_slots(indices.values(), "attribution")
         parts = {layer: cache[names.mlp(names.EXPERT_WEIGHTED, layer)] for layer in layers}
         for layer in layers if means is not None else ():
             assert means is not None

@@ -45,8 +45,8 @@ def check_whole_runs(words: Mapping[str, Any]) -> None:
         )
 
 
-def even_slots(indices: Iterable[Int[Tensor, "batch pos _"]], what: str) -> int:
-    """How many slots every token has in some layers and runs.
+def check_even_slots(indices: Iterable[Int[Tensor, "batch pos _"]], what: str) -> None:
+    """Nothing, where every token has the same number of slots in some layers and runs.
 
     Args:
         indices: The experts of the slots, −1 in those that a token does not use.
@@ -55,15 +55,14 @@ def even_slots(indices: Iterable[Int[Tensor, "batch pos _"]], what: str) -> int:
     Raises:
         InputError: Not all tokens have the same number.
     """
-    widths = set()
+    counts = set()
     for of_layer in indices:
-        widths |= {of_layer.shape[-1], *([] if bool((of_layer >= 0).all()) else [-1])}
-    if len(widths) != 1:
+        counts.update((of_layer >= 0).sum(-1).unique().tolist())
+    if len(counts) > 1:
         raise InputError(
             f"tokens have different numbers of experts, as inside use_experts(mass=…), and {what} goes from slot to "
             "slot; use_experts(k) gives the same number to all of them, in all layers"
         )
-    return widths.pop()
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.checked import AnyModel, Positive
 from moe_lens.errors import InputError, several
-from moe_lens.interventions.clean_run import CleanRun, Variant, even_slots
+from moe_lens.interventions.clean_run import CleanRun, Variant, check_even_slots
 from moe_lens.interventions.metrics import Metric, among, describe, evaluate
 from moe_lens.interventions.patch_result import PatchResult
 from moe_lens.interventions.patch_sites import SITES, Parts, Units, differing, logits_variant, stream_variant
@@ -73,7 +73,7 @@ def patch(
     runs["corrupted"] = CleanRun.of(model, corrupted, keep=keep, **kwargs)
     _same_shape(runs["clean"], runs["corrupted"])
     for layer in layers if names.EXPERT_INDICES in SITES[site].hooks else ():
-        even_slots([run.indices(layer) for run in runs.values()], f"patching {site}")
+        check_even_slots([run.indices(layer) for run in runs.values()], f"patching {site}")
     metric = among(metric, runs["clean"].cache.mask)
     base, source = (runs[name] for name in (("corrupted", "clean") if direction == "denoising" else runs))
     axes = _axes(model, over, chosen, layers, base)

@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_lens.checked import AnyModel, Positive
 from moe_lens.errors import InputError
 from moe_lens.interventions.batched_variants import RoutingMode, Stack, inside
-from moe_lens.interventions.clean_run import CleanRun, Variant, even_slots
+from moe_lens.interventions.clean_run import CleanRun, Variant, check_even_slots
 from moe_lens.interventions.metrics import Metric, TokenMetric, among, describe, evaluate, finite
 from moe_lens.model.loading.batch_sizes import tokens_at_once
 
@@ -131,7 +131,7 @@ class _Sweep:
         self.routing: RoutingMode = routing
         self.n_layers = model.cfg.n_layers
         for layer in model.moe_layers if routing == "frozen" else ():
-            even_slots([run.indices(layer)], "frozen routing")
+            check_even_slots([run.indices(layer)], "frozen routing")
         self.reads = reads.to(run.logits.device)
         listened = [name for name, point in model.hook_dict.items() if point.has_hooks()]
         self.foreign = {layer for layer in range(self.n_layers) if any(inside(name, layer) for name in listened)}

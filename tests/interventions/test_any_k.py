@@ -262,6 +262,15 @@ def test_what_goes_from_slot_to_slot_is_refused_where_tokens_have_numbers_of_the
             with pytest.raises(InputError, match=says):
                 call()
         assert sweep(model, run, [Variant(0)], metric).isfinite().all()
+    passes: list[int] = []
+
+    def one_more_in_every_pass(counts: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        passes.append(1)
+        return torch.full_like(counts, len(passes))
+
+    differ = model.hooks([(names.mlp(names.N_ACTIVE, case.last), one_more_in_every_pass)])
+    with differ, pytest.raises(InputError, match=says):  # each run is even by itself
+        patch(model, case.tokens, other, "expert_weighted", metric, over=("layer",))
 
 
 def test_tracing_takes_an_empty_slot_for_no_expert() -> None:
