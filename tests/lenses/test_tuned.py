@@ -316,11 +316,12 @@ def test_a_lens_that_was_edited_by_hand_is_refused(model, tmp_path, key, value):
         TunedLens.from_pretrained(tmp_path, model)
 
 
-def test_how_a_lens_was_trained_is_told_of_all_its_layers(model, tmp_path):
+@pytest.mark.parametrize("change", [{"post_after": [0.0]}, {"mid_after": None}])
+def test_how_a_lens_was_trained_is_told_of_all_its_layers(model, tmp_path, change):
     fitted(model).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "tuning": {**config["tuning"], "post_after": [0.0]}}))
+    path.write_text(json.dumps({**config, "tuning": {**config["tuning"], **change}}))
     with pytest.raises(InputError, match="not of the same layers"):
         TunedLens.from_pretrained(tmp_path, model)
 
@@ -348,6 +349,8 @@ def test_a_study_knows_one_lens_from_another_in_its_place(tmp_path):
     model, texts, out = tiny_model(), {"a": ["the ship", "and the judge"]}, tmp_path / "out"
     with pytest.raises(InputError, match="no lens at"):
         run(LensStudy(lens=str(tmp_path / "lens")), model, texts, out=out)
+    with pytest.raises(InputError, match=r"lens\.safetensors: cannot be read"):
+        TunedLens.digest_of(tmp_path / "lens")
     assert list(tmp_path.iterdir()) == []
     other = TunedLens(model)
     other.biases[0] += 1.0

@@ -252,7 +252,10 @@ def test_what_is_compiled_around_a_call_leaves_the_call_as_it_is() -> None:
     def around(tokens: torch.Tensor) -> torch.Tensor:
         doubled = model(tokens) * 2
         watched = model.run_with_hooks(tokens, fwd_hooks=[("blocks.1.hook_resid_post", see)])
-        return doubled + watched
+        cached = model.run_with_cache(tokens, names_filter="blocks.1.hook_router_logits")[0]
+        weights = model.routing(tokens).weights
+        longer = model.generate(tokens, max_new_tokens=1, do_sample=False, return_type="tokens", verbose=False)
+        return doubled + watched + cached + weights.sum() + longer.sum()
 
     with torch.no_grad():
         for _ in range(2):

@@ -146,16 +146,35 @@ def test_what_is_kept_has_numbers() -> None:
     model = wrapped("mixtral").model
     with pytest.raises(InputError, match="device is 'meta', which holds shapes and no numbers"):
         model.run_with_cache(tokens(), device="meta")
+    _, cache = model.run_with_cache(tokens(), names_filter="hook_embed")
+    with pytest.raises(InputError, match=r"dtype is torch.int8; expected a floating-point one"):
+        cache.to("cpu", torch.int8)
+    assert cache["hook_embed"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("part", ["", "model.layers.1", "model.rotary_emb"])
+def test_a_model_may_be_put_on_the_meta_device_for_its_shapes() -> None:
+    for model in (
+        HookedMoE.from_hf(build("mixtral"), check=False).to("meta"),
+        HookedMoE.from_pretrained("tiny-deepseekmoe", device="meta", check=False),
+    ):
+        assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("part", "lacking"),
+    [
+        ("", "model.embed_tokens.weight"),
+        ("model.layers.1", "model.layers.1.self_attn.q_proj.weight"),
+        ("model.rotary_emb", "model.rotary_emb.inv_freq"),
+    ],
+)
 @pytest.mark.typed
-def test_a_model_on_the_meta_device_does_not_run(part: str) -> None:
+def test_a_model_on_the_meta_device_does_not_run(part: str, lacking: str) -> None:
     hf: Any = build("mixtral")
     hf.get_submodule(part).to("meta")
     model = HookedMoE.from_hf(hf, check=False)
     for call in (model.forward, model.run_with_cache, model.routing, model.generate):
-        with pytest.raises(InputError, match=rf"^{part}[^ ]* is on the meta device and holds no numbers: load [^\n]*$"):
+        with pytest.raises(InputError, match=rf"^{lacking} is on the meta device and holds no numbers: load [^\n]*$"):
             call(tokens())
 
 

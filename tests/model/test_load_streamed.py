@@ -82,6 +82,16 @@ def test_a_plan_that_divides_keeps_all_but_experts_and_is_what_is_really_placed(
     assert torch.equal(model(tokens(2, 9)), whole(tokens(2, 9)))
 
 
+def test_an_error_in_a_pass_of_weights_on_disk_is_not_taken_for_weights_that_are_nowhere(folder):
+    model, _ = streamed(folder, ALL)
+
+    def fail(value: torch.Tensor, hook: Any) -> None:  # noqa: ARG001
+        raise RuntimeError("the hook's own")
+
+    with pytest.raises(RuntimeError, match="^the hook's own$"):
+        model.run_with_hooks(tokens(2, 9), fwd_hooks=[("blocks.1.hook_resid_post", fail)])
+
+
 @pytest.mark.typed
 def test_files_that_change_while_they_are_read_are_an_error(folder, whole, tmp_path):
     copied = shutil.copytree(folder, tmp_path / "copied")
