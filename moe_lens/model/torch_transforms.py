@@ -5,6 +5,7 @@ from typing import Any, no_type_check
 
 import torch
 from torch import nn
+from transformer_lens.model_bridge import TransformerBridge
 
 from moe_lens.errors import UnsupportedModelError
 
@@ -44,13 +45,11 @@ class OnePlace:
         raise not_compiled()
 
 
-def hold_in_one_place(model: nn.Module) -> None:
-    """Refuse `torch.func.functional_call` to every module of a model in which a parameter is reached by two ways.
-
-    Args:
-        model: The wrapped transformers model, which holds all parts of the bridge; the bridge refuses it by itself.
-    """
-    for module in model.modules():
+def hold_in_one_place(*models: nn.Module) -> None:
+    """Refuse `torch.func.functional_call` to every module in which a parameter is reached by two ways."""
+    for module in {id(part): part for model in models for part in model.modules()}.values():
+        if isinstance(module, TransformerBridge):
+            continue  # refuses it by itself
         with_numbers = [
             part for _, part in module.named_modules(remove_duplicate=False) if part._parameters or part._buffers
         ]

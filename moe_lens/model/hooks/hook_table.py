@@ -43,7 +43,7 @@ class HookTable(RefusedMethods):
         self.__dict__.update(family=family, _original_names=tuple(model.state_dict()), owner=Owner())
         super().__init__(model, adapter, tokenizer, driver=Driver(model, adapter, tokenizer))
         self.owner.bind(self)
-        hold_in_one_place(model)
+        hold_in_one_place(self, model)
         check_points(self, self.owner)
         check_layers(self.blocks, self.cfg.n_layers)
         for layer, block in enumerate(self.blocks):
