@@ -53,8 +53,8 @@ def info_text(name_or_path: str) -> str:
     from moe_lens.model.loading.model_info import here, model_info
 
     info = model_info(name_or_path)
-    places = [(f"in {how}", where) for how, where in here(info, Machine.here(offload_root()))]
-    return "\n".join(f"{label:<12}{value}" for label, value in [*rows(info), *places])
+    found = [*rows(info), *here(info, Machine.here(offload_root()))]
+    return "\n".join(f"{label:<12}{value}" for label, value in found)
 
 
 def rows(info: "ModelInfo") -> list[tuple[str, str]]:

@@ -1,15 +1,22 @@
 """Where parameters go is a function of numbers: machines that nobody here has are tried too."""
 
 import shutil
+import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import torch
 
+from moe_lens import HookedMoE
 from moe_lens.errors import InputError
-from moe_lens.model.loading.device_map import SHARE, Size, plan_memory
-from moe_lens.model.loading.machine import Machine, free_memory
+from moe_lens.model.loading.device_map import SHARE, Place, Size, plan_memory, slow_dtype
+from moe_lens.model.loading.dispatch import places, size_of
+from moe_lens.model.loading.machine import Machine, free_memory, slowdown
 from moe_lens.model.loading.model_info import here, model_info
+from tests.families import build
 
 GIB = 2**30
 SIZE = Size(total=30 * GIB, largest=GIB)
@@ -137,8 +144,45 @@ def test_a_model_s_config_tells_how_it_would_be_loaded_on_a_machine(tmp_path):
     shutil.copy(Path(__file__).parent / "deepseek_moe_16b.json", tmp_path / "config.json")
     sixteen = model_info(tmp_path)
     said = lambda where: dict(here(sixteen, where))  # noqa: E731
-    assert said(machine(80)) == {"bfloat16": "fits: 30.5 GiB on GPU 0", "nf4": "fits: 9.1 GiB on GPU 0"}
-    assert said(machine(memory=19))["nf4"] == "fits: 9.1 GiB in main memory"
-    on_disk = said(machine(memory=19))["bfloat16"]
+    assert said(machine(80)) == {"in bfloat16": "fits: 30.5 GiB on GPU 0", "in nf4": "fits: 9.1 GiB on GPU 0"}
+    assert said(machine(memory=19))["in nf4"] == "fits: 9.1 GiB in main memory"
+    on_disk = said(machine(memory=19))["in bfloat16"]
     assert on_disk.startswith("30.5 GiB: ") and on_disk.endswith(" on disk, read in every pass")
-    assert "largest module takes 1.0 GiB, and main memory has" in said(machine(memory=1))["bfloat16"]
+    assert "largest module takes 1.0 GiB, and main memory has" in said(machine(memory=1))["in bfloat16"]
+
+
+def test_a_processor_that_is_slow_in_a_model_s_dtype_is_named_where_it_computes(tmp_path, monkeypatch):
+    shutil.copy(Path(__file__).parent / "deepseek_moe_16b.json", tmp_path / "config.json")
+    slow = lambda dtype: 7.4 if dtype == torch.bfloat16 else 1.0  # noqa: E731
+    found = dict(here(model_info(tmp_path), replace(machine(memory=80), slowdown=slow)))
+    assert found["in float32"] == "fits: 61.0 GiB in main memory" and found["in bfloat16"].startswith("fits: 30.5")
+    assert found["speed"].startswith("this processor takes 7 times as long for a product in bfloat16 as in float32")
+    assert "speed" not in dict(here(model_info(tmp_path), machine(memory=80))), "one that is not"
+    assert "speed" not in dict(here(model_info(tmp_path), replace(machine(80), slowdown=slow))), "a GPU computes"
+    cases: list[tuple[torch.dtype, dict[Place, int], bool]] = [
+        (torch.float32, {"cpu": 8 * GIB}, False),
+        (torch.bfloat16, {"cpu": 9}, False),
+        (torch.bfloat16, {"cpu": GIB, "disk": GIB}, True),
+        (torch.bfloat16, {0: GIB}, False),
+    ]
+    for dtype, where, told in cases:
+        assert (slow_dtype(dtype, where, slow) is not None) == told
+    # By a clock that says so: a product in bfloat16 takes 6 s, one in float32 two, and every third run is disturbed.
+    clock = iter([t for seconds in (6, 2) for run in range(6) for t in (0.0, seconds + 9.0 * (run % 3 == 0))])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    assert slowdown(torch.bfloat16) == 3.0
+
+
+def test_what_is_read_from_disk_is_counted_as_it_is_stored(tmp_path):
+    model: Any = build("deepseek")
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    where_ = {"": "cpu", "model.layers.1.mlp.experts": "disk"}
+    loaded = [HookedMoE.from_pretrained(tmp_path, dtype=dtype, device_map=where_) for dtype in ("bfloat16", "float32")]
+    stored, wider = (places(model.original_model) for model in loaded)
+    assert wider["cpu"] == 2 * stored["cpu"] and wider["disk"] == stored["disk"]
+    size = size_of({"a.experts.x": 10, "b.x": 4}, torch.float32, streamed=True, stored={"a.experts.x": 20, "b.x": 8})
+    assert (size.total, size.modules) == (56, {"b": 16, "a.experts": 40}), (
+        "memory holds it in the dtype that it is loaded in"
+    )
+    assert plan_memory(size, Machine({}, 200, 0), {"cpu": 55}).places == {"disk": 28}
+    assert plan_memory(size, Machine({}, 200, 0), {"cpu": 99}).places == {"cpu": 56}

@@ -9,7 +9,7 @@ import torch
 
 from moe_lens import HookedMoE, LogitLens, PartialSum
 from moe_lens.errors import InputError
-from moe_lens.model.loading.load_streamed import streamed_weights
+from moe_lens.model.loading.streamed_weights import streamed_weights
 from moe_lens.studies.model_facts import parameters_digest
 from tests.families import build, tokens
 

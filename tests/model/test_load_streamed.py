@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from moe_lens import HookedMoE
 from moe_lens.errors import CheckpointError
 from moe_lens.model.loading import dispatch, stored_file
-from moe_lens.model.loading.load_streamed import streamed_weights
-from moe_lens.model.loading.streamed_weights import StreamedWeights
+from moe_lens.model.loading.streamed_weights import StreamedWeights, streamed_weights
 from tests.families import build, tokens
 
 EXPERTS = {

@@ -7,7 +7,7 @@ import pytest
 from moe_lens import HookedMoE
 from moe_lens.data import Reading
 from moe_lens.model.loading import batch_sizes
-from moe_lens.model.loading.load_streamed import streamed_weights
+from moe_lens.model.loading.streamed_weights import streamed_weights
 from moe_lens.studies import LensStudy, Localisation, PruningStudy, RoutingStudy, SingleExpertStudy, run
 from tests.studies.tiny import assert_same, domain, save_checkpoint
 

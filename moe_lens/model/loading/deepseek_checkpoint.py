@@ -57,7 +57,8 @@ def load_deepseek(
     if kwargs.get("quantization_config") is None:
         as_stored = all(type(stored) is StoredTensor for stored in checkpoint.tensors.values())
         numbers = {name: math.prod(shape) for name, shape in shapes.items()}
-        size = size_of(numbers, dtype, streamed=as_stored)
+        stored = {name: parameter.stored_bytes for name, parameter in parameters.items()} if as_stored else None
+        size = size_of(numbers, dtype, streamed=as_stored, stored=stored)
     with Placing(kwargs, size) as placing:
         if placing.streamed:
             model = load_streamed(DeepseekForCausalLM, config, parameters, dtype, **placing.arguments)

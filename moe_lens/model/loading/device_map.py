@@ -6,10 +6,11 @@ itself, experts stay there first: they are the most, and a token uses few of the
 numbers here (`Machine`), so that every case can be tried on any machine.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from accelerate.utils.modeling import convert_file_size_to_int
 
 from moe_lens.errors import InputError
@@ -20,6 +21,9 @@ SHARE = 0.9
 STREAMED_SHARE = 0.5
 """Of main memory, where a model is read in every pass and the processor computes: what is left makes batches larger,
 and so passes fewer."""
+
+SLOW, LARGE = 3.0, 2**30
+"""How many times longer than in float32 a product takes that is worth a word; and bytes of a model that is."""
 
 Place = int | str
 """A GPU's number, "cpu" or "disk"."""
@@ -35,6 +39,8 @@ class Size:
     modules: Mapping[str, int] = field(default_factory=dict)
     """Of the modules that own parameters, where those can be read from the checkpoint itself: first what is to stay in
     memory first."""
+    stored: Mapping[str, int] = field(default_factory=dict)
+    """Of those modules in the checkpoint, where that is not as many."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Plan:
     """Which bytes go where, and what transformers is told so that they do."""
 
     places: Mapping[Place, int]
-    """Bytes in each place; where a model is split, rounded by at most a layer."""
+    """Bytes in each place; where a model is split, rounded by at most a layer. On disk, as they are stored there."""
     arguments: Mapping[str, Any]
     """`device_map` and `max_memory` of `from_pretrained`; nothing where the model goes to main memory."""
 
@@ -59,6 +65,22 @@ def said(places: Mapping[Place, int]) -> str:
     """Which bytes are where, in words."""
     kinds = {"cpu": "in main memory", "disk": "on disk, read in every pass"}
     return ", ".join(f"{gibibytes(n)} {kinds.get(str(place), f'on GPU {place}')}" for place, n in places.items() if n)
+
+
+def slow_dtype(dtype: torch.dtype, places: Mapping[Place, int], slowdown: Callable[[torch.dtype], float]) -> str | None:
+    """What to say of a processor that computes a large model and is slow in its dtype; None if it is not.
+
+    Args:
+        dtype: that the model computes in.
+        places: bytes of the model in each place.
+        slowdown: how many times longer a product takes in a dtype than in float32. Asked where it matters.
+    """
+    if dtype not in (torch.bfloat16, torch.float16) or not places.keys() <= {"cpu", "disk"}:
+        return None
+    if sum(places.values()) < LARGE or (times := slowdown(dtype)) < SLOW:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    return f"this processor takes {times:.0f} times as long for a product in {name} as in float32"
 
 
 def gibibytes(count: int) -> str:
@@ -117,9 +139,11 @@ def _streamed(size: Size, room: dict[Place, int], first: Place) -> Plan:
     for module, bytes_ in size.modules.items():
         place: Place = next((place for place, free in left.items() if free >= bytes_), "disk")
         where[module] = place
-        places[place] = places.get(place, 0) + bytes_
-        if place != "disk":
+        if place == "disk":
+            bytes_ = size.stored.get(module, bytes_)
+        else:
             left[place] -= bytes_
+        places[place] = places.get(place, 0) + bytes_
     order = [*room, "disk"]
     return Plan({place: places[place] for place in order if place in places}, {"device_map": where})
 

@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 
 from moe_lens.model.experts.offloaded_experts import device_of
 from moe_lens.model.loading.device_map import Place, Size, gibibytes, plan_memory
+from moe_lens.model.loading.key_mapping import WRAPPER
 from moe_lens.model.loading.machine import Machine
 from moe_lens.model.loading.quantising import packed_in
+from moe_lens.model.loading.streamed_weights import streamed_weights
 
 _LOG = logging.getLogger(__name__)
 _LAYER = re.compile(r"(.*?\.\d+)\.")
@@ -42,13 +44,20 @@ def is_open(kwargs: Mapping[str, Any]) -> bool:
     return kwargs.get("device_map") == "auto" if "device_map" in kwargs else True
 
 
-def size_of(numbers: Mapping[str, int], dtype: torch.dtype, *, streamed: bool = False) -> Size:
+def size_of(
+    numbers: Mapping[str, int],
+    dtype: torch.dtype,
+    *,
+    streamed: bool = False,
+    stored: Mapping[str, int] | None = None,
+) -> Size:
     """Bytes of parameters in a dtype.
 
     Args:
         numbers: how many values each tensor has, by name.
         dtype: that they are loaded in.
         streamed: whether they can be read from the checkpoint itself. Names are then those in the model.
+        stored: bytes of each there; those of `dtype` if not given.
     """
     layers: dict[str, int] = {}
     modules: dict[str, int] = {}
@@ -56,11 +65,16 @@ def size_of(numbers: Mapping[str, int], dtype: torch.dtype, *, streamed: bool = 
         found = _LAYER.match(name)
         for group, key in ((layers, found[1] if found else name), (modules, name.rpartition(".")[0])):
             group[key] = group.get(key, 0) + number * dtype.itemsize
+    kept: dict[str, int] = {}
+    for name, bytes_ in (stored or {}).items():
+        module = name.rpartition(".")[0]
+        kept[module] = kept.get(module, 0) + bytes_
     order = sorted(modules, key=lambda module: module.endswith(".experts"))
     return Size(
         sum(layers.values()),
         max(layers.values(), default=0),
         {module: modules[module] for module in order} if streamed else {},
+        kept if streamed else {},
     )
 
 
@@ -144,16 +158,23 @@ def _remove(folder: Path, lock: FileLock) -> None:
 
 
 def places(model: Any) -> dict[Place, int]:
-    """Bytes of a transformers model's parameters, packed ones too, in each place: GPUs by number, "cpu", "disk"."""
+    """Bytes of a transformers model's parameters, packed ones too, in each place: GPUs by number, "cpu", "disk".
+
+    What is read from the checkpoint in every pass counts as it is stored.
+    """
     device_map: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
+    streamed = streamed_weights(model)
     found: dict[Place, int] = {}
     for name, parameter in model.named_parameters():
         at: Any = parameter.device
+        bytes_ = parameter.numel() * parameter.element_size()
         if at.type == "meta":  # kept elsewhere: transformers' map says where
             at = place_of(name, device_map)
+            if streamed is not None and at == "disk":
+                bytes_ = streamed.stored_bytes(name.replace(WRAPPER, ""))
         if isinstance(at, torch.device):
             at = _place(at)
-        found[at] = found.get(at, 0) + parameter.numel() * parameter.element_size()
+        found[at] = found.get(at, 0) + bytes_
     for _, packed in packed_in(model):
         at = _place(packed.device)
         found[at] = found.get(at, 0) + packed.nbytes

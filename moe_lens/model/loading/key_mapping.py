@@ -8,6 +8,8 @@ from moe_lens.errors import CheckpointError, UnsupportedModelError
 from moe_lens.model.loading.checkpoint import Checkpoint, StoredTensor
 
 _LOG = logging.getLogger(__name__)
+WRAPPER = "_original_component."
+"""What TransformerLens puts into the names of parameters."""
 _LEADING = {
     "module.": "DataParallel and DistributedDataParallel",
     "base_model.model.": "PEFT",

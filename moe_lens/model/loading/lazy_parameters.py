@@ -6,6 +6,7 @@ allocated once, in its final dtype, and filled one stored tensor at a time; tran
 (`device_map`).
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -95,6 +96,11 @@ class LazyParameter:
     def stored_dtype(self) -> torch.dtype:
         """The narrowest dtype that holds what is stored."""
         return reduce(torch.promote_types, {FLOATS[self.stored(part).dtype] for part in self.parts})
+
+    @cached_property
+    def stored_bytes(self) -> int:
+        """Bytes of all its parts in the checkpoint."""
+        return sum(math.prod(part.shape) * FLOATS[self.stored(part).dtype].itemsize for part in self.parts)
 
     def checked(self, part: StoredPart, value: Tensor) -> Tensor:
         """A part that was read.

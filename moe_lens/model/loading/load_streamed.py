@@ -11,9 +11,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_lens.model.experts.offloaded_experts import is_elsewhere, numbers_of
 from moe_lens.model.loading.dispatch import place_of
+from moe_lens.model.loading.key_mapping import WRAPPER
 from moe_lens.model.loading.lazy_parameters import LazyParameter
-from moe_lens.model.loading.state_dict import WRAPPER
-from moe_lens.model.loading.streamed_weights import StreamedWeights
+from moe_lens.model.loading.streamed_weights import StreamedWeights, streamed_weights
 
 _OF_LOADING = frozenset(
     {"offload_folder", "offload_buffers", "offload_state_dict", "low_cpu_mem_usage", "max_memory", "disable_mmap"}
@@ -108,14 +108,3 @@ def values_at(model: nn.Module, name: str, parameter: Tensor, at: Tensor) -> Ten
         parameter = numbers_of(model.get_submodule(owner), own)
     flat = parameter.detach().flatten()
     return flat[at.to(flat.device)]
-
-
-def streamed_weights(model: nn.Module) -> StreamedWeights | None:
-    """What a model reads its parameters from in every pass; None where it has them in memory, or wrote them down."""
-    for module in model.modules():
-        hook: Any = getattr(module, "_hf_hook", None)
-        found = getattr(getattr(hook, "weights_map", None), "dataset", None)
-        found = getattr(found, "state_dict", found)
-        if isinstance(found, StreamedWeights):
-            return found
-    return None

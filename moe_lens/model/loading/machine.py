@@ -1,14 +1,41 @@
-"""What is free on this machine, in bytes: GPUs, main memory, disk. Nothing is decided here."""
+"""What this machine has: bytes that are free on GPUs, in main memory, on disk; and what its processor is slow at.
+
+Nothing is decided here.
+"""
 
 import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import psutil
 import torch
+
+ROWS = 256
+"""Of the square matrices that are multiplied to learn how fast a processor is: .25 ms in float32."""
+
+
+def slowdown(dtype: torch.dtype) -> float:
+    """How many times longer this processor takes for a product of matrices in a dtype than in float32.
+
+    Processors without instructions for bfloat16 take about seven times as long (x86 with AVX2 alone), those with them
+    half as long.
+    """
+    return _seconds(dtype) / _seconds(torch.float32)
+
+
+def _seconds(dtype: torch.dtype, runs: int = 5) -> float:
+    """The shortest of some runs: others are longer because other programs ran."""
+    matrix = torch.ones(ROWS, ROWS, dtype=dtype)
+    taken = []
+    for _ in range(1 + runs):  # the first chooses how to compute
+        begun = time.perf_counter()
+        torch.nn.functional.linear(matrix, matrix)
+        taken.append(time.perf_counter() - begun)
+    return min(taken[1:])
 
 
 @dataclass(frozen=True)
@@ -21,6 +48,8 @@ class Machine:
     """Main memory: what the operating system and every control group around this process leave."""
     disk: int
     """Where parameters go that fit nowhere else."""
+    slowdown: Callable[[torch.dtype], float] = lambda _: 1.0
+    """How many times longer the processor takes for a product in a dtype than in float32."""
 
     @classmethod
     def here(cls, folder: Path) -> Self:
@@ -37,7 +66,7 @@ class Machine:
                 gpus[gpu] = torch.cuda.mem_get_info(gpu)[0]
                 shared = shared or bool(getattr(torch.cuda.get_device_properties(gpu), "is_integrated", False))
         memory = 0 if shared else free_memory() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        return cls(gpus, memory, free_disk(folder))
+        return cls(gpus, memory, free_disk(folder), slowdown)
 
 
 def free_disk(folder: Path) -> int:

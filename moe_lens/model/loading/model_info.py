@@ -17,7 +17,7 @@ from moe_lens.model.families.deepseek import DeepseekConfig
 from moe_lens.model.families.table import check_release, family_of
 from moe_lens.model.hf_compat import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from moe_lens.model.loading.checkpoint import read_config
-from moe_lens.model.loading.device_map import Size, gibibytes, plan_memory
+from moe_lens.model.loading.device_map import Size, gibibytes, plan_memory, slow_dtype
 from moe_lens.model.loading.dispatch import size_of
 from moe_lens.model.loading.machine import Machine
 from moe_lens.model.loading.pretrained import resolve_name
@@ -69,22 +69,29 @@ class ModelInfo:
 
 
 def here(info: ModelInfo, machine: Machine) -> list[tuple[str, str]]:
-    """How a model would be loaded on a machine, as it is stored and in 4 bits: the bytes, and where they would be."""
+    """How a model would be loaded on a machine, as it is stored and in 4 bits: the bytes, and where they would be.
+
+    In float32 too, where that is quicker.
+    """
     found: list[tuple[str, str]] = []
     streamed = info.model_type == DeepseekConfig.model_type
+    stored = {name: number * info.dtype.itemsize for name, number in info.numbers.items()}
     ways = [(str(info.dtype).removeprefix("torch."), size_of(info.numbers, info.dtype, streamed=streamed))]
     if info.packed:
         width = {name: FOUR_BITS if name in info.packed else info.dtype.itemsize for name in info.numbers}
         total = int(sum(number * width[name] for name, number in info.numbers.items()))
         ways.append(("nf4", Size(total, 0)))
+    slow = slow_dtype(info.dtype, {gpu: 0 for gpu in machine.gpus} | {"cpu": ways[0][1].total}, machine.slowdown)
+    if slow:
+        ways.append(("float32", size_of(info.numbers, torch.float32, streamed=streamed, stored=stored)))
     for how, size in ways:
         try:
             plan = plan_memory(size, machine)
             where = f"{gibibytes(size.total)}: {plan}" if len(plan.places) > 1 else f"fits: {plan}"
         except InputError as error:
             where = str(error)
-        found.append((how, where))
-    return found
+        found.append((f"in {how}", where))
+    return [*found, ("speed", f"{slow}: --dtype float32 is quicker")] if slow else found
 
 
 def model_info(name_or_path: str | Path, **hub: Any) -> ModelInfo:

@@ -15,8 +15,11 @@ from moe_lens.model.hf_compat import is_peft_available, resolve_revision
 from moe_lens.model.loading.checkpoint import EMBEDDED, HUB_ARGUMENTS, find_file, read_config
 from moe_lens.model.loading.config_json import read_object
 from moe_lens.model.loading.deepseek_checkpoint import load_deepseek
+from moe_lens.model.loading.device_map import slow_dtype
+from moe_lens.model.loading.dispatch import places
 from moe_lens.model.loading.formats.view import packing_of
 from moe_lens.model.loading.gguf_file import find_gguf, read_gguf_config
+from moe_lens.model.loading.machine import slowdown
 from moe_lens.model.loading.quantising import METHOD, VARIANT
 from moe_lens.model.loading.stored_view import read_packing
 from moe_lens.model.loading.through_transformers import UNREADABLE, load_by_transformers
@@ -111,6 +114,8 @@ def load_pretrained(
         raise InputError(f"from_pretrained has no argument {word[1]!r}, and {path} no such setting") from error
     except ValueError as error:  # of an argument: what is wrong with the checkpoint has been found by then
         raise InputError(f"transformers cannot load {source}: {error}") from error
+    if slow := slow_dtype(model.dtype, places(model), slowdown):
+        _LOG.warning('%s. dtype="float32" (--dtype float32) is quicker, and takes twice the memory', slow.capitalize())
     model.config.name_or_path = model.name_or_path = str(name_or_path)
     return model, _tokenizer(model, source, hub, trusted=trust_remote_code in (True, "tokenizer"), gguf=gguf)
 

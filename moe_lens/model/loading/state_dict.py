@@ -12,10 +12,9 @@ from transformers import PreTrainedModel
 
 from moe_lens.errors import MoELensError, UnsupportedModelError, a_kind
 from moe_lens.model.devices import usable_device
+from moe_lens.model.loading.key_mapping import WRAPPER
 from moe_lens.model.loading.quantising import packed_in
 from moe_lens.model.torch_transforms import no_functional_call
-
-WRAPPER = "_original_component."
 
 
 class StateError(MoELensError, RuntimeError):

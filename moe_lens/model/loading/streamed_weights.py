@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_lens.model.loading.checkpoint import FLOATS
 from moe_lens.model.loading.lazy_parameters import LazyParameter, StoredPart
@@ -162,6 +162,10 @@ class StreamedWeights(Mapping[str, Tensor]):
         weakref.finalize(lease, free.append, whole).atexit = False
         return lease
 
+    def stored_bytes(self, name: str) -> int:
+        """Bytes that a parameter takes in the checkpoint."""
+        return self._parameters[self._tied.get(name, name)].stored_bytes
+
     def settled(self) -> int:
         """Bytes that were read so far, when what is being read ahead has come."""
         self._reader.submit(int).result()
@@ -193,6 +197,17 @@ class StreamedWeights(Mapping[str, Tensor]):
         self.bytes_read += into.nbytes
         if into is not out:  # a parameter of which parts are stored in several dtypes: seldom, and slow
             out.copy_(into)
+
+
+def streamed_weights(model: nn.Module) -> StreamedWeights | None:
+    """What a model reads its parameters from in every pass; None where it has them in memory, or wrote them down."""
+    for module in model.modules():
+        hook: Any = getattr(module, "_hf_hook", None)
+        found = getattr(getattr(hook, "weights_map", None), "dataset", None)
+        found = getattr(found, "state_dict", found)
+        if isinstance(found, StreamedWeights):
+            return found
+    return None
 
 
 def _gone() -> None:
