@@ -44,6 +44,10 @@ class InUseError(MoELensError):
     """A model is in use by another thread, or by another task of an event loop."""
 
 
+class PeerError(MoELensError):
+    """Another process of several has ended, without which this one cannot go on."""
+
+
 class IncompatibleVersionError(MoELensError, ImportError):
     """The installed release of a library lacks what moe_lens uses of it; the message names what."""
 

@@ -48,7 +48,12 @@ def group(n: int, function: Callable[..., Any], *arguments: Any, said: Path) -> 
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
     env: dict[str, Any] = {"WORLD_SIZE": str(n), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    ranks: list[dict[str, Any]] = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n)]
+    for rank in range(n):
+        (said / "try" / str(rank)).mkdir(parents=True)
+    ranks: list[dict[str, Any]] = [
+        {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_ERROR_FILE": f"{said}/try/{rank}/error.json"}
+        for rank in range(n)
+    ]
     return [Forked(function, *arguments, said=said / rank["RANK"], **env, **rank) for rank in ranks]
 
 

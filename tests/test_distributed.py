@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from moe_lens import distributed
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, PeerError
 from tests import type_hook
 from tests.stats.test_protocol import KINDS, update
 
@@ -78,3 +78,22 @@ def test_without_a_process_group_nothing_happens():
     assert torch.equal(shared, value) and shared.data_ptr() != value.data_ptr()
     assert distributed.gather({"a": 1}) == [{"a": 1}]
     distributed.barrier()
+
+
+def left_alone(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    distributed.barrier()
+    if rank == 1:
+        return
+    calls = (lambda: distributed.gather(1), lambda: distributed.all_reduce(torch.ones(1)), distributed.barrier)
+    for call in calls:
+        with pytest.raises(PeerError, match="another process has ended, .*; run the same command again to resume it"):
+            call()
+    (Path(folder) / "said").touch()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_process_that_is_left_alone_says_so(tmp_path):
+    mp.start_processes(left_alone, (str(tmp_path),), nprocs=2, start_method="fork")
+    assert (tmp_path / "said").exists()

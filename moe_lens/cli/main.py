@@ -19,6 +19,7 @@ from moe_lens.cli import atlas as _atlas
 from moe_lens.cli import comparing as _comparing
 from moe_lens.cli import models as _models
 from moe_lens.cli import predicting as _predicting
+from moe_lens.cli import processes
 from moe_lens.cli import prune as _prune
 from moe_lens.cli import removing_experts as _removing_experts
 from moe_lens.cli import report as _report
@@ -26,7 +27,8 @@ from moe_lens.cli import show as _show
 from moe_lens.cli import studies as _studies
 from moe_lens.cli.app import app
 from moe_lens.cli.config_file import defaults
-from moe_lens.errors import InputError, MoELensError
+from moe_lens.cli.study_command import SHARED
+from moe_lens.errors import InputError, MoELensError, PeerError
 
 __all__ = [
     "_atlas",
@@ -67,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with _termination() as terminated, no_interrupt_lost():
         try:
             _readable(arguments)
+            _shared(arguments)
             program: Any = typer.main.get_command(app)
             code = program.main(
                 arguments or ["--help"],
@@ -81,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         except (TyperException, MoELensError, OSError) as error:
             said = getattr(error, "format_message", error.__str__)()
-            _say(f"error: {' '.join(said.split())}")
+            _say(f"error: {' '.join(said.split())}", patient=isinstance(error, PeerError))
             return 2
         except Exception as error:
             if not _out_of_memory(error):
@@ -164,8 +167,21 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-def _say(what: str) -> None:
-    rank = os.environ.get("RANK", "0")  # of torchrun's processes, which all speak to the same terminal
+def _shared(arguments: Sequence[str]) -> None:
+    """Refuse several processes of a command that does not share its work: each would do all of it.
+
+    Raises:
+        InputError: It is one, started by a launcher.
+    """
+    name = next((argument for argument in arguments if argument in COMMANDS), None)
+    if name is not None and name not in SHARED and processes.several():
+        raise InputError(f"{name} runs in a single process: start it without torchrun (WORLD_SIZE is set)")
+
+
+def _say(what: str, patient: bool = False) -> None:
+    if not processes.speaks(patient):
+        return
+    rank = os.environ.get("RANK", "0")  # of processes that all speak to the same terminal
     print(f"moe-lens: {what}" if rank == "0" else f"moe-lens (process {rank}): {what}", file=sys.stderr)
 
 

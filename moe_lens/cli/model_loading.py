@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from moe_lens.cli.freed_memory import keep_freed_memory
+from moe_lens.cli.processes import place
 from moe_lens.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
-
     from moe_lens import HookedMoE
 
 
@@ -58,7 +57,7 @@ def load_model(
     from moe_lens import HookedMoE
     from moe_lens.model.loading.pretrained import EMBEDDED
 
-    where: dict[str, Any] = {"max_memory": max_memory} if device == "auto" else {"device": _place(device)}
+    where: dict[str, Any] = {"max_memory": max_memory} if device == "auto" else {"device": place(device)}
     trust = "tokenizer" if trust_tokenizer else False
     dtype = "float32" if dtype == "auto" and name == EMBEDDED else dtype
     model = HookedMoE.from_pretrained(name, dtype=dtype, quantize=quantize, trust_remote_code=trust, **where)
@@ -89,38 +88,3 @@ def is_small(model: "HookedMoE") -> bool:
 
     found = places(model.original_model)
     return found.keys() == {"cpu"} and found["cpu"] < SMALL
-
-
-def join_processes(device: str) -> None:
-    """Under torchrun, let this process find the others; without it, nothing."""
-    import torch
-
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        on_gpu = _place(device).type == "cuda"
-        if on_gpu:
-            torch.cuda.set_device(_place(device))
-        torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
-
-
-def leave_processes() -> None:
-    """The end of `join_processes`."""
-    import torch
-
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def _place(device: str) -> "torch.device":
-    import torch
-
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {device}: {reason}") from None
-    return place

@@ -13,12 +13,16 @@ import typer
 
 from moe_lens.cli import options
 from moe_lens.cli.app import app
-from moe_lens.cli.model_loading import join_processes, leave_processes, load_model, quiet, where_it_is
+from moe_lens.cli.model_loading import load_model, quiet, where_it_is
+from moe_lens.cli.processes import join_processes, leave_processes
 from moe_lens.cli.show import findings_in
 from moe_lens.data import Reading
 
 if TYPE_CHECKING:
     from moe_lens.studies import Study
+
+SHARED: set[str] = set()
+"""Names of the commands whose work several processes can share."""
 
 Out = Annotated[
     Path,
@@ -116,6 +120,7 @@ def command(name: str, folder: str, **defaults: Any) -> Callable[[Make], Make]:
         called.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
         called.__signature__ = inspect.Signature(every)
         app.command(name)(called)
+        SHARED.add(name)
         return make
 
     return decorate

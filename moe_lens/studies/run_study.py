@@ -99,8 +99,8 @@ def run(
         tables = study.tables(plan["model"], results)
         tables |= study.read_off(model, results, tables)
     except (UnfitError, UnsupportedModelError):  # nothing can come of what was done
-        if folder is not None:
-            agreed(folder.discard)
+        if folder is not None and distributed.rank() == 0:  # if not all have met it, nobody can wait for all
+            folder.discard()
         raise
     texts = {domain.name: earlier[domain.name][study.passes[0]][TEXTS].result() for domain in domains}
     read = [{"name": domain, **of.facts()} for domain, of in texts.items()]

@@ -82,6 +82,34 @@ def test_processes_count_what_one_counts(arguments, whole, processes, streaming,
     agree(out, whole)
 
 
+def test_an_error_or_a_signal_of_one_process_ends_all_of_them_with_a_line_and_loses_nothing(arguments, whole, tmp_path):
+    out, unfinished = tmp_path / "at" / "out", tmp_path / "at" / "out.unfinished"
+    started = group(2, main, [*arguments, "--out", str(out)], said=tmp_path / "0")
+    progress: list[Path] = []
+    while started[1].running and not progress:
+        time.sleep(0.001)
+        progress = list(unfinished.glob("*-1of2.safetensors"))
+    started[1].send(signal.SIGTERM)
+    assert one_line(started, [2, 143]).startswith("moe-lens (process 1): terminated; no result was written")
+    (broken,) = progress
+    content = broken.read_bytes()
+    broken.write_bytes(content[:100])
+    line = one_line(group(2, main, [*arguments, "--out", str(out)], said=tmp_path / "1"), [2, 2])
+    assert line.startswith(f"moe-lens (process 1): error: {broken} cannot be read"), line
+    broken.write_bytes(content)
+    for process in group(2, main, [*arguments, "--out", str(out)], said=tmp_path / "2"):
+        ended(process)
+    agree(out, whole)
+
+
+def one_line(processes: list[Forked], statuses: list[int]) -> str:
+    """All that several processes said when they ended."""
+    ends = [process.end() for process in processes]
+    assert [status for status, _, _ in ends] == statuses, ends
+    (line,) = [line for _, _, err in ends for line in err.splitlines() if line.strip()]
+    return line
+
+
 def test_torchrun_starts_them(arguments, whole, tmp_path):
     out = tmp_path / "out"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moe_lens"]

@@ -1,0 +1,97 @@
+"""Several processes under torchrun: how they find one another, and which of them says why all of them end."""
+
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_lens.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+MOMENT = 2.0
+"""Seconds that the first process is given to say what others have met as well."""
+
+
+def several() -> bool:
+    """Whether a launcher has started several processes."""
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+
+
+def speaks(patient: bool = False) -> bool:
+    """Whether this process is to say why it ends: of those that torchrun has started on a machine, one is.
+
+    Where all of them meet the same error, that is the first one, or else the one that met it: the others are only ended
+    by torchrun. Other launchers have no place in which to agree on that, and every process speaks.
+
+    Args:
+        patient: Whether another process is likely to know more.
+    """
+    errors = os.environ.get("TORCHELASTIC_ERROR_FILE")  # in a folder that all processes of one try have
+    if not several() or errors is None:
+        return True
+    said = Path(errors).parents[1] / "moe_lens_said"
+    if patient or os.environ.get("LOCAL_RANK") != "0":
+        end = time.monotonic() + MOMENT
+        with suppress(KeyboardInterrupt):  # torchrun ends the others when the first has ended
+            while not said.exists() and time.monotonic() < end:
+                time.sleep(0.02)
+    try:
+        said.open("x").close()
+    except FileExistsError:
+        return False
+    except OSError:  # better twice than not at all
+        return True
+    return True
+
+
+def join_processes(device: str) -> None:
+    """Under torchrun, let this process find the others; without it, nothing.
+
+    Raises:
+        InputError: They are not there.
+    """
+    import torch
+
+    if several() and not torch.distributed.is_initialized():
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        on_gpu = place(device).type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(place(device))
+        try:
+            torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+        except (ValueError, RuntimeError) as error:
+            raise InputError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and the other processes cannot be found "
+                f"({str(error).splitlines()[0]}); start all of them by torchrun, or unset WORLD_SIZE"
+            ) from None
+
+
+def leave_processes() -> None:
+    """The end of `join_processes`."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def place(device: str) -> "torch.device":
+    """The device of this process.
+
+    Raises:
+        InputError: There is none of this name.
+    """
+    import torch
+
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {device}: {reason}") from None
+    return found
