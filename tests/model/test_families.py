@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    AutoConfig,
     DeepseekV3Config,
     FineGrainedFP8Config,
     GptOssConfig,
@@ -31,7 +32,7 @@ from moe_lens.hooked_moe import HookedMoE
 from moe_lens.model.families.refusals import REFUSED
 from moe_lens.model.families.table import FAMILIES, family_of, here
 from moe_lens.model.loading.model_info import config_info, model_info
-from tests.matrix.configs import build, config, tokens
+from tests.matrix.configs import build, class_of, config, tokens
 
 # --- refusals ---
 
@@ -309,6 +310,43 @@ def test_groups_that_experts_cannot_stand_in_are_refused(changes, said, tmp_path
     }  # has no groups
     (tmp_path / "config.json").write_text(json.dumps({**greedy, **changes}))
     assert main(["info", str(tmp_path)]) == 0
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize(
+    ("model_type", "changes", "said"),
+    [
+        ("mixtral", {"num_attention_heads": 5}, "keys of width 16, 2 times each, do not fit queries of width 40"),
+        ("gpt_oss", {"num_key_value_heads": 3}, "is the number of heads a multiple of that of key-value heads?"),
+        ("glm4_moe", {"partial_rotary_factor": 3.0}, "heads are of width 8, and rotary angles are for 24"),
+        ("deepseek_v3", {"v_head_dim": 0}, "values are of width 0"),
+        ("qwen3_moe", {"moe_intermediate_size": 0}, "the experts of this qwen3_moe are of width 0"),
+    ],
+)
+def test_sizes_with_which_transformers_cannot_be_run_are_refused(model_type, changes, said, tmp_path) -> None:
+    raw = json.loads(config(model_type, head_dim=8).to_json_string(use_diff=False))
+    if "partial_rotary_factor" in changes:
+        changes = {"rope_parameters": {**raw["rope_parameters"], **changes}}
+    (tmp_path / "config.json").write_text(json.dumps(raw | changes))
+    with pytest.raises(CheckpointError, match=re.escape(said)):
+        model_info(tmp_path)
+    with pytest.raises((RuntimeError, ValueError)), torch.no_grad():  # transformers itself
+        class_of(model_type)._from_config(AutoConfig.from_pretrained(tmp_path)).eval()(tokens())
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert model_info(tmp_path).model_type == model_type, "a control: as it was, it is fine"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"router_jitter_noise": float("nan")}, {"attention_dropout": 1.5}, {"router_aux_loss_coef": float("inf")}],
+)
+def test_what_training_alone_reads_is_no_reason_to_refuse(changes, tmp_path) -> None:
+    model = build("mixtral")
+    model.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | changes))
+    assert model_info(tmp_path).top_k == 3
+    assert torch.equal(HookedMoE.from_pretrained(str(tmp_path))(tokens()), model(tokens()).logits)
 
 
 @pytest.mark.parametrize(

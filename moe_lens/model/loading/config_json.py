@@ -44,10 +44,12 @@ _GREATEST = {re.compile(r"(num|n)_(\w+_)?layers?|n_layer|(?!max_)\w+_layers|dept
              re.compile(r"(\w+_)?(head_dim|(hidden|intermediate)_size)"): 2**24,
              re.compile(r"(\w+_)?vocab_size"): 2**31}  # fmt: skip
 """By names of sizes that are built one by one or multiplied, in whatever part of a config: more than any model has."""
-_POSITIVE = re.compile(r"(num|n)_\w+|(\w+_)?(size|eps|epsilon|theta|embeddings|dim|rank|range|step|top_?k|dropout)")
+_POSITIVE = re.compile(r"(num|n)_\w+|(\w+_)?(size|eps|epsilon|theta|embeddings|dim|rank|step|top_?k)")
 """Names of what is counted or measured: negative in no model."""
-_SHARES = re.compile(r"(\w+_)?(eps|epsilon|dropout|pdrop)")
+_SHARES = re.compile(r"(\w+_)?(eps|epsilon)")
 """Names of numbers that are at most 1."""
+_TRAINED = re.compile(r"\w*(dropout|pdrop|jitter|aux_loss|aux_alpha|z_loss|initializer)\w*")
+"""Names of what training alone reads: whatever it is, transformers loads the model and runs it."""
 _DEEPEST = 50
 """Levels of values inside values, many more than any config has."""
 
@@ -65,6 +67,8 @@ def _believable(path: Path, config: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{path}: its values are nested more than {_DEEPEST} deep; it is no model's config.")
         if isinstance(value, Mapping):
             waiting += [(str(key), inner, depth + 1) for key, inner in value.items()]
+        elif _TRAINED.fullmatch(name):
+            continue
         elif isinstance(value, list):
             waiting += [(name, inner, depth + 1) for inner in value if isinstance(inner, Mapping | list)]
         elif isinstance(value, float) and not math.isfinite(value) and not (value == math.inf and "limit" in name):

@@ -22,6 +22,7 @@ from moe_lens.model.loading.dispatch import size_of
 from moe_lens.model.loading.machine import Machine
 from moe_lens.model.loading.pretrained import resolve_name
 from moe_lens.model.loading.quantising import packers
+from moe_lens.model.loading.sizes_that_fit import check_attention
 
 DTYPES = (torch.float32, torch.bfloat16)
 FOUR_BITS = 0.5 + 4 / 64
@@ -125,7 +126,7 @@ def config_info(config: PreTrainedConfig) -> ModelInfo:
 
     Raises:
         UnsupportedModelError: the family is not supported, or the model has no experts.
-        CheckpointError: a token cannot have as many experts as the config asks for.
+        CheckpointError: a token cannot have as many experts as the config asks for, or sizes do not fit one another.
     """
     family = family_of(config)
     # Building a model writes to its config, and quantised parameters are counted as what they stand for.
@@ -147,6 +148,9 @@ def config_info(config: PreTrainedConfig) -> ModelInfo:
         raise CheckpointError(
             f"this {config.model_type} has {experts.n_experts} experts, and its config asks for {top_k} a token"
         )
+    check_attention(layers, model)
+    if not (d_expert := int(experts.second()[0].shape[1])):
+        raise CheckpointError(f"the experts of this {config.model_type} are of width 0")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     dtype: Any = config.dtype or text.dtype or torch.bfloat16
     sizes = [of_layer.sizes() for of_layer in found.values()]
@@ -165,7 +169,7 @@ def config_info(config: PreTrainedConfig) -> ModelInfo:
         n_identities=experts.n_identities,
         top_k=top_k,
         has_shared=bool(family.shared) and any(family.shared in name for name, _ in model.named_modules()),
-        d_expert=int(experts.second()[0].shape[1]),
+        d_expert=d_expert,
         rule=family.rule(top_k, bool(getattr(text, "norm_topk_prob", True))),
         parameters=parameters,
         active=parameters - idle,
