@@ -24,8 +24,9 @@ def quiet() -> None:
     import transformers
 
     # The hub's says each retry, and accelerate's where parameters are, which is said below.
-    for library in ("transformers", "huggingface_hub", "datasets", "accelerate"):
+    for library in ("transformers", "huggingface_hub", "accelerate"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it logs as an error what it raises
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
 

@@ -1,6 +1,6 @@
 """Domains as users give them: one, several, or a dictionary of texts by name."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -25,6 +25,8 @@ def as_domains(given: Domains) -> list[Domain | Corpus]:
         found = [_named(name, texts) for name, texts in given.items()]
     elif isinstance(given, str) or not isinstance(given, Iterable):
         raise InputError(f"domains are {a_kind(given)}; {_EXPECTED}")
+    elif isinstance(given, Set):
+        raise InputError(f"domains are a set, whose order is another in every process; {_EXPECTED}")
     else:
         found = []
         for number, one in enumerate(given):

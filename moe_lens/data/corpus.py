@@ -110,8 +110,10 @@ def from_file(name: str, path: str | Path, *, text: str = "text", source: str | 
         InputError: There is no such file.
     """
     path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path}: cannot be read (No such file or directory)")
+    try:
+        path.stat()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
 
     def rows() -> Iterator[dict[str, Any]]:
         for passage in read_passages(path, text=text, source=source):

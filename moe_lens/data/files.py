@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -122,6 +123,10 @@ def _lines(path: Path, codec: str | None) -> Iterator[tuple[int, str]]:
             number += 1
             if len(line) > LINE:
                 raise InputError(f"{path}:{number}: a line of more than {LINE // 2**20} MiB; is it a file of texts?")
+            if b"\0" in line:
+                raise InputError(
+                    f"{path}:{number}: holds a byte 0, as no text does; if it is UTF-16, convert it to UTF-8"
+                )
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -216,6 +221,9 @@ def _read_dataset(path: Path) -> Any:
     import datasets
 
     rows: Any
+    log = logging.getLogger("datasets")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # it says what it raises
     try:
         if path.is_dir():
             rows = datasets.load_from_disk(str(path))
@@ -225,6 +233,8 @@ def _read_dataset(path: Path) -> Any:
     except Exception as error:  # datasets and pyarrow raise errors of many kinds for files that are not theirs
         reason = str(error).strip().splitlines()
         raise InputError(f"{path}: not a dataset ({reason[0] if reason else type(error).__name__})") from None
+    finally:
+        log.setLevel(level)
     if isinstance(rows, datasets.DatasetDict):
         raise InputError(f"{path}: holds the splits {sorted(rows)}; name the folder of one of them")
     return rows

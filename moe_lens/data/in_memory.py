@@ -1,5 +1,6 @@
 """Texts that are at hand in Python: lists, frames, datasets, generators."""
 
+import io
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
@@ -12,6 +13,7 @@ from moe_lens.errors import InputError, a_kind
 def read_given(name: str, texts: Any, *, text: str, sources: str | Iterable[Any] | None) -> Iterator[Passage]:
     """The passages of texts as `Domain.of` takes them."""
     column = sources if isinstance(sources, str) else None
+    _check_index(name, texts, {*([text] if sources is not None else [text, "source"]), column})
     rows = _rows(name, texts)
     if sources is None or column is not None:
         for number, row in enumerate(rows):
@@ -41,6 +43,8 @@ def read_given(name: str, texts: Any, *, text: str, sources: str | Iterable[Any]
 
 def _rows(name: str, texts: Any) -> Iterable[Any]:
     """Texts or rows, one by one."""
+    if isinstance(texts, io.IOBase):
+        raise InputError(f"the texts of domain {name!r} are an open file; load_domain(name, path) reads files")
     if isinstance(texts, str | bytes | Path):
         raise InputError(
             f"the texts of domain {name!r} are one {type(texts).__name__} ({str(texts)!r:.60}); expected several: "
@@ -64,6 +68,20 @@ def _rows(name: str, texts: Any) -> Iterable[Any]:
     if not isinstance(texts, Iterable):
         raise InputError(f"the texts of domain {name!r} are {a_kind(texts)}; expected a list, a frame or a dataset")
     return texts
+
+
+def _check_index(name: str, texts: Any, wanted: set[str | None]) -> None:
+    """Nothing, unless what is looked for in columns is the index of what pandas holds, where it would be passed over.
+
+    Raises:
+        InputError: It is; says how it becomes a column.
+    """
+    index = getattr(texts, "index", None)
+    for found in getattr(index, "names", ()) if hasattr(texts, "iloc") else ():
+        if found in wanted and found is not None and found not in getattr(texts, "columns", ()):
+            raise InputError(
+                f"domain {name!r}: {found!r} is the index of the texts, and no column: texts.reset_index() makes it one"
+            )
 
 
 def _passage(name: str, number: int, row: Any, text: str, column: str | None) -> Passage:

@@ -74,6 +74,8 @@ def passage(text: str, source: Any, origin: str, file: str) -> Passage:
         raise InputError(f"{origin}: the source is {a_kind(source)}; expected a text or a number")
     if hasattr(source, "requires_grad") and source.ndim == 0:  # of a data set in torch's format; its str is rounded
         source = source.item()
+    if isinstance(source, float) and source.is_integer():
+        source = int(source)  # a column of whole numbers that lacks one is of floats
     of = str(file if is_missing(source) or source == "" else source)
     for what, value in (("text", text), ("source", of)):
         check_characters(f"{origin}: the {what}", value)

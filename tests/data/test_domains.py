@@ -15,7 +15,17 @@ import pyarrow as pa
 import pytest
 import torch
 
-from moe_lens.data import Domain, as_domains, embedded_domains, files, from_generator, in_memory, load_domain, tokenize
+from moe_lens.data import (
+    Domain,
+    as_domains,
+    embedded_domains,
+    files,
+    from_file,
+    from_generator,
+    in_memory,
+    load_domain,
+    tokenize,
+)
 from moe_lens.errors import InputError
 
 
@@ -59,6 +69,12 @@ def test_txt_is_cut_at_blank_lines_and_is_one_source(tmp_path):
         ("a.jsonl", "", "holds no text"),
         ("a.txt", "\n \n", "holds no text"),
         ("a.txt", b"one\ntwo \xff\n", "a.txt:2: not UTF-8 (byte 0xff)"),
+        (
+            "a.txt",
+            "one\n\ntwo".encode("utf-16-le"),
+            "a.txt:1: holds a byte 0, as no text does; if it is UTF-16, convert",
+        ),
+        ("a.csv", "text\na \0b\n", "a.csv:2: holds a byte 0"),
         ("a.docx", "text\na b", "must be a .jsonl, .json, .csv, .tsv, .txt or .parquet file"),
         (
             "a.jsonl",
@@ -121,7 +137,7 @@ def test_parquet_and_saved_datasets_give_the_same_passages_as_jsonl(tmp_path):
         assert [(p.text, p.source == "a") for p in load_domain("d", path).passages] == expected
 
 
-def test_a_dataset_that_cannot_be_used_is_named(tmp_path):
+def test_a_dataset_that_cannot_be_used_is_named(tmp_path, caplog):
     (tmp_path / "empty").mkdir()
     written(tmp_path, "broken.parquet", "no parquet")
     splits = datasets.DatasetDict({"train": datasets.Dataset.from_list([{"text": "one"}])})
@@ -137,6 +153,7 @@ def test_a_dataset_that_cannot_be_used_is_named(tmp_path):
             load_domain("d", tmp_path / name)
         assert message in str(error.value)
         assert "\n" not in str(error.value)
+    assert not caplog.records, "what is raised is not logged as well"
 
 
 ROWS = [{"text": f"one, two\n{i}", "source": f"s{i % 3}", "n": i} for i in range(7)]
@@ -325,6 +342,13 @@ def test_what_is_no_set_of_domains_is_said(given: Any, message):
         (lambda: Domain.of("d", ["x", "y"], sources={"u", "v"}), "has no order"),
         (lambda: Domain.of("d", pd.Series(["x", "y"]), sources=pd.Series(["u", "v"], index=[1, 0])), "indices differ"),
         (lambda: Domain.of("d", pd.DataFrame({"text": ["x"]}), sources=pd.Series(["u"], index=[3])), "indices differ"),
+        (lambda: as_domains({Domain.of("d", TEXTS)}), "domains are a set"),  # pyright: ignore[reportArgumentType]
+        (lambda: Domain.of("d", pd.DataFrame(ROWS).set_index("source")), "'source' is the index of the texts, and no"),
+        (lambda: Domain.of("d", pd.DataFrame(ROWS).set_index("source")["text"]), r"texts.reset_index\(\) makes it one"),
+        (
+            lambda: Domain.of("d", pd.DataFrame({"text": ["x"]}, pd.Index(["u"], name="by")), sources="by"),
+            "'by' is the index",
+        ),
         (lambda: Domain.of("d", [{"text": "x"}], text=None), "text is None; expected a text"),  # pyright: ignore[reportArgumentType]
     ],
 )
@@ -360,3 +384,28 @@ def test_text_files_have_no_columns_and_sources_in_torchs_format_are_numbers(tmp
             load_domain("a", path, **column)
     near = Domain.of("a", ["x", "y"], sources=torch.tensor([1.00001, 1.00002]))
     assert near.n_sources == 2 and "tensor" not in str(near.passages[0].source)
+
+
+def test_an_index_that_nothing_is_looked_for_in_may_have_any_name():
+    frame = pd.DataFrame(ROWS)
+    expected = Domain.of("d", frame)
+    assert Domain.of("d", frame.set_index(frame["source"])) == expected, "it is a column, too"
+    assert Domain.of("d", frame.rename_axis("number")) == expected
+    assert Domain.of("d", frame.set_index("source"), sources=[row["source"] for row in ROWS]) == expected
+
+
+def test_an_open_file_is_no_list_of_texts_and_a_name_can_be_too_long(tmp_path):
+    path = written(tmp_path, "d.jsonl", '{"text": "a b"}\n')
+    with path.open() as file, pytest.raises(InputError, match=r"are an open file; load_domain\(name, path\) reads"):
+        Domain.of("d", file)
+    for read in (load_domain, from_file):
+        with pytest.raises(InputError, match="cannot be read"):
+            read("d", tmp_path / f"{'x' * 300}.jsonl")
+
+
+def test_a_source_is_one_number_whether_its_column_lacks_one_or_not():
+    """Pandas and parquet keep whole numbers as floats where one is missing; a document must keep its name."""
+    whole = Domain.of("d", pd.DataFrame({"text": ["x", "y"], "source": [7, 8]}))
+    lacks = Domain.of("d", pd.DataFrame({"text": ["x", "y"], "source": [7, None]}))
+    assert whole.passages[0] == lacks.passages[0] and lacks.passages[1].source == "d"
+    assert Domain.of("d", ["x"], sources=[7.5]).passages[0].source == "7.5"
