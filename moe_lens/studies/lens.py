@@ -1,6 +1,7 @@
 """The study `lens`: what partial sums of experts predict, over a corpus (arXiv 2603.05806, section 3)."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -9,16 +10,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moe_lens import names
 from moe_lens.checked import Positive, Seed
 from moe_lens.data import Reading, TokenBatch
 from moe_lens.errors import InputError
 from moe_lens.lenses import Lens, LensResult, LogitLens, TunedLens
+from moe_lens.model.cache.sum_cache import unselected_experts, unselected_term
 from moe_lens.model.loading.batch_sizes import batch_tokens
 from moe_lens.partial_sum import PartialSum
 from moe_lens.stats import Accumulator, Result, bootstrap_all
 from moe_lens.stats.sums import BySource
 from moe_lens.studies.forecast import Load
-from moe_lens.studies.forward_passes import input_device
+from moe_lens.studies.forward_passes import Hooks, each_layer, input_device
 from moe_lens.studies.frames import by_domain
 from moe_lens.studies.lens_examples import EXAMPLE_TOKENS, ExampleStats, LensExample
 from moe_lens.studies.study import Gathered, Study
@@ -148,10 +151,14 @@ class LensStudy(Study):
     @torch.no_grad()
     def step(self, model: Any, name: str, batch: TokenBatch, into: Gathered, prepared: Lens) -> None:  # noqa: ARG002
         """One forward pass, and the unembedding of every sum; another pass for a prompt that is an earlier example."""
-        sums, device = self.sums(model), input_device(model)
-        _, cache = model.run_with_cache(
-            batch.tokens.to(device), names_filter=prepared.hooks(sums=sums), attention_mask=batch.mask.long().to(device)
-        )
+        sums, device, terms = self.sums(model), input_device(model), {}
+        with model.hooks(fwd_hooks=unselected_hooks(model, sums, terms)):
+            _, cache = model.run_with_cache(
+                batch.tokens.to(device),
+                names_filter=prepared.hooks(sums=sums),
+                attention_mask=batch.mask.long().to(device),
+            )
+        cache.unselected = terms
         into["lens"].update(prepared.decode(cache, sums, top=1), batch.counted, batch.sources)
         into["example"].update(prepared, batch)
 
@@ -169,6 +176,29 @@ class LensStudy(Study):
             "lens": by_domain({name: of["lens"].to_frame() for name, of in results.items()}),
             "examples": by_domain({name: _example(of["example"]).top_frame() for name, of in results.items()}),
         }
+
+
+def unselected_hooks(model: Any, sums: Sequence[PartialSum], into: dict[tuple[int, PartialSum], Tensor]) -> Hooks:
+    """Hooks that compute the terms of unselected experts while a layer's weights are there.
+
+    After the pass they would have to be read, or unpacked, once more for every chunk of tokens that the lens decodes.
+
+    Args:
+        model: A `HookedMoE`.
+        sums: Those that a lens will read.
+        into: Takes the terms [batch, pos, d_model], by layer and sum.
+    """
+    wanted = [which for which in sums if which.drawn == "unselected"]
+
+    def keep(layer: int, of: dict[str, Tensor]) -> None:
+        x, indices, weights = (of[name] for name in read)
+        for which in wanted:
+            with suppress(InputError):  # there is none to draw, as the lens will say
+                expert = unselected_experts(indices, layer, which.seed, model.n_experts)
+                into[layer, which] = unselected_term(model, layer, which, x, expert, weights)
+
+    read = (names.MLP_IN, names.EXPERT_INDICES, names.ROUTING_WEIGHTS)
+    return each_layer(model, [*read, names.ROUTED_OUT], keep) if wanted else []
 
 
 def _example(result: Result) -> LensExample:

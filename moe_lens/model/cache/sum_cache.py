@@ -1,7 +1,8 @@
 """Partial sums: points of the residual stream between before and after the experts, from cached activations."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,10 @@ class SelectedExpert(NamedTuple):
 
 class SumCache(AttributionCache):
     """Partial sums over a layer's experts."""
+
+    unselected: Mapping[tuple[int, PartialSum], Float[Tensor, "*tokens d_model"]] = MappingProxyType({})
+    """Terms of unselected experts that were computed in the pass that was cached, by layer and sum: for others
+    the layer's experts run once more, and are read once more where they are kept elsewhere."""
 
     def partial_sum(
         self, layer: FromEnd, which: PartialSum | None = None, *, at: At | None = None, **chosen: Any
@@ -177,35 +182,19 @@ class SumCache(AttributionCache):
 
     def _draw(self, layer: int, seed: int, below: int, at: At | None) -> Int[Tensor, "*tokens"]:
         """A number for every token. All tokens draw, so that a token's number does not depend on who else is read."""
-        indices = self[names.mlp(names.EXPERT_INDICES, layer)]
-        if (indices < 0).any():
-            raise InputError(
-                f"tokens of layer {layer} have different numbers of experts: there is no random one for all"
-            )
-        tokens = indices.shape[:-1]
-        generator = torch.Generator().manual_seed(seed * 100_003 + layer)
-        drawn = torch.randint(below, tokens, generator=generator)
+        drawn = _drawn(self[names.mlp(names.EXPERT_INDICES, layer)], layer, seed, below)
         return drawn if at is None else drawn[tuple(axis.cpu() for axis in at)]
 
     def _unselected(self, layer: int, seed: int, at: At | None) -> Int[Tensor, "*tokens"]:
-        """For each token, an expert that it did not select; each of them is equally likely."""
-        indices = self._taken(names.mlp(names.EXPERT_INDICES, layer), at)
-        free = self.model.n_experts - indices.shape[-1]
-        if not free:
-            raise InputError(f"all {self.model.n_experts} experts are always active: none is left unselected to draw")
-        expert = self._draw(layer, seed, free, at).to(indices.device)
-        for selected in indices.sort(-1).values.unbind(-1):  # the n-th of those that are left
-            expert = expert + (expert >= selected).long()
-        return expert
+        expert = unselected_experts(self[names.mlp(names.EXPERT_INDICES, layer)], layer, seed, self.model.n_experts)
+        return expert if at is None else expert[at]
 
     def _unselected_out(self, layer: int, which: PartialSum, at: At | None) -> Float[Tensor, "*tokens d_model"]:
-        x = self._taken(names.mlp(names.MLP_IN, layer), at)
-        expert = self._unselected(layer, which.seed, at)
-        weight = self._taken(names.mlp(names.ROUTING_WEIGHTS, layer), at)[..., :1]
-        if getattr(self.model.family, "weighs_input", False):
-            return self.model.expert_outputs(layer, x * weight.to(x), expert[..., None]).squeeze(-2).to(x)
-        out = self.model.expert_outputs(layer, x, expert[..., None]).squeeze(-2).to(x)
-        return out * weight.to(out) if which.weighted else out
+        if (ready := self.unselected.get((layer, which))) is not None:
+            return ready if at is None else ready[at]
+        parts = (names.MLP_IN, names.ROUTING_WEIGHTS)
+        x, weights = (self._taken(names.mlp(name, layer), at) for name in parts)
+        return unselected_term(self.model, layer, which, x, self._unselected(layer, which.seed, at), weights)
 
     def _terms_of_a_sum(self) -> None:
         """What experts give must be added to the residual stream as it is.
@@ -238,3 +227,59 @@ class SumCache(AttributionCache):
         wrong = [number for number in numbers if one_id(what, number) >= count]
         if wrong:
             raise InputError(f"there is no {what} {wrong[0]}; the model has {what}s 0 to {count - 1}")
+
+
+def _drawn(indices: Int[Tensor, "*tokens top_k"], layer: int, seed: int, below: int) -> Int[Tensor, "*tokens"]:
+    """A number for every token, on the CPU."""
+    if (indices < 0).any():
+        raise InputError(f"tokens of layer {layer} have different numbers of experts: there is no random one for all")
+    generator = torch.Generator().manual_seed(seed * 100_003 + layer)
+    return torch.randint(below, indices.shape[:-1], generator=generator)
+
+
+def unselected_experts(
+    indices: Int[Tensor, "*tokens top_k"], layer: Natural, seed: Natural, n_experts: Natural
+) -> Int[Tensor, "*tokens"]:
+    """For each token, an expert that it did not select; each of them is equally likely.
+
+    Args:
+        indices: Of the experts that each token selected, of all tokens of a run.
+        layer: The layer.
+        seed: Of the draws.
+        n_experts: Of the layer.
+
+    Raises:
+        InputError: All experts are always active, or tokens have different numbers of them.
+    """
+    free = n_experts - indices.shape[-1]
+    if not free:
+        raise InputError(f"all {n_experts} experts are always active: none is left unselected to draw")
+    expert = _drawn(indices, layer, seed, free).to(indices.device)
+    for selected in indices.sort(-1).values.unbind(-1):  # the n-th of those that are left
+        expert = expert + (expert >= selected).long()
+    return expert
+
+
+def unselected_term(
+    model: Any,
+    layer: Natural,
+    which: PartialSum,
+    x: Float[Tensor, "*tokens d_model"],
+    expert: Int[Tensor, "*tokens"],
+    weights: Float[Tensor, "*tokens top_k"],
+) -> Float[Tensor, "*tokens d_model"]:
+    """What unselected experts would add to a sum, with the weight of rank 0 where the sum is weighted.
+
+    Args:
+        model: A `HookedMoE`.
+        layer: The layer.
+        which: The sum.
+        x: What the layer's experts read, as in `mlp.hook_in`.
+        expert: The expert of each token.
+        weights: The routing weights of those that were selected.
+    """
+    weight = weights[..., :1]
+    if getattr(model.family, "weighs_input", False):
+        return model.expert_outputs(layer, x * weight.to(x), expert[..., None]).squeeze(-2).to(x)
+    out = model.expert_outputs(layer, x, expert[..., None]).squeeze(-2).to(x)
+    return out * weight.to(out) if which.weighted else out
