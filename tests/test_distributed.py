@@ -70,7 +70,6 @@ def test_processes_together_count_what_one_counts(world, tmp_path):
                     assert ours == theirs, (name, field.name)
 
 
-@pytest.mark.typed
 def test_without_a_process_group_nothing_happens():
     value = torch.tensor([1.5, 2.5])
     assert (distributed.rank(), distributed.world_size(), distributed.is_distributed()) == (0, 1, False)

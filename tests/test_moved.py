@@ -60,7 +60,6 @@ def test_former_modules_are_todays_and_say_so(former: str):
     assert not Path(f"moe_lens/{former.replace('.', '/')}.py").exists(), "the table names a module that exists"
 
 
-@pytest.mark.typed
 @pytest.mark.parametrize("former", _moved.MOVED)
 def test_no_former_module_would_hide_what_its_package_offers(former: str):
     """Importing a module sets the attribute of its name on the package."""

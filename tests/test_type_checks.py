@@ -13,14 +13,12 @@ from tests import type_hook
 WRONG: Any = 3
 
 
-@pytest.mark.typed
 def test_a_wrong_argument_is_noticed_where_types_are_checked(pytestconfig: pytest.Config):
     with pytest.raises(TypeError, match="parse_mlp" if pytestconfig.getoption("typed") else "expected string") as error:
         names.parse_mlp(WRONG)
     assert isinstance(error.value, jaxtyping.TypeCheckError) == pytestconfig.getoption("typed")
 
 
-@pytest.mark.typed
 @pytest.mark.untyped
 def test_a_user_sees_the_error_of_the_code_itself():
     with pytest.raises(TypeError, match="expected string"):
@@ -96,7 +94,6 @@ def test_what_has_to_be_reached_is_read_from_the_source():
     ]
 
 
-@pytest.mark.typed
 def test_the_constructor_of_a_class_that_checks_arguments_itself_is_checked_too(pytestconfig: pytest.Config):
     typed = pytestconfig.getoption("typed")
     constructor = "moe_lens.selection:Step.__init__"

@@ -59,7 +59,6 @@ def test_a_smaller_model_its_report_and_its_numbers_are_written(texts, tmp_path,
     assert "is not an empty folder" in capsys.readouterr().err
 
 
-@pytest.mark.typed
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -63,7 +63,6 @@ def child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     monkeypatch.setattr(sys, "orig_argv", [sys.executable, "-c", code])
 
 
-@pytest.mark.typed
 def test_a_process_that_has_said_itself_what_memory_stays_is_left_alone(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
     monkeypatch.setattr(freed_memory.ctypes, "CDLL", None)  # which it would need
@@ -124,7 +123,6 @@ def test_it_is_started_for_a_small_model_by_our_own_program_alone(tmp_path: Path
     assert not asked(), "there is nothing left to make"
 
 
-@pytest.mark.typed
 def test_what_another_process_has_made_meanwhile_is_taken_and_the_page_is_the_same(tmp_path: Path, monkeypatch):
     few = {"pruning": PruningStudy(random=3), "localisation": Localisation(experts=1, matched=3, controls="primary")}
     monkeypatch.setattr("moe_lens.report.run_report.STUDIES", {})

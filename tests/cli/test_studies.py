@@ -73,7 +73,6 @@ def test_a_config_says_what_the_command_line_does_not(saved):
     assert manifest["plan"]["study"] == "routing" and manifest["command"]
 
 
-@pytest.mark.typed
 def test_the_report_collects_saved_studies(saved, tmp_path, capsys):
     folders = [str(saved / name) for name in ("routing", "single-expert", "lens")]
     assert main(["report", *folders, "--out", str(tmp_path / "page")]) == 0
@@ -113,7 +112,6 @@ def test_the_authors_numbers():
     assert same_model(MODEL) and not same_model({**MODEL, "layers": 6})
 
 
-@pytest.mark.typed
 def test_compare_finds_what_was_changed_and_nothing_else(saved, tmp_path, capsys):
     single = str(saved / "single-expert")
     out = tmp_path / "same.parquet"

@@ -234,7 +234,6 @@ def test_a_source_column_that_is_almost_called_so_is_not_passed_over(tmp_path):
 TEXTS = [row["text"] for row in ROWS]
 
 
-@pytest.mark.typed
 @pytest.mark.parametrize(
     "texts",
     [

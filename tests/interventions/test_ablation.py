@@ -514,7 +514,6 @@ def test_k_is_a_number_of_active_experts(k: Any) -> None:
         wrapped("deepseek").model.keep_top(k)
 
 
-@pytest.mark.typed
 @pytest.mark.parametrize("made", ["random", "resample", "shared", "recorded"])
 def test_what_depends_on_the_whole_batch_is_refused_in_the_stacked_runs_of_a_sweep(made: str) -> None:
     case = wrapped("deepseek")

@@ -189,7 +189,6 @@ def test_what_cannot_be_is_refused() -> None:
         model(x)
 
 
-@pytest.mark.typed
 @pytest.mark.parametrize("by", ["weight", "last", "random"])
 def test_top_experts_are_kept_of_those_that_a_token_has(by: Any) -> None:
     """Not of empty slots; and as many as the model has active may be kept where there are more."""

@@ -78,7 +78,6 @@ def test_a_knockout_is_a_full_forward_pass_without_the_expert(family: str, routi
         assert torch.equal(found.count[row], torch.bincount(indices.flatten(), minlength=case.model.n_experts))
 
 
-@pytest.mark.typed
 def test_free_and_frozen_differ_in_what_is_behind_alone() -> None:
     """Negative control for both: re-routing has an effect, but none behind the last layer."""
     case = wrapped("olmoe", torch.float64)
@@ -285,7 +284,6 @@ def test_free_integrated_gradients_miss_what_re_routing_does() -> None:
     assert min(gaps) > 1e-3, "however many steps"
 
 
-@pytest.mark.typed
 def test_where_what_follows_is_linear_all_gradients_agree() -> None:
     """Behind the last layer only norm and unembedding follow; with a constant scale they are linear."""
     case = wrapped("deepseek", torch.float64)
@@ -392,7 +390,6 @@ def test_texts_are_an_input_like_tokens() -> None:
     assert torch.equal(expert_attribution(model, text, Loss(tokens)).values, expected)
 
 
-@pytest.mark.typed
 def test_a_divergence_has_no_slope_at_its_own_run() -> None:
     case = wrapped("deepseek", torch.float64)
     metric = KLDivergence(case.logits)
@@ -466,7 +463,6 @@ def test_gradients_cannot_be_had_in_inference_mode(method: Any) -> None:
         expert_attribution(case.model, case.tokens, Loss(case.tokens), method=method)
 
 
-@pytest.mark.typed
 def test_an_expert_without_a_mean_is_named() -> None:
     case = wrapped("deepseek")
     means = ExpertMeans.measure(case.model, case.tokens[:1, :2])

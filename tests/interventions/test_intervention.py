@@ -162,7 +162,6 @@ def test_wishes_about_the_selection_add_up_whoever_has_them(family: str, data: s
     assert torch.equal(cache[name].sort(-1).values, once[name].sort(-1).values)
 
 
-@pytest.mark.typed
 def test_a_later_wish_outweighs_an_earlier_one() -> None:
     case = wrapped("deepseek")
     on, off = case.model.steer_experts({2: {4: "on"}}), case.model.ablate({2: [4]}, how="reroute")
@@ -176,7 +175,6 @@ def test_a_later_wish_outweighs_an_earlier_one() -> None:
         assert (cache[name] == 4).any(-1).all()
 
 
-@pytest.mark.typed
 def test_an_ablation_inside_forced_routing_sees_the_forced_experts() -> None:
     case = wrapped("deepseek")
     routing = case.model.routing(tokens(seed=7))
@@ -198,7 +196,6 @@ def test_an_ablation_inside_forced_routing_sees_the_forced_experts() -> None:
             assert torch.equal(cache[name][forced != expert], forced[forced != expert])
 
 
-@pytest.mark.typed
 def test_its_repr_says_what_it_does_and_where() -> None:
     model = wrapped("deepseek").model
 

@@ -16,7 +16,6 @@ from tests.wrapped import wrapped
 TEXTS = tokens(5, 9, seed=4)
 
 
-@pytest.mark.typed
 def test_the_mean_of_an_expert_is_over_its_own_tokens() -> None:
     case = wrapped("deepseek")
     means = ExpertMeans.measure(case.model, TEXTS)
@@ -90,7 +89,6 @@ def test_sums_merge_and_are_saved_as_they_are(tmp_path: Path) -> None:
     assert torch.equal(loaded.experts.nan_to_num(7), merged.experts.nan_to_num(7))
 
 
-@pytest.mark.typed
 def test_names_of_files_in_a_list_are_not_taken_for_texts(tmp_path: Path) -> None:
     model = wrapped("deepseek").model
     (tmp_path / "texts.jsonl").write_text('{"text": "a b"}')

@@ -60,7 +60,6 @@ def test_loss_is_the_mean_over_real_tokens_after_real_tokens(side: str | None) -
         assert abs(found - Loss(tokens)(given)) > 1e-3, "padding makes a difference"
 
 
-@pytest.mark.typed
 def test_chosen_logits_log_probabilities_and_differences() -> None:
     given, tokens = logits(), ids()
     assert Logit(4)(given) == given[:, -1, 4].mean()

@@ -268,7 +268,6 @@ def test_layers_that_lack_a_site_are_left_out_and_the_others_patched(model_type:
         patch(model, clean, corrupted, lacking[0], METRIC, over=("layer",), selection=Selection(layers=[lacking[1]]))
 
 
-@pytest.mark.typed
 def test_a_run_patched_with_itself_is_itself(monkeypatch: pytest.MonkeyPatch):
     model, clean, _ = pair("deepseek")
     seen: list[int] = []

@@ -278,7 +278,6 @@ def test_dense_layer_reads_as_a_whole_and_has_no_experts(model: HookedMoE, cache
             lens.decode(cache, [SUMS[0], which], layers=[0])
 
 
-@pytest.mark.typed
 def test_experts_are_read_where_they_were_selected_and_named_where_never(model: HookedMoE, cache: MoECache):
     lens = LogitLens(model)
     each = PartialSum.each_expert(8)

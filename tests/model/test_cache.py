@@ -442,7 +442,6 @@ def test_a_cache_of_some_positions_is_the_same_there(pos_slice: Any):
         assert same(value, expected[name][:, at]), name
 
 
-@pytest.mark.typed
 def test_items_of_a_batch():
     case, _, whole = full("deepseek")
     tokens, mask = case.tokens, torch.rand(2, 12) > 0.3

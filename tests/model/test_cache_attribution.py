@@ -57,7 +57,6 @@ def test_transformerlens_is_off_by_the_gain(name: str):
     assert close(theirs.apply_ln_to_stack(stack) * gain, kept.apply_ln_to_stack(stack), F64)
 
 
-@pytest.mark.typed
 def test_by_expert_and_by_rank_agree():
     _, _, kept = full("deepseek")
     ranks, experts = (kept.logit_attrs(kept.decompose_experts(by=by)[0], 3).sum(0) for by in ("rank", "expert"))
@@ -198,7 +197,6 @@ def test_components_of_what_a_block_reads(name: str):
     assert close(final.sum(0) @ case.model.W_U, case.logits[:, -1], tolerance)
 
 
-@pytest.mark.typed
 def test_a_recomputed_norm_has_its_gain_once():
     case, _, kept = full("deepseek")
     streams, labels = kept.accumulated_resid(apply_ln=True, return_labels=True)

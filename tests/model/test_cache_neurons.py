@@ -88,7 +88,6 @@ def test_the_remainder_is_what_neurons_do_not_give() -> None:
     assert empty.shape == (0, 2, 12, model.cfg.d_model)
 
 
-@pytest.mark.typed
 def test_a_cache_without_its_batch_axis_is_taken_apart_alike() -> None:
     model, kept = run("deepseek")
     with torch.no_grad():

@@ -218,7 +218,6 @@ def test_what_runs_modules_in_other_ways_is_refused_in_a_line() -> None:
         assert torch.equal(case.model(case.tokens), case.logits)
 
 
-@pytest.mark.typed
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, while it is imported
 def test_functional_call_on_a_part_runs_it_right_or_is_refused_and_changes_nothing() -> None:
     """Torch puts the wrong numbers back where a parameter has two places: shared experts have."""
@@ -397,7 +396,6 @@ def test_eager_attention_reads_booleans_as_a_mask() -> None:
     assert not torch.allclose(plain, case.logits, atol=APART), "negative control"
 
 
-@pytest.mark.typed
 def test_a_mask_covers_the_cache_too() -> None:
     case = wrapped("mixtral")
     model, tokens = case.model, case.tokens
@@ -529,7 +527,6 @@ def test_layers_of_stacks_count_from_the_end_too(cache: Any) -> None:
     assert torch.equal(cache.stack_activation("resid_pre", -2), cache.stack_activation("resid_pre", n - 2))
 
 
-@pytest.mark.typed
 @pytest.mark.parametrize(
     ("call", "kind"),
     [

@@ -370,7 +370,6 @@ def test_numbers_that_the_dtype_cannot_hold_are_refused(folder: Path) -> None:
         load(folder, dtype=torch.float16)
 
 
-@pytest.mark.typed
 def test_all_problems_are_counted(folder: Path) -> None:
     edit_json(folder / "config.json", lambda config: config.update(moe_intermediate_size=17))
     with pytest.raises(CheckpointError, match=r"(?s)has shape.*and 73 more"):

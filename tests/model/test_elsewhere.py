@@ -60,7 +60,6 @@ def test_one_expert_is_read_alone(pair):
     assert weights.settled() - read == found.numel() * found.element_size()
 
 
-@pytest.mark.typed
 def test_lenses_attribution_and_single_experts_compute_as_in_memory(pair):
     whole, away = pair
     ids, layer = tokens(2, 9), whole.moe_layers[-1]
@@ -94,7 +93,6 @@ def test_a_model_is_known_wherever_it_is_kept(pair):
         whole.W_out[whole.moe_layers[0], 0][0, 0] = before
 
 
-@pytest.mark.typed
 def test_a_change_of_any_expert_is_seen_however_many_there_are():
     """Between 64 numbers of all 200 experts together, a merged expert would go unseen."""
     model: Any = torch.nn.Module()

@@ -34,7 +34,6 @@ def test_either_name_finds_what_is_stored_under_one(stored: str):
         assert (short, 3) not in kept and (short, None) not in kept and 5 not in kept
 
 
-@pytest.mark.typed
 def test_gradients_go_by_either_name():
     case = wrapped("deepseek", torch.float64)
     stored = names.mlp(names.EXPERT_OUT, 1)
@@ -46,7 +45,6 @@ def test_gradients_go_by_either_name():
         kept["blocks.1.hook_resid_mid_grad"]
 
 
-@pytest.mark.typed
 def test_what_is_missing_is_explained():
     kept = fresh("deepseek", names_filter="hook_embed")
     with pytest.raises(

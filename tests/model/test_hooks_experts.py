@@ -93,7 +93,6 @@ def test_two_experts_edited_together_are_both_edited() -> None:
     assert not torch.equal(one, theirs)
 
 
-@pytest.mark.typed
 def test_the_whole_sees_what_one_expert_became_at_every_stage() -> None:
     """`expert_post` and the others are what the model computes with, edits of single experts included."""
     case = wrapped("deepseek")

@@ -172,7 +172,6 @@ def test_gradients_that_cannot_be_had_are_refused(arguments: dict[str, Any], say
         case.model.run_with_cache(case.tokens, incl_bwd=True, names_filter="blocks.1.hook_routed_out", **arguments)
 
 
-@pytest.mark.typed
 def test_without_autograd_the_reason_is_said() -> None:
     case = wrapped("deepseek")
     with torch.no_grad(), pytest.raises(HookError, match="autograd is off"):

@@ -225,7 +225,6 @@ def test_generation_refuses_what_it_does_not_do(model: HookedMoE, word: str, mat
         model.generate("The old", **GREEDY, freq_penalty=5.0)
 
 
-@pytest.mark.typed
 def test_beams_are_transformers_own(model: HookedMoE) -> None:
     tokens = model.to_tokens("The old")
     beams = model.hf_generate(tokens, 6, num_beams=4, do_sample=False)

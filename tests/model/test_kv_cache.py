@@ -133,7 +133,6 @@ def test_keys_have_gradients_while_a_cache_is_filled(family: str) -> None:
     assert len(found) == 2 and all(grad.abs().max() > 0 for grad in found.values())
 
 
-@pytest.mark.typed
 @pytest.mark.parametrize("family", ["deepseek_v3", "mixtral"])
 @pytest.mark.parametrize("word", ["past_key_values", "cache"])
 def test_the_cache_has_the_names_of_both_libraries(family: str, word: str) -> None:

@@ -261,7 +261,6 @@ def test_tasks_of_one_event_loop_do_not_mix() -> None:
     assert torch.equal(here, ablated) and "another asyncio task" in str(there)
 
 
-@pytest.mark.typed
 def test_a_copy_made_inside_belongs_to_nobody() -> None:
     model = HookedMoE.from_hf(build("mixtral"), check=False)
     tokens = wrapped("mixtral").tokens

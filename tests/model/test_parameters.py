@@ -30,7 +30,6 @@ def test_parameters_are_a_sequence_over_the_layers_that_have_them() -> None:
         uneven.shape  # noqa: B018
 
 
-@pytest.mark.typed
 @families
 def test_matrices_of_experts_are_oriented_as_in_transformer_lens(family: str) -> None:
     """x @ W_gate, x @ W_in and post @ W_out are what the hooks show, biases apart."""

@@ -79,7 +79,6 @@ def test_scales_stay_exact_when_a_model_is_cast() -> None:
     assert torch.equal(packed.to(torch.float64).read().float(), packed.to(torch.float32).read())
 
 
-@pytest.mark.typed
 def test_a_linear_layer_is_packed_in_place_and_differentiates() -> None:
     linear = nn.Linear(24, 40)
     PackedLinear.convert(linear, "q_proj", linear.weight.detach(), "int8")
@@ -213,7 +212,6 @@ def test_the_embedded_model_is_packed_by_name() -> None:
     assert type(model.W_in[3, 17] + 1) is Tensor and (model.W_in[3, 17].T @ model.W_in[3, 4]).shape == (64, 64)
 
 
-@pytest.mark.typed
 def test_weights_that_are_no_numbers_are_refused(stored: Path, tmp_path: Path) -> None:
     broken = build("mixtral")
     broken.model.layers[1].mlp.experts.down_proj.data[2, 3, 4] = torch.nan

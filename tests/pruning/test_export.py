@@ -161,7 +161,6 @@ def test_groups_must_stay_large_enough_to_be_ranked(tmp_path):
         export(hooked, plan, tmp_path / "out")
 
 
-@pytest.mark.typed
 def test_plans_of_another_model_and_other_families_are_refused(hooked, tmp_path):
     build("mixtral", num_local_experts=6).save_pretrained(tmp_path / "six")
     plan = make_plan(hooked, kept_of(hooked), 2)
@@ -174,7 +173,6 @@ def test_plans_of_another_model_and_other_families_are_refused(hooked, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.typed
 def test_a_broken_checkpoint_or_a_full_disk_leaves_nothing_behind(hooked, tmp_path, monkeypatch):
     plan = make_plan(hooked, kept_of(hooked), 2)
     hooked.save_pretrained(tmp_path / "whole")

@@ -59,7 +59,6 @@ def test_every_smaller_model_is_judged_where_it_was_not_calibrated(model, found)
     assert set(result.sources) == {source for half in (first, second) for source in half[0].sources}
 
 
-@pytest.mark.typed
 def test_findings_are_the_rows_of_the_table(found):
     said, table = str(found[1].findings()), found[1].to_frame()
     for row in table[table["method"] != "all experts"].to_dict("records"):
@@ -69,7 +68,6 @@ def test_findings_are_the_rows_of_the_table(found):
             assert f"{row['ratio']:.3g} [" in line and f"({row['domain']})" in line
 
 
-@pytest.mark.typed
 def test_tables_pair_each_model_with_the_whole_one(found, tmp_path):
     _, made = found
     frame = made.to_frame()
@@ -86,7 +84,6 @@ def test_tables_pair_each_model_with_the_whole_one(found, tmp_path):
         again.of(made.points[0], "c")
 
 
-@pytest.mark.typed
 def test_a_domain_of_one_source_has_nothing_to_measure_on(model):
     domain = Domain("one", (Passage("text", "book", "x:1"), Passage("more", "book", "x:2")))
     with pytest.raises(InputError, match="domain 'one' has a single source"):
@@ -120,7 +117,6 @@ def test_parallel_texts_are_in_one_half():
     }
 
 
-@pytest.mark.typed
 def test_the_figures_hold_the_numbers_of_the_table(found):
     from moe_lens import viz
 

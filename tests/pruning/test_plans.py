@@ -76,7 +76,6 @@ def test_only_selected_experts_stay_however_many():
         plan(scores(torch.tensor([[[1.0, 1, 0, 1], [0, 1, 0, 0]]])), "selected")
 
 
-@pytest.mark.typed
 def test_layers_can_have_their_own_number_of_active_experts(tmp_path):
     made = plan(scores(), 0.5, top_k={2: 1})
     assert (made.active(1), made.active(2), made.top_k, made.fewer) == (2, 1, 2, {2: 1})

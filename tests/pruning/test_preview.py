@@ -38,7 +38,6 @@ def test_the_preview_is_the_smaller_model(name, top_k):
     assert torch.equal(before, after)
 
 
-@pytest.mark.typed
 @pytest.mark.parametrize("name", ["deepseek", "gpt_oss", "deepseek_v3"])
 def test_experts_that_are_gone_cost_what_the_preview_costs(name):
     """The fast way of studies, many plans side by side, against one plan at a time; a bias brings none back."""

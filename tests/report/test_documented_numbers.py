@@ -1,5 +1,6 @@
 """The numbers of the embedded model in README and docs/paper.md are those of a report without options."""
 
+import os
 import re
 from pathlib import Path
 
@@ -26,7 +27,10 @@ def every_number_is_there_and_a_wrong_one_is_named(report: Path, copies: Path, m
     assert len(found) == 3 and all(re.search(r"perplexity by 58 to 110 %$|to \.68 \(German\)", one) for one in found)
 
 
-@pytest.mark.slow  # it runs the report: a minute and a half on two idle cores
+@pytest.mark.slow  # it runs the report, unless CI has: a minute and a half on two idle cores
 def test_documented_numbers_are_those_of_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    assert main(["report", "--out", str(tmp_path / "report")]) == 0
-    every_number_is_there_and_a_wrong_one_is_named(tmp_path / "report", tmp_path / "copies", monkeypatch)
+    made = os.environ.get("MOE_LENS_REPORT")
+    report = Path(made) if made else tmp_path / "report"
+    if not made:
+        assert main(["report", "--out", str(report)]) == 0
+    every_number_is_there_and_a_wrong_one_is_named(report, tmp_path / "copies", monkeypatch)

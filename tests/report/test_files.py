@@ -9,7 +9,6 @@ from moe_lens.errors import InputError
 from moe_lens.report import OutputFolder
 
 
-@pytest.mark.typed
 def test_files_appear_together_and_others_stay(tmp_path):
     out = tmp_path / "a" / "b"
     out.mkdir(parents=True)

@@ -1,7 +1,6 @@
 """Verdicts in the words of the page: every bound has them, a control is shown itself, and what decides is named."""
 
 import pandas as pd
-import pytest
 
 from moe_lens.report.paper_quotes import QUOTED
 from moe_lens.report.verdict_notes import notes_of
@@ -20,7 +19,6 @@ def of(domain: str, ratio: float, less: float) -> OfDomain:
     return OfDomain(domain, 12, (number, control))
 
 
-@pytest.mark.typed
 def test_a_row_says_values_the_control_itself_and_what_decides():
     row = shown(Verdict("4", "claim", "", True, (of("a", 1.04, -9.96), of("b", 1.5, -20.5))))
     assert row.number == (Line("perplexity, k = 1", "+4 to +50\u00a0%", "claimed ≤\u00a0+5\u00a0%"),)

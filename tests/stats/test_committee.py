@@ -35,7 +35,6 @@ def with_experts(experts: list[int], weight: float) -> Tensor:
     return shares
 
 
-@pytest.mark.typed
 def test_a_planted_committee_is_found_in_its_layer_and_beyond_its_control():
     found = standing_committee(results(dict.fromkeys(DOMAINS, with_experts([3, 7], 15.0))))
     control = standing_committee(results(dict.fromkeys(DOMAINS, with_experts([0, 1], 2.0)), seed=1))
@@ -61,7 +60,6 @@ def test_experts_of_one_domain_each_are_none_and_own_sets_carry_what_the_shared_
     assert found.jaccard[1] == 0 and "no standing committee" in found.per_layer()["finding"].iloc[1]
 
 
-@pytest.mark.typed
 def test_what_is_picked_is_measured_on_other_sources():
     given = results(dict.fromkeys(DOMAINS, torch.ones(2, EXPERTS)), tokens=5)
     one_each = {}

@@ -240,7 +240,6 @@ def keep(result: RoutingResult, n: int) -> RoutingResult:
     )
 
 
-@pytest.mark.typed
 def test_intervals_of_divergences_cover_the_truth():
     """Sources whose shares scatter about known ones, of unequal sizes; the first domain is nearer to the second."""
     generator = torch.Generator().manual_seed(9)

@@ -19,7 +19,6 @@ def ridge(x: Tensor, y: Tensor, penalty: float) -> Tensor:
     return torch.linalg.solve(x.T @ x + penalty * torch.eye(x.shape[1]), x.T @ y)
 
 
-@pytest.mark.typed
 def test_a_feature_is_ridge_regression_written_out():
     generator = torch.Generator().manual_seed(0)
     n = 120
@@ -39,7 +38,6 @@ def test_a_feature_is_ridge_regression_written_out():
         assert not found[:, 2].any(), "an infinite penalty leaves the feature out"
 
 
-@pytest.mark.typed
 def test_what_features_share_is_not_counted_twice_and_nothing_of_the_fold_is_seen():
     generator = torch.Generator().manual_seed(1)
     n = 3000
@@ -93,7 +91,6 @@ def drawn(seed: int, of_source: float, of_domain: float = 0.0) -> dict[str, Toke
     return found
 
 
-@pytest.mark.typed
 def test_the_domain_gains_where_it_matters_and_nothing_gains_where_sources_differ_alone():
     for seed in range(4):
         true: Any = explain_choices(drawn(seed, 0.3, 0.8)).per_layer().set_index("feature")
@@ -103,7 +100,6 @@ def test_the_domain_gains_where_it_matters_and_nothing_gains_where_sources_diffe
         assert null["explained_low"]["token"] > 0 > null["gain"]["previous"]
 
 
-@pytest.mark.typed
 def test_features_of_ones_own_are_found_and_named():
     samples = drawn(0, 0.0)
     chosen = torch.cat([of.hot(slice(0, 1)) for of in samples.values()])[:, 3]

@@ -165,7 +165,6 @@ class Parameters:
         self.W_gate, self.W_in, self.W_out = ({0: torch.randn(n, *shape)} for shape in ((d, m), (d, m), (m, d)))
 
 
-@pytest.mark.typed
 def test_weights_that_are_alike_but_for_the_order_of_neurons():
     model = Parameters(40, 12, 3)
     order = torch.randperm(12)
@@ -184,7 +183,6 @@ def test_weights_that_are_alike_but_for_the_order_of_neurons():
     assert len(weight_similarity(live, live.moe_layers[0])) == 3 * pairs
 
 
-@pytest.mark.typed
 def test_subspaces_overlap_as_pair_by_pair_whatever_is_held_at_a_time(monkeypatch):
     model = Parameters(40, 12, 3)
     a = model.W_in[0].double()

@@ -1,12 +1,10 @@
 """Corrections for many tests: against their definitions, one by one."""
 
-import pytest
 import torch
 
 from moe_lens.stats.multiple_tests import enough_draws, holm, max_t
 
 
-@pytest.mark.typed
 def test_max_t_counts_draws_that_reach_a_statistic_and_the_data_themselves():
     generator = torch.Generator().manual_seed(0)
     greatest = torch.rand(199, generator=generator).double() * 3
@@ -21,7 +19,6 @@ def test_max_t_counts_draws_that_reach_a_statistic_and_the_data_themselves():
     assert float(max_t(lost_bits[None], greatest)[0]) == float(p_values[0, 2])
 
 
-@pytest.mark.typed
 def test_draws_are_enough_for_holm_to_find_something():
     for n_tests in (1, 50, 270, 499):  # the last of which even the most draws can serve
         least = 1 / (enough_draws(n_tests) + 1)

@@ -152,7 +152,6 @@ def test_what_counts_something_else_is_refused():
         RoutingStats(*SIZE).load_state_dict(PairStats(*SIZE).state_dict())
 
 
-@pytest.mark.typed
 def test_one_process_alone_may_reduce_as_often_as_it_likes():
     stats = RoutingStats(*SIZE)
     update("routing", stats, 0)

@@ -91,7 +91,6 @@ def test_halves_are_even_and_do_not_depend_on_order(sources, seed):
     assert abs(sum(half.values()) * 2 - len(half)) <= 1
 
 
-@pytest.mark.typed
 def test_blocks_are_drawn_whole_and_domains_without_common_ones_each_by_itself():
     twins = {name: {f"{name}{i}": f"chapter {i}" for i in range(12)} for name in ("de", "fr")}
     alone = {"code": {f"m{i}": f"m{i}" for i in range(12)}}

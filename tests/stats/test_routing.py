@@ -215,7 +215,6 @@ def test_random_routing_looks_specialised_only_to_those_who_pick_and_measure_at_
     assert float(apart[0]) == pytest.approx(result.baseline, abs=0.02)
 
 
-@pytest.mark.typed
 def test_exported_routing_is_counted_like_any_other():
     indices = torch.rand(9, 2, EXPERTS).topk(TOP_K).indices  # [tokens, layers, top_k], as inference engines write it
     batch = RoutedBatch(routing=Routing.from_arrays(indices.numpy(), torch.rand(9, 2, TOP_K).numpy(), EXPERTS))

@@ -51,7 +51,6 @@ def test_one_difference_among_many_is_found_and_none_where_there_is_none() -> No
     assert sum(power) >= 15
 
 
-@pytest.mark.typed
 def test_few_units_are_no_test_and_what_is_no_number_is_refused() -> None:
     found = sign_test(drawn(1, units=9))
     assert found.p_values.isnan().all()

@@ -60,7 +60,6 @@ def test_any_order_and_grouping_keeps_what_sorting_everything_would(seed, order,
                 assert token == (int(tokens[row, at]) if shown else -1)
 
 
-@pytest.mark.typed
 def test_an_experts_strongest_tokens():
     batch = random_batch(torch.Generator().manual_seed(0), rows=3, width=6)
     result = TopExamples(5, 2, before=1, after=0).update_routing(batch, 3).result()

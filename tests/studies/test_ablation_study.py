@@ -12,7 +12,6 @@ from moe_lens.studies.matched_coalitions import TOLERANCE
 from tests.studies.test_study import SMALL
 from tests.studies.tiny import domain, tiny_model
 
-pytestmark = pytest.mark.typed
 EXPERTS = {2: [3, 1], 1: [5]}
 FLOAT32 = 1e-5
 """Nats a token: sums of float32 losses in another order of batches."""
@@ -42,6 +41,7 @@ def by_hand(model, name: str, experts, how: str, **kwargs) -> float:
     return added / tokens
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize("how", ["reroute", "zero"])
 def test_named_experts_cost_what_ablating_them_by_hand_does(model, made, how):
     table = made.tables["ablation"]
@@ -89,6 +89,7 @@ def test_what_cannot_be_taken_out_is_refused(model, study, message):
         run(study, model, [domain("a")], reading=SMALL)
 
 
+@pytest.mark.typed
 def test_experts_of_the_command_line(capsys, tmp_path):
     assert options.experts_by_layer(["3:17,4", "5:8", "3: 2"], "--experts") == {3: [17, 4, 2], 5: [8]}
     for wrong in ("3", "3:", "3:x", "-1:2", "3:1,", "³:1"):

@@ -196,7 +196,6 @@ def test_negative_control_where_domains_mean_nothing_no_expert_is_a_domains(mode
     assert not {"strongest", "random", "nearly", "sample"} & {name for of in result.results.values() for name in of}
 
 
-@pytest.mark.typed
 def test_resumed_it_is_the_same_and_what_one_small_domain_cannot_tell_is_missing(model, tmp_path):
     texts = planted_domains(sources=3)[:1]
     reading = Reading(tokens=None, context=24, shard_tokens=30)

@@ -39,7 +39,6 @@ def tables(model: HookedMoE, other: HookedMoE) -> tuple[Any, Any]:
     return found["overlap"].set_index(["pair", "layer"]), found["losses"].set_index("run")
 
 
-@pytest.mark.typed
 @pytest.mark.parametrize("make", [tiny_model, v3])
 def test_a_checkpoint_is_itself_and_routers_that_are_the_same_change_nothing(make):
     overlap, losses = tables(make(), make())
@@ -64,7 +63,6 @@ def test_a_copy_with_other_experts_differs_from_the_second_layer_on_and_not_by_i
     assert (overlap.loc["routers", "overlap"] == 1).all() and losses["added"].abs().max() == 0
 
 
-@pytest.mark.typed
 def test_overlap_is_that_counted_by_hand_and_the_swap_is_undone():
     model, other = tiny_model(), perturbed(tiny_model(), "gate.weight")
     given = domain("a", n=4, sources=4)

@@ -78,7 +78,6 @@ def test_a_pattern_finds_the_same_hooks_whatever_was_asked_before(model, tmp_pat
     assert "blocks.1.mlp.hook_out" in hooks and not [name for name in hooks if ".experts." in name]
 
 
-@pytest.mark.typed
 @pytest.mark.parametrize("kind", ["safetensors", "parquet"])
 def test_layers_are_labelled(model, kind, tmp_path):
     made = collect(model, domain("d"), str(tmp_path / "c"), reading=READING, kind=kind)
@@ -117,7 +116,6 @@ def test_what_was_changed_since_is_not_read(model, kind, tmp_path):
         next(made.shards("x"))
 
 
-@pytest.mark.typed
 def test_progress_that_vanishes_is_said_and_nothing_is_dropped(model, tmp_path):
     out, unfinished = tmp_path / "c", tmp_path / "c.unfinished"
     whole = collect(model, domain("d"), tmp_path / "whole", reading=READING).n_tokens

@@ -73,7 +73,6 @@ def test_the_answer_hangs_on_the_planted_experts_and_not_on_others(found: dict[s
                        *[("push", kind) for kind in ("picked", "opposite")]]  # fmt: skip
 
 
-@pytest.mark.typed
 def test_sides_that_mean_nothing_show_nothing(planted: HookedMoE) -> None:
     draw = random.Random(1)
     swapped = [
@@ -152,7 +151,6 @@ def test_the_pairs_that_ship_can_be_read_and_answers_are_single_tokens() -> None
     ContrastStudy(pairs).check(tiny_model())
 
 
-@pytest.mark.typed
 def test_pairs_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     good = {"a": "x", "b": "y"}

@@ -59,7 +59,6 @@ def test_losses_and_numbers_are_those_of_the_model_run_text_by_text(model: Hooke
     assert len(set(own)) > 1
 
 
-@pytest.mark.typed
 def test_shuffled_numbers_are_the_same_numbers_at_other_tokens(model: HookedMoE, result: StudyResult) -> None:
     found = result.tables["numbers"].set_index(["rule", "value", "shuffled"])
     for rule, value in STUDY.rules():
@@ -99,7 +98,6 @@ def made(saved: float, seed: int = 0) -> tuple[VariantLosses, Used]:
     return losses, Used(variants, (0,), sources, experts, tokens)
 
 
-@pytest.mark.typed
 def test_a_rule_gains_what_was_planted_and_nothing_where_nothing_was() -> None:
     columns = ["gain", "gain_low", "gain_high"]
     gain, low, _ = table(*made(0.05))[columns].iloc[-1].tolist()
@@ -113,7 +111,6 @@ def test_a_rule_gains_what_was_planted_and_nothing_where_nothing_was() -> None:
     assert all(map(math.isnan, table(losses, beyond)["gain"].tolist())), "no greater number was run"
 
 
-@pytest.mark.typed
 def test_what_is_run_if_nothing_is_said(model: HookedMoE) -> None:
     assert ExpertsPerToken().numbers(model) == [1, 2, 4, 6, 8]  # 3 of 8 experts
     with pytest.raises(InputError, match="k is 9; expected a whole number from 1 to 8"):

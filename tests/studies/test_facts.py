@@ -106,7 +106,6 @@ def test_it_finds_nothing_where_subjects_are_shuffled(model):
     assert abs(subjects["all"]) < 1e-4 and abs(subjects["estimate"]) < 1e-4  # rounding: no token reads another here
 
 
-@pytest.mark.typed
 def test_the_facts_that_ship():
     kinds = [fact.kind for fact in read_facts("small")]
     assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(

@@ -21,8 +21,6 @@ from tests.studies.test_checkpoints import perturbed
 from tests.studies.test_study import SMALL
 from tests.studies.tiny import domain, tiny_model
 
-pytestmark = pytest.mark.typed
-
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
@@ -111,6 +109,7 @@ def test_markup_and_control_characters_of_names_stay_text(saved, capsys):
     assert "[bold]x[/bold]" in said and "[red]a[/red]" in said and "[blink]t" in said and "\x1b[31m" not in said
 
 
+@pytest.mark.typed
 def test_near_misses_are_named_and_others_are_not(tmp_path, capsys, saved):
     assert near_miss("Germn", ["english", "german"]) == "; did you mean 'german'?"
     assert near_miss("swahili", ["english", "german"]) == ""
@@ -132,6 +131,7 @@ def test_five_lines_at_most():
     assert len(findings_of(manifest, {"contrast": frame}).lines) == MOST
 
 
+@pytest.mark.typed
 def test_verdicts_of_several_reports_stand_side_by_side(tmp_path, capsys):
     for name, inference in (("one", "holds"), ("two", "contradicted")):
         row = {"key": "1a", "claim": "1a few", "number": "holds", "inference": inference, "sentence": ""}

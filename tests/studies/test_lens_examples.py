@@ -28,7 +28,6 @@ def example(result: StudyResult) -> LensExample:
     return found
 
 
-@pytest.mark.typed
 def test_first_passage_that_is_long_enough_is_read_at_its_24th_token(model):
     found = example(read(model, "short text", LONG, LONG + "even longer", shard_tokens=1))
     ids = model.to_tokens(LONG)[0].tolist()

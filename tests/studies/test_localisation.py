@@ -43,7 +43,6 @@ def picked(result: StudyResult) -> dict[tuple[str, int], list[tuple[int, int]]]:
     return found
 
 
-@pytest.mark.typed
 @pytest.mark.parametrize("how", ["reroute", "zero"])
 def test_added_losses_are_those_of_ablating_one_coalition_at_a_time(how):
     model = tiny_model()
@@ -180,7 +179,6 @@ def test_what_cannot_be_is_refused(model, found):
         contrast(other)
 
 
-@pytest.mark.typed
 def test_the_command(tmp_path, capsys):
     save_checkpoint(tmp_path / "model")
     for seed, name in enumerate("ab"):

@@ -56,14 +56,12 @@ def test_one_planted_expert_and_its_neuron_tell_the_words_and_shuffled_ones_are_
         assert first.loc[(name, "neurons"), "neuron"] == 0 and pd.isna(first.loc[(name, "experts"), "neuron"])
 
 
-@pytest.mark.typed
 def test_negative_control_a_label_that_means_nothing_is_told_no_better_than_by_chance(found):
     noise: Any = found.tables["probes"].query("label == 'noise'")
     assert (noise["low"] < 0.5 + 0.02).all() and (noise["beyond_low"] < 0.02).all()
     assert noise["accuracy"].between(0.4, 0.6).all()
 
 
-@pytest.mark.typed
 def test_components_and_discriminants_are_those_written_out():
     generator = torch.Generator().manual_seed(1)
     n, top_k, experts, width = 300, 2, 5, 3
@@ -94,7 +92,6 @@ def test_sums_add_up_by_name():
     assert frame.to_dict("list") == {"name": ["a", "b"], "value": [18.0, 0.0]}
 
 
-@pytest.mark.typed
 def test_spans_are_read_and_label_every_token_that_they_touch(model, tmp_path: Path):
     path = tmp_path / "spans.jsonl"
     text = "the ship and the judge"
@@ -143,7 +140,6 @@ def test_files_of_spans_facts_and_pairs_are_read_as_files_of_texts_are(tmp_path:
             read(pipe)
 
 
-@pytest.mark.typed
 def test_spans_may_be_plain_tuples(model):
     expected = label_tokens(model, {"a": ["the ship"]}, lambda *_: [Span(4, 8, "ship")])
     for pair in ((4, 8, "ship"), [np.int64(4), 8, "ship"]):
@@ -177,7 +173,6 @@ def test_expressions_are_not_called_as_columns_of_every_table_are():
             by_pattern({name: "x"})
 
 
-@pytest.mark.typed
 def test_a_match_of_no_character_labels_no_token(model):
     domain = Domain.of("a", ["the ship and the judge"])
     frame = label_tokens(model, domain, by_pattern({"j": "j*", "s": "ship"}))
@@ -192,7 +187,6 @@ def test_a_label_that_is_given_twice_is_not_the_second(capsys):
     assert "--label a is given 2 times" in capsys.readouterr().err
 
 
-@pytest.mark.typed
 def test_labels_that_are_too_rare_leave_nothing_behind(model, tmp_path: Path):
     domains = {"a": [f"the ship {number} and the judge" for number in range(4)]}
     labels = label_tokens(model, domains, by_pattern({"ship": "ship"}))
@@ -201,7 +195,6 @@ def test_labels_that_are_too_rare_leave_nothing_behind(model, tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.typed
 def test_labels_are_found_in_domains_however_they_are_given(model):
     find, text = by_pattern({"ship": "ship"}), "the ship and the judge"
     expected = label_tokens(model, [Domain.of("a", [text])], find)
@@ -218,7 +211,6 @@ def test_labels_are_not_found_in_texts_without_a_domain(model):
         label_tokens(model, texts, by_pattern({"ship": "ship"}))
 
 
-@pytest.mark.typed
 def test_a_text_that_spells_out_what_opens_it_has_the_labels_of_the_tokens_that_are_read(model):
     opening, _ = model.own_ids("")
     assert opening
@@ -233,7 +225,6 @@ def test_a_text_that_spells_out_what_opens_it_has_the_labels_of_the_tokens_that_
     assert found[0] == found[1] and 1 <= sum(found[0]) < len(found[0])
 
 
-@pytest.mark.typed
 def test_what_cannot_be_probed_is_refused(model, labels, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     domains = planted_domains(shuffled=True)
 

@@ -53,7 +53,6 @@ def test_a_model_in_4_bits_is_unpacked_as_rarely_as_one_on_disk_is_read():
     assert few == [batch_sizes.FEW_PASSES_TOKENS] * 2 and many == [batch_sizes.TOKENS["cpu"], batch_sizes.BATCH_TOKENS]
 
 
-@pytest.mark.typed
 def test_losses_of_few_rows_at_a_time_are_those_of_all_at_once(model, monkeypatch):
     (shard,) = shards(domain("d", n=10, sources=10), model, Reading(tokens=None, context=24, shard_tokens=10**6))
     batch = next(iter(batch_windows(shard.windows, model, batch_tokens=150, packed=None)))

@@ -120,7 +120,6 @@ def test_halves_follow_the_seed_and_a_single_source_is_given_its_own_means(model
     assert replaced(1) > 0
 
 
-@pytest.mark.typed
 def test_random_experts_are_drawn_for_each_token_and_do_not_depend_on_the_batch(model, windows, result):
     (batch,) = batch_windows(windows, model, batch_tokens=10**6)
     places = random_places(model, batch, seed=0)

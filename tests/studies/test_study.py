@@ -62,7 +62,6 @@ def test_routing_is_that_of_every_text_read_alone(model):
     assert set(result.tables) == {"specialisation", "most_specialised", "layers", "pairs", "persistence", "vocabulary"}
 
 
-@pytest.mark.typed
 def test_domains_are_compared_and_nulls_stand_beside(model):
     result = run(
         RoutingStudy(nulls=True),

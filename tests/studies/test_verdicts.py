@@ -314,7 +314,6 @@ def test_few_sources_decide_nothing(planted):
     assert found.per_domain().query("claim == '4'")["low"].isna().to_list() == [True, True]
 
 
-@pytest.mark.typed
 def test_a_changed_threshold_is_flagged_and_ours_are_shown_at_other_distances(planted, tmp_path):
     usual = judge(planted)
     assert usual.changed() == ()

@@ -16,7 +16,6 @@ from moe_lens.routing import Routing
 from moe_lens.viz.tokens_html import UNTRUSTED
 from tests.browser import browser
 
-pytestmark = pytest.mark.typed
 RUNS = '<img/src="x"/onerror="document.title=\'ran\'">'
 TOKENS = [RUNS, " the", "</script><script>document.title='ran'</script>", "é"]
 LAYERS, EXPERTS, TOP_K = (1, 3), 6, 2
@@ -45,6 +44,7 @@ def test_selectors_have_the_weight_that_each_token_gives_each_expert():
     assert not torch.equal(one, values[:, :1])  # negative control
 
 
+@pytest.mark.typed
 def test_more_data_than_a_notebook_bears_is_refused_with_what_to_do():
     many = torch.zeros(8, 1, 3000, TOP_K, dtype=torch.long) + torch.arange(TOP_K)
     given = Routing(layers=tuple(range(8)), n_experts=64, indices=many, weights=torch.ones(8, 1, 3000, TOP_K))
@@ -113,6 +113,7 @@ def test_what_does_not_go_together_is_said():
         viz.attention_beside_routing(TOKENS, torch.ones(2, 3, 3), given.layer(1))
 
 
+@pytest.mark.typed
 def test_all_are_drawn_on_one_page_with_one_script_and_nothing_runs_or_is_asked_for(tmp_path: Path):
     given = routing()
     attention = torch.rand(2, len(TOKENS), len(TOKENS)).softmax(-1)

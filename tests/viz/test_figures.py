@@ -16,8 +16,6 @@ from tests.browser import chromium
 from tests.studies.test_study import SMALL
 from tests.studies.tiny import domain, tiny_model
 
-pytestmark = pytest.mark.typed
-
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
@@ -41,6 +39,7 @@ def test_a_saved_study_draws_what_its_functions_draw(saved, name):
         assert result.figure(figure).to_json() == drawn != first
 
 
+@pytest.mark.typed
 def test_the_figure_of_an_ablation_has_the_numbers_of_its_table(saved):
     result = StudyResult.load(saved / "ablation")
     table = result.tables["ablation"]
@@ -54,6 +53,7 @@ def test_every_figure_that_is_named_is_offered():
         assert names and all(callable(getattr(viz, name)) for name in names)
 
 
+@pytest.mark.typed
 def test_unknown_figures_tables_and_columns_name_the_near_miss(saved):
     result = StudyResult.load(saved / "routing")
     with pytest.raises(InputError, match="did you mean 'most_specialised'"):
@@ -88,6 +88,7 @@ def test_saved_latex_is_the_table(saved):
     assert said.count(r"\\") == 1 + 2 and r"b\_\%" in said and "$[" in said
 
 
+@pytest.mark.typed
 def test_a_figure_that_cannot_be_written_says_what_it_takes(saved, tmp_path, monkeypatch):
     figure = StudyResult.load(saved / "routing").figure()
     with pytest.raises(InputError, match=r"expected a name that ends in \.pdf, \.svg"):

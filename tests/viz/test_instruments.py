@@ -23,7 +23,6 @@ from tests.studies.test_checkpoints import perturbed
 from tests.studies.test_contrast import pairs_of
 from tests.studies.tiny import domain, tiny_model
 
-pytestmark = pytest.mark.typed
 SHORT = Reading(tokens=None, context=48)
 ORDER = 1e-12  # means over some ten sources in float64, in another order
 MANY = 1e-9  # sums of nats over thousands of tokens, or of hundreds of differences
@@ -60,6 +59,7 @@ def test_each_has_its_figures_and_refuses_others(made, name):
         getattr(viz, viz.figures_of(result)[0])(stranger)
 
 
+@pytest.mark.typed
 def test_figures_show_the_numbers_of_the_tables(made):
     tables = {name: of.tables for name, of in made.items()}
     figure: Any = viz.contrast_map(made["contrast"])

@@ -21,7 +21,6 @@ def patched(**axes: tuple[int, ...]) -> PatchResult:
     )  # fmt: skip
 
 
-@pytest.mark.typed
 @pytest.mark.parametrize(
     "axes",
     [{"layer": (1, 2)}, {"layer": (1, 2), "pos": (1, 3)}, {"layer": (1, 2), "rank": (0, 1, 2)}],
