@@ -29,7 +29,13 @@ from moe_lens.model.loading.pretrained import Trust, load_pretrained
 from moe_lens.model.loading.quantising import packed_in, read_quantize
 from moe_lens.model.loading.saving import save_pretrained
 from moe_lens.model.loading.transformer_lens_words import read_words
-from moe_lens.model.loading.validate import check_tokenizer, check_wrappable, refuse_plan, refuse_shards
+from moe_lens.model.loading.validate import (
+    check_tokenizer,
+    check_wrappable,
+    refuse_adapters,
+    refuse_plan,
+    refuse_shards,
+)
 from moe_lens.model.torch_transforms import uncompiled
 from moe_lens.reprs import Summary
 from moe_lens.routing import Routing
@@ -137,11 +143,13 @@ class HookedMoE(Summary, GeneratingBridge):
             check: run the self-check on a few tokens.
 
         Raises:
-            UnsupportedModelError: the family is not supported, the model predicts no tokens, or it is already wrapped.
+            UnsupportedModelError: the family is not supported, the model predicts no tokens, it is already wrapped, or
+                adapters of PEFT on it are not merged.
             InputError: not a model, or not a tokenizer, of transformers.
             SelfCheckError: the hooked parts do not sum to a layer's output.
         """
         check_wrappable(model)
+        refuse_adapters(model)
         if tokenizer is not None:
             check_tokenizer(tokenizer)
         refuse_shards(model)
@@ -150,7 +158,7 @@ class HookedMoE(Summary, GeneratingBridge):
             capture_once(model)
             adapter, family = build_adapter(model, known_as)
             hooked = cls(model, adapter, tokenizer, family)
-            hooked._check_kernel()
+            hooked._check_model()
             if check and not any(p.is_meta for p in model.parameters()):
                 self_check(hooked)
             return hooked

@@ -48,7 +48,6 @@ TOUCHPOINTS = (
     "transformers.quantizers:HfQuantizer.param_needs_quantization",
     "transformers.quantizers.auto:register_quantization_config",
     "transformers.quantizers.auto:register_quantizer",
-    "transformers.utils:is_peft_available",
     "transformers.utils.generic:TransformersKwargs",
     "transformers.utils.hub:cached_file",
     "transformers.utils.hub:is_offline_mode",
@@ -94,7 +93,6 @@ from transformers.models.auto.modeling_auto import (  # noqa: E402
 from transformers.models.auto.tokenization_auto import get_tokenizer_config  # noqa: E402
 from transformers.quantizers import HfQuantizer  # noqa: E402
 from transformers.quantizers.auto import register_quantization_config, register_quantizer  # noqa: E402
-from transformers.utils import is_peft_available  # noqa: E402
 from transformers.utils.generic import TransformersKwargs  # noqa: E402
 from transformers.utils.hub import cached_file, is_offline_mode, resolve_revision  # noqa: E402
 from transformers.utils.output_capturing import (  # noqa: E402
@@ -130,7 +128,6 @@ __all__ = [
     "initialization",
     "install_output_capuring_hook",
     "is_offline_mode",
-    "is_peft_available",
     "maybe_install_capturing_hooks",
     "register_checkpoint_conversion_mapping",
     "HfQuantizer",

@@ -26,7 +26,6 @@ from transformers import (
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
 from moe_lens.model.families import deepseek
 from moe_lens.model.families.deepseek import DeepseekConfig, DeepseekForCausalLM, DeepseekModel
-from moe_lens.model.loading import pretrained
 from moe_lens.model.loading.checkpoint import Checkpoint
 from moe_lens.model.loading.lazy_parameters import parameter_shapes, stored_shapes
 from moe_lens.model.loading.pretrained import EMBEDDED, load_pretrained, resolve_name
@@ -672,18 +671,11 @@ def test_another_family_s_broken_files_and_configs_are_refused(mixtral: Path) ->
         load(mixtral)
 
 
-@pytest.mark.parametrize("peft", [True, False])
-def test_an_adapter_beside_the_weights_is_never_left_out(
-    folder: Path, mixtral: Path, monkeypatch: pytest.MonkeyPatch, peft: bool
-) -> None:
-    monkeypatch.setattr(pretrained, "is_peft_available", lambda: peft)
+def test_an_adapter_beside_the_weights_is_never_left_out(folder: Path, mixtral: Path) -> None:
     for family in (folder, mixtral):
         (family / "adapter_config.json").write_text("{}")
-        if peft and family is mixtral:  # transformers applies it
+        with pytest.raises(UnsupportedModelError, match=r"adapter_config.json: .* Merge it first"):
             load(family)
-        else:
-            with pytest.raises(UnsupportedModelError, match=r"adapter_config.json: .* Merge it first"):
-                load(family)
         (family / "adapter_config.json").unlink()
         load(family)
 

@@ -105,29 +105,39 @@ class ParamWrapper(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("family", "wrapped", "what"),
+    ("family", "wrapped"),
     [
-        ("mixtral", "experts", "the experts"),
-        ("dbrx", "experts.mlp", "the experts"),
-        ("jetmoe", "input_linear", "the experts"),
-        ("mixtral", "gate", "the router"),
+        ("mixtral", "model.layers.1.mlp.experts"),
+        ("dbrx", "transformer.blocks.1.ffn.experts.mlp"),
+        ("jetmoe", "model.layers.1.mlp.input_linear"),
+        ("mixtral", "model.layers.1.mlp.gate"),
+        ("mixtral", "model.layers.1.self_attn.q_proj"),
+        ("mixtral", "lm_head"),
     ],
 )
-def test_adapters_on_experts_and_routers_are_to_be_merged_first(family: str, wrapped: str, what: str) -> None:
+def test_adapters_are_to_be_merged_first_wherever_they_lie(family: str, wrapped: str) -> None:
     model: Any = build(family)
-    layer = model.get_decoder().get_submodule("blocks.1.ffn" if family == "dbrx" else "layers.1.mlp")
-    layer.set_submodule(wrapped, ParamWrapper(layer.get_submodule(wrapped)))
-    with pytest.raises(UnsupportedModelError, match=rf"PEFT lies on {what} \(ParamWrapper\): merge first") as error:
+    model.set_submodule(wrapped, ParamWrapper(model.get_submodule(wrapped)))
+    with pytest.raises(
+        UnsupportedModelError, match=rf"PEFT lies on {re.escape(wrapped)} \(ParamWrapper\): merge first"
+    ) as error:
         HookedMoE.from_hf(model)
     assert "uantise" not in str(error.value)
-    layer.set_submodule(wrapped, layer.get_submodule(wrapped).base_layer)
+    model.set_submodule(wrapped, model.get_submodule(wrapped).base_layer)
     HookedMoE.from_hf(model)
 
 
-def test_adapters_elsewhere_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    model: Any = build("mixtral")
-    monkeypatch.setattr(type(model.model.layers[1].self_attn.q_proj), "__module__", "peft.tuners.lora.layer")
-    HookedMoE.from_hf(model)
+def test_an_adapter_that_comes_after_wrapping_is_refused_at_the_next_pass() -> None:
+    hooked = HookedMoE.from_hf(build("mixtral"))
+    model: Any = hooked.original_model
+    before = hooked(tokens())
+    moe = hooked._moe(1)
+    moe.experts = ParamWrapper(moe.experts)
+    model.peft_config = {}  # PEFT leaves it on every model that it changes
+    with pytest.raises(UnsupportedModelError, match=r"PEFT lies on model\.layers\.1\.mlp\.experts \(ParamWrapper\)"):
+        hooked(tokens())
+    moe.experts = moe.experts.base_layer
+    assert torch.equal(hooked(tokens()), before)
 
 
 def write(folder: Path, tensors: dict[str, torch.Tensor], quantization: dict[str, Any]) -> None:

@@ -56,35 +56,15 @@ Product = Callable[[Tensor, Tensor, Rows], Tensor]
 """Of values [rows, in] and matrices [expert, in, out]: each row times the matrix of its expert."""
 
 
-def refuse_adapters(what: str, module: nn.Module) -> None:
-    """Refuse a module that computes with an adapter of PEFT, for its own parameters are then only a part of it.
-
-    Args:
-        what: The module, as the error names it.
-        module: It.
-
-    Raises:
-        UnsupportedModelError: PEFT has put a module of its own around it, or around a part of it.
-    """
-    theirs = {type(part).__name__ for part in module.modules() if type(part).__module__.partition(".")[0] == "peft"}
-    if theirs:
-        raise UnsupportedModelError(
-            f"an adapter of PEFT lies on {what} ({', '.join(sorted(theirs))}): merge first (merge_and_unload), and "
-            "wrap the model that it returns"
-        )
-
-
 class Experts:
     """The experts of one layer. Matrices are views of the module's own parameters, [expert, in, out].
 
     Raises:
-        UnsupportedModelError: the module is not what its family has, its parameters are quantised, or an adapter lies
-            on them.
+        UnsupportedModelError: the module is not what its family has, or its parameters are quantised.
     """
 
     def __init__(self, module: Any, interleaved: bool = False, weighs_input: bool = False):
         self.module, self.interleaved, self.weighs_input = module, interleaved, weighs_input
-        refuse_adapters("the experts", module)
         known = self._read_flags()
         parameters = self._parameters() if known else [None]
         full = all(

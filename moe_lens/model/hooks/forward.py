@@ -219,7 +219,7 @@ class ExpertBridge(InputReader):
         kind = type(self.original_model)
         refuse_unknown("forward", kwargs, forward_words(kind))
         past = name_as_transformer_lens(kwargs)
-        self._check_kernel()
+        self._check_model()
         if return_type not in RETURNED:
             raise InputError(f"return_type is {return_type!r}; expected one of {', '.join(map(repr, RETURNED))}")
         residual = kwargs.get("start_at_layer") is not None

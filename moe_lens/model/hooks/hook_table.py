@@ -21,7 +21,13 @@ from moe_lens.model.hooks.layer_hooks import LayerHooks
 from moe_lens.model.hooks.moe_block import MoEBlock
 from moe_lens.model.hooks.ownership import Owner
 from moe_lens.model.hooks.refused_methods import RefusedMethods
-from moe_lens.model.loading.validate import asked_kernel, check_kernel, check_layers, check_tokenizer
+from moe_lens.model.loading.validate import (
+    asked_kernel,
+    check_kernel,
+    check_layers,
+    check_tokenizer,
+    refuse_adapters,
+)
 from moe_lens.model.tl_compat import detect_tokenizer_bos_eos
 from moe_lens.model.torch_transforms import hold_in_one_place
 from moe_lens.model.unknown_hooks import instead_of
@@ -164,8 +170,14 @@ class HookTable(RefusedMethods):
             return 0
         return int(getattr(self._hf_config.get_text_config(), "n_shared_experts", None) or 1)
 
-    def _check_kernel(self) -> None:
-        """Warn where transformers has been asked for another kernel since this was last called; see `validate`."""
+    def _check_model(self) -> None:
+        """Warn where transformers has been asked for another kernel since this was last called; see `validate`.
+
+        Raises:
+            UnsupportedModelError: an adapter of PEFT was put on it meanwhile.
+        """
+        if "peft_config" in vars(self.original_model):
+            refuse_adapters(self.original_model)
         experts = self._experts(next(layer for layer, _ in self._layer_hooks())).module
         asked = asked_kernel(experts)
         if asked != self.__dict__.get("_asked_kernel"):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from moe_lens import names
-from moe_lens.model.experts.expert_weights_view import Experts, refuse_adapters
+from moe_lens.model.experts.expert_weights_view import Experts
 from moe_lens.model.experts.nonstandard_experts import BLOCKS, block_forward, experts_of
 from moe_lens.model.families.table import Family
 from moe_lens.model.hooks.components import combined, method_of
@@ -53,7 +53,6 @@ class MoEBlock(GeneralizedComponent):
         if experts is not None:
             self.__dict__.update(moe=moe, contract=experts)
             router = getattr(moe, self.family.router)
-            refuse_adapters("the router", router)
             self._open(moe, router, experts)
 
     def _holder(self, original_component: nn.Module) -> Any:

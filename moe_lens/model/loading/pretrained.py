@@ -11,7 +11,7 @@ from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
 from moe_lens.model.families.deepseek import DeepseekConfig
 from moe_lens.model.families.refusals import ABSENT
 from moe_lens.model.families.table import check_release
-from moe_lens.model.hf_compat import is_peft_available, resolve_revision
+from moe_lens.model.hf_compat import resolve_revision
 from moe_lens.model.loading.checkpoint import EMBEDDED, HUB_ARGUMENTS, find_file, read_config
 from moe_lens.model.loading.config_json import read_object
 from moe_lens.model.loading.deepseek_checkpoint import load_deepseek
@@ -89,9 +89,9 @@ def load_pretrained(
         kwargs["variant"] = VARIANT
     read_packing(raw, kwargs)
     own = raw["model_type"] == DeepseekConfig.model_type
-    if adapter is not None and (own or not is_peft_available()):
+    if adapter is not None:
         raise UnsupportedModelError(
-            f"{adapter}: beside the weights lies an adapter of PEFT, which would be left out. Merge it first "
+            f"{adapter}: beside the weights lies an adapter of PEFT. Merge it first "
             "(merge_and_unload) and load what save_pretrained then writes, or take it out of the folder"
         )
     if not own and raw["model_type"] not in CONFIG_MAPPING and trust_remote_code is not True:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moe_lens.errors import InputError, UnsupportedModelError
 from moe_lens.model.tl_compat import GeneralizedComponent
 
+_WRAPPED = "_original_component"
 _INSTEAD = (
     "Load the model whole on every process (torchrun -m moe_lens … shares out the texts), or spread its layers over "
     'devices with device_map="auto"'
@@ -48,6 +49,23 @@ def check_wrappable(model: Any) -> None:
             f"{type(model).__name__} does not predict tokens: it has no unembedding. Expected the causal language "
             "model of its family, as AutoModelForCausalLM loads it"
         )
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Refuse a model that computes with an adapter of PEFT: its own parameters are then only a part of what it does.
+
+    Whatever reads them (`W_Q`, `W_U`, attribution, what is saved) would be silent about the adapter.
+
+    Raises:
+        UnsupportedModelError: PEFT has put a module of its own around one of the model's; names it.
+    """
+    for name, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            where = ".".join(part for part in name.split(".") if part != _WRAPPED)
+            raise UnsupportedModelError(
+                f"an adapter of PEFT lies on {where} ({type(module).__name__}): merge first (merge_and_unload), and "
+                "wrap the model that it returns"
+            )
 
 
 def check_layers(blocks: Any, n_layers: int) -> None:
