@@ -6,12 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import BatchEncoding
+from transformers import BatchEncoding, GenerationConfig
 
 from moe_lens import HookedMoE
 from moe_lens.data import Domain, Passage, TokenBatch, tokenize
 from moe_lens.errors import InputError
 from moe_lens.interventions.expert_means import ExpertMeans
+from tests.families import build
 
 TEXTS = ["The old man looked at the sea and thought of the fish.", "Der Hund", "Le chat dort sur la table."]
 GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "verbose": False}
@@ -234,6 +235,55 @@ def test_beams_are_transformers_own(model: HookedMoE) -> None:
         assert not torch.equal(model.hf_generate(tokens, 6, num_beams=4, do_sample=False), beams), "hooks fire"
     with pytest.raises(ValueError, match="nonsense"):
         model.hf_generate(tokens, nonsense=3)
+
+
+def test_what_is_said_of_transformers_generation_counts(model: HookedMoE) -> None:
+    hf: Any = model.original_model
+    tokens = model.to_tokens("The old")
+    one_by_one = GenerationConfig(max_new_tokens=4, do_sample=False, repetition_penalty=1.5)
+    for words in (
+        {"generation_config": one_by_one},
+        {"generation_config": one_by_one, "max_new_tokens": 3},
+        {"max_length": tokens.shape[1] + 2, "do_sample": False},
+    ):
+        right = hf.generate(tokens, **words)
+        assert torch.equal(model.hf_generate("The old", return_type="tokens", **words), right), words
+        assert right.shape[1] < tokens.shape[1] + 10, "negative control: TransformerLens's default is 10"
+    greedy: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    out = model.hf_generate(tokens, return_dict_in_generate=True, use_cache=False, **greedy)
+    assert out.past_key_values is None
+    assert model.hf_generate(tokens, return_dict_in_generate=True, **greedy).past_key_values is not None
+    end = int(hf.generate(tokens, **greedy)[0, tokens.shape[1] + 1])
+    ended = hf.generate(tokens.repeat(2, 1), **greedy, eos_token_id=[end], pad_token_id=7)
+    assert ended.shape[1] == tokens.shape[1] + 2
+    hf.generation_config.eos_token_id = [end, hf.generation_config.eos_token_id]
+    try:  # a chat model's further ends
+        assert torch.equal(model.hf_generate(tokens.repeat(2, 1), pad_token_id=7, **greedy), ended)
+        assert model.hf_generate(tokens, stop_at_eos=False, **greedy).shape[1] == tokens.shape[1] + 4
+    finally:
+        hf.generation_config.eos_token_id = hf.generation_config.eos_token_id[1]
+
+
+def test_transformers_generation_goes_on_with_embeddings(model: HookedMoE) -> None:
+    hf: Any = model.original_model
+    tokens = model.to_tokens("The old man")
+    embeddings = hf.get_input_embeddings()(tokens).detach()
+    right = hf.generate(tokens, max_new_tokens=4, do_sample=False)[:, tokens.shape[1] :]
+    for given in (embeddings, {"inputs_embeds": embeddings, "attention_mask": torch.ones_like(tokens)}):
+        assert torch.equal(model.hf_generate(given, 4, do_sample=False), right)
+    said = model.hf_generate(embeddings, 4, do_sample=False, return_type="str")
+    assert said == model.tokenizer.decode(right[0])
+    for word in ("inputs_embeds", "input_ids"):
+        with pytest.raises(InputError, match=f"hf_generate has no argument '{word}'; expected the (embeddings|ids)"):
+            model.hf_generate(**{word: embeddings})
+
+
+def test_without_a_tokenizer_transformers_generation_gives_tokens() -> None:
+    model, plain, tokens = HookedMoE.from_hf(build("mixtral")), build("mixtral"), torch.tensor([[3, 5, 7]])
+    greedy: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(model.hf_generate(tokens, **greedy), plain.generate(tokens, **greedy))  # pyright: ignore[reportCallIssue]
+    with pytest.raises(InputError, match="tokenizer"):
+        model.hf_generate(tokens, return_type="str", **greedy)
 
 
 def test_a_reference_is_read_alike(model: HookedMoE) -> None:

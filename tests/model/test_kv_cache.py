@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from moe_lens import HookedMoE
 from moe_lens.errors import HookError, InputError
@@ -42,12 +42,17 @@ def read(value: Tensor) -> None:
     assert value.dim() == 4
 
 
+def with_room(case: Case) -> Any:
+    return StaticCache(config=case.hf.config, max_cache_len=case.tokens.shape[1] + 5)
+
+
+@pytest.mark.parametrize("make", [new_cache, with_room])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_a_cache_goes_on_whoever_filled_it(family: str) -> None:
+def test_a_cache_goes_on_whoever_filled_it(family: str, make: Callable[[Case], Any]) -> None:
     case = wrapped(family)
     bound = FP32 * case.logits.abs().max().item()
     for mix in itertools.product([[], HEARD], repeat=3):
-        past = new_cache(case)
+        past = make(case)
         logits = [
             run(case, part, past, [(name, as_hook(read)) for name in heard])
             for part, heard in zip(PARTS, mix, strict=True)

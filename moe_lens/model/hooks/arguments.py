@@ -23,6 +23,7 @@ _ELSEWHERE = {
     "decoder_input": "nothing: these models have no decoder apart",
     "one_zero_attention_mask": "attention_mask=",
     "input_ids": "the ids as the input: model(tokens), or model(encoding) with all that a tokenizer returned",
+    "inputs": "the ids as the input",
     "inputs_embeds": "the embeddings as the input",
     "fwd_hooks": "run_with_hooks(input, fwd_hooks=…)",
     "bwd_hooks": "run_with_hooks(input, bwd_hooks=…)",

@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
+from transformers import Cache
 
 from moe_lens.model.hooks.head_views import name_conversion
 from moe_lens.model.hooks.latent_cache import check_keys_are_stored, latents_of
@@ -183,6 +184,7 @@ class Attention(GeneralizedComponent):
             check_keys_are_stored(past, component.layer_idx)
         if self._reconstructs():
             kwargs.pop("cache", None)
+            kwargs["attention_mask"] = _mask_of_unfilled(component, past, args, kwargs)
             if not latent:
                 return super().forward(*args, **{**kwargs, "past_key_values": past})
             points = (self.hook_k, self.hook_v, self.kv_b_proj.hook_in, self.kv_b_proj.hook_out)
@@ -195,6 +197,21 @@ class Attention(GeneralizedComponent):
             kwargs["hidden_states"] = self.hook_in(kwargs["hidden_states"])
         out = component(*args, **kwargs)
         return (self.hook_out(out[0]), *out[1:]) if isinstance(out, tuple) else self.hook_out(out)
+
+
+def _mask_of_unfilled(component: Any, past: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The mask of a pass that may fill a cache with room for more tokens (a `StaticCache`).
+
+    transformers leaves the mask out there, since its kernels let query i read keys 0 to i. TransformerLens counts
+    queries from the last key, which is still empty.
+    """
+    mask = kwargs.get("attention_mask")
+    if mask is not None or not isinstance(past, Cache):
+        return mask
+    x = args[0] if args else kwargs["hidden_states"]
+    pos = x.shape[1]
+    keys, _ = past.get_mask_sizes(pos, component.layer_idx)
+    return x.new_ones(1, 1, pos, keys, dtype=torch.bool).tril() if 1 < pos < keys else None
 
 
 class Unembedding(GeneralizedComponent):

@@ -3,9 +3,11 @@
 import inspect
 import math
 from collections.abc import Callable, Generator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -19,6 +21,7 @@ from moe_lens.model.hooks.hook_scope import GenerationClaim
 from moe_lens.model.hooks.key_value_padding import note_prompts
 from moe_lens.model.hooks.model_input import ModelInput, further
 from moe_lens.model.hooks.run_with_cache import CachedRuns
+from moe_lens.model.hooks.transformers_generation import words_for_transformers
 
 _RETURNED = ("input", "str", "tokens", None)
 
@@ -66,6 +69,9 @@ class GeneratingBridge(CachedRuns):
     def hf_generate(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
         """Transformers' own generation, with all it has (beams, constraints, assistants); hooks that are in place fire.
 
+        Without a `generation_config`, 10 tokens are sampled, as TransformerLens does. Of embeddings only the new tokens
+        come back.
+
         Args:
             input: see `generate`.
             args: `max_new_tokens` and so on, in TransformerLens's order.
@@ -75,9 +81,8 @@ class GeneratingBridge(CachedRuns):
             InputError: a prompt that cannot be read.
             ValueError: transformers', for an argument that it does not have.
         """
-        if self.tokenizer is None:
-            raise InputError("hf_generate asks the tokenizer for EOS; model.original_model.generate(tokens) needs none")
         words = _bound(TransformerBridge.hf_generate, input, args, kwargs)
+        refuse_unknown("hf_generate", dict.fromkeys(words.keys() & {"input_ids", "inputs", "inputs_embeds"}), ())
         given, returned = self._prompt(words), words.pop("return_type", "input")
         _check_returned("hf_generate", returned)
         if given.attention_mask is not None:
@@ -86,8 +91,11 @@ class GeneratingBridge(CachedRuns):
             words.pop(PAST, None)
         else:
             words[cache_word(type(self.original_model).forward)] = words.pop(PAST)
-        with GenerationClaim(self, "hf_generate"):
-            out = super().hf_generate(given.values, return_type="tokens", **further(given.words, words), **words)
+        words = words_for_transformers(self.original_model, self.tokenizer, given.values, words)
+        self._ensure_generation_supported("hf_generate")
+        model: Any = self.original_model
+        with GenerationClaim(self, "hf_generate"), torch.no_grad():
+            out = model.generate(**further(given.words, words), **words)
         for past in (words.get(PAST), words.get(CACHE), getattr(out, PAST, None), getattr(out, CACHE, None)):
             note_prompts(past, words.get("attention_mask"))
         if returned == "tokens" or (returned in ("input", None) and not given.was_text):
@@ -95,7 +103,8 @@ class GeneratingBridge(CachedRuns):
         return self._decoded(getattr(out, "sequences", out), given.was_text == "texts")
 
     def _decoded(self, tokens: Any, several: bool) -> str | list[str]:
-        texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
+        tokenizer = self._need_tokenizer()
+        texts = [tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
         return texts[0] if len(texts) == 1 and not several else texts
 
     def _prompted(self, what: str, input: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -118,8 +127,9 @@ class GeneratingBridge(CachedRuns):
         how = {word: words.pop(word) for word in OF_INPUT & words.keys()}
         given = self.read(words.pop("input"), truncate=False, **how).laid_left()
         known = further_words(type(self.original_model))
-        refuse_unknown("the prompt", {name: 0 for name in given.words if name != "token_type_ids"}, known)
-        return given
+        brought = {name: value for name, value in given.words.items() if name in {*known} or name != "token_type_ids"}
+        refuse_unknown("the prompt", brought, known)
+        return replace(given, words=brought)
 
 
 def _bound(function: Any, input: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
