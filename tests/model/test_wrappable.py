@@ -118,6 +118,48 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_hooks_fire() -> Non
     assert all(torch.allclose(found[0][name], grad, atol=1e-6) for name, grad in found[1].items() if grad is not None)
 
 
+def shift(value: Any, hook: Any) -> Any:
+    return value + torch.arange(value.shape[-1]) / value.shape[-1]
+
+
+def gradients(hf: Any, hooks: list[Any], outside: bool) -> dict[str, Any]:
+    """Of the loss, the backward pass in the context of the hooks or after it."""
+    hooked = HookedMoE.from_hf(hf, check=False)
+    with hooked.hooks(hooks):
+        loss = hooked(tokens(), return_type="loss")
+        if not outside:
+            loss.backward()
+    if outside:
+        loss.backward()
+    return {name: parameter.grad for name, parameter in hooked.named_parameters()}
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "granitemoe"])
+@pytest.mark.parametrize("name", ["hook_resid_mid", "mlp.hook_in", "mlp.hook_router_logits", "mlp.experts.2.hook_out"])
+def test_checkpointed_layers_have_the_gradients_of_the_pass_that_hooks_edited(model_type: str, name: str) -> None:
+    hooks = [(f"blocks.1.{name}", shift)]
+    right = gradients(build(model_type).train(), hooks, outside=True)
+    for outside in (False, True):
+        saving = build(model_type).train()
+        checkpoint_activations(saving)
+        found = gradients(saving, hooks, outside)
+        layers: Any = saving.get_decoder().layers
+        assert all(layer.gradient_checkpointing for layer in layers), "all as it was"
+        assert all(torch.allclose(found[name], right[name], atol=1e-6) for name in right)
+    other = gradients(build(model_type).train(), [], outside=True)
+    assert not torch.allclose(other["lm_head.weight"], right["lm_head.weight"], atol=1e-4), "negative control"
+
+
+def test_a_cache_of_checkpointed_layers_goes_backward_too() -> None:
+    saving = build("mixtral").train()
+    checkpoint_activations(saving)
+    hooked = HookedMoE.from_hf(saving, check=False)
+    hooked.run_with_cache(tokens(), return_type="loss")[0].backward()
+    found: dict[str, Any] = {name: parameter.grad for name, parameter in hooked.named_parameters()}
+    right = gradients(build("mixtral").train(), [], outside=True)
+    assert all(torch.allclose(found[name], right[name], atol=1e-5) for name in right)
+
+
 def test_a_model_on_the_meta_device_is_wrapped_unchecked() -> None:
     with torch.device("meta"):
         hf = MixtralForCausalLM._from_config(config("mixtral"))

@@ -10,6 +10,7 @@ from moe_lens.model.families.table import Family, family_of
 from moe_lens.model.hooks.components import Attention, Norm, Unembedding, adapt
 from moe_lens.model.hooks.generic_adapter import GenericAdapter
 from moe_lens.model.hooks.moe_block import MoEBlock
+from moe_lens.model.hooks.recomputing import KeptWhileHooked
 from moe_lens.model.loading.transformer_lens_words import PROCESSING, refuse_processing
 from moe_lens.model.tl_compat import (
     ArchitectureAdapter,
@@ -124,6 +125,7 @@ def _mend(adapter: ArchitectureAdapter, family: Family) -> None:
         elif isinstance(component, AttentionBridge):
             adapt(component, Attention)
     adapt(mapping["unembed"], Unembedding)
+    adapt(blocks, KeptWhileHooked)
     blocks.hook_aliases = {key: value for key, value in blocks.hook_aliases.items() if key != "hook_resid_mid"}
     blocks.hook_resid_mid = HookPoint()
     mlp = adapt(blocks.submodules["mlp"], MoEBlock)

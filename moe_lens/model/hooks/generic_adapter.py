@@ -15,6 +15,7 @@ from transformer_lens.hook_points import HookPoint
 from moe_lens.model.families.family import Family, Layout
 from moe_lens.model.hooks.components import LayerPart, Norm, Unembedding, adapt
 from moe_lens.model.hooks.moe_block import BareExperts, MoEBlock
+from moe_lens.model.hooks.recomputing import KeptWhileHooked
 from moe_lens.model.tl_compat import (
     ArchitectureAdapter,
     BlockBridge,
@@ -57,7 +58,7 @@ def norm_of(name: str, module: nn.Module, cfg: Any) -> GeneralizedComponent:
     return LayerPart(name)
 
 
-class Layer(BlockBridge):
+class Layer(KeptWhileHooked, BlockBridge):
     """A decoder layer: its parts are what the layer at hand has of those that its family can have."""
 
     family: Family
