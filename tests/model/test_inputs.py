@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
 from transformers import BatchEncoding, GenerationConfig
 
 from moe_lens import HookedMoE
@@ -284,6 +285,28 @@ def test_without_a_tokenizer_transformers_generation_gives_tokens() -> None:
     assert torch.equal(model.hf_generate(tokens, **greedy), plain.generate(tokens, **greedy))  # pyright: ignore[reportCallIssue]
     with pytest.raises(InputError, match="tokenizer"):
         model.hf_generate(tokens, return_type="str", **greedy)
+
+
+def test_a_row_of_padding_leaves_the_others_alone_and_is_not_continued(model: HookedMoE) -> None:
+    tokens = model.to_tokens(TEXTS[0])
+    rows, mask = torch.cat([tokens, tokens]), torch.ones(2, tokens.shape[1], dtype=torch.long)
+    mask[1] = 0
+    right = model(tokens)
+    for names in ([], [f"blocks.{layer}.attn.hook_pattern" for layer in range(6)]):  # without and with eager attention
+        logits, cache = model.run_with_cache(rows, attention_mask=mask, names_filter=names)
+        assert torch.allclose(logits[:1], right, atol=1e-4) and not logits.isnan().any()
+        assert not any(value.isnan().any() for value in cache.values())
+    for made in (model.generate, model.hf_generate):
+        with pytest.raises(InputError, match="row 1 of the prompt is all padding"):
+            made(rows, max_new_tokens=1, attention_mask=mask)
+
+
+def test_a_column_of_a_dataset_is_a_list_of_texts(model: HookedMoE) -> None:
+    column = Dataset.from_dict({"text": TEXTS})["text"]
+    assert not isinstance(column, list), "negative control"
+    assert torch.equal(model.to_tokens(column), model.to_tokens(TEXTS))
+    for texts in (column, pd.Series(TEXTS)):
+        assert torch.equal(model.to_tokens(texts, padding_side="left"), model.to_tokens(TEXTS, padding_side="left"))
 
 
 def test_a_reference_is_read_alike(model: HookedMoE) -> None:

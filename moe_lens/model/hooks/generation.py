@@ -126,6 +126,9 @@ class GeneratingBridge(CachedRuns):
         """The prompt, padded on the left, taken off the arguments with all that says how to read it."""
         how = {word: words.pop(word) for word in OF_INPUT & words.keys()}
         given = self.read(words.pop("input"), truncate=False, **how).laid_left()
+        if given.mask is not None and not bool(given.mask.any(1).all()):
+            empty = int((~given.mask.any(1)).nonzero()[0])
+            raise InputError(f"row {empty} of the prompt is all padding: it has no token to go on from")
         known = further_words(type(self.original_model))
         brought = {name: value for name, value in given.words.items() if name in {*known} or name != "token_type_ids"}
         refuse_unknown("the prompt", brought, known)

@@ -313,9 +313,11 @@ def _unpacked(value: Any) -> Any:
 
 
 def _items(value: Any) -> list[Any] | None:
-    """The members of a text, a list, a tuple, an array or a series; None of anything else, and of tensors."""
+    """The members of a text, a sequence (a column of `datasets`, too), an array or a series; None of anything else."""
     value = _unpacked(value)
-    return [value] if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else None
+    if isinstance(value, str):
+        return [value]
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray) else None
 
 
 def _whole(numbers: list[Any]) -> Tensor:

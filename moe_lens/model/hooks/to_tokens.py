@@ -1,6 +1,7 @@
 """What people give a model to read, as tokens and as the input of a forward pass."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -139,7 +140,7 @@ def _check_for_texts(input: Any, given: ModelInput, prepend_bos: bool | None, pa
     """
     if prepend_bos and not given.was_text:
         raise InputError("prepend_bos=True is about texts, and the input is ids or embeddings, which stay as they are")
-    if padding_side is not None and not isinstance(input, str | list | tuple):
+    if padding_side is not None and not given.was_text and not isinstance(input, Sequence):
         raise InputError(
             f"padding_side={padding_side!r} is about texts, or rows of ids, that differ in length; the input is "
             f"{a_kind(input)}: pass attention_mask= to say what is padding in it"
