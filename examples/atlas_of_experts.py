@@ -54,8 +54,11 @@ writing.assign(text=[words[token] for token in writing["token"]])[["text", "valu
 # %% [markdown]
 # ## What breaks without it
 #
-# Nats a token that the loss grows by, beside other experts of the layer that carry as much of German's routing weight.
+# Nats a token that the loss of each domain grows by; and on German, beside other experts of the layer that carry as much of
+# its routing weight. A star takes both: that the expert costs more than nothing, and more than these.
 
 # %%
-without = tables["knockouts"].query(f"layer == 4 and expert == {expert} and domain == 'german'")
-without[["read", "added", "low", "high", "tokens", "control_added", "beyond", "starred"]].round(4)
+without = tables["knockouts"].query(f"layer == 4 and expert == {expert}")
+print(without[["read", "added", "low", "high", "first_order", "tokens"]].round(4))
+held = tables["compared"].query(f"layer == 4 and expert == {expert} and domain == 'german'")
+held[["added", "control_added", "all_low", "all_high", "beyond", "beyond_low", "beyond_high", "starred"]].round(4)

@@ -35,12 +35,15 @@ const h = (tag, given = {}, ...children) => {
   return element;
 };
 
-const percent = (value, digits = 1) => (value === null ? "–" : `${(100 * value).toFixed(digits)} %`);
+const percent = (value, digits = 1) => (value === null ? "–" : `${(100 * value).toFixed(digits).replace(/^-(?=[0.]*$)/, "").replace("-", "−")} %`);
 const number = (value, digits = 3) => (value === null ? "–" : Number(value.toPrecision(digits)).toLocaleString("en"));
 const whole = (value) => (value === null ? "–" : value.toLocaleString("en"));
 const span = (low, high, shown) => (low === null || high === null ? "no interval" : `${shown(low)} to ${shown(high)}`);
-const milli = (value) => (value === null ? "–" : `${value < 0 ? "−" : ""}${number(Math.abs(1000 * value))}`);
-const pValue = (value) => (value === null ? "not tested" : value < 0.001 ? "p < .001" : `p = ${value.toFixed(3)}`);
+// Loss in millinats: one decimal everywhere, so that numbers of a column and their intervals compare.
+const milli = (value) => (value === null ? "–" : `${value < -5e-5 ? "−" : ""}${Math.abs(1000 * value).toLocaleString("en", Math.abs(value) < 1 ? { minimumFractionDigits: 1, maximumFractionDigits: 1 } : { maximumFractionDigits: 0 })}`);
+const weightOf = (value) => (value === null ? "–" : value.toFixed(3));
+const pValue = (value) => (value === null ? "not tested" : value < 0.001 ? "p < .001" : `p = ${value.toFixed(3).replace("0.", ".")}`);
+const listed = (items) => items.flatMap((item, i) => [i ? (i + 1 < items.length ? ", " : " and ") : "", item]);
 
 const SEEN = { " ": "␣", "\n": "↵", "\r": "␍", "\t": "⇥", "\ufffd": "�" };
 // A token as it can be read: whitespace and what has no shape of its own are named.
@@ -65,13 +68,37 @@ const expertLink = (layer, expert, label) =>
   link({ class: "expert", href: `#layer=${layer}&expert=${expert}` }, label === undefined ? `${layer}:${expert}` : label);
 const expertName = (layer, expert) => `expert ${expert} of layer ${layer}`;
 
+const scrolling = (element) => h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Table" }, element);
 const table = (heads, rows, given = {}) =>
-  h("div", { class: "scroll" },
-    h("table", given,
-      h("thead", {}, h("tr", {}, heads.map((head) => h("th", { scope: "col" }, head)))),
-      h("tbody", {}, rows.map((row) => h("tr", {}, row.map((cell) => h("td", {}, cell)))))));
-const section = (title, note, ...children) =>
-  h("section", {}, h("h2", {}, title), note && h("p", { class: "note" }, note), ...children);
+  scrolling(h("table", given,
+    h("thead", {}, h("tr", {}, heads.map((head) => h("th", { scope: "col" }, head)))),
+    h("tbody", {}, rows.map((row) => h("tr", {}, row.map((cell) => h("td", {}, cell)))))));
+// Tables that are wider than the page say so. Called when they are on it.
+atlas.measure = () => document.querySelectorAll(".scroll").forEach((of) => of.classList.toggle("wide", of.scrollWidth > of.clientWidth + 1));
+
+// A table that is sorted by a column on request. Columns: {head, of (what is sorted by; null comes last), cell, up}.
+const sortable = (columns, rows, { by, most = 20, given = {} }) => {
+  let at = by, up = Boolean(columns[by].up), all = false;
+  const box = h("div", { class: "sorted" });
+  const value = (row) => columns[at].of(row);
+  const draw = () => {
+    const known = rows.filter((row) => value(row) !== null), missing = rows.filter((row) => value(row) === null);
+    known.sort((a, b) => (value(a) < value(b) ? -1 : value(a) > value(b) ? 1 : 0) * (up ? 1 : -1));
+    const ordered = [...known, ...missing], shown = all ? ordered : ordered.slice(0, most);
+    const head = (column, number) => h("th", { scope: "col", "aria-sort": number === at ? (up ? "ascending" : "descending") : null },
+      column.of ? h("button", { type: "button", class: "sort", onclick: () => { up = number === at ? !up : Boolean(column.up); at = number; draw(); } },
+        column.head, h("span", { "aria-hidden": "true" }, number === at ? (up ? " ▲" : " ▼") : " ↕")) : column.head, column.term && [" ", term(column.term, "?")]);
+    box.replaceChildren(
+      scrolling(h("table", given, h("thead", {}, h("tr", {}, columns.map(head))),
+        h("tbody", {}, shown.map((row) => h("tr", {}, columns.map((column) => h("td", {}, column.cell(row)))))))),
+      rows.length > most ? h("p", {}, h("button", { type: "button", class: "more", onclick: () => { all = !all; draw(); } }, all ? `Show the first ${most} only` : `Show all ${whole(rows.length)}`)) : "");
+    if (box.isConnected) atlas.measure();
+  };
+  draw();
+  return box;
+};
+const section = (id, title, note, ...children) =>
+  h("section", { id }, h("h2", {}, title), note && h("p", { class: "note" }, note), ...children);
 const choose = (label, options, value, change) =>
   h("label", { class: "choose" }, label, " ",
     h("select", { onchange: (event) => change(event.target.value) },
@@ -95,3 +122,13 @@ const dark = window.matchMedia("(prefers-color-scheme: dark)");
 const diverging = () => dark.matches
   ? [[110, 185, 255], [55, 110, 165], [44, 54, 64], [165, 98, 30], [255, 165, 70]]
   : [[5, 80, 160], [120, 170, 215], [236, 236, 236], [245, 175, 95], [190, 85, 0]];
+
+const total = (what = "tokens") => atlas.about.domains.reduce((sum, domain) => sum + domain[what], 0);
+const STAR = 0.05;
+const passes = (p) => p !== null && p < STAR;
+
+// The expert of a layer whose share is most above that of other domains.
+const leaderOf = (row, domain) => {
+  const differences = atlas.data.get("map").domains[domain].difference[row];
+  return differences.indexOf(Math.max(...differences));
+};

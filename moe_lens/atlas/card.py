@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_lens.atlas import records
 from moe_lens.atlas.asked_knockouts import load_asked
-from moe_lens.atlas.pages import about_of, of_atlas
+from moe_lens.atlas.pages import CARD, about_of, of_atlas
 from moe_lens.atlas.script_files import script
 from moe_lens.checked import Natural
 from moe_lens.errors import HookError, InputError
@@ -73,20 +73,18 @@ def expert_card(result: StudyResult | str | Path, layer: Natural, expert: Natura
         raise InputError(f"expert {expert}; the layer has 0 to {about['experts'] - 1}")
     record = records.experts(result, asked)[layer]
     others = [None] * about["experts"]
-    differences = [{"difference": of["difference"]} for of in records.measures(result)["domains"]]
+    known = ("difference", "share", "p_value")
+    differences = [{name: of[name] for name in known} for of in records.measures(result)["domains"]]
     words = _words(result, record, expert)
     data: dict[str, Any] = {"about": about, "map": {"domains": differences}, "words": words}
     data[f"layer-{layer}"] = {**record, "experts": [*others[:expert], record["experts"][expert], *others[expert + 1 :]]}
     shipped = resources.files("moe_lens.atlas")
-    look, *scripts = ((shipped / name).read_text(encoding="utf-8") for name in _SHIPPED)
+    look, *scripts = ((shipped / name).read_text(encoding="utf-8") for name in CARD)
     scripts[1:1] = [script(name, value) for name, value in data.items()]
     scripts.append(f"atlas.begin(); atlas.alone = true; atlas.drawAlone({layer}, {expert});")
     parts = "\n".join(f"<script>{part}</script>" for part in scripts)
     head = f'<meta charset="utf-8">\n<title>Layer {layer}, expert {expert}</title>\n<style>{look}</style>'
     return ExpertCard(layer, expert, f'<!doctype html>\n{head}\n<main id="view"></main>\n{parts}\n')
-
-
-_SHIPPED = ("atlas.css", "base.js", "text.js", "card.js")
 
 
 def _words(result: StudyResult, record: dict[str, Any], expert: int) -> dict[str, Any]:

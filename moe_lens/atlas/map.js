@@ -8,12 +8,14 @@ const MEASURES = {
   share: { label: "Share of tokens that choose it", shown: (v) => percent(v), domain: true, what: "Under uniform routing all experts have the same share: active experts divided by experts." },
   first: { label: "Most specialised of its layer, share of resamples", shown: (v) => percent(v), domain: true,
     what: "How often the expert is its layer's most specialised for the domain when sources are resampled. Over all domains: the value of the domain where it is greatest." },
-  saved: { label: "Effect on the loss (first order)", shown: (v) => `${milli(v)} millinats a token`, around: true, domain: true,
-    what: "By how much the loss would grow without the expert, estimated by gradient × activation. The pages of the most specialised experts have exact knock-outs." },
+  exact: { label: "Loss without it (exact knock-out)", shown: (v) => `${milli(v)} millinats a token`, around: true, domain: true,
+    what: "By how much the loss grows without the expert: an exact knock-out, on the first tokens of every window. Over all domains: the value of the domain where it is greatest." },
+  saved: { label: "Loss without it (first order)", shown: (v) => `${milli(v)} millinats a token`, around: true, domain: true,
+    what: "By how much the loss would grow without the expert, estimated by gradient × activation over all tokens. The estimate can be far from the exact knock-out, in size and in sign: an expert that looks small here may cost most. Where there is an exact one, believe that." },
   entropy: { label: "Entropy of the tokens that choose it", shown: (v) => `${number(v)} nats`, what: "Low: few different tokens choose it. For experts that few tokens chose the estimate is too low." },
   weight: { label: "Mean routing weight where chosen", shown: (v) => number(v), what: "" },
   relative_norm: { label: "Norm of its contribution, relative to the stream", shown: (v) => number(v), what: "Mean over its tokens of the norm of its contribution divided by the norm of the residual stream." },
-  max_activation: { label: "Greatest activation (super experts)", shown: (v) => number(v), what: "Greatest component of the expert's output. Outlined: above the 99.5th percentile of all experts and above a tenth of the greatest. These are two of the three conditions for a super expert; the third is not checked." },
+  max_activation: { label: "Greatest activation (super experts)", shown: (v) => number(v), what: "Greatest component of the expert's output. Outlined: super experts, as far as was checked (see the glossary)." },
 };
 
 atlas.values = (measure, domain) => {
@@ -43,16 +45,16 @@ atlas.views.map = ({ measure, domain, tested }) => {
   const chosen = atlas.domains.indexOf(domain || "");
   const of = MEASURES[measure], values = atlas.values(measure, chosen), scale = scaleOf(values, of.around);
   const { all, domains } = atlas.data.get("map");
-  const passes = (l, e) => domains.some((d, i) => (chosen < 0 || i === chosen) && d.p_value[l][e] !== null && d.p_value[l][e] < 0.05);
-  const told = h("p", { id: "told", role: "status" }, "Point at an expert, or move with the arrow keys; Enter opens its page.");
+  const tells = (l, e) => domains.some((d, i) => (chosen < 0 || i === chosen) && passes(d.p_value[l][e]));
+  const told = h("p", { id: "told", role: "status" }, h("span", { class: "keys" }, "Point at an expert, or move with the arrow keys; Enter opens its page. "), "Each square leads to a page.");
   const say = (l, e) => {
     const value = values[l][e];
     const rare = all.rare[l][e] ? `; only ${whole(all.assigned[l][e])} tokens chose it: cannot be told` : ` (n = ${whole(all.assigned[l][e])} tokens)`;
-    return `Layer ${about.layers[l]}, expert ${e}: ${value === null ? "no value" : of.shown(value)}${rare}`;
+    return `Layer ${about.layers[l]}, expert ${e}: ${value === null ? "not measured" : of.shown(value)}${rare}`;
   };
   const cell = (l, e) => {
     const value = values[l][e];
-    const out = tested && !passes(l, e), rare = all.rare[l][e];
+    const out = tested && !tells(l, e), rare = all.rare[l][e];
     const starred = measure === "max_activation" && all.super_expert[l][e];
     return h("a", {
       class: `cell${out ? " out" : ""}${rare ? " rare" : ""}${starred ? " marked" : ""}`,
@@ -62,14 +64,15 @@ atlas.views.map = ({ measure, domain, tested }) => {
       onfocus: () => { told.textContent = say(l, e); }, onmouseenter: () => { told.textContent = say(l, e); },
     });
   };
-  const grid = h("div", { class: "map", onkeydown: moveInMap },
+  const grid = h("div", { class: "map", id: "map", onkeydown: moveInMap },
     about.layers.map((layer, l) => h("div", { class: "row" },
-      h("span", { class: "layer" }, `Layer ${layer}`),
+      h("a", { class: "layer", href: `#layer=${layer}` }, `Layer ${layer}`),
       h("div", { class: "cells" }, values[l].map((_, e) => cell(l, e))))));
   const change = (what) => (value) => go({ [what]: value });
   return [
     h("h1", {}, "Map of experts"),
-    h("p", { class: "lead" }, `Each square is one of ${about.experts} experts of a layer; a token chooses ${about.top_k} of them.`),
+    h("p", { class: "lead" }, `Each square is one of ${about.experts} experts of a layer; a token chooses ${about.top_k} of them. Measured on ${whole(total())} tokens of ${whole(total("sources"))} sources in ${about.domains.length} domains.`),
+    h("nav", { class: "contents", "aria-label": "On this page" }, [["map", "Map"], about.domains.length > 1 && ["foremost", "Most specialised"], ["experts", "All experts"], ["costs", "Whose removal costs most"], ["pairs", "Chosen together"]].filter(Boolean).map(([id, name]) => h("a", { href: `#map=&part=${id}` }, name))),
     h("div", { class: "controls" },
       choose("Colour", Object.entries(MEASURES).filter(([, m]) => about.domains.length > 1 || !["difference", "first"].includes(m)).map(([k, m]) => [k, m.label]), measure, change("measure")),
       choose("Domain", [["", "all domains"], ...atlas.domains.map((d) => [d, d])], domain || "", change("domain")),
@@ -80,6 +83,9 @@ atlas.views.map = ({ measure, domain, tested }) => {
     legend(scale, of),
     grid, told,
     about.domains.length > 1 && foremost(domain),
+    experts(),
+    costs(),
+    together(),
   ];
 };
 
@@ -105,14 +111,13 @@ const moveInMap = (event) => {
 // Whose expert is whose: of each layer and domain the one whose share is most above that of the other domains.
 const foremost = (domain) => {
   const { domains } = atlas.data.get("map");
-  const rows = atlas.about.layers.map((layer, l) => [`Layer ${layer}`, ...domains.map((d) => {
+  const rows = atlas.about.layers.map((layer, l) => [h("a", { href: `#layer=${layer}` }, `Layer ${layer}`), ...domains.map((d) => {
     const e = leaderOf(l, domains.indexOf(d));
-    const starred = d.p_value[l][e] !== null && d.p_value[l][e] < 0.05;
+    const starred = passes(d.p_value[l][e]);
     return h("span", {}, expertLink(layer, e, `expert ${e}${starred ? "*" : ""}`), h("br"),
-      h("small", {}, d.first[l][e] === null ? "cannot be told" : `first in ${percent(d.first[l][e], 0)}`));
+      h("small", {}, `${percent(d.share[l][e], 0)} of tokens; `, d.first[l][e] === null ? "too few sources" : `again in ${percent(d.first[l][e], 0)}`));
   })]);
-  return section("Most specialised expert of each domain",
-    "The expert whose share of the domain's tokens is most above its mean share of the other domains' tokens, and the share of "
-    + `${whole(atlas.about.limits.resamples)} resamples of the sources in which it is so again. *: the share differs between domains, corrected for all experts, layers and domains (maxT, p < .05).`,
+  return section("foremost", "Most specialised expert of each domain",
+    ["The ", term("most specialised"), ` expert of each layer, its share, and in how many of ${whole(atlas.about.limits.resamples)} resamples of the sources it is so again. *: the share differs between domains, `, term("p (maxT)", "corrected p"), " < .05."],
     table(["", ...atlas.domains.map((name) => h("span", { class: name === domain ? "chosen" : null }, name))], rows, { class: "foremost" }));
 };

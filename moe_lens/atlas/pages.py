@@ -1,5 +1,7 @@
 """Writing the folder: the page as it ships, and the data of a study as scripts."""
 
+import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -19,7 +21,9 @@ from moe_lens.studies.atlas_choice import AT_LEAST, RARE, RESAMPLES
 from moe_lens.studies.atlas_reading import SEEN_AGAIN
 
 PAGE = "index.html"
-SHIPPED = (PAGE, "atlas.css", "base.js", "map.js", "card.js", "text.js", "start.js")
+CARD = ("atlas.css", "base.js", "terms.js", "text.js", "verdict.js", "effects.js", "card.js")
+"""What the page of one expert takes."""
+SHIPPED = (PAGE, *CARD, "map.js", "list.js", "search.js", "start.js")
 DATA = "data"
 SHARD = 450_000
 """Greatest number of bytes of a part of the search index, and of what it holds beside."""
@@ -111,6 +115,11 @@ def of_atlas(result: StudyResult | str | Path) -> StudyResult:
         raise InputError(f"the result is {a_kind(result)}; expected a StudyResult, or the folder of one")
     if result.study != Atlas.name:
         raise InputError(f"this is the result of the study {result.study!r}; expected {Atlas.name!r}")
+    if lacking := {"compared", "pairs", "quality"} - set(result.tables):
+        raise InputError(
+            f"the study was made by an earlier version, without the tables {', '.join(sorted(lacking))}; "
+            "make the atlas anew, in another folder"
+        )
     return result
 
 
@@ -138,17 +147,22 @@ def files_of(result: StudyResult, asked: Mapping[Expert, StudyResult]) -> dict[s
 
 def about_of(result: StudyResult) -> dict[str, Any]:
     """What was measured of which model on which texts, and the limits below which nothing is told."""
-    plan = result.manifest["plan"]
+    plan, read = result.manifest["plan"], result.manifest["read"]
+    quality: Any = result.tables["quality"].set_index("domain")
+    loss = [dict(zip(_LOSS, line, strict=True)) for line in records.rows(quality.loc[list(result.domains)], _LOSS)]
+    knocked = result.tables["knockouts"]
+    first = [-(-plan["settings"]["knockout_tokens"] // of["windows"]) for of in read]
     return {
         "version": moe_lens.__version__,
-        "model": plan["model"],
+        "model": {**plan["model"], "name": _model_name(plan["model"]["name"])},
         "layers": plan["model"]["moe_layers"],
         "experts": plan["model"]["experts"],
         "top_k": plan["model"]["top_k"],
-        "domains": result.manifest["read"],
+        "domains": [{**of, **own, "first": n} for of, own, n in zip(read, loss, first, strict=True)],
+        "knocked": len(knocked[["layer", "expert"]].drop_duplicates()),
         "reading": plan["reading"],
         "settings": plan["settings"],
-        "command": result.manifest["command"],
+        "command": without_folders(result.manifest["command"]),
         "versions": result.manifest["versions"],
         "contexts": "contexts" in result.tables,
         "limits": {
@@ -160,6 +174,34 @@ def about_of(result: StudyResult) -> dict[str, Any]:
         },
         "attribution": _attribution(plan["domains"]),
     }
+
+
+def _model_name(name: str | None) -> str | None:
+    return name if name is None or _HUB.fullmatch(name) else _FOLDERS.sub("", name.rstrip("/\\"))
+
+
+_LOSS = ("loss", "low", "high", "uniform")
+
+
+def without_folders(command: str) -> str:
+    """A command that tells of no folder: of every path the last part alone, whichever system it is of.
+
+    Names on the Hub, two words with a slash between them, stay whole after `--model`; and texts after `--text`.
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        words = command.split()
+    found = []
+    for before, word in zip(["", *words], words, strict=False):
+        option, _, value = word.partition("=")
+        named = (before == "--model" and _HUB.fullmatch(word)) or (option == "--model" and _HUB.fullmatch(value))
+        found.append(word if named or before == "--text" else _FOLDERS.sub(r"\1", word))
+    return shlex.join(found)
+
+
+_HUB = re.compile(r"[\w-]+/[\w.-]+")
+_FOLDERS = re.compile(r"(^|=)[^=]*[/\\]")
 
 
 def _attribution(domains: list[dict[str, Any]]) -> str | None:

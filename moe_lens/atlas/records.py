@@ -1,34 +1,19 @@
 """From the tables of the study to what the pages show: plain values, by expert, by token and by text."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
+from moe_lens.atlas import knocked_out
+from moe_lens.atlas.rows import Expert, by_expert, grid, rows
 from moe_lens.studies import StudyResult
-from moe_lens.studies.matched_coalitions import MATCHED, PICKED
 
 PROFILE = ("assigned", "share", "low", "high", "token_alone", "difference", "p_value", "first")
 PROFILE += ("saved", "saved_low", "saved_high")
 """Of a domain, in the order that the card reads them."""
 OVERALL = ("assigned", "top1", "share", "weight", "entropy", "relative_norm", "max_activation", "saved")
-BY_DOMAIN = ("share", "token_alone", "difference", "p_value", "first", "saved")
+BY_DOMAIN = ("assigned", "share", "low", "high", "token_alone", "difference", "p_value", "first", "saved")
 """Measures of the map that each domain has of its own."""
-
-Expert = tuple[int, int]
-
-
-def rows(table: Any, columns: Sequence[str]) -> list[list[Any]]:
-    """Some columns, row by row, as plain values: None where one is missing."""
-    chosen = table[list(columns)].astype(object)
-    return chosen.where(chosen.notna(), None).to_numpy().tolist()
-
-
-def by_expert(table: Any, columns: Sequence[str]) -> dict[Expert, list[list[Any]]]:
-    """The same for each (layer, expert)."""
-    found: dict[Expert, list[list[Any]]] = defaultdict(list)
-    for layer, expert, *values in rows(table, ["layer", "expert", *columns]):
-        found[layer, expert].append(values)
-    return found
 
 
 def experts(result: StudyResult, asked: Mapping[Expert, StudyResult]) -> dict[int, dict[str, Any]]:
@@ -54,9 +39,11 @@ def experts(result: StudyResult, asked: Mapping[Expert, StudyResult]) -> dict[in
         kind: by_expert(table, ["other_layer", "other", "tokens", "lift"])
         for kind, table in tables["partners"].groupby("kind")
     }
-    nearest = {by: by_expert(table, ["other", "value", "null"]) for by, table in tables["nearest"].groupby("by")}
-    knocked = _knockouts(result)
-    alone = {key: _asked(of) for key, of in asked.items()}
+    nearest = {
+        by: by_expert(table, ["other", "value", "cosine", "null"]) for by, table in tables["nearest"].groupby("by")
+    }
+    knocked, compared = knocked_out.alone(result), knocked_out.compared(result)
+    alone = {key: knocked_out.asked(of) for key, of in asked.items()}
     contexts, sources = _contexts(result)
     explained, said = _explained(result)
     layers: dict[int, dict[str, Any]] = {}
@@ -70,7 +57,7 @@ def experts(result: StudyResult, asked: Mapping[Expert, StudyResult]) -> dict[in
         ]
         record["partners"] = {kind: found[key] for kind, found in partners.items()}
         record["nearest"] = {by: found[key] for by, found in nearest.items()}
-        record["knockouts"], record["contexts"] = knocked[key], contexts[key]
+        record["knockouts"], record["compared"], record["contexts"] = knocked[key], compared[key], contexts[key]
         record["asked"] = alone.get(key, [])
         record["explained"], record["said"] = explained[key], (said[key] or [None])[0]
         layer = layers.setdefault(key[0], {"experts": [], "sources": sources})
@@ -81,36 +68,6 @@ def experts(result: StudyResult, asked: Mapping[Expert, StudyResult]) -> dict[in
 
 
 _NEURON = ("neuron", "norm", "activation", "size")
-
-
-def _knockouts(result: StudyResult) -> dict[Expert, list[dict[str, Any]]]:
-    """For each domain that an expert is foremost in: its controls, and what every domain loses without it."""
-    order = {domain: number for number, domain in enumerate(result.domains)}
-    found: dict[Expert, list[dict[str, Any]]] = defaultdict(list)
-    held = ["mass", "controls", "control_added", "control_mass", "beyond", "beyond_low", "beyond_high", "starred"]
-    every: Any = result.tables["knockouts"]
-    for (domain, layer, expert), table in every.groupby(["domain", "layer", "expert"], sort=False):
-        own = table[table["read"] == domain]
-        record = dict(zip(held, rows(own, held)[0], strict=True))
-        record |= {"domain": order[domain], "place": int(own["place"].iloc[0])}
-        read = rows(table, ["read", "added", "low", "high", "tokens", "sources"])
-        record["read"] = [[order[name], *values] for name, *values in read]
-        found[int(layer), int(expert)].append(record)
-    return found
-
-
-ASKED = ("added", "low", "high", "tokens", "sources", "mass")
-CONTROL = ("coalitions", "mass", "added")
-BEYOND = ("beyond", "beyond_low", "beyond_high")
-"""Of a domain that is read without an expert: the expert, its controls, what it costs more than these."""
-
-
-def _asked(result: StudyResult) -> list[list[Any]]:
-    """For each domain, in their order, what it loses without the expert, and without its controls."""
-    kinds = result.tables["ablation"].set_index("coalition")
-    picked, control = kinds.loc[[PICKED]], kinds.loc[[MATCHED]]
-    parts = zip(rows(picked, ASKED), rows(control, CONTROL), rows(control, BEYOND), strict=True)
-    return [[number, *own, *held, *beyond] for number, (own, held, beyond) in enumerate(parts)]
 
 
 EXPLAINED = ("feature", "recall", "precision", "auc", "explained", "explained_low", "explained_high")
@@ -127,6 +84,10 @@ def _explained(result: StudyResult) -> tuple[dict[Expert, list[list[Any]]], dict
 
 
 def _contexts(result: StudyResult) -> tuple[dict[Expert, dict[str, list[Any]]], list[str]]:
+    """Pieces of text, by kind; places counted from 0 where the window's own text begins; and the names of sources.
+
+    Where the piece is in a text that is shown, the line ends with the text's number, and the place in it.
+    """
     found: dict[Expert, dict[str, list[Any]]] = defaultdict(dict)
     if "contexts" not in result.tables:
         return found, []
@@ -134,11 +95,28 @@ def _contexts(result: StudyResult) -> tuple[dict[Expert, dict[str, list[Any]]], 
     order = {domain: number for number, domain in enumerate(result.domains)}
     names = list(dict.fromkeys(table["source"]))
     number = {name: i for i, name in enumerate(names)}
+    opening, shown = len(result.manifest["plan"]["model"]["texts_open_with"]), _shown(result)
     columns = ["layer", "expert", "kind", "domain", "source", "position", "at", "score", "tokens", "weights"]
     for layer, expert, kind, domain, source, position, at, score, tokens, weights in rows(table, columns):
-        line = [order[domain], number[source], position, at, score, [int(token) for token in tokens]]
-        found[layer, expert].setdefault(kind, []).append([*line, [round(float(w), 4) for w in weights]])
+        ids, place = [int(token) for token in tokens], int(position) - opening
+        line = [order[domain], number[source], place, at, score, ids, [round(float(w), 4) for w in weights]]
+        for text, whole in shown[domain, source]:
+            inside = [(token, place - at + i) for i, token in enumerate(ids) if 0 <= place - at + i < len(whole)]
+            if 0 <= place < len(whole) and all(whole[i] == token for token, i in inside):
+                line.append([text, place])
+                break
+        found[layer, expert].setdefault(kind, []).append(line)
     return found, names
+
+
+def _shown(result: StudyResult) -> dict[tuple[str, str], list[tuple[int, list[int]]]]:
+    """Texts that are shown, by domain and source: number and tokens."""
+    found: dict[tuple[str, str], list[tuple[int, list[int]]]] = defaultdict(list)
+    if "text_tokens" in result.tables:
+        texts: Any = result.tables["text_tokens"]
+        for number, of in texts.groupby("text"):
+            found[of["domain"].iloc[0], of["source"].iloc[0]].append((number, of["token"].tolist()))
+    return found
 
 
 def _own_sources(layer: dict[str, Any]) -> None:
@@ -165,17 +143,18 @@ def measures(result: StudyResult) -> dict[str, Any]:
         "rare",
     ]
     of = {domain: domains[domains["domain"] == domain] for domain in result.domains}
+    pairs: dict[int, list[Any]] = {}
+    for layer, *values in rows(result.tables["pairs"], ["layer", "expert", "other", "tokens", "lift"]):
+        pairs.setdefault(layer, []).append(values)
     return {
-        "all": {name: _grid(table, name) for name in names},
-        "domains": [{name: _grid(of[domain], name) for name in BY_DOMAIN} for domain in result.domains],
+        "all": {name: grid(table, name) for name in names},
+        "domains": [
+            {name: grid(of[domain], name) for name in BY_DOMAIN} | knocked_out.by_domain(result, domain)
+            for domain in result.domains
+        ],
+        "compared": knocked_out.differences(result),
+        "pairs": pairs,
     }
-
-
-def _grid(table: Any, column: str) -> list[list[Any]]:
-    grid: dict[int, list[Any]] = {}
-    for layer, value in rows(table, ["layer", column]):
-        grid.setdefault(layer, []).append(value)
-    return list(grid.values())
 
 
 def tokens(result: StudyResult) -> dict[int, dict[str, Any]]:

@@ -15,22 +15,22 @@ atlas.views.text = async ({ text, layer, pos }) => {
     vars: { w: shares[i].toFixed(3) }, title: `top expert ${slots[i][0][0]}, ${percent(shares[i], 0)} of the weight`,
   }, shownInline(textOf(token))));
   const mine = slots[at];
-  const others = about.layers.map((l) => [`Layer ${l}`, ...of.layers[l][at].map(([expert, weight]) => h("span", {}, expertLink(l, expert, String(expert)), h("small", {}, ` ${number(weight, 2)}`)))]);
+  const layersHere = about.layers.map((l) => [`Layer ${l}`, ...of.layers[l][at].map(([expert, weight]) => h("span", {}, expertLink(l, expert, String(expert)), h("small", {}, ` ${weightOf(weight)}`)))]);
   return [
     h("h1", {}, "Texts, token by token"),
     h("div", { class: "controls" },
       choose("Text", about.texts.map((t, i) => [i, name(t)]), chosen, (value) => go({ text: value, pos: 0 })),
       choose("Layer", about.layers.map((l) => [l, String(l)]), about.layers[row], (value) => go({ layer: value }))),
-    h("p", { class: "note" }, "Darker: the top expert has more of the weight. Click a token, or move with ← and →."),
+    h("p", { class: "note" }, ["Darker: rank 0 has more of the weight. Click a token", h("span", { class: "keys" }, ", or move with ← and →"), "."]),
     h("p", { class: "running", dir: "auto" }, words),
-    section(`At token ${at + 1} of ${of.tokens.length}`, null,
-      h("p", {}, "Token ", tokenLink(of.tokens[at]), "; the model's next token is ", tokenLink(of.predicted[at]), "."),
+    section("at", `Token ${at} (counted from 0; ${of.tokens.length} are shown)`, null,
+      h("p", {}, "Token ", tokenLink(of.tokens[at]), ". ", of.tokens[at + 1] === undefined ? "" : ["The text goes on with ", tokenLink(of.tokens[at + 1]), ". "], "The model thinks most likely: ", tokenLink(of.predicted[at]), "."),
       h("h3", {}, `Layer ${about.layers[row]}`),
-      table(["Rank", "Expert", "Weight", "Next token read after this expert alone", "Probability"],
-        mine.map(([expert, weight, token, prob], rank) => [String(rank), expertLink(about.layers[row], expert, `expert ${expert}`), number(weight), token < 0 ? "–" : tokenLink(token), prob === null ? "–" : percent(prob)])),
-      h("p", { class: "note" }, "The logit lens on u plus this expert's contribution, where u is the stream before the experts. In early layers it may say little."),
-      h("h3", {}, "All layers"), h("p", { class: "note" }, "Experts by rank, with their weights."),
-      table(["", ...mine.map((_, rank) => `rank ${rank}`)], others)),
+      table([term("rank", "Rank"), "Expert", term("weight", "Weight"), "Next token read after this expert alone", "Probability"],
+        mine.map(([expert, weight, token, prob], rank) => [String(rank), expertLink(about.layers[row], expert, `expert ${expert}`), weightOf(weight), token < 0 ? "–" : tokenLink(token), prob === null ? "–" : percent(prob)])),
+      h("p", { class: "note" }, `The ${mine.length} weights add up to ${weightOf(mine.reduce((sum, slot) => sum + slot[1], 0))} (`, term("weight", "why not 1?"), "). Read after one expert: the ", term("logit lens"), " on ", term("u"), " plus its contribution."),
+      h("h3", {}, "All layers"), h("p", { class: "note" }, "Experts by ", term("rank"), ", with their weights."),
+      table(["", ...mine.map((_, rank) => `rank ${rank}`)], layersHere)),
   ];
 };
 

@@ -35,10 +35,11 @@ def atlas(
 
     The result is a folder with index.html, which opens from the disk and loads nothing from elsewhere: a map of all
     experts, a page for each (index.html#layer=3&expert=17), texts token by token, and a search for tokens. Its folder
-    study holds the tables: experts, domains, tokens, sent, partners, writing, neurons, nearest, knockouts, contexts.
+    study holds the tables: experts, domains, tokens, sent, partners, pairs, writing, neurons, nearest, knockouts,
+    compared, controls, quality, contexts.
 
-    Texts are read four times, and the beginnings of their windows once more for each expert that is knocked out and
-    each of its controls.
+    Texts are read five times, and the beginnings of their windows once more for each expert that is knocked out (all,
+    if there are at most 512; else the two most specialised of each layer and domain), and for each control.
 
     Example: moe-lens atlas --domain prose=prose.jsonl --domain code=code.jsonl --out atlas
     """

@@ -1,6 +1,6 @@
 """The study `ablation`: what texts lose without experts that were named, beside coalitions they are held against."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ from moe_lens.resampling import bootstrap_all
 from moe_lens.selection import Experts, Selection
 from moe_lens.stats import Result, RoutingResult, RoutingStats, observe
 from moe_lens.studies import matched_coalitions as chosen
+from moe_lens.studies.held_against import against_controls
 from moe_lens.studies.localisation import REMOVALS
 from moe_lens.studies.localisation_effects import CoalitionEffects, CoalitionStats, read_without
 from moe_lens.studies.study import TEXTS, Earlier, Gathered, Study
@@ -100,23 +101,32 @@ class AblationStudy(Study):
         model: Mapping[str, Any],  # noqa: ARG002
         results: Mapping[str, Mapping[str, Result]],
     ) -> dict[str, pd.DataFrame]:
-        """`ablation` and `coalitions`.
+        """`ablation`, `effects` and `coalitions`.
 
         `ablation` has a row for each domain, way of taking out and kind of coalition (`picked`: the experts that were
         named; `matched`: of the same layers, with as much of the domain's routing weight within 10 %; `random`: as many
         of each layer; `busiest`: as many, those that all domains use most). Columns: added (nats a token, mean over the
         coalitions of the kind), with low and high, its 95 % interval over sources, and ratio, exp(added); beyond, what
         the named experts cost more than this kind, with beyond_low and beyond_high; beaten, the share of the kind that
-        costs less; coalitions (0: none could be matched); experts and mass (share of the domain's routing weight),
-        means of the kind; loss of the whole model (nats a token); tokens, sources. `coalitions` lists their experts.
+        costs less; all_low and all_high, starred: whether the named experts are shown to cost more than this kind, with
+        intervals of what they cost and of beyond that hold for all domains and ways together (see `held_against`);
+        coalitions (0: none could be matched); experts and mass (share of the domain's routing weight), means of the
+        kind; loss of the whole model (nats a token); tokens, sources. `effects` has a row for each coalition by itself:
+        mass, added, low, high, tokens, sources. `coalitions` lists their experts.
         """
         made = self.coalitions({domain: of["routing"] for domain, of in results.items()})
-        rows, kinds = [], [kind for kind, _ in chosen.variants(self.matched)]
+        rows, each, kinds = [], [], [kind for kind, _ in chosen.variants(self.matched)]
         for domain, of in results.items():
             effects = of["effects"]
             assert isinstance(effects, CoalitionEffects)
             for how in self.how:
-                rows += [{"domain": domain, "how": how, **row} for row in _rows(effects, how, kinds, made[domain])]
+                tests = len(results) * len(self.how)
+                rows += [
+                    {"domain": domain, "how": how, **row} for row in _rows(effects, how, kinds, made[domain], tests)
+                ]
+                each += [
+                    {"domain": domain, "how": how, **row} for row in _each(effects, how, made[domain], self.matched)
+                ]
         first = next(iter(results.values()))["routing"]
         assert isinstance(first, RoutingResult)
         listed = [
@@ -125,7 +135,8 @@ class AblationStudy(Study):
             for (kind, number), members in zip(chosen.variants(self.matched), of.members, strict=True)
             for row, expert in members.nonzero().tolist()
         ]
-        return {"ablation": pd.DataFrame(rows), "coalitions": pd.DataFrame(listed)}
+        ablation = pd.DataFrame(rows).astype({"starred": "boolean"})
+        return {"ablation": ablation, "effects": pd.DataFrame(each), "coalitions": pd.DataFrame(listed)}
 
     def _by_layer(self) -> dict[int, tuple[int, ...]]:
         return {layer: tuple(of) for layer, of in (Selection(experts=self.experts).by_layer or {}).items()}
@@ -137,7 +148,9 @@ class AblationStudy(Study):
         return members
 
 
-def _rows(effects: CoalitionEffects, how: str, kinds: list[str], made: chosen.Coalitions) -> list[dict[str, Any]]:
+def _rows(
+    effects: CoalitionEffects, how: str, kinds: list[str], made: chosen.Coalitions, tests: int
+) -> list[dict[str, Any]]:
     added, tokens = effects.of(how)
     there = made.members.any((1, 2)) & (tokens[:, 0].sum(0) > 0)
     sums, counts = added[:, 0].double(), effects.predicted.double()
@@ -154,12 +167,25 @@ def _rows(effects: CoalitionEffects, how: str, kinds: list[str], made: chosen.Co
         row |= _with_ends("beyond", ("beyond_low", "beyond_high"), beyond, counts)
         beaten = (sums[:, at].sum(0) < named.sum()).double().mean()
         row["beaten"] = float("nan") if own else float(beaten)
+        held = {} if own else against_controls(named, sums[:, at], counts, tests)
+        row |= {name: held.get(name, float("nan")) for name in ("all_low", "all_high")}
+        row["starred"] = held.get("starred")
         row["coalitions"] = int(at.sum())
         row["experts"] = float(made.members[at].sum((1, 2)).double().mean())
         row["mass"] = float(made.mass[at].double().mean())
         row["loss"] = float(effects.nats.sum() / counts.sum())
         rows.append({**row, "tokens": int(counts.sum()), "sources": len(effects.sources)})
     return rows
+
+
+def _each(effects: CoalitionEffects, how: str, made: chosen.Coalitions, matched: int) -> Iterator[dict[str, Any]]:
+    """A row for each coalition that there is."""
+    added, tokens = (value[:, 0].double() for value in effects.of(how))
+    for at, (kind, number) in enumerate(chosen.variants(matched)):
+        if bool(made.members[at].any()):
+            row: dict[str, Any] = {"coalition": kind, "number": number, "mass": float(made.mass[at])}
+            row |= _with_ends("added", ("low", "high"), added[:, at], tokens[:, at])
+            yield {**row, "tokens": int(tokens[:, at].sum()), "sources": len(effects.sources)}
 
 
 def _with_ends(name: str, ends: tuple[str, str], sums: Tensor, counts: Tensor) -> dict[str, float]:

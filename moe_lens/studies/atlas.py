@@ -1,5 +1,6 @@
 """The study `atlas`: a page for every expert. What chooses it, what it reads and writes, and what breaks without it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,10 +14,13 @@ from moe_lens.checked import Natural, Seed
 from moe_lens.data import TokenBatch
 from moe_lens.errors import InputError
 from moe_lens.protocols import require_stream_width
+from moe_lens.resampling import bootstrap_all
 from moe_lens.routing import output_factors
 from moe_lens.stats import (
     ActivationMeans,
     ImportanceStats,
+    LossResult,
+    LossStats,
     NeuronStats,
     OutputSimilarityStats,
     PairStats,
@@ -34,7 +38,8 @@ from moe_lens.studies import atlas_choice, atlas_knockouts, atlas_reading
 from moe_lens.studies.atlas_contexts import TEXTS as SAMPLE
 from moe_lens.studies.atlas_contexts import context_stats, contexts_table, count_contexts
 from moe_lens.studies.explain import text_of
-from moe_lens.studies.forward_passes import drawn_by_place, each_layer, forward, token_places
+from moe_lens.studies.forward_passes import drawn_by_place, each_layer, forward, losses, predicted, token_places
+from moe_lens.studies.frames import by_domain
 from moe_lens.studies.localisation_effects import CoalitionStats
 from moe_lens.studies.localisation_scores import ScoreStats, scores_of
 from moe_lens.studies.study import TEXTS, Earlier, Gathered, Study
@@ -92,7 +97,10 @@ class Atlas(Study):
             return means | {kind: of(layers, n_experts) for kind, of in kinds.items()}
         return {
             "first_order": ScoreStats(layers, n_experts),
-            "knockouts": CoalitionStats([atlas_knockouts.HOW], atlas_knockouts.kinds(layers)),
+            "first_order_beginnings": ScoreStats(layers, n_experts),
+            "loss": LossStats(),
+            "knockouts": CoalitionStats([atlas_knockouts.HOW], atlas_knockouts.singles(layers, n_experts)),
+            "controls": CoalitionStats([atlas_knockouts.HOW], atlas_knockouts.kinds(layers)),
         }
 
     def prepare(self, model: Any, name: str, domain: str, earlier: Earlier) -> Any:  # noqa: ARG002
@@ -106,8 +114,8 @@ class Atlas(Study):
             )
             return balanced_halves(blocks, self.seed)[domain], COMPARED_TOKENS / int(texts.tokens.sum())
         routing = {name: of["choice"]["routing"].result() for name, of in earlier.items()}
-        members = atlas_knockouts.coalitions(routing, self.seed)
-        return list(earlier).index(domain), members, -(-self.knockout_tokens // int(texts.windows.sum()))
+        out = atlas_knockouts.alone(routing), atlas_knockouts.controls(routing, self.seed)
+        return list(earlier).index(domain), *out, -(-self.knockout_tokens // int(texts.windows.sum()))
 
     def step(self, model: Any, name: str, batch: TokenBatch, into: Gathered, prepared: Any) -> None:
         """Count choices, sum up outputs, or measure what experts are worth."""
@@ -121,8 +129,13 @@ class Atlas(Study):
         elif name == "outputs":
             self._outputs(model, batch, into, *prepared)
         else:
-            into["first_order"].update(*scores_of(model, batch, "attribution"), batch.sources)
-            into["knockouts"].update(*atlas_knockouts.measure(model, batch, *prepared), batch.sources)
+            own, alone, controls, columns = prepared
+            short = atlas_knockouts.beginning(batch, columns)
+            for name, read in (("first_order", batch), ("first_order_beginnings", short)):
+                into[name].update(*scores_of(model, read, "attribution"), batch.sources)
+            into["knockouts"].update(*atlas_knockouts.measure(model, short, alone), batch.sources)
+            into["controls"].update(*atlas_knockouts.measure(model, short, controls, own), batch.sources)
+            into["loss"].update(losses(model, batch, []), predicted(batch), batch.sources)
 
     def _outputs(self, model: Any, batch: TokenBatch, into: Gathered, half: Mapping[str, int], rate: float) -> None:
         row_half = torch.tensor([half[source] for source in batch.sources])[:, None]
@@ -160,11 +173,14 @@ class Atlas(Study):
 
         `experts` (of all domains together), `domains` (by domain, with intervals, nulls and tests), `tokens` (those
         that choose an expert, by how much they add to its divergence from the base rate), `sent` (where each token is
-        sent), `partners`, `knockouts`, and, if pieces of texts are kept, `contexts` and `explained` (what choices can
+        sent), `partners`, `pairs` (a layer's strongest), `knockouts`, `compared` and `controls` (see
+        `atlas_knockouts.tables`), `quality` (loss of each domain, with low and high, 95 % over sources; uniform: if all
+        tokens were alike; nats a token), and, if pieces of texts are kept, `contexts` and `explained` (what choices can
         be predicted from; missing where a domain has fewer than three sources).
         """
         tables = atlas_choice.tables(results, seed=self.seed)
-        tables["knockouts"] = atlas_knockouts.table(results, tuple(model["moe_layers"]), self.seed)
+        tables |= atlas_knockouts.tables(results, tuple(model["moe_layers"]), self.seed)
+        tables["quality"] = by_domain({name: _quality(of["loss"], model) for name, of in results.items()})
         if self.contexts:
             tables["contexts"] = contexts_table(results, tuple(model["moe_layers"]), int(model["experts"]))
             if (samples := self._explained(results)) is not None:
@@ -197,3 +213,12 @@ class Atlas(Study):
 def _texts(result: Result) -> Texts:
     assert isinstance(result, Texts)
     return result
+
+
+def _quality(result: Result, model: Mapping[str, Any]) -> pd.DataFrame:
+    assert isinstance(result, LossResult)
+    n = result.tokens.double()
+    ends = bootstrap_all(lambda times: (times @ result.nats) / (times @ n), n)
+    low, high = (math.nan, math.nan) if ends is None else ends.tolist()
+    row = {"loss": result.loss, "low": low, "high": high, "uniform": math.log(model["vocabulary"])}
+    return pd.DataFrame([{**row, "tokens": result.n_tokens, "sources": len(result.sources)}])

@@ -26,7 +26,7 @@ RARE = 30
 """An expert that fewer tokens chose is too rare for its choices to say anything."""
 AT_LEAST = 5
 """Occurrences of a token below which no lift is told; and tokens that two experts share."""
-KEPT_TOKENS, KEPT_PARTNERS, SENT = 15, 5, 3
+KEPT_TOKENS, KEPT_PARTNERS, KEPT_PAIRS, SENT = 15, 5, 15, 3
 RESAMPLES = 1000
 
 R = TypeVar("R", bound=Result)
@@ -43,18 +43,20 @@ def of_kind(results: Mapping[str, Mapping[str, Result]], name: str, kind: type[R
 
 
 def tables(results: Mapping[str, Mapping[str, Result]], *, seed: int) -> dict[str, pd.DataFrame]:
-    """`experts`, `domains`, `tokens`, `sent` and `partners`."""
+    """`experts`, `domains`, `tokens`, `sent`, `partners` and `pairs`."""
     routing = of_kind(results, "routing", RoutingResult)
     tokens = of_kind(results, "tokens", VocabularyResult)
     effects = of_kind(results, "first_order", ScoreResult)
     layers = next(iter(routing.values())).layers
     counts = {layer: Choices.of(tokens, layer) for layer in layers}
+    pooled = pooled_pairs(of_kind(results, "pairs", PairResult))
     return {
         "experts": _experts(results, routing, counts, effects),
         "domains": _domains(routing, counts, effects, seed),
         "tokens": pd.concat([counts[layer].choosing(layer) for layer in layers], ignore_index=True),
         "sent": pd.concat([counts[layer].sent(layer) for layer in layers], ignore_index=True),
-        "partners": partners(pooled_pairs(of_kind(results, "pairs", PairResult))),
+        "partners": partners(pooled),
+        "pairs": strongest_pairs(pooled),
     }
 
 
@@ -291,4 +293,28 @@ def partners(pairs: PairResult) -> pd.DataFrame:
                 "lift": lift[expert, others].numpy(),
             }
             frames.append(pd.DataFrame(columns))
+    return pd.concat(frames, ignore_index=True)
+
+
+def strongest_pairs(pairs: PairResult) -> pd.DataFrame:
+    """For each layer the pairs of experts that most tokens choose, and those that go together most beyond chance.
+
+    Columns: layer, expert, other (the greater id), tokens (that chose both), of (tokens in all), lift (over independent
+    choices), by_tokens and by_lift: places in the order of tokens, and in that of n ln(lift), among the first
+    `KEPT_PAIRS` of which every row is in one or both, missing in the other. Of pairs that share `AT_LEAST` tokens.
+    """
+    frames = []
+    upper = torch.ones(pairs.together.shape[1:], dtype=torch.bool).triu(1)
+    first, second = upper.nonzero().unbind(-1)
+    for row, layer in enumerate(pairs.layers):
+        tokens, lift = pairs.together[row][upper], pairs.coactivation_lift[row][upper]
+        gain = (tokens.double() * lift.log()).nan_to_num(0, 0, 0)
+        columns: dict[str, object] = {"layer": layer, "expert": first.numpy(), "other": second.numpy()}
+        columns |= {"tokens": tokens.numpy(), "of": pairs.n_tokens, "lift": lift.numpy()}
+        frame = pd.DataFrame(columns)
+        kept = (tokens >= AT_LEAST).numpy()
+        for name, order in (("by_tokens", tokens.double()), ("by_lift", gain)):
+            place = pd.Series(order.numpy()).where(kept & (order > 0).numpy()).rank(ascending=False, method="first")
+            frame[name] = (place - 1).where(place <= KEPT_PAIRS).astype("Int64")
+        frames.append(frame[frame["by_tokens"].notna() | frame["by_lift"].notna()])
     return pd.concat(frames, ignore_index=True)

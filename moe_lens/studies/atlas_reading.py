@@ -165,11 +165,13 @@ def _nearest_weights(model: Any, layer: int) -> pd.DataFrame:
 
 
 def _nearest_outputs(alike: Mapping[str, OutputSimilarityResult], row: int, layer: int) -> pd.DataFrame:
-    """By the correlation of outputs on the same tokens, mean over domains, beside the cosine on different tokens."""
-    correlation, null = (
-        torch.stack([getattr(of, name)[row] for of in alike.values()]).mean(0) for name in ("correlation", "null")
+    """By the correlation of outputs on the same tokens; cosine there, and on different tokens. Means over domains."""
+    correlation, cosine, null = (
+        torch.stack([getattr(of, name)[row] for of in alike.values()]).mean(0)
+        for name in ("correlation", "cosine", "null")
     )
-    return _nearest("outputs", layer, correlation, null, sum(int(of.n_tokens[row]) for of in alike.values()))
+    n = sum(int(of.n_tokens[row]) for of in alike.values())
+    return _nearest("outputs", layer, correlation, null, n, cosine)
 
 
 def _nearest(
@@ -178,6 +180,7 @@ def _nearest(
     values: Float[Tensor, "n_experts n_experts"],
     null: Float[Tensor, "n_experts n_experts"],
     tokens: int | None,
+    cosine: Float[Tensor, "n_experts n_experts"] | None = None,
 ) -> pd.DataFrame:
     known: Bool[Tensor, "n_experts n_experts"] = values.isfinite() & ~torch.eye(len(values), dtype=torch.bool)
     best, other = values.masked_fill(~known, -torch.inf).topk(min(NEAREST, len(values)), dim=1)
@@ -190,6 +193,7 @@ def _nearest(
         "place": place.numpy(),
         "other": others.numpy(),
         "value": values[expert, others].numpy(),
+        "cosine": torch.nan if cosine is None else cosine[expert, others].numpy(),
         "null": null[expert, others].numpy(),
     }
     return pd.DataFrame(columns).assign(tokens=pd.array([tokens] * len(expert), dtype="Int64"))
@@ -250,4 +254,21 @@ def words(model: Any, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     known = sorted(token for token in found if token >= 0)
     if model.tokenizer is None:
         return pd.DataFrame({"token": known, "text": [f"<{token}>" for token in known]})
-    return pd.DataFrame({"token": known, "text": model.tokenizer.batch_decode([[token] for token in known])})
+    texts = model.tokenizer.batch_decode([[token] for token in known])
+    parts = {token: text for token, text in zip(known, texts, strict=True) if "\ufffd" in text}
+    raw = dict(zip(parts, model.tokenizer.convert_ids_to_tokens(list(parts)), strict=True))
+    texts = [_spelt(raw[token], text) if token in raw else text for token, text in zip(known, texts, strict=True)]
+    return pd.DataFrame({"token": known, "text": texts})
+
+
+_PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTES = {chr(byte): byte for byte in _PRINTED}
+_BYTES |= {chr(256 + at): byte for at, byte in enumerate(sorted(set(range(256)) - set(_PRINTED)))}
+"""How byte-level tokenizers write each byte as a character (Radford et al. 2019)."""
+
+
+def _spelt(raw: str, text: str) -> str:
+    """A token that is part of a character: its bytes in hexadecimal, if its tokenizer writes bytes."""
+    if not set(raw) <= _BYTES.keys():
+        return text
+    return bytes(_BYTES[one] for one in raw).decode("utf-8", "backslashreplace")

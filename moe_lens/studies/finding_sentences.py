@@ -174,11 +174,17 @@ def _ablation(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: ARG001
         kind = "coalitions of the same layers and routing weight"
         if not control["coalitions"].all():
             control, kind = _where(table, how=how, coalition="random"), "the same number of each layer at random"
-        above, known = int((control["beyond_low"] > 0).sum()), int(control["beyond_low"].notna().sum())
         yield (
-            f"  beyond {kind}: {across(control, 'beyond', _BEYOND)}; above 0 in {above} of {known} intervals; at least "
+            f"  beyond {kind}: {across(control, 'beyond', _BEYOND)}; {_exceed(control, 'domains')}; at least "
             f"{control['beaten'].min():.0%} of them cost less"
         )
+
+
+def _exceed(held: Any, of: str) -> str:
+    """How many are shown to cost more than their controls: one wording of one rule (see `held_against`)."""
+    known = int(held["starred"].notna().sum())
+    starred = int(held["starred"].fillna(False).sum())
+    return f"shown to cost more than nothing and than these, corrected for all, in {starred} of {known} {of}"
 
 
 def _facts(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: ARG001
@@ -228,17 +234,23 @@ def _pruning(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: ARG001
 
 
 def _atlas(tables: Tables, model: Facts) -> Iterator[str]:
-    experts, cost = tables["experts"], tables["knockouts"]
+    experts, cost, compared = (tables[name] for name in ("experts", "knockouts", "compared"))
     rare, layers = experts["rare"].sum(), len(model["moe_layers"])
     yield f"{len(experts)} experts in {layers} layers, {rare} too rare to tell (experts)"
-    own = cost[cost["controls"].notna() & cost["beyond"].notna()]
-    if len(own):
-        row = own.loc[own["beyond"].idxmax()]
-        starred = int(own["starred"].fillna(False).sum())
+    if len(cost):
+        row = cost.loc[cost["added"].idxmax()]
+        measured = len(cost[["layer", "expert"]].drop_duplicates())
         yield (
-            f"costliest knock-out: expert {row['expert']} of layer {row['layer']}, {value(row, 'added')} nats a "
-            f"token of {row['domain']}; {value(row, 'beyond', _BEYOND)} beyond its controls; "
-            f"{starred} of {len(own)} exceed their controls after correction for all (knockouts)"
+            f"costliest knock-out of {measured} experts: expert {row['expert']} of layer {row['layer']}, "
+            f"{value(row, 'added')} nats a token of {row['read']} (knockouts)"
+        )
+    own = compared[compared["beyond"].notna()]
+    if len(own):
+        row = own.loc[own["added"].idxmax()]
+        yield (
+            f"held against others of as much routing weight: expert {row['expert']} of layer {row['layer']} costs "
+            f"{row['domain']} {value(row, 'added')} nats a token, {value(row, 'beyond', _BEYOND)} beyond its controls; "
+            f"{_exceed(own, 'comparisons')} (compared)"
         )
 
 

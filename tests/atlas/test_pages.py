@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Generator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,69 +12,19 @@ import pytest
 
 from moe_lens.atlas import expert_card, run, write_atlas
 from moe_lens.atlas.pages import DATA, SHARD, SHIPPED
-from moe_lens.atlas.records import ASKED, BEYOND, CONTROL
 from moe_lens.atlas.script_files import script, sharded
 from moe_lens.cli import main
 from moe_lens.data import Reading
 from moe_lens.errors import HookError, InputError
 from moe_lens.studies import AblationStudy, Atlas, StudyResult
 from moe_lens.studies import run as run_study
-from tests.browser import Page, browser
+from tests.atlas.shown import HOSTILE, given, hostile, show, text
 from tests.planted import ATLAS_READING, LAYER, PLANTED, planted_atlas, planted_domains, planted_model
 from tests.studies.tiny import save_checkpoint, write_jsonl
 from tests.test_docs import DOCS, code_of
 
-HOSTILE = (
-    "</script><script>document.title='ran'</script>",
-    '<img/src="x"/onerror="document.title=\'ran\'">',
-    "'\"`${document.title='ran'}\\",
-    "line\u2028separator\u2029&amp;<!--",
-    "\u202eright to left\u0634\u0645\u0633",
-)
-
-
 FOUR_DIGITS = 5e-4
 """Numbers in the files of a folder are rounded to four significant digits."""
-
-
-def hostile(result: StudyResult) -> StudyResult:
-    """The same with tokens, sources and a domain's name that would like to be more than text."""
-    words: Any = result.tables["words"].copy()
-    sea: Any = result.tables["tokens"].query(f"layer == {LAYER} and expert == {PLANTED['sea']}")
-    for token, text in zip(sea["token"], HOSTILE, strict=False):
-        words.loc[words["token"] == token, "text"] = text
-    tables = {name: table.replace({"source": {"book/sea/1": HOSTILE[0]}}) for name, table in result.tables.items()}
-    return replace(result, tables={**tables, "words": words})
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("atlas") / "with spaces & ü"
-    write_atlas(hostile(planted_atlas()[1]), out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def page(folder, tmp_path_factory) -> Generator[Page]:
-    with browser(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
-
-
-def show(page: Page, folder: Path, place: str) -> None:
-    page.requests.clear()
-    page.complaints.clear()
-    page.open(folder / "index.html", place)
-    page.until(f"document.getElementById('view').dataset.shown === {json.dumps(place)}")
-
-
-def text(page: Page, selector: str = "main") -> str:
-    return page.ask(f"document.querySelector({json.dumps(selector)}).innerText")
-
-
-def given(folder: Path, name: str) -> Any:
-    found = re.fullmatch(r"atlas\.put\((\".*?\"), (.*)\);\n", (folder / DATA / f"{name}.js").read_text("utf-8"))
-    assert found and json.loads(found[1]) == name
-    return json.loads(found[2])
 
 
 def test_texts_in_scripts_are_data_whatever_they_hold():
@@ -138,7 +87,7 @@ def test_the_map_shows_all_experts_and_whose_they_are(page, folder):
     assert page.ask("document.querySelectorAll('.cell').length") == 2 * 16
     foremost = page.ask("[...document.querySelectorAll('.foremost tbody tr')].map((row) => row.innerText)")
     for name, expert in PLANTED.items():
-        assert re.search(rf"expert {expert}\*\s*first in 100 %", foremost[1]), (name, foremost)
+        assert re.search(rf"expert {expert}\*\s*100 % of tokens; again in 100 %", foremost[1]), (name, foremost)
     assert page.requests and all(url.startswith("file:") or url == "about:blank" for url in page.requests)
     assert not page.complaints
     page.ask("document.querySelector('.cell').focus()")
@@ -157,18 +106,19 @@ def test_a_link_opens_the_card_of_an_expert_with_the_studys_numbers(page, folder
     shown, tables = text(page), planted_atlas()[1].tables
     domains: Any = tables["domains"].query(f"layer == {LAYER} and expert == {PLANTED['sea']} and domain == 'sea'")
     row = domains.iloc[0]
-    assert f"Layer {LAYER}, expert {PLANTED['sea']}" in shown and "It is most specialised in sea: 100.0 %" in shown
+    assert (
+        f"Layer {LAYER}, expert {PLANTED['sea']}" in shown
+        and "Clearly sea's: the most specialised expert of its layer" in shown
+    )
     assert f"{row['assigned']} of {row['tokens']}; {row['sources']} sources" in shown
     explained: Any = tables["explained"].query(f"layer == {LAYER} and expert == {PLANTED['sea']}").set_index("feature")
     said: Any = tables["chosen_for"].query(f"layer == {LAYER} and expert == {PLANTED['sea']}")
     assert said["sentence"].iloc[0] in shown and f"{100 * said['precision'].iloc[0]:.1f} % of such tokens" in shown
     assert re.search(rf"the token\s*{100 * explained['explained']['token']:.1f} %", shown)
     knocked: Any = tables["knockouts"].query(f"layer == {LAYER} and expert == {PLANTED['sea']} and read == 'sea'")
-    assert re.search(rf"sea \*\s*{round(1000 * knocked.iloc[0]['added'], -1):,.0f}\s", shown)
-    assert (
-        "4 controls with as much routing weight" in shown
-        and page.ask("document.querySelectorAll('.contexts li').length") == 15
-    )
+    assert re.search(rf"sea\s*{round(1000 * knocked.iloc[0]['added'], -1):,.0f}\s", shown)
+    assert "Held against comparable experts, on sea *" in shown and "More than comparable experts *" in shown
+    assert page.ask("document.querySelectorAll('.contexts li').length") == 15
     assert all(f"{part}" in shown for part in ("Strongest", "At random", "Nearly", "In its layer", "By outputs"))
     assert not page.complaints and f"layer-{LAYER}.js" in "".join(page.requests)
     key = {"key": "]", "code": "BracketRight", "text": "]"}
@@ -229,6 +179,14 @@ def test_a_card_by_itself_shows_the_same_in_a_notebook(page, folder, tmp_path):
     page.open(tmp_path / "card.html")
     page.until("document.querySelector('section') !== null")
     alone = text(page)
+    page.open(folder / "index.html", f"#layer={LAYER}&expert={PLANTED['sea']}")
+    page.until("document.querySelector('section') !== null")
+    page.ask("document.querySelector('nav.contents').remove()")
+    leads = "document.querySelectorAll('.contexts small a')"
+    page.ask(f"{leads}.forEach((of) => {{ of.previousSibling.remove(); of.remove(); }})")
+    whole = text(page)
+    page.open(tmp_path / "card.html")
+    page.until("document.querySelector('section') !== null")
     assert alone == whole[whole.index(f"Layer {LAYER}") :] and page.ask("document.querySelectorAll('a').length") == 0
     page.requests.clear()
     page.open(notebook)
@@ -245,10 +203,12 @@ def test_knock_outs_that_are_asked_for_join_a_complete_atlas(page, tmp_path):
     made = partial(run, model, planted_domains(), tmp_path / "atlas", study=Atlas(), reading=ATLAS_READING)
     first = made()
     manifest = (tmp_path / "atlas" / "study" / "manifest.json").read_bytes()
-    knocked: Any = StudyResult.load(tmp_path / "atlas" / "study").tables["knockouts"]
-    expert = min({*range(16)} - {*knocked.query(f"layer == {LAYER}")["expert"]})
+    compared: Any = StudyResult.load(tmp_path / "atlas" / "study").tables["compared"]
+    expert = min({*range(16)} - {*compared.query(f"layer == {LAYER}")["expert"]})
     show(page, tmp_path / "atlas", f"#layer={LAYER}&expert={expert}")
-    assert f"adds it with --knock-out {LAYER}:{expert}." in text(page) and "asked for" not in text(page)
+    assert f"adds it, on all texts, with --knock-out {LAYER}:{expert}." in text(page) and "asked for this" not in text(
+        page
+    )
 
     with pytest.raises(InputError, match="expert 99"):
         made(knock_out={LAYER: [99]})
@@ -258,28 +218,40 @@ def test_knock_outs_that_are_asked_for_join_a_complete_atlas(page, tmp_path):
     table: Any = run_study(study, model, planted_domains(), reading=ATLAS_READING).tables["ablation"]
     shown = given(tmp_path / "atlas", f"layer-{LAYER}")["experts"]
     assert [of["asked"] for i, of in enumerate(shown) if i not in (expert, PLANTED["sea"])] == [[]] * 14
-    for kind, names, place in (("picked", ASKED, 1), ("matched", CONTROL, 7), ("matched", BEYOND, 10)):
-        right = table.query(f"coalition == '{kind}'")[list(names)].to_numpy(dtype=float)
-        found = [line[place : place + len(names)] for line in shown[PLANTED["sea"]]["asked"]]
+    control = {"controls": "coalitions", "control_added": "added", "control_mass": "mass"}
+    control |= {name: name for name in ("beyond", "beyond_low", "beyond_high", "all_low", "all_high", "starred")}
+    own = {name: name for name in ("mass", "added", "low", "high", "tokens", "sources")}
+    for kind, names in (("picked", own), ("matched", control)):
+        right = table.query(f"coalition == '{kind}'")[list(names.values())].to_numpy(dtype=float)
+        found = [[line[name] for name in names] for line in shown[PLANTED["sea"]]["asked"]]
         np.testing.assert_allclose(np.array(found, dtype=float), right, rtol=FOUR_DIGITS)
-    lost = {line[0]: line[1] for line in shown[PLANTED["sea"]]["asked"]}
+    assert [len(line["each"]) for line in shown[PLANTED["sea"]]["asked"]] == [
+        line["controls"] for line in shown[PLANTED["sea"]]["asked"]
+    ]
+    lost = {line["domain"]: line["added"] for line in shown[PLANTED["sea"]]["asked"]}
     assert lost.pop(list(PLANTED).index("sea")) > 10 * max(map(abs, lost.values()))  # the planted truth
 
     show(page, tmp_path / "atlas", f"#layer={LAYER}&expert={PLANTED['sea']}")
-    assert "Exact knock-out, asked for" in text(page) and not page.complaints
-    assert "asked for" in expert_card(tmp_path / "atlas" / "study", LAYER, expert).page
+    assert "You asked for this one." in text(page) and not page.complaints
+    assert '"asked":[{' in expert_card(tmp_path / "atlas" / "study", LAYER, expert).page
     other = tmp_path / "atlas" / "knockouts" / "layer-9-expert-0"
     run_study(study, model, planted_domains(), reading=Reading(tokens=64, context=32), out=other)
     with pytest.raises(InputError, match="reading differ from the atlas's; move it elsewhere"):
         write_atlas(tmp_path / "atlas" / "study", tmp_path / "atlas")
 
 
-@pytest.mark.parametrize("place", ["", f"#layer={LAYER}&expert=2", "#text=0", "#about", "#token=377"])
+@pytest.mark.parametrize(
+    "place", ["", f"#layer={LAYER}", f"#layer={LAYER}&expert=2", "#text=0", "#about", "#token=377"]
+)
 def test_narrow_dark_and_printed(page, folder, place):
     show(page, folder, place)
     try:
         page.send("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=1, mobile=False)
+        page.ask("atlas.measure()")
         assert page.ask("document.documentElement.scrollWidth") <= 360
+        cut = "[...document.querySelectorAll('.scroll')].filter((of) => of.scrollWidth > of.clientWidth + 1)"
+        assert page.ask(f"{cut}.every((of) => getComputedStyle(of, '::before').content.includes('scroll sideways'))")
+        assert page.ask("[...document.querySelectorAll('.keys')].every((of) => of.offsetParent === null)")
         background = "getComputedStyle(document.body).backgroundColor"
         light = page.ask(background)
         dark = [{"name": "prefers-color-scheme", "value": "dark"}]

@@ -69,6 +69,21 @@ def test_matched_coalitions_carry_the_weight_and_none_of_the_experts(made):
     assert zero.loc[("a", "random"), "beyond_low"] <= beyond <= zero.loc[("a", "random"), "beyond_high"]
 
 
+def test_each_coalition_is_told_by_itself_and_stars_ask_for_both(made):
+    table, each = made.tables["ablation"], made.tables["effects"]
+    mean = each.groupby(["domain", "how", "coalition"])["added"].mean()
+    for row in table[table["coalitions"] > 0].to_dict("records"):
+        key = row["domain"], row["how"], row["coalition"]
+        assert mean[key] == pytest.approx(row["added"], abs=1e-9)
+    assert (table["starred"].isna() == (table["coalition"] == "picked")).all()
+    lower = table[["all_low", "beyond_low"]].min(axis=1) > 0
+    assert not (table["starred"].fillna(False) & ~lower).any()  # the corrected interval is wider than the one shown
+    said = [line for line in made.findings().lines if "  beyond" in line]
+    for how, line in zip(("reroute", "zero"), said, strict=True):
+        n = int(table.query(f"how == '{how}' and coalition == 'matched'")["starred"].sum())
+        assert f"shown to cost more than nothing and than these, corrected for all, in {n} of 2 domains" in line
+
+
 def test_findings_hold_the_experts_against_their_controls(made):
     said = made.findings().lines
     assert said[0].startswith("forbidden") and "beyond" in said[1] and said[2].startswith("set to zero")

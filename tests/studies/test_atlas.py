@@ -1,5 +1,6 @@
 """The atlas against counts and ablations made by hand, on a model whose truth is planted."""
 
+import math
 from collections.abc import Generator
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from moe_lens import HookedMoE
 from moe_lens.data import Reading, batch_windows, shards
 from moe_lens.errors import InputError
-from moe_lens.studies import Atlas, StudyResult, run
+from moe_lens.studies import Atlas, StudyResult, atlas_knockouts, atlas_reading, run
 from moe_lens.studies.atlas_choice import RARE
 from moe_lens.studies.forward_passes import losses, predicted
 from tests.planted import ATLAS_READING, LAYER, OWN_TEXT, PLANTED, WORDS, planted_atlas, planted_domains
@@ -115,13 +116,13 @@ def test_it_says_whose_expert_it_is_how_sure_it_is_and_what_it_writes(model, fou
     for name, expert in PLANTED.items():
         row = here(found, "domains", domain=name, expert=expert).iloc[0]
         assert (row["share"], row["first"]) == (1, 1) and row["p_value"] < 0.01
-        knocked = here(found, "knockouts", domain=name, place=0)
-        assert set(knocked["expert"]) == {expert}
-        own = knocked[knocked["read"] == name].iloc[0]
-        assert own["starred"] and 0 < own["low"] <= own["added"] <= own["high"]
+        own = here(found, "compared", domain=name, place=0).iloc[0]
+        assert own["expert"] == expert
+        assert own["starred"] and 0 < own["all_low"] < own["low"] <= own["added"] <= own["high"]
         assert own["controls"] == 4 and abs(own["control_mass"] / own["mass"] - 1) < 0.1
         assert own["control_added"] == 0 and own["beyond"] == own["added"]
-        assert max(abs(knocked[knocked["read"] != name]["added"])) < 1e-6
+        knocked = here(found, "knockouts", expert=expert).set_index("read")["added"]
+        assert knocked[name] == own["added"] and max(abs(knocked.drop(name))) < 1e-6
         written = here(found, "writing", of="mean", expert=expert, effect="promoted")
         assert set(written["token"][:5]) <= tokens_of(model, name) and written["recurs"][:5].all()
         neuron = here(found, "neurons", expert=expert, place=0).iloc[0]
@@ -145,7 +146,7 @@ def test_knockouts_and_first_order_effects_are_those_of_ablating_and_of_gradient
             whole, without = (losses(model, batch, hooks) for hooks in ([], _without(model, expert)))
             added += float(((without - whole).double() * mask).sum())
             tokens += int(mask.sum())
-        row = here(found, "knockouts", domain="sea", expert=expert, read="sea").iloc[0]
+        row = here(found, "knockouts", expert=expert, read="sea").iloc[0]
         assert row["tokens"] == tokens
         assert row["added"] == pytest.approx(added / tokens, abs=1e-5)
     small, step = 0.0, 1e-2
@@ -155,6 +156,62 @@ def test_knockouts_and_first_order_effects_are_those_of_ablating_and_of_gradient
     row = here(found, "domains", domain="sea", expert=PLANTED["sea"]).iloc[0]
     assert row["saved"] == pytest.approx(small / row["predicted"], rel=1e-2)
     assert row["saved_low"] <= row["saved"] <= row["saved_high"]
+
+
+def test_every_expert_is_taken_out_and_controls_are_whole_coalitions_of_their_layer(model, found):
+    table: Any = found.tables["knockouts"]
+    assert len(table) == 2 * 16 * len(PLANTED) and not table[["added", "low", "high"]].isna().any().any()
+    batches = [
+        batch
+        for shard in shards(planted_domains()[0], model, ATLAS_READING)
+        for batch in batch_windows(shard.windows, model, batch_tokens=10**6)
+    ]
+    sea: Any = here(found, "domains", domain="sea", expert=PLANTED["sea"]).iloc[0]
+    own = here(found, "knockouts", expert=PLANTED["sea"], read="sea").iloc[0]
+    assert own["first_order"] == pytest.approx(sea["saved"], rel=1e-6)  # here the beginnings are all of the windows
+    for control in here(found, "controls", domain="sea", expert=PLANTED["sea"]).to_dict("records"):
+        assert PLANTED["sea"] not in control["experts"]
+        added = tokens = 0.0
+        for batch in batches:
+            with model.ablate({LAYER: list(control["experts"])}, how="zero"):
+                without = losses(model, batch, [])
+            counted = predicted(batch)
+            added += float((without - losses(model, batch, [])).double()[counted].sum())
+            tokens += int(counted.sum())
+        assert control["added"] == pytest.approx(added / tokens, abs=1e-5)
+
+
+def test_of_many_experts_only_the_foremost_are_taken_out(model, monkeypatch):
+    monkeypatch.setattr(atlas_knockouts, "EVERY", 31)
+    table: Any = run(Atlas(contexts=False), model, planted_domains(sources=3), reading=ATLAS_READING).tables
+    knocked = set(zip(table["knockouts"]["layer"], table["knockouts"]["expert"], strict=True))
+    assert knocked == set(zip(table["compared"]["layer"], table["compared"]["expert"], strict=True))
+    assert {(LAYER, expert) for expert in PLANTED.values()} <= knocked and len(knocked) < 13
+
+
+def test_strongest_pairs_and_losses_are_those_counted_by_hand(model, found, by_hand):
+    pairs = here(found, "pairs")
+    both = by_hand["experts"].map(lambda of: {(a, b) for a in of for b in of if a < b}).explode().value_counts()
+    most = pairs.sort_values("by_tokens").dropna(subset="by_tokens")
+    assert most["tokens"].tolist() == both.tolist()[: len(most)] and len(most) == 15
+    share = by_hand["experts"].explode().value_counts() / len(by_hand)
+    for row in pairs.to_dict("records"):
+        n = both[(row["expert"], row["other"])]
+        chance = share[row["expert"]] * share[row["other"]]
+        assert (row["tokens"], row["of"]) == (n, len(by_hand))
+        assert row["lift"] == pytest.approx(n / len(by_hand) / chance, abs=1e-9)
+    nats = tokens = 0.0
+    for shard in shards(planted_domains()[0], model, ATLAS_READING):
+        for batch in batch_windows(shard.windows, model, batch_tokens=10**6):
+            nats += float(losses(model, batch, []).double()[predicted(batch)].sum())
+            tokens += int(predicted(batch).sum())
+    quality: Any = found.tables["quality"].set_index("domain").loc["sea"]
+    assert quality["loss"] == pytest.approx(nats / tokens, rel=1e-6) and quality["tokens"] == tokens
+    assert quality["low"] < quality["loss"] < quality["high"] < quality["uniform"] == pytest.approx(math.log(4096))
+
+
+def test_parts_of_characters_are_shown_as_their_bytes():
+    assert atlas_reading._spelt("\u0120\u00e2", " \ufffd") == " \\xe2" and atlas_reading._spelt("\u2581", "x") == "x"
 
 
 def _without(model: Any, expert: int, part: float = 0.0) -> Any:

@@ -1,0 +1,70 @@
+"""When experts are said to cost more than others that they are held against: one rule, for tables, stars and sentences.
+
+That experts cost more than their controls says nothing if the controls cost less than nothing; that the loss grows
+without them says nothing if it grows as much without others. Both have to be shown.
+"""
+
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moe_lens.resampling import jackknife_interval
+
+LEVEL = 0.95
+"""Of all intervals of a family together."""
+
+
+def costs_more(*lower_ends: Any) -> Any:
+    """Whether experts cost more than what they are held against: every lower end lies above 0; missing where one is.
+
+    The first is that of what the experts cost by themselves, the second that of what they cost more than their
+    controls. Where each pair of ends is of intervals that hold simultaneously for a family at `LEVEL`, the chance that
+    any expert is falsely said to cost more is at most (1 − LEVEL) / 2: experts that cost nothing, or no more than
+    others, are said to only if the interval that has to leave out 0 does so by chance (an intersection–union test:
+    Berger 1982, Technometrics 24).
+
+    Args:
+        lower_ends: Numbers, or columns of a table.
+    """
+    if not any(isinstance(end, pd.Series) for end in lower_ends):
+        return None if any(pd.isna(end) for end in lower_ends) else all(end > 0 for end in lower_ends)
+    ends = pd.concat(lower_ends, axis=1)
+    return (ends > 0).all(axis=1).astype("boolean").mask(ends.isna().any(axis=1))
+
+
+def against_controls(
+    own: Float[Tensor, " source"],
+    controls: Float[Tensor, "source control"],
+    tokens: Float[Tensor, " source"],
+    tests: int,
+) -> dict[str, Any]:
+    """What experts cost more than the mean of their controls, with intervals that hold for a family of comparisons.
+
+    Intervals are the jackknife's, over sources, at 1 − (1 − `LEVEL`) / tests (Bonferroni).
+
+    Args:
+        own: Nats that are added without the experts, summed over each source's tokens.
+        controls: The same without each of their controls.
+        tokens: Of each source.
+        tests: Comparisons of the family.
+
+    Returns:
+        controls: how many. If there are any: control_added, their mean, nats a token; beyond, added − control_added,
+        with beyond_low and beyond_high; all_low and all_high, the ends of the interval of added itself; and starred
+        (see `costs_more`): missing below ten sources, as the ends are.
+    """
+    if not controls.shape[1]:
+        return {"controls": 0}
+    n, mean = tokens.double(), controls.double().mean(1)
+    sums = torch.stack([own.double(), own.double() - mean], 1)
+    value = sums.sum(0) / n.sum()
+    without = (sums.sum(0) - sums) / (n.sum() - n)[:, None]
+    level = 1 - (1 - LEVEL) / tests
+    low, high = jackknife_interval(value, without, torch.zeros(len(n), dtype=torch.long), level=level)
+    found = {"controls": controls.shape[1], "control_added": float(mean.sum() / n.sum()), "beyond": float(value[1])}
+    found |= {"beyond_low": float(low[1]), "beyond_high": float(high[1])}
+    found |= {"all_low": float(low[0]), "all_high": float(high[0])}
+    return found | {"starred": costs_more(found["all_low"], found["beyond_low"])}
