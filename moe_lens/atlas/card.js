@@ -103,8 +103,9 @@ const contexts = (of, sources, l) => {
   const most = Math.max(1e-9, ...Object.values(of.contexts).flat().flatMap((line) => line[6]));
   const from = ([domain, source, position, , , , , shown]) => [` ${atlas.domains[domain]} · `, h("bdi", {}, sources[source]), ` · token ${position}`,
     shown && !atlas.alone && [" · ", h("a", { href: `#text=${shown[0]}&layer=${l}&pos=${shown[1]}` }, "in its text")]];
+  const written = new Map(Object.values(of.contexts).flat().map((line) => [line, characters(line[5].map(textOf))]));
   const piece = (line) => h("li", {},
-    h("span", { class: "running", dir: "auto" }, line[5].map((token, i) => h("span", { class: `piece${i === line[3] ? " here" : ""}`, vars: { w: (line[6][i] / most).toFixed(3) }, title: `weight ${weightOf(line[6][i])}` }, shownInline(textOf(token), "↵ ")))),
+    h("span", { class: "running", dir: "auto" }, line[5].map((_, i) => h("span", { class: `piece${i === line[3] ? " here" : ""}`, vars: { w: (line[6][i] / most).toFixed(3) }, title: `weight ${weightOf(line[6][i])}` }, shownInline(written.get(line)[i], "↵ ")))),
     h("small", { class: "muted" }, from(line)));
   const group = (kind, title, note) => h("div", {}, h("h3", {}, title), h("p", { class: "note" }, note),
     of.contexts[kind] ? h("ul", { class: "contexts" }, of.contexts[kind].map(piece)) : h("p", {}, "None."));

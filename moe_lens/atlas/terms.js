@@ -23,6 +23,7 @@ const TERMS = {
   "control": "Other experts of the same layer, drawn at random and taken out together, that carry as much of the domain's routing weight as the expert, within a tenth. An expert has four of them.",
   "star": "*: shown to cost more than comparable experts. Both are above 0, with intervals corrected for all such comparisons of this atlas: what the expert costs by itself, and what it costs more than the mean of its controls. Either alone says little.",
   "corrected": "95 % for all such comparisons of this atlas together (Bonferroni), not for each by itself.",
+  "\\x… and ‥": "A token may be part of a character. By itself it is shown by its bytes, such as \\xe2\\x80; in a text the last of such tokens shows the character, and those before it show ‥. ␣, ↵ and ⇥ are a space, a line's end and a tab.",
   "recurs": "Underlined: also found when only the other half of the sources is used. The rest may be chance.",
   "norm": "Mean over its tokens of the length of what the expert adds, divided by the length of the residual stream.",
   "correlation": "Of the outputs of both experts on the same tokens, after the mean output of each is taken away; tokens need not have chosen them. 0: unrelated.",

@@ -10,10 +10,11 @@ atlas.views.text = async ({ text, layer, pos }) => {
   const at = of.tokens[Number(pos)] === undefined ? 0 : Number(pos || 0);
   const shares = slots.map((ranks) => ranks[0][1] / (ranks.reduce((sum, slot) => sum + slot[1], 0) || 1));
   const name = (t) => `${t.domain || "own"}: ${t.source}`;
+  const written = characters(of.tokens.map(textOf));
   const words = of.tokens.map((token, i) => h("a", {
     class: `piece${i === at ? " here" : ""}`, href: `#text=${chosen}&layer=${about.layers[row]}&pos=${i}`, "aria-current": i === at ? "true" : null,
     vars: { w: shares[i].toFixed(3) }, title: `top expert ${slots[i][0][0]}, ${percent(shares[i], 0)} of the weight`,
-  }, shownInline(textOf(token))));
+  }, shownInline(written[i])));
   const mine = slots[at];
   const layersHere = about.layers.map((l) => [`Layer ${l}`, ...of.layers[l][at].map(([expert, weight]) => h("span", {}, expertLink(l, expert, String(expert)), h("small", {}, ` ${weightOf(weight)}`)))]);
   return [
@@ -36,3 +37,17 @@ atlas.views.text = async ({ text, layer, pos }) => {
 
 // Spaces as they are; line ends and what has no shape of its own by name.
 const shownInline = (text, newline = "↵\n") => [...text].map((c) => (c === " " ? " " : c === "\n" ? newline : readable(c))).join("") || "∅";
+
+// Texts of tokens in a row; of a character that is spread over several, the last token shows it, and the others ‥.
+const characters = (texts) => {
+  let bytes = [];
+  return texts.map((text) => {
+    let shown = "";
+    for (const [, byte, other] of text.matchAll(/\\x([89a-f][0-9a-f])|([\s\S])/gu)) {
+      if (byte === undefined) { shown += bytes.length ? `\ufffd${other}` : other; bytes = []; continue; }
+      bytes.push(parseInt(byte, 16));
+      try { shown += new TextDecoder("utf-8", { fatal: true }).decode(new Uint8Array(bytes)); bytes = []; } catch { /* more of it follows */ }
+    }
+    return bytes.length ? `${shown}‥` : shown;
+  });
+};

@@ -115,7 +115,8 @@ def _localised(result: StudyResult) -> dict[str, Any] | None:
     if not len(rows):
         return None
     numbers = ("own", "others", "control_own", "control_others", "estimate")
-    above = None if rows["low"].isna().any() else int((rows["low"] > 0).sum())
+    untold = rows["low"].isna().any() or "starred" not in rows  # too few sources, or saved by an earlier version
+    above = None if untold else int(rows["starred"].sum())
     return {
         **{name: ranged(rows[name], ".2f") for name in numbers},
         "experts": ranged(rows["experts"], ".0f"),

@@ -148,11 +148,9 @@ def _localisation(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: ARG00
     table = tables["contrast"]
     for how in table["how"].unique():
         rows = _where(table, how=how, control="matched")
-        above, known = int((rows["low"] > 0).sum()), int(rows["low"].notna().sum())
         yield (
             f"{_REMOVED.get(how, how)}: contrast (growth of the own loss − of other domains') of the picked experts − "
-            f"of matched coalitions {across(rows, 'estimate')} nats a token; above 0 in {above} of {known} intervals "
-            "(contrast)"
+            f"of matched coalitions {across(rows, 'estimate')} nats a token; {_both(rows)} (contrast)"
         )
         least = rows.loc[rows["beaten"].idxmin()] if rows["beaten"].notna().any() else None
         if least is not None:
@@ -160,6 +158,14 @@ def _localisation(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: ARG00
                 f"  of matched coalitions they beat at least {least['beaten']:.0%} ({least['domain']}, "
                 f"{least['controls']} matched)"
             )
+
+
+def _both(rows: Any) -> str:
+    """In how many domains the picked have a contrast, and a greater one than their controls (see `held_against`)."""
+    known = int(rows["low"].notna().sum())
+    if "starred" not in rows:  # saved by an earlier version
+        return f"above 0 in {int((rows['low'] > 0).sum())} of {known} intervals"
+    return f"this and the contrast itself above 0 in {int(rows['starred'].fillna(False).sum())} of {known} domains"
 
 
 _REMOVED = {"reroute": "forbidden, so that others are chosen", "zero": "set to zero"}

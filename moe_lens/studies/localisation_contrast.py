@@ -13,6 +13,7 @@ from torch import Tensor
 from moe_lens.resampling import ends_of, tail
 from moe_lens.stats import MIN_SOURCES
 from moe_lens.stats.parallel_sources import resampled_blocks
+from moe_lens.studies.held_against import costs_more
 from moe_lens.studies.localisation_effects import CoalitionEffects
 from moe_lens.studies.matched_coalitions import KINDS, MATCHED, PICKED, Coalitions, beaten
 
@@ -33,14 +34,15 @@ class Contrasts:
 
         A contrast is Δ own − mean Δ of the other domains, Δ the nats a token that the loss grows by without the
         experts. Columns: estimate (contrast of the picked minus the mean contrast of the controls) with low and high,
-        its interval over all sources at `level`; beaten, the share of controls whose contrast is below that of the
-        picked, ties by half; controls, how many there are (0: none could be matched; then the estimate is missing); own
-        and others, Δ of the picked, control_own and control_others, mean Δ of the controls; experts and
-        control_experts, how many are taken out, and mass and control_mass, the share of the domain's routing weight
-        that they carry, means over both halves; sources and tokens of the domain.
+        its interval over all sources at `level`; contrast, contrast_low, contrast_high: that of the picked by itself;
+        starred: whether both intervals lie above 0 (see `held_against`); beaten, the share of controls whose contrast
+        is below that of the picked, ties by half; controls, how many there are (0: none could be matched; then the
+        estimate is missing); own and others, Δ of the picked, control_own and control_others, mean Δ of the controls;
+        experts and control_experts, how many are taken out, and mass and control_mass, the share of the domain's
+        routing weight that they carry, means over both halves; sources and tokens of the domain.
         """
         rows = [row for how in self._how for domain in self.effects for row in self._rows(domain, how, level)]
-        return pd.DataFrame(rows)
+        return pd.DataFrame(rows).astype({"starred": "boolean"})
 
     def by_domain_read(self, level: float = 0.95) -> pd.DataFrame:
         """Δ of each kind of coalition in each domain: a row per domain that they are for, how, kind and domain read.
@@ -114,6 +116,7 @@ class Contrasts:
             mine = (own - others)[:, picked]
             difference = mine - contrasts.nanmean(1) if at else torch.full_like(mine, torch.nan)
             low, high = self._interval(difference, domain, level)
+            mine_low, mine_high = self._interval(mine, domain, level)
             yield {
                 "domain": domain,
                 "how": how,
@@ -121,6 +124,10 @@ class Contrasts:
                 "estimate": float(difference[0]),
                 "low": low,
                 "high": high,
+                "contrast": float(mine[0]),
+                "contrast_low": mine_low,
+                "contrast_high": mine_high,
+                "starred": costs_more(mine_low, low),
                 "beaten": beaten(contrasts[0], float(mine[0])) if at else float("nan"),
                 "controls": len(at),
                 "own": float(own[0, picked]),

@@ -200,3 +200,9 @@ def test_a_study_of_an_earlier_version_is_refused_in_one_line(tmp_path):
     earlier = {name: table for name, table in result.tables.items() if name not in ("pairs", "quality")}
     with pytest.raises(InputError, match="made by an earlier version, without the tables pairs, quality; make"):
         write_atlas(replace(result, tables=earlier), tmp_path)
+
+
+def test_a_character_that_is_spread_over_tokens_is_shown_where_it_is_complete(page, folder):
+    show(page, folder, "#about")
+    texts = [" \\xe2\\x80", "\\x9estaff", "\\xf0\\x9f", "a", "\\\\x41\\n"]
+    assert page.ask(f"characters({json.dumps(texts)})") == [" ‥", "„staff", "‥", "\ufffda", "\\\\x41\\n"]

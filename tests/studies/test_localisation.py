@@ -1,5 +1,6 @@
 """Localisation on a model whose truth is planted, and on texts in which domains mean nothing."""
 
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -73,6 +74,8 @@ def test_it_recovers_the_planted_experts(found):
     for row in table.query("control == 'matched'").to_dict("records"):
         assert 0 < row["low"] <= row["estimate"] <= row["high"]
         assert row["beaten"] == 1 and row["controls"] == 20
+        assert row["starred"] and 0 < row["contrast_low"] <= row["contrast"] <= row["contrast_high"]
+        assert row["contrast"] == pytest.approx(row["own"] - row["others"])
         assert abs(row["control_mass"] / row["mass"] - 1) < 0.1 and row["control_experts"] > row["experts"] == 2
     assert min(table["own"]) > 4 and max(abs(table["others"])) < 1e-3
     assert set(table["control"]) == {"busiest", "random", "matched"}
@@ -82,6 +85,20 @@ def test_it_recovers_the_planted_experts(found):
         for way in effects.how:
             added, tokens = (values[:, at, effects.kinds.index("picked")].sum() for values in effects.of(way))
             assert rows[way, at] == pytest.approx(float(added / tokens)) and rows[way].idxmax() == at
+
+
+def test_picked_experts_that_cost_nothing_are_not_starred_because_their_controls_cost_less(found):
+    settings = dict(found.manifest["plan"]["settings"])
+    parts = Localisation(**{**settings, "how": tuple(settings["how"])}).contrasts(found.results)
+    odd = {}
+    for number, (name, of) in enumerate(parts.effects.items()):
+        control = torch.tensor([kind == "matched" for kind in of.kinds])
+        noise = torch.randn(of.added[..., 0].shape, generator=torch.Generator().manual_seed(number))
+        added = torch.where(control, -0.5 * of.tokens, 0.01 * noise[..., None] * of.tokens)
+        added[:, :, [i for i in range(len(PLANTED)) if i != number]] = 0
+        odd[name] = replace(of, added=added)
+    rows = replace(parts, effects=odd).contrast().query("control == 'matched'")
+    assert (rows["low"] > 0).all() and not rows["starred"].any()
 
 
 @pytest.mark.typed
