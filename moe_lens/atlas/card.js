@@ -72,7 +72,7 @@ const explained = (of) => {
     ["Predicted on sources that were held out. ", term("R²"), " and ", term("AUC"), " of a prediction from one feature alone; then the R² that the feature adds to the token, and the same with the feature ", term("shuffled"), "."],
     of.rare ? cannot(of) : [
       h("p", { class: "said" }, sentence ? [h("b", {}, sentence), `: ${percent(precision)} of such tokens choose it (${span(low, high, percent)}), and ${percent(share)} of all tokens; ${percent(recall)} of the tokens that choose it are such tokens. Picked on half of the sources, measured on the other half (n = ${whole(held)} tokens).`] : "With no token, position or domain is it chosen twice as often as on average."),
-      table(["From", "R²", term("95 % interval"), "AUC", "R² added to the token", term("95 % interval"), "Shuffled (null)"], rows),
+      table(["From", "R²", term("95 % interval"), "AUC", "R² added to the token", term("95 % interval"), "Shuffled (null)"], rows, { class: "numbers" }),
       lower.length > 0 && h("p", { class: "note" }, `All together explain less than ${listed(lower).join("")} alone. Features are fitted one after another, the token first: it takes what the others would explain better, and what rare tokens seemed to say of the sources that were fitted does not hold on those held out.`)]);
 };
 

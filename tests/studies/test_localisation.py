@@ -97,7 +97,7 @@ def test_picked_experts_that_cost_nothing_are_not_starred_because_their_controls
         added = torch.where(control, -0.5 * of.tokens, 0.01 * noise[..., None] * of.tokens)
         added[:, :, [i for i in range(len(PLANTED)) if i != number]] = 0
         odd[name] = replace(of, added=added)
-    rows = replace(parts, effects=odd).contrast().query("control == 'matched'")
+    rows: Any = replace(parts, effects=odd).contrast().query("control == 'matched'")
     assert (rows["low"] > 0).all() and not rows["starred"].any()
 
 
