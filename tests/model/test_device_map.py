@@ -87,6 +87,26 @@ def test_what_can_be_read_from_the_checkpoint_leaves_memory_to_what_every_token_
     assert kept == set(on_disk)
 
 
+PACKED = Size(total=9 * GIB, largest=GIB, packed=True)
+
+
+@pytest.mark.parametrize(
+    ("where", "places", "device_map"),
+    [
+        (machine(12), {0: 9}, {"": 0}),
+        (machine(6, 6), {0: 6, 1: 3}, "auto"),
+        (machine(6), {"cpu": 9}, None),  # where the same bytes, not packed, would be divided
+        (machine(5, 4), {"cpu": 9}, None),
+        (machine(memory=9), {"cpu": 9}, None),
+    ],
+)
+def test_a_packed_model_is_on_gpus_or_in_main_memory_as_a_whole(where, places, device_map):
+    plan = plan_memory(PACKED, where)
+    assert {place: round(n / GIB, 3) for place, n in plan.places.items()} == places
+    assert plan.arguments.get("device_map") == device_map
+    assert "cpu" not in plan.arguments.get("max_memory", {})
+
+
 def test_a_model_that_is_read_in_every_pass_leaves_half_of_main_memory_to_batches():
     modules = {"head": 2 * GIB, "attn": 4 * GIB, **{f"{layer}.experts": GIB for layer in range(24)}}
     size = Size(total=30 * GIB, largest=GIB, modules=modules)
@@ -108,6 +128,12 @@ def test_a_model_that_is_read_in_every_pass_leaves_half_of_main_memory_to_batche
 def test_no_room_is_said_with_numbers(where, max_memory, told):
     with pytest.raises(InputError, match=told):
         plan_memory(SIZE, where, max_memory)
+
+
+def test_packed_numbers_are_not_kept_on_disk():
+    told = r"packed, the model takes 9.0 GiB, and GPU 0 has 6.0 GiB and main memory has 4.0 GiB for it"
+    with pytest.raises(InputError, match=told):
+        plan_memory(PACKED, machine(6, memory=4))
 
 
 def group(folder: Path, limit: str, *, used: int, files: int, version: int) -> None:

@@ -113,6 +113,9 @@ def test_what_does_not_fit_is_kept_elsewhere_and_nothing_is_left_behind(tmp_path
     found = dispatch.places(split.original_model)
     assert found.keys() == {"cpu", "disk"} and sum(found.values()) == size
     assert "does not fit into memory" in caplog.text and "on disk, read in every pass" in caplog.text
+    said = caplog.records[0].getMessage()
+    assert f"first written to {tmp_path / 'home' / 'moe_lens-offload'}" in said, "before it is"
+    assert said.endswith(", which is removed with the model")
     assert not killed.exists(), "what a killed process left is removed"
     ids = tokens(2, 9)
     assert torch.equal(split(ids), whole(ids))
@@ -121,6 +124,18 @@ def test_what_does_not_fit_is_kept_elsewhere_and_nothing_is_left_behind(tmp_path
     del split
     gc.collect()
     assert not list((tmp_path / "home" / "moe_lens-offload").glob("*/*"))
+
+
+def test_room_is_asked_of_the_disk_that_is_written_to(tmp_path, monkeypatch, caplog):
+    build("mixtral").save_pretrained(tmp_path / "model")
+    disks = {tmp_path / "small": 10, tmp_path / "large": 10**9}
+    monkeypatch.setattr(dispatch.Machine, "here", lambda folder: dispatch.Machine({}, 10**9, disks[Path(folder)]))
+    given: Any = {"max_memory": {"cpu": 200_000}, "check": False}
+    with pytest.raises(InputError, match="more than memory has room for, and the disk has 0.0 MiB"):
+        HookedMoE.from_pretrained(tmp_path / "model", offload_folder=str(tmp_path / "small"), **given)
+    HookedMoE.from_pretrained(tmp_path / "model", offload_folder=str(tmp_path / "large"), **given)
+    assert caplog.messages[0].endswith(f"What is on disk is first written to {tmp_path / 'large'}"), "and it stays"
+    assert list((tmp_path / "large").iterdir())
 
 
 @pytest.mark.untyped

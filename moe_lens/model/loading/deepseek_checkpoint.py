@@ -13,11 +13,12 @@ from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError, 
 from moe_lens.model.families.deepseek import DeepseekConfig, DeepseekForCausalLM
 from moe_lens.model.loading.checkpoint import Checkpoint, OpenFiles, StoredTensor, not_whole
 from moe_lens.model.loading.depth import PREDICTING, layer_of, read_depth
-from moe_lens.model.loading.dispatch import Placing, size_of
+from moe_lens.model.loading.dispatch import Placing
 from moe_lens.model.loading.key_mapping import mapped
 from moe_lens.model.loading.lazy_parameters import lazy_state_dict, parameter_shapes, stored_shapes
 from moe_lens.model.loading.load_streamed import load_streamed
-from moe_lens.model.loading.quantising import VARIANT
+from moe_lens.model.loading.quantising import VARIANT, PackingConfig
+from moe_lens.model.loading.sizes import packed_size, size_of, stored_packed_size
 from moe_lens.model.loading.stored_view import locate
 from moe_lens.model.loading.through_transformers import load_through_transformers, read_generation_config
 
@@ -46,15 +47,20 @@ def load_deepseek(
     if not packed:
         vars(config).pop("quantization_config", None)
     if packed or kwargs.get("use_safetensors") is False or _OWN_LOADER & kwargs.keys():
-        with Placing({**kwargs, "config": config}, None) as placing:
+        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        wide = dtype if isinstance(dtype, torch.dtype) else None
+        size = stored_packed_size(Checkpoint.locate(source, hub, VARIANT), wide) if packed else None
+        with Placing({**kwargs, "config": config}, size) as placing:
             return placing.keep(load_through_transformers(DeepseekForCausalLM, source, hub, placing.arguments))
     checkpoint, shapes = _deepseek_checkpoint(source, config, raw, hub, kwargs)
     dtype = _dtype(kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or "auto", config, checkpoint)
     parameters = lazy_state_dict(checkpoint, shapes, dtype)
     for name in ("variant", "use_safetensors", "key_mapping"):
         kwargs.pop(name, None)
-    size = None
-    if kwargs.get("quantization_config") is None:
+    size, packing = None, kwargs.get("quantization_config")
+    if isinstance(packing, PackingConfig):
+        size = packed_size(_unmade(config, config.num_hidden_layers), dtype, packing.scheme)
+    elif packing is None:
         as_stored = all(type(stored) is StoredTensor for stored in checkpoint.tensors.values())
         numbers = {name: math.prod(shape) for name, shape in shapes.items()}
         stored = {name: parameter.stored_bytes for name, parameter in parameters.items()} if as_stored else None
@@ -133,10 +139,15 @@ def _tied_head(checkpoint: Checkpoint, config: DeepseekConfig) -> list[str]:
 
 def _shapes(config: DeepseekConfig, n_layers: int) -> dict[str, tuple[int, ...]]:
     """The parameters of a model of `config` that has `n_layers` layers."""
+    return parameter_shapes(_unmade(config, n_layers))
+
+
+def _unmade(config: DeepseekConfig, n_layers: int) -> DeepseekForCausalLM:
+    """A model of `config` that has `n_layers` layers and no numbers."""
     config = copy.deepcopy(config)  # building a model writes to its config
     config.num_hidden_layers = n_layers
     with torch.device("meta"):
-        return parameter_shapes(DeepseekForCausalLM(config))
+        return DeepseekForCausalLM(config)
 
 
 def _dtype(asked: str | torch.dtype, config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:

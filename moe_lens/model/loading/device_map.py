@@ -1,7 +1,8 @@
 """Where a model's parameters go: decided from its size and from what is free, before anything is loaded.
 
 The first of these that has room: one GPU; several GPUs; GPUs and main memory; GPUs, main memory and disk. Without a
-GPU, main memory is the first. A model that fits is never split. Where parameters can be read from the checkpoint
+GPU, main memory is the first. A model that fits is never split. One that is packed in 4 or 8 bits goes to GPUs, or to
+main memory, as a whole: packed numbers are not read again and again. Where parameters can be read from the checkpoint
 itself, experts stay there first: they are the most, and a token uses few of them. What a machine has is a table of
 numbers here (`Machine`), so that every case can be tried on any machine.
 """
@@ -41,6 +42,8 @@ class Size:
     memory first."""
     stored: Mapping[str, int] = field(default_factory=dict)
     """Of those modules in the checkpoint, where that is not as many."""
+    packed: bool = False
+    """Whether matrices are packed in 4 or 8 bits: such a model is on GPUs or in main memory, and nowhere else."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,14 @@ def plan_memory(size: Size, machine: Machine, max_memory: Mapping[Place, int | s
     if sum(room[gpu] for gpu in gpus) >= size.total + size.largest:
         room.pop("cpu", None)
         return Plan(_fill(size.total, room), {"device_map": "auto", "max_memory": room})
+    if size.packed:
+        if room.get("cpu", 0) >= size.total:
+            return Plan({"cpu": size.total}, {})
+        has = " and ".join(f"{_words(place)} has {gibibytes(bytes_)}" for place, bytes_ in room.items())
+        raise InputError(
+            f"packed, the model takes {gibibytes(size.total)}, and {has} for it. Packed weights are neither divided "
+            "between GPUs and main memory nor kept on disk: free some memory, or load the model as it is stored"
+        )
     if room.get(first, 0) < size.largest:
         raise _no_room("layer", size.largest, first, room)
     places = _fill(size.total, {**room, first: room[first] - size.largest})
@@ -149,11 +160,14 @@ def _streamed(size: Size, room: dict[Place, int], first: Place) -> Plan:
 
 
 def _no_room(what: str, needed: int, place: Place, room: Mapping[Place, int]) -> InputError:
-    where = "main memory" if place == "cpu" else f"GPU {place}"
     return InputError(
-        f"the model's largest {what} takes {gibibytes(needed)}, and {where} has {gibibytes(room.get(place, 0))} for "
-        "it. Free some memory, or choose another device or a narrower dtype"
+        f"the model's largest {what} takes {gibibytes(needed)}, and {_words(place)} has "
+        f"{gibibytes(room.get(place, 0))} for it. Free some memory, or choose another device or a narrower dtype"
     )
+
+
+def _words(place: Place) -> str:
+    return "main memory" if place == "cpu" else f"GPU {place}"
 
 
 def _room(machine: Machine, max_memory: Mapping[Place, int | str] | None) -> dict[Place, int]:

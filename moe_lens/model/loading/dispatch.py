@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import re
 import shutil
 import weakref
 from collections.abc import Mapping
@@ -23,8 +22,6 @@ from moe_lens.model.loading.quantising import packed_in
 from moe_lens.model.loading.streamed_weights import streamed_weights
 
 _LOG = logging.getLogger(__name__)
-_LAYER = re.compile(r"(.*?\.\d+)\.")
-"""A tensor's layer: what stands before the first number of its name, and the number."""
 _ELSEWHERE = ("tp_plan", "tp_size", "device_mesh", "distributed_config")
 """Arguments that place parameters in other ways."""
 _LOCK = "in-use.lock"
@@ -44,40 +41,6 @@ def is_open(kwargs: Mapping[str, Any]) -> bool:
     return kwargs.get("device_map") == "auto" if "device_map" in kwargs else True
 
 
-def size_of(
-    numbers: Mapping[str, int],
-    dtype: torch.dtype,
-    *,
-    streamed: bool = False,
-    stored: Mapping[str, int] | None = None,
-) -> Size:
-    """Bytes of parameters in a dtype.
-
-    Args:
-        numbers: how many values each tensor has, by name.
-        dtype: that they are loaded in.
-        streamed: whether they can be read from the checkpoint itself. Names are then those in the model.
-        stored: bytes of each there; those of `dtype` if not given.
-    """
-    layers: dict[str, int] = {}
-    modules: dict[str, int] = {}
-    for name, number in numbers.items():
-        found = _LAYER.match(name)
-        for group, key in ((layers, found[1] if found else name), (modules, name.rpartition(".")[0])):
-            group[key] = group.get(key, 0) + number * dtype.itemsize
-    kept: dict[str, int] = {}
-    for name, bytes_ in (stored or {}).items():
-        module = name.rpartition(".")[0]
-        kept[module] = kept.get(module, 0) + bytes_
-    order = sorted(modules, key=lambda module: module.endswith(".experts"))
-    return Size(
-        sum(layers.values()),
-        max(layers.values(), default=0),
-        {module: modules[module] for module in order} if streamed else {},
-        kept if streamed else {},
-    )
-
-
 class Placing:
     """Loading a model into the places that were chosen, or else into those of a plan; a context manager.
 
@@ -94,6 +57,7 @@ class Placing:
         self.arguments = dict(kwargs)
         """Of `from_pretrained`, with places for all parameters."""
         self._folder: Path | None = None
+        self._offloads = ""
         self._model: PreTrainedModel | None = None
         if is_open(kwargs):
             self._plan(size)
@@ -106,9 +70,14 @@ class Placing:
         if divided and not self.streamed and self.arguments.get("offload_folder") is None:
             self._folder, self._lock = _new_folder(offload_root())
             self.arguments["offload_folder"] = str(self._folder)
+        if self._offloads:
+            folder = self.arguments.get("offload_folder")
+            first = f". What is on disk is first written to {folder}" if divided and not self.streamed else ""
+            removed = ", which is removed with the model" if self._folder is not None else ""
+            _LOG.warning("The model does not fit into memory: %s%s%s", self._offloads, first, removed)
 
     def _plan(self, size: Size | None) -> None:
-        machine = Machine.here(offload_root())
+        machine = Machine.here(Path(self.arguments.get("offload_folder") or offload_root()))
         self.arguments.pop("device_map", None)
         if size is None:
             self.arguments |= {"device_map": "auto"} if machine.gpus or self.arguments.get("max_memory") else {}
@@ -116,7 +85,7 @@ class Placing:
         plan = plan_memory(size, machine, self.arguments.pop("max_memory", None))
         self.arguments |= plan.arguments
         if plan.offloads:
-            _LOG.warning("The model does not fit into memory: %s", plan)
+            self._offloads = str(plan)
 
     def __enter__(self) -> Self:
         return self

@@ -18,15 +18,12 @@ from moe_lens.model.families.table import check_release, family_of
 from moe_lens.model.hf_compat import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from moe_lens.model.loading.checkpoint import read_config
 from moe_lens.model.loading.device_map import Size, gibibytes, plan_memory, slow_dtype
-from moe_lens.model.loading.dispatch import size_of
 from moe_lens.model.loading.machine import Machine
 from moe_lens.model.loading.pretrained import resolve_name
-from moe_lens.model.loading.quantising import packers
+from moe_lens.model.loading.sizes import packed_size, size_of
 from moe_lens.model.loading.sizes_that_fit import check_attention
 
 DTYPES = (torch.float32, torch.bfloat16)
-FOUR_BITS = 0.5 + 4 / 64
-"""Bytes of a number that is packed in 4 bits, with its share of a scale."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +58,8 @@ class ModelInfo:
     """That the config says the checkpoint is in."""
     numbers: Mapping[str, int] = field(repr=False)
     """How many each parameter has, by name."""
-    packed: frozenset[str] = field(repr=False)
-    """Names of those that 4 bits are for; none where the family's matrices cannot be cut into blocks."""
+    in_nf4: Size | None = field(repr=False)
+    """Bytes in 4 bits; None where the family's matrices cannot be cut into blocks."""
 
     def memory(self, dtype: torch.dtype) -> int:
         """Bytes that the parameters take; activations and caches come on top."""
@@ -78,10 +75,8 @@ def here(info: ModelInfo, machine: Machine) -> list[tuple[str, str]]:
     streamed = info.model_type == DeepseekConfig.model_type
     stored = {name: number * info.dtype.itemsize for name, number in info.numbers.items()}
     ways = [(str(info.dtype).removeprefix("torch."), size_of(info.numbers, info.dtype, streamed=streamed))]
-    if info.packed:
-        width = {name: FOUR_BITS if name in info.packed else info.dtype.itemsize for name in info.numbers}
-        total = int(sum(number * width[name] for name, number in info.numbers.items()))
-        ways.append(("nf4", Size(total, 0)))
+    if info.in_nf4 is not None:
+        ways.append(("nf4", info.in_nf4))
     slow = slow_dtype(info.dtype, {gpu: 0 for gpu in machine.gpus} | {"cpu": ways[0][1].total}, machine.slowdown)
     if slow:
         ways.append(("float32", size_of(info.numbers, torch.float32, streamed=streamed, stored=stored)))
@@ -152,7 +147,8 @@ def config_info(config: PreTrainedConfig) -> ModelInfo:
     if not (d_expert := int(experts.second()[0].shape[1])):
         raise CheckpointError(f"the experts of this {config.model_type} are of width 0")
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    dtype: Any = config.dtype or text.dtype or torch.bfloat16
+    said: Any = config.dtype or text.dtype or torch.bfloat16
+    dtype = getattr(torch, said) if isinstance(said, str) else said
     sizes = [of_layer.sizes() for of_layer in found.values()]
     idle = sum(every - one * min(top_k, experts.n_matrices) for every, one in sizes)
     inner = bool(family.layout and family.layout.inner)
@@ -174,14 +170,14 @@ def config_info(config: PreTrainedConfig) -> ModelInfo:
         parameters=parameters,
         active=parameters - idle,
         note=family.note,
-        dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+        dtype=dtype,
         numbers={name: parameter.numel() for name, parameter in model.named_parameters()},
-        packed=_packed(model),
+        in_nf4=_in_nf4(model, dtype),
     )
 
 
-def _packed(model: Any) -> frozenset[str]:
+def _in_nf4(model: Any, dtype: torch.dtype) -> Size | None:
     try:
-        return frozenset(packers(model, "nf4"))
+        return packed_size(model, dtype, "nf4")
     except UnsupportedModelError:
-        return frozenset()
+        return None

@@ -5,7 +5,7 @@ is read, so that the whole model never is in memory.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -61,6 +61,25 @@ class Packer(HfQuantizer):
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:  # noqa: ARG002
         """Whether a parameter is one of those that are packed."""
         return param_name in self.to_pack
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        """Bytes of a parameter's number when it is packed: transformers divides models among GPUs by them."""
+        if self.pre_quantized or param_name not in self.to_pack:
+            return super().param_element_size(model, param_name, param)
+        return packed_width(self.quantization_config.scheme, param.shape)
+
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        """Refuse places from which packed numbers would have to be brought back in every pass.
+
+        Raises:
+            InputError: the disk, or main memory beside a GPU.
+        """
+        there = {str(place) for place in device_map.values()} if isinstance(device_map, Mapping) else set[str]()
+        if "disk" in there or ("cpu" in there and len(there) > 1):
+            raise InputError(
+                f"device_map puts parts of a packed model in {', '.join(sorted(there))}; packed weights are on GPUs or "
+                "in main memory as a whole: name one of these, or leave device_map out"
+            )
 
     def get_quantize_ops(self) -> Any:
         """What the loader calls with each of them."""
@@ -121,6 +140,16 @@ def packers(model: PreTrainedModel, scheme: Scheme) -> dict[str, Callable[[Tenso
         if scheme == "int8" or linear.weight.numel() % BLOCK == 0:
             found[f"{name}.weight"] = partial(_done, linear, partial(PackedLinear.convert, linear, name), scheme)
     return found
+
+
+def packed_width(scheme: Scheme, shape: Sequence[int]) -> float:
+    """Bytes of a packed number with its share of a scale.
+
+    Args:
+        scheme: "nf4", "fp4" or "int8".
+        shape: of the matrices.
+    """
+    return 1 + 4 / shape[-1] if scheme == "int8" else 0.5 + 4 / BLOCK
 
 
 def _done(holder: Any, pack: Callable[[Tensor, Scheme], None], scheme: Scheme, weight: Tensor) -> None:

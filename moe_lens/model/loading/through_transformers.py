@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -26,8 +27,9 @@ from moe_lens.model.hf_compat import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from moe_lens.model.loading.checkpoint import Checkpoint, not_whole
 from moe_lens.model.loading.depth import layer_of, list_of_layers, read_depth
 from moe_lens.model.loading.device_map import Size
-from moe_lens.model.loading.dispatch import Placing, size_of
-from moe_lens.model.loading.quantising import VARIANT
+from moe_lens.model.loading.dispatch import Placing
+from moe_lens.model.loading.quantising import VARIANT, PackingConfig
+from moe_lens.model.loading.sizes import packed_size, size_of, stored_packed_size
 from moe_lens.model.loading.stored_view import LazyTensor, locate
 
 UNREADABLE = (ImportError, OSError, ValueError, LookupError, RuntimeError, StrictDataclassError, struct.error)
@@ -38,19 +40,24 @@ def load_by_transformers(
     source: str, raw: dict[str, Any], hub: dict[str, Any], kwargs: dict[str, Any]
 ) -> PreTrainedModel:
     """A family that is transformers' own: headers are checked for contradictions, the model for what was not loaded."""
-    size, seen = None, None
-    if kwargs.get("use_safetensors") is not False and "gguf_file" not in kwargs:
-        dtype = _asked_dtype(raw, kwargs)
-        checkpoint, differs = locate(source, raw, hub, kwargs.get("variant"), dtype or torch.bfloat16)
-        if kwargs.get("quantization_config") is None and kwargs.get("variant") != VARIANT:
-            size = _size(checkpoint, dtype or checkpoint.dtype, kwargs.get("num_hidden_layers") or math.inf)
-        kwargs = {**kwargs, "use_safetensors": True}
-        if differs:
-            seen, kwargs["dtype"] = checkpoint, dtype or checkpoint.dtype
     model_type = raw["model_type"]
     whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
     own = whole is None or (model_type in CAUSAL and whole not in (raw.get("architectures") or ()))
     loader = AutoModelForCausalLM if own else AutoModelForImageTextToText
+    size, seen = None, None
+    if kwargs.get("use_safetensors") is not False and "gguf_file" not in kwargs:
+        dtype = _asked_dtype(raw, kwargs)
+        checkpoint, differs = locate(source, raw, hub, kwargs.get("variant"), dtype or torch.bfloat16)
+        packing = kwargs.get("quantization_config")
+        if kwargs.get("variant") == VARIANT:
+            size = stored_packed_size(checkpoint, dtype)
+        elif isinstance(packing, PackingConfig) and raw["model_type"] in CONFIG_MAPPING:
+            size = _packed_size(loader, source, hub, kwargs, dtype or checkpoint.dtype)
+        elif packing is None:
+            size = _size(checkpoint, dtype or checkpoint.dtype, kwargs.get("num_hidden_layers") or math.inf)
+        kwargs = {**kwargs, "use_safetensors": True}
+        if differs:
+            seen, kwargs["dtype"] = checkpoint, dtype or checkpoint.dtype
     with Placing(kwargs, size) as placing:
         return placing.keep(load_through_transformers(loader, source, hub, placing.arguments, seen))
 
@@ -74,6 +81,17 @@ def _size(checkpoint: Checkpoint, dtype: torch.dtype, behind: float) -> Size:
         },
         dtype,
     )
+
+
+def _packed_size(loader: Any, source: str, hub: dict[str, Any], kwargs: dict[str, Any], dtype: torch.dtype) -> Size:
+    """Bytes of a model that is to be packed while it is loaded."""
+    try:
+        kind, config, _ = _class_and_config(loader, source, hub, kwargs)
+        with torch.device("meta"):
+            model = kind._from_config(copy.deepcopy(config), dtype=dtype)
+    except UNREADABLE as error:
+        raise CheckpointError(f"transformers cannot load {source}: {error}") from error
+    return packed_size(model, dtype, kwargs["quantization_config"].scheme)
 
 
 def load_through_transformers(
@@ -132,6 +150,16 @@ def _from_view(
     loader: Any, source: str, hub: dict[str, Any], kwargs: dict[str, Any], seen: Checkpoint
 ) -> tuple[Any, dict[str, Any]]:
     """A class of transformers, and arguments by which it loads what was read, as if nothing had been packed."""
+    kind, config, left = _class_and_config(loader, source, hub, kwargs)
+    asked = {name: kwargs[name] for name in ("dtype", "quantization_config") if name in kwargs}
+    state = {name: LazyTensor(stored) for name, stored in seen.tensors.items()}
+    return kind, {**left, **asked, "config": config, "state_dict": state}
+
+
+def _class_and_config(
+    loader: Any, source: str, hub: dict[str, Any], kwargs: dict[str, Any]
+) -> tuple[Any, Any, dict[str, Any]]:
+    """A class of transformers, its config that does not say how numbers were packed, and the arguments left."""
     own = ("dtype", "torch_dtype", "quantization_config", "variant", "use_safetensors", "trust_remote_code")
     plain = {name: value for name, value in kwargs.items() if name not in own}
     loaded: Any = plain.pop("config", None)
@@ -147,9 +175,7 @@ def _from_view(
         config = text
     for part in (config, text):
         vars(part).pop("quantization_config", None)
-    asked = {name: kwargs[name] for name in ("dtype", "quantization_config") if name in kwargs}
-    state = {name: LazyTensor(stored) for name, stored in seen.tensors.items()}
-    return kind, {**left, **asked, "config": config, "state_dict": state}
+    return kind, config, left
 
 
 def _is_finite(parameter: torch.Tensor) -> bool:
