@@ -68,7 +68,11 @@ def main() -> None:
     }
     times: dict[str, list[float]] = {name: [] for name in variants}
     with torch.no_grad():
-        assert torch.equal(variants["plain transformers"](), variants["HookedMoE, no hooks"]())
+        plainly, ours = (variants[name]().float() for name in ("plain transformers", "HookedMoE, no hooks"))
+        differ = float((plainly - ours).abs().max())
+        assert differ == 0 or args.device != "cpu", "on a CPU logits are plain transformers' to the bit"
+        assert differ <= 0.02 * float(plainly.abs().max()), f"logits differ by {differ}"
+        del plainly, ours
         for _ in range(args.rounds + 1):
             for name, run in variants.items():
                 start = time.perf_counter()
@@ -80,6 +84,7 @@ def main() -> None:
     million = sum(p.numel() for p in plain.parameters()) / 1e6
     run = f"{tokens.numel()} tokens, {args.dtype}, {args.threads} threads, {args.rounds} rounds"
     print(f"{million:.1f} M parameters, {run}")
+    print(f"logits of the two differ by {differ:.2g} at most")
     for name, seconds in times.items():
         median = statistics.median(seconds[1:])
         print(f"{name:62s} {1000 * median:8.1f} ms  {median / base:5.3f} ×")

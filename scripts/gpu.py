@@ -158,10 +158,10 @@ def tests() -> str:
 
 
 def forward(scale: Scale) -> str:
-    """The lines of `benchmarks/forward.py` that say how much slower than plain transformers."""
+    """The lines of `benchmarks/forward.py` that say how much slower than plain transformers, and how logits differ."""
     how = ["--device", scale.device, "--dtype", "bfloat16", "--rounds", str(scale.rounds)]
     lines = child("benchmarks/forward.py", *how).splitlines()
-    return "; ".join(" ".join(line.split()) for line in lines if line.startswith("HookedMoE"))
+    return "; ".join(" ".join(line.split()) for line in lines if line.startswith(("HookedMoE", "logits")))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,10 +1,13 @@
 """`make gpu` runs where no test of ours does: what can be tried of it on a processor is tried here."""
 
 import re
+from dataclasses import replace
 
+import pytest
 import torch
 
 from scripts import gpu
+from tests.pretended_device import PretendedDevice
 
 # Four bits of normal numbers: the mean square error is about 0.009 of their variance.
 NF4_ERROR = (0.05, 0.15)
@@ -26,6 +29,27 @@ def test_packed_and_unpacked_models_are_made_of_the_same_numbers():
         logits = model(tokens)
         assert logits.isfinite().all() and logits.dtype == torch.bfloat16
         assert not torch.equal(logits[:, -1], model(tokens.flip(1))[:, -1]), "positions count: rotary tables are real"
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (7, 5)])
+def test_everything_is_on_the_device_that_is_named(capability, monkeypatch):
+    """There is none here: one is pretended, which refuses what a GPU refuses. The second is older than grouped_mm."""
+    new = capability >= (8, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: capability)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    scale = replace(gpu.DRY, device="cuda", study_tokens=200, batch=(2, 8))
+    with torch.no_grad(), PretendedDevice() as pretended:
+        model = gpu.random_model(gpu.TINY, "cuda", None if new else "nf4")
+        inner = model.original_model
+        assert {value.device.type for value in (*inner.parameters(), *inner.buffers())} == {"cuda"}
+        with pytest.raises(RuntimeError, match="to be on the same device, found cuda:0 and cpu"):
+            model.original_model(torch.zeros(1, 4, dtype=torch.long))
+        model(torch.zeros(1, 4, dtype=torch.long))  # ours moves them
+        assert "tokens/s" in gpu.speed(model, scale)
+        assert new == any("grouped_mm" in name for name in pretended.called)
+        if new:
+            assert re.match(r"[\d,]+ tokens of 5 domains", gpu.study(model, scale))
 
 
 def test_the_table_has_every_step_and_says_what_failed(monkeypatch, capsys):

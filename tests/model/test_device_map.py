@@ -13,9 +13,10 @@ import torch
 from moe_lens import HookedMoE
 from moe_lens.errors import InputError
 from moe_lens.model.loading.device_map import SHARE, Place, Size, plan_memory, slow_dtype
-from moe_lens.model.loading.dispatch import places, size_of
+from moe_lens.model.loading.dispatch import places
 from moe_lens.model.loading.machine import Machine, free_memory, slowdown
 from moe_lens.model.loading.model_info import here, model_info
+from moe_lens.model.loading.sizes import size_of
 from tests.families import build
 
 GIB = 2**30

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.integrations.accelerate import compute_module_sizes
 
 from moe_lens import names
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.model.experts.quantised import PackedLinear, PackedMatrices
 from moe_lens.model.families.table import here
-from moe_lens.model.loading.quantising import packed_in, quantise
+from moe_lens.model.loading.device_map import Size, plan_memory
+from moe_lens.model.loading.dispatch import places
+from moe_lens.model.loading.quantising import Packer, PackingConfig, packed_in, quantise
 from tests.matrix.configs import build, tokens
 from tests.wrapped import deviation
 
@@ -67,6 +70,38 @@ def test_what_is_unpacked_is_the_nearest_that_there_is(scheme: Any) -> None:
     assert packed.numel() == weight.numel()
     assert repr(packed) == f"PackedMatrices({scheme}, {tuple(weight.shape)})"
     assert packed.nbytes < weight.nbytes / (6 if scheme == "nf4" else 3)
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_many_numbers_are_unpacked_some_at_a_time(scheme: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA bitsandbytes counts numbers in 32 bits: a layer of DeepSeek-V3's experts has more than that."""
+    packed = PackedMatrices.pack(matrices((7, 16, 24), torch.bfloat16), scheme)
+    whole, asked = packed.read(), list[int]()
+
+    def counted(self: PackedMatrices, data: Tensor, scale: Tensor) -> Tensor:
+        asked.append(len(data))
+        return unpack(self, data, scale)
+
+    unpack = PackedMatrices._unpacked
+    monkeypatch.setattr(PackedMatrices, "_unpacked", counted)
+    monkeypatch.setattr("moe_lens.model.experts.quantised.AT_ONCE", 2 * 16 * 24 + 1)
+    assert torch.equal(packed.read(), whole) and asked == [2, 2, 2, 1]
+    assert torch.equal(packed.read([4, 1]), whole[[4, 1]]) and packed.read([]).shape == (0, 16, 24)
+
+
+def test_8_bits_need_no_kernel_of_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That for CUDA takes float16 alone."""
+
+    def refused(*_: Any) -> Any:
+        raise ValueError("A must be float16, got torch.bfloat16")
+
+    monkeypatch.setattr("bitsandbytes.functional.int8_vectorwise_quant", refused)
+    weight = matrices(dtype=torch.bfloat16)
+    weight[1, 2] = 0
+    packed = PackedMatrices.pack(weight, "int8")
+    assert not packed.read()[1, 2].any(), "a row of zeros"
+    step = weight.abs().amax(-1, keepdim=True).float() / 127
+    assert bool(((packed.float().read() - weight.float()).abs() <= 0.5001 * step).all())
 
 
 def test_scales_stay_exact_when_a_model_is_cast() -> None:
@@ -210,6 +245,46 @@ def test_the_embedded_model_is_packed_by_name() -> None:
     with pytest.raises(InputError, match="leaves the model as it is"):
         torch.add(torch.ones(128, 64), 1, out=model.W_in[3, 17])
     assert type(model.W_in[3, 17] + 1) is Tensor and (model.W_in[3, 17].T @ model.W_in[3, 4]).shape == (64, 64)
+
+
+@pytest.mark.typed
+@pytest.mark.parametrize(("name", "scheme"), [("mixtral", "nf4"), ("tiny-deepseekmoe", "int8")])
+def test_room_is_planned_for_what_is_packed(
+    name: str, scheme: Any, stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU of 16 GB the numbers of a 16B fit in 4 bits, and as many in 16 bits would not."""
+    source = stored if name == "mixtral" else name
+    planned = list[Size]()
+
+    def noted(size: Size, *args: Any) -> Any:
+        planned.append(size)
+        return plan_memory(size, *args)
+
+    monkeypatch.setattr("moe_lens.model.loading.dispatch.plan_memory", noted)
+    model = HookedMoE.from_pretrained(source, quantize=scheme, dtype=torch.bfloat16)
+    takes = places(model.original_model)["cpu"]
+    assert planned[0].packed and planned[0].total == takes
+    if name == "mixtral":  # and as transformers counts, to divide a model among GPUs
+        plain: Any = build(name)
+        plain = plain.to("meta")
+        packer = Packer(PackingConfig(scheme), pre_quantized=False)
+        packer._process_model_before_weight_loading(plain)
+        found = compute_module_sizes(plain.to(torch.bfloat16), packer)[0][""]
+        assert found - sum(buffer.nbytes for buffer in plain.buffers()) == takes
+    model.save_pretrained(tmp_path)
+    HookedMoE.from_pretrained(tmp_path)
+    assert planned[1].packed and planned[1].total == takes, "of what is stored packed, too"
+    little: Any = {"cpu": takes - 1}
+    for of, how in ((source, {"quantize": scheme, "dtype": torch.bfloat16}), (tmp_path, {})):
+        with pytest.raises(InputError, match="packed, the model takes .*nor kept on disk"):
+            HookedMoE.from_pretrained(of, max_memory=little, **how)
+
+
+@pytest.mark.typed
+@pytest.mark.parametrize("where", [{"": "disk"}, {"model.embed_tokens": "meta", "": "cpu"}, "sequential"])
+def test_packed_numbers_stay_in_one_kind_of_memory(where: Any, stored: Path) -> None:
+    with pytest.raises(InputError, match="device_map puts parts of a packed model in .*name one of these"):
+        HookedMoE.from_pretrained(stored, quantize="nf4", device_map=where, max_memory={"cpu": "50KB"})
 
 
 def test_weights_that_are_no_numbers_are_refused(stored: Path, tmp_path: Path) -> None:

@@ -244,10 +244,12 @@ def multiplied(x: Tensor, matrix: Tensor | Matrices, rows: Rows, product: Produc
 def grouped_product(x: Tensor, matrix: Tensor, rows: Rows) -> Tensor:
     """Each row times the matrix of its expert.
 
-    `torch.nn.functional.grouped_mm` where it works; it refuses float64 and rows that are not multiples of 16 bytes.
+    `torch.nn.functional.grouped_mm` where it works; it refuses float64, rows that are not multiples of 16 bytes, and
+    GPUs older than Ampere.
     """
     sizes = (matrix.shape[-2] * matrix.element_size(), matrix.shape[-1] * matrix.element_size())
-    if len(x) and matrix.dtype != torch.float64 and not any(size % 16 for size in sizes):
+    old = matrix.is_cuda and torch.cuda.get_device_capability(matrix.device) < (8, 0)
+    if len(x) and matrix.dtype != torch.float64 and not old and not any(size % 16 for size in sizes):
         return F.grouped_mm(x.to(matrix.dtype), matrix, offs=rows.ends)
     return looped_product(x, matrix, rows)
 

@@ -1,9 +1,10 @@
 """Matrices in 4 or 8 bits: kept packed, read expert by expert, and multiplied without keeping what was unpacked.
 
-bitsandbytes packs and unpacks. "nf4" is the NormalFloat of QLoRA (arXiv 2305.14314), "fp4" a float of 4 bits: blocks of
-64 numbers share a scale in float32, 4.5 bits a number. "int8" has a scale for each stored row, 8 bits and little more.
-Matrices are given to it flat, expert by expert: on the CPU it reads blocks across rows that are no multiple of 64
-wrongly.
+bitsandbytes packs and unpacks 4 bits. "nf4" is the NormalFloat of QLoRA (arXiv 2305.14314), "fp4" a float of 4 bits:
+blocks of 64 numbers share a scale in float32, 4.5 bits a number. "int8" has a scale for each stored row, 8 bits and
+little more; it is packed here, since bitsandbytes' kernel for CUDA takes float16 alone. Matrices are given to it flat,
+expert by expert: on the CPU it reads blocks across rows that are no multiple of 64 wrongly; and unpacked in parts:
+on CUDA it counts numbers in 32 bits.
 """
 
 import importlib
@@ -24,6 +25,8 @@ Scheme = Literal["nf4", "fp4", "int8"]
 Multiply = Callable[[Tensor, Tensor], Tensor]
 BLOCK = 64
 """Numbers that share a scale in 4 bits."""
+AT_ONCE = 2**28
+"""Numbers that are unpacked at a time, at most: 1 GiB in float32."""
 
 
 def library() -> Any:
@@ -112,7 +115,7 @@ class PackedMatrices(nn.Module):
             scale = torch.empty(n_experts, scales, dtype=torch.float32, device="meta")
             return cls(data, scale, scheme, weight.shape, weight.dtype)
         if scheme == "int8":
-            packed = [functional.int8_vectorwise_quant(matrix.contiguous())[:2] for matrix in weight.unbind()]
+            packed = [_rows_in_int8(matrix) for matrix in weight.unbind()]
         else:
             flat = [functional.quantize_4bit(m.flatten(), blocksize=BLOCK, quant_type=scheme) for m in weight.unbind()]
             packed = [(data.flatten(), state.absmax) for data, state in flat]
@@ -129,14 +132,20 @@ class PackedMatrices(nn.Module):
     @torch.no_grad()
     def read(self, experts: Sequence[int] | Tensor | slice = slice(None)) -> Float[Tensor, "expert rows columns"]:
         """The matrices of some experts, unpacked."""
-        functional = library()
         data, scale = self.data[experts], self.scale[experts]
-        shape = (len(data), *self.shape[1:])
-        if not len(data):
-            return data.new_empty(shape, dtype=self.dtype)
+        some = max(1, AT_ONCE // math.prod(self.shape[1:]))
+        if 0 < len(data) <= some:
+            return self._unpacked(data, scale)
+        out = data.new_empty((len(data), *self.shape[1:]), dtype=self.dtype)
+        for begin in range(0, len(data), some):
+            part = slice(begin, begin + some)
+            out[part] = self._unpacked(data[part], scale[part])
+        return out
+
+    def _unpacked(self, data: Tensor, scale: Tensor) -> Float[Tensor, "expert rows columns"]:
+        functional, shape = library(), (len(data), *self.shape[1:])
         if self.scheme == "int8":
-            rows = functional.int8_vectorwise_dequant(data.flatten(0, 1), scale.flatten())
-            return rows.to(self.dtype).view(shape)
+            return (data * (scale / 127)[..., None]).to(self.dtype)
         state = functional.QuantState(
             absmax=scale.flatten(),
             shape=torch.Size([math.prod(shape)]),
@@ -164,6 +173,13 @@ class PackedMatrices(nn.Module):
     def extra_repr(self) -> str:
         """Scheme and shape."""
         return f"{self.scheme}, {tuple(self.shape)}"
+
+
+def _rows_in_int8(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix as whole numbers from −127 to 127, and of each row the number that 127 stands for."""
+    scale = matrix.abs().amax(-1).float()
+    steps = 127 / scale.clamp_min(torch.finfo(torch.float32).tiny)
+    return (matrix.float() * steps[:, None]).round().to(torch.int8), scale
 
 
 @runtime_checkable
