@@ -22,8 +22,14 @@ def rendered(template: str, **values: Any) -> str:
 
 
 def as_html(figure: Any) -> Markup:
-    """A figure as part of a page that has plotly.js."""
-    return Markup(figure.to_html(full_html=False, include_plotlyjs=False, config=CONFIG))
+    """A figure as part of a page that has plotly.js; one that must not be narrow scrolls where the page is."""
+    drawn = Markup(figure.to_html(full_html=False, include_plotlyjs=False, config=CONFIG))
+    least = (figure.layout.meta or {}).get("least_width")
+    return (
+        Markup('<div class="scroll"><div style="min-width:{}px">{}</div></div>').format(least, drawn)
+        if least
+        else drawn
+    )
 
 
 def table_html(table: pd.DataFrame) -> Markup:

@@ -24,6 +24,7 @@ from moe_lens.studies.lens import NONE
 from moe_lens.studies.lens_examples import EXAMPLE_TOKENS, LensExample
 from moe_lens.studies.matched_coalitions import PICKED, RANDOM, beaten
 from moe_lens.studies.variant_losses import WHOLE
+from moe_lens.viz.specialisation import NAMED
 from moe_lens.viz.style import colour
 
 
@@ -77,6 +78,7 @@ def routing(studies: Studies) -> Section | None:
         model=model,
         nulls={null: meaning for null, meaning in NULLS.items() if null in shares},
         rows=rows,
+        named=len(rows) <= NAMED,
     )
 
 

@@ -9,7 +9,7 @@ from rich.text import Text
 from moe_lens.checked import Natural
 from moe_lens.lenses import LensResult
 from moe_lens.viz.lens_cells import NOT_SELECTED, cells, unselected
-from moe_lens.viz.style import INK, MUTED, SCALE, styled
+from moe_lens.viz.style import INK, MUTED, SCALE, least_width, styled
 from moe_lens.viz.token_text import as_text, escaped, readable
 
 if TYPE_CHECKING:
@@ -77,11 +77,15 @@ def lens_table(
                 "title": {"text": "probability" if colour_by == "prob" else "logit", "font": {"size": 11}},
                 "tickformat": ".0%" if colour_by == "prob" else "",
                 "thickness": 10,
+                "len": min(1.0, 320 / (40 * rows + 90)),
+                "y": 1,
+                "yanchor": "top",
             },
             **limits,
         )
     )
     styled(figure, height=40 * rows + 90)
+    least_width(figure, 76 * columns + 130)
     figure.update_layout(font_color=INK, margin={"t": 50, "b": 10}, annotations=notes)
     labels = [as_text(which.label).replace(" + ", "<br>+ ") for which in result.sums]
     figure.update_xaxes(tickvals=list(range(columns)), ticktext=labels, side="top", showgrid=False)

@@ -7,7 +7,7 @@ import pandas as pd
 from moe_lens.studies import StudyResult
 from moe_lens.studies.frames import where
 from moe_lens.viz.of_study import table_of
-from moe_lens.viz.style import MUTED, SCALE, colour, error_bars, styled
+from moe_lens.viz.style import MUTED, SCALE, by_layer, colour, error_bars, least_width, styled
 from moe_lens.viz.token_text import as_text
 
 if TYPE_CHECKING:
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 NULLS = {"random_router": ("random router", "x-thin-open"), "token_unigram": ("token alone", "line-ew-open")}
 """What is drawn beside the model's own routing, where the study measured it."""
+NAMED = 60
+"""Points at most beside which the number of the expert stands: of more, the numbers would cover one another."""
 
 
 def specialisation_map(result: StudyResult) -> "Figure":
@@ -53,6 +55,7 @@ def specialisation_map(result: StudyResult) -> "Figure":
         )
         figure.update_yaxes(type="category", autorange="reversed", title_text="layer", showgrid=False, row=row, col=1)
     styled(figure, height=height)
+    least_width(figure, 4 * len(set(frame["expert"])) + 160)
     figure.update_xaxes(showgrid=False)
     figure.update_xaxes(title_text="expert", row=len(domains), col=1)
     figure.update_layout(
@@ -82,6 +85,7 @@ def most_specialised(result: StudyResult) -> "Figure":
 
     figure = go.Figure()
     n_domains = len(result.domains)
+    shown = _of(result, "most_specialised", routing="model")["layer"]
     for number, name in enumerate(result.domains):
         offset = (number - (n_domains - 1) / 2) * 0.6 / n_domains
         rows = _of(result, "most_specialised", routing="model", domain=name)
@@ -89,7 +93,8 @@ def most_specialised(result: StudyResult) -> "Figure":
             x=rows["layer"] + offset,
             y=rows["share"],
             error_y=error_bars(rows["share"], rows["low"], rows["high"]),
-            mode="markers+text",
+            mode="markers+text" if len(shown) <= NAMED else "markers",
+            cliponaxis=False,
             text=rows["expert"].astype(str),
             textposition="middle right",
             textfont={"size": 9, "color": MUTED},
@@ -115,7 +120,7 @@ def most_specialised(result: StudyResult) -> "Figure":
     _line(figure, _baseline(result), f"uniform {_baseline(result):.1%}", above=True)
     styled(figure, height=360, legend={"orientation": "h", "y": 1.1, "x": 0})
     figure.update_yaxes(title_text="share of the domain's tokens", tickformat=".0%", rangemode="tozero")
-    figure.update_xaxes(title_text="layer", dtick=1, showgrid=False)
+    by_layer(figure, shown)
     return figure
 
 
@@ -149,7 +154,7 @@ def experts_for_half(result: StudyResult) -> "Figure":
     _line(figure, float(half), f"uniform {half}", above=False)
     styled(figure, height=320, legend={"orientation": "h", "y": 1.1, "x": 0})
     figure.update_yaxes(title_text="experts for half of the assignments", rangemode="tozero")
-    figure.update_xaxes(title_text="layer", dtick=1, showgrid=False)
+    by_layer(figure, _of(result, "layers", routing="model", measure="experts_50")["layer"])
     return figure
 
 

@@ -39,6 +39,35 @@ def error_bars(middle: Iterable[float], low: Iterable[float | None], high: Itera
     }
 
 
+FEW_LAYERS = 12
+"""Whose numbers stand side by side on a telephone, too."""
+
+
+def by_layer(figure: "Figure", layers: Iterable[int]) -> None:
+    """An x axis of layers, from the first to the last, with as many numbers as there is room for and a tick for each.
+
+    Args:
+        figure: What it is the axis of.
+        layers: Their numbers.
+    """
+    numbers = sorted(set(layers))
+    many = len(numbers) > FEW_LAYERS
+    ticks: dict[str, Any] = {"minor": {"dtick": 1, "ticks": "outside", "ticklen": 3}} if many else {"dtick": 1}
+    # Else texts beside points make room for themselves with layers that are none.
+    around = [numbers[0] - 0.7, numbers[-1] + 1.2] if numbers else None
+    figure.update_xaxes(title_text="layer", showgrid=False, range=around, **ticks)
+
+
+def least_width(figure: "Figure", pixels: int) -> None:
+    """Do not draw a figure narrower than this on a page: it then scrolls sideways in its place.
+
+    Args:
+        figure: One with many columns.
+        pixels: Of all of it.
+    """
+    figure.update_layout(meta={"least_width": pixels})
+
+
 def styled(figure: "Figure", **layout: Any) -> "Figure":
     """The common look."""
     figure.update_layout(

@@ -186,6 +186,10 @@ def test_no_column_of_the_verdicts_is_cut_off(made, tmp_path, width):
         )
         page.open(made / "report.html")
         assert page.ask(cut) == 0 and page.ask(inside) is True
+        page.until("document.querySelectorAll('.js-plotly-plot .main-svg').length")
+        assert page.ask("document.documentElement.scrollWidth") <= width
+        widths = "[...document.querySelectorAll('.scroll > div > div > .js-plotly-plot')].map((e) => e.offsetWidth)"
+        assert (max(page.ask(widths)) > width) is (width == 360), "a wide figure scrolls sideways in its place"
         page.ask("document.querySelectorAll('table.verdicts td').forEach((e) => { e.style.whiteSpace = 'nowrap'; })")
         page.ask("document.querySelector('table.verdicts').style.tableLayout = 'auto'")
         assert page.ask(cut) > 0  # as it was: on one line nothing fits

@@ -1,6 +1,7 @@
 """Results know their figures, saved or not; figures and tables become files."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from moe_lens import viz
 from moe_lens.errors import InputError
+from moe_lens.report.rendering import as_html
 from moe_lens.studies import AblationStudy, RoutingStudy, SingleExpertStudy, StudyResult, run
 from moe_lens.studies.frames import latex
 from moe_lens.viz import figures
@@ -46,6 +48,32 @@ def test_the_figure_of_an_ablation_has_the_numbers_of_its_table(saved):
     figure: Any = result.figure()
     for trace, kind in zip(figure.data, ("picked", "matched", "random"), strict=True):
         assert list(trace.y) == pytest.approx(list(table[table["coalition"] == kind]["added"]), nan_ok=True)
+
+
+def test_figures_of_many_layers_and_experts_stay_legible(saved):
+    """As many as Qwen3-30B has: 48 layers, 128 experts."""
+    few = StudyResult.load(saved / "routing")
+    tables: dict[str, Any] = dict(few.tables)
+    for name, column, size in (
+        ("most_specialised", "layer", 48),
+        ("layers", "layer", 48),
+        ("specialisation", "expert", 128),
+    ):
+        step = int(tables[name][column].max()) + 1
+        parts = [tables[name].assign(**{column: tables[name][column] + step * i}) for i in range(size // step)]
+        tables[name] = pd.concat(parts, ignore_index=True)
+    many = replace(few, tables=tables)
+    for of, legible in ((few, True), (many, False)):
+        most: Any = viz.most_specialised(of)
+        assert (most.data[0].mode == "markers+text") is legible and (most.layout.xaxis.dtick == 1) is legible
+        last = of.tables["most_specialised"]["layer"].max()
+        assert last < most.layout.xaxis.range[1] < last + 2, "no layers that are none"
+        if not legible:
+            assert most.layout.xaxis.minor.dtick == 1
+        figure: Any = viz.specialisation_map(of)
+        experts = len(figure.data[0].z[0])
+        assert figure.layout.meta["least_width"] == 4 * experts + 160 and (experts == 128) is not legible
+        assert f'<div class="scroll"><div style="min-width:{4 * experts + 160}px">' in as_html(figure)
 
 
 def test_every_figure_that_is_named_is_offered():
