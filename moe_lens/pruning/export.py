@@ -1,6 +1,6 @@
 """Pruned checkpoints in the family's own format: router rows, experts renumbered, config, tokenizer, card.
 
-Files are read tensor by tensor and written shard by shard: no more than one shard of the smaller model is in memory.
+Files are read tensor by tensor and written shard by shard: no more than a shard of 2 GB is in memory.
 """
 
 import json
@@ -39,6 +39,8 @@ _WEIGHTS = (
     ".h5",
 )
 _INDEX = "model.safetensors.index.json"
+_SHARD = 2 * 10**9
+"""Bytes of a file at most, unless one tensor has more."""
 
 
 def export(
@@ -232,23 +234,31 @@ def _room(checkpoint: Checkpoint, plan: Plan, target: Path) -> int:
 
 
 def _write_shards(checkpoint: Checkpoint, plan: Plan, folder: Path) -> None:
-    """A shard for each shard of the source, of what stays of its tensors."""
+    """Shards of what stays of the source's, each of one of them; of a large one, several."""
     by_file: dict[Path, list[str]] = {}
     for name, stored in checkpoint.tensors.items():
         by_file.setdefault(stored.file, []).append(name)
     files = sorted(by_file)
     merges = StoredMerges(checkpoint, plan) if plan.merged else None
-    weight_map, total, written = {}, 0, []
-    for file in files:
-        tensors = {}
-        with safe_open(file, framework="pt") as handle:
-            for name in sorted(by_file[file]):
-                if (kept := _smaller(name, handle, plan, merges)) is not None:
-                    tensors[kept[0]] = kept[1]
+    weight_map, total = {}, 0
+    written, tensors = list[tuple[Path, list[str]]](), dict[str, Tensor]()
+
+    def flush() -> None:
         if tensors:
             written.append((folder / f"shard-{len(written)}", list(tensors)))
-            total += sum(value.nbytes for value in tensors.values())
             save_file(tensors, written[-1][0], {"format": "pt"})
+            tensors.clear()
+
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            for name in sorted(by_file[file]):
+                if (kept := _smaller(name, handle, plan, merges)) is None:
+                    continue
+                if sum(value.nbytes for value in tensors.values()) + kept[1].nbytes > _SHARD:
+                    flush()
+                tensors[kept[0]] = kept[1]
+                total += kept[1].nbytes
+        flush()
     for number, (path, tensor_names) in enumerate(written, start=1):
         name = "model.safetensors" if len(written) == 1 else f"model-{number:05}-of-{len(written):05}.safetensors"
         path.rename(folder / name)

@@ -72,6 +72,23 @@ def test_a_checkpoint_on_disk_is_pruned_shard_by_shard(tmp_path):
     assert torch.equal(*both)
 
 
+def test_a_single_large_file_is_written_as_several(tmp_path, monkeypatch):
+    """So that no more than one of them is in memory."""
+    build("qwen2_moe").save_pretrained(tmp_path / "whole")
+    assert [file.name for file in (tmp_path / "whole").glob("*.safetensors")] == ["model.safetensors"]
+    hooked = HookedMoE.from_pretrained(tmp_path / "whole", check=False)
+    plan = make_plan(hooked, kept_of(hooked), 2)
+    export(str(tmp_path / "whole"), plan, tmp_path / "one")
+    monkeypatch.setattr(sys.modules["moe_lens.pruning.export"], "_SHARD", 20_000)
+    export(str(tmp_path / "whole"), plan, tmp_path / "several")
+    whole = load_file(tmp_path / "one" / "model.safetensors")
+    shards = [load_file(file) for file in sorted((tmp_path / "several").glob("*.safetensors"))]
+    assert len(shards) > 3 and {name: 1 for shard in shards for name in shard}.keys() == whole.keys()
+    assert all(len(shard) == 1 or sum(value.nbytes for value in shard.values()) <= 20_000 for shard in shards)
+    both = [AutoModelForCausalLM.from_pretrained(tmp_path / name)(tokens()).logits for name in ("one", "several")]
+    assert torch.equal(*both)
+
+
 def test_the_rest_of_a_checkpoint_comes_along_and_code_does_not(tmp_path):
     build("olmoe").save_pretrained(tmp_path / "whole")
     (tmp_path / "whole" / "tokenizer.json").write_text("{}")
