@@ -247,7 +247,6 @@ def test_the_embedded_model_is_packed_by_name() -> None:
     assert type(model.W_in[3, 17] + 1) is Tensor and (model.W_in[3, 17].T @ model.W_in[3, 4]).shape == (64, 64)
 
 
-@pytest.mark.typed
 @pytest.mark.parametrize(("name", "scheme"), [("mixtral", "nf4"), ("tiny-deepseekmoe", "int8")])
 def test_room_is_planned_for_what_is_packed(
     name: str, scheme: Any, stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -280,7 +279,6 @@ def test_room_is_planned_for_what_is_packed(
             HookedMoE.from_pretrained(of, max_memory=little, **how)
 
 
-@pytest.mark.typed
 @pytest.mark.parametrize("where", [{"": "disk"}, {"model.embed_tokens": "meta", "": "cpu"}, "sequential"])
 def test_packed_numbers_stay_in_one_kind_of_memory(where: Any, stored: Path) -> None:
     with pytest.raises(InputError, match="device_map puts parts of a packed model in .*name one of these"):
