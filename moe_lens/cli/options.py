@@ -208,12 +208,13 @@ OF_DOMAINS = {"text": "text-column", "source": "source-column", "split": "split"
 """Fields of `DomainSpec` and the options that choose them for all domains."""
 
 
-def open_domains(arguments: Sequence[str] | None, config: Path | None, **shared: Any) -> Opened:
+def open_domains(arguments: Sequence[str] | None, config: Path | None, out: Path, **shared: Any) -> Opened:
     """The domains of the command line, or else of its --config, or else the embedded ones.
 
     Args:
         arguments: Of --domain.
         config: Of --config.
+        out: Of --out, which must not be in a folder of texts: what is written there would be read as texts.
         shared: Fields of `DomainSpec` that the command line gave for all of its domains.
 
     Raises:
@@ -226,6 +227,10 @@ def open_domains(arguments: Sequence[str] | None, config: Path | None, **shared:
         if wrong := [key for key, value in shared.items() if value != getattr(DomainSpec(name=""), key)]:
             instead = f"write {wrong[0]} = … into its table" if specs else "give your texts by --domain NAME=FILE"
             raise InputError(f"--{OF_DOMAINS[wrong[0]]} is about --domain, and there is none: {instead}")
+    for spec in specs:
+        texts = Path(spec.path or "").resolve()
+        if spec.path is not None and texts.is_dir() and texts in (out.resolve(), *out.resolve().parents):
+            raise InputError(f"--out {out} is in the folder of the texts of domain {spec.name!r}; choose another")
     return [spec.open() for spec in specs] if specs else embedded_domains()
 
 

@@ -12,7 +12,7 @@ from moe_lens.cli import options
 from moe_lens.cli.app import app
 from moe_lens.cli.model_loading import load_model, quiet, where_it_is
 from moe_lens.data import in_memory
-from moe_lens.errors import InputError, near_miss
+from moe_lens.errors import InputError, MoELensError, near_miss
 
 
 class Scoring(StrEnum):
@@ -94,7 +94,7 @@ def prune(
     Example: moe-lens prune --domain french --domain code --keep 0.5 --specialist french --out french-half
     """
     started = time.monotonic()
-    domains = in_memory(options.open_domains(domain, config))
+    domains = in_memory(options.open_domains(domain, config, out))
     if specialist is not None and specialist not in [one.name for one in domains]:
         known = [one.name for one in domains]
         raise InputError(
@@ -149,7 +149,10 @@ def prune(
         if where is not None:
             console.print(Text(where))
         smaller = folder.scratch / "model"  # appears with the rest
-        made = run(loaded, domains, settings, smaller, watch=watch)
+        try:
+            made = run(loaded, domains, settings, smaller, watch=watch)
+        except (MoELensError, OSError) as error:  # the place where it is made is nobody's but ours
+            raise InputError(str(error).replace(str(folder.scratch), str(out))) from error
         del loaded  # the two that are timed take its place
         gc.collect()
         watch("measuring both models")

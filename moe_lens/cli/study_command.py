@@ -58,10 +58,10 @@ class Arguments:
     trust_tokenizer_code: options.TrustTokenizer = False
     config: options.Config = None
 
-    def domains(self) -> options.Opened:
-        """The texts."""
+    def domains(self, out: Path) -> options.Opened:
+        """The texts, for a result that goes elsewhere."""
         names = {"text": self.text_column, "source": self.source_column}
-        return options.open_domains(self.domain, self.config, **names, split=self.split, streaming=self.streaming)
+        return options.open_domains(self.domain, self.config, out, **names, split=self.split, streaming=self.streaming)
 
     def reading(self) -> Reading:
         """How they are read."""
@@ -103,7 +103,7 @@ def command(name: str, folder: str, **defaults: Any) -> Callable[[Make], Make]:
             chosen = {key: changed if key == "changed" else given.pop(key) for key in own}
             given.pop("out", None)
             arguments = Arguments(**given)
-            domains = arguments.domains()  # before anything that imports torch: what is not there is said at once
+            domains = arguments.domains(out)  # before anything that imports torch: what is not there is said at once
             made = make(**chosen)
             if made is not None:
                 _run(made, domains, out, arguments)

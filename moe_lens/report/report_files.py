@@ -63,6 +63,8 @@ class OutputFolder:
                 folder.mkdir()
                 self._made.append(folder)
             self.left = remove_dead(self.path, _UNFINISHED)
+            if any(path.name.startswith(_UNFINISHED) for path in self.path.iterdir()):
+                raise OSError("another run is writing there")
             self.scratch = self._stack.enter_context(scratch_folder(self.path, _UNFINISHED))
         except OSError as error:
             self._unmake()

@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 from typing import Any
 
@@ -84,3 +85,21 @@ def test_nothing_is_written_into_the_folder_that_is_read(texts, tmp_path, capsys
         assert main(["prune", *texts, "--model", str(folder), "--out", str(out)]) == 2
         assert "in the folder of the model itself" in capsys.readouterr().err
     assert not any(folder.iterdir())
+
+
+def test_a_full_disk_is_said_of_the_folder_that_was_given(texts, tmp_path, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**20))
+    assert main(["prune", *texts, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith(f"moe-lens: error: {tmp_path}/out/model: the smaller model takes 0.01 GB")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["prune", "routing", "collect"])
+def test_nothing_is_written_into_a_folder_of_texts(command, texts, tmp_path, capsys):
+    before = sorted(tmp_path.iterdir())
+    for out in (tmp_path, tmp_path / "a" / "b"):
+        assert main([command, "--domain", f"all={tmp_path}", "--out", str(out)]) == 2
+        assert f"--out {out} is in the folder of the texts of domain 'all'; choose another" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before

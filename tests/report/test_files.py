@@ -69,7 +69,7 @@ def test_what_a_killed_run_left_is_removed_by_the_next_and_a_running_one_is_left
     (killed / "work" / "half").touch()
     with OutputFolder(tmp_path) as other:
         assert other.left == 1 and not killed.exists()
-        with OutputFolder(tmp_path):
-            assert other.scratch.is_dir()
+        with pytest.raises(InputError, match="another run is writing there"), OutputFolder(tmp_path):
+            pass
         assert other.scratch.is_dir()
     assert list(tmp_path.iterdir()) == []
