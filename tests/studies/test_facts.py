@@ -1,8 +1,11 @@
 """Tracing over facts: restoring coalitions against patching by hand, and the study on a model with planted experts."""
 
+import inspect
 import json
 import random
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from moe_lens.errors import InputError
 from moe_lens.interventions.causal_tracing import EMBEDDING, noisy
 from moe_lens.interventions.traced_fact import Fact, TracedFact
 from moe_lens.studies import StudyResult, localise_facts, read_facts
+from moe_lens.studies.facts import RUNS, FactResult, FactStats, FactStudy
 from tests.planted import LAYER, PLANTED, WORDS, planted_model
 from tests.studies.tiny import tiny_model
 from tests.wrapped import untouched
@@ -152,3 +156,58 @@ def test_facts_that_cannot_be_traced(model):
         localise_facts(model, [fact, long])
     with pytest.raises(InputError, match="are the same token"):
         localise_facts(model, [Fact(fact.prompt, fact.subject, fact.answer, fact.answer)] * 2)
+
+
+def test_a_contrast_is_the_picked_less_the_random_and_a_lower_rank_is_better():
+    runs = (*RUNS, "random", "random")
+    value = {"clean": (9.0, 0.0), "corrupted": (1.0, 50.0), "all": (8.0, 5.0), "picked": (6.0, 10.0)}
+    random_ones = [(3.0, 20.0), (7.0, 40.0)]
+    one = torch.tensor([*(value[name] for name in RUNS), *random_ones], dtype=torch.float64)
+    found = FactResult(runs, ("s", "t"), torch.tensor([1, 1]), torch.stack([one, one])).contrast()
+    difference, rank = found.to_dict("records")
+    assert difference["estimate"] == pytest.approx(6 - 5) and rank["estimate"] == pytest.approx(10 - 30)
+    assert difference["beaten"] == 0.5, "more is better: one of two random ones has less"
+    assert rank["beaten"] == 1, "less is better: both have more"
+    back = {"picked": (5, -40), "random": (4, -20), "all": (7, -45)}
+    for name, (of_difference, of_rank) in back.items():
+        assert (difference[name], rank[name]) == (pytest.approx(of_difference), pytest.approx(of_rank)), name
+
+
+def test_random_coalitions_are_of_experts_in_use_and_other_ones_for_each_prompt():
+    study = FactStudy(tuple(facts()), random=30)
+    own = torch.zeros(2, 16, dtype=torch.bool)
+    own[0, :3] = own[1, 5:7] = True
+    active = torch.zeros(2, 16)
+    active[:, 8:14] = 1
+    traced: Any = SimpleNamespace(active=active)
+    found = torch.stack(study._random(traced, own, facts()[0]))
+    assert (found.sum(-1) == torch.tensor([3, 2])).all() and not found[..., :8].any() and not found[..., 14:].any()
+    assert found.any(0)[:, 8:14].all(), "each of them at some time"
+    assert torch.equal(found, torch.stack(study._random(traced, own, facts()[0])))
+    assert not torch.equal(found, torch.stack(study._random(traced, own, facts()[1])))
+
+
+def test_a_fact_is_confirmed_with_experts_that_were_picked_on_the_other_half(monkeypatch):
+    """Those of its own half know it already."""
+    given = tuple(replace(fact, source=f"template {number % 2}") for number, fact in enumerate(facts()[:4]))
+    study, seen = FactStudy(given, random=1), []
+    traced = SimpleNamespace(ends=torch.zeros(2, 2), active=torch.ones(1, 4))
+    traced.restored = lambda coalitions: seen.append(coalitions[1]) or torch.zeros(len(coalitions), 2)
+    monkeypatch.setattr(TracedFact, "of", lambda *_, **__: traced)
+    picked = [torch.tensor([[True, False, False, False]]), torch.tensor([[False, True, False, False]])]
+    into, halves = FactStats(1), {"template 0": 0, "template 1": 1}
+    batch: Any = SimpleNamespace(windows=[SimpleNamespace(document=number) for number in range(4)])
+    step: Any = inspect.unwrap(FactStudy.step)  # a model and a batch that only know what is asked of them
+    step(study, None, "confirming", batch, {"scores": into}, (given, 1.0, picked, halves))
+    assert [int(one.flatten().nonzero()) for one in seen] == [1, 0, 1, 0]
+    assert into.result().sources == ("template 0", "template 1"), "facts of one template depend on one another"
+    assert {domain.n_sources for domain in FactStudy(given[:2]).domains()} == {2}
+
+
+def test_other_facts_are_another_study_and_a_prompt_must_fit(model):
+    one, other = (FactStudy(tuple(facts()[:n])).settings()["facts"] for n in (3, 4))
+    assert one != other and one == FactStudy(tuple(facts()[:3])).settings()["facts"]
+    long = replace(facts()[0], prompt=" sea" * (int(model.cfg.n_ctx) + 1))
+    with pytest.raises(InputError):
+        FactStudy((long,)).check(model)
+    FactStudy(tuple(facts())).check(model)
