@@ -153,7 +153,7 @@ class HookedMoE(Summary, GeneratingBridge):
         if tokenizer is not None:
             check_tokenizer(tokenizer)
         refuse_shards(model)
-        known_as = name or getattr(model.config, "_name_or_path", "") or family_name(model)
+        known_as = name or getattr(model.config, "name_or_path", "") or family_name(model)
         with undone_on_error(model):
             capture_once(model)
             adapter, family = build_adapter(model, known_as)

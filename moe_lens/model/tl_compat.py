@@ -14,16 +14,22 @@ TOUCHPOINTS = (
     *(
         f"{_BRIDGE}.{name}"
         for name in (
+            "_ensure_generation_supported",
             "_finalize_return",
             "_gated_hook_reason",
             "_is_embedding_stage_hook",
             "_pos_slice_dim",
             "_prepare_loss_attention_mask",
             "_resolve_hook_point",
+            "_stack_block_params",
+            "_warn_gated_skipped",
             "check_hooks_to_add",
             "get_hook_point",
             "hook_dict",
+            "_capture_hf_cache=",
             "_hook_registry=",
+            "_last_hf_cache=",
+            "_start_residual=",
             "original_model=",
         )
     ),
@@ -52,6 +58,8 @@ TOUCHPOINTS = (
         f"{_COMPONENTS}:{name}"
         for name in (
             "BlockBridge._maybe_wire_capture_hooks",
+            "BlockBridge._start_at_layer_idx=",
+            "BlockBridge._stop_at_layer_idx=",
             "BlockBridge._teardown_capture_hooks",
             "EmbeddingBridge",
             "LinearBridge",
@@ -72,6 +80,8 @@ TOUCHPOINTS = (
     "transformer_lens.conversion_utils.conversion_steps.base_tensor_conversion:BaseTensorConversion",
     # the cache
     "transformer_lens.ActivationCache:ActivationCache._batch_size",
+    "transformer_lens.ActivationCache:ActivationCache._ensure_head_results",
+    "transformer_lens.ActivationCache:ActivationCache._get_cached_ln_scale",
     "transformer_lens.ActivationCache:ActivationCache._uses_ln_centering",
 )
 require("transformer-lens", TOUCHPOINTS, ["4.3"])

@@ -13,7 +13,7 @@ def missing(touchpoints: Iterable[str]) -> list[str]:
     Args:
         touchpoints: `"module:name"`, `"module:Class.method"`, or `"module:Class.attribute="` for an attribute that
             only instances have: some method of the class (or of one that it inherits from) must speak of it, or the
-            function that is named in the class's place.
+            function that is named in the class's place, of which it may be an argument.
     """
     return [point for point in touchpoints if not _is_there(point)]
 
@@ -31,7 +31,7 @@ def _is_there(point: str) -> bool:
         [method for cls in setter.__mro__ for method in vars(cls).values()] if isinstance(setter, type) else [setter]
     )
     codes = (getattr(method, "__code__", None) for method in methods)
-    return any(attribute in code.co_names for code in codes if code is not None)
+    return any(attribute in (*code.co_names, *code.co_varnames) for code in codes if code is not None)
 
 
 def require(library: str, touchpoints: Iterable[str], tested: Sequence[str]) -> None:

@@ -2,12 +2,15 @@
 
 import ast
 import json
+import re
 import runpy
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 import moe_lens
@@ -131,13 +134,18 @@ def test_touchpoints_are_names_methods_and_attributes_of_instances() -> None:
     assert touchpoints.missing(["no_such_library:name"]) == ["no_such_library:name"]
 
 
-def imports(path: Path) -> set[str]:
-    """Modules that a file imports from."""
+@cache
+def trees() -> dict[str, ast.Module]:
+    """The package's modules, parsed, by their paths in it."""
     return {
-        node.module
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.ImportFrom) and node.module
+        path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+        for path in PACKAGE.rglob("*.py")
     }
+
+
+def imports(tree: ast.Module) -> set[str]:
+    """Modules that a module imports from."""
+    return {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
 
 
 PUBLIC = {
@@ -150,10 +158,51 @@ PUBLIC = {
 @pytest.mark.parametrize(("library", "room"), [("transformers", "hf_compat.py"), ("transformer_lens", "tl_compat.py")])
 def test_what_is_below_a_librarys_public_surface_is_imported_in_one_module(library: str, room: str) -> None:
     where = {
-        path.relative_to(PACKAGE).as_posix(): found
-        for path in PACKAGE.rglob("*.py")
-        if (found := {name for name in imports(path) if name.startswith(f"{library}.")} - PUBLIC[library])
+        path: found
+        for path, tree in trees().items()
+        if (found := {name for name in imports(tree) if name.startswith(f"{library}.")} - PUBLIC[library])
     }
     assert len(where.pop(f"model/{room}")) > 4
     where.pop("model/families/deepseek.py", None)  # a model, made of transformers' own
     assert where == {}
+
+
+OTHERS = {
+    *("_asdict", "_DummyThread", "_get_running_loop", "_getframe", "_is_protocol", "_replace"),  # Python's
+    *("_C", "_current_graph_task_id", "_version", *vars(torch.nn.Module())),  # torch's
+    "_hf_hook",  # accelerate's
+    *("_all_hooks", "_asked_kernel", "_cfg", "_original_names"),  # our own, in the `__dict__` of a model
+}
+"""Private names that need not be there in transformers or TransformerLens."""
+
+
+def private_names(tree: ast.AST) -> tuple[set[str], set[str]]:
+    """Private names that a module defines, of itself or of `self`; and those that it asks objects for, quoted too."""
+    defined, asked = set[str](), set[str]()
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
+                defined.add(name)
+            case ast.Attribute(value=ast.Name(id="self" | "cls"), attr=name, ctx=ast.Store()):
+                defined.add(name)
+            case ast.Attribute(attr=name) | ast.keyword(arg=str(name)):
+                asked.add(name)
+            case ast.Subscript(slice=ast.Constant(value=str(name))):
+                asked.add(name)
+            case ast.Call(func=ast.Name(id="getattr" | "setattr"), args=[_, ast.Constant(value=str(name)), *_]):
+                asked.add(name)
+            case ast.Call(func=ast.Attribute(attr="get" | "pop"), args=[ast.Constant(value=str(name)), *_]):
+                asked.add(name)
+    defined, asked = ({name for name in names if re.fullmatch(r"_[^\W_]\w*", name)} for names in (defined, asked))
+    return defined, asked
+
+
+def test_every_private_name_of_another_library_is_a_touchpoint() -> None:
+    """One that is renamed would be missed where it is used, or set in vain without an error."""
+    code = "class A:\n def _a(self): self._b, c._c = getattr(d, '_d'), vars(e).pop('_e')\n f(_f=g._g, _=h['_h'].__i__)"
+    assert private_names(ast.parse(code)) == ({"_a", "_b"}, {"_c", "_d", "_e", "_f", "_g", "_h"})
+    found = [private_names(tree) for path, tree in trees().items() if not path.endswith("_compat.py")]
+    listed = {re.split("[:.]", point.removesuffix("="))[-1] for point in hf_compat.TOUCHPOINTS + tl_compat.TOUCHPOINTS}
+    used = set().union(*(asked for _, asked in found)) - set().union(*(defined for defined, _ in found))
+    assert used - listed == used & OTHERS
+    assert OTHERS - used <= {*vars(torch.nn.Module())}

@@ -117,7 +117,7 @@ def refuse_shards(model: Any) -> None:
         UnsupportedModelError: its parameters are shards.
     """
     split = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
-    size = getattr(model, "_tp_size", None) or 1
+    size = getattr(model, "tp_size", None) or 1
     if split or size > 1:
         what = f"{split[0]} is a shard" if split else f"it is split over {size} processes"
         raise UnsupportedModelError(
