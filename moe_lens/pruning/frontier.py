@@ -12,18 +12,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lens.checked import AnyModel, Positive, Seed
-from moe_lens.data import Domains, Tokens, in_memory, tokenize
+from moe_lens.data import Domains, TokenBatch, Tokens, in_memory, tokenize
 from moe_lens.errors import InputError
+from moe_lens.model.loading.batch_sizes import tokens_at_once, wants_few_passes
 from moe_lens.pruning.merging import merge
 from moe_lens.pruning.plan_from_scores import plan
 from moe_lens.pruning.plans import Plan
+from moe_lens.pruning.preview import hides_alone, side_by_side
 from moe_lens.pruning.scores import Method, Scores
 from moe_lens.pruning.scoring import score
 from moe_lens.reprs import Drawn
 from moe_lens.stats import LossResult, LossStats, Result
 from moe_lens.stats.parallel_sources import balanced_halves, parallel_blocks
 from moe_lens.studies.findings import Findings, across, too_few
-from moe_lens.studies.forward_passes import losses, nothing, predicted
+from moe_lens.studies.forward_passes import Hooks, input_device, losses, nothing, predicted
 from moe_lens.studies.frames import where
 
 ALL = "all"
@@ -157,14 +159,36 @@ class _Judge:
         self.sums: dict[Point, dict[str, LossStats]] = {}
 
     @torch.no_grad()
-    def judge(self, point: Point, model: Any, made: Plan | None, texts: Sequence[Tokens], on_batch: Any) -> None:
-        """Measure a plan (None: the whole model) on one half of the texts."""
-        sums = self.sums.setdefault(point, {domain: LossStats() for domain in self.domains})
-        with nullcontext() if made is None else made.preview(model):
-            for domain in texts:
-                for batch in domain:
-                    sums[domain.domain].update(losses(model, batch, []), predicted(batch), batch.sources)
-                    on_batch()
+    def judge(self, made: Mapping[Point, Plan | None], model: Any, texts: Sequence[Tokens], on_batch: Any) -> None:
+        """Measure plans (None: the whole model) on one half of the texts."""
+        for point in made:
+            self.sums.setdefault(point, {domain: LossStats() for domain in self.domains})
+        few = wants_few_passes(model)
+        shared = [point for point, of in made.items() if few and (of is None or hides_alone(of, model))]
+        self._judge_together(shared, [made[point] for point in shared], model, texts, on_batch)
+        for point in made.keys() - set(shared):
+            of = made[point]
+            with nullcontext() if of is None else of.preview(model):
+                for domain in texts:
+                    for batch in domain:
+                        found = losses(model, batch, [])
+                        self.sums[point][domain.domain].update(found, predicted(batch), batch.sources)
+                        on_batch()
+
+    def _judge_together(
+        self, points: Sequence[Point], plans: Sequence[Plan | None], model: Any, texts: Sequence[Tokens], on_batch: Any
+    ) -> None:
+        """Measure plans that can share passes: a batch has its rows once for each of them."""
+        most = tokens_at_once(model, input_device(model))
+        for name, batch in ((domain.domain, batch) for domain in texts for batch in domain):
+            at_once = max(1, most // batch.tokens.numel())
+            for first in range(0, len(points), at_once):
+                some = points[first : first + at_once]
+                hooks: Hooks = [*side_by_side(plans[first : first + at_once], model)]
+                found = losses(model, _repeated(batch, len(some)), hooks).split(len(batch.tokens))
+                for point, of in zip(some, found, strict=True):
+                    self.sums[point][name].update(of, predicted(batch), batch.sources)
+                on_batch()
 
     def frontier(self, n_experts: int) -> Frontier:
         """What was added up."""
@@ -180,6 +204,12 @@ class _Judge:
             row_losses=torch.stack([torch.cat([r.row_losses for r in results]) for results in found.values()]),
             rows=torch.cat([result.rows for result in first]),
         )
+
+
+def _repeated(batch: TokenBatch, times: int) -> TokenBatch:
+    """The batch's rows over and over, each read by itself."""
+    tensors = {name: getattr(batch, name).repeat(times, 1) for name in ("tokens", "mask", "counted")}
+    return replace(batch, **tensors, sources=batch.sources * times, windows=batch.windows * times, packing=None)
 
 
 def frontier(
@@ -221,15 +251,14 @@ def frontier(
     whole = Point("all experts", ALL, "dropped", model.n_experts, model.top_k)
     judge = _Judge(names[0])
     for seen, unseen in (texts, texts[::-1]):
-        judge.judge(whole, model, None, unseen, on_batch)
         scores: dict[Method, Scores] = {
             method: score(model, seen, method, on_batch=on_batch) for method in _needed(methods, specialists)
         }
-        for point, made in _plans(model, scores, seen, methods, keep, merged, specialists, on_batch).items():
-            judge.judge(point, model, made, unseen, on_batch)
+        made: dict[Point, Plan | None] = {whole: None}
+        made |= _plans(model, scores, seen, methods, keep, merged, specialists, on_batch)
         for k in (k for k in dict.fromkeys(top_k) if k != model.top_k):
-            made = plan(next(iter(scores.values())), top_k=k)
-            judge.judge(Point("all experts", ALL, "dropped", model.n_experts, k), model, made, unseen, on_batch)
+            made[whole._replace(top_k=k)] = plan(next(iter(scores.values())), top_k=k)
+        judge.judge(made, model, unseen, on_batch)
     return judge.frontier(model.n_experts)
 
 

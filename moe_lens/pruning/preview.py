@@ -1,6 +1,6 @@
 """A plan applied to the model it is for, so that quality is measured before anything is written."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +45,40 @@ def preview(plan: Planned, model: Any) -> Generator[Intervention]:
         yield found
 
 
+def hides_alone(plan: Planned, model: Any) -> bool:
+    """Whether `preview` does nothing but take affinities away, so that several plans can share a pass."""
+    if plan.merged or any(plan.active(layer) < model.top_k for layer in plan.layers):
+        return False
+    return not any(_bias(model, layer) is not None for layer in plan.layers)
+
+
+def side_by_side(plans: Sequence[Planned | None], model: Any) -> list[Hook]:
+    """Hooks with which the rows of a batch are read as each plan previews them: as many rows for each, in their order.
+
+    Args:
+        plans: What stays, of plans that `hides_alone`; None for the whole model.
+        model: The `HookedMoE` that they are for.
+
+    Raises:
+        InputError: a plan is for another model.
+    """
+    gone = {layer: torch.zeros(len(plans), model.n_experts, dtype=torch.bool) for layer in model.moe_layers}
+    for number, plan in enumerate(plans):
+        if plan is not None:
+            plan.check(identity(model))
+            for layer in plan.layers:
+                gone[layer][number, list(plan.pruned(layer))] = True
+    return [(names.mlp(names.ROUTER_LOGITS, layer), _without_each(of)) for layer, of in gone.items() if of.any()]
+
+
+def _without_each(gone: Bool[Tensor, "plan n_experts"]) -> Any:
+    def masked(logits: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        by_plan = logits.unflatten(0, (len(gone), -1))
+        return by_plan.masked_fill(gone.to(logits.device)[:, None, None], -torch.inf).flatten(0, 1)
+
+    return masked
+
+
 def _without(gone: Tensor) -> Any:
     """A hook that gives pruned experts no affinity: what is left is what a router without their rows computes."""
 
@@ -67,13 +101,17 @@ def _fewer(model: Any, layer: int, top_k: int) -> list[Hook]:
     return [(names.mlp(names.EXPERT_INDICES, layer), note), *others]
 
 
+def _bias(model: Any, layer: int) -> Tensor | None:
+    return getattr(getattr(model._moe(layer), model.family.router), _BIAS, None)
+
+
 @contextmanager
 def _biases(plan: Planned, model: Any) -> Generator[None]:
     """A bias of −∞ for pruned experts, which without affinity might still be chosen for their bias."""
     before: list[tuple[Tensor, Tensor]] = []
     try:
         for layer in plan.layers:
-            bias = getattr(getattr(model._moe(layer), model.family.router), _BIAS, None)
+            bias = _bias(model, layer)
             if bias is not None:
                 before.append((bias, bias.detach().clone()))
                 bias.data[list(plan.pruned(layer))] = -torch.inf

@@ -1,3 +1,4 @@
+import importlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from moe_lens.pruning.speed import SPEED
 from moe_lens.report.pruning_page import _page as page_of
 from tests.families import build
 from tests.pruning.test_scores import nats, texts
+
+frontier_module = importlib.import_module("moe_lens.pruning.frontier")  # its name in the package is the function
 
 
 @pytest.fixture(scope="module")
@@ -189,3 +192,25 @@ def test_a_full_disk_is_noticed_before_experts_are_scored(tmp_path, monkeypatch)
     with pytest.raises(InputError, match=r"the smaller model takes 0.01 GB, and 0.00 GB are free"):
         prune_job.prune(model, [text], settings, tmp_path / "out", watch=began.append)
     assert not began
+
+
+@pytest.mark.typed
+@pytest.mark.parametrize(("model_type", "passes"), [("olmoe", 2), ("deepseek_v3", 6)])
+def test_plans_that_hide_experts_share_passes_where_those_are_dear(monkeypatch, model_type, passes):
+    """Not those of a router with a bias of its own for the choice, which would choose what has no affinity."""
+    model, ran = HookedMoE.from_hf(build(model_type), check=False), []
+    halves = ((texts(1, name="a"),), (texts(11, name="a"),))
+    arguments: tuple[Any, ...] = (model, halves, ["frequency", "random"], [0.5])
+    apart = frontier(*arguments)
+    monkeypatch.setattr(frontier_module, "wants_few_passes", lambda _: True)
+    losses = frontier_module.losses
+    monkeypatch.setattr(frontier_module, "losses", lambda *given: ran.append(1) or losses(*given))
+    for tokens in (10**6, 1):
+        monkeypatch.setattr(frontier_module, "tokens_at_once", lambda *_, tokens=tokens: tokens)
+        ran.clear()
+        together = frontier(*arguments)
+        assert len(ran) == (passes if tokens > 1 else 6) * len(halves[0][0])
+        assert together.points == apart.points and together.sources == apart.sources
+        assert torch.allclose(together.nats, apart.nats, rtol=1e-6)
+        assert torch.allclose(together.row_losses, apart.row_losses, rtol=1e-6)
+    assert not torch.allclose(apart.nats[1], apart.nats[2], rtol=1e-4), "the plans differ"
