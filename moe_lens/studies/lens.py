@@ -15,7 +15,7 @@ from moe_lens.checked import Positive, Seed
 from moe_lens.data import Reading, TokenBatch
 from moe_lens.errors import InputError
 from moe_lens.lenses import Lens, LensResult, LogitLens, TunedLens
-from moe_lens.model.cache.sum_cache import unselected_experts, unselected_term
+from moe_lens.model.cache.unselected import unselected_experts, unselected_term
 from moe_lens.model.loading.batch_sizes import batch_tokens
 from moe_lens.partial_sum import PartialSum
 from moe_lens.stats import Accumulator, Result, bootstrap_all

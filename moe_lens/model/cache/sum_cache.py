@@ -14,6 +14,7 @@ from moe_lens.checked import FromEnd, Natural, checked
 from moe_lens.errors import HookError, InputError
 from moe_lens.ids import Ids, one_id
 from moe_lens.model.cache.logit_attribution import AttributionCache
+from moe_lens.model.cache.unselected import drawn_numbers, unselected_experts, unselected_term
 from moe_lens.partial_sum import PartialSum
 from moe_lens.routing import output_factors
 
@@ -182,7 +183,7 @@ class SumCache(AttributionCache):
 
     def _draw(self, layer: int, seed: int, below: int, at: At | None) -> Int[Tensor, "*tokens"]:
         """A number for every token. All tokens draw, so that a token's number does not depend on who else is read."""
-        drawn = _drawn(self[names.mlp(names.EXPERT_INDICES, layer)], layer, seed, below)
+        drawn = drawn_numbers(self[names.mlp(names.EXPERT_INDICES, layer)], layer, seed, below)
         return drawn if at is None else drawn[tuple(axis.cpu() for axis in at)]
 
     def _unselected(self, layer: int, seed: int, at: At | None) -> Int[Tensor, "*tokens"]:
@@ -227,59 +228,3 @@ class SumCache(AttributionCache):
         wrong = [number for number in numbers if one_id(what, number) >= count]
         if wrong:
             raise InputError(f"there is no {what} {wrong[0]}; the model has {what}s 0 to {count - 1}")
-
-
-def _drawn(indices: Int[Tensor, "*tokens top_k"], layer: int, seed: int, below: int) -> Int[Tensor, "*tokens"]:
-    """A number for every token, on the CPU."""
-    if (indices < 0).any():
-        raise InputError(f"tokens of layer {layer} have different numbers of experts: there is no random one for all")
-    generator = torch.Generator().manual_seed(seed * 100_003 + layer)
-    return torch.randint(below, indices.shape[:-1], generator=generator)
-
-
-def unselected_experts(
-    indices: Int[Tensor, "*tokens top_k"], layer: Natural, seed: Natural, n_experts: Natural
-) -> Int[Tensor, "*tokens"]:
-    """For each token, an expert that it did not select; each of them is equally likely.
-
-    Args:
-        indices: Of the experts that each token selected, of all tokens of a run.
-        layer: The layer.
-        seed: Of the draws.
-        n_experts: Of the layer.
-
-    Raises:
-        InputError: All experts are always active, or tokens have different numbers of them.
-    """
-    free = n_experts - indices.shape[-1]
-    if not free:
-        raise InputError(f"all {n_experts} experts are always active: none is left unselected to draw")
-    expert = _drawn(indices, layer, seed, free).to(indices.device)
-    for selected in indices.sort(-1).values.unbind(-1):  # the n-th of those that are left
-        expert = expert + (expert >= selected).long()
-    return expert
-
-
-def unselected_term(
-    model: Any,
-    layer: Natural,
-    which: PartialSum,
-    x: Float[Tensor, "*tokens d_model"],
-    expert: Int[Tensor, "*tokens"],
-    weights: Float[Tensor, "*tokens top_k"],
-) -> Float[Tensor, "*tokens d_model"]:
-    """What unselected experts would add to a sum, with the weight of rank 0 where the sum is weighted.
-
-    Args:
-        model: A `HookedMoE`.
-        layer: The layer.
-        which: The sum.
-        x: What the layer's experts read, as in `mlp.hook_in`.
-        expert: The expert of each token.
-        weights: The routing weights of those that were selected.
-    """
-    weight = weights[..., :1]
-    if getattr(model.family, "weighs_input", False):
-        return model.expert_outputs(layer, x * weight.to(x), expert[..., None]).squeeze(-2).to(x)
-    out = model.expert_outputs(layer, x, expert[..., None]).squeeze(-2).to(x)
-    return out * weight.to(out) if which.weighted else out

@@ -1,0 +1,73 @@
+"""Experts that a token did not select, as a control: which ones, and what they would have added."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moe_lens.checked import Natural, Positive
+from moe_lens.errors import InputError
+from moe_lens.partial_sum import PartialSum
+
+
+def drawn_numbers(
+    indices: Int[Tensor, "*tokens top_k"], layer: Natural, seed: Natural, below: Positive
+) -> Int[Tensor, "*tokens"]:
+    """A number from 0 to below `below` for every token, on the CPU: all draw, whichever are read.
+
+    Raises:
+        InputError: Tokens have different numbers of experts.
+    """
+    if (indices < 0).any():
+        raise InputError(f"tokens of layer {layer} have different numbers of experts: there is no random one for all")
+    generator = torch.Generator().manual_seed(seed * 100_003 + layer)
+    return torch.randint(below, indices.shape[:-1], generator=generator)
+
+
+def unselected_experts(
+    indices: Int[Tensor, "*tokens top_k"], layer: Natural, seed: Natural, n_experts: Natural
+) -> Int[Tensor, "*tokens"]:
+    """For each token, an expert that it did not select; each of them is equally likely.
+
+    Args:
+        indices: Of the experts that each token selected, of all tokens of a run.
+        layer: The layer.
+        seed: Of the draws.
+        n_experts: Of the layer.
+
+    Raises:
+        InputError: All experts are always active, or tokens have different numbers of them.
+    """
+    free = n_experts - indices.shape[-1]
+    if not free:
+        raise InputError(f"all {n_experts} experts are always active: none is left unselected to draw")
+    expert = drawn_numbers(indices, layer, seed, free).to(indices.device)
+    for selected in indices.sort(-1).values.unbind(-1):  # the n-th of those that are left
+        expert = expert + (expert >= selected).long()
+    return expert
+
+
+def unselected_term(
+    model: Any,
+    layer: Natural,
+    which: PartialSum,
+    x: Float[Tensor, "*tokens d_model"],
+    expert: Int[Tensor, "*tokens"],
+    weights: Float[Tensor, "*tokens top_k"],
+) -> Float[Tensor, "*tokens d_model"]:
+    """What unselected experts would add to a sum, with the weight of rank 0 where the sum is weighted.
+
+    Args:
+        model: A `HookedMoE`.
+        layer: The layer.
+        which: The sum.
+        x: What the layer's experts read, as in `mlp.hook_in`.
+        expert: The expert of each token.
+        weights: The routing weights of those that were selected.
+    """
+    weight = weights[..., :1]
+    if getattr(model.family, "weighs_input", False):
+        return model.expert_outputs(layer, x * weight.to(x), expert[..., None]).squeeze(-2).to(x)
+    out = model.expert_outputs(layer, x, expert[..., None]).squeeze(-2).to(x)
+    return out * weight.to(out) if which.weighted else out
