@@ -112,6 +112,17 @@ def whole_numbers(name: str, values: Any, *, least: int) -> tuple[int, ...]:
     return tuple(values)
 
 
+def listed(name: str, values: Any) -> tuple[str, ...]:
+    """Words of a header.
+
+    Raises:
+        InputError: they are something else.
+    """
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise InputError(f"{name} is {values!r:.80}; expected a list of words")
+    return tuple(values)
+
+
 def _header(metadata: Mapping[str, str] | None) -> dict[str, Any]:
     header = parse_json((metadata or {}).get(_HEADER, "{}"))
     if not isinstance(header, dict):

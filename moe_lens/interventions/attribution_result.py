@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_lens.checked import Natural
 from moe_lens.errors import InputError
 from moe_lens.reprs import Drawn
-from moe_lens.storage import load_tensors, save_tensors
+from moe_lens.storage import believed, load_tensors, save_tensors, whole_numbers
 
 Unit = Literal["expert", "rank"]
 _HEADER = ("method", "routing", "baseline", "metric", "clean", "unit", "layers")
@@ -59,6 +59,8 @@ class ExpertAttribution(Drawn):
                 f"values and count have shapes {shapes}; expected both [layer, {self.unit}, batch, pos] or [layer, "
                 f"{self.unit}] with {len(self.layers)} layers"
             )
+        if len(set(self.layers)) < len(self.layers):
+            raise InputError(f"layers are {self.layers}; expected each once")
 
     def __repr__(self) -> str:
         shape = " × ".join(map(str, self.values.shape))
@@ -117,5 +119,6 @@ class ExpertAttribution(Drawn):
             InputError: the file is missing, broken or holds something else.
         """
         tensors, header = load_tensors(path, "ExpertAttribution")
-        fields: dict[str, Any] = {name: header[name] for name in _HEADER} | tensors
-        return cls(**{**fields, "layers": tuple(fields["layers"])})
+        with believed(path, "ExpertAttribution"):
+            fields: dict[str, Any] = {name: header[name] for name in _HEADER} | tensors
+            return cls(**{**fields, "layers": whole_numbers("layers", fields["layers"], least=0)})

@@ -9,8 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe_lens.checked import Natural, Positive
+from moe_lens.interventions.coordinates import check_axes, read_axes
 from moe_lens.reprs import Drawn
-from moe_lens.storage import load_tensors, save_tensors
+from moe_lens.storage import believed, listed, load_tensors, save_tensors
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -37,6 +38,9 @@ class PatchResult(Drawn):
     """Pairs of clean and corrupted texts that the metric goes over."""
     tokens: tuple[str, ...] = ()
     """Of the base, as text, if there is one pair and a tokenizer."""
+
+    def __post_init__(self) -> None:
+        check_axes("values", self.values.shape, self.axes)
 
     def __repr__(self) -> str:
         sizes = " × ".join(f"{len(at)} {name}" for name, at in self.axes.items())
@@ -72,9 +76,10 @@ class PatchResult(Drawn):
             InputError: the file is missing, broken or holds something else.
         """
         tensors, header = load_tensors(path, "PatchResult")
-        axes = {name: tuple(coordinates) for name, coordinates in header["axes"]}
-        fields = {name: header[name] for name in _HEADER}
-        return cls(**{**fields, "tokens": tuple(header["tokens"])}, values=tensors["values"], axes=axes)
+        with believed(path, "PatchResult"):
+            fields = {name: header[name] for name in _HEADER}
+            fields |= {"tokens": listed("tokens", fields["tokens"]), "axes": read_axes(header["axes"])}
+            return cls(**fields, values=tensors["values"])
 
 
 _HEADER = ("site", "metric", "direction", "routing", "clean", "corrupted", "n", "tokens")

@@ -11,9 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe_lens.checked import Natural, Seed
+from moe_lens.errors import InputError
+from moe_lens.interventions.coordinates import check_axes, read_axes
 from moe_lens.reprs import Drawn, Summary
 from moe_lens.resampling import bootstrap_all
-from moe_lens.storage import load_tensors, save_tensors
+from moe_lens.storage import believed, listed, load_tensors, save_tensors, whole_numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +28,11 @@ class SiteEffects(Summary):
     """Coordinates by name of the axis; "size" is the number of experts of a coalition."""
     level: float = 0.95
     """Of the interval."""
+
+    def __post_init__(self) -> None:
+        check_axes("values of each draw", self.values.shape[1:], self.axes)
+        if not 0 < self.level < 1:
+            raise InputError(f"level is {self.level}; expected a number between 0 and 1")
 
     @property
     def mean(self) -> Float[Tensor, "*axes"]:
@@ -84,6 +91,18 @@ class TraceResult(Drawn):
     level: float
     """Of the intervals."""
 
+    def __post_init__(self) -> None:
+        for name, effects in self.sites.items():
+            if self.corrupted.ndim != 1 or len(effects.values) != self.n:
+                told = f"corrupted has shape {tuple(self.corrupted.shape)}, and {name} {len(effects.values)} draws"
+                raise InputError(f"{told}; expected as many")
+            if effects.level != self.level:
+                raise InputError(f"level is {self.level}, and {effects.level} in {name}; expected the same")
+        for name in ("subject", "at"):
+            places = getattr(self, name)
+            if any(not 0 <= place < len(self.tokens) for place in places) or len(set(places)) < len(places):
+                raise InputError(f"{name} is {places}; expected positions of the {len(self.tokens)} tokens, each once")
+
     @property
     def n(self) -> int:
         """Draws of noise."""
@@ -117,14 +136,15 @@ class TraceResult(Drawn):
             InputError: the file is missing, broken or holds something else.
         """
         tensors, header = load_tensors(path, "TraceResult")
-        level = header["level"]
-        sites = {
-            name: SiteEffects(tensors[f"site.{name}"], {axis: tuple(at) for axis, at in axes}, level)
-            for name, axes in header["axes"].items()
-        }
-        fields = {name: header[name] for name in _HEADER}
-        fields |= {name: tuple(fields[name]) for name in ("tokens", "subject", "at")}
-        return cls(sites=sites, corrupted=tensors["corrupted"], **fields)
+        with believed(path, "TraceResult"):
+            fields = {name: header[name] for name in _HEADER}
+            sites = {
+                name: SiteEffects(tensors[f"site.{name}"], read_axes(axes), fields["level"])
+                for name, axes in header["axes"].items()
+            }
+            fields |= {name: whole_numbers(name, fields[name], least=0) for name in ("subject", "at")}
+            fields["tokens"] = listed("tokens", fields["tokens"])
+            return cls(sites=sites, corrupted=tensors["corrupted"], **fields)
 
 
 _HEADER = ("clean", "score", "tokens", "subject", "at", "noise_std", "seed", "routing", "level")

@@ -14,7 +14,7 @@ from moe_lens.checked import Natural
 from moe_lens.errors import InputError
 from moe_lens.partial_sum import PartialSum
 from moe_lens.reprs import Drawn
-from moe_lens.storage import load_tensors, save_tensors
+from moe_lens.storage import believed, load_tensors, save_tensors
 
 AGREEMENTS = ("agrees_final", "agrees_ensemble", "agrees_layer")
 QUANTITIES = ("entropy", "cross_entropy", "target_rank", "kl_final", "kl_ensemble", *AGREEMENTS)
@@ -67,6 +67,14 @@ class LensResult(Drawn):
     """The only routed expert of the sum at that token; −1 where it has none or several."""
     weight: Float[Tensor, "layer sum batch pos"]
     """What that expert's output is multiplied by; NaN where `expert` is −1."""
+
+    def __post_init__(self) -> None:
+        cells, shape = (len(self.layers), len(self.sums), len(self.positions)), self.top_tokens.shape
+        if cells != (shape[0], shape[1], shape[3]):
+            raise InputError(
+                f"tensors are of {shape[0]} layers × {shape[1]} sums × {shape[3]} positions; expected {cells[0]} × "
+                f"{cells[1]} × {cells[2]}, as layers, sums and positions have it"
+            )
 
     def __repr__(self) -> str:
         _, _, batch, pos, _ = self.top_tokens.shape
@@ -131,7 +139,8 @@ class LensResult(Drawn):
         lacking = {field.name for field in fields(cls)} - tensors.keys() - header.keys()
         if lacking:
             raise InputError(f"{path} is not whole: it lacks {', '.join(sorted(lacking))}")
-        return cls.of_parts(tensors, header)
+        with believed(path, cls.__name__):
+            return cls.of_parts(tensors, header)
 
     @classmethod
     def of_parts(cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Self:

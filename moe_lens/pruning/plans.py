@@ -14,6 +14,7 @@ from moe_lens.checked import AnyModel, Natural, Positive
 from moe_lens.errors import InputError
 from moe_lens.interventions.intervention import Intervention
 from moe_lens.pruning.preview import preview
+from moe_lens.pruning.scores import check_sizes
 from moe_lens.reprs import Summary
 from moe_lens.storage import believed, load_tensors, save_tensors, whole_numbers
 
@@ -51,8 +52,7 @@ class Plan(Summary):
             )
         if self.values.isnan().any() or (self.shares is not None and self.shares.isnan().any()):
             raise InputError("values or shares hold NaN, and experts cannot be ranked by it")
-        if not isinstance(self.model, Mapping):
-            raise InputError(f"model is {self.model!r:.60}; expected its name and sizes")
+        check_sizes(self.model, self.n_experts)
         if not 1 <= self.top_k <= self.n_experts:
             raise InputError(f"top_k is {self.top_k}; expected 1 to {self.n_experts}, the number of experts")
         for layer, number in self.fewer.items():
@@ -181,6 +181,9 @@ class Plan(Summary):
             (top_k,) = whole_numbers("top_k", [header["top_k"]], least=1)
             pairs = [whole_numbers("fewer", pair, least=0) for pair in header["fewer"]]
             fewer = {layer: number for layer, number in pairs}
+            same = {name: tuple(tensors[name].shape) for name in tensors.keys() & {"kept", "values", "into", "shares"}}
+            if len(set(same.values())) > 1:
+                raise InputError(f"tensors have shapes {same}; expected one shape")
             merged = None
             if (into := tensors.get("into")) is not None:
                 merged = {(layers[i], e): int(into[i, e]) for i, e in (into >= 0).nonzero().tolist()}

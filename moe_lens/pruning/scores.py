@@ -61,9 +61,9 @@ class Scores(Summary):
             raise InputError(
                 f"values have shape {shape}; expected {len(self.domains)} domains × {len(self.layers)} layers × experts"
             )
-        if len(self.tokens) != len(self.domains) or not isinstance(self.model, Mapping):
-            told = f"tokens are {self.tokens} for the domains {self.domains}, and model is {self.model!r:.60}"
-            raise InputError(told)
+        if len(self.tokens) != len(self.domains):
+            raise InputError(f"tokens are {self.tokens} for the domains {self.domains}; expected a number for each")
+        check_sizes(self.model, shape[-1])
         if not 1 <= self.top_k <= shape[-1]:
             raise InputError(f"top_k is {self.top_k}; expected 1 to {shape[-1]}, the number of experts")
         if self.values.isnan().any():
@@ -112,3 +112,19 @@ class Scores(Summary):
             fields["tokens"] = whole_numbers("tokens", header["tokens"], least=0)
             (fields["top_k"],) = whole_numbers("top_k", [header["top_k"]], least=1)
             return cls(**fields, domains=tuple(header["domains"]), values=tensors["values"])
+
+
+def check_sizes(model: Any, n_experts: int) -> None:
+    """Make sure that scores of so many experts can be of a model.
+
+    Args:
+        model: Its identity.
+        n_experts: Of a layer, as the scores have it.
+
+    Raises:
+        InputError: It is no identity, or that of a model with another number.
+    """
+    if not isinstance(model, Mapping):
+        raise InputError(f"model is {model!r:.60}; expected its name and sizes")
+    if model.get("n_experts", n_experts) != n_experts:
+        raise InputError(f"there are scores of {n_experts} experts a layer; the model has {model['n_experts']!r}")

@@ -21,7 +21,7 @@ from moe_lens.model.devices import check_kept
 from moe_lens.model.unknown_hooks import instead_of
 from moe_lens.protocols import Hooked, HookedModel
 from moe_lens.reprs import Summary
-from moe_lens.storage import load_tensors, save_tensors
+from moe_lens.storage import believed, load_tensors, save_tensors
 
 _GRAD = "_grad"
 Cut = Slice | int | np.integer[Any] | tuple[int, ...] | list[int] | Tensor | NDArray[Any] | None
@@ -274,14 +274,16 @@ class HookCache(Summary, ActivationCache):
             InputError: the file is missing, broken or holds something else, or another model made it.
         """
         tensors, header = load_tensors(path, cls.__name__)
-        _same_model(str(path), header["model"], model)
-        lost = set(header["names"].values()) - tensors.keys()
+        with believed(path, cls.__name__):
+            made_by, stored, batched = dict(header["model"]), dict(header["names"]), bool(header["has_batch_dim"])
+        _same_model(str(path), made_by, model)
+        lost = set(stored.values()) - tensors.keys()
         if lost:
             raise InputError(f"{path} is not whole: it lacks {', '.join(sorted(lost))}")
         return cls(
-            {name: tensors[stored] for name, stored in header["names"].items()},
+            {name: tensors[kept] for name, kept in stored.items()},
             model,
-            header["has_batch_dim"],
+            batched,
             tokens=tensors.get("tokens"),
             mask=tensors.get("mask"),
             following=tensors.get("following"),
