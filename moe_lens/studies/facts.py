@@ -267,5 +267,5 @@ def localise_facts(
 ) -> StudyResult:
     """Run the study of some facts; see `FactStudy` and `run`."""
     study = FactStudy(tuple(facts), experts=experts, seed=seed)
-    reading = Reading(tokens=None, context=int(model.cfg.n_ctx), shard_tokens=256)
+    reading = Reading(tokens=None, context=int(model.cfg.n_ctx), shard_tokens=16)  # prompts are short, runs many
     return run(study, model, study.domains(), reading=reading, out=out, name=name, watch=watch)

@@ -1,5 +1,6 @@
 """Studies as processes: killed at any point and resumed; shared by two and by four."""
 
+import json
 import os
 import signal
 import subprocess
@@ -80,6 +81,28 @@ def test_processes_count_what_one_counts(arguments, whole, processes, streaming,
     said = [ended(process).split() for process in started]
     assert said == [[str(out.resolve())], *[[]] * (processes - 1)], "the first alone says where"
     agree(out, whole)
+
+
+def test_processes_share_the_prompts_of_facts(arguments, tmp_path):
+    path = tmp_path / "facts.jsonl"
+    facts = [
+        {"prompt": f"the {word} {who}", "subject": word, "answer": " water", "foil": " fish"}
+        for word in ("old", "one", "other") for who in ("man", "sea")
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(fact) + "\n" for fact in facts))
+    command = ["localise", *(each for each in arguments if each.startswith("--model")), f"--facts={path}"]
+    ended(begin([*command], tmp_path / "one", tmp_path / "said"))
+    started = group(2, main, [*command, "--out", str(tmp_path / "two")], said=tmp_path)
+    kept: set[str] = set()
+    while started[0].running:
+        kept |= {file.name for file in (tmp_path / "two.unfinished").glob("0-tracing-00-?of2.safetensors")}
+        time.sleep(0.001)
+    for process in started:
+        ended(process)
+    assert kept == {"0-tracing-00-0of2.safetensors", "0-tracing-00-1of2.safetensors"}, "a part of one kind for each"
+    one, two = (StudyResult.load(tmp_path / name) for name in ("one", "two"))
+    assert_same(one, two, 1e-9)
+    assert one.tables["experts"].equals(two.tables["experts"])
 
 
 def test_an_error_or_a_signal_of_one_process_ends_all_of_them_with_a_line_and_loses_nothing(arguments, whole, tmp_path):
