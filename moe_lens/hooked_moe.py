@@ -25,7 +25,7 @@ from moe_lens.model.hooks.layer_hooks import LayerHooks
 from moe_lens.model.hooks.output_capture import capture_once
 from moe_lens.model.hooks.self_check import self_check
 from moe_lens.model.hooks.transaction import undone_on_error
-from moe_lens.model.loading.pretrained import Trust, load_pretrained
+from moe_lens.model.loading.pretrained import Trust, load_pretrained, warn_if_slow
 from moe_lens.model.loading.quantising import packed_in, read_quantize
 from moe_lens.model.loading.saving import save_pretrained
 from moe_lens.model.loading.transformer_lens_words import read_words
@@ -93,6 +93,7 @@ class HookedMoE(Summary, GeneratingBridge):
         asked = read_words(kwargs)
         read_quantize(quantize, kwargs)
         model, tokenizer = load_pretrained(str(name_or_path), trust_remote_code=trust_remote_code, **kwargs)
+        warn_if_slow(model)
         hooked = cls.from_hf(
             model, tokenizer if asked.tokenizer is None else asked.tokenizer, name=str(name_or_path), check=check
         )

@@ -12,6 +12,7 @@ import torch
 
 from moe_lens import HookedMoE
 from moe_lens.errors import InputError
+from moe_lens.model.loading import device_map, pretrained
 from moe_lens.model.loading.device_map import SHARE, Place, Size, plan_memory, slow_dtype
 from moe_lens.model.loading.dispatch import places
 from moe_lens.model.loading.machine import Machine, free_memory, slowdown
@@ -198,6 +199,18 @@ def test_a_processor_that_is_slow_in_a_model_s_dtype_is_named_where_it_computes(
     clock = iter([t for seconds in (6, 2) for run in range(6) for t in (0.0, seconds + 9.0 * (run % 3 == 0))])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     assert slowdown(torch.bfloat16) == 3.0
+
+
+@pytest.mark.typed
+def test_who_loads_a_large_model_is_told_that_its_dtype_is_slow(monkeypatch, caplog):
+    monkeypatch.setattr(pretrained, "slowdown", lambda dtype: 10.6 if dtype == torch.bfloat16 else 1.0)
+    for large, dtype, told in ((1, "bfloat16", True), (1, "float32", False), (2**40, "bfloat16", False)):
+        monkeypatch.setattr(device_map, "LARGE", large)
+        caplog.clear()
+        HookedMoE.from_pretrained("tiny-deepseekmoe", dtype=dtype)
+        assert (
+            'takes 11 times as long for a product in bfloat16 as in float32. dtype="float32"' in caplog.text
+        ) == told
 
 
 def test_what_is_read_from_disk_is_counted_as_it_is_stored(tmp_path):

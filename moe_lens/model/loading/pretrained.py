@@ -114,10 +114,14 @@ def load_pretrained(
         raise InputError(f"from_pretrained has no argument {word[1]!r}, and {path} no such setting") from error
     except ValueError as error:  # of an argument: what is wrong with the checkpoint has been found by then
         raise InputError(f"transformers cannot load {source}: {error}") from error
-    if slow := slow_dtype(model.dtype, places(model), slowdown):
-        _LOG.warning('%s. dtype="float32" (--dtype float32) is quicker, and takes twice the memory', slow.capitalize())
     model.config.name_or_path = model.name_or_path = str(name_or_path)
     return model, _tokenizer(model, source, hub, trusted=trust_remote_code in (True, "tokenizer"), gguf=gguf)
+
+
+def warn_if_slow(model: PreTrainedModel) -> None:
+    """Say so where a processor is to compute a large model in a dtype that it is slow in."""
+    if slow := slow_dtype(model.dtype, places(model), slowdown):
+        _LOG.warning('%s. dtype="float32" (--dtype float32) is quicker, and takes twice the memory', slow.capitalize())
 
 
 def _tokenizer(
