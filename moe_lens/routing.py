@@ -230,9 +230,11 @@ class Routing(_RoutedSlots):
             InputError: shapes that do not fit, ids out of range, an expert chosen twice by a token, weights that are
                 not finite, or a layer that is zero throughout (a dense one, or one that was not recorded).
         """
-        chosen, given = torch.as_tensor(indices), torch.as_tensor(weights)
+        chosen, given = _tensor("indices", indices), _tensor("weights", weights)
         if chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool:
             raise InputError(f"indices are {chosen.dtype}; expected whole numbers")
+        if given.is_complex() or given.dtype == torch.bool:
+            raise InputError(f"weights are {given.dtype}; expected numbers")
         if chosen.shape != given.shape or chosen.ndim not in (3, 4) or 0 in chosen.shape:
             raise InputError(
                 f"indices have shape {tuple(chosen.shape)} and weights {tuple(given.shape)}; expected [tokens, layers, "
@@ -240,7 +242,7 @@ class Routing(_RoutedSlots):
             )
         chosen = chosen.long()
         given = given if given.is_floating_point() else given.float()
-        real = None if mask is None else torch.as_tensor(mask).bool()
+        real = None if mask is None else _tensor("mask", mask).bool()
         if chosen.ndim == 3:
             chosen, given = chosen.transpose(0, 1).unsqueeze(1), given.transpose(0, 1).unsqueeze(1)
             real = None if real is None else real.reshape(1, -1)
@@ -342,3 +344,15 @@ class Routing(_RoutedSlots):
             routing._check_ids()
             routing._check_numbers()
         return routing
+
+
+def _tensor(name: str, values: Any) -> Tensor:
+    """Numbers of another program as a tensor.
+
+    Raises:
+        InputError: they are no numbers, or rows of different lengths.
+    """
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} cannot be read as an array of numbers: {error}") from error

@@ -221,3 +221,18 @@ def test_repr_is_short():
         repr(Routing.from_arrays(INDICES, WEIGHTS, 7, layers=[1, 4]))
         == "Routing(layers [1, 4], 2 × 5 tokens, 3 of 7 experts)"
     )
+
+
+@pytest.mark.parametrize(
+    ("indices", "weights", "message"),
+    [
+        ([[[0, 1]], [[1]]], [[[0.5, 0.5]], [[1.0]]], "indices cannot be read"),
+        ([[["a"]]], [[[1.0]]], "indices cannot be read"),
+        (INDICES, WEIGHTS.numpy().astype(object), "weights cannot be read"),
+        (INDICES, WEIGHTS * 1j, "weights are torch.complex"),
+        (INDICES, WEIGHTS > 0, "weights are torch.bool"),
+    ],
+)
+def test_what_is_no_array_of_numbers_is_refused(indices, weights, message):
+    with pytest.raises(InputError, match=message):
+        Routing.from_arrays(indices, weights, 7)

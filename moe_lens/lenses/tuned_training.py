@@ -61,6 +61,8 @@ def train(
     progress: bool = True,
 ) -> TrainingSummary:
     """Train a lens in place; see `TunedLens.fit`."""
+    if torch.is_inference_mode_enabled():
+        raise InputError("training a lens needs gradients, which torch.inference_mode() forbids: leave it out")
     model = lens.model
     texts = several(texts, "texts")
     skip, kept = (
@@ -80,7 +82,8 @@ def train(
     with _bar(progress, step, settings.steps) as show:
         for batch in batches:
             streams = Streams(lens, batch)
-            loss = _gradients(lens, streams)
+            with torch.enable_grad():  # also where autograd was switched off for the rest of a notebook
+                loss = _gradients(lens, streams)
             for group in optimizer.param_groups:
                 group["lr"] = group["full"] * settings.rate(step)
             optimizer.step()

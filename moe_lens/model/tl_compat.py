@@ -14,6 +14,7 @@ TOUCHPOINTS = (
     *(
         f"{_BRIDGE}.{name}"
         for name in (
+            "_accepts_derived_position_ids",
             "_ensure_generation_supported",
             "_finalize_return",
             "_gated_hook_reason",

@@ -9,14 +9,16 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from moe_lens import names
+from moe_lens.errors import UnsupportedModelError
 from moe_lens.interventions.ablation import _leave_out as leave_out
 from moe_lens.interventions.intervention import Hook, Intervention
+from moe_lens.interventions.rerouting import reselect
 from moe_lens.model.cache.hook_cache import identity
 from moe_lens.pruning.checkpoint_formats import normalizes
 from moe_lens.pruning.weight_matching import Planned, averaged, members, views
 
 _BIAS = "e_score_correction_bias"
-"""What some routers add to the affinities for the choice alone."""
+"""What routers like DeepSeek-V3's, which choose among groups, add to the affinities for the choice alone."""
 
 
 @contextmanager
@@ -31,14 +33,15 @@ def preview(plan: Planned, model: Any) -> Generator[Intervention]:
 
     Raises:
         InputError: the plan is for another model.
-        UnsupportedModelError: a smaller `top_k` in a family of which it is not known whether it normalises weights.
+        UnsupportedModelError: a smaller `top_k` in a family of which it is not known whether it normalises weights, or
+            pruned experts in a layer that chooses by the token's id.
     """
     plan.check(identity(model))
     hooks: list[Hook] = []
     for layer in plan.layers:
         gone = torch.tensor(plan.pruned(layer), dtype=torch.long)
         if len(gone):
-            hooks.append((names.mlp(names.ROUTER_LOGITS, layer), _without(gone)))
+            hooks += _without(model, layer, gone)
         if plan.active(layer) < model.top_k:
             hooks += _fewer(model, layer, plan.active(layer))
     with _biases(plan, model), _merged(plan, model), Intervention(model, f"preview of {plan}", tuple(hooks)) as found:
@@ -49,7 +52,7 @@ def hides_alone(plan: Planned, model: Any) -> bool:
     """Whether `preview` does nothing but take affinities away, so that several plans can share a pass."""
     if plan.merged or any(plan.active(layer) < model.top_k for layer in plan.layers):
         return False
-    return not any(_bias(model, layer) is not None for layer in plan.layers)
+    return not model.family.bias  # without affinity experts might come for their bias
 
 
 def side_by_side(plans: Sequence[Planned | None], model: Any) -> list[Hook]:
@@ -79,13 +82,31 @@ def _without_each(gone: Bool[Tensor, "plan n_experts"]) -> Any:
     return masked
 
 
-def _without(gone: Tensor) -> Any:
-    """A hook that gives pruned experts no affinity: what is left is what a router without their rows computes."""
+def _without(model: Any, layer: int, gone: Tensor) -> list[Hook]:
+    """Hooks that give pruned experts no affinity: what is left is what a router without their rows computes.
+
+    Where a family keeps a bias for the choice elsewhere than DeepSeek-V3, they are forbidden besides: without affinity
+    they might come for their bias.
+    """
+    if model.family.select == "token" and names.mlp(names.N_ACTIVE, layer) not in model.hook_dict:
+        raise UnsupportedModelError(
+            f"layer {layer} of this {model.family.model_type} chooses experts by the token's id, from a table that has "
+            "no others for those that are pruned; keep all of its experts"
+        )
 
     def masked(logits: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
         return logits.index_fill(-1, gone.to(logits.device), -torch.inf)
 
-    return masked
+    def choose(indices: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        choice = model.selection_state(layer)
+        choice.wishes[..., gone.to(indices.device)] = -1
+        if not torch.isin(indices, gone.to(indices.device)).any():
+            return indices
+        return reselect(layer, indices, choice.scores, choice.wishes)
+
+    hooks: list[Hook] = [(names.mlp(names.ROUTER_LOGITS, layer), masked)]
+    elsewhere = model.family.bias and _bias(model, layer) is None  # where `_biases` does not see to it
+    return [*hooks, (names.mlp(names.EXPERT_INDICES, layer), choose)] if elsewhere else hooks
 
 
 def _fewer(model: Any, layer: int, top_k: int) -> list[Hook]:
@@ -107,7 +128,7 @@ def _bias(model: Any, layer: int) -> Tensor | None:
 
 @contextmanager
 def _biases(plan: Planned, model: Any) -> Generator[None]:
-    """A bias of −∞ for pruned experts, which without affinity might still be chosen for their bias."""
+    """A bias of −∞ for pruned experts, which without affinity might still be chosen, or a group of theirs, for it."""
     before: list[tuple[Tensor, Tensor]] = []
     try:
         for layer in plan.layers:

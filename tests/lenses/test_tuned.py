@@ -165,6 +165,15 @@ def test_training_brings_the_lens_nearer_at_every_site(model):
     assert torch.equal(lens.weights[-1], torch.zeros(32, 32))  # the last layer's stream is the model's own
 
 
+def test_autograd_that_is_off_does_not_keep_a_lens_from_learning(model):
+    wanted = parameters(fitted(model))
+    with torch.no_grad():
+        found = parameters(fitted(model))
+    assert all(map(torch.equal, found, wanted)) and any(bool(tensor.any()) for tensor in found)
+    with torch.inference_mode(), pytest.raises(InputError, match="inference_mode"):
+        fitted(model)
+
+
 def test_the_seed_decides(model):
     first, second, other = fitted(model), fitted(model), fitted(model, seed=1)
     assert all(torch.equal(a, b) for a, b in zip(parameters(first), parameters(second), strict=True))

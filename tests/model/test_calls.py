@@ -1,6 +1,7 @@
 """Calls as people bring them from TransformerLens and transformers: done as they mean, or refused in a line."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from moe_lens import HookedMoE
 from moe_lens.errors import HookError, InputError, MoELensError, TokenError, UnsupportedModelError
 from moe_lens.model.loading.state_dict import StateError
-from tests.families import build
+from tests.families import build, tokens
 from tests.wrapped import wrapped
 
 TEXT = "The old man looked at the sea."
@@ -629,3 +630,29 @@ def test_what_a_wrapped_model_does_not_do_is_refused() -> None:
         model.resize_token_embeddings(99)
     with pytest.raises(UnsupportedModelError, match=r"save_pretrained\(folder, push_to_hub=True\)"):
         model.push_to_hub("a")
+
+
+def test_the_transformers_model_inside_is_not_saved_or_changed_as_if_it_were_not_wrapped(tmp_path: Path) -> None:
+    model = HookedMoE.from_hf(build("olmoe"), check=False)
+    inside: Any = model.original_model
+    before = model(tokens())
+    copies: list[Any] = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for inner in (inside, *(each.original_model for each in copies)):
+        with pytest.raises(UnsupportedModelError, match="save_pretrained of the HookedMoE"):
+            inner.save_pretrained(tmp_path / "out")
+        with pytest.raises(UnsupportedModelError, match="push_to_hub=True"):
+            inner.push_to_hub("a")
+    assert not any(tmp_path.iterdir())
+    for owner in (inside, model):
+        for change in ("set_input_embeddings", "set_output_embeddings"):
+            with pytest.raises(UnsupportedModelError, match=f"call {change} on the transformers model"):
+                getattr(owner, change)(torch.nn.Embedding(101, 32))
+    assert torch.equal(model(tokens()), before)
+    model.save_pretrained(tmp_path / "out")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens()).logits, before)
+
+
+def test_a_divisor_for_the_loss_of_transformers_is_not_ignored() -> None:
+    model = wrapped("olmoe").model
+    with pytest.raises(InputError, match="num_items_in_batch.*loss_per_token"):
+        model(tokens(), return_type="loss", num_items_in_batch=7)

@@ -13,7 +13,7 @@ from moe_lens import HookedMoE
 from moe_lens.data import Domain, Passage, TokenBatch, tokenize
 from moe_lens.errors import InputError
 from moe_lens.interventions.expert_means import ExpertMeans
-from tests.families import build
+from tests.families import build, tokens
 
 TEXTS = ["The old man looked at the sea and thought of the fish.", "Der Hund", "Le chat dort sur la table."]
 GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "verbose": False}
@@ -400,3 +400,43 @@ def test_what_is_said_of_texts_needs_texts(model: HookedMoE) -> None:
                 run(given, padding_side="left")
     with pytest.raises(InputError, match="prepend_bos=True is about texts"):
         model.generate(ids, prepend_bos=True, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("name", ["olmoe", "deepseek_v3"])
+def test_a_token_that_a_mask_leaves_out_has_no_position_whatever_the_input(name: str) -> None:
+    """Ids, embeddings and streams with a hole are the text without it; plain transformers counts the hole."""
+    hooked, ids = HookedMoE.from_hf(build(name), check=False), tokens()
+    inside: Any = hooked.original_model
+    mask = torch.ones_like(ids)
+    mask[0, 4:6] = 0
+    short = torch.cat([ids[:1, :4], ids[:1, 6:]], 1)
+    with torch.no_grad():
+        _, cache = hooked.run_with_cache(ids, attention_mask=mask, names_filter="blocks.1.hook_resid_pre")
+        inputs: list[tuple[torch.Tensor, dict[str, Any]]] = [
+            (ids, {}),
+            (inside.get_input_embeddings()(ids), {}),
+            (cache["blocks.1.hook_resid_pre"], {"start_at_layer": 1}),
+        ]
+        wanted, counted = hooked(short)[0], inside(ids, attention_mask=mask).logits[0]
+        for given, words in inputs:
+            found = hooked(given, attention_mask=mask, **words)
+            assert (torch.cat([found[0, :4], found[0, 6:]]) - wanted).abs().max() <= 2e-5
+            assert (found[1] - hooked(ids)[1]).abs().max() <= 2e-5
+        assert (counted[-1] - wanted[-1]).abs().max() > 0.01
+
+
+def test_generation_from_embeddings_with_padding_is_that_of_transformers() -> None:
+    hooked, ids = HookedMoE.from_hf(build("olmoe"), check=False), tokens()
+    inside: Any = hooked.original_model
+    embeddings = inside.get_input_embeddings()(ids).detach()
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    for call in (hooked.generate, hooked.generate_stream):
+        with pytest.raises(InputError, match="hf_generate"):
+            list(call(embeddings, attention_mask=mask, max_new_tokens=2))
+    greedy: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "return_type": "tokens"}
+    found = hooked.hf_generate(embeddings, attention_mask=mask, stop_at_eos=False, **greedy)
+    wanted = hooked.generate(ids, attention_mask=mask, stop_at_eos=False, verbose=False, **greedy)
+    assert torch.equal(found, wanted[:, -4:])
+    whole = hooked.generate(embeddings, attention_mask=torch.ones_like(ids), stop_at_eos=False, verbose=False, **greedy)
+    assert torch.equal(whole, hooked.generate(ids, stop_at_eos=False, verbose=False, **greedy)[:, -4:])

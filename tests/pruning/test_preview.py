@@ -1,14 +1,19 @@
+from typing import Any
+
 import pytest
 import torch
 
 from moe_lens import HookedMoE, names
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, UnsupportedModelError
 from moe_lens.interventions import CleanRun, Loss
 from moe_lens.interventions.coalitions import added_losses
+from moe_lens.model.families.table import FAMILIES, here
 from moe_lens.pruning import plan, score
+from moe_lens.pruning import preview as preview_module
 from moe_lens.pruning.merging import grouped
 from moe_lens.pruning.weight_matching import averaged, matching, members, views
 from tests.families import CONFIGS, build, tokens
+from tests.matrix import configs
 from tests.pruning.smaller import by_hand, make_plan, whole
 from tests.pruning.test_scores import texts
 
@@ -85,6 +90,79 @@ def test_a_selection_bias_cannot_bring_a_pruned_expert_back():
     with plan.preview(hooked):
         assert not bool((hooked.routing(tokens()).layer(1).indices == 1).any())
     assert torch.equal(router.e_score_correction_bias, before)
+
+
+KEPT = (0, 1, 2, 4, 5, 7)
+COUNTED = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def sliced(model_type):
+    """The plain model of the matrix that has the rows of the kept experts alone."""
+    fewer: dict[str, Any] = dict.fromkeys(named(model_type), len(KEPT))
+    big, small = configs.build(model_type), configs.build(model_type, **fewer)
+    for (name, target), (other, value) in zip(every(small), every(big), strict=True):
+        assert name == other
+        cut = [axis for axis, (a, b) in enumerate(zip(target.shape, value.shape, strict=True)) if a != b]
+        target.data.copy_(value.index_select(cut[0], torch.tensor(KEPT)) if cut else value)
+    return small
+
+
+def named(model_type):
+    return [name for name in COUNTED if hasattr(configs.config(model_type), name)]
+
+
+def every(model):
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+@pytest.mark.parametrize("model_type", ["afmoe", "ernie4_5_moe", "hy_v3", "lfm2_moe", "minimax_m2"])
+def test_no_bias_for_the_choice_brings_a_pruned_expert_back_wherever_it_lies(model_type, monkeypatch):
+    """Against slices of the parameters: ≤ 2e-5 of the largest logit. Without forbidding, pruned experts come."""
+    hooked, expected = HookedMoE.from_hf(configs.build(model_type), check=False), sliced(model_type)
+    assert not hasattr(getattr(hooked._moe(hooked.moe_layers[0]), hooked.family.router), "e_score_correction_bias")
+    gone = torch.tensor([3, 6])
+    for name, value in every(hooked.original_model):
+        if "bias" in name and value.shape[-1] == hooked.n_experts:
+            value.data[..., gone] += 50
+    plan = make_plan(hooked, dict.fromkeys(hooked.moe_layers, KEPT), hooked.top_k)
+    x = configs.tokens()
+    with torch.no_grad():
+        wanted = expected(x).logits
+        with plan.preview(hooked):
+            found, routing = hooked(x), hooked.routing(x)
+            with hooked.ablate({hooked.moe_layers[-1]: [0]}, how="reroute"):
+                again = hooked.routing(x)
+        whole = hooked(x)
+        monkeypatch.setattr(preview_module, "reselect", lambda layer, indices, scores, wishes: indices)
+        with plan.preview(hooked):
+            broken = hooked.routing(x)
+    assert not torch.isin(routing.indices, gone).any() and not torch.isin(again.indices, gone).any()
+    assert torch.isin(broken.indices, gone).any()
+    assert (found - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+    assert (whole - wanted).abs().max() > 0.01
+
+
+def test_families_that_choose_among_groups_hold_their_bias_where_a_preview_looks_for_it():
+    """It decides on the groups, before experts can be forbidden one by one."""
+    for name, family in FAMILIES.items():
+        if family.bias and family.groups and name in here() and name not in configs.TEXT:
+            hooked = HookedMoE.from_hf(configs.build(name), check=False)
+            router = getattr(hooked._moe(hooked.moe_layers[0]), hooked.family.router)
+            assert hasattr(router, "e_score_correction_bias"), name
+
+
+def test_experts_that_a_table_gives_to_tokens_cannot_be_pruned():
+    hooked = HookedMoE.from_hf(configs.build("deepseek_v4"), check=False)
+    everyone = tuple(range(hooked.n_experts))
+    by_token = make_plan(hooked, {**dict.fromkeys(hooked.moe_layers, everyone), 1: KEPT}, hooked.top_k)
+    with pytest.raises(UnsupportedModelError, match="layer 1 .* by the token's id"), by_token.preview(hooked):
+        pass
+    plan = make_plan(hooked, {0: everyone, 1: everyone, 2: KEPT, 3: KEPT}, hooked.top_k)
+    with plan.preview(hooked):
+        indices = hooked.routing(configs.tokens()).indices
+    assert (
+        not torch.isin(indices[2:], torch.tensor([3, 6])).any() and torch.isin(indices[:2], torch.tensor([3, 6])).any()
+    )
 
 
 def test_an_error_inside_restores_everything():

@@ -24,6 +24,7 @@ _ELSEWHERE = {
     "one_zero_attention_mask": "attention_mask=",
     "input_ids": "the ids as the input: model(tokens), or model(encoding) with all that a tokenizer returned",
     "inputs": "the ids as the input",
+    "num_items_in_batch": "loss_per_token=True, and a sum divided by any number: the loss itself is a mean over tokens",
     "inputs_embeds": "the embeddings as the input",
     "fwd_hooks": "run_with_hooks(input, fwd_hooks=…)",
     "bwd_hooks": "run_with_hooks(input, bwd_hooks=…)",
@@ -47,7 +48,8 @@ def forward_words(kind: type) -> frozenset[str]:
     kwargs = inspect.signature(kind.forward).parameters.get("kwargs")
     typed = typing.get_args(kwargs.annotation) if kwargs is not None else ()  # Unpack[TransformersKwargs], or more
     passed_on = frozenset(word for each in typed for word in getattr(each, "__annotations__", ()))
-    return (named(TransformerBridge.forward) - _NOT_NAMED) | further_words(kind) | _OF_TEXT | passed_on
+    known = (named(TransformerBridge.forward) - _NOT_NAMED) | further_words(kind) | _OF_TEXT | passed_on
+    return known - {"num_items_in_batch"}  # of transformers' loss, which is not ours
 
 
 @cache

@@ -241,6 +241,8 @@ class ExpertBridge(InputReader):
         stop = kwargs.get("stop_at_layer")
         _, last = layer_limits(len(self.blocks), kwargs.get("start_at_layer"), stop)
         mask = given.attention_mask
+        if given.tokens is None and self._accepts_derived_position_ids():  # of ids, TransformerLens derives them
+            kwargs = {**({} if "position_ids" in asked else given.positions()), **kwargs}
         if mask is not None and mask.dtype == torch.bool and mask.dim() == 4 and self._attends_eagerly():
             mask = additive(mask, self.original_model.dtype)  # pyright: ignore[reportArgumentType]
         claim = ForwardClaim(self)

@@ -116,6 +116,9 @@ class GeneratingBridge(CachedRuns):
         _check_returned(what, words.get("return_type", "input"))
         _check_sampling(what, words, self._embedded())
         given = self._prompt(words)
+        if given.tokens is None and given.mask is not None and not bool(given.mask.all()):
+            # TransformerLens tells the pass of a later token nothing of the padding in front of embeddings.
+            raise InputError(f"{what} takes embeddings without padding; hf_generate takes them with it")
         if given.attention_mask is not None:
             words["attention_mask"] = given.attention_mask
         if given.was_text and words.get("return_type", "input") == "input":

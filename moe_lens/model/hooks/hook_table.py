@@ -20,7 +20,7 @@ from moe_lens.model.hooks.hook_scope import remove_lost, run_all_blocks
 from moe_lens.model.hooks.layer_hooks import LayerHooks
 from moe_lens.model.hooks.moe_block import MoEBlock
 from moe_lens.model.hooks.ownership import Owner
-from moe_lens.model.hooks.refused_methods import RefusedMethods
+from moe_lens.model.hooks.refused_methods import RefusedMethods, refuse_methods
 from moe_lens.model.loading.validate import (
     asked_kernel,
     check_kernel,
@@ -50,6 +50,7 @@ class HookTable(RefusedMethods):
         super().__init__(model, adapter, tokenizer, driver=Driver(model, adapter, tokenizer))
         self.owner.bind(self)
         hold_in_one_place(self, model)
+        refuse_methods(model)
         check_points(self, self.owner)
         check_layers(self.blocks, self.cfg.n_layers)
         for layer, block in enumerate(self.blocks):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Num, Shaped
+from jaxtyping import Bool, Int, Num, Shaped
 from torch import Tensor
 
 from moe_lens.errors import InputError, a_kind
@@ -47,6 +47,20 @@ class ModelInput:
     def mask(self) -> Tensor | None:
         """True at real tokens, [batch, pos]; None when there is no padding."""
         return None if self.seen is None else self.seen[:, -self.values.shape[1] :]
+
+    def positions(self) -> dict[str, Int[Tensor, "batch pos"]]:
+        """`position_ids` in which what a mask leaves out has no place of its own; nothing where that moves no token.
+
+        As TransformerLens has it for ids: rows in which padding stands in front of no token keep 0, 1, 2, …
+        """
+        mask = self.attention_mask
+        if mask is None or mask.dim() != 2:
+            return {}
+        real, plain = mask.bool(), torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+        closed = (real.long().cumsum(-1) - 1).clamp(min=0)
+        moved = ((closed != plain) & real).any(-1, keepdim=True)
+        places = torch.where(moved, closed, plain)[:, -self.values.shape[1] :]
+        return {"position_ids": places} if bool(moved.any()) else {}
 
     def laid_left(self) -> "ModelInput":
         """The same with padding in front, as generation needs it, which continues what stands last."""

@@ -1,12 +1,39 @@
 """Methods of TransformerLens's, transformers' and torch's models that a wrapped model refuses, each with what to do."""
 
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
+
+from transformers import PreTrainedModel
 
 from moe_lens.errors import UnsupportedModelError
 from moe_lens.model.hooks.arguments import refuse_unknown
 from moe_lens.model.loading.state_dict import WholeState
 from moe_lens.model.loading.transformer_lens_words import PROCESSING, refuse_processing
 from moe_lens.model.torch_transforms import not_compiled
+
+_EMBEDDINGS = (
+    "a wrapped model's embeddings are hook points, and stay: call {0} on the transformers model, and wrap it then"
+)
+_OF_TRANSFORMERS = {
+    "save_pretrained": "this model is wrapped, and transformers would write the wrapped modules' names: call "
+    "save_pretrained of the HookedMoE, which writes the family's own format (a Trainer's checkpoints: "
+    "save_strategy='no', and that afterwards)",
+    "push_to_hub": "push_to_hub is not for a wrapped model: save_pretrained(folder, push_to_hub=True) of the HookedMoE",
+    "resize_token_embeddings": _EMBEDDINGS.format("resize_token_embeddings"),
+    "set_input_embeddings": _EMBEDDINGS.format("set_input_embeddings"),
+    "set_output_embeddings": _EMBEDDINGS.format("set_output_embeddings"),
+}
+"""Methods of the transformers model inside that would break, or write, what wrapping made of it."""
+
+
+def _refused(message: str, *args: Any, **kwargs: Any) -> NoReturn:  # noqa: ARG001
+    raise UnsupportedModelError(message)
+
+
+def refuse_methods(model: PreTrainedModel) -> None:
+    """Refuse, on a model that is wrapped, transformers' methods that take it for one that is not."""
+    for name, message in _OF_TRANSFORMERS.items():
+        model.__dict__[name] = partial(_refused, message)
 
 
 class RefusedMethods(WholeState):
@@ -36,17 +63,6 @@ class RefusedMethods(WholeState):
         refuse_unknown("enable_compatibility_mode", processing, PROCESSING)
         if not no_processing:
             refuse_processing({**PROCESSING, **processing})
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
-        """Not supported: the embedding is a hook point's.
-
-        Raises:
-            UnsupportedModelError: always; says what to do instead.
-        """
-        raise UnsupportedModelError(
-            "a wrapped model's embeddings are not resized: call resize_token_embeddings on the transformers model, and "
-            "wrap it then"
-        )
 
     def compile(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
         """Not supported: hook functions are Python, which no compiled graph holds.

@@ -59,7 +59,7 @@ def save_pretrained(
     way_back = _readable(model, state) if kwargs.get("save_original_format", True) else nullcontext()
     with numbers, way_back, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
-        model.save_pretrained(folder, state_dict=state, **kwargs)
+        type(model).save_pretrained(model, folder, state_dict=state, **kwargs)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
