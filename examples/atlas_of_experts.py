@@ -55,10 +55,12 @@ writing.assign(text=[words[token] for token in writing["token"]])[["text", "valu
 # ## What breaks without it
 #
 # Nats a token that the loss of each domain grows by; and on German, beside other experts of the layer that carry as much of
-# its routing weight. A star takes both: that the expert costs more than nothing, and more than these.
+# its routing weight. A star takes both: that the expert costs more than nothing, and more than each of these.
 
 # %%
 without = tables["knockouts"].query(f"layer == 4 and expert == {expert}")
 print(without[["read", "added", "low", "high", "first_order", "tokens"]].round(4))
 held = tables["compared"].query(f"layer == 4 and expert == {expert} and domain == 'german'")
-held[["added", "control_added", "all_low", "all_high", "beyond", "beyond_low", "beyond_high", "starred"]].round(4)
+held[["added", "control_least", "control_most", "all_low", "all_high", "over_most", "over_most_low", "starred"]].round(
+    4
+)

@@ -57,6 +57,8 @@ def _found(folder: Path, atlas: StudyResult) -> Iterator[tuple[Expert, StudyResu
         if result.study != AblationStudy.name or len(experts) != 1 or differ:
             what = f"{' and '.join(differ)} differ from the atlas's" if differ else "this is no study of one expert"
             raise InputError(f"{path}: {what}; move it elsewhere")
-        if "effects" not in result.tables:
-            raise InputError(f"{path}: made by an earlier version, without the table effects; remove it and ask again")
+        if "effects" not in result.tables or "over_most" not in result.tables["ablation"]:
+            raise InputError(
+                f"{path}: made by an earlier version, without what this one shows; remove it and ask again"
+            )
         yield experts[0], result

@@ -110,7 +110,7 @@ const contexts = (of, sources, l) => {
   const group = (kind, title, note) => h("div", {}, h("h3", {}, title), h("p", { class: "note" }, note),
     of.contexts[kind] ? h("ul", { class: "contexts" }, of.contexts[kind].map(piece)) : h("p", {}, "None."));
   return section("where", "Where it is chosen",
-    ["Outlined: the token. Colour: the expert's ", term("weight"), " at each token. Tokens are counted from 0 in their window. The atlas holds two texts of each domain in full; pieces of these lead there."],
+    ["Outlined: the token. Colour: the expert's ", term("weight"), " at each token. Tokens are counted from 0 in their window. The atlas shows two texts of each domain, as far as their first ", String(atlas.about.limits.text_tokens), " tokens; pieces of these lead there."],
     group("strongest", "Strongest", "Greatest weight. These alone mislead."),
     group("random", "At random", "Drawn at random from all tokens that chose it."),
     group("nearly", "Nearly", "Did not choose it, but came nearest by router logit."));

@@ -7,10 +7,11 @@ from moe_lens.atlas.rows import Expert, by_expert, grid, rows
 from moe_lens.studies import StudyResult
 from moe_lens.studies.matched_coalitions import MATCHED, PICKED
 
-KNOCKED = ("added", "low", "high", "first_order", "tokens", "sources")
+KNOCKED = ("added", "low", "high", "first_order", "tokens", "sources", "at_first")
+OVER = ("over_most", "over_most_low", "over_most_high", "all_low", "all_high", "starred")
 CONTROL = ("experts", "mass", "added", "low", "high")
-COMPARED = ("place", "mass", "added", "low", "high", "tokens", "sources", "controls", "control_added", "control_mass")
-COMPARED += ("beyond", "beyond_low", "beyond_high", "all_low", "all_high", "starred")
+COMPARED = ("by", "mass", "added", "low", "high", "tokens", "sources", "controls", "control_added", "control_least")
+COMPARED += ("control_most", "control_mass", *OVER)
 """Of an expert that was taken out, of one of its controls, and of it held against all of them."""
 
 
@@ -22,7 +23,7 @@ def alone(result: StudyResult) -> dict[Expert, list[list[Any]]]:
 
 
 def compared(result: StudyResult) -> dict[Expert, list[dict[str, Any]]]:
-    """For each domain that an expert is foremost in: it, held against its controls, and each of these."""
+    """For each domain on which an expert is held against controls: it, and each of these."""
     order = {domain: number for number, domain in enumerate(result.domains)}
     each: dict[Any, list[list[Any]]] = defaultdict(list)
     for domain, layer, expert, *control in rows(result.tables["controls"], ["domain", "layer", "expert", *CONTROL]):
@@ -46,12 +47,12 @@ def asked(result: StudyResult) -> list[dict[str, Any]]:
         if kind == MATCHED:
             each[domain].append([list(map(int, experts[domain, number])), *effect])
     own = ("domain", "mass", "added", "low", "high", "tokens", "sources")
-    held = ("coalitions", "added", "mass", "beyond", "beyond_low", "beyond_high", "all_low", "all_high", "starred")
+    held = ("coalitions", "added", "control_least", "control_most", "mass", *OVER)
     found = []
     for number, (mine, others) in enumerate(
         zip(rows(kinds.loc[[PICKED]], own), rows(kinds.loc[[MATCHED]], held), strict=True)
     ):
-        record = dict(zip(COMPARED, [0, *mine[1:], *others], strict=True)) | {"domain": number}
+        record = dict(zip(COMPARED, ["asked", *mine[1:], *others], strict=True)) | {"domain": number}
         found.append(record | {"each": each[mine[0]]})
     return found
 
@@ -59,13 +60,17 @@ def asked(result: StudyResult) -> list[dict[str, Any]]:
 def differences(result: StudyResult) -> list[list[Any]]:
     """Of each expert that was held against controls: layer, expert, number of the domain, and what it costs more."""
     order = {domain: number for number, domain in enumerate(result.domains)}
-    columns = ["layer", "expert", "domain", "beyond", "beyond_low", "beyond_high", "starred"]
+    columns = ["layer", "expert", "domain", *OVER[:3], "starred", "control_least", "control_most"]
     found = rows(result.tables["compared"], columns)
     return [[layer, expert, order[domain], *values] for layer, expert, domain, *values in found]
 
 
 def by_domain(result: StudyResult, domain: str) -> dict[str, list[list[Any]]]:
-    """Layers × experts of what a domain loses without an expert, and the ends of it; None where none was taken out."""
+    """Layers × experts of what a domain loses without an expert; None where none was taken out.
+
+    And its ends, the linear estimate for the same tokens, and the part at the first token of windows.
+    """
     every, knocked = result.tables["experts"][["layer", "expert"]], result.tables["knockouts"]
     whole = every.merge(knocked[knocked["read"] == domain], on=["layer", "expert"], how="left")
-    return {"exact": grid(whole, "added"), "exact_low": grid(whole, "low"), "exact_high": grid(whole, "high")}
+    names = {"exact": "added", "exact_low": "low", "exact_high": "high", "estimate": "first_order"}
+    return {name: grid(whole, column) for name, column in {**names, "at_first": "at_first"}.items()}

@@ -10,7 +10,7 @@ const everyExpert = () => {
     const main = mainDomain({ domains: lines }, l, e), of = domains[main], at = (name) => of[name][l][e];
     const star = held.get([layer, e, main].join());
     return { layer, e, main, rare: all.rare[l][e], n: all.assigned[l][e], share: at("share"), low: at("low"), high: at("high"), p: at("p_value"), first: at("first"),
-      saved: at("saved"), exact: at("exact"), exactLow: at("exact_low"), exactHigh: at("exact_high"), starred: star ? star[6] : null };
+      estimate: at("estimate"), exact: at("exact"), exactLow: at("exact_low"), exactHigh: at("exact_high"), starred: star ? star[6] : null };
   }));
 };
 
@@ -22,7 +22,7 @@ const expertTable = (rows, most) => {
     { head: several ? "Most specialised in" : "Domain", up: true, of: (r) => atlas.domains[r.main], cell: (r) => r.rare ? h("span", { class: "muted" }, "too rare to tell") : atlas.domains[r.main] },
     { head: "Share", of: (r) => r.share, cell: (r) => [percent(r.share), h("small", {}, ` ${span(r.low, r.high, percent)}`)] },
     several && { head: "p", term: "p (maxT)", up: true, of: (r) => r.p, cell: (r) => r.p === null ? "not tested" : `${pValue(r.p)}${passes(r.p) ? " *" : ""}` },
-    { head: "First order", term: "first order", of: (r) => r.saved, cell: (r) => milli(r.saved) },
+    { head: "First order, same tokens", term: "first order", of: (r) => r.estimate, cell: (r) => milli(r.estimate) },
     { head: "Exact knock-out", term: "star", of: (r) => r.exact, cell: (r) => r.exact === null ? h("span", { class: "muted" }, "not measured") : [milli(r.exact), r.starred && h("b", {}, " *"), h("small", {}, ` ${span(r.exactLow, r.exactHigh, milli)}`)] },
     { head: "n", of: (r) => r.n, cell: (r) => whole(r.n) },
   ].filter(Boolean), rows, { by: several ? 3 : 3, most, given: { class: "experts every" } });
@@ -42,22 +42,23 @@ const costs = (only) => {
   const rows = about.layers.flatMap((layer, l) => only !== undefined && layer !== only ? [] : domains.flatMap((of, d) => of.exact[l].map((added, e) => {
     const line = held.get([layer, e, d].join());
     const mean = domains.reduce((sum, other) => sum + other.exact[l][e], 0) / domains.length;
-    return { layer, e, d, added, low: of.exact_low[l][e], high: of.exact_high[l][e], saved: of.saved[l][e], mean, line, tokens: about.domains[d] };
+    return { layer, e, d, added, low: of.exact_low[l][e], high: of.exact_high[l][e], estimate: of.estimate[l][e], mean, line, first: of.at_first[l][e], least: Math.min(...domains.map((other) => other.exact[l][e])), better: domains.flatMap((other, i) => other.exact_high[l][e] !== null && other.exact_high[l][e] < 0 ? [`${names[i]} (${milli(other.exact[l][e])})`] : []) };
   }))).filter((r) => r.added !== null);
   const every = about.layers.length * about.experts, complete = about.knocked === every;
   const starred = compared.filter((line) => line[6] && (only === undefined || line[0] === only)), known = compared.filter((line) => only === undefined || line[0] === only).length;
   return section("costs", only === undefined ? "Whose removal costs most" : "Whose removal costs most here",
-    [complete ? `All ${whole(every)} experts were ` : `${whole(about.knocked)} of ${whole(every)} experts, the most specialised of each layer and domain, were `, term("knock-out", "knocked out"), ", each by itself, on every domain: on the first tokens of all windows. ",
-      complete ? "" : "An expert that was not may cost more than any of these. ", "The ", term("first order"), " estimate, which the map can show too, is over all tokens, and takes the loss for a straight line: it can miss the costliest. ",
+    [complete ? `All ${whole(every)} experts were ` : `${whole(about.knocked)} of ${whole(every)} experts, the most specialised of each layer and domain, were `, term("knock-out", "knocked out"), ", each by itself, on every domain: on the first tokens of all windows. A cost that falls mostly on the first of them may be that of one token, with which all texts begin. ",
+      complete ? "" : "An expert that was not may cost more than any of these. ", "The ", term("first order"), " estimate, here for the same tokens, takes the loss for a straight line: it can miss the costliest. ",
       "The greatest of many numbers is likely to be somewhat too great. ",
-      `${whole(starred.length)} of ${whole(known)} that were held against comparable experts are shown to cost more than these `, term("star", "*"), starred.length ? [": ", listed(starred.map(([layer, e, d]) => [expertLink(layer, e, `${layer}:${e}`), ` on ${names[d]}`]))] : "", "; of the others this is not known. ", h("code", {}, "--knock-out LAYER:EXPERT"), " of the command holds any expert against controls, on all texts."],
+      `${whole(starred.length)} of ${whole(known)} that were held against their controls (the two most specialised of each layer and domain, and the ${about.limits.costliest} that cost most of all) are shown to cost more than each of these `, term("star", "*"), starred.length ? [": ", listed(starred.map(([layer, e, d]) => [expertLink(layer, e, `${layer}:${e}`), ` on ${names[d]}`]))] : "", "; of the others this is not known. ", h("code", {}, "--knock-out LAYER:EXPERT"), " of the command holds any expert against controls, on all texts."],
     sortable([
       { head: "Expert", up: true, of: (r) => r.layer * 1e6 + r.e, cell: (r) => expertLink(r.layer, r.e, `${r.layer}:${r.e}`) },
       { head: "On texts of", up: true, of: (r) => names[r.d], cell: (r) => names[r.d] },
-      { head: "Loss grows by", term: "millinats", of: (r) => r.added, cell: (r) => [milli(r.added), r.line?.[6] && h("b", {}, " *"), h("small", {}, ` ${span(r.low, r.high, milli)}`)] },
+      { head: "Loss grows by", term: "millinats", of: (r) => r.added, cell: (r) => [milli(r.added), r.line?.[6] && h("b", {}, " *"), h("small", {}, ` ${span(r.low, r.high, milli)}`), r.added > 0 && r.first > MOSTLY * r.added && h("small", { class: "warn" }, ` mostly at the first token of windows (${percent(r.first / r.added, 0)})`)] },
+      { head: "Domains that improve", up: true, of: (r) => r.least, cell: (r) => r.better.length ? r.better.join(", ") : "–" },
       { head: "Mean of domains", of: (r) => r.mean, cell: (r) => milli(r.mean) },
-      { head: "More than controls", term: "corrected", of: (r) => r.line ? r.line[3] : null, cell: (r) => !r.line ? h("span", { class: "muted" }, "not compared") : r.line[3] === null ? "no control" : [milli(r.line[3]), h("small", {}, ` ${span(r.line[4], r.line[5], milli)}`)] },
-      { head: "First order", term: "first order", of: (r) => r.saved, cell: (r) => milli(r.saved) },
+      { head: "More than costliest control", term: "corrected", of: (r) => r.line ? r.line[3] : null, cell: (r) => !r.line ? h("span", { class: "muted" }, "not compared") : r.line[3] === null ? "no control" : [milli(r.line[3]), h("small", {}, ` ${span(r.line[4], r.line[5], milli)}`)] },
+      { head: "First order", term: "first order", of: (r) => r.estimate, cell: (r) => milli(r.estimate) },
     ], rows, { by: 2, most: 10, given: { class: "experts" } }));
 };
 

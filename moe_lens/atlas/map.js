@@ -1,9 +1,9 @@
 "use strict";
 // Layers × experts, coloured by a measure.
 const MEASURES = {
-  difference: { label: "Specialisation: share above that of other domains", shown: (v) => `${(100 * v).toFixed(1)} points`, around: true, domain: true,
+  difference: { label: "Specialisation: share above that of other domains", shown: (v) => `${(100 * v).toFixed(1).replace("-", "−")} points`, around: true, domain: true,
     what: "Share of the domain's tokens that choose the expert, minus the mean share of the other domains. Over all domains: the value of the domain where it is greatest." },
-  beyond: { label: "Specialisation beyond the token", shown: (v) => `${(100 * v).toFixed(1)} points`, around: true, domain: true,
+  beyond: { label: "Specialisation beyond the token", shown: (v) => `${(100 * v).toFixed(1).replace("-", "−")} points`, around: true, domain: true,
     what: "Share of the domain's tokens that choose the expert, minus what it would be if every token chose as it does in all domains together. Over all domains: the value of the domain where it is greatest." },
   share: { label: "Share of tokens that choose it", shown: (v) => percent(v), domain: true, what: "Under uniform routing all experts have the same share: active experts divided by experts." },
   first: { label: "Most specialised of its layer, share of resamples", shown: (v) => percent(v), domain: true,
@@ -47,9 +47,17 @@ atlas.views.map = ({ measure, domain, tested }) => {
   const { all, domains } = atlas.data.get("map");
   const tells = (l, e) => domains.some((d, i) => (chosen < 0 || i === chosen) && passes(d.p_value[l][e]));
   const told = h("p", { id: "told", role: "status" }, h("span", { class: "keys" }, "Point at an expert, or move with the arrow keys; Enter opens its page. "), "Each square leads to a page.");
+  // Of how many tokens a value is, and of which domain where the greatest of all is shown.
+  const counted = (l, e, value) => {
+    const single = chosen >= 0 || !of.domain || all[measure] ? chosen : domains.findIndex((_, d) => atlas.values(measure, d)[l][e] === value);
+    const name = chosen < 0 && single >= 0 ? `on ${atlas.domains[single]}; ` : "", over = (what) => single < 0 ? total(what) : about.domains[single][what];
+    if (measure === "exact") return `${name}n = ${whole(over("without"))} tokens read without it`;
+    if (measure === "saved") return `${name}over ${whole(over("tokens"))} tokens`;
+    return `${name}chosen by n = ${whole(single < 0 ? all.assigned[l][e] : domains[single].assigned[l][e])} tokens`;
+  };
   const say = (l, e) => {
     const value = values[l][e];
-    const rare = all.rare[l][e] ? `; only ${whole(all.assigned[l][e])} tokens chose it: cannot be told` : ` (n = ${whole(all.assigned[l][e])} tokens)`;
+    const rare = all.rare[l][e] ? `; only ${whole(all.assigned[l][e])} tokens chose it: cannot be told` : ` (${counted(l, e, value)})`;
     return `Layer ${about.layers[l]}, expert ${e}: ${value === null ? "not measured" : of.shown(value)}${rare}`;
   };
   const cell = (l, e) => {

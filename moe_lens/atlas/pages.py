@@ -18,6 +18,8 @@ from moe_lens.errors import InputError, a_kind
 from moe_lens.stats import MIN_SOURCES
 from moe_lens.studies import Atlas, StudyResult
 from moe_lens.studies.atlas_choice import AT_LEAST, RARE, RESAMPLES
+from moe_lens.studies.atlas_contexts import TEXT_TOKENS
+from moe_lens.studies.atlas_knockouts import COSTLIEST, MATCHED
 from moe_lens.studies.atlas_reading import SEEN_AGAIN
 
 PAGE = "index.html"
@@ -120,7 +122,15 @@ def of_atlas(result: StudyResult | str | Path) -> StudyResult:
             f"the study was made by an earlier version, without the tables {', '.join(sorted(lacking))}; "
             "make the atlas anew, in another folder"
         )
+    if lacking := [name for name, columns in _NEEDED.items() if not columns <= set(result.tables[name].columns)]:
+        raise InputError(
+            f"the study was made by an earlier version, with fewer columns of the tables {', '.join(lacking)}; "
+            "make the atlas anew, in another folder"
+        )
     return result
+
+
+_NEEDED = {"compared": {"by", "over_most"}, "knockouts": {"at_first"}}
 
 
 def files_of(result: StudyResult, asked: Mapping[Expert, StudyResult]) -> dict[str, str]:
@@ -151,6 +161,7 @@ def about_of(result: StudyResult) -> dict[str, Any]:
     quality: Any = result.tables["quality"].set_index("domain")
     loss = [dict(zip(_LOSS, line, strict=True)) for line in records.rows(quality.loc[list(result.domains)], _LOSS)]
     knocked = result.tables["knockouts"]
+    without: Any = knocked.groupby("read")["tokens"].max()
     first = [-(-plan["settings"]["knockout_tokens"] // of["windows"]) for of in read]
     return {
         "version": moe_lens.__version__,
@@ -158,7 +169,10 @@ def about_of(result: StudyResult) -> dict[str, Any]:
         "layers": plan["model"]["moe_layers"],
         "experts": plan["model"]["experts"],
         "top_k": plan["model"]["top_k"],
-        "domains": [{**of, **own, "first": n} for of, own, n in zip(read, loss, first, strict=True)],
+        "domains": [
+            {**of, **own, "first": n, "without": int(without.get(of["name"], 0))}
+            for of, own, n in zip(read, loss, first, strict=True)
+        ],
         "knocked": len(knocked[["layer", "expert"]].drop_duplicates()),
         "reading": plan["reading"],
         "settings": plan["settings"],
@@ -171,6 +185,9 @@ def about_of(result: StudyResult) -> dict[str, Any]:
             "sources": MIN_SOURCES,
             "resamples": RESAMPLES,
             "seen_again": SEEN_AGAIN,
+            "controls": MATCHED,
+            "costliest": COSTLIEST,
+            "text_tokens": TEXT_TOKENS,
         },
         "attribution": _attribution(plan["domains"]),
     }
@@ -204,6 +221,15 @@ _HUB = re.compile(r"[\w-]+/[\w.-]+")
 _FOLDERS = re.compile(r"(^|=)[^=]*[/\\]")
 
 
+def plain_text(markdown: str) -> str:
+    """A text without the marks of headings, emphasis, code, tables and links, whose addresses follow in brackets."""
+    text = re.sub(r"\[([^\]]+)\]\(([^)]+)\)", r"\1 (\2)", markdown)
+    text = re.sub(r"^#+ +", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^\|[-:| ]+\|\n", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^\| *(.*?) *\|$", lambda row: "– " + row[1].replace(" | ", "; "), text, flags=re.MULTILINE)
+    return re.sub(r"(\*\*?|`)([^*`\n]+)\1", r"\2", text)
+
+
 def _attribution(domains: list[dict[str, Any]]) -> str | None:
     """Where texts that ship with the package come from, and their licences, if any of them was read."""
     for given in domains:
@@ -211,5 +237,5 @@ def _attribution(domains: list[dict[str, Any]]) -> str | None:
             own = {"name": given["name"], **embedded_domain(given["name"]).identity}
             if own == given:
                 path = resources.files("moe_lens") / "assets" / "domains" / "ATTRIBUTION.md"
-                return path.read_text(encoding="utf-8")
+                return plain_text(path.read_text(encoding="utf-8"))
     return None

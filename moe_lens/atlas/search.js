@@ -34,14 +34,19 @@ const pieces = (query) => {
   }
   return found;
 };
-// What was found; `first`: the token that Enter opens, if the query is one or begins or holds one.
+// The expert that a query such as 4:48 names, if there is one.
+const expertOf = (query) => {
+  const [, layer, expert] = (query.match(/^\s*(\d+)\s*:\s*(\d+)\s*$/) || []).map(Number);
+  return atlas.about.layers.includes(layer) && expert < atlas.about.experts ? [layer, expert] : null;
+};
+// What was found; `first`: what Enter opens: the expert that the query names, or the token that it is, begins or holds.
 const search = (event) => {
   const query = event.target.value, box = document.getElementById("found");
   if (!query) { box.hidden = true; return; }
-  const found = matches(query), parts = found.length ? [] : pieces(query.trim());
-  const told = found.length ? "" : parts.length > 1 ? "Not a token of these texts by itself. Pieces of it that are, which may come from other words: " : "No such token in these texts.";
-  box.replaceChildren(told, ...(found.length ? found : parts.length > 1 ? parts : []).map((id) => tokenLink(id)));
-  box.dataset.first = found.length ? `#token=${found[0]}` : "";
+  const found = matches(query), parts = found.length ? [] : pieces(query.trim()), named = expertOf(query);
+  const told = named || found.length ? "" : parts.length > 1 ? "Not a token of these texts by itself. Pieces of it that are, which may come from other words: " : "No such token in these texts.";
+  box.replaceChildren(told, ...(named ? [expertLink(...named, `layer ${named[0]}, expert ${named[1]}`)] : []), ...(found.length ? found : !named && parts.length > 1 ? parts : []).map((id) => tokenLink(id)));
+  box.dataset.first = named ? `#layer=${named[0]}&expert=${named[1]}` : found.length ? `#token=${found[0]}` : "";
   box.hidden = false;
 };
 

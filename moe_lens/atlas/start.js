@@ -11,13 +11,13 @@ atlas.views.about = () => {
     section("how", "How to read it", null,
       h("ul", {}, [
         `An expert that fewer than ${about.limits.rare} tokens chose is too rare: its page says "cannot be told".`,
-        "A star marks what is significant after correction for everything that was tested at once. Beside a share: it differs between domains. Beside a knock-out: the expert costs more than nothing, and more than comparable experts. Without a star, a difference may be chance.",
+        "A star marks what is significant after correction for everything that was tested at once. Beside a share: it differs between domains. Beside a knock-out: the expert costs more than nothing, and more than each of its controls. Without a star, a difference may be chance.",
         "What an expert writes is read through the final norm and the unembedding, as if no layer followed. In early layers this may say little.",
         "Which experts a token chooses depends to a large part on the token alone: compare a domain's share with the share by the token alone.",
         "Links are stable: #layer=3, #layer=3&expert=17, #layer=3&expert=17&part=without, #token=12, #text=0&layer=3&pos=4. The folder can be sent; the pages do not need its folders study and knockouts, which hold the tables.",
       ].map((line) => h("li", {}, line)))),
     section("glossary", "Words", null, glossary()),
-    section("keys", "Keys", null, h("p", {}, "/ search · arrow keys on the map and in texts · [ and ] the expert before and after · m map")),
+    section("keys", "Keys", null, h("p", {}, "/ search: a token, or an expert such as 4:48 · arrow keys on the map and in texts · [ and ] the expert before and after · m map")),
     about.attribution && section("licences", "Where the texts come from", null, h("pre", {}, about.attribution))];
 };
 

@@ -2,7 +2,7 @@
 // The answer before the evidence: whose expert it is and how sure that is, what it reads and writes, and what its removal
 // costs. Made of the numbers below it, by rules.
 const [ASSIGNED, SHARE, LOW, HIGH, ALONE, DIFFERENCE, P, FIRST, SAVED, SAVED_LOW, SAVED_HIGH] = Array(11).keys();
-const [READ, ADDED, ADDED_LOW, ADDED_HIGH, ESTIMATE, TOKENS, SOURCES] = Array(7).keys();
+const [READ, ADDED, ADDED_LOW, ADDED_HIGH, ESTIMATE, TOKENS, SOURCES, AT_FIRST] = Array(8).keys();
 const OFTEN = 0.95, LIKELY = 0.5;
 
 const others = (d) => d[SHARE] - d[DIFFERENCE];
@@ -43,7 +43,7 @@ const whose = (of, row, e) => {
   const same = leader === e ? peers(row, main, e, d[SHARE]) : [];
   return [how, numbers,
     more.length > 0 && [" Also chosen significantly more by ", listed(more.map(([other, i]) => `${domains[i]} (${percent(other[SHARE])})`)), "."], fewer,
-    same.length > 0 && [` Not ${domains[main]}'s only one: also `, listed(same.slice(0, 3).map(([other, share]) => [expertLink(l, other, `expert ${other}`), ` (${percent(share)})`])), same.length > 3 ? ` and ${same.length - 3} more.` : "."]];
+    same.length > 0 && [` Not ${domains[main]}'s only one: also `, listed(same.slice(0, 3).map(([other, share]) => [expertLink(l, other, `expert ${other}`), ` (${percent(share)})`])), same.length > 3 ? [" and ", link({ href: `#layer=${l}&part=experts` }, `${same.length - 3} more`), "."] : "."]];
 };
 
 const reading = (of) => of.tokens.length ? [tokenList(of.tokens.slice(0, 6).map(([token, , , lift]) => [token, `× ${number(lift, 2)}`])),
@@ -56,27 +56,40 @@ const writing = (of, early) => {
 };
 
 const DIRECTION = (low, high) => low === null ? "too few sources for an interval" : low > 0 ? "more than nothing" : high < 0 ? "less than nothing: the loss falls" : "not told from nothing";
+// What a domain loses; of an expert that is held against controls the interval that is corrected, as stars are.
+const cost = (line, held) => {
+  const corrected = held && held.controls > 0, [low, high] = corrected ? [held.all_low, held.all_high] : [line[ADDED_LOW], line[ADDED_HIGH]];
+  return [`${atlas.domains[line[READ]]}'s loss grows by ${milli(line[ADDED])} `, term("millinats"), ` a token (${span(low, high, milli)}${low === null ? "" : corrected ? ", corrected" : ", by itself"}; ${whole(line[TOKENS])} tokens, ${whole(line[SOURCES])} sources): ${DIRECTION(low, high)}${corrected || low === null ? "" : ", if it had been the only expert to look at"}. `,
+    atFirst(line) && h("b", {}, `Mostly at the first token of windows (${percent(line[AT_FIRST] / line[ADDED], 0)} of it). `), atFirst(line) && "Where texts begin alike, this is the cost of one token, and the interval is far too sure. "];
+};
+const MOSTLY = 0.5;
+const atFirst = (line) => line[ADDED] > 0 && line[AT_FIRST] > MOSTLY * line[ADDED];
 const removal = (of, main) => {
-  const name = atlas.domains[main], known = of.knockouts.find((line) => line[READ] === main), held = of.compared.find((c) => c.domain === main);
+  const name = atlas.domains[main], known = of.knockouts.find((line) => line[READ] === main), against_ = (domain) => of.compared.find((c) => c.domain === domain);
   if (!known) return ["Not taken out: too many experts for that. The linear estimate for ", name, ` is ${milli(of.domains[main][SAVED])} `, term("millinats"), " a token, and may be far off."];
   const worst = of.knockouts.reduce((most, line) => (line[ADDED] > most[ADDED] ? line : most));
-  return [`${name}'s loss grows by ${milli(known[ADDED])} `, term("millinats"), ` a token (${span(known[ADDED_LOW], known[ADDED_HIGH], milli)}; ${whole(known[TOKENS])} tokens, ${whole(known[SOURCES])} sources): ${DIRECTION(known[ADDED_LOW], known[ADDED_HIGH])}. `,
-    held ? against(held) : "It was not held against comparable experts. ",
-    worst[READ] !== main && worst[ADDED_LOW] > 0 && `It costs ${atlas.domains[worst[READ]]} most: ${milli(worst[ADDED])} (${span(worst[ADDED_LOW], worst[ADDED_HIGH], milli)}).`];
+  const better = of.knockouts.filter((line) => line[ADDED_HIGH] !== null && line[ADDED_HIGH] < 0);
+  return [cost(known, against_(main)), against_(main) ? against(against_(main)) : "Here it was not held against controls. ",
+    worst[READ] !== main && worst[ADDED] > 0 && ["It costs most elsewhere: ", cost(worst, against_(worst[READ])), against_(worst[READ]) && against(against_(worst[READ]))],
+    better.length > 0 && ["Without it the loss falls on ", listed(better.map((line) => `${atlas.domains[line[READ]]} by ${milli(-line[ADDED])} (${span(-line[ADDED_HIGH], -line[ADDED_LOW], milli)}, by itself)`)), "."]];
 };
+const than = (value) => value < 0 ? `${milli(-value)} less than` : `${milli(value)} more than`;
+const range = (held) => `${milli(held.control_least)} to ${milli(held.control_most)}`;
+// Controls that differ by more than the expert costs: which were drawn decides what it is held against.
+const unlike = (held) => held.control_most - held.control_least > Math.abs(held.added);
 const against = (held) => {
-  const difference = `${milli(held.beyond)} more than the mean of ${held.controls} comparable coalitions (${span(held.beyond_low, held.beyond_high, milli)}, corrected)`;
-  if (!held.controls) return "There are no comparable experts to hold it against. ";
-  if (held.starred === null) return "Too few sources to hold it against comparable experts. ";
-  if (held.starred) return h("span", {}, h("b", {}, "More than comparable experts *"), `: ${difference}. `);
-  return h("span", {}, h("b", {}, "Not shown to matter more than comparable experts"), `: ${difference}${held.beyond_low > 0 ? ", but the cost by itself is not told from 0 after correction" : ""}. `);
+  if (!held.controls) return "There are no controls to hold it against: no others of the layer carry as much weight. ";
+  const difference = `${than(held.over_most)} the costliest of its ${held.controls} controls, which cost ${range(held)} (difference ${span(held.over_most_low, held.over_most_high, milli)}, corrected)`;
+  if (held.starred === null) return `Too few sources to hold it against its controls, which cost ${range(held)}. `;
+  return h("span", {}, h("b", {}, held.starred ? "More than each of its controls *" : "Not shown to cost more than its controls"), `: ${difference}. `,
+    !held.starred && held.over_most_low > 0 && "Its own cost is not told from nothing after correction. ", unlike(held) && "Controls differ by more than the expert costs. ");
 };
 
 const verdict = (of, row, e) => {
   const { about } = atlas, main = of.rare ? 0 : mainDomain(of, row, e);
   if (of.rare) return h("p", { class: "lead warn" }, `Only ${whole(of.assigned)} of ${whole(total())} tokens chose it: what it stands for cannot be told from these texts.`);
   const parts = [["Whose", whose(of, row, e)], ["Reads", reading(of)], ["Writes", writing(of, about.layers[row] < about.model.layers / 2)], ["Without it", removal(of, main)]];
-  const picked = about.domains.length > 1 && (leaderOf(row, main) === e || of.compared.length > 0);
+  const picked = about.domains.length > 1 && (leaderOf(row, main) === e || of.compared.some((held) => held.by === "share"));
   if (picked) parts.push(["Caution", `It was picked for its share on these same texts; on others, expect its share to be less extreme.`]);
   return h("dl", { class: "verdict" }, parts.flatMap(([name, said]) => [h("dt", {}, name), h("dd", {}, said)]));
 };

@@ -38,6 +38,24 @@ def added_losses(
 ) -> Float[Tensor, " pair"]:
     """Nats that a text loses when a coalition is taken out of it, everywhere: summed over its predicted tokens.
 
+    See `added_at`, of which these are the sums over all places.
+    """
+    every = torch.ones(1, run.batch, run.pos, dtype=torch.bool)
+    return added_at(model, run, metric, coalitions, pairs, how, every)[:, 0]
+
+
+@torch.no_grad()
+def added_at(
+    model: Any,
+    run: CleanRun,
+    metric: Loss,
+    coalitions: Bool[Tensor, "coalition layer n_experts"],
+    pairs: Int[Tensor, "pair 2"],
+    how: Removal,
+    places: Bool[Tensor, "part text pos"],
+) -> Float[Tensor, "pair part"]:
+    """Nats that parts of a text lose when a coalition is taken out of it, everywhere.
+
     Args:
         model: A `HookedMoE`.
         run: The clean run of the texts.
@@ -45,6 +63,7 @@ def added_losses(
         coalitions: The experts of each, over the model's MoE layers.
         pairs: (coalition, text): what is run.
         how: How they are taken out.
+        places: From where predicted tokens are counted, of each part.
 
     Returns:
         Loss without the coalition − loss with it, in float64 on the CPU.
@@ -64,7 +83,8 @@ def added_losses(
     clean[reads] = metric.values(run.logits[batch, pos], batch, pos).to(clean)
     coalitions = coalitions.to(device)
     first = _first_layers(model, run, coalitions, pairs.to(device), chosen=how != "prune")
-    found = torch.zeros(len(pairs), dtype=torch.float64)
+    places = places.to(device)
+    found = torch.zeros(len(pairs), len(places), dtype=torch.float64)
     queue = [number for number in first.argsort(stable=True).tolist() if int(first[number]) < model.cfg.n_layers]
 
     def run_some(numbers: list[int]) -> None:
@@ -78,7 +98,7 @@ def added_losses(
             r, p = row[part], at[part]
             losses = metric.values(run.replay.logits(states[r, p]), items[r], p)
             added[r, p] = losses.double() - clean[items[r], p]
-        found[some.cpu()] = added.sum(-1).cpu()
+        found[some.cpu()] = torch.stack([(added * part[items]).sum(-1) for part in places], 1).cpu()
 
     size = max(1, tokens_at_once(model, device) // run.pos)
     while queue:

@@ -108,8 +108,10 @@ class AblationStudy(Study):
         of each layer; `busiest`: as many, those that all domains use most). Columns: added (nats a token, mean over the
         coalitions of the kind), with low and high, its 95 % interval over sources, and ratio, exp(added); beyond, what
         the named experts cost more than this kind, with beyond_low and beyond_high; beaten, the share of the kind that
-        costs less; all_low and all_high, starred: whether the named experts are shown to cost more than this kind, with
-        intervals of what they cost and of beyond that hold for all domains and ways together (see `held_against`);
+        costs less; control_least and control_most, the least and the greatest cost of the kind; over_most, what the
+        named experts cost more than the costliest of the kind, with over_most_low and over_most_high; all_low and
+        all_high, of what they cost; starred: whether they are shown to cost more than nothing and than each of the
+        kind; these intervals hold for all domains and ways together (see `held_against`);
         coalitions (0: none could be matched); experts and mass (share of the domain's routing weight), means of the
         kind; loss of the whole model (nats a token); tokens, sources. `effects` has a row for each coalition by itself:
         mass, added, low, high, tokens, sources. `coalitions` lists their experts.
@@ -148,6 +150,9 @@ class AblationStudy(Study):
         return members
 
 
+_HELD = ("control_least", "control_most", "over_most", "over_most_low", "over_most_high", "all_low", "all_high")
+
+
 def _rows(
     effects: CoalitionEffects, how: str, kinds: list[str], made: chosen.Coalitions, tests: int
 ) -> list[dict[str, Any]]:
@@ -168,7 +173,7 @@ def _rows(
         beaten = (sums[:, at].sum(0) < named.sum()).double().mean()
         row["beaten"] = float("nan") if own else float(beaten)
         held = {} if own else against_controls(named, sums[:, at], counts, tests)
-        row |= {name: held.get(name, float("nan")) for name in ("all_low", "all_high")}
+        row |= {name: held.get(name, float("nan")) for name in _HELD}
         row["starred"] = held.get("starred")
         row["coalitions"] = int(at.sum())
         row["experts"] = float(made.members[at].sum((1, 2)).double().mean())

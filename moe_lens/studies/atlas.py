@@ -67,7 +67,7 @@ class Atlas(Study):
     """Of halves, of random contexts and of controls."""
 
     name: ClassVar[str] = "atlas"
-    passes: ClassVar[tuple[str, ...]] = ("choice", "outputs", "effects")
+    passes: ClassVar[tuple[str, ...]] = ("choice", "outputs", "effects", "costliest")
 
     def check(self, model: Any) -> None:
         """Refuse outputs that have no mean in the stream, texts that are none, and a number that is none."""
@@ -95,11 +95,15 @@ class Atlas(Study):
             means = {f"means{half}": ActivationMeans(layers, n_experts, top_k, model.cfg.d_model) for half in (0, 1)}
             kinds = {"importance": ImportanceStats, "neurons": NeuronStats, "alike": OutputSimilarityStats}
             return means | {kind: of(layers, n_experts) for kind, of in kinds.items()}
+        if name == "costliest":
+            return {name: CoalitionStats([atlas_knockouts.HOW], atlas_knockouts.costliest_kinds())}
+        singles = atlas_knockouts.singles(layers, n_experts)
         return {
             "first_order": ScoreStats(layers, n_experts),
             "first_order_beginnings": ScoreStats(layers, n_experts),
             "loss": LossStats(),
-            "knockouts": CoalitionStats([atlas_knockouts.HOW], atlas_knockouts.singles(layers, n_experts)),
+            "knockouts": CoalitionStats([atlas_knockouts.HOW], singles),
+            "firsts": CoalitionStats([atlas_knockouts.HOW], singles),
             "controls": CoalitionStats([atlas_knockouts.HOW], atlas_knockouts.kinds(layers)),
         }
 
@@ -114,8 +118,12 @@ class Atlas(Study):
             )
             return balanced_halves(blocks, self.seed)[domain], COMPARED_TOKENS / int(texts.tokens.sum())
         routing = {name: of["choice"]["routing"].result() for name, of in earlier.items()}
-        out = atlas_knockouts.alone(routing), atlas_knockouts.controls(routing, self.seed)
-        return list(earlier).index(domain), *out, -(-self.knockout_tokens // int(texts.windows.sum()))
+        own, columns = list(earlier).index(domain), -(-self.knockout_tokens // int(texts.windows.sum()))
+        if name == "costliest":
+            knocked = {name: of["effects"]["knockouts"].result() for name, of in earlier.items()}
+            experts, _ = atlas_knockouts.costliest(routing, knocked)
+            return own, atlas_knockouts.costliest_controls(routing, experts, self.seed), columns
+        return own, atlas_knockouts.alone(routing), atlas_knockouts.controls(routing, self.seed), columns
 
     def step(self, model: Any, name: str, batch: TokenBatch, into: Gathered, prepared: Any) -> None:
         """Count choices, sum up outputs, or measure what experts are worth."""
@@ -128,13 +136,18 @@ class Atlas(Study):
                 into[TOKENS].update(routed, **token_places(batch))
         elif name == "outputs":
             self._outputs(model, batch, into, *prepared)
+        elif name == "costliest":
+            own, controls, columns = prepared
+            short = atlas_knockouts.beginning(batch, columns)
+            into[name].update(*atlas_knockouts.measure(model, short, controls, own)[0], batch.sources)
         else:
             own, alone, controls, columns = prepared
             short = atlas_knockouts.beginning(batch, columns)
             for name, read in (("first_order", batch), ("first_order_beginnings", short)):
                 into[name].update(*scores_of(model, read, "attribution"), batch.sources)
-            into["knockouts"].update(*atlas_knockouts.measure(model, short, alone), batch.sources)
-            into["controls"].update(*atlas_knockouts.measure(model, short, controls, own), batch.sources)
+            for name, found in zip(("knockouts", "firsts"), atlas_knockouts.measure(model, short, alone), strict=True):
+                into[name].update(*found, batch.sources)
+            into["controls"].update(*atlas_knockouts.measure(model, short, controls, own)[0], batch.sources)
             into["loss"].update(losses(model, batch, []), predicted(batch), batch.sources)
 
     def _outputs(self, model: Any, batch: TokenBatch, into: Gathered, half: Mapping[str, int], rate: float) -> None:

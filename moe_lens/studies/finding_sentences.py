@@ -190,7 +190,7 @@ def _exceed(held: Any, of: str) -> str:
     """How many are shown to cost more than their controls: one wording of one rule (see `held_against`)."""
     known = int(held["starred"].notna().sum())
     starred = int(held["starred"].fillna(False).sum())
-    return f"shown to cost more than nothing and than these, corrected for all, in {starred} of {known} {of}"
+    return f"shown to cost more than nothing and than each of these, corrected for all, in {starred} of {known} {of}"
 
 
 def _facts(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: ARG001
@@ -223,6 +223,7 @@ def _contrast(tables: Tables, model: Facts) -> Iterator[str]:
 
 
 _BEYOND = "beyond_low", "beyond_high"
+_OVER_MOST = "over_most_low", "over_most_high"
 _STEERED = {"forbid": "A's experts forbidden in A's prompts", "push": "A's experts pushed in B's prompts"}
 
 
@@ -250,12 +251,13 @@ def _atlas(tables: Tables, model: Facts) -> Iterator[str]:
             f"costliest knock-out of {measured} experts: expert {row['expert']} of layer {row['layer']}, "
             f"{value(row, 'added')} nats a token of {row['read']} (knockouts)"
         )
-    own = compared[compared["beyond"].notna()]
+    own = compared[compared["over_most"].notna()]
     if len(own):
         row = own.loc[own["added"].idxmax()]
         yield (
             f"held against others of as much routing weight: expert {row['expert']} of layer {row['layer']} costs "
-            f"{row['domain']} {value(row, 'added')} nats a token, {value(row, 'beyond', _BEYOND)} beyond its controls; "
+            f"{row['domain']} {value(row, 'added')} nats a token, "
+            f"{value(row, 'over_most', _OVER_MOST)} more than the costliest of its controls; "
             f"{_exceed(own, 'comparisons')} (compared)"
         )
 

@@ -41,9 +41,12 @@ def against_controls(
     tokens: Float[Tensor, " source"],
     tests: int,
 ) -> dict[str, Any]:
-    """What experts cost more than the mean of their controls, with intervals that hold for a family of comparisons.
+    """What experts cost more than each of their controls, with intervals that hold for a family of comparisons.
 
-    Intervals are the jackknife's, over sources, at 1 − (1 − `LEVEL`) / tests (Bonferroni).
+    Controls are few and drawn at random, and one of them may hold an expert that costs more than all others: their mean
+    is a matter of luck. So experts have to cost more than the costliest of them. Intervals are the jackknife's, over
+    sources, at 1 − (1 − `LEVEL`) / tests (Bonferroni). What experts cost more than the costliest control is the least
+    of what they cost more than any, and so are its ends; the upper one is corrected for all controls.
 
     Args:
         own: Nats that are added without the experts, summed over each source's tokens.
@@ -52,19 +55,23 @@ def against_controls(
         tests: Comparisons of the family.
 
     Returns:
-        controls: how many. If there are any: control_added, their mean, nats a token; beyond, added − control_added,
-        with beyond_low and beyond_high; all_low and all_high, the ends of the interval of added itself; and starred
-        (see `costs_more`): missing below ten sources, as the ends are.
+        controls: how many. If there are any: control_added, control_least and control_most, their mean, least and
+        greatest, nats a token; over_most, added − control_most, with over_most_low and over_most_high; all_low and
+        all_high, the ends of the interval of added itself; and starred (see `costs_more`): missing below ten sources,
+        as the ends are.
     """
-    if not controls.shape[1]:
+    if not (k := controls.shape[1]):
         return {"controls": 0}
-    n, mean = tokens.double(), controls.double().mean(1)
-    sums = torch.stack([own.double(), own.double() - mean], 1)
+    n, each = tokens.double(), controls.double()
+    sums = torch.cat([own.double()[:, None], own.double()[:, None] - each], 1)
     value = sums.sum(0) / n.sum()
     without = (sums.sum(0) - sums) / (n.sum() - n)[:, None]
-    level = 1 - (1 - LEVEL) / tests
-    low, high = jackknife_interval(value, without, torch.zeros(len(n), dtype=torch.long), level=level)
-    found = {"controls": controls.shape[1], "control_added": float(mean.sum() / n.sum()), "beyond": float(value[1])}
-    found |= {"beyond_low": float(low[1]), "beyond_high": float(high[1])}
-    found |= {"all_low": float(low[0]), "all_high": float(high[0])}
-    return found | {"starred": costs_more(found["all_low"], found["beyond_low"])}
+    strata, chance = torch.zeros(len(n), dtype=torch.long), (1 - LEVEL) / tests
+    low, high = jackknife_interval(value, without, strata, level=1 - chance)
+    upper = jackknife_interval(value, without, strata, level=1 - chance / k)[1]
+    cost = each.sum(0) / n.sum()
+    found = {"controls": k, "control_added": float(cost.mean())}
+    found |= {"control_least": float(cost.min()), "control_most": float(cost.max())}
+    found |= {"over_most": float(value[1:].min()), "over_most_low": float(low[1:].min())}
+    found |= {"over_most_high": float(upper[1:].min()), "all_low": float(low[0]), "all_high": float(high[0])}
+    return found | {"starred": costs_more(found["all_low"], found["over_most_low"])}

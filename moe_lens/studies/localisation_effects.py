@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_lens.data import Reading, TokenBatch
 from moe_lens.errors import InputError
 from moe_lens.interventions import CleanRun, Loss
-from moe_lens.interventions.coalitions import Removal, added_losses
+from moe_lens.interventions.coalitions import Removal, added_at
 from moe_lens.model.loading.batch_sizes import BATCH_TOKENS, tokens_at_once
 from moe_lens.stats import Accumulator, Result
 from moe_lens.stats.sums import BySource
@@ -133,6 +133,19 @@ def read_without(
     Returns:
         Nats and predicted tokens of each text, and nats added without each coalition.
     """
+    nats, predicted, added = read_parts(model, batch, members, half, read, how)
+    return nats, predicted, added[0]
+
+
+def read_parts(
+    model: Any,
+    batch: TokenBatch,
+    members: Bool[Tensor, "2 domain variant layer n_experts"],
+    half: Mapping[str, int],
+    read: Bool[Tensor, "batch how domain variant"],
+    how: Sequence[Removal],
+) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"], Float[Tensor, "2 batch how domain variant"]]:
+    """As `read_without`: what is added at all predicted tokens, and at the first one of each text."""
     device = input_device(model)
     tokens, mask = batch.tokens.to(device), batch.mask.to(device)
     metric, run = Loss(tokens, mask), CleanRun.of(model, tokens, attention_mask=mask.long())
@@ -141,11 +154,13 @@ def read_without(
     nats = torch.zeros(reads.shape, dtype=torch.float64, device=reads.device)
     nats[at] = metric.values(run.logits[at], *at).double()
     halves = torch.tensor([half[source] for source in batch.sources])
-    added = torch.zeros(read.shape, dtype=torch.float64)
+    parts = torch.stack([reads, reads & (reads.cumsum(-1) == 1)])
+    added = torch.zeros(2, *read.shape, dtype=torch.float64)
     n_domains, n_variants = members.shape[1:3]
     for number, way in enumerate(how):
         row, of_domain, variant = read[:, number].nonzero().unbind(-1)
         coalition = (halves[row] * n_domains + of_domain) * n_variants + variant
         pairs = torch.stack([coalition, row], 1)
-        added[row, number, of_domain, variant] = added_losses(model, run, metric, members.flatten(0, 2), pairs, way)
+        found = added_at(model, run, metric, members.flatten(0, 2), pairs, way, parts)
+        added[:, row, number, of_domain, variant] = found.T
     return nats.sum(-1).cpu(), reads.sum(-1).cpu(), added

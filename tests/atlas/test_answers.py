@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from moe_lens.atlas import write_atlas
-from moe_lens.atlas.pages import without_folders
+from moe_lens.atlas.pages import plain_text, without_folders
 from moe_lens.errors import InputError
 from tests.atlas.shown import given, show, text
 from tests.planted import LAYER, PLANTED, planted_atlas
@@ -55,7 +55,9 @@ def test_it_says_whose_removal_costs_most_and_which_were_measured(page, folder):
         assert row[2].startswith(f"{1000 * of['added']:,.0f}"[:3]) and " *" in row[2]
     assert all(" *" not in row[2] for row in shown[3:])
     said = text(page, "#costs")
-    assert "All 32 experts were knocked out" in said and "3 of 12 that were held against comparable experts" in said
+    assert "All 32 experts were knocked out" in said and re.search(
+        r"3 of \d+ that were held against their controls", said
+    )
     result = planted_atlas()[1]
     few = {**result.tables, "knockouts": knocked[knocked["expert"] < 8]}
     write_atlas(replace(result, tables=few), folder.parent / "few")
@@ -91,11 +93,11 @@ def test_a_card_begins_with_its_verdict_and_parts_can_be_linked(page, folder):
     terms = page.ask("[...document.querySelectorAll('.verdict dt')].map((of) => of.innerText)")
     assert terms == ["Whose", "Reads", "Writes", "Without it", "Caution"]
     said = text(page, ".verdict")
-    assert "Clearly law's" in said and "More than comparable experts *" in said and "picked for its share" in said
+    assert "Clearly law's" in said and "More than each of its controls *" in said and "picked for its share" in said
     # An expert that does nothing: its removal is not told from nothing, whatever its share.
     other: Any = planted_atlas()[1].tables["compared"].query(f"layer == {LAYER} and not starred").iloc[0]
     show(page, folder, f"#layer={LAYER}&expert={other['expert']}")
-    assert "More than comparable experts *" not in text(page, ".verdict")
+    assert "More than each of its controls *" not in text(page, ".verdict")
     assert "* ?" not in text(page, "#without")
 
 
@@ -104,12 +106,72 @@ def test_a_star_is_not_given_where_only_the_controls_are_odd(page, folder, tmp_p
     at = (result.tables["compared"]["layer"] == LAYER) & (result.tables["compared"]["expert"] == PLANTED["sea"])
     odd = result.tables["compared"].copy()
     odd.loc[at, ["all_low", "all_high", "starred"]] = [-0.01, 0.03, False]
-    odd.loc[at, ["beyond", "beyond_low", "beyond_high"]] = [0.09, 0.05, 0.13]
+    odd.loc[at, ["over_most", "over_most_low", "over_most_high"]] = [0.09, 0.05, 0.13]
     write_atlas(replace(result, tables={**result.tables, "compared": odd}), tmp_path)
     show(page, tmp_path, f"#layer={LAYER}&expert={PLANTED['sea']}")
     said = text(page, ".verdict")
-    assert "Not shown to matter more than comparable experts" in said and "not told from 0 after correction" in said
+    assert "Not shown to cost more than its controls" in said and "not told from nothing after correction" in said
     assert "its controls cost less than nothing, or little" in text(page, "#without")
+
+
+def test_an_expert_that_looks_costly_on_its_own_is_said_to_be_no_more_than_that(page, tmp_path):
+    """The corrected interval decides; controls that differ, one token, and domains that improve are told."""
+    result, expert = planted_atlas()[1], PLANTED["sea"]
+    tables: Any = {name: result.tables[name].copy() for name in ("compared", "knockouts")}
+    compared, knocked = tables["compared"], tables["knockouts"]
+    at = (compared["layer"] == LAYER) & (compared["expert"] == expert) & (compared["domain"] == "sea")
+    compared.loc[at, ["added", "low", "high", "all_low", "all_high"]] = [0.5, 0.1, 0.9, -0.2, 1.2]
+    compared.loc[at, ["control_least", "control_most"]] = [-0.1, 0.8]
+    compared.loc[at, ["over_most", "over_most_low", "over_most_high"]] = [-0.3, -1.0, 0.4]
+    compared.loc[at, ["controls", "starred"]] = [3, False]
+    of = (knocked["layer"] == LAYER) & (knocked["expert"] == expert)
+    sea, law = of & (knocked["read"] == "sea"), of & (knocked["read"] == "law")
+    knocked.loc[sea, ["added", "low", "high", "at_first", "first_order"]] = [0.5, 0.1, 0.9, 0.49, 0.0123]
+    knocked.loc[law, ["added", "low", "high", "at_first"]] = [-0.357, -0.4, -0.3, 0.0]
+    write_atlas(replace(result, tables={**result.tables, **tables}), tmp_path)
+    show(page, tmp_path, f"#layer={LAYER}&expert={expert}")
+    said, below = text(page, ".verdict"), text(page, "#without")
+    assert (
+        "(−200.0 to 1,200, corrected;" in said and "not told from nothing" in said and "more than nothing" not in said
+    )
+    assert "300.0 less than the costliest of its 3 controls, which cost −100.0 to 800.0" in said
+    assert "Mostly at the first token of windows (98 % of it)" in said
+    assert "Without it the loss falls on law by 357.0" in said
+    assert "Controls differ by more than the expert costs" in said and "Controls differ by more" in below
+    assert "4 controls were sought" in below and "comparable" not in said + below
+    show(page, tmp_path, "")
+    row = next(row for row in rows(page, "costs") if row[:2] == [f"{LAYER}:{expert}", "sea"])
+    assert "mostly at the first token of windows (98 %)" in row[2] and row[3] == "law (−357.0)" and row[-1] == "12.3"
+    press(page, "experts", "Exact")
+    page.ask("document.querySelector('#experts .more').click()")
+    assert next(row for row in rows(page, "experts") if row[1] == f"{LAYER}:{expert}")[5] == "12.3"
+    show(page, tmp_path, "#map=&measure=exact")
+    tokens = int(knocked[sea]["tokens"].iloc[0])
+    label = page.ask(f"document.querySelector('.cell[href=\"#layer={LAYER}&expert={expert}\"]').title")
+    assert f"on sea; n = {tokens} tokens read without it" in label and not page.complaints
+
+
+def test_an_expert_is_found_by_its_number(page, folder):
+    show(page, folder, "#about")
+    for query, there in ((f"{LAYER}:{PLANTED['sea']}", True), (f"{LAYER}:99", False)):
+        page.ask(
+            "{ const box = document.getElementById('search'); box.focus(); box.value = "
+            f"{json.dumps(query)}; box.dispatchEvent(new Event('input')) }}"
+        )
+        assert (f"layer {LAYER}, expert" in text(page, "#found")) is there
+    page.ask(
+        "{ const box = document.getElementById('search'); box.value = "
+        f"'{LAYER}:{PLANTED['sea']}'; box.dispatchEvent(new Event('input')) }}"
+    )
+    page.send("Input.dispatchKeyEvent", type="keyDown", key="Enter", code="Enter", windowsVirtualKeyCode=13)
+    page.until(f"location.hash === '#layer={LAYER}&expert={PLANTED['sea']}'")
+
+
+def test_numbers_below_0_have_a_minus_and_sources_no_marks(page, folder):
+    show(page, folder, "#about")
+    assert page.ask("[number(-80.4), number(1200)]") == ["−80.4", "1,200"]
+    marked = "# Where\n\n| a | b |\n|---|---|\n| `x` of *y* | [CC](https://c.org) |\n\n**bold** text"
+    assert plain_text(marked) == "Where\n\n– a; b\n– x of y; CC (https://c.org)\n\nbold text"
 
 
 def test_controls_are_named_and_shown_by_themselves(page, folder):
@@ -119,7 +181,7 @@ def test_controls_are_named_and_shown_by_themselves(page, folder):
     for experts in controls["experts"]:
         assert all(re.search(rf"\b{expert}\b", shown) for expert in experts)
     assert shown.count("together") == sum(len(experts) > 1 for experts in controls["experts"])
-    assert "mean of the 4 controls" in shown and f"expert {PLANTED['art']} − mean of controls, corrected" in shown
+    assert "mean of the 4 controls" in shown and f"expert {PLANTED['art']} − costliest control, corrected" in shown
 
 
 def test_words_are_explained_by_a_press_and_every_word_is_in_the_glossary(page, folder):
@@ -200,6 +262,9 @@ def test_a_study_of_an_earlier_version_is_refused_in_one_line(tmp_path):
     earlier = {name: table for name, table in result.tables.items() if name not in ("pairs", "quality")}
     with pytest.raises(InputError, match="made by an earlier version, without the tables pairs, quality; make"):
         write_atlas(replace(result, tables=earlier), tmp_path)
+    without = {**result.tables, "compared": result.tables["compared"].drop(columns="over_most")}
+    with pytest.raises(InputError, match="an earlier version, with fewer columns of the tables compared; make"):
+        write_atlas(replace(result, tables=without), tmp_path)
 
 
 def test_a_character_that_is_spread_over_tokens_is_shown_where_it_is_complete(page, folder):

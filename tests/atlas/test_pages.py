@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from moe_lens.atlas import expert_card, run, write_atlas
+from moe_lens.atlas.knocked_out import OVER
 from moe_lens.atlas.pages import DATA, SHARD, SHIPPED
 from moe_lens.atlas.script_files import script, sharded
 from moe_lens.cli import main
@@ -117,7 +118,7 @@ def test_a_link_opens_the_card_of_an_expert_with_the_studys_numbers(page, folder
     assert re.search(rf"the token\s*{100 * explained['explained']['token']:.1f} %", shown)
     knocked: Any = tables["knockouts"].query(f"layer == {LAYER} and expert == {PLANTED['sea']} and read == 'sea'")
     assert re.search(rf"sea\s*{round(1000 * knocked.iloc[0]['added'], -1):,.0f}\s", shown)
-    assert "Held against comparable experts, on sea *" in shown and "More than comparable experts *" in shown
+    assert "Held against its controls, on sea *" in shown and "More than each of its controls *" in shown
     assert page.ask("document.querySelectorAll('.contexts li').length") == 15
     assert all(f"{part}" in shown for part in ("Strongest", "At random", "Nearly", "In its layer", "By outputs"))
     assert not page.complaints and f"layer-{LAYER}.js" in "".join(page.requests)
@@ -219,7 +220,7 @@ def test_knock_outs_that_are_asked_for_join_a_complete_atlas(page, tmp_path):
     shown = given(tmp_path / "atlas", f"layer-{LAYER}")["experts"]
     assert [of["asked"] for i, of in enumerate(shown) if i not in (expert, PLANTED["sea"])] == [[]] * 14
     control = {"controls": "coalitions", "control_added": "added", "control_mass": "mass"}
-    control |= {name: name for name in ("beyond", "beyond_low", "beyond_high", "all_low", "all_high", "starred")}
+    control |= {name: name for name in ("control_least", "control_most", *OVER)}
     own = {name: name for name in ("mass", "added", "low", "high", "tokens", "sources")}
     for kind, names in (("picked", own), ("matched", control)):
         right = table.query(f"coalition == '{kind}'")[list(names.values())].to_numpy(dtype=float)

@@ -76,12 +76,16 @@ def test_each_coalition_is_told_by_itself_and_stars_ask_for_both(made):
         key = row["domain"], row["how"], row["coalition"]
         assert mean[key] == pytest.approx(row["added"], abs=1e-9)
     assert (table["starred"].isna() == (table["coalition"] == "picked")).all()
-    lower = table[["all_low", "beyond_low"]].min(axis=1) > 0
+    lower = table[["all_low", "over_most_low"]].min(axis=1) > 0
     assert not (table["starred"].fillna(False) & ~lower).any()  # the corrected interval is wider than the one shown
+    kind = each.groupby(["domain", "how", "coalition"])["added"].max()
+    for row in table[(table["coalitions"] > 0) & (table["coalition"] != "picked")].to_dict("records"):
+        own = mean[row["domain"], row["how"], "picked"]
+        assert row["over_most"] == pytest.approx(own - kind[row["domain"], row["how"], row["coalition"]], abs=1e-9)
     said = [line for line in made.findings().lines if "  beyond" in line]
     for how, line in zip(("reroute", "zero"), said, strict=True):
         n = int(table.query(f"how == '{how}' and coalition == 'matched'")["starred"].sum())
-        assert f"shown to cost more than nothing and than these, corrected for all, in {n} of 2 domains" in line
+        assert f"shown to cost more than nothing and than each of these, corrected for all, in {n} of 2 domains" in line
 
 
 def test_findings_hold_the_experts_against_their_controls(made):

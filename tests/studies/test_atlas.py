@@ -11,9 +11,12 @@ import torch
 from moe_lens import HookedMoE
 from moe_lens.data import Reading, batch_windows, shards
 from moe_lens.errors import InputError
+from moe_lens.stats import RoutingResult
 from moe_lens.studies import Atlas, StudyResult, atlas_knockouts, atlas_reading, run
 from moe_lens.studies.atlas_choice import RARE
+from moe_lens.studies.atlas_knockouts import costliest
 from moe_lens.studies.forward_passes import losses, predicted
+from moe_lens.studies.localisation_effects import CoalitionEffects
 from tests.planted import ATLAS_READING, LAYER, OWN_TEXT, PLANTED, WORDS, planted_atlas, planted_domains
 from tests.studies.tiny import assert_same
 from tests.wrapped import untouched
@@ -120,7 +123,7 @@ def test_it_says_whose_expert_it_is_how_sure_it_is_and_what_it_writes(model, fou
         assert own["expert"] == expert
         assert own["starred"] and 0 < own["all_low"] < own["low"] <= own["added"] <= own["high"]
         assert own["controls"] == 4 and abs(own["control_mass"] / own["mass"] - 1) < 0.1
-        assert own["control_added"] == 0 and own["beyond"] == own["added"]
+        assert own["control_most"] == 0 and own["over_most"] == own["added"] and own["by"] == "share"
         knocked = here(found, "knockouts", expert=expert).set_index("read")["added"]
         assert knocked[name] == own["added"] and max(abs(knocked.drop(name))) < 1e-6
         written = here(found, "writing", of="mean", expert=expert, effect="promoted")
@@ -181,11 +184,59 @@ def test_every_expert_is_taken_out_and_controls_are_whole_coalitions_of_their_la
         assert control["added"] == pytest.approx(added / tokens, abs=1e-5)
 
 
+def test_the_costliest_are_held_against_controls_and_corrected_for_all_that_could_have_been(found):
+    compared, knocked = found.tables["compared"], found.tables["knockouts"]
+    best = knocked.sort_values("added", ascending=False).drop_duplicates(["layer", "expert"]).head(5)
+    dear = best[best["added"] > 0]
+    assert len(dear) >= len(PLANTED)
+    columns = ["layer", "expert", "domain"]
+    held = {tuple(key) for key in compared[columns].to_numpy()}
+    assert {tuple(key) for key in dear.rename(columns={"read": "domain"})[columns].to_numpy()} <= held
+    assert not compared.duplicated(columns).any()
+    by_cost = compared[compared["by"] == "cost"]
+    assert not by_cost["starred"].fillna(False).any()  # the planted experts alone cost anything
+    made, among = costliest({"a": _routing()}, {"a": _lost([0.0, 0.3, 0.2, -0.1])})
+    assert made == [(0, 0, 1), (0, 0, 2)] and among == 4
+
+
+def _routing() -> RoutingResult:
+    n, zeros = 12, torch.zeros(12, 1, 4)
+    sources = tuple(f"s{i:02}" for i in range(n))
+    sums = torch.zeros(n, 1, 2)
+    return RoutingResult((0,), 1, sources, torch.ones(n).long(), zeros.long(), zeros.long(), zeros, sums, sums.long())
+
+
+def _lost(added: list[float]) -> CoalitionEffects:
+    whole = torch.tensor(added).double().expand(12, 1, 1, 4)
+    sources = tuple(f"s{i:02}" for i in range(12))
+    n = torch.ones(12).long()
+    return CoalitionEffects(("zero",), ("expert",) * 4, sources, n.double(), n, whole, torch.ones_like(whole).long())
+
+
+def test_what_falls_on_the_first_token_of_windows_is_that_of_reading_it_alone(model, found):
+    batches = [
+        batch
+        for shard in shards(planted_domains()[0], model, ATLAS_READING)
+        for batch in batch_windows(shard.windows, model, batch_tokens=10**6)
+    ]
+    for expert in (PLANTED["sea"], 14):
+        at_first = tokens = 0.0
+        for batch in batches:
+            first = predicted(batch) & (predicted(batch).cumsum(-1) == 1)
+            whole, without = (losses(model, batch, hooks) for hooks in ([], _without(model, expert)))
+            at_first += float(((without - whole).double() * first).sum())
+            tokens += int(predicted(batch).sum())
+        row = here(found, "knockouts", expert=expert, read="sea").iloc[0]
+        assert row["at_first"] == pytest.approx(at_first / tokens, abs=1e-5)
+        assert expert != PLANTED["sea"] or row["at_first"] < 0.5 * row["added"]
+
+
 def test_of_many_experts_only_the_foremost_are_taken_out(model, monkeypatch):
     monkeypatch.setattr(atlas_knockouts, "EVERY", 31)
     table: Any = run(Atlas(contexts=False), model, planted_domains(sources=3), reading=ATLAS_READING).tables
     knocked = set(zip(table["knockouts"]["layer"], table["knockouts"]["expert"], strict=True))
     assert knocked == set(zip(table["compared"]["layer"], table["compared"]["expert"], strict=True))
+    assert set(table["compared"]["domain"]) == set(PLANTED)
     assert {(LAYER, expert) for expert in PLANTED.values()} <= knocked and len(knocked) < 13
 
 

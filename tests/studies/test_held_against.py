@@ -31,11 +31,11 @@ def test_no_expert_is_starred_by_chance_nor_because_its_controls_cost_less_than_
     families = [drawn(own, control, seed) for seed in range(FAMILIES)]
     assert sum(any(one["starred"] for one in family) for family in families) < NOT_BY_CHANCE
     if own > control:  # negative control: what a star by the difference alone would have said
-        assert all(one["beyond_low"] > 0 for family in families for one in family)
+        assert sum(one["over_most_low"] > 0 for family in families for one in family) > 0.9 * FAMILIES * TESTS
 
 
 def test_a_planted_cost_beyond_the_controls_is_starred():
-    found = [one["starred"] for seed in range(3) for one in drawn(0.1, 0.0, seed)]
+    found = [one["starred"] for seed in range(3) for one in drawn(0.15, 0.0, seed)]
     assert sum(found) >= 0.95 * len(found)
 
 
@@ -45,15 +45,54 @@ def test_the_numbers_are_those_made_by_hand():
     assert found == one and found["controls"] == 4
     own, controls = torch.tensor([[2.0, 8.0], [1.0, 3.0]]).repeat(6, 1).split(1, 1)
     made = against_controls(own[:, 0], torch.cat([controls, controls + 2], 1), torch.full((12,), 10.0), 1)
-    assert made["control_added"] == pytest.approx(6.5 / 10) and made["beyond"] == pytest.approx((1.5 - 6.5) / 10)
+    assert made["control_added"] == pytest.approx(6.5 / 10)
+    assert (made["control_least"], made["control_most"]) == pytest.approx((0.55, 0.75))
+    assert (
+        made["over_most"] == pytest.approx((1.5 - 7.5) / 10) and made["over_most_low"] < -0.6 < made["over_most_high"]
+    )
     assert made["all_low"] < 0.15 < made["all_high"] and made["starred"] is False
     wider = against_controls(own[:, 0], controls, torch.full((12,), 10.0), 50)
     assert wider["all_low"] < made["all_low"] and 0 < LEVEL < 1
 
 
+def test_one_control_that_costs_more_takes_the_star_whatever_their_mean():
+    own, other = drawn(0.1, 0.0, 1), torch.full((SOURCES, 1), 2.0)
+    assert own[0]["starred"] and own[0]["over_most_low"] > 0
+    tokens, noise = torch.full((SOURCES,), 10.0), torch.linspace(-0.1, 0.1, SOURCES)
+    controls = torch.cat([torch.full((SOURCES, 3), -5.0), other], 1)
+    made = against_controls(1 + noise, controls, tokens, 1)
+    assert made["control_added"] < -0.3 and made["all_low"] > 0 and made["over_most_high"] < 0 and not made["starred"]
+    assert against_controls(1 + noise, controls[:, :3], tokens, 1)["starred"]
+
+
+CHOSEN, AMONG = 5, 300
+"""So many that seem to cost most are held against controls, of so many."""
+
+
+@pytest.mark.parametrize("own", [0.0, 0.1])
+def test_the_costliest_of_many_alike_are_not_starred_though_they_were_chosen_on_the_same_texts(own):
+    """Experts cost nothing, or all the same: what seems costliest is so by chance, and corrected as one of all."""
+    false, uncorrected = 0, 0
+    for seed in range(FAMILIES):
+        generator = torch.Generator().manual_seed(seed)
+        tokens = (torch.rand(SOURCES, generator=generator) * 30 + 10).round()
+        noise = 0.05 * (-torch.rand(SOURCES, AMONG, generator=generator).log() - 1)
+        sums, mean = tokens[:, None] * (own + noise), own
+        controls = tokens[:, None, None] * (
+            mean + 0.05 * (-torch.rand(SOURCES, CHOSEN, 4, generator=generator).log() - 1)
+        )
+        best = sums.sum(0).topk(CHOSEN).indices.tolist()
+        held = [(sums[:, at], controls[:, place], tokens) for place, at in enumerate(best)]
+        false += any(against_controls(*of, 2 * AMONG)["starred"] for of in held)
+        uncorrected += any(against_controls(*of, 1)["all_low"] > 0 for of in held)
+    assert false == 0
+    if not own:  # negative control: an interval of one expert by itself, though it was chosen from many
+        assert uncorrected > FAMILIES / 2
+
+
 def test_what_cannot_be_told_is_missing():
     few = against_controls(torch.ones(9), torch.zeros(9, 2), torch.ones(9), 1)
-    assert few["starred"] is None and math.isnan(few["beyond_low"]) and few["beyond"] == 1
+    assert few["starred"] is None and math.isnan(few["over_most_low"]) and few["over_most"] == 1
     assert against_controls(torch.ones(12), torch.zeros(12, 0), torch.ones(12), 1) == {"controls": 0}
     assert costs_more(0.1, 0.2) is True and costs_more(-0.1, 0.2) is False and costs_more(math.nan, 0.2) is None
     own, beyond = pd.Series([0.1, -0.1, None]), pd.Series([0.1, 0.1, 0.1])
