@@ -242,7 +242,11 @@ def tables(results: Mapping[str, Mapping[str, Result]], layers: tuple[int, ...],
             variants = [at for at in variants if bool(effects.members[at].any())]
             own = [{**key, **effects.control(at, mass[row], row)} for at in variants]
             at = where[row, expert]
-            sums = torch.stack([effects.added[:, *v] for v in variants], 1) if variants else torch.zeros(0, 0)
+            sums = (
+                torch.stack([effects.added[:, *v] for v in variants], 1)
+                if variants
+                else one.added.new_zeros(len(one.added), 0)
+            )
             line = {**key, "mass": float(mass[row, expert]), **one.effect(at)}
             line |= against_controls(one.added[:, *at], sums, one.tokens[:, *at], FAMILIES * family)
             compared.append({**line, "control_mass": sum(c["mass"] for c in own) / len(own) if own else None})

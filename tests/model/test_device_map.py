@@ -15,8 +15,10 @@ from moe_lens.errors import InputError
 from moe_lens.model.loading import device_map, pretrained
 from moe_lens.model.loading.device_map import SHARE, Place, Size, plan_memory, slow_dtype
 from moe_lens.model.loading.dispatch import places
+from moe_lens.model.loading.key_mapping import WRAPPER
 from moe_lens.model.loading.machine import Machine, free_memory, slowdown
 from moe_lens.model.loading.model_info import here, model_info
+from moe_lens.model.loading.quantising import Packer, packed_in
 from moe_lens.model.loading.sizes import size_of
 from tests.families import build
 
@@ -179,6 +181,7 @@ def test_a_model_s_config_tells_how_it_would_be_loaded_on_a_machine(tmp_path):
     assert "largest module takes 1.0 GiB, and main memory has" in said(machine(memory=1))["in bfloat16"]
 
 
+@pytest.mark.typed
 def test_a_processor_that_is_slow_in_a_model_s_dtype_is_named_where_it_computes(tmp_path, monkeypatch):
     shutil.copy(Path(__file__).parent / "deepseek_moe_16b.json", tmp_path / "config.json")
     slow = lambda dtype: 7.4 if dtype == torch.bfloat16 else 1.0  # noqa: E731
@@ -226,3 +229,22 @@ def test_what_is_read_from_disk_is_counted_as_it_is_stored(tmp_path):
     )
     assert plan_memory(size, Machine({}, 200, 0), {"cpu": 55}).places == {"disk": 28}
     assert plan_memory(size, Machine({}, 200, 0), {"cpu": 99}).places == {"cpu": 56}
+
+
+@pytest.mark.typed
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_transformers_divides_a_packed_model_by_its_packed_bytes(tmp_path, monkeypatch, scheme):
+    model: Any = build("olmoe")
+    model.save_pretrained(tmp_path)
+    asked: dict[str, float] = {}
+    width = Packer.param_element_size
+
+    def noted(self: Packer, model: Any, name: str, parameter: torch.Tensor) -> float:
+        asked[name] = parameter.numel() * width(self, model, name, parameter)
+        return asked[name] / parameter.numel()
+
+    monkeypatch.setattr(Packer, "param_element_size", noted)
+    packed = HookedMoE.from_pretrained(tmp_path, quantize=scheme, device_map="sequential").original_model
+    names = {name.replace(WRAPPER, "").replace(".packed", ".weight") for name, _ in packed_in(packed)}
+    assert names and sum(asked[name] for name in names) == sum(one.nbytes for _, one in packed_in(packed))
+    assert asked["lm_head.weight"] == 4 * model.lm_head.weight.numel(), "what is not packed is as wide as it is"
