@@ -45,8 +45,7 @@ FOUND = {
     "`inv_freq` tables, or an unembedding that is the embedding": "left out; one that differs from the embedding it is "
     "tied to is refused for DeepSeekMoE",
     "a PEFT adapter alone": "refused; the error names its base model",
-    "a PEFT adapter beside weights": "transformers applies it where PEFT is installed; without PEFT, for DeepSeekMoE, "
-    "and on experts or routers, refused: merge it first (`merge_and_unload`)",
+    "a PEFT adapter beside weights": "refused: merge it first (`merge_and_unload`)",
     "a tokenizer with code of its own": '`trust_remote_code="tokenizer"`, `--trust-tokenizer-code`: that code is run '
     "and no other",
     "a tokenizer that cannot be read": "the model is loaded without it, with a line that says why",
