@@ -14,7 +14,7 @@ const effects = (of, l, e) => {
       plain(of.asked), of.asked.map((held) => comparison(held, e, "the domain's texts, all tokens; corrected for the domains of this table"))],
     of.knockouts.length > 0 ? [h("h3", {}, "Exact knock-out"),
       h("p", { class: "note" }, term("knock-out", "Knocked out"), ` everywhere${about.model.texts_open_with.length ? ", at the opening token (BOS) too" : ""}; the loss is that of the first ${first} tokens of each window of at most ${about.reading.context} (to read all of every text anew without each expert would take too long). Early tokens have little before them, so that their loss is higher than that of whole texts. Beside it the `, term("first order"), " estimate for the same tokens."),
-      table(["On texts of", "Loss grows by", term("95 % interval"), "Of it at windows' first token", "First order, same tokens", "n"], alone),
+      table(["On texts of", "Loss grows by", term("95 % interval"), "Of it at windows' first four tokens", "First order, same tokens", "n"], alone),
       of.compared.length > 0 ? of.compared.map((held) => comparison(held, e, held.by === "cost" ? "the first tokens of windows; it is held against controls because it costs most of all: corrected for every expert and domain that could have been the costliest" : "the first tokens of windows; corrected for all such comparisons of this atlas")) : h("p", {}, `Only the two most specialised experts of each layer and domain, and the ${about.limits.costliest} that cost most, are held against controls; this is not one of them. `, add(l, e))]
       : !of.asked.length && h("p", {}, "It was not knocked out: this model has too many experts. ", add(l, e)),
     h("h3", {}, "First order, all tokens"),

@@ -68,7 +68,7 @@ def differences(result: StudyResult) -> list[list[Any]]:
 def by_domain(result: StudyResult, domain: str) -> dict[str, list[list[Any]]]:
     """Layers × experts of what a domain loses without an expert; None where none was taken out.
 
-    And its ends, the linear estimate for the same tokens, and the part at the first token of windows.
+    And its ends, the linear estimate for the same tokens, and the part at the first four tokens of windows.
     """
     every, knocked = result.tables["experts"][["layer", "expert"]], result.tables["knockouts"]
     whole = every.merge(knocked[knocked["read"] == domain], on=["layer", "expert"], how="left")

@@ -161,7 +161,7 @@ def beginning(batch: TokenBatch, columns: int) -> TokenBatch:
 def measure(
     model: Any, short: TokenBatch, members: Bool[Tensor, "domain variant layer n_experts"], own: int | None = None
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """What the beginnings of windows lose without each of some experts, and their first predicted tokens.
+    """What the beginnings of windows lose without each of some experts, and at the first of their predicted tokens.
 
     Both as `CoalitionStats` takes it; the tokens are those of the whole beginnings.
 
@@ -186,7 +186,7 @@ def tables(results: Mapping[str, Mapping[str, Result]], layers: tuple[int, ...],
 
     `knockouts` has a row per expert that was taken out by itself and domain that was read without it: layer, expert,
     read; added (nats a token), low, high (95 % interval over sources, of the row by itself), at_first (the part of
-    added that falls on the first predicted token of windows, nats a token of all), first_order (what gradient ×
+    added that falls on the first four predicted tokens of windows, nats a token of all), first_order (what gradient ×
     activation gives for the same tokens), tokens, sources.
 
     `compared` has a row per expert that is held against controls, on a domain's own texts: by share, for every domain,

@@ -19,6 +19,10 @@ from moe_lens.stats.sums import BySource
 from moe_lens.studies.forecast import Load
 from moe_lens.studies.forward_passes import input_device
 
+FIRST = 4
+"""Predicted tokens with which a window begins: where all begin alike, an expert that serves one of them seems to cost
+all of the domain."""
+
 
 @dataclass(frozen=True, eq=False)
 class CoalitionEffects(Result):
@@ -145,7 +149,7 @@ def read_parts(
     read: Bool[Tensor, "batch how domain variant"],
     how: Sequence[Removal],
 ) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"], Float[Tensor, "2 batch how domain variant"]]:
-    """As `read_without`: what is added at all predicted tokens, and at the first one of each text."""
+    """As `read_without`: what is added at all predicted tokens, and at the first `FIRST` of each text."""
     device = input_device(model)
     tokens, mask = batch.tokens.to(device), batch.mask.to(device)
     metric, run = Loss(tokens, mask), CleanRun.of(model, tokens, attention_mask=mask.long())
@@ -154,7 +158,7 @@ def read_parts(
     nats = torch.zeros(reads.shape, dtype=torch.float64, device=reads.device)
     nats[at] = metric.values(run.logits[at], *at).double()
     halves = torch.tensor([half[source] for source in batch.sources])
-    parts = torch.stack([reads, reads & (reads.cumsum(-1) == 1)])
+    parts = torch.stack([reads, reads & (reads.cumsum(-1) <= FIRST)])
     added = torch.zeros(2, *read.shape, dtype=torch.float64)
     n_domains, n_variants = members.shape[1:3]
     for number, way in enumerate(how):

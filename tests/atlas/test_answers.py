@@ -135,13 +135,15 @@ def test_an_expert_that_looks_costly_on_its_own_is_said_to_be_no_more_than_that(
         "(−200.0 to 1,200, corrected;" in said and "not told from nothing" in said and "more than nothing" not in said
     )
     assert "300.0 less than the costliest of its 3 controls, which cost −100.0 to 800.0" in said
-    assert "Mostly at the first token of windows (98 % of it)" in said
+    assert "Mostly at the first four tokens of windows (98 % of it)" in said
     assert "Without it the loss falls on law by 357.0" in said
     assert "Controls differ by more than the expert costs" in said and "Controls differ by more" in below
     assert "4 controls were sought" in below and "comparable" not in said + below
     show(page, tmp_path, "")
     row = next(row for row in rows(page, "costs") if row[:2] == [f"{LAYER}:{expert}", "sea"])
-    assert "mostly at the first token of windows (98 %)" in row[2] and row[3] == "law (−357.0)" and row[-1] == "12.3"
+    assert (
+        "mostly at the first four tokens of windows (98 %)" in row[2] and row[3] == "law (−357.0)" and row[-1] == "12.3"
+    )
     press(page, "experts", "Exact")
     page.ask("document.querySelector('#experts .more').click()")
     assert next(row for row in rows(page, "experts") if row[1] == f"{LAYER}:{expert}")[5] == "12.3"

@@ -16,7 +16,7 @@ from moe_lens.studies import Atlas, StudyResult, atlas_knockouts, atlas_reading,
 from moe_lens.studies.atlas_choice import RARE
 from moe_lens.studies.atlas_knockouts import costliest
 from moe_lens.studies.forward_passes import losses, predicted
-from moe_lens.studies.localisation_effects import CoalitionEffects
+from moe_lens.studies.localisation_effects import FIRST, CoalitionEffects
 from tests.planted import ATLAS_READING, LAYER, OWN_TEXT, PLANTED, WORDS, planted_atlas, planted_domains
 from tests.studies.tiny import assert_same
 from tests.wrapped import untouched
@@ -213,7 +213,7 @@ def _lost(added: list[float]) -> CoalitionEffects:
     return CoalitionEffects(("zero",), ("expert",) * 4, sources, n.double(), n, whole, torch.ones_like(whole).long())
 
 
-def test_what_falls_on_the_first_token_of_windows_is_that_of_reading_it_alone(model, found):
+def test_what_falls_on_the_first_tokens_of_windows_is_that_of_reading_them_alone(model, found):
     batches = [
         batch
         for shard in shards(planted_domains()[0], model, ATLAS_READING)
@@ -222,13 +222,13 @@ def test_what_falls_on_the_first_token_of_windows_is_that_of_reading_it_alone(mo
     for expert in (PLANTED["sea"], 14):
         at_first = tokens = 0.0
         for batch in batches:
-            first = predicted(batch) & (predicted(batch).cumsum(-1) == 1)
+            first = predicted(batch) & (predicted(batch).cumsum(-1) <= FIRST)
             whole, without = (losses(model, batch, hooks) for hooks in ([], _without(model, expert)))
             at_first += float(((without - whole).double() * first).sum())
             tokens += int(predicted(batch).sum())
         row = here(found, "knockouts", expert=expert, read="sea").iloc[0]
         assert row["at_first"] == pytest.approx(at_first / tokens, abs=1e-5)
-        assert expert != PLANTED["sea"] or row["at_first"] < 0.5 * row["added"]
+        assert expert != PLANTED["sea"] or row["at_first"] < 0.9 * row["added"]
 
 
 def test_of_many_experts_only_the_foremost_are_taken_out(model, monkeypatch):
