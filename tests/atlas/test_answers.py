@@ -169,6 +169,7 @@ def test_an_expert_is_found_by_its_number(page, folder):
     page.until(f"location.hash === '#layer={LAYER}&expert={PLANTED['sea']}'")
 
 
+@pytest.mark.typed
 def test_numbers_below_0_have_a_minus_and_sources_no_marks(page, folder):
     show(page, folder, "#about")
     assert page.ask("[number(-80.4), number(1200)]") == ["−80.4", "1,200"]

@@ -199,6 +199,7 @@ def test_a_card_by_itself_shows_the_same_in_a_notebook(page, folder, tmp_path):
         expert_card(planted_atlas()[1], 0, 0)
 
 
+@pytest.mark.typed
 def test_knock_outs_that_are_asked_for_join_a_complete_atlas(page, tmp_path):
     model = planted_model()
     made = partial(run, model, planted_domains(), tmp_path / "atlas", study=Atlas(), reading=ATLAS_READING)

@@ -44,6 +44,7 @@ def picked(result: StudyResult) -> dict[tuple[str, int], list[tuple[int, int]]]:
     return found
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize("how", ["reroute", "zero"])
 def test_added_losses_are_those_of_ablating_one_coalition_at_a_time(how):
     model = tiny_model()

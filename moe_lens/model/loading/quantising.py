@@ -65,7 +65,7 @@ class Packer(HfQuantizer):
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         """Bytes of a parameter's number when it is packed: transformers divides models among GPUs by them."""
         if self.pre_quantized or param_name not in self.to_pack:
-            return super().param_element_size(model, param_name, param)
+            return float(super().param_element_size(model, param_name, param))
         return packed_width(self.quantization_config.scheme, param.shape)
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
