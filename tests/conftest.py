@@ -42,6 +42,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(config.option.threads)
     if config.option.typed:  # before a test module imports the package
+        if "moe_lens" in sys.modules:
+            raise pytest.UsageError(
+                "--typed: moe_lens is imported already, by a conftest or plugin, and would not be checked"
+            )
         from tests import type_hook
 
         type_hook.install()

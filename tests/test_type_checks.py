@@ -1,6 +1,8 @@
 """The tests' own safety net: `--typed` checks annotations unless a test is `untyped`; `--reach` says what was not."""
 
 import ast
+import subprocess
+import sys
 from typing import Any
 
 import jaxtyping
@@ -23,6 +25,21 @@ def test_a_wrong_argument_is_noticed_where_types_are_checked(pytestconfig: pytes
 def test_a_user_sees_the_error_of_the_code_itself():
     with pytest.raises(TypeError, match="expected string"):
         names.parse_mlp(WRONG)
+
+
+def test_a_run_in_which_nothing_would_be_checked_is_refused():
+    command = [sys.executable, "-m", "pytest", "--typed", "-p", "moe_lens", "--collect-only", "-p", "no:cacheprovider"]
+    done = subprocess.run([*command, "tests/test_ids.py"], cwd=type_hook.ROOT, capture_output=True, text=True)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR and "moe_lens is imported already" in done.stderr
+
+
+def test_no_conftest_imports_the_package():
+    """It would come before the check of types, where a folder of tests is named on the command line."""
+    found = [path.relative_to(type_hook.ROOT) for path in (type_hook.ROOT / "tests").rglob("conftest.py")]
+    imports = "; ".join(f"import {'.'.join(path.with_suffix('').parts)}" for path in found)
+    code = f"import sys; {imports}; assert 'moe_lens' not in sys.modules"
+    assert len(found) > 1
+    subprocess.run([sys.executable, "-c", code], cwd=type_hook.ROOT, check=True)
 
 
 SOURCE = """

@@ -166,8 +166,9 @@ class _Judge:
         few = wants_few_passes(model)
         shared = [point for point, of in made.items() if few and (of is None or hides_alone(of, model))]
         self._judge_together(shared, [made[point] for point in shared], model, texts, on_batch)
-        for point in made.keys() - set(shared):
-            of = made[point]
+        for point, of in made.items():
+            if point in shared:
+                continue
             with nullcontext() if of is None else of.preview(model):
                 for domain in texts:
                     for batch in domain:

@@ -203,7 +203,7 @@ def _mask_of_unfilled(component: Any, past: Any, args: tuple[Any, ...], kwargs: 
     """The mask of a pass that may fill a cache with room for more tokens (a `StaticCache`).
 
     transformers leaves the mask out there, since its kernels let query i read keys 0 to i. TransformerLens counts
-    queries from the last key, which is still empty.
+    queries from the last key, which is still empty; here they are counted from the last that is filled.
     """
     mask = kwargs.get("attention_mask")
     if mask is not None or not isinstance(past, Cache):
@@ -211,7 +211,8 @@ def _mask_of_unfilled(component: Any, past: Any, args: tuple[Any, ...], kwargs: 
     x = args[0] if args else kwargs["hidden_states"]
     pos = x.shape[1]
     keys, _ = past.get_mask_sizes(pos, component.layer_idx)
-    return x.new_ones(1, 1, pos, keys, dtype=torch.bool).tril() if 1 < pos < keys else None
+    filled = int(past.get_seq_length(component.layer_idx))
+    return x.new_ones(1, 1, pos, keys, dtype=torch.bool).tril(filled) if 1 < pos < keys else None
 
 
 class Unembedding(GeneralizedComponent):

@@ -132,9 +132,11 @@ def places(model: Any) -> dict[Place, int]:
     What is read from the checkpoint in every pass counts as it is stored.
     """
     device_map: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
-    streamed = streamed_weights(model)
+    parameters, streamed = dict(model.named_parameters()), None
+    if any(parameter.is_meta for parameter in parameters.values()):
+        streamed = streamed_weights(model)
     found: dict[Place, int] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         at: Any = parameter.device
         bytes_ = parameter.numel() * parameter.element_size()
         if at.type == "meta":  # kept elsewhere: transformers' map says where
