@@ -21,8 +21,7 @@ ROWS = 256
 def slowdown(dtype: torch.dtype) -> float:
     """How many times longer this processor takes for a product of matrices in a dtype than in float32.
 
-    Processors without instructions for bfloat16 take about seven times as long (x86 with AVX2 alone), those with them
-    half as long.
+    Seven to eleven in bfloat16, where a processor has no instructions for it (x86 with AVX2 alone).
     """
     return _seconds(dtype) / _seconds(torch.float32)
 
