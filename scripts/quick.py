@@ -39,7 +39,8 @@ def words(name: str, source: str) -> set[str]:
 def tests_of(names: Iterable[str], root: Path = ROOT) -> list[str]:
     """The test files that are among the names, and those that name one of the other modules; the former first."""
     names = list(names)
-    own = [name for name in names if Path(name).name.startswith("test_")]
+    examples = ["tests/test_examples.py"] if any(name.startswith("examples/") for name in names) else []
+    own = list(dict.fromkeys([*(name for name in names if Path(name).name.startswith("test_")), *examples]))
     modules = [name for name in names if name.startswith(("moe_lens/", "tests/")) and name not in own]
     wanted = set().union(*(words(name, (root / name).read_text(encoding="utf-8")) for name in modules))
     if not wanted:

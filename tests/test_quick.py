@@ -33,6 +33,8 @@ def test_tests_of_what_changed_are_those_that_name_it(tmp_path: Path) -> None:
     both = ["tests/test_private.py", "tests/a/test_defined.py", "tests/test_named.py"]
     assert chosen(tmp_path, "moe_lens/shapes.py", "tests/test_private.py") == both, "changed tests come first"
     assert chosen(tmp_path, "scripts/quick.py") == []
+    examples = "tests/test_examples.py"  # which finds them by their folder
+    assert chosen(tmp_path, "examples/tour.py", examples) == [examples]
 
 
 @pytest.mark.parametrize(("end", "stops"), [(0.0, True), (float("inf"), False)])
