@@ -94,6 +94,6 @@ def machine(device: str = "cpu") -> str:
         name = models[0] if models else platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     load = f", load {os.getloadavg()[0]:.0f}" if hasattr(os, "getloadavg") else ""
-    return (
-        f"{name}, {cores} cores{load}, torch {torch.__version__.partition('+')[0]}, {torch.get_num_threads()} threads"
-    )
+    threads = torch.get_num_threads()
+    of_torch = f"torch {torch.__version__.partition('+')[0]}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{name}, {cores} cores{load}, {of_torch}"

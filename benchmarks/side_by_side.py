@@ -158,7 +158,7 @@ def growth_table(rounds: int, base: dict[str, int], sizes: dict[str, tuple[int, 
 
 
 def work(model: HookedMoE, packed: HookedMoE | None, tokens: Tensor, layer: int) -> dict[str, tuple[str, Run, Run]]:
-    """What moe_lens computes beside a pass: its name, what it is held against, that, and ours."""
+    """What moe_lens computes beside a pass: its name, what it is compared with, that, and ours."""
     sums = (*PartialSum.figure2(model.top_k), PartialSum(ranks=[]))
     lens, stats = LogitLens(model), (RoutingStats(*sizes_of(model)), PairStats(*sizes_of(model)))
     rows = torch.randn(tokens.numel(), model.cfg.d_model)
@@ -230,7 +230,7 @@ def sizes_of(model: HookedMoE) -> tuple[Any, int, int]:
 
 
 def work_table(rounds: int, tokens: tuple[int, int]) -> Table:
-    """Time of studies' steps, on the embedded model, held against the least that they could take."""
+    """Time of studies' steps, on the embedded model, compared with the least work that they need."""
     model = HookedMoE.from_pretrained("tiny-deepseekmoe", dtype=torch.float32)
     try:
         packed = HookedMoE.from_pretrained("tiny-deepseekmoe", dtype=torch.float32, quantize="nf4")
@@ -247,7 +247,7 @@ def work_table(rounds: int, tokens: tuple[int, int]) -> Table:
                 [name, against, f"{ratio:.2f} ×", *(f"{peak_memory(r) / 1e6:.0f} MB" for r in (reference, ours))]
             )
             tell(" | ".join(rows[-1]))
-    return ["", "held against", "time", "its memory", "ours"], rows
+    return ["", "compared with", "time", "memory of that", "memory of moe_lens"], rows
 
 
 STARTS = {

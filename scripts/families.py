@@ -39,8 +39,8 @@ FOUND = {
     "`model.gguf`": "`--model model.gguf`, or `gguf_file=` with a folder or a name on the hub: read with config and "
     "tokenizer if transformers knows its architecture, else refused by name; several parts are to be joined first",
     "weights in `.bin`": "refused with the line that converts them, or read with `use_safetensors=False`",
-    "names with `_orig_mod.`, `module.`, `base_model.model.`, … of what a model was trained in": "taken off, with a "
-    "line that says so",
+    "names that begin with `_orig_mod.`, `module.`, `base_model.model.`, …, from what a model was trained in": "the "
+    "beginning is taken off, with a line that says so",
     "other names": "`key_mapping={pattern: replacement}`, as in transformers",
     "`inv_freq` tables, or an unembedding that is the embedding": "left out; one that differs from the embedding it is "
     "tied to is refused for DeepSeekMoE",
@@ -110,15 +110,15 @@ numbers.
 |---|---|
 {formats}
 
-A matrix without its scales, or with as many as do not fit, is refused by its name; and so is any format that is not in
-the table. Scales of activations are left out: activations are computed in the model's dtype.
+A matrix without its scales, or with scales of a wrong shape, is refused by its name; and so is any format that is not
+in the table. Scales of activations are left out: activations are computed in the model's dtype.
 
 | what is there | what happens |
 |---|---|
 {found}
 
-A model that transformers loaded with bitsandbytes or in FP8 and that is wrapped by `from_hf` keeps what it is:
-experts that are other modules are refused, and what is packed cannot be saved.
+`from_hf` wraps a model that transformers itself loaded with bitsandbytes or in FP8 as it is: linear layers stay packed,
+and cannot be saved. Where transformers put other modules in the place of the experts, the model is refused.
 
 ## Refused
 

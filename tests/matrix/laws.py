@@ -461,8 +461,9 @@ def saving(case: Case) -> None:
 
 
 def any_k(case: Case) -> None:
-    """One expert, or as many as a token may choose from, are chosen and weighed by the rule in the table, and summed as
-    the experts say; the model's own number changes no bit; a token's own number is what this number gives all.
+    """One expert, or as many as a token may choose from, are chosen and weighted by the rule in the table, and their
+    outputs summed; the model's own number changes no bit; where tokens have different numbers, each gets what its
+    number gives when all tokens have it.
     """
     model, layer, family = case.model, case.layer, case.family
     n_active = names.mlp(names.N_ACTIVE, layer)
