@@ -25,6 +25,7 @@ from moe_lens.stats import (
     OutputSimilarityStats,
     PairStats,
     Result,
+    RoutingResult,
     RoutingStats,
     TokenSample,
     TokenSampleResult,
@@ -40,8 +41,8 @@ from moe_lens.studies.atlas_contexts import context_stats, contexts_table, count
 from moe_lens.studies.explain import text_of
 from moe_lens.studies.forward_passes import drawn_by_place, each_layer, forward, losses, predicted, token_places
 from moe_lens.studies.frames import by_domain
-from moe_lens.studies.localisation_effects import CoalitionStats
-from moe_lens.studies.localisation_scores import ScoreStats, scores_of
+from moe_lens.studies.localisation_effects import CoalitionEffects, CoalitionStats
+from moe_lens.studies.localisation_scores import ScoreResult, ScoreStats, scores_of
 from moe_lens.studies.study import TEXTS, Earlier, Gathered, Study
 from moe_lens.studies.texts_read import Texts
 
@@ -51,6 +52,7 @@ EXPLAINED_TOKENS = 2**11
 """Tokens of a domain whose choices are explained, drawn at random."""
 TOKENS = "token_sample"
 _CHUNK = 64
+_BY_SOURCE = RoutingResult, LossResult, ScoreResult, CoalitionEffects
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,10 @@ class Atlas(Study):
         kept = {name: sums for into in earlier.values() for name, sums in into.items() if name != TEXTS}
         empty = {name for name, sums in kept.items() if isinstance(sums, ActivationMeans) and not sums.seen}
         return {name: sums.result() for name, sums in kept.items() if name not in empty}
+
+    def kept(self, results: Mapping[str, Result]) -> dict[str, Result]:
+        """Sums by source alone: of the others, which take most of the room, the tables hold what there is to know."""
+        return {name: result for name, result in results.items() if isinstance(result, _BY_SOURCE)}
 
     def tables(
         self,

@@ -111,7 +111,7 @@ def run(
         "versions": versions(),
         "command": command or shlex.join(sys.argv),
     }
-    result = StudyResult(manifest, tables, results)
+    result = StudyResult(manifest, tables, {domain: study.kept(of) for domain, of in results.items()})
     if folder is not None and out is not None:
         agreed(lambda: _finish(folder, result))
         return StudyResult.load(out)

@@ -80,7 +80,7 @@ class Study(ABC):
 
     @abstractmethod
     def results(self, earlier: Mapping[str, Gathered]) -> dict[str, Result]:
-        """What is kept of a domain when all its passes are done."""
+        """What is known of a domain when all its passes are done."""
 
     @abstractmethod
     def tables(self, model: Mapping[str, Any], results: Mapping[str, Mapping[str, Result]]) -> dict[str, pd.DataFrame]:
@@ -90,6 +90,10 @@ class Study(ABC):
             model: Facts of the model, from the manifest.
             results: By domain.
         """
+
+    def kept(self, results: Mapping[str, Result]) -> dict[str, Result]:
+        """What of a domain's results stays in the result of the study beside the tables: all, in most studies."""
+        return dict(results)
 
     def read_off(
         self,
