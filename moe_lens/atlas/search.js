@@ -39,13 +39,20 @@ const expertOf = (query) => {
   const [, layer, expert] = (query.match(/^\s*(\d+)\s*:\s*(\d+)\s*$/) || []).map(Number);
   return atlas.about.layers.includes(layer) && expert < atlas.about.experts ? [layer, expert] : null;
 };
+// The domains whose names begin as a query does, each with the expert of every layer that is most specialised in it.
+const domainsOf = (query) => {
+  const wanted = query.trim().toLowerCase(), { about, domains } = atlas;
+  const led = domains.length < 2 || wanted.length < 2 ? [] : domains.map((name, i) => [name, i]).filter(([name]) => name.toLowerCase().startsWith(wanted));
+  return led.map(([name, i]) => h("p", {}, link({ href: `#${new URLSearchParams({ domain: name })}` }, `Experts of ${name}`), ", most specialised: ",
+    listed(about.layers.map((layer, row) => expertLink(layer, leaderOf(row, i))))));
+};
 // What was found; `first`: what Enter opens: the expert that the query names, or the token that it is, begins or holds.
 const search = (event) => {
   const query = event.target.value, box = document.getElementById("found");
   if (!query) { box.hidden = true; return; }
-  const found = matches(query), parts = found.length ? [] : pieces(query.trim()), named = expertOf(query);
-  const told = named || found.length ? "" : parts.length > 1 ? "Not a token of these texts by itself. Pieces of it that are, which may come from other words: " : "No such token in these texts.";
-  box.replaceChildren(told, ...(named ? [expertLink(...named, `layer ${named[0]}, expert ${named[1]}`)] : []), ...(found.length ? found : !named && parts.length > 1 ? parts : []).map((id) => tokenLink(id)));
+  const found = matches(query), parts = found.length ? [] : pieces(query.trim()), named = expertOf(query), domains = domainsOf(query);
+  const told = named || found.length || domains.length ? "" : parts.length > 1 ? "Not a token of these texts by itself. Pieces of it that are, which may come from other words: " : "No such token in these texts.";
+  box.replaceChildren(...domains, told, ...(named ? [expertLink(...named, `layer ${named[0]}, expert ${named[1]}`)] : []), ...(found.length ? found : !named && !domains.length && parts.length > 1 ? parts : []).map((id) => tokenLink(id)));
   box.dataset.first = named ? `#layer=${named[0]}&expert=${named[1]}` : found.length ? `#token=${found[0]}` : "";
   box.hidden = false;
 };

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 VERDICTS = "verdicts.json"
 WIDE = 240
 """Characters of a line where no terminal says how many there are."""
+_TEXT = 24
+"""Characters of a column of texts that are asked for; longer ones take more than one line."""
+_SHOWN = 6
+"""Of a cell that is a list, how many of its items are printed."""
 
 
 @app.command("show")
@@ -128,31 +132,52 @@ def _show(console: Any, folder: Path, wanted: list[str] | None, rows: int) -> No
 
 
 def _print(console: Any, name: str, frame: "pd.DataFrame", rows: int) -> None:
-    """A table as text: no name or token in it is taken for markup."""
+    """A table as text: no name or token in it is taken for markup. A wide one in parts, below one another."""
+    from rich.cells import cell_len
     from rich.table import Table
     from rich.text import Text
 
-    from moe_lens.viz import readable
-
     title = f"{name}: {len(frame):,} rows" if len(frame) > rows else name
-    shown = Table(title=Text(title), title_justify="left", title_style="bold")
-    for column in frame.columns:
-        number = frame[column].dtype.kind in "iuf"
-        shown.add_column(Text(str(column)), justify="right" if number else "left", overflow="fold")
-    for row in frame.head(rows).itertuples(index=False):
-        shown.add_row(*(Text(_cell(value) if not isinstance(value, str) else _plain(value, readable)) for value in row))
-    console.print(shown)
+    cells = [[str(column), *map(_cell, frame[column].head(rows))] for column in frame.columns]
+    kinds = [frame[column].dtype.kind for column in frame.columns]
+    widths = [max(map(cell_len, column)) for column in cells]
+    widths = [3 + (width if kind in "iuf" else min(width, _TEXT)) for width, kind in zip(widths, kinds, strict=True)]
+    for part in _parts(widths, kinds, console.width - 1):
+        shown = Table(title=Text(title), title_justify="left", title_style="bold")
+        for at in part:
+            number = kinds[at] in "iuf"
+            shown.add_column(Text(cells[at][0]), justify="right" if number else "left", overflow="fold")
+        for row in zip(*(cells[at][1:] for at in part), strict=True):
+            shown.add_row(*map(Text, row))
+        console.print(shown)
+        title = f"{name}, continued"
 
 
-def _plain(value: str, readable: Any) -> str:
-    """A text in which no control character reaches the terminal."""
-    return value if value.isprintable() else readable(value)
+def _parts(widths: list[int], kinds: list[str], most: int) -> list[list[int]]:
+    """Which columns stand beside one another; those before the first fraction say which row it is, and are in each."""
+    keys = next((at for at, kind in enumerate(kinds) if kind == "f"), len(kinds))
+    while keys and sum(widths[:keys]) > 3 * most // 5:
+        keys -= 1
+    parts = [list(range(keys))]
+    for at in range(keys, len(widths)):
+        if len(parts[-1]) > keys and sum(widths[column] for column in (*parts[-1], at)) > most:
+            parts.append(list(range(keys)))
+        parts[-1].append(at)
+    return parts
 
 
 def _cell(value: Any) -> str:
+    """A value, with no control character that reaches the terminal; of a long list its first items and their number."""
     import pandas as pd
 
-    if pd.api.types.is_scalar(value) and pd.isna(value):
+    from moe_lens.viz import readable
+
+    if isinstance(value, str):
+        return value if value.isprintable() else readable(value)
+    if not pd.api.types.is_scalar(value):
+        more = f", … ({len(value)})" if len(value) > _SHOWN else ""
+        return ", ".join(map(_cell, value[:_SHOWN])) + more
+    if pd.isna(value):
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 

@@ -1,6 +1,7 @@
 """What a reader asks of the atlas, and finds: whose, how sure, which together, whose removal costs most, a word."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from typing import Any
@@ -93,6 +94,8 @@ def test_a_card_begins_with_its_verdict_and_parts_can_be_linked(page, folder):
     terms = page.ask("[...document.querySelectorAll('.verdict dt')].map((of) => of.innerText)")
     assert terms == ["Whose", "Reads", "Writes", "Without it", "Caution"]
     said = text(page, ".verdict")
+    cost = given(folder, "map")["domains"][list(PLANTED).index("law")]["exact"]
+    assert f"perplexity × {math.exp(cost[LAYER - 1][PLANTED['law']]):.3g})" in said
     assert "Clearly law's" in said and "More than each of its controls *" in said and "picked for its share" in said
     # An expert that does nothing: its removal is not told from nothing, whatever its share.
     other: Any = planted_atlas()[1].tables["compared"].query(f"layer == {LAYER} and not starred").iloc[0]
@@ -167,6 +170,19 @@ def test_an_expert_is_found_by_its_number(page, folder):
     )
     page.send("Input.dispatchKeyEvent", type="keyDown", key="Enter", code="Enter", windowsVirtualKeyCode=13)
     page.until(f"location.hash === '#layer={LAYER}&expert={PLANTED['sea']}'")
+
+
+def test_a_domain_is_found_by_its_name_with_its_experts(page, folder):
+    show(page, folder, "#about")
+    box = "const box = document.getElementById('search'); box.focus(); box.value = "
+    for query, there in (("Se", True), ("s", False), ("sear", False)):
+        page.ask(f"{{ {box}{json.dumps(query)}; box.dispatchEvent(new Event('input')) }}")
+        assert ("Experts of sea" in text(page, "#found")) is there, query
+    page.ask(f"{{ {box}'sea'; box.dispatchEvent(new Event('input')) }}")
+    assert f"{LAYER}:{PLANTED['sea']}" in page.ask("document.querySelector('#found p').innerText")
+    page.ask("document.querySelector('#found p a').click()")
+    page.until("document.getElementById('view').dataset.shown === '#domain=sea'")
+    assert text(page, "th .chosen") == "sea" and not page.complaints
 
 
 @pytest.mark.typed

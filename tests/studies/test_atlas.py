@@ -304,7 +304,7 @@ def test_negative_control_where_domains_mean_nothing_no_expert_is_a_domains(mode
 
 
 def test_beside_the_tables_it_keeps_sums_by_source_and_no_texts_neurons_or_outputs(found):
-    """What was dropped took nine tenths of the room of a study: it grows with the vocabulary, or with experts' widths."""
+    """What is dropped took nine tenths of the room: it grows with the vocabulary, or with the width of experts."""
     effects = {"knockouts", "firsts", "controls", "costliest", "first_order", "first_order_beginnings"}
     for of in found.results.values():
         assert of.keys() == {"routing", "loss", *effects}

@@ -1,12 +1,14 @@
 """What a study says when it ends: the numbers of its tables, with interval and control; and near misses of names."""
 
 import copy
+import io
 import json
 import re
 from typing import Any
 
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from moe_lens.cli import main
 from moe_lens.cli.show import findings_in
@@ -107,6 +109,22 @@ def test_markup_and_control_characters_of_names_stay_text(saved, capsys):
     show._print(show._console(), "[blink]t", frame, 5)
     said = capsys.readouterr().out
     assert "[bold]x[/bold]" in said and "[red]a[/red]" in said and "[blink]t" in said and "\x1b[31m" not in said
+
+
+@pytest.mark.typed
+def test_a_table_wider_than_the_terminal_is_shown_in_parts_with_no_number_cut():
+    from moe_lens.cli import show
+
+    measured = {f"measure_{i}": [0.5 + i / 1000, -12345.0] for i in range(12)}
+    frame = pd.DataFrame({"layer": [1, 2], "expert": [30, 31], **measured, "ids": [list(range(9)), [7]]})
+    said = io.StringIO()
+    show._print(Console(width=60, file=said), "t", frame, 5)
+    lines = said.getvalue().splitlines()
+    heads = [line.strip("┃ ").split() for line in lines if line.startswith("┃")]
+    assert all(head[:3:2] == ["layer", "expert"] for head in heads)
+    assert [name for head in heads for name in head[4::2]] == list(frame.columns[2:])
+    assert all(f"{value:.4g}" in said.getvalue() for values in measured.values() for value in values)
+    assert "0, 1, 2, 3, 4, 5, … (9)" in said.getvalue() and max(map(len, lines)) <= 60
 
 
 @pytest.mark.typed
