@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import measuring, peers, side_by_side
+from benchmarks import measuring, on_disk, peers, side_by_side
 from moe_lens import names
-from moe_lens.errors import InputError
+from moe_lens.errors import CheckpointError, InputError
+from scripts import gpu
 from tests.families import build, tokens
 from tests.wrapped import wrapped
 
@@ -72,3 +73,24 @@ def test_the_tables_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     assert growth[1][0][1:3] == ["1.00", "1.00"]
     head, rows = side_by_side.start_table(1, {"nothing": "pass", "absent": "import no_such_module"})
     assert head == ["", "seconds"] and rows[1] == ["absent", "not installed"]
+
+
+@pytest.mark.slow
+def test_a_model_on_disk_is_written_and_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a tiny shape: what is written is a whole checkpoint, read in every pass."""
+    monkeypatch.setattr(on_disk, "FULL", gpu.TINY)
+    monkeypatch.setattr(on_disk, "SHARD", 2**18)
+    folder = tmp_path / "made"
+    options = [str(folder), "--layers", "4", "--memory", "2MB", "--tokens", "8", "--rounds", "1"]
+    monkeypatch.setattr("sys.argv", ["on_disk.py", *options])
+    on_disk.main()
+    said = capsys.readouterr().out
+    assert "8 tokens, moe_lens: " in said and "transformers: loaded in" in said
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 3 and not (folder / "offloaded").exists()
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("experts.3.up_proj", "experts.3.gone"))
+    with pytest.raises(CheckpointError, match=r"holds .*experts\.3\.gone"):
+        on_disk.main()  # which takes the folder as it is
