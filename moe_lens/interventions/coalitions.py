@@ -16,7 +16,9 @@ from moe_lens.errors import InputError
 from moe_lens.interventions.clean_run import CleanRun, Hooks
 from moe_lens.interventions.metrics import Loss
 from moe_lens.interventions.rerouting import reselect
+from moe_lens.interventions.selection_bias import no_bias
 from moe_lens.interventions.sweep import LOGITS
+from moe_lens.model.families.groups import check_groups
 from moe_lens.model.loading.batch_sizes import rows_at_once, tokens_at_once
 
 Removal = Literal["reroute", "zero", "prune"]
@@ -69,7 +71,8 @@ def added_at(
         Loss without the coalition − loss with it, in float64 on the CPU.
 
     Raises:
-        InputError: A coalition leaves a layer fewer experts than a token needs, or a loss is not finite.
+        InputError: A coalition leaves a layer fewer experts than a token needs, in groups of experts too where a router
+            chooses from them; or a loss is not finite.
     """
     from accelerate.utils.memory import should_reduce_batch_size
 
@@ -77,6 +80,8 @@ def added_at(
     most = int(coalitions.sum(-1).max()) if coalitions.numel() else 0
     if how != "zero" and model.n_experts - most < model.top_k:
         raise InputError(f"{model.n_experts - most} experts of a layer would be left; a token needs {model.top_k}")
+    if how == "prune":
+        check_groups(model, ~coalitions.cpu(), torch.full((len(model.moe_layers),), model.top_k))
     reads = metric.reads(run.batch, run.pos).to(device)
     clean = torch.zeros(reads.shape, dtype=torch.float64, device=device)
     batch, pos = reads.nonzero().unbind(-1)
@@ -147,7 +152,9 @@ def _without(
         for hook in HOOKS[how](model, layer, taken[:, row])
     ]
     resid = run.stream(start, items)
-    with model.hooks(hooks):
+    read = [(row, layer) for row, layer in enumerate(model.moe_layers) if layer >= start and how == "prune"]
+    gone = {layer: taken[:, row].repeat_interleave(run.pos, 0) for row, layer in read}
+    with no_bias(model, gone), model.hooks(hooks):
         for layer in range(start, model.cfg.n_layers):
             resid = run.replay.block(layer, resid, items)
     return resid
@@ -172,7 +179,7 @@ def _gone(model: Any, layer: int, taken: Bool[Tensor, "rows n_experts"]) -> Hook
     def masked(logits: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
         return logits.masked_fill(taken.to(logits.device)[:, None], -torch.inf)
 
-    # Without affinity an expert might still be chosen for its bias.
+    # Without affinity an expert might still be chosen for its bias, where that is not one that `no_bias` knows.
     return [(names.mlp(names.ROUTER_LOGITS, layer), masked), *_forbidden(model, layer, taken)]
 
 

@@ -56,16 +56,14 @@ class Format:
     model_type: str
     normalizes: bool | None = None
     """Whether weights of the selected experts are rescaled to a fixed sum; None: config's `norm_topk_prob` says."""
-    group: int = 0
-    """Where experts can stand in groups (`n_group`, consecutive ones in each): how many a group must have at least."""
 
 
 FORMATS = {
     entry.model_type: entry
     for entry in (
         Format("deepseek"),
-        Format("deepseek_v2", normalizes=False, group=1),  # transformers' V2 never normalises, whatever the config
-        Format("deepseek_v3", group=2),  # ranks groups by their best two
+        Format("deepseek_v2", normalizes=False),  # transformers' V2 never normalises, whatever the config
+        Format("deepseek_v3"),
         Format("gpt_oss", normalizes=True),  # softmax over the selected logits
         Format("mixtral", normalizes=True),
         Format("olmoe"),

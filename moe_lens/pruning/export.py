@@ -19,6 +19,8 @@ from torch import Tensor
 
 from moe_lens.checked import AnyModel
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
+from moe_lens.model.families.groups import Groups
+from moe_lens.model.families.table import FAMILIES
 from moe_lens.model.loading.checkpoint import Checkpoint, read_config
 from moe_lens.model.loading.pretrained import resolve_name
 from moe_lens.pruning.checkpoint_formats import format_of, parse_expert, parse_rows, smaller_config, split_prediction
@@ -143,7 +145,7 @@ def expressible(raw: Mapping[str, Any], plan: Plan) -> None:
     Raises:
         UnsupportedModelError: the family, layers that keep different numbers of experts, or groups that do.
     """
-    known = format_of(raw["model_type"])
+    format_of(raw["model_type"])
     if not plan.even:
         counts = {layer: len(experts) for layer, experts in zip(plan.layers, plan.kept, strict=True)}
         raise UnsupportedModelError(
@@ -156,19 +158,16 @@ def expressible(raw: Mapping[str, Any], plan: Plan) -> None:
             f"the plan has different numbers of active experts in its layers ({counts}), and the config of "
             f"{raw['model_type']!r} has one number for all; give plan(…, top_k=) one number"
         )
-    groups = (raw.get("n_group") or 1) if known.group else 1
-    if groups == 1:
+    if (groups := Groups.of(FAMILIES[raw["model_type"]], raw)) is None:
         return
-    size = plan.n_experts // groups
+    size = plan.n_experts // groups.number
     for layer, experts in zip(plan.layers, plan.kept, strict=True):
-        counts = [sum(expert // size == group for expert in experts) for group in range(groups)]
-        told = f"layer {layer} would keep {counts} experts in the {groups} groups that the router chooses from"
+        counts = [sum(expert // size == group for expert in experts) for group in range(groups.number)]
+        told = f"layer {layer} would keep {counts} experts in the {groups.number} groups that the router chooses from"
         if len(set(counts)) > 1:
             raise UnsupportedModelError(f"{told}; groups must stay equally large")
-        if counts[0] < known.group or counts[0] * raw["topk_group"] < plan.top_k:
-            raise UnsupportedModelError(
-                f"{told}; each needs at least {known.group}, and {raw['topk_group']} groups {plan.top_k}"
-            )
+        if counts[0] < groups.least or counts[0] * groups.chosen < plan.top_k:
+            raise UnsupportedModelError(f"{told}; each needs at least {groups.least}, and {groups.chosen} {plan.top_k}")
 
 
 def _holds(checkpoint: Checkpoint, plan: Plan) -> None:

@@ -13,12 +13,11 @@ from moe_lens.errors import UnsupportedModelError
 from moe_lens.interventions.ablation import _leave_out as leave_out
 from moe_lens.interventions.intervention import Hook, Intervention
 from moe_lens.interventions.rerouting import reselect
+from moe_lens.interventions.selection_bias import no_bias, selection_bias
 from moe_lens.model.cache.hook_cache import identity
+from moe_lens.model.families.groups import check_groups
 from moe_lens.pruning.checkpoint_formats import normalizes
 from moe_lens.pruning.weight_matching import Planned, averaged, members, views
-
-_BIAS = "e_score_correction_bias"
-"""What routers like DeepSeek-V3's, which choose among groups, add to the affinities for the choice alone."""
 
 
 @contextmanager
@@ -33,18 +32,20 @@ def preview(plan: Planned, model: Any) -> Generator[Intervention]:
 
     Raises:
         InputError: the plan is for another model.
+        UnfitError: a router that chooses from groups of experts would not find enough in them, or never choose some.
         UnsupportedModelError: a smaller `top_k` in a family of which it is not known whether it normalises weights, or
             pruned experts in a layer that chooses by the token's id.
     """
-    plan.check(identity(model))
+    _fits(plan, model)
     hooks: list[Hook] = []
-    for layer in plan.layers:
-        gone = torch.tensor(plan.pruned(layer), dtype=torch.long)
-        if len(gone):
-            hooks += _without(model, layer, gone)
+    out = ~_kept(plan, model)
+    for row, layer in zip(out, plan.layers, strict=True):
+        if row.any():
+            hooks += _without(model, layer, row.nonzero()[:, 0])
         if plan.active(layer) < model.top_k:
             hooks += _fewer(model, layer, plan.active(layer))
-    with _biases(plan, model), _merged(plan, model), Intervention(model, f"preview of {plan}", tuple(hooks)) as found:
+    gone = dict(zip(plan.layers, out, strict=True))
+    with no_bias(model, gone), _merged(plan, model), Intervention(model, f"preview of {plan}", tuple(hooks)) as found:
         yield found
 
 
@@ -64,14 +65,28 @@ def side_by_side(plans: Sequence[Planned | None], model: Any) -> list[Hook]:
 
     Raises:
         InputError: a plan is for another model.
+        UnfitError: see `preview`.
     """
     gone = {layer: torch.zeros(len(plans), model.n_experts, dtype=torch.bool) for layer in model.moe_layers}
     for number, plan in enumerate(plans):
         if plan is not None:
-            plan.check(identity(model))
+            _fits(plan, model)
             for layer in plan.layers:
                 gone[layer][number, list(plan.pruned(layer))] = True
     return [(names.mlp(names.ROUTER_LOGITS, layer), _without_each(of)) for layer, of in gone.items() if of.any()]
+
+
+def _fits(plan: Planned, model: Any) -> None:
+    """The plan must be for the model, and leave its router what it needs."""
+    plan.check(identity(model))
+    check_groups(model, _kept(plan, model), torch.tensor([plan.active(layer) for layer in plan.layers]))
+
+
+def _kept(plan: Planned, model: Any) -> Bool[Tensor, "layer n_experts"]:
+    kept = torch.zeros(len(plan.layers), model.n_experts, dtype=torch.bool)
+    for row, experts in zip(kept, plan.kept, strict=True):
+        row[list(experts)] = True
+    return kept
 
 
 def _without_each(gone: Bool[Tensor, "plan n_experts"]) -> Any:
@@ -105,7 +120,7 @@ def _without(model: Any, layer: int, gone: Tensor) -> list[Hook]:
         return reselect(layer, indices, choice.scores, choice.wishes)
 
     hooks: list[Hook] = [(names.mlp(names.ROUTER_LOGITS, layer), masked)]
-    elsewhere = model.family.bias and _bias(model, layer) is None  # where `_biases` does not see to it
+    elsewhere = model.family.bias and selection_bias(model, layer) is None  # where `no_bias` does not see to it
     return [*hooks, (names.mlp(names.EXPERT_INDICES, layer), choose)] if elsewhere else hooks
 
 
@@ -120,26 +135,6 @@ def _fewer(model: Any, layer: int, top_k: int) -> list[Hook]:
 
     others = leave_out(model, layer, lambda: chosen[0], normalizes(model.original_model.config))
     return [(names.mlp(names.EXPERT_INDICES, layer), note), *others]
-
-
-def _bias(model: Any, layer: int) -> Tensor | None:
-    return getattr(getattr(model._moe(layer), model.family.router), _BIAS, None)
-
-
-@contextmanager
-def _biases(plan: Planned, model: Any) -> Generator[None]:
-    """A bias of −∞ for pruned experts, which without affinity might still be chosen, or a group of theirs, for it."""
-    before: list[tuple[Tensor, Tensor]] = []
-    try:
-        for layer in plan.layers:
-            bias = _bias(model, layer)
-            if bias is not None:
-                before.append((bias, bias.detach().clone()))
-                bias.data[list(plan.pruned(layer))] = -torch.inf
-        yield
-    finally:
-        for bias, value in before:
-            bias.data.copy_(value)
 
 
 @contextmanager

@@ -331,6 +331,15 @@ def test_groups_that_experts_cannot_stand_in_are_refused(changes, said, tmp_path
         ("glm4_moe", {"partial_rotary_factor": 3.0}, "heads are of width 8, and rotary angles are for 24"),
         ("deepseek_v3", {"v_head_dim": 0}, "values are of width 0"),
         ("qwen3_moe", {"moe_intermediate_size": 0}, "the experts of this qwen3_moe are of width 0"),
+        (
+            "mixtral",
+            {"sliding_window": 0},
+            "RuntimeError: Attempting to broadcast a dimension of length 7",
+        ),
+        ("gpt_oss", {"sliding_window": -1}, "head_dim 8, sliding_window -1, rope_parameters"),
+        ("gpt_oss", {"sliding_window": None}, "cannot be run: TypeError"),
+        ("gpt_oss", {"partial_rotary_factor": 0}, "cannot be run: RuntimeError: "),
+        ("solar_open", {"partial_rotary_factor": 0.5}, "cannot be run: RuntimeError: "),
     ],
 )
 def test_sizes_with_which_transformers_cannot_be_run_are_refused(model_type, changes, said, tmp_path) -> None:
@@ -340,7 +349,7 @@ def test_sizes_with_which_transformers_cannot_be_run_are_refused(model_type, cha
     (tmp_path / "config.json").write_text(json.dumps(raw | changes))
     with pytest.raises(CheckpointError, match=re.escape(said)):
         model_info(tmp_path)
-    with pytest.raises((RuntimeError, ValueError)), torch.no_grad():  # transformers itself
+    with pytest.raises((RuntimeError, TypeError, ValueError)), torch.no_grad():  # transformers itself
         class_of(model_type)._from_config(AutoConfig.from_pretrained(tmp_path)).eval()(tokens())
     (tmp_path / "config.json").write_text(json.dumps(raw))
     assert model_info(tmp_path).model_type == model_type, "a control: as it was, it is fine"

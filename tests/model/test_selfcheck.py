@@ -94,3 +94,21 @@ def test_a_kernel_that_depends_on_who_listens_is_found(monkeypatch: pytest.Monke
     monkeypatch.setattr(LayerHooks, "over_slots", listens)
     with pytest.raises(SelfCheckError, match="observing changed the logits by"):
         HookedMoE.from_hf(build("deepseek"))
+
+
+@pytest.mark.typed
+def test_a_model_that_cannot_be_run_is_refused_in_a_line_and_want_of_memory_is_left_as_it_is(monkeypatch) -> None:
+    hf = build("mixtral")
+    hf.config.sliding_window = 0
+    with pytest.raises(SelfCheckError, match="be run: RuntimeError: The size of tensor a .* sizes in its config"):
+        HookedMoE.from_hf(hf)
+    hf.config.sliding_window = 1
+    model = HookedMoE.from_hf(hf)
+    for error in (torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory")):
+
+        def scarce(*_: Any, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(type(model), "forward", scarce)
+        with pytest.raises(type(error), match=str(error)):
+            self_check(model)

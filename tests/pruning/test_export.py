@@ -176,6 +176,11 @@ def test_groups_must_stay_large_enough_to_be_ranked(tmp_path):
     plan = make_plan(hooked, {1: (0, 2, 4, 6), 2: (0, 2, 4, 6)}, 2)
     with pytest.raises(UnsupportedModelError, match=r"layer 1 would keep \[1, 1, 1, 1\].*each needs at least 2"):
         export(hooked, plan, tmp_path / "out")
+    one = HookedMoE.from_hf(build("deepseek_v3", n_group=1, topk_group=1), check=False)  # is ranked by two all the same
+    with pytest.raises(UnsupportedModelError, match=r"layer 1 would keep \[1\] experts in the 1 groups"):
+        export(one, make_plan(one, {1: (3,), 2: (5,)}, 1), tmp_path / "out")
+    folder = export(one, make_plan(one, {1: (3, 4), 2: (5, 6)}, 1), tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(folder)(tokens()).logits.isfinite().all()
 
 
 def test_plans_of_another_model_and_other_families_are_refused(hooked, tmp_path):

@@ -1,19 +1,24 @@
+import re
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 
 from moe_lens import HookedMoE, names
-from moe_lens.errors import InputError, UnsupportedModelError
-from moe_lens.interventions import CleanRun, Loss
+from moe_lens.errors import InputError, UnfitError, UnsupportedModelError
+from moe_lens.interventions import CleanRun, Loss, coalitions
 from moe_lens.interventions.coalitions import added_losses
+from moe_lens.interventions.selection_bias import selection_bias
 from moe_lens.model.families.table import FAMILIES, here
 from moe_lens.pruning import plan, score
 from moe_lens.pruning import preview as preview_module
 from moe_lens.pruning.merging import grouped
+from moe_lens.pruning.preview import side_by_side
 from moe_lens.pruning.weight_matching import averaged, matching, members, views
 from tests.families import CONFIGS, build, tokens
 from tests.matrix import configs
+from tests.pruning import smaller
 from tests.pruning.smaller import by_hand, make_plan, whole
 from tests.pruning.test_scores import texts
 
@@ -67,6 +72,78 @@ def test_experts_that_are_gone_cost_what_the_preview_costs(name):
             expected = nats() - whole
     assert torch.allclose(added[0], expected, atol=1e-4, rtol=0) and bool(expected.abs().min() > 0.01)
     assert torch.equal(added[1], torch.zeros_like(added[1]))
+
+
+GROUPED = {"deepseek_v2, groups": {"n_group": 2, "topk_group": 1}, "deepseek_v3": {"n_group": 2, "topk_group": 1}}
+
+
+@pytest.mark.typed
+@pytest.mark.parametrize("name", GROUPED)
+def test_groups_are_chosen_as_if_what_is_gone_had_never_been(name, monkeypatch):
+    """Coalitions and previews against plain models with slices of parameters and biases: ≤ 1e-4 nats of a text."""
+    monkeypatch.setitem(smaller.CHANGES, name, GROUPED[name])
+    hooked, plan = hooked_and_plan(name)
+    plain = by_hand(name, dict(zip(plan.layers, plan.kept, strict=True)), 3)
+    for layer, kept in zip(plan.layers, plan.kept, strict=True):
+        bias = selection_bias(hooked, layer)
+        if bias is not None:
+            bias.data = 2 * torch.rand(8, generator=torch.Generator().manual_seed(layer))
+            bias.data[list(plan.pruned(layer))[0]] += 2  # its group would be chosen for it
+            plain.model.layers[layer].mlp.gate.e_score_correction_bias.data = bias.data[list(kept)]
+    run, x = CleanRun.of(hooked, tokens()), tokens()
+    gone = torch.ones(2, len(plan.layers), 8, dtype=torch.bool)
+    gone[0] = False
+    for row, kept in enumerate(plan.kept):
+        gone[1, row, list(kept)] = False
+    pairs = torch.cartesian_prod(torch.arange(2), torch.arange(len(x)))
+
+    def nats(logits):
+        return torch.nn.functional.cross_entropy(logits[:, :-1].mT, x[:, 1:], reduction="none").double().sum(1)
+
+    def added():
+        return added_losses(hooked, run, Loss(x), gone, pairs, "prune").view(2, -1)
+
+    with torch.no_grad():
+        expected, whole = nats(plain(x).logits), nats(hooked(x))
+        with plan.preview(hooked):
+            assert torch.allclose(nats(hooked(x)), expected, atol=1e-4, rtol=0)
+        assert torch.allclose(added()[1], expected - whole, atol=1e-4, rtol=0)
+        assert torch.equal(added()[0], torch.zeros(len(x)).double()) and bool((expected - whole).abs().min() > 0.01)
+        assert torch.equal(nats(hooked(x)), whole), "biases are as they were"
+        monkeypatch.setattr(coalitions, "no_bias", lambda model, gone: nullcontext())
+        assert torch.allclose(added()[1], expected - whole, atol=1e-4, rtol=0) == (name != "deepseek_v3")
+
+
+@pytest.mark.typed
+@pytest.mark.parametrize(
+    ("name", "groups", "stay", "top_k", "left"),
+    [
+        ("deepseek_v2, groups", (4, 2), (0, 2, 4, 6), 3, "[1, 1, 1, 1]"),  # a token would find two
+        ("deepseek_v2, groups", (4, 2), (0, 1, 2, 4, 6), 3, "[2, 1, 1, 1]"),  # some tokens would
+        ("deepseek_v2, groups", (4, 2), (0, 1, 2, 4, 5), 3, None),
+        ("deepseek_v2, groups", (4, 2), (0, 1), 2, "[2, 0, 0, 0]"),
+        ("deepseek_v3", (4, 2), (0, 1, 2, 4, 5), 3, "[2, 1, 2, 0]"),  # ranked by two: expert 2 would be lost
+        ("deepseek_v3", (4, 2), (0, 1, 4, 5), 3, None),
+        ("deepseek_v3", (1, 1), (3,), 1, "[1]"),  # transformers' router fails
+        ("deepseek_v3", (1, 1), (3, 6), 1, None),
+    ],
+)
+def test_groups_with_too_few_left_are_refused_before_the_work(name, groups, stay, top_k, left, monkeypatch):
+    monkeypatch.setitem(smaller.CHANGES, name, {"n_group": groups[0], "topk_group": groups[1]})
+    hooked = HookedMoE.from_hf(whole(name), check=False)
+    plan = make_plan(hooked, {1: tuple(range(8)), 2: stay}, top_k)
+    gone = torch.ones(1, 2, 8, dtype=torch.bool)
+    gone[0, 0], gone[0, 1, list(stay)] = False, False
+    said = "" if left is None else f"layer 2 would keep {re.escape(left)} experts in the {groups[0]} groups"
+    with pytest.raises(UnfitError, match=said) if left else nullcontext(), torch.no_grad(), plan.preview(hooked):
+        routing = hooked.routing(tokens())
+        assert not torch.isin(routing.layer(2).indices[..., :top_k], torch.tensor(plan.pruned(2))).any()
+    with pytest.raises(UnfitError, match=said) if left else nullcontext():
+        side_by_side([None, plan], hooked)
+    if top_k == hooked.top_k:
+        run, pairs = CleanRun.of(hooked, tokens()), torch.tensor([[0, 0]])
+        with pytest.raises(UnfitError, match=said) if left else nullcontext():
+            added_losses(hooked, run, Loss(tokens()), gone, pairs, "prune")
 
 
 def test_layers_with_fewer_active_experts_keep_the_first():

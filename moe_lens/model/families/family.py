@@ -97,8 +97,9 @@ class Family:
     """Whether weights are divided by their sum over the chosen experts; `config`: as `norm_topk_prob` says."""
     bias: bool = False
     """Whether a bias is added to the affinities for the choice alone."""
-    groups: bool = False
-    """Whether experts are chosen within the best groups of experts."""
+    groups: int = 0
+    """Where experts are chosen within the best groups of experts (`n_group`, consecutive ones in each), of how many of
+    its experts the rank of a group is made; 0 where there are no groups."""
     scaled: str | None = None
     """Attribute of the router or the MoE block that weights are multiplied by: a number, or one for each expert."""
     scaled_after: bool = False

@@ -32,7 +32,7 @@ STREAMS = Layout(stream="other", streams=True)
 V3: dict[str, Any] = {
     "score": "sigmoid",
     "bias": True,
-    "groups": True,
+    "groups": 2,
     "normalised": "config",
     "scaled": "routed_scaling_factor",
 }
@@ -69,7 +69,7 @@ FAMILIES = {
             "beam",
             score="sigmoid",
             bias=True,
-            groups=True,
+            groups=2,
             normalised="config",
             scaled="routed_scaling_factor",
             scaled_after=True,
@@ -114,7 +114,7 @@ FAMILIES = {
         Family(
             "deepseek_v2",
             shared="shared_experts",
-            groups=True,
+            groups=1,
             scaled="routed_scaling_factor",
             dead=(".hook_cos", ".hook_sin"),
         ),
@@ -339,7 +339,7 @@ FAMILIES = {
         Family(
             "mistral4",
             shared="shared_experts",
-            groups=True,
+            groups=2,
             normalised="config",
             scaled="routed_scaling_factor",
             layout=LLAMA,

@@ -6,6 +6,8 @@ A family may look like the contract and differ in one place: this finds it befor
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from moe_lens import names
 from moe_lens.errors import SelfCheckError
@@ -19,7 +21,7 @@ def self_check(model: Any) -> dict[str, float]:
     """Check properties 1 and 2 of the hook table on random tokens; the largest relative deviation of each.
 
     Raises:
-        SelfCheckError: names the property, the layer, and the deviation.
+        SelfCheckError: names the property, the layer, and the deviation; or the model cannot be run at all.
     """
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.cfg.d_vocab, (1, TOKENS), generator=generator).to(model.cfg.device)
@@ -31,7 +33,7 @@ def self_check(model: Any) -> dict[str, float]:
     model.eval()  # what dropout and jitter change is not for this to find
     try:
         with torch.no_grad():
-            plain = model(tokens)
+            plain = _run(model, tokens)
             logits, cache = model.run_with_cache(tokens, names_filter=sorted(wanted & model.hook_dict.keys()))
     finally:
         model.train(training)
@@ -83,3 +85,17 @@ def self_check(model: Any) -> dict[str, float]:
                     "check=False loads it nevertheless"
                 )
     return deviations
+
+
+def _run(model: Any, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
+    try:
+        return model(tokens)
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        if "can't allocate memory" in str(error):
+            raise
+        raise SelfCheckError(
+            f"the model cannot be run: {type(error).__name__}: {' '.join(str(error).split())}. Do the sizes in its "
+            "config fit one another? check=False loads it nevertheless"
+        ) from error

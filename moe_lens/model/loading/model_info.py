@@ -21,7 +21,7 @@ from moe_lens.model.loading.device_map import Size, gibibytes, plan_memory, slow
 from moe_lens.model.loading.machine import Machine
 from moe_lens.model.loading.pretrained import resolve_name
 from moe_lens.model.loading.sizes import packed_size, size_of
-from moe_lens.model.loading.sizes_that_fit import check_attention
+from moe_lens.model.loading.sizes_that_fit import check_attention, check_runs
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -156,7 +156,7 @@ def config_info(config: PreTrainedConfig) -> ModelInfo:
         modules = [module for name, module in layers[at].named_modules() if name.endswith(".experts")]
         others = [module for module in modules if module is not experts_of_text.module]
         idle += sum(parameter.numel() for module in others for parameter in module.parameters())
-    return ModelInfo(
+    info = ModelInfo(
         model_type=config.model_type,
         n_layers=len(layers),
         moe_layers=tuple(found),
@@ -174,6 +174,8 @@ def config_info(config: PreTrainedConfig) -> ModelInfo:
         numbers={name: parameter.numel() for name, parameter in model.named_parameters()},
         in_nf4=_in_nf4(model, dtype),
     )
+    check_runs(model, [of_layer.module for of_layer in found.values()], text)
+    return info
 
 
 def _in_nf4(model: Any, dtype: torch.dtype) -> Size | None:

@@ -1,11 +1,15 @@
 """Sizes of a config that contradict one another, which transformers finds when the model is run, and not before."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from moe_lens.errors import CheckpointError
+
+_DECIDING = ("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window", "rope_parameters")
+"""Fields that attention's shapes come from, named where a model cannot be run."""
 
 
 def check_attention(layers: Sequence[nn.Module], model: nn.Module) -> None:
@@ -23,6 +27,34 @@ def check_attention(layers: Sequence[nn.Module], model: nn.Module) -> None:
         for module in layer.modules():
             for wrong in _misfits(module, rotary):
                 raise CheckpointError(f"a model of this config cannot be run: in layer {at} {wrong}")
+
+
+def check_runs(model: nn.Module, experts: Iterable[nn.Module], config: Any) -> None:
+    """Nothing, where transformers' own forward takes a few tokens through a model on the meta device.
+
+    Nothing either where that forward asks what values are, which the meta device does not have.
+
+    Args:
+        model: On the meta device; it is of no use afterwards.
+        experts: Its modules that hold experts: they compute for the tokens that chose them, so they are passed over.
+        config: Of the part that reads text.
+
+    Raises:
+        CheckpointError: the forward fails; says how, and the fields that decide.
+    """
+    for module in experts:
+        module.forward = lambda hidden, *_, **__: hidden
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            model.eval()(torch.zeros(1, 8, dtype=torch.long))
+    except NotImplementedError:
+        return
+    except Exception as error:  # whatever a family's forward makes of sizes that do not fit
+        if "meta tensor" in str(error):
+            return
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        fields = ", ".join(f"{name} {getattr(config, name)}" for name in _DECIDING if hasattr(config, name))
+        raise CheckpointError(f"a model of this config cannot be run: {said}. Its config says {fields}") from error
 
 
 def _misfits(attention: Any, rotary: set[int]) -> Iterator[str]:
