@@ -8,8 +8,9 @@ import typer
 
 app = typer.Typer(
     help="Look into the experts of Mixture-of-Experts language models.\n\n"
-    "A study runs a model over texts and saves its tables to a folder. `report` shows saved folders on one page, "
-    "`show` in the terminal; `compare` compares two of them. For the options of a command: moe-lens COMMAND --help.",
+    "A study runs a model over texts and saves its tables to a folder. `report` runs five studies and shows them on "
+    "one page, or shows saved ones; `show` prints them in the terminal; `compare` compares two of them. For the "
+    "options of a command: moe-lens COMMAND --help.",
     add_completion=False,
     rich_markup_mode=None,
 )

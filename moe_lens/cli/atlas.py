@@ -16,7 +16,8 @@ def atlas(
         typer.Option("--contexts/--no-contexts", help="Show pieces of the texts, or only single tokens."),
     ] = True,
     text: Annotated[
-        list[str] | None, typer.Option(help="A text of your own to show token by token; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="A text of your own to show token by token; may be repeated."),
     ] = None,
     knockout_tokens: Annotated[
         int,
@@ -31,15 +32,17 @@ def atlas(
         ),
     ] = None,
 ) -> Work:
-    """A page for every expert: what chooses it, what it reads and writes, and what breaks without it.
+    """A page for every expert of a model.
 
-    The result is a folder with index.html, which opens from the disk and loads nothing from elsewhere: a map of all
-    experts, a page for each (index.html#layer=3&expert=17), texts token by token, and a search for tokens. Its folder
-    study holds the tables: experts, domains, tokens, sent, partners, pairs, writing, neurons, nearest, knockouts,
-    compared, controls, quality, contexts.
+    What chooses it, what it reads and writes, and what breaks without it. The result is a folder with index.html, which
+    opens from the disk and loads nothing from elsewhere: a map of all experts, a page for each
+    (index.html#layer=3&expert=17), texts token by token, and a search for tokens. Its folder study holds the tables:
+    experts, domains, tokens, sent, partners, pairs, writing, neurons, nearest, knockouts, compared, controls, quality,
+    explained, chosen_for, contexts, text_tokens, text_slots, words.
 
-    Texts are read five times, and the beginnings of their windows once more for each expert that is knocked out (all,
-    if there are at most 512; else the two most specialised of each layer and domain), and for each control.
+    Texts are read four times, once with gradients, and the beginnings of their windows once more for each expert that
+    is knocked out (all, if there are at most 512; else the two most specialised of each layer and domain), and for each
+    control.
 
     Example: moe-lens atlas --domain prose=prose.jsonl --domain code=code.jsonl --out atlas
     """

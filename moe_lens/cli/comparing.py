@@ -22,11 +22,13 @@ def checkpoints(
         str, typer.Option(metavar="MODEL", help="The other checkpoint, of the same shape and with the same tokenizer.")
     ],
 ) -> Work:
-    """Do two checkpoints route the same texts alike: base and chat, before and after tuning?
+    """Do two checkpoints route the same texts alike?
+
+    Base and chat, or before and after tuning.
 
     Tables: overlap (share of a token's experts that both checkpoints choose, by layer, with intervals over sources; its
-    null is the overlap that the loads alone give; for both as they are, for the first with the other's routers, and for
-    both with the same routers), losses (nats a token that swapped routers add).
+    null is the overlap that the loads alone give; for both as they are, for the first with its own and with the other's
+    routers, and for both with the other's routers), losses (nats a token that swapped routers add).
 
     Every text is read four times. Both models are held in memory.
 
@@ -61,16 +63,17 @@ def compare_studies(
     parallel: options.Parallel = None,
     show: Annotated[int, typer.Option(min=0, help="Number of largest differences to print.")] = 10,
 ) -> None:
-    """Compare two saved studies, or two domains: second minus first, with 95 % intervals over sources.
+    """Compare two saved studies, or two domains.
 
-    Two models on the same texts (base and chat, before and after pruning) are paired by source. Experts are compared by
-    id, which makes sense only where one model was made from the other.
+    The second minus the first, with 95 % intervals over sources. Two models on the same texts (base and chat, before
+    and after pruning) are paired by source. Experts are compared by id, which makes sense only where one model was made
+    from the other.
 
     Example: moe-lens compare runs/base runs/chat --out difference.parquet
 
     Two domains of one study: moe-lens compare runs/routing --domain english --domain german
 
-    With --parallel, two domains with parallel sources are paired by document, as those of two studies are by source.
+    With --parallel, two domains that hold the same documents are paired by document.
     """
     if domains is not None and len(domains) != 2:
         raise InputError(f"got --domain {len(domains)} times; expected two domains to compare, or none")

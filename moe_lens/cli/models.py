@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 @app.command("models")
 def models() -> None:
-    """List the supported model types with their routing rules, and the refused ones with the reason."""
+    """List the supported and the refused model types.
+
+    The supported ones with their routing rules, the refused ones with the reason.
+    """
     print(families_text())
 
 
@@ -28,7 +31,10 @@ def info(
         ),
     ],
 ) -> None:
-    """Describe a model: layers, experts, router, parameters, and how it fits this machine. Reads its config only."""
+    """Describe a model from its config alone.
+
+    Layers, experts, router, parameters, and how it fits this machine.
+    """
     print(info_text(model))
 
 

@@ -141,7 +141,10 @@ TextColumn = Annotated[
     ),
 ]
 SourceColumn = Annotated[
-    str | None, typer.Option(metavar="COLUMN", help="Column or key with the document that a text is from.  [source]")
+    str | None,
+    typer.Option(
+        metavar="COLUMN", help="Column or key with the document that a text is from.  [source, where there is one]"
+    ),
 ]
 Split = Annotated[str, typer.Option(help="Split of a dataset on the hub.")]
 Streaming = Annotated[
@@ -166,7 +169,7 @@ BatchTokens = Annotated[
         help="Number of tokens in one forward pass; halved automatically when memory runs out.  [depends on the model]",
     ),
 ]
-ShardTokens = Annotated[int, typer.Option(min=1, help="Save progress after every this many tokens.")]
+ShardTokens = Annotated[int, typer.Option(min=1, help="Save progress each time that this many tokens were read.")]
 Seed = Annotated[int, typer.Option(help="Random seed for sampling texts.")]
 DtypeOption = Annotated[
     Dtype,
@@ -238,6 +241,7 @@ Parallel = Annotated[
     str | None,
     typer.Option(
         metavar="REGEX",
-        help="Where domains hold the same documents (translations): the part in which names of such sources differ.",
+        help="Where domains hold the same documents (translations): a regular expression for the part in which the "
+        "names of such sources differ.",
     ),
 ]

@@ -26,17 +26,18 @@ def explain(
     ] = None,
     parallel: Parallel = None,
 ) -> "Study":
-    """From what can a token's choice of experts be predicted: the token, the one before it, position, domain?
+    """What predicts a token's choice of experts.
 
-    Predictions are made for held-out sources, by ridge regression, from each feature alone and from the token with the
-    feature. The null is the same with the feature shuffled over tokens, which should add nothing.
+    The token, the one before it, its position, its domain, and your own features. Predictions are made for held-out
+    sources, by ridge regression, from each feature alone and from the token with the feature. The null is the same with
+    the feature shuffled over tokens, which should add nothing.
 
     Tables: experts (recall, precision, AUC, R², gain over the token), layers (the same over all experts of a layer),
     chosen_for (a sentence for each expert, picked on half of the sources, and how well it predicts the expert's choices
     on the other half).
 
-    Parallel sources are held out together; without --parallel they are those whose names differ in a language code
-    between slashes.
+    Sources that are one document in several domains are held out together; without --parallel these are sources whose
+    names differ only in a language code between slashes.
 
     Example: moe-lens explain --domain prose=prose.jsonl --domain code=code.jsonl --features sae.parquet --out runs/why
     """
@@ -69,20 +70,25 @@ def probe(
     k: Annotated[
         list[int] | None,
         typer.Option(
-            "--k", min=1, help="Number of experts or neurons a probe sees; may be repeated.  [1, 2, 4, 8, 16]"
+            "--k",
+            min=1,
+            metavar="NUMBER",
+            help="Number of experts or neurons a probe sees; may be repeated.  [1, 2, 4, 8, 16]",
         ),
     ] = None,
     parallel: Parallel = None,
 ) -> Work:
-    """Do a few experts, or a few of their neurons, tell what a token is (a digit, a bracket, any label of your own)?
+    """Do a few experts or neurons tell what a token is?
 
-    They are picked and weighed on one half of the sources, and scored on the other, and the other way round.
+    A digit, a bracket, or any label of your own. For each layer and label, the k experts (or neurons of experts) that
+    differ most with the label are picked, and a linear probe is fitted, on one half of the sources; it is scored on the
+    other half, and the other way round.
 
     Tables: probes (balanced accuracy by layer, experts or neurons, label and k, with intervals over sources, beside
-    probes of labels that were shuffled within each window), components (who was picked, and whether on both halves).
+    probes of labels that were shuffled within each window), components (which were picked, and whether on both halves).
 
-    Parallel sources are in one half; without --parallel they are those whose names differ in a language code between
-    slashes.
+    Sources that are one document in several domains are in one half; without --parallel these are sources whose names
+    differ only in a language code between slashes.
 
     Example: moe-lens probe --label year='[12][0-9]{3}' --k 1 --k 4 --domain prose=prose.jsonl --out runs/probe
     """

@@ -68,7 +68,7 @@ def prune(
     ] = None,
     against: Annotated[
         list[Scoring] | None,
-        typer.Option(help="Method to compare with; may be repeated.  [frequency, random]"),
+        typer.Option(metavar="METHOD", help="Method to compare with; may be repeated.  [frequency, random]"),
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Number of tokens to read in each domain.")] = 8192,
     out: Annotated[
@@ -81,11 +81,11 @@ def prune(
     trust_tokenizer_code: options.TrustTokenizer = False,
     config: options.Config = None,
 ) -> None:
-    """Write a smaller model that plain transformers loads, and measure what pruning costs.
+    """Write a smaller model, and measure what that costs.
 
-    FOLDER/model is a checkpoint in the family's own format; FOLDER/report.html shows the perplexity of
-    each domain by the number of experts kept, for several methods, with intervals, memory and speed. Weights keep the
-    precision in which they are stored.
+    FOLDER/model is a checkpoint in the family's own format, which plain transformers loads; FOLDER/report.html shows
+    the perplexity of each domain by the number of experts kept, for several methods, with intervals, memory and speed.
+    Weights keep the precision in which they are stored.
 
     Methods score experts by routing and outputs (frequency, summed_weight, ean, weighted_ean, reap), the layer's output
     (naee), the loss (gradient, knockout), whether any token selected them (selected), or at random (random), the

@@ -57,9 +57,10 @@ def localise(
     how: Annotated[
         list[Removal] | None,
         typer.Option(
+            metavar="reroute|zero",
             help="Ablate experts by forbidding them, so that others are chosen (reroute), or by setting their "
             "contribution to zero (zero); may be repeated, and the first is the primary one. Without it: reroute, then "
-            "zero."
+            "zero.",
         ),
     ] = None,
     matched: Annotated[int, typer.Option(min=1, help="Number of coalitions matched on routing weight.")] = MATCHED,
@@ -86,10 +87,10 @@ def localise(
     interval over all sources, and the share of controls that are beaten), effects (increase of each domain's loss for
     each kind of coalition), coalitions (the experts that were picked), halves.
 
-    Parallel sources stay together; without --parallel they are those whose names differ in a language code between
-    slashes.
+    Sources that are one document in several domains stay together; without --parallel these are sources whose names
+    differ only in a language code between slashes.
 
-    Every text is read about 2 × (matched + 10) times for each domain and way of ablating.
+    Every text is read about 2 × (matched + 5 + number of domains) times for each way of ablating.
 
     Example: moe-lens localise --domain code=code.jsonl --domain prose=prose.jsonl --tokens 4096 --out runs/localisation
 
@@ -132,19 +133,22 @@ def ablate(
     how: Annotated[
         list[Removal] | None,
         typer.Option(
+            metavar="reroute|zero",
             help="Ablate experts by forbidding them, so that others are chosen (reroute), or by setting their "
-            "contribution to zero (zero); may be repeated. Without it: reroute, then zero."
+            "contribution to zero (zero); may be repeated. Without it: reroute, then zero.",
         ),
     ] = None,
     matched: Annotated[int, typer.Option(min=1, help="Number of coalitions matched on routing weight.")] = 20,
 ) -> "Study":
-    """How much the loss on each domain grows without some experts, with other experts of the same layers as controls.
+    """How the loss on each domain grows without experts.
 
-    Controls: matched (drawn from the same layers until they carry as much of the domain's routing weight, within 10 %),
-    random (the same number of each layer), busiest (the same number, those that all domains use most).
+    Other experts of the same layers are the controls: matched (drawn at random until they carry as much of the domain's
+    routing weight, within 10 %), random (the same number of each layer), busiest (the same number, those that all
+    domains use most).
 
-    Tables: ablation (a row for each domain, way of ablating and kind of coalition: nats a token with their interval
-    over sources, and the excess over the control), coalitions (the experts of each coalition).
+    Tables: ablation (a row for each domain, way of ablating and kind of coalition, that is the named experts and each
+    control: increase of the loss in nats a token with its interval over sources, and what the named experts cost more
+    than the control), effects (the increase for each coalition), coalitions (the experts of each coalition).
 
     Every text is read about matched + 7 times for each way of ablating.
 
@@ -171,15 +175,18 @@ def contrast(
         int | None,
         typer.Option(min=1, help="Number of experts to steer in each layer.  [half the number of active experts]"),
     ] = None,
-    push: Annotated[float, typer.Option(help="Number that is added to the router logits of pushed experts.")] = 2.0,
+    push: Annotated[
+        float, typer.Option(help="Number that is added to the router logits of experts that are pushed.")
+    ] = 2.0,
     matched: Annotated[int, typer.Option(min=1, help="Number of coalitions matched on routing weight.")] = 20,
 ) -> Work:
-    """Which experts do two kinds of prompts use differently, and does the answer depend on them?
+    """Which experts two kinds of prompts use differently.
 
-    Units are templates, or pairs that have none. The test flips the sign of whole units at random and compares with the
-    greatest statistic of all experts. Then experts of A, picked on half of the units, are forbidden in A's prompts of
+    The study also tests whether the answer depends on them. The unit is the template, or the pair where pairs have no
+    template. The test multiplies all differences of a unit by one random sign, and compares with the greatest statistic
+    of all experts. Then the experts that prompts A prefer, picked on half of the units, are forbidden in A's prompts of
     the other half, and pushed in B's. Controls: coalitions of the same routing weight, and steering with the opposite
-    sign. --domain gives neutral texts.
+    sign. --domain gives neutral texts, on which the cost of steering is measured.
 
     Tables: experts (difference of shares, t, p-value, and the same at tokens that both prompts have), test (how many
     experts are found, and how often any when A and B are swapped at random), steering (answer − foil in nats, with

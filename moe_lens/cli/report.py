@@ -24,14 +24,15 @@ def report(
     ] = None,
     changed: Sequence[str] = (),
 ) -> Work | None:
-    """What the experts of a model do on real text: five studies, and one HTML page of them that opens offline.
+    """Five studies of a model, on one page.
 
-    Which experts each domain is sent to, with a random router and routing by the token alone as nulls; one expert
-    against the ensemble, with controls; the cost of fewer experts; what each expert would predict next; the cost of
-    pruning a quarter of the experts, and of removing those that a domain prefers, with random and matched controls;
-    and verdicts on the paper's claims. The folder receives report.html, verdicts.json, and the studies in routing,
-    single-expert, lens, pruning and localisation. The last two read a quarter of --tokens, and are left out where a
-    domain has a single source. With FOLDER arguments nothing is run: one page shows these saved studies.
+    What the experts of a model do on real text, on one HTML page that opens offline: which experts each domain is sent
+    to, with a random router and routing by the token alone as nulls; one expert against the ensemble, with controls;
+    the cost of fewer experts; what each expert would predict next; the cost of pruning a quarter of the experts, and of
+    removing those that a domain prefers, with random and matched controls; and verdicts on the paper's claims. The
+    folder receives report.html, verdicts.json, and the studies in routing, single-expert, lens, pruning and
+    localisation. The last two read a quarter of --tokens, in windows of at most 32, and are left out where a domain has
+    a single source. With FOLDER arguments nothing is run: one page shows these saved studies.
 
     Example: moe-lens report runs/routing runs/single-expert --out page
     """

@@ -43,24 +43,29 @@ def routing(
     nulls: Annotated[
         bool,
         typer.Option(
-            "--nulls", help="Also measure a random router, token-unigram and uniform routing: one more forward pass."
+            "--nulls",
+            help="Also measure the nulls: a random router, routing by the token alone (token_unigram), and uniform "
+            "routing. The texts are read once more.",
         ),
     ] = False,
     parallel: Parallel = None,
 ) -> "Study":
-    """Which experts each domain's tokens are sent to, with intervals over sources and tests between domains.
+    """Which experts each domain's tokens are sent to.
+
+    Shares have intervals over sources, and domains are tested against one another.
 
     Tables: specialisation (share of tokens that have the expert among their active ones), most_specialised, layers
-    (Gini, entropies, margin, experts for 50 and 80 %), pairs (co-activation, transitions), persistence, vocabulary; of
-    two domains or more: domain_experts, domain_layers, domain_pairs, the tests that permute domains over sources; of
-    three or more: domain_nearer (is a domain nearer to one than to another: difference of two divergences);
-    given_token_layers, given_token_pairs, what the domain adds once the token is known; committee and
-    committee_layers, the experts with most of the routing weight of every domain (with --nulls also a random router's).
+    (Gini, entropies, margin, experts for 50 and 80 % of the assignments), pairs (co-activation, transitions),
+    persistence, vocabulary. With two domains or more also domain_experts, domain_layers, domain_pairs (tests that
+    permute domains over sources), given_token_layers, given_token_pairs (what the domain adds once the token is known),
+    committee and committee_layers (the experts with most of the routing weight of every domain; with --nulls also a
+    random router's). With three or more also domain_nearer (is a domain nearer to one than to another: difference of
+    two divergences).
 
     Example: moe-lens routing --domain prose=prose.jsonl --domain code=code.jsonl --tokens 100000 --out runs/routing
 
-    With --parallel, two domains with parallel sources are compared on these alone, by swapping them; sources without a
-    partner are left out of the pair, and counted (domain_pairs: sources, dropped).
+    With --parallel, two domains that hold the same documents are compared on these alone, by swapping the two versions
+    of a document; sources without a partner are left out of the pair, and counted (domain_pairs: sources, dropped).
 
     Several processes: torchrun --nproc-per-node 4 -m moe_lens routing …
     """
@@ -72,18 +77,28 @@ def routing(
 @command("single-expert", "moe-lens-single-expert")
 def single_expert(
     layers: Annotated[
-        Together, typer.Option(help="Leave experts out in all layers at once, in one at a time, or both.")
+        Together,
+        typer.Option(
+            help="Leave experts out in all layers at once (together), in one layer at a time (each), or do both."
+        ),
     ] = (Together.together),
     treatment: Annotated[
         list[Treated] | None,
-        typer.Option(help="Treatment of the experts that are not kept; may be repeated. Without it: all four."),
+        typer.Option(
+            metavar="|".join(Treated),
+            help="Treatment of the experts that are not kept; may be repeated. Without it: all four.",
+        ),
     ] = None,
     k: Annotated[
         list[int] | None,
-        typer.Option("--k", min=0, help="Number of experts to keep; may be repeated.  [0 … top-k]"),
+        typer.Option(
+            "--k", min=0, metavar="NUMBER", help="Number of experts to keep; may be repeated.  [0 … top-k less 1]"
+        ),
     ] = None,
 ) -> "Study":
-    """One expert against all active ones: cosines with their controls, and the perplexity with fewer experts.
+    """One expert against all active ones.
+
+    Cosines with their controls, and the perplexity with fewer experts.
 
     Treatments of the experts that are not kept: dropped; renormalised (dropped, and the kept weights rescaled to the
     same sum); random (the kept ones are drawn at random); replaced (by their mean output, taken from other sources).
@@ -110,27 +125,36 @@ def experts_per_token(
         typer.Option(
             "--k",
             min=1,
-            help="Number of experts of every token; may be repeated. Without it: 1, 2, 4, … and all experts, and some "
-            "numbers near the model's own. The model's own number is always run.",
+            metavar="NUMBER",
+            help="Number of experts of every token; may be repeated. Without it: 1, 2, 4, … and all experts, and half, "
+            "one and a half times and twice the model's own number, which is always run.",
         ),
     ] = None,
     mass: Annotated[
         list[float] | None,
         typer.Option(
+            metavar="SHARE",
             help="Give a token the fewest experts whose shares of affinity sum to at least this (top-p); may be "
-            "repeated.  [0.15, 0.3, 0.5]"
+            "repeated.  [0.15, 0.3, 0.5]",
         ),
     ] = None,
     threshold: Annotated[
         list[float] | None,
-        typer.Option(help="Give a token the experts with at least this share of affinity; may be repeated."),
+        typer.Option(
+            metavar="SHARE", help="Give a token the experts with at least this share of affinity; may be repeated."
+        ),
     ] = None,
     entropy: Annotated[
         list[float] | None,
-        typer.Option(help="Give a token this number × exp(entropy of its affinities) experts; may be repeated."),
+        typer.Option(
+            metavar="NUMBER",
+            help="Give a token this number × exp(entropy of its affinities) experts; may be repeated.",
+        ),
     ] = None,
 ) -> "Study":
-    """Loss with fewer or more experts than the model was trained with: a fixed number, or one that the router decides.
+    """Loss with fewer or more experts for each token.
+
+    The number is fixed, or depends on the router's affinities for the token.
 
     Tables: numbers (a row for each number and rule: mean number of experts, loss, perplexity, ratio to the model's own
     number, and the nats a token that a rule saves against a fixed number at the same mean; the control of each rule is
@@ -157,11 +181,14 @@ def lens(
         ),
     ] = "logit",
 ) -> "Study":
-    """What the model would predict if it ended in a layer after one expert, all of them, or none: Figure 2, in numbers.
+    """What a lens reads after one expert, all, or none.
+
+    What the model would predict if it ended in a layer, after u (the residual stream before the experts) and one, all
+    or none of the active experts: Figure 2 of the paper, in numbers.
 
     Table: lens (by domain, layer and partial sum: cross-entropy, entropy, KL to the model's own prediction and to the
-    ensemble of all active experts, agreement), with controls: u, the residual stream before the experts; u + a random
-    active expert; u + an expert that was not selected.
+    ensemble of all active experts, agreement), with controls: u alone; u + a random active expert; u + an expert that
+    was not selected.
 
     Example: moe-lens lens --domain code=code.jsonl --tokens 20000 --out runs/lens
     """
@@ -186,10 +213,11 @@ def collect_activations(
     ] = options.StoredDtype.float32,
     kind: Annotated[Kind, typer.Option("--format", help="File format of the shards.")] = Kind.safetensors,
 ) -> Work:
-    """Save activations and routing of every token, in shards, to train probes, SAEs and transcoders on.
+    """Save activations and routing of every token.
 
-    Every shard has, for each token: token, document, position, counted, the active experts (indices) and their weights
-    in every MoE layer, and the activations that --hook names. documents.parquet says which source a document is from.
+    They are saved in shards, to train probes, SAEs and transcoders on. Every shard has, for each token: token,
+    document, position, counted (false at special tokens), the active experts (indices) and their weights in every MoE
+    layer, and the activations that --hook names. documents.parquet says which source a document is from.
     In Python: moe_lens.studies.Collected.load(FOLDER).shards(), or .dataset() for `datasets`.
 
     Example: moe-lens collect --hook 'blocks.*.hook_resid_mid' --store float16 --tokens 1000000 --out runs/activations
