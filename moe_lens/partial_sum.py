@@ -99,7 +99,7 @@ class PartialSum:
 
     @classmethod
     def each_rank(cls, top_k: Positive) -> tuple["PartialSum", ...]:
-        """U + one expert, by rank: k sums.
+        """The sums u + one expert, by rank: k of them.
 
         Args:
             top_k: How many experts a token has.
@@ -108,7 +108,7 @@ class PartialSum:
 
     @classmethod
     def cumulative(cls, top_k: Positive) -> tuple["PartialSum", ...]:
-        """U + the first j ranks, for j = 0 … k: k + 1 sums.
+        """The sums u + the first j ranks, for j = 0 … k: k + 1 of them.
 
         Args:
             top_k: How many experts a token has.
@@ -117,7 +117,7 @@ class PartialSum:
 
     @classmethod
     def leave_one_out(cls, top_k: Positive) -> tuple["PartialSum", ...]:
-        """U + all ranks but one: k sums.
+        """The sums u + all ranks but one: k of them.
 
         Args:
             top_k: How many experts a token has.
@@ -126,7 +126,7 @@ class PartialSum:
 
     @classmethod
     def each_expert(cls, n_experts: Positive) -> tuple["PartialSum", ...]:
-        """U + one expert, by id: one sum for each expert of a layer.
+        """The sums u + one expert, by id: one for each expert of a layer.
 
         Args:
             n_experts: How many routed experts a layer has.

@@ -144,7 +144,7 @@ def jackknife_interval(
 
 
 def halves(sources: Iterable[str], seed: Seed = 0) -> dict[str, int]:
-    """Deal sources into two halves, 0 and 1, at random; the same sources and seed give the same halves."""
+    """Divide sources into two halves, 0 and 1, at random; the same sources and seed give the same halves."""
     order = sorted(set(several(sources, "sources")))
     random.Random(seed).shuffle(order)
     return {source: i % 2 for i, source in enumerate(order)}

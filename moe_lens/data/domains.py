@@ -77,7 +77,7 @@ def embedded_domains() -> list[Domain]:
 
 
 def embedded_domain(name: str) -> Domain:
-    """One of `EMBEDDED`."""
+    """One of the five held-out domains: english, french, german, math or code."""
     folder = resources.files("moe_lens") / "assets" / "domains"
     return load_domain(name, Path(str(folder / f"{name}.jsonl")))
 

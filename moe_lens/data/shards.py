@@ -22,7 +22,7 @@ class Reading:
     """The greatest length of a window, BOS included; a shorter context of the model counts."""
     packed: bool = False
     """Whether windows are laid one after another in rows of `context` tokens. No attention reaches from one to another
-    either way, so that results are the same to float error; it saves the padding of texts of very unlike lengths."""
+    either way, so that results are the same up to rounding; it saves the padding of texts of very unlike lengths."""
     seed: Seed = 0
     """Of the choice of texts."""
     shard_tokens: Positive = 2**15

@@ -45,7 +45,7 @@ class TokenBatch(Summary):
     windows: tuple[Window, ...] = ()
     """What the rows were made from, if they were made from windows."""
     packing: Packing | None = None
-    """How the model is to read the rows if not one by one; all else in the batch is by row either way."""
+    """How rows are laid together in one row of the model's input; None: each by itself. All else here is by row."""
 
     def unpack(self, values: Shaped[Tensor, "rows columns *rest"]) -> Shaped[Tensor, "batch pos *rest"]:
         """What the model gave for what it read, by row of the batch."""

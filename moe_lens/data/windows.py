@@ -29,7 +29,7 @@ class Window:
     opening: Natural = 0
     """How many of its first tokens open it, and are not counted as its text."""
     written: bool = False
-    """Whether these are the text's own, which begins with what the tokenizer would put before it."""
+    """Whether the text itself begins with these tokens, as a rendered chat template does, so that none were added."""
 
 
 def too_short(passage: Passage, length: int) -> None:

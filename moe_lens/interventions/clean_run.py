@@ -196,7 +196,7 @@ class Variant:
     layer: Natural
     """The first block that is run; `n_layers` for none, when only the stream leaving the last block differs."""
     resid: Callable[[Int[Tensor, " items"]], Float[Tensor, "items pos d_model"]] | None = None
-    """From the items to the stream entering that block; the clean one if not given."""
+    """A function from numbers of items to the stream that enters that block for them; the clean one if not given."""
     hooks: Hooks = ()
     """Hooks in that block or later ones. Each sees this variant's own part of the batch: the items that it changes."""
     changed: Bool[Tensor, "batch pos"] | None = None

@@ -65,7 +65,7 @@ class ExpertMeans(Summary):
         return self.shared[self._row(layer)]
 
     def require(self, layer: Natural, expert: Natural) -> None:
-        """Nothing, if an expert has a mean.
+        """Raise unless an expert has a mean.
 
         Raises:
             InputError: no token of the reference was routed to it.

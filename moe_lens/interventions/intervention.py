@@ -31,8 +31,8 @@ class Intervention(OpensScope):
 
     Interventions nest. At one hook point the outer one acts first and the inner one sees what it has made; hook points
     act in the order in which the model computes: router logits, selection, routing weights, slots left out, outputs.
-    Nothing outlives the `with`, however it is left. A value can be used again, also inside itself: it then acts twice.
-    It pickles by value, without its model: `bind` makes it anew on a model.
+    Nothing outlives the `with`, however it is left. An intervention can be entered again, also inside itself: it then
+    acts twice. It pickles by value, without its model: `bind` makes it anew on a model.
     """
 
     model: HookedModel | None

@@ -57,7 +57,7 @@ class StrongInput:
     norm: float
     """‖g E(x)‖, what it adds to the stream; the inputs are chosen by it."""
     writing: Writing
-    """Of the output there."""
+    """What the expert's output at the token writes."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,11 @@ class ExpertVocabulary(Summary):
     tokens: Natural
     """Tokens of the corpus, padding and special tokens left out."""
     routed: Natural
-    """Those of them that chose the expert."""
+    """How many of these tokens chose the expert."""
     mean_out: Float[Tensor, " d_model"] | None
     """Mean of E(x) over them, not weighted."""
     mean: Writing | None
-    """Of that mean."""
+    """What that mean writes."""
     inputs: tuple[StrongInput, ...]
     """The strongest first."""
     neurons: tuple[Neuron, ...]

@@ -33,7 +33,7 @@ class RouterAttrs(Summary):
     values: Float[Tensor, "component *tokens n_experts"]
     """What each component adds to each expert's router logit."""
     logits: Float[Tensor, "*tokens n_experts"]
-    """The router logits of the run: the sum of the components to float tolerance."""
+    """The router logits of the run: the sum of the components, up to rounding."""
 
     def centred(self) -> "RouterAttrs":
         """With the mean over experts subtracted from every component, and from the logits.

@@ -54,7 +54,9 @@ def run(
     watch: Callable[[str, int], None] = lambda what, tokens: None,  # noqa: ARG005
     say: Callable[[str], None] = lambda line: None,  # noqa: ARG005
 ) -> Path:
-    """Run `STUDIES` and `OF_HALVES`, or resume where they were interrupted, and write the page; the path of the page.
+    """Run the five studies of the report, or resume where they were interrupted, and write the page; its path.
+
+    The studies are those of `STUDIES`, and of `OF_HALVES` where the texts have sources enough.
 
     Args:
         model: A `HookedMoE`.

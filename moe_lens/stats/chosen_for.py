@@ -53,7 +53,7 @@ def chosen_for(
     seed: Seed = 0,
     parallel: Callable[[str], str] | None = None,
 ) -> pd.DataFrame:
-    """For each expert up to five things that the tokens which choose it have, and how well they tell its choices.
+    """For each expert up to five properties of the tokens that choose it, and how well they predict its choices.
 
     Of tokens, tokens before, places, domains and what else is known, those are picked that add most to the expert's
     divergence from its share, n ln(lift), one after another, among tokens that none of those before holds for; on half

@@ -107,7 +107,7 @@ class DomainComparison(Result):
     def per_layer(self) -> pd.DataFrame:
         """A row per layer: mi, low, high, null, excess (mi − null), p_value, p_holm (over layers), smallest_p; nats.
 
-        low and high are the 95 % interval over sources of the mutual information less what few sources add to it.
+        low and high are the 95 % interval over sources of the mutual information minus what few sources add to it.
         """
         strata = self._strata(torch.ones(len(self.unit_domains), dtype=torch.bool))
         low, high = jackknife_interval(self.mi, self.mi_without, strata, corrected=True)
@@ -126,7 +126,7 @@ class DomainComparison(Result):
     def per_pair(self) -> pd.DataFrame:
         """A row per layer and pair of domains, of these two alone; nats.
 
-        Columns: layer, domain, other, jsd, low, high (95 % interval over sources of the divergence less what few
+        Columns: layer, domain, other, jsd, low, high (95 % interval over sources of the divergence minus what few
         sources add to it), null, excess (jsd minus null), p_value, p_holm (over pairs and layers), smallest_p, sources,
         other_sources, dropped (sources that have no parallel one in the other domain).
         """
@@ -153,7 +153,7 @@ class DomainComparison(Result):
         return frame.reset_index().assign(**{name: values * len(self.layers) for name, values in each.items()})
 
     def nearer(self, domain: str, one: str, other: str) -> pd.DataFrame:
-        """Is a domain nearer to one than to another: the divergence from one less that from the other, nats.
+        """Is a domain nearer to one than to another: the divergence from one minus that from the other, nats.
 
         A row per layer, and a last one (layer missing) for the mean over layers: to_one, to_other, difference, low,
         high (its 95 % interval over sources; below 0: nearer to `one`).

@@ -126,7 +126,7 @@ class PairResult(Result):
 
 
 class PairStats(Accumulator[PairResult]):
-    """Counts pairs of experts, all of them: within a layer, between MoE layers that follow one another, and in time."""
+    """Counts all pairs of experts: within a layer, from a MoE layer to the next, and from a token to the next."""
 
     def __init__(self, layers: Sequence[int], n_experts: Positive, top_k: Positive):
         self.layers, self.n_experts, self.top_k = tuple(layers), n_experts, top_k

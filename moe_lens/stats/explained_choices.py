@@ -84,7 +84,7 @@ class ChoiceExplanation(Result):
         Columns: share (of tokens that choose the expert); from the feature alone (or all): recall (share of those that
         are predicted; a token is predicted the top_k experts of the greatest scores), precision, auc, explained (share
         of the squared error of `share` that the prediction saves: 1 perfect, 0 none); gain (the same, of the token with
-        the feature less the token alone) and gain_shuffled (with the feature shuffled over tokens). auc, explained and
+        the feature minus the token alone) and gain_shuffled (with the feature shuffled over tokens). auc, explained and
         gain have the ends of their 95 % interval over sources, missing below ten.
         """
         return self._frame(experts=True)
@@ -93,7 +93,7 @@ class ChoiceExplanation(Result):
         """A row per layer and feature: recall, explained, gain (see `to_frame`), with their 95 % intervals.
 
         Of all experts of a layer together as many are predicted as chosen, so that precision is recall; recall_gain is
-        that of the token with the feature less that of the token alone.
+        that of the token with the feature minus that of the token alone.
         """
         return self._frame(experts=False)
 
@@ -174,7 +174,7 @@ def explain_choices(
 
     Each expert's choice is predicted by ridge regression (see `held_out`) from the token, the one before it (by itself
     and with the token), its position and its domain; each alone, each with the token, and all; and with the others
-    shuffled over tokens, where nothing may be gained.
+    shuffled over tokens, which should add nothing.
 
     Args:
         samples: Of each domain, taken with the same model.

@@ -20,9 +20,9 @@ from moe_lens.stats.vocabulary_specialisation import VocabularyResult
 
 
 def uniform_routing(batch: RoutedBatch, generator: torch.Generator) -> RoutedBatch:
-    """Every token and layer renames its experts at random: top_k of them, each as likely as any other.
+    """The same routing with the ids of experts permuted at random, anew for each token and layer.
 
-    Weights, logits and affinities go with the names, so that margins and entropies are the model's own.
+    Weights, logits and affinities move with the ids, so that margins and entropies are the model's own.
     """
     routing = batch.routing
     shape = (*routing.indices.shape[:-1], routing.n_experts)

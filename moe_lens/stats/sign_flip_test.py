@@ -13,7 +13,7 @@ from moe_lens.stats.multiple_tests import max_t
 
 
 class SignTest(NamedTuple):
-    """What is found of each quantity, all of them counted."""
+    """Result of `sign_test` for each quantity; p-values are corrected for the number of quantities."""
 
     mean: Float[Tensor, "*shape"]
     t: Float[Tensor, "*shape"]

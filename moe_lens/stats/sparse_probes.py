@@ -147,7 +147,7 @@ class ProbeResult(Result):
 
         Columns: accuracy (balanced: mean of the shares of tokens with and without the label that are told right; .5 is
         chance), low, high (95 % over sources), recall, precision, shuffled (accuracy of a probe of labels shuffled
-        within each window), beyond (accuracy less that), beyond_low, beyond_high (paired by source), labelled, tokens,
+        within each window), beyond (accuracy minus that), beyond_low, beyond_high (paired by source), labelled, tokens,
         sources (parallel ones are one).
         """
         n, said = self.tokens.double(), self.said.double()

@@ -62,7 +62,7 @@ class StandingCommittee(Result):
 
         Columns: size (experts of the committee), mass (share of the domain's routing weight that it carries), low, high
         (its interval over sources, 95 % for all domains of a layer together), own (what as many experts picked for this
-        domain carry), uniform; and with a control: control (what its own committee carries), beyond (mass less that),
+        domain carry), uniform; and with a control: control (what its own committee carries), beyond (mass minus that),
         beyond_low, beyond_high (paired by source).
 
         Raises:

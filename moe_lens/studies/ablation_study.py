@@ -25,12 +25,16 @@ from moe_lens.studies.study import TEXTS, Earlier, Gathered, Study
 
 @dataclass(frozen=True)
 class AblationStudy(Study):
-    """Loss of each domain without some experts, and without as many, and as much routing weight, of the same layers."""
+    """Loss of each domain without some experts, beside controls.
+
+    Controls are other experts of the same layers: as many, or with as much of the domain's routing weight.
+    """
 
     experts: Experts
-    """Which: `{layer: [expert, …]}` or `[(layer, expert), …]`; all of them are taken out at once."""
+    """The experts to take out, all at once: `{layer: [expert, …]}` or `[(layer, expert), …]`."""
     how: tuple[Removal, ...] = REMOVALS
-    """How: forbidden, so that others are chosen, or their contribution set to zero; each by itself."""
+    """Ways to take them out, each run by itself: `reroute` forbids them, so that others are chosen; `zero` sets their
+    contribution to zero."""
     matched: Positive = 20
     """Coalitions to match on the routing weight that a domain gives the experts."""
     seed: Seed = 0

@@ -57,7 +57,7 @@ _BY_SOURCE = RoutingResult, LossResult, ScoreResult, CoalitionEffects
 
 @dataclass(frozen=True)
 class Atlas(Study):
-    """Everything that is told of each expert, with how sure it is."""
+    """What chooses each expert, what it reads and writes, and what breaks without it, with intervals and controls."""
 
     contexts: bool = True
     """Whether pieces of the texts are kept, and shown."""
@@ -72,7 +72,7 @@ class Atlas(Study):
     passes: ClassVar[tuple[str, ...]] = ("choice", "outputs", "effects", "costliest")
 
     def check(self, model: Any) -> None:
-        """Refuse outputs that have no mean in the stream, texts that are none, and a number that is none."""
+        """Refuse experts with outputs narrower than the stream, texts without a token, and knockout_tokens of 0."""
         require_stream_width(model, "what they write")
         if self.knockout_tokens < 1:
             raise InputError(f"knockout_tokens is {self.knockout_tokens}; expected at least 1")

@@ -117,7 +117,7 @@ def _contrast(result: Result) -> list[Means]:
     assert isinstance(result, ContrastResult)
     cells = [f"layer {at}, expert {expert}" for at in result.layers for expert in range(result.differences.shape[-1])]
     pairs = result.pairs.double()[:, None].expand(-1, len(cells))
-    return [Means(_index(["A less B"] * len(cells), cells), result.sources, result.differences.flatten(1), pairs)]
+    return [Means(_index(["A minus B"] * len(cells), cells), result.sources, result.differences.flatten(1), pairs)]
 
 
 def _steering(result: Result) -> list[Means]:

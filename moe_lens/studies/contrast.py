@@ -53,7 +53,7 @@ forbidden in A's prompts, and the logits of A's are lowered in B's."""
 
 @dataclass(frozen=True)
 class ContrastStudy(Study):
-    """Experts that two kinds of prompts differ in."""
+    """Experts that two kinds of prompts use differently, and whether the answer depends on them."""
 
     pairs: tuple[Pair, ...]
     experts: Natural | None = None

@@ -27,7 +27,7 @@ class ContrastResult(Result):
     """The units."""
     pairs: Int[Tensor, " unit"]
     differences: Float[Tensor, "unit layer n_experts"]
-    """Share of the tokens looked at that choose the expert, in A less in B."""
+    """Share of the tokens looked at that choose the expert, in A minus in B."""
     shared: Int[Tensor, " unit"]
     """Pairs of which A and B have tokens in common."""
     same: Float[Tensor, "unit layer n_experts"]
@@ -47,7 +47,7 @@ class ContrastResult(Result):
     def experts(self, draws: int, seed: int) -> pd.DataFrame:
         """A row per layer and expert, the largest |t| first.
 
-        Columns: layer, expert, difference (mean over units of the share in A less in B), t, p_value (of the greatest
+        Columns: layer, expert, difference (mean over units of the share in A minus in B), t, p_value (of the greatest
         |t| of all experts; missing below ten units); same, same_t, same_p_value: likewise at tokens that both have.
         """
         index = pd.MultiIndex.from_product([self.layers, range(self.differences.shape[-1])], names=["layer", "expert"])

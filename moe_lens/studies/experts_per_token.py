@@ -31,7 +31,7 @@ ADAPTIVE = ("mass", "threshold", "entropy")
 
 @dataclass(frozen=True)
 class ExpertsPerToken(Study):
-    """Loss and mean number of experts, of numbers that are the same for all tokens and of numbers of their own."""
+    """Loss with other numbers of active experts: the same for all tokens, or chosen for each by a rule."""
 
     k: tuple[Natural, ...] | None = None
     """Numbers that are the same for all; 1, 2, 4, … and all, and half, one and a half times and twice the model's own,

@@ -119,7 +119,7 @@ class FactStats(Accumulator[FactResult]):
 
 @dataclass(frozen=True)
 class FactStudy(Study):
-    """Tracing over facts, each kind by itself."""
+    """Causal tracing over facts, by kind: do experts picked on some prompts restore the answers of others?"""
 
     facts: tuple[Fact, ...]
     experts: Positive | None = None

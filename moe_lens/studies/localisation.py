@@ -38,7 +38,7 @@ REMOVALS: tuple[Removal, ...] = ("reroute", "zero")
 
 @dataclass(frozen=True)
 class Localisation(Study):
-    """Experts of each domain, taken out of the texts of all."""
+    """Loss on every domain without the experts that one domain prefers, on sources that they were not picked on."""
 
     by: By = "routing"
     """What experts are picked by: how much more of the domain's tokens choose them than of others', as

@@ -33,10 +33,10 @@ They are read by the domain itself alone, and have no random plans."""
 
 @dataclass(frozen=True)
 class PruningStudy(Study):
-    """A smaller model for each domain, read by all of them."""
+    """Perplexity of every domain without the experts that one domain's tokens choose least, beside random plans."""
 
     share: float = 0.25
-    """Of each layer's experts, that go."""
+    """Share of each layer's experts that are removed."""
     random: Natural = 40
     """Random plans of the same size."""
     parallel: str = LANGUAGE

@@ -61,7 +61,7 @@ class RoutingStudy(Study):
     """Load, specialisation, co-activation, persistence, vocabulary, and tests between domains, beside their nulls."""
 
     nulls: bool = False
-    """Whether everything is also measured of `nulls_of` the model, which reads the texts once more."""
+    """Whether the nulls (`nulls_of` the model) are measured, too, which reads the texts once more."""
     seed: Seed = 0
     """Of the nulls, and of permutations."""
     parallel: str | None = None

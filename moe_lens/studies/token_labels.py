@@ -39,8 +39,8 @@ class Span(NamedTuple):
 def label_tokens(model: AnyModel, domains: Domains, find: Callable[[str, int, str], Iterable[Span]]) -> pd.DataFrame:
     """A row per token of every passage: domain, document, position, and of each label whether a span of it is there.
 
-    A token has the labels of all spans of which it holds a character. What opens a text is a token of it only where the
-    text spells it out itself, as one of a chat template does.
+    A token has the labels of all spans that cover one of its characters. BOS, and whatever else the tokenizer puts
+    before a text, has a row only where the text spells it out itself, as a rendered chat template does.
 
     Args:
         model: Whose tokenizer reads the texts.
@@ -106,7 +106,7 @@ def _wrong_label(label: Any) -> str:
 
 
 def by_pattern(patterns: Mapping[str, str]) -> Callable[[str, int, str], Iterable[Span]]:
-    """Spans that regular expressions find, each with the name of its expression; matches of no character are none.
+    """Spans that regular expressions find, each with the name of its expression; empty matches are left out.
 
     Raises:
         InputError: One is no regular expression.

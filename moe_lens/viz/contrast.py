@@ -22,10 +22,10 @@ WAYS = {"forbid": "A's experts forbidden, in A", "push": "A's experts pushed, in
 
 
 def contrast_map(result: StudyResult) -> "Figure":
-    """Share of tokens that choose an expert, in A less in B: layers × experts; a dot where p ≤ .05, all counted.
+    """Share of tokens that choose an expert, in A minus in B: layers × experts; a dot where the corrected p ≤ .05.
 
     Args:
-        result: Of a `Contrast` study.
+        result: Of a `ContrastStudy`.
     """
     import plotly.graph_objects as go
 
@@ -42,7 +42,7 @@ def contrast_map(result: StudyResult) -> "Figure":
             colorscale=DIVERGING,
             zmin=-largest,
             zmax=largest,
-            colorbar={"title": {"text": "A less B"}, "thickness": 12},
+            colorbar={"title": {"text": "A minus B"}, "thickness": 12},
             hovertemplate="%{y}, expert %{x}: %{z:+.3f}, p = %{customdata:.3f}<extra></extra>",
         )
     )
@@ -63,7 +63,7 @@ def contrast_steering(result: StudyResult) -> "Figure":
     """How far steering moves answer − foil in the expected direction: picked experts, and what they are held against.
 
     Args:
-        result: Of a `Contrast` study whose pairs have answers.
+        result: Of a `ContrastStudy` whose pairs have answers.
 
     Raises:
         InputError: They have none.

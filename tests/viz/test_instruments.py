@@ -111,7 +111,7 @@ def test_compare_has_the_numbers_of_the_tables_and_itself_has_no_differences(mad
 
     found = compare(made["contrast"], made["contrast"], **columns).table
     experts = made["contrast"].tables["experts"].sort_values(["layer", "expert"])
-    assert list(found[found["quantity"] == "A less B"]["one"]) == pytest.approx(list(experts["difference"]), abs=ORDER)
+    assert list(found[found["quantity"] == "A minus B"]["one"]) == pytest.approx(list(experts["difference"]), abs=ORDER)
     steered = made["contrast"].tables["steering"].query("kind != 'matched'")["effect"]
     assert list(found[found["quantity"] == "effect"]["one"]) == pytest.approx(list(steered), abs=MANY)
 
