@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import json
+import pkgutil
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -146,6 +147,35 @@ def test_every_public_name_has_its_place_in_the_api_pages():
     assert modules == {"names", "errors"}
     missing = {name for name in PUBLIC if not name.endswith("Error") and not name.startswith("_")} - shown
     assert not missing
+
+
+def not_shown(page: str) -> list[str]:
+    """Members that an API page lists and does not show: there is none, or it is inherited and that is not asked for."""
+    found = []
+    for name, options in re.findall(r"^::: (\S+)\n((?:    .*\n)*)", page + "\n", re.MULTILINE):
+        if members := re.findall(r"^        - (\w+)$", options, re.MULTILINE):
+            shown: Any = pkgutil.resolve_name(name)
+            bases = shown.__mro__ if inspect.isclass(shown) else [shown]
+            for member in members:
+                holds = [base for base in bases if member in {**vars(base), **inspect.get_annotations(base)}]
+                apart = holds[:1] != [shown] and "inherited_members: true" not in options
+                former = holds and "former name" in (getattr(vars(holds[0]).get(member), "__doc__", None) or "")
+                found += [f"{name}.{member}"] if not holds or apart or former else []
+    return found
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "api").glob("*.md")), ids=lambda page: page.stem)
+def test_api_pages_show_what_they_list(page: Path):
+    assert not not_shown(page.read_text(encoding="utf-8"))
+
+
+def test_a_member_that_is_not_shown_is_found():
+    listed = "::: moe_lens.{}\n    options:\n      {}\n      members:\n        - {}\n"
+    inherited = "inherited_members: true"
+    assert not_shown(listed.format("MoECache", inherited, "picked")) == ["moe_lens.MoECache.picked"]
+    assert not_shown(listed.format("MoECache", "", "partial_sum")) == ["moe_lens.MoECache.partial_sum"]
+    assert not_shown(listed.format("HookedMoE", inherited, "step")) == ["moe_lens.HookedMoE.step"]
+    assert not not_shown(listed.format("MoECache", inherited, "partial_sum"))
 
 
 def test_every_page_is_in_the_navigation():
