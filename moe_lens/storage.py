@@ -1,5 +1,6 @@
 """Files written whole or not at all; tensors with a small JSON header in one safetensors file."""
 
+import hashlib
 import json
 import os
 from collections.abc import Generator, Mapping
@@ -7,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,7 +20,8 @@ from moe_lens.json_files import read_json as read_json
 from moe_lens.scratch import scratch_folder
 
 _HEADER = "moe_lens"
-_VERSION = 1
+_VERSION = 2
+"""Raised by one whenever what is written changes. From 2 on there is a digest."""
 
 
 @contextmanager
@@ -55,16 +58,27 @@ def save_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], hea
     Raises:
         InputError: the file cannot be written there; nothing is left behind.
     """
-    metadata = {_HEADER: json.dumps({"kind": kind, "version": _VERSION, **header})}
+    about = json.loads(json.dumps({"kind": kind, "version": _VERSION, **header}))
+    whole = {key: value.detach().contiguous() for key, value in tensors.items()}
+    about["digest"] = digest(whole, about)
     with written_whole(path) as temporary:
-        save_file({key: value.detach().contiguous() for key, value in tensors.items()}, temporary, metadata)
+        save_file(whole, temporary, {_HEADER: json.dumps(about)})
+
+
+def digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    """SHA-256 of a header of plain JSON values, and of tensors with their names, dtypes and shapes."""
+    found = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, value in sorted(tensors.items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_tensors` wrote: the tensors, on the CPU, and the header.
 
     Raises:
-        InputError: there is no such file, it is not safetensors, or it holds something else.
+        InputError: there is no such file, it is not safetensors, it holds something else, or it was changed.
     """
     try:
         check_file(Path(path))
@@ -75,11 +89,14 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
                 raise InputError(f"{path} holds {found}; expected a {kind}")
             if (version := header.get("version")) != _VERSION:
                 raise InputError(f"{path} has format version {version}; this moe_lens reads {_VERSION}")
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (not a mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except FileNotFoundError as error:
         raise InputError(f"there is no file {path}") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as safetensors: {error}") from error
+    if header.pop("digest", None) != digest(tensors, header):
+        raise InputError(f"{path} is not as moe_lens wrote it; was it edited? Make it anew")
+    return tensors, header
 
 
 @contextmanager

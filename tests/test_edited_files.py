@@ -16,6 +16,7 @@ from moe_lens.interventions.trace_result import SiteEffects
 from moe_lens.lenses import LensResult
 from moe_lens.lenses.lens_result import blank
 from moe_lens.pruning import Scores, plan
+from moe_lens.storage import digest
 
 SCORES = Scores(
     method="frequency", model={"name": "m"}, layers=(1, 2), top_k=2, domains=("a", "b"), tokens=(5, 6), texts="0",
@@ -45,13 +46,16 @@ LENS = LensResult(
 )  # fmt: skip
 
 
-def edited(saved: Any, path: Path, change: Any) -> None:
-    """Save, and change the header, or a tensor, as somebody with an editor would."""
+def edited(saved: Any, path: Path, change: Any, *, forged: bool = True) -> None:
+    """Save, and change the header, or a tensor, as somebody with an editor would; who forges makes the digest fit."""
     saved.save(path)
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["moe_lens"])
     change(header, tensors)
+    if forged:
+        header.pop("digest")
+        header["digest"] = digest(tensors, header)
     save_file(tensors, path, {"moe_lens": json.dumps(header)})
 
 
@@ -170,3 +174,40 @@ def test_what_was_edited_by_hand_is_refused_at_load(saved, change, message, tmp_
     with pytest.raises(InputError) as error:
         type(saved).load(path)
     assert message in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("saved", "name"),
+    [
+        (ROUTING, "weights"),
+        (SCORES, "values"),
+        (PLAN, "values"),
+        (ATTRIBUTION, "values"),
+        (TRACE, "corrupted"),
+        (PATCH, "values"),
+        (LENS, "entropy"),
+    ],
+)
+def test_values_that_could_be_are_refused_too_where_they_are_not_those_that_were_saved(saved, name, tmp_path):
+    path = tmp_path / "edited.safetensors"
+    edited(saved, path, lambda header, tensors: None, forged=False)
+    type(saved).load(path)
+    for change in (fill(name, 0.25), put("note", "mine"), drop("digest")):
+        edited(saved, path, change, forged=False)
+        with pytest.raises(InputError, match=f"{path} is not as moe_lens wrote it; was it edited"):
+            type(saved).load(path)
+
+
+@pytest.mark.typed
+def test_a_digest_knows_names_dtypes_shapes_and_every_number():
+    one = {"a": torch.arange(6.0), "b": torch.tensor([True, False]), "c": torch.ones((), dtype=torch.bfloat16)}
+    others = [
+        one | {"a": torch.arange(6.0).view(2, 3)},
+        one | {"a": torch.arange(6.0).nextafter(torch.ones(6) * 9)},
+        one | {"b": torch.tensor([1, 0], dtype=torch.uint8)},
+        {"A": one["a"], "b": one["b"], "c": one["c"]},
+        one | {"d": torch.zeros(0)},
+    ]
+    found = [digest(tensors, {"x": [1, None]}) for tensors in (one, *others)] + [digest(one, {"x": [1]})]
+    assert len(set(found)) == len(found)
+    assert digest(dict(reversed(one.items())), {"x": [1, None]}) == found[0]

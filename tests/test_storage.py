@@ -94,10 +94,10 @@ def test_what_cannot_be_read_is_named(tmp_path: Path):
 
 
 def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("moe_lens.storage._VERSION", 2)
+    monkeypatch.setattr("moe_lens.storage._VERSION", 3)
     save_tensors(tmp_path / "file", "Test", {"a": torch.ones(2)}, {})
     monkeypatch.undo()
-    with pytest.raises(InputError, match="format version 2; this moe_lens reads 1"):
+    with pytest.raises(InputError, match="format version 3; this moe_lens reads 2"):
         load_tensors(tmp_path / "file", "Test")
 
 

@@ -20,7 +20,7 @@ from moe_lens.lenses.training_summary import TrainingSummary
 from moe_lens.lenses.tuned_lens_package import read_translators
 from moe_lens.lenses.tuned_loss import TranslatedLens
 from moe_lens.lenses.tuned_training import TrainingSettings, train
-from moe_lens.manifest import file_digest
+from moe_lens.manifest import file_digest, seal
 from moe_lens.model.loading.dispatch import output_place
 from moe_lens.model.loading.pretrained import EMBEDDED
 from moe_lens.storage import believed, load_tensors, save_tensors, written_whole
@@ -164,7 +164,7 @@ class TunedLens(TranslatedLens):
         for name, lens in sites.items():
             tensors[f"{name}.weight"] = torch.stack([weight.detach().cpu() for weight in lens.weights])
             tensors[f"{name}.bias"] = torch.stack([bias.detach().cpu() for bias in lens.biases])
-        config = {
+        config: dict[str, Any] = {
             "kind": _KIND,
             "model_name": self.model.cfg.model_name,
             "fingerprint": self.unembedding_digest(),
@@ -173,6 +173,9 @@ class TunedLens(TranslatedLens):
             "tuning": None if self.tuning is None else asdict(self.tuning),
         }
         save_tensors(target / _TENSORS, _KIND, tensors, {"fingerprint": config["fingerprint"]})
+        config["file"] = self.digest_of(target)
+        config = json.loads(json.dumps(config))
+        config["seal"] = seal(config)
         with written_whole(target / _CONFIG) as temporary:
             temporary.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
@@ -196,9 +199,9 @@ class TunedLens(TranslatedLens):
         if model is None:
             model = HookedMoE.from_pretrained(config["model_name"])
         _check_model(folder, config, model, strict)
-        tensors, header = load_tensors(folder / _TENSORS, _KIND)
-        if header.get("fingerprint") != config["fingerprint"]:
-            raise InputError(f"{folder}: {_CONFIG} and {_TENSORS} are not of the same lens")
+        tensors, _ = load_tensors(folder / _TENSORS, _KIND)
+        if cls.digest_of(folder) != config["file"]:
+            raise InputError(f"{folder}: {_CONFIG} and {_TENSORS} are not of the same lens; save it again")
         _check_tensors(folder / _TENSORS, tensors, config["n_layers"], config["d_model"])
         mid = cls(model, list(tensors["mid.weight"]), list(tensors["mid.bias"])) if "mid.bias" in tensors else None
         with believed(folder / _CONFIG, _KIND):
@@ -271,9 +274,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise InputError(f"{file} is not JSON: {error}") from error
-    needed = {"kind": str, "model_name": str, "fingerprint": str, "n_layers": int, "d_model": int}
+    needed = {"kind": str, "model_name": str, "fingerprint": str, "n_layers": int, "d_model": int, "file": str}
     if not isinstance(config, dict) or config.get("kind") != _KIND or not {*needed, "tuning"} <= config.keys():
         raise InputError(f"{file} is not the configuration of a TunedLens; it may be a model's")
+    if config.pop("seal", None) != seal(config):
+        raise InputError(f"{file} is not as save_pretrained wrote it; was it edited? Save the lens again")
     for key, kind in needed.items():
         if type(config[key]) is not kind:
             raise InputError(f"{file}: {key} is {config[key]!r:.80}; expected {a_kind(kind)}. Was it edited?")

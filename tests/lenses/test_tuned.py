@@ -18,6 +18,7 @@ from moe_lens.errors import InputError
 from moe_lens.lenses import LogitLens, TunedLens
 from moe_lens.lenses.token_rows import BUFFER, padded, rows
 from moe_lens.lenses.tuned_loss import Streams, divergences, sites
+from moe_lens.manifest import seal
 from moe_lens.storage import load_tensors, save_tensors
 from moe_lens.studies import LensStudy, run
 from tests.families import build, tokens
@@ -265,6 +266,12 @@ def test_what_is_saved_is_what_is_loaded(model, tmp_path):
     assert TunedLens.from_pretrained(tmp_path / "plain", model).mid is None
 
 
+def sealed(config):
+    """As somebody who forges the seal, too, would leave it."""
+    rest = {key: value for key, value in config.items() if key != "seal"}
+    return {**rest, "seal": seal(rest)}
+
+
 def test_a_lens_of_another_model_is_refused(model, tmp_path):
     random_lens(model).save_pretrained(tmp_path)
     other = HookedMoE.from_hf(build("deepseek", seed=1), name="tiny/random")
@@ -301,8 +308,10 @@ def test_what_is_no_lens_is_refused(model, tmp_path):
     with pytest.raises(InputError, match="it may be a model's"):
         TunedLens.from_pretrained(tmp_path, model)
     random_lens(model).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "fingerprint": "0"}))
+    of_one = (tmp_path / "config.json").read_text()
+    TunedLens(model).save_pretrained(tmp_path)
+    assert TunedLens.from_pretrained(tmp_path, model).tuning is None
+    (tmp_path / "config.json").write_text(of_one)  # as where saving another lens ended between two files
     with pytest.raises(InputError, match="not of the same lens"):
         TunedLens.from_pretrained(tmp_path, model, strict=False)
     (tmp_path / "lens.safetensors").unlink()
@@ -320,9 +329,12 @@ def test_what_is_no_lens_is_refused(model, tmp_path):
 def test_a_lens_that_was_edited_by_hand_is_refused(model, tmp_path, key, value):
     random_lens(model, mid=random_lens(model)).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    with pytest.raises(InputError, match=re.escape(str(path))):
-        TunedLens.from_pretrained(tmp_path, model)
+    changed = {**json.loads(path.read_text()), key: value}
+    for found in (changed, sealed(changed)):
+        path.write_text(json.dumps(found))
+        with pytest.raises(InputError, match=re.escape(str(path))) as error:
+            TunedLens.from_pretrained(tmp_path, model)
+        assert ("is not as save_pretrained wrote it" in str(error.value)) == (found is changed)
 
 
 @pytest.mark.parametrize("change", [{"post_after": [0.0]}, {"mid_after": None}])
@@ -330,7 +342,7 @@ def test_how_a_lens_was_trained_is_told_of_all_its_layers(model, tmp_path, chang
     fitted(model).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "tuning": {**config["tuning"], **change}}))
+    path.write_text(json.dumps(sealed({**config, "tuning": {**config["tuning"], **change}})))
     with pytest.raises(InputError, match="not of the same layers"):
         TunedLens.from_pretrained(tmp_path, model)
 
@@ -349,6 +361,8 @@ def test_translators_that_nothing_can_be_read_with_are_refused(model, tmp_path, 
     tensors, header = load_tensors(tmp_path / "lens.safetensors", "TunedLens")
     changed = {**tensors, "post.bias": change(tensors["post.bias"]).clone()}
     save_tensors(tmp_path / "lens.safetensors", "TunedLens", changed, {"fingerprint": header["fingerprint"]})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(sealed({**config, "file": TunedLens.digest_of(tmp_path)})))
     with pytest.raises(InputError, match=message):
         TunedLens.from_pretrained(tmp_path, model)
 
