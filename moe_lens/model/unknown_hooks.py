@@ -24,13 +24,14 @@ _OF_EXPERTS = {"hook_in": names.MLP_IN, "hook_gate": "hook_pre", "hook_mid": "ho
 """TransformerLens's and nnsight's habits on single experts."""
 
 
-def instead_of(name: str, known: Collection[str], moe_layers: Iterable[int]) -> str:
+def instead_of(name: str, known: Collection[str], moe_layers: Iterable[int], note: str = "") -> str:
     """A sentence on what to write instead of a hook name that does not exist, or where to look.
 
     Args:
         name: The name.
         known: Names that exist.
         moe_layers: Layers that have experts.
+        note: What is particular to the family; a hook that is named there is absent for the reason that is given there.
     """
     if name.endswith(names.DEAD):
         return "TransformerLens has it, but in these models it never fires, or nothing reads what it shows"
@@ -41,6 +42,8 @@ def instead_of(name: str, known: Collection[str], moe_layers: Iterable[int]) -> 
     n_layers = 1 + max((int(each.split(".")[1]) for each in known if re.match(r"blocks\.\d+\.", each)), default=-1)
     if not 0 <= layer < n_layers:
         return f"the model has layers 0 to {n_layers - 1}"
+    if re.search(rf"\b{re.escape(tail.rpartition('.')[2])}\b", note):
+        return f"of this family: {note}"
     with_experts = sorted(moe_layers)
     for pattern, ours, what in _OURS:
         if re.fullmatch(pattern, tail):

@@ -62,6 +62,15 @@ def test_what_is_missing_is_explained():
     assert repr(kept) == "MoECache(1 activations, 0.0 MiB: hook_embed)"
 
 
+def test_a_copy_that_loses_its_batch_axis_leaves_the_cache_alone():
+    kept = fresh("deepseek", tokens=wrapped("deepseek").tokens[:1])
+    bare = copy.copy(kept).remove_batch_dim()
+    assert not bare.has_batch_dim and kept.has_batch_dim
+    for name, value in bare.items():
+        assert kept[name].shape[0] == 1 and torch.equal(kept[name][0], value)
+    assert torch.equal(kept.decompose_experts()[0][:, 0], bare.decompose_experts()[0])
+
+
 def test_moving_keeps_integers_and_flags():
     kept = MoECache(
         dict(fresh("deepseek").items()),

@@ -227,6 +227,28 @@ def test_generation_refuses_what_it_does_not_do(model: HookedMoE, word: str, mat
         model.generate("The old", **GREEDY, freq_penalty=5.0)
 
 
+def test_a_text_ends_where_the_generation_config_says(model: HookedMoE) -> None:
+    """Chats end in several tokens, of which config.json and the tokenizer name one."""
+    config: Any = model.original_model.generation_config
+    words: dict[str, Any] = {**GREEDY, "max_new_tokens": 8}
+    tokens = model.to_tokens("The old man looked at the sea and thought of the fish.")
+    written = model.generate(tokens, **words)
+    before, later, earlier = config.eos_token_id, int(written[0, -2]), int(written[0, -5])
+    assert earlier not in written[0, tokens.shape[1] : -5] and before not in written
+    try:
+        config.eos_token_id = [later, earlier]
+        right = model.hf_generate(tokens, 8, do_sample=False)
+        assert torch.equal(right, written[:, :-4])
+        assert torch.equal(model.generate(tokens, **words), right)
+        *_, streamed = model.generate_stream(tokens, **words)
+        assert torch.equal(streamed[0, -right.shape[1] + tokens.shape[1] :], right[0, tokens.shape[1] :])
+        # What the caller says counts first.
+        assert torch.equal(model.generate(tokens, **words, stop_at_eos=False), written)
+        assert torch.equal(model.generate(tokens, **words, eos_token_id=later), written[:, :-1])
+    finally:
+        config.eos_token_id = before
+
+
 def test_beams_are_transformers_own(model: HookedMoE) -> None:
     tokens = model.to_tokens("The old")
     beams = model.hf_generate(tokens, 6, num_beams=4, do_sample=False)

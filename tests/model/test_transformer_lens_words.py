@@ -10,8 +10,10 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_c
 
 from moe_lens import HookedMoE
 from moe_lens.errors import HookError, InputError, UnsupportedModelError
+from moe_lens.lenses import LogitLens
 from moe_lens.model.loading.pretrained import load_pretrained
 from moe_lens.model.loading.transformer_lens_words import PROCESSING
+from tests.matrix.configs import build
 from tests.wrapped import wrapped
 
 EMBEDDED = "tiny-deepseekmoe"
@@ -144,6 +146,25 @@ def test_an_unknown_hook_is_answered_by_ours(name: str) -> None:
     ):
         with pytest.raises(HookError, match=match):
             ask()
+
+
+def test_a_hook_that_a_family_lacks_is_answered_by_the_reason() -> None:
+    """A name that is nearly the same holds something else."""
+    model = HookedMoE.from_hf(build("cohere2_moe"))
+    _, cache = model.run_with_cache(TOKENS, names_filter="blocks.1.hook_resid_pre")
+    why = "of this family: attention and experts read the same norm and are added together: no hook_resid_mid$"
+    with pytest.raises(HookError, match=why):
+        cache["resid_mid", 1]
+    with pytest.raises(HookError, match=why):
+        model.run_with_cache(TOKENS, names_filter=LogitLens(model).hooks())
+    with pytest.raises(HookError, match=r"did you mean 'blocks\.1\.hook_resid_pre'"):
+        cache["resid_prre", 1]
+    hybrid = HookedMoE.from_hf(build("nemotron_h"))
+    _, cache = hybrid.run_with_cache(TOKENS)
+    with pytest.raises(HookError, match="layer 2 has no hook_attn_out.*decompose_experts"):
+        cache.decompose_resid()
+    parts = cache.decompose_experts(return_labels=False)
+    assert torch.allclose(parts.sum(0), cache["resid_post", 3], atol=1e-4)
 
 
 def test_a_cache_answers_alike() -> None:

@@ -1,6 +1,7 @@
 """What `from_hf` is given: something else than a language model is refused with what to do; odd states are kept."""
 
 import copy
+import functools
 import gc
 import random
 import sys
@@ -48,6 +49,64 @@ def test_a_model_inside_another_module_is_refused_with_the_way_in(around: Any) -
     ):
         HookedMoE.from_hf(around(hf))
     assert HookedMoE.from_hf(hf).top_k == 3, "nothing was wrapped yet"
+
+
+def _layer_compiled(hf: Any) -> None:
+    hf.model.layers[1] = torch.compile(hf.model.layers[1], backend="eager")
+
+
+def _forward_compiled(hf: Any) -> None:
+    hf.forward = torch.compile(hf.forward, backend="eager")
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize(
+    ("compiling", "part"),
+    [
+        (lambda hf: hf.compile(backend="eager"), "the model"),
+        (lambda hf: hf.model.layers[2].compile(backend="eager"), "model.layers.2"),
+        (_layer_compiled, "model.layers.1"),
+        (_forward_compiled, "the model"),
+    ],
+)
+def test_a_compiled_model_is_refused(compiling: Any, part: str) -> None:
+    hf: Any = build("mixtral")
+    compiling(hf)
+    with pytest.raises(UnsupportedModelError, match=f"^{part} is compiled: [^\n]* wrap it uncompiled$"):
+        HookedMoE.from_hf(hf)
+    plain: Any = build("mixtral")
+    plain.forward = torch.compiler.disable(plain.forward)  # is not compiled
+    right = plain(tokens()).logits
+    assert torch.equal(HookedMoE.from_hf(plain)(tokens()), right)
+
+
+def _doubled(function: Any) -> Any:
+    @functools.wraps(function)
+    def doubled(*args: Any) -> Any:
+        return 2 * function(*args)
+
+    return doubled
+
+
+@pytest.mark.parametrize(("model_type", "block"), [("mixtral", "mlp.experts"), ("dbrx", "ffn")])
+def test_experts_that_somebody_computes_otherwise_are_refused(
+    model_type: str, block: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_class: Any = build(model_type)
+    first = next(module for name, module in of_class.named_modules() if name.endswith(block))
+    right = build(model_type)(tokens()).logits
+    of_one: Any = build(model_type)
+    second = next(module for name, module in of_one.named_modules() if name.endswith(block))
+    second.forward = _doubled(second.forward)
+    said = f"^{type(first).__name__}.forward was replaced by [^\\n]*parameters$"
+    with pytest.raises(UnsupportedModelError, match=said):
+        HookedMoE.from_hf(of_one)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(first), "forward", _doubled(type(first).forward))
+        assert not torch.allclose(of_class(tokens()).logits, right), "it would be heard"
+        with pytest.raises(UnsupportedModelError, match=said):
+            HookedMoE.from_hf(of_class)
+    assert torch.equal(HookedMoE.from_hf(of_class)(tokens()), right)
 
 
 @pytest.mark.parametrize(

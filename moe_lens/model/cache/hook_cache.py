@@ -112,7 +112,7 @@ class HookCache(Summary, ActivationCache):
         for name in [] if known is None else forward:
             assert known is not None
             if name not in known and names.parse_expert(name) is None:
-                instead = instead_of(name, known, self.model.moe_layers)
+                instead = instead_of(name, known, self.model.moe_layers, getattr(self.model.family, "note", ""))
                 return f"the cache does not hold {name!r}, and the model has no such hook; {instead}"
         with_grad = ", incl_bwd=True" if any(name.endswith(_GRAD) for name in missing) else ""
         return (
@@ -168,9 +168,10 @@ class HookCache(Summary, ActivationCache):
         size = self._batch_size() if batch_size is None else batch_size
         if size != 1:
             raise InputError(f"the cache holds a batch of {size}; only a batch of one can lose its batch axis")
-        for name, value in self.cache_dict.items():
-            if not _ragged(name) and value.ndim > 0 and len(value) == 1:
-                self.cache_dict[name] = value[0]
+        self.cache_dict = {  # another one: copies of the cache may share the dictionary, and keep their axis
+            name: value[0] if not _ragged(name) and value.ndim > 0 and len(value) == 1 else value
+            for name, value in self.cache_dict.items()
+        }
         self.tokens = None if self.tokens is None else self.tokens[0]
         self.mask = None if self.mask is None else self.mask[0]
         self.following = None if self.following is None else self.following[0]

@@ -74,7 +74,8 @@ class AttributionCache(HookCache):
         """What each component adds to a token's logit, or to the difference of two logits, with the final norm frozen.
 
         (component ⊙ gain / scale) · W_U[:, token], with the scale that the run had. Over all components of
-        `decompose_experts()` it sums to the logit (without the unembedding's bias, where a model has one).
+        `decompose_experts()` it sums to the logit (without the biases of the final norm and of the unembedding, where a
+        model has them: b_norm · W_U[:, token] + b_U[token], the same for every token of the text).
         Computed on the stack's device, in float32 at least.
 
         Args:

@@ -37,11 +37,18 @@ class ResidualPartsCache(NeuronCache):
             return_labels: whether to return the labels, too.
 
         Raises:
-            HookError: something was not cached, or there is no such layer.
+            HookError: something was not cached, there is no such layer, or the family's layers are made otherwise.
             InputError: another mode.
         """
-        where = as_slice(pos_slice)
-        return super().decompose_resid(self._end(layer), mlp_input, mode, apply_ln, where, incl_embeds, return_labels)
+        where, end = as_slice(pos_slice), self._end(layer)
+        for name, left_out in ((names.ATTN_OUT, "mlp"), (names.BLOCK_MLP_OUT, "attn")):
+            lacking = [at for at in range(end) if names.block(name, at) not in self.model.hook_dict]
+            if lacking and mode != left_out:
+                raise HookError(
+                    f"in {self.model.family.model_type}, layer {lacking[0]} has no {name}: not every layer adds "
+                    "attention, and then an MLP. decompose_experts() gives the components that there are"
+                )
+        return super().decompose_resid(end, mlp_input, mode, apply_ln, where, incl_embeds, return_labels)
 
     def accumulated_resid(
         self,

@@ -114,7 +114,9 @@ class GeneratingBridge(CachedRuns):
         kind, known = type(self.original_model), named(function) - {"self"}
         refuse_unknown(what, words, known | (further_words(kind) if what == "generate" else frozenset()))
         _check_returned(what, words.get("return_type", "input"))
-        _check_sampling(what, words, self._embedded())
+        _check_sampling(what, words)
+        if (ends := self._ends(what, words)) is not None:
+            words["eos_token_id"] = ends[0] if len(ends) == 1 else ends
         given = self._prompt(words)
         if given.tokens is None and given.mask is not None and not bool(given.mask.all()):
             # TransformerLens tells the pass of a later token nothing of the padding in front of embeddings.
@@ -124,6 +126,18 @@ class GeneratingBridge(CachedRuns):
         if given.was_text and words.get("return_type", "input") == "input":
             words["return_type"] = "str"
         return {"input": given.values, **further(given.words, words), **words}
+
+    def _ends(self, what: str, words: Mapping[str, Any]) -> list[int] | None:
+        """Tokens that end a text: the caller's, or the model's generation config's; None leaves it to TransformerLens.
+
+        That asks the model's config and then the tokenizer, which often name one token where chats end in several.
+        """
+        if (ends := _several(words.get("eos_token_id"))) is not None:
+            return [one_id(f"{what}: eos_token_id", end, self._embedded()) for end in ends]
+        model: Any = self.original_model
+        ends = _several(getattr(model.generation_config, "eos_token_id", None))
+        usual = _several(model.config.get_text_config().eos_token_id)
+        return None if ends == usual or not words.get("stop_at_eos", True) else ends
 
     def _prompt(self, words: dict[str, Any]) -> ModelInput:
         """The prompt, padded on the left, taken off the arguments with all that says how to read it."""
@@ -174,7 +188,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 """What TransformerLens's sampling can do with; it takes other values for another one, or fails somewhere inside."""
 
 
-def _check_sampling(what: str, words: Mapping[str, Any], d_vocab: int) -> None:
+def _check_sampling(what: str, words: Mapping[str, Any]) -> None:
     for word, (fits, expected) in _RANGES.items():
         if word in words and not fits(words[word]):
             raise InputError(f"{what}: {word} is {words[word]!r}; expected {expected}")
@@ -184,10 +198,12 @@ def _check_sampling(what: str, words: Mapping[str, Any], d_vocab: int) -> None:
             f"{what}: freq_penalty is {words['freq_penalty']!r}, and counts in sampling alone; pass do_sample=True and "
             "a temperature above 0, or repetition_penalty"
         )
-    ends = words.get("eos_token_id")
+
+
+def _several(ends: Any) -> list[Any] | None:
+    """One token or several, as a list."""
     ends = ends.reshape(-1).tolist() if isinstance(ends, Tensor) else ends
-    for end in () if ends is None else ends if isinstance(ends, list | tuple) else [ends]:
-        one_id(f"{what}: eos_token_id", end, d_vocab)
+    return list(ends) if isinstance(ends, list | tuple) else None if ends is None else [ends]
 
 
 def _is_number(value: Any) -> bool:

@@ -227,7 +227,7 @@ class HookTable(RefusedMethods):
                 return made[name]
         if (found := names.parse_mlp(name)) is not None and found[0] not in self.moe_layers:
             raise HookError(f"{name}: layer {found[0]} has no experts; MoE layers are {list(self.moe_layers)}")
-        instead = instead_of(name, self._all_hooks, self.moe_layers)
+        instead = instead_of(name, self._all_hooks, self.moe_layers, self.family.note)
         raise HookError(f"hook {name!r} does not exist on this model; {instead}")
 
     def _resolve_hook_point(

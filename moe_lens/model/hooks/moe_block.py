@@ -18,6 +18,7 @@ from moe_lens.model.hooks.expert_kernel import experts_forward
 from moe_lens.model.hooks.layer_hooks import LayerHooks
 from moe_lens.model.hooks.router import route
 from moe_lens.model.hooks.router_modes import rule_of
+from moe_lens.model.loading.validate import refuse_replaced
 from moe_lens.model.tl_compat import GeneralizedComponent
 
 
@@ -61,6 +62,8 @@ class MoEBlock(GeneralizedComponent):
 
     def _open(self, moe: Any, router: Any, experts: Experts) -> None:
         family, block = self.family, self.original_component
+        for bypassed in (experts.module, *[moe] * (family.experts in BLOCKS)):
+            refuse_replaced(bypassed)
         shared = getattr(block, family.shared, None) if family.shared else None
         beside = getattr(self.layer, family.shared, None) if family.shared and shared is None else None
         has_shared = shared is not None or beside is not None or family.constant is not None

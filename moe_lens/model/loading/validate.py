@@ -44,11 +44,28 @@ def check_wrappable(model: Any) -> None:
                 else "HookedMoE.from_pretrained loads a model by its name or folder"
             )
         )
+    refuse_compiled(model)
     if model.get_output_embeddings() is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} does not predict tokens: it has no unembedding. Expected the causal language "
             "model of its family, as AutoModelForCausalLM loads it"
         )
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Refuse a model that was compiled, or a part of which was: its graph holds no hooks.
+
+    Raises:
+        UnsupportedModelError: names the part.
+    """
+    for name, module in model.named_modules():
+        forward = module.__dict__.get("forward")
+        compiled = hasattr(forward, "_torchdynamo_orig_callable") and not hasattr(forward, "_torchdynamo_disable")
+        if compiled or module._compiled_call_impl is not None or "_orig_mod" in module._modules:
+            raise UnsupportedModelError(
+                f"{name or 'the model'} is compiled: hooks are Python functions, and its graph would run without them. "
+                "Load the model anew, and wrap it uncompiled"
+            )
 
 
 def refuse_adapters(model: nn.Module) -> None:
@@ -66,6 +83,31 @@ def refuse_adapters(model: nn.Module) -> None:
                 f"an adapter of PEFT lies on {where} ({type(module).__name__}): merge first (merge_and_unload), and "
                 "wrap the model that it returns"
             )
+
+
+def refuse_replaced(module: nn.Module) -> None:
+    """Refuse experts whose forward somebody has replaced: hooks are inside the one of transformers.
+
+    Raises:
+        UnsupportedModelError: it is another function, on the module or on its class; names it.
+    """
+    forward = getattr(module, "_old_forward", module.forward)  # where accelerate has put its own around it
+    function: Any = getattr(forward, "__func__", getattr(forward, "func", forward))  # a method; a partial of ours
+    while _computes(function) and hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    if not _computes(function):
+        code = getattr(function, "__code__", None)
+        name = type(function).__name__ if code is None else code.co_qualname
+        raise UnsupportedModelError(
+            f"{type(module).__name__}.forward was replaced by {name}, and hooks are inside what it replaces. Wrap the "
+            "model as transformers builds it, and change experts by hooks or by their parameters"
+        )
+
+
+def _computes(function: Any) -> bool:
+    """Whether it is written where experts are known; `functools.wraps` copies the name of its module, not its names."""
+    names = getattr(function, "__globals__", {})
+    return names.get("__name__", "").partition(".")[0] in ("transformers", "moe_lens", "torch")
 
 
 def check_layers(blocks: Any, n_layers: int) -> None:
