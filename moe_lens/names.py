@@ -38,42 +38,48 @@ class Hook:
     shape: str
     """b batch, p position, E routed experts, k active experts by rank, d d_model, m d_expert."""
     edit: str
-    """What happens when a hook function returns another value."""
+    """What the tensor is, and where it is not plain, what an edit does: the model goes on with what a hook returned."""
 
 
 MLP_HOOKS = (
-    Hook(MLP_IN, "b p d", "changes what router and experts read"),
-    Hook(ROUTER_LOGITS, "b p E", "re-routes: selection and weights are computed again by the model's own rule"),
+    Hook(MLP_IN, "b p d", "what router and experts read; an edit changes it for both"),
+    Hook(
+        ROUTER_LOGITS,
+        "b p E",
+        "the router's scores before softmax or sigmoid; an edit re-routes: selection and weights are computed again by "
+        "the model's own rule",
+    ),
     Hook(
         N_ACTIVE,
         "b p 1 (int)",
-        "the model's own rule selects and weighs that many experts for the token; k is then the largest number of the "
-        "pass, and slots behind a token's number are left out",
+        "how many experts a token has; after an edit the model's own rule selects and weights that many for the token; "
+        "k is then the largest number of the pass, and slots behind a token's number are left out",
     ),
     Hook(
         EXPERT_INDICES,
         "b p k (int)",
-        "forces experts: they get their unmasked affinity, then the family's own normalisation and scale; "
-        "a selection bias and expert groups affect the choice only; duplicates and ids out of range raise",
+        "ids of the selected experts; an edit forces experts: they get their unmasked affinity, then the family's own "
+        "normalisation and scale; a selection bias and expert groups affect the choice only; duplicates and ids out of "
+        "range raise",
     ),
     Hook(
         ROUTING_WEIGHTS,
         "b p k",
-        "rescales the output; includes any scale that a family applies; in Llama 4, rescales the expert's input",
+        "what each expert's output (in Llama 4, its input) is multiplied by, with any scale that the family applies",
     ),
     Hook(
         EXPERT_KEPT,
         "b p k (bool)",
-        "False leaves a slot out: its expert is not computed for that token and adds nothing; hooks show zeros in that "
-        "slot, and of edits there only those of hook_expert_weighted have an effect",
+        "whether a slot is computed; False leaves it out: its expert is not computed for that token and adds nothing; "
+        "hooks show zeros in that slot, and of edits there only those of hook_expert_weighted have an effect",
     ),
-    Hook(EXPERT_PRE, "b p k m", "expert neurons, the activated branch before its activation"),
-    Hook(EXPERT_PRE_LINEAR, "b p k m", "expert neurons, the linear branch"),
-    Hook(EXPERT_POST, "b p k m", "expert neurons, the product of the two branches"),
-    Hook(EXPERT_OUT, "b p k d", "E_r(x), before its weight; in Llama 4, E_r(g_r x)"),
+    Hook(EXPERT_PRE, "b p k m", "expert neurons: the activated branch, before its activation"),
+    Hook(EXPERT_PRE_LINEAR, "b p k m", "expert neurons: the linear branch"),
+    Hook(EXPERT_POST, "b p k m", "expert neurons: the product of the two branches"),
+    Hook(EXPERT_OUT, "b p k d", "E_r(x), each expert's output before its weight; in Llama 4, E_r(g_r x)"),
     Hook(EXPERT_WEIGHTED, "b p k d", "g_r E_r(x), the contribution to the residual stream; in Llama 4, E_r(g_r x)"),
     Hook(ROUTED_OUT, "b p d", "the sum of hook_expert_weighted over the active experts"),
-    Hook(SHARED_OUT, "b p d", "the shared experts, with their own gate where a family has one"),
+    Hook(SHARED_OUT, "b p d", "the output of the shared experts, times the shared gate where a family has one"),
     Hook(MLP_OUT, "b p d", "the whole MoE layer: routed_out + shared_out"),
 )
 """Hooks of a Mixture-of-Experts layer, under `blocks.{layer}.mlp.`."""

@@ -42,7 +42,7 @@ LINKS = {"LICENSE": None, "CHANGELOG.md": "changelog.md", "training/README.md": 
 
 def table(prefix: str, hooks: tuple[Any, ...]) -> str:
     """A Markdown table, one row a hook, in the order of the module."""
-    lines = [f"| under `{prefix}` | shape | an edit |", "|---|---|---|"]
+    lines = [f"| under `{prefix}` | shape | what it is, and what an edit does |", "|---|---|---|"]
     for hook in hooks:
         cells = (f"`{hook.name}`", hook.shape, hook.edit)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
