@@ -1,18 +1,22 @@
 """The guide's code runs as it is written, and the API pages hold every public name."""
 
+import ast
 import importlib.util
 import inspect
 import json
 import pkgutil
 import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from typer.main import get_command
 
 from moe_lens import viz
+from moe_lens.cli.main import app
 from tests.test_public_api import PUBLIC
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -138,6 +142,37 @@ def test_texts_run_as_written():
     values: dict[str, Any] = {}
     exec(compile(code_of(DOCS / "data.md"), "data.md", "exec"), values)
     assert [passage.source for passage in values["code"].passages] == ["a", "a", "b"]
+
+
+def test_every_page_with_code_has_a_test_that_runs_it():
+    """And no block is only of remarks: it would run whatever they say."""
+    tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.rglob("test_*.py"))
+    pages = {page.name for page in DOCS.rglob("*.md") if code_of(page)}
+    assert len(pages) > 20 and not {name for name in pages if f'"{name}"' not in tests}
+    for name in pages:
+        for block in re.findall(r"^```python\n(.*?)^```", (DOCS / name).read_text("utf-8"), re.DOTALL | re.MULTILINE):
+            statements = ast.parse(block).body
+            assert any(not isinstance(of, ast.Import | ast.ImportFrom) for of in statements), (name, block)
+
+
+COMMAND = re.compile(r"^(?:torchrun .*-m moe_lens|(?:\.venv/bin/)?moe-lens) +([^\n]*)$", re.MULTILINE)
+
+
+def test_every_command_in_the_pages_has_options_that_there_are():
+    commands = vars(get_command(app))["commands"]
+    known = {
+        name: {"--help", *(o for of in command.params for o in of.opts + of.secondary_opts)}
+        for name, command in commands.items()
+    }
+
+    def wrong(line: str) -> set[str]:
+        name, *words = shlex.split(line, comments=True)
+        return {word for word in words if word.startswith("--") and word not in known[name]}
+
+    pages = [*DOCS.rglob("*.md"), DOCS.parent / "README.md"]
+    lines = [line for page in pages for line in COMMAND.findall(page.read_text(encoding="utf-8"))]
+    assert len(lines) > 25 and not {line: found for line in lines if (found := wrong(line))}
+    assert wrong("routing --tokns 5 --out runs") == {"--tokns"}  # negative control
 
 
 def test_every_public_name_has_its_place_in_the_api_pages():
