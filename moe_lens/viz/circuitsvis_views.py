@@ -17,6 +17,7 @@ DIGITS = 3
 """Of a weight behind the point: more are not seen, and are most of the data."""
 SMALLEST = 4
 """Bytes of a number at least."""
+NOBODY = "no token selected this expert"
 _FEWER = "give fewer tokens, or some of the layers: layers=[…]"
 
 
@@ -91,7 +92,7 @@ def top_expert_contexts(
         texts: Tokens of each.
         routings: Of all layers, one for each text.
         layers: Some of them; all if not given.
-        experts: Some of them; all if not given. An expert that no token selected shows an empty context.
+        experts: Some of them; all if not given. Where no token selected an expert, that is said.
         most: Contexts of each expert.
         around: Tokens before and after.
 
@@ -121,7 +122,7 @@ def top_expert_contexts(
                 number = int(text_of[at])
                 place = at - int(starts[number])
                 spans.append((number, max(0, place - around), min(len(shown[number]), place + around + 1)))
-            words[-1].append([shown[text][low:high] for text, low, high in spans] or [["∅"]])
+            words[-1].append([shown[text][low:high] for text, low, high in spans] or [[NOBODY]])
             values[-1].append([made[text][1][low:high, row, expert].tolist() for text, low, high in spans] or [[0.0]])
     rendered = topk_samples(
         words,
@@ -160,7 +161,7 @@ def attention_beside_routing(
         too_much(shown.numel() * SMALLEST, "the patterns", "give fewer tokens, or some of the heads")
     rendered = attention_patterns(as_html(tokens), shown.tolist())
     patterns = drawn(rendered, "the patterns", "give fewer tokens, or some of the heads")
-    return beside(**{"attention": patterns, f"experts of layer {routing.layer}": expert})
+    return beside(**{"attention of each head": patterns, f"experts of layer {routing.layer}": expert})
 
 
 def _pairs(texts: Sequence[Sequence[str]], routings: Sequence[Routing]) -> list[tuple[Sequence[str], Routing]]:

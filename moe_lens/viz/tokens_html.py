@@ -17,7 +17,11 @@ LARGEST = 5_000_000
 UNTRUSTED = f"A script draws here, and this notebook is not trusted to run it: {TRUST}."
 """Stands where a drawing will be, until it is drawn."""
 _CALL = "CircuitsVis.render("
-_ELEMENT = re.compile(r"<div ([^>]*)/>")
+_ELEMENT = re.compile(r"<div (id=\"([\w-]+)\"[^>]*)/>")
+_UNCOLOURED = (
+    '<style>#{} span[style*="rgba(0, 0, 0, 0)"] {{ color: black !important; background: white !important; }}</style>'
+)
+"""Where all values are 0 circuitsvis divides 0 by 0, and draws white tokens on no colour: nobody would see them."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def drawn(rendered: Any, what: str, instead: str) -> TokensHTML:
     # It closes its element as only XML may: what follows on a page would be inside, and be drawn over.
     found = _ELEMENT.match(before.lstrip())
     assert found is not None, "circuitsvis begins with one element"
-    return TokensHTML(f"<div {found[1]}>{UNTRUSTED}</div>", (call,))
+    return TokensHTML(f"{_UNCOLOURED.format(found[2])}<div {found[1]}>{UNTRUSTED}</div>", (call,))
 
 
 def too_much(size: int, what: str, instead: str) -> None:

@@ -160,6 +160,31 @@ def test_outputs_of_one_notebook_run_the_script_once(tmp_path: Path):
         assert not [said for said in opened.complaints if "WebGL" not in said]  # circuitsvis' script looks for a GPU
 
 
+def test_a_text_of_which_no_token_selected_the_expert_can_be_read(tmp_path: Path):
+    """circuitsvis alone draws it white on white."""
+    given = routing()
+    unused = next(expert for expert in range(EXPERTS) if expert not in given.layer(1).indices)
+    drawn = [
+        viz.expert_activations(TOKENS, given),
+        viz.top_expert_contexts([TOKENS], [given], layers=[1], experts=[unused]),
+    ]
+    viz.beside(activations=drawn[0], contexts=drawn[1]).save(tmp_path / "page.html")
+    inks = "[...document.querySelectorAll('{} span')].filter((of) => !of.children.length).map((of) => [of.innerText, "
+    inks += "getComputedStyle(of).color, getComputedStyle(of).backgroundColor])"
+    with browser(tmp_path / "profile") as opened:
+        opened.open(tmp_path / "page.html")
+        opened.until("document.querySelectorAll('section [id^=circuits-vis] > *').length === 2")
+        opened.ask(
+            "(() => { const list = document.querySelectorAll('section:first-of-type select')[1];"
+            f"Object.getOwnPropertyDescriptor(HTMLSelectElement.prototype, 'value').set.call(list, '{unused}');"
+            "list.dispatchEvent(new Event('change', {bubbles: true})); })()"
+        )
+        texts, said = (opened.ask(inks.format(f"section:nth-of-type({part})")) for part in (1, 2))
+        plain = ["rgb(0, 0, 0)", "rgb(255, 255, 255)"]
+        assert len(texts) == len(TOKENS) and all(ink == plain for _, *ink in texts)
+        assert said == [["no token selected this expert".replace(" ", "\xa0"), *plain]]
+
+
 class Untrusted(HTMLParser):
     """What JupyterLab leaves of an output that it does not trust: no script, and of a frame its text."""
 
