@@ -193,17 +193,34 @@ def test_no_column_of_the_verdicts_is_cut_off(made, tmp_path, width):
         page.ask("document.querySelectorAll('table.verdicts td').forEach((e) => { e.style.whiteSpace = 'nowrap'; })")
         page.ask("document.querySelector('table.verdicts').style.tableLayout = 'auto'")
         assert page.ask(cut) > 0  # as it was: on one line nothing fits
+        (tmp_path / "two.html").write_text(two_models(made), encoding="utf-8")
+        page.open(tmp_path / "two.html")
+        assert page.ask("document.documentElement.scrollWidth") <= width, "the models' verdicts stand side by side"
+        page.ask("document.querySelector('.together').style.overflow = 'visible'")
+        page.ask("document.querySelectorAll('.together td').forEach((e) => { e.style.whiteSpace = 'nowrap'; })")
+        assert page.ask("document.documentElement.scrollWidth") > width  # as it was
 
 
-def test_sections_of_a_second_model_are_linked_within_it(made):
+def two_models(made: Path) -> str:
     other = []
     for name in ("routing", "single-expert", "lens"):
         result = StudyResult.load(made / name)
         plan = {**result.manifest["plan"], "model": {**result.manifest["plan"]["model"], "name": "another"}}
         other.append(replace(result, manifest={**result.manifest, "plan": plan}))
-    page = page_of([StudyResult.load(made / "routing"), *other])
+    return page_of([StudyResult.load(made / "routing"), *other])
+
+
+def test_sections_of_a_second_model_are_linked_within_it(made):
+    page = two_models(made)
     linked, there = set(re.findall(r'href="#([^"]+)"', page)), set(re.findall(r'id="([^"]+)"', page))
-    assert {"routing", "routing-2", "verdicts-2", "lens-2"} <= linked <= there and "lens" not in linked
+    assert {
+        "report-1",
+        "report-2",
+        "routing",
+        "routing-2",
+        "verdicts-2",
+        "lens-2",
+    } <= linked <= there and "lens" not in linked
 
 
 def test_dependence_on_the_domain_is_shown_pair_by_pair_with_its_families(made):
