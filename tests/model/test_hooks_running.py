@@ -276,8 +276,10 @@ def test_hooks_are_gone_after_every_exit(family: str, data: st.DataObject) -> No
 
 
 @pytest.mark.typed
-def test_what_a_hook_does_to_one_head_is_done_to_its_columns() -> None:
-    case = wrapped("mixtral")
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "deepseek_v3"])
+def test_what_a_hook_does_to_one_head_is_done_to_its_columns(family: str) -> None:
+    """Also where values, and so what the output projection reads, are wider than `cfg.d_head`."""
+    case = wrapped(family)
 
     def silence(z: torch.Tensor, hook: Any) -> torch.Tensor:  # noqa: ARG001
         return z.index_fill(2, torch.tensor([1]), 0)

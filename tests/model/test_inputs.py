@@ -249,6 +249,16 @@ def test_a_text_ends_where_the_generation_config_says(model: HookedMoE) -> None:
         config.eos_token_id = before
 
 
+def test_stop_strings_need_no_tokenizer_named(model: HookedMoE) -> None:
+    words: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    text = "The old man looked at the sea and thought of the fish."
+    whole = model.hf_generate(text, **words)
+    end = whole[len(text) + 3 : len(text) + 8]
+    stopped = model.hf_generate(text, **words, stop_strings=[end])
+    assert end in stopped[len(text) :] and len(stopped) < len(whole) and whole.startswith(stopped)
+    assert model.hf_generate(text, **words, stop_strings=["no such words"]) == whole
+
+
 def test_beams_are_transformers_own(model: HookedMoE) -> None:
     tokens = model.to_tokens("The old")
     beams = model.hf_generate(tokens, 6, num_beams=4, do_sample=False)

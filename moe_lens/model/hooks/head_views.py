@@ -49,3 +49,17 @@ def name_conversion(point: HookPoint) -> None:
     conversion = point.hook_conversion
     if conversion is not None and "<locals>" in type(conversion).__qualname__:
         conversion.__class__ = _KINDS[type(conversion).__name__]
+
+
+def split_by_values(attention: Any) -> None:
+    """Show what the output projection reads by heads as wide as their values.
+
+    TransformerLens divides it by `cfg.d_head`, which in DeepSeek-V2 and V3 is the width of a key's rotary part:
+    `hook_z` then shows twice the heads, each half as wide.
+    """
+    module: Any = attention.original_component
+    width, heads = getattr(module, "v_head_dim", 0), getattr(module, "num_heads", 0)
+    point = getattr(getattr(attention, "o", None), "hook_in", None)
+    view = None if point is None else point.hook_conversion
+    if isinstance(view, ReshapeForAttentionHeads) and width and view.n_heads * view.d_head == width * heads:
+        view.n_heads, view.d_head = heads, width

@@ -44,6 +44,8 @@ def words_for_transformers(model: Any, tokenizer: Any, values: Tensor, words: Ma
         given["eos_token_id"] = own
     if given.get("pad_token_id") is None and config.pad_token_id is None and own is not None:
         given["pad_token_id"] = own
+    if tokenizer is not None and (given.get("stop_strings") or config.stop_strings):
+        given.setdefault("tokenizer", tokenizer)
     if any(given.get(word) for word in _OUTPUTS):
         given.setdefault("return_dict_in_generate", True)
     return {"inputs_embeds" if values.is_floating_point() else "inputs": values, **given}
