@@ -115,7 +115,7 @@ def _localised(result: StudyResult) -> dict[str, Any] | None:
     if not len(rows):
         return None
     numbers = ("own", "others", "control_own", "control_others", "estimate")
-    untold = rows["low"].isna().any() or "starred" not in rows  # too few sources, or saved by an earlier version
+    untold = rows["low"].isna().any() or "beyond_low" not in rows  # too few sources, or saved by an earlier version
     above = None if untold else int(rows["starred"].sum())
     return {
         **{name: ranged(rows[name], ".2f") for name in numbers},

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lens.errors import InputError
@@ -114,6 +114,32 @@ def resampled_blocks(
         for domain in domains:
             times[domain] = of_block[:, [place[block] for block in blocks[domain].values()]]
     return times
+
+
+def blocks_left_out(
+    blocks: Mapping[str, Mapping[str, str]],
+) -> tuple[dict[str, Float[Tensor, "block source"]], Int[Tensor, " block"]]:
+    """How often each source counts where one block is left out, for the jackknife: parallel sources go together.
+
+    Args:
+        blocks: Of each domain's sources, in the order of the sums that they will weigh.
+
+    Returns:
+        By domain: 0 or 1 for each block of any domain and each of the domain's sources; and the stratum of each block:
+        domains that share blocks are one.
+    """
+    found: list[tuple[int, str, list[str]]] = []
+    for stratum, domains in enumerate(_strata(blocks)):
+        names = sorted({block for domain in domains for block in blocks[domain].values()})
+        found += [(stratum, name, domains) for name in names]
+    times = {
+        domain: torch.tensor(
+            [[float(domain not in domains or block != name) for block in of.values()] for _, name, domains in found],
+            dtype=torch.float64,
+        )
+        for domain, of in blocks.items()
+    }
+    return times, torch.tensor([stratum for stratum, _, _ in found])
 
 
 def _strata(blocks: Mapping[str, Mapping[str, str]]) -> list[list[str]]:

@@ -9,7 +9,7 @@ of them: its studentised difference against the greatest one of the whole table 
 source's difference has a random sign, or, if sources are not paired, where sources are assigned to the sides at random.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,8 @@ class Comparison(Summary):
     (whether both read the same sources, or parallel ones), sources (of the side that has fewer), dropped (sources of
     both sides that have no parallel one on the other).
     """
+    left_out: tuple[str, ...] = ()
+    """What one side has and the other has not, in words: domains, and values such as those of experts or layers."""
 
     @property
     def same_model(self) -> bool:
@@ -73,6 +75,20 @@ class Comparison(Summary):
             return None
         said = ["as an earlier moe_lens did" if of is None else "".join(of) or "nothing" for of in (one, other)]
         return f"texts open with {said[0]} in {self.names[0]} and with {said[1]} in {self.names[1]}"
+
+    @property
+    def asked_otherwise(self) -> str | None:
+        """In what the two studies were asked for something else, where that may be part of each difference."""
+        sides = (
+            {key: value for of in ("reading", "settings") for key, value in side["plan"].get(of, {}).items()}
+            for side in (self.first, self.second)
+        )
+        one, other = ({key: value for key, value in side.items() if key not in _HOW_ONLY} for side in sides)
+        keys = [key for key in one.keys() | other.keys() if one.get(key) != other.get(key)]
+        said = [
+            f"{key} {one.get(key)} in {self.names[0]} and {other.get(key)} in {self.names[1]}" for key in sorted(keys)
+        ]
+        return ", ".join(said) or None
 
     def found(self) -> str:
         """How many differences there are, how many chance alone would give, how many stand, and what else differs."""
@@ -95,6 +111,10 @@ class Comparison(Summary):
             said.append(f"{dropped} sources have no parallel one and were left out")
         if (opened := self.opened_otherwise) is not None:
             said.append(f"{opened}, which is part of every difference")
+        if (asked := self.asked_otherwise) is not None:
+            said.append(f"{asked}, which may be part of every difference")
+        if self.left_out:
+            said.append(f"left out: {', '.join(self.left_out)}")
         return "; ".join(said)
 
     def save(self, path: str | Path) -> None:
@@ -159,13 +179,18 @@ def compare(
         raise InputError(f"got the names {list(names)}; expected two different ones, and none of {list(_COLUMNS)}")
     couples = [domains] if domains else [(domain, domain) for domain in first.domains if domain in second.results]
     rows, greatest = [], torch.zeros(RESAMPLES, dtype=torch.float64)
+    alone: tuple[list[str], list[str]] = ([], [])  # values that only one side has
     for one, other in couples:
         domain = one if one == other else f"{other} minus {one}"
+        alone[1].extend(name for name in second.results[other] if name not in first.results[one])
+        alone[0].extend(name for name in first.results[one] if name not in second.results[other])
         for name, result in first.results[one].items():
             for kind, means in COMPARED:
                 there = second.results[other].get(name)
                 if isinstance(result, kind) and isinstance(there, kind):
                     for a, b in zip(means(result), means(there), strict=True):
+                        for values, index, others in zip(alone, (a.index, b.index), (b.index, a.index), strict=True):
+                            values += [" of ".join(value) for value in index[~index.isin(others)]]
                         frame, null = _differences(*_matched(a, b, key), seed)
                         greatest = torch.maximum(greatest, null)
                         rows.append(frame.assign(domain=domain))
@@ -180,9 +205,23 @@ def compare(
     table.insert(list(table.columns).index("high") + 1, "p_adjusted", adjusted.numpy())
     table.insert(0, "domain", table.pop("domain"))
     table = table.rename(columns={"first": names[0], "second": names[1]})
-    return Comparison(first.study, names, first.manifest, second.manifest, table)
+    left_out = [] if domains else _alone("domains", [of.domains for of in (first, second)], names)
+    left_out += _alone("values", alone, names)
+    return Comparison(first.study, names, first.manifest, second.manifest, table, tuple(left_out))
 
 
+def _alone(what: str, sides: Sequence[Sequence[str]], names: tuple[str, str]) -> list[str]:
+    """What one of two sides has and the other has not, in words: at most three of each."""
+    found = []
+    for own, other, name in zip(sides, sides[::-1], names, strict=True):
+        if lost := [each for each in dict.fromkeys(own) if each not in other]:
+            more = f" and {len(lost) - 3:,} more" if len(lost) > 3 else ""
+            found.append(f"{what} of {name} alone ({'; '.join(lost[:3])}{more})")
+    return found
+
+
+_HOW_ONLY = ("shard_tokens", "seed")
+"""What changes how a study works, or which texts it draws, and not what it asks."""
 _COLUMNS = ("domain", "quantity", "of", "difference", "low", "high", "p_adjusted", "paired", "sources", "dropped")
 
 

@@ -163,9 +163,12 @@ def _localisation(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: ARG00
 def _both(rows: Any) -> str:
     """In how many domains the picked have a contrast, and a greater one than their controls (see `held_against`)."""
     known = int(rows["low"].notna().sum())
-    if "starred" not in rows:  # saved by an earlier version
+    if "beyond_low" not in rows:  # saved by an earlier version
         return f"above 0 in {int((rows['low'] > 0).sum())} of {known} intervals"
-    return f"this and the contrast itself above 0 in {int(rows['starred'].fillna(False).sum())} of {known} domains"
+    starred = int(rows["starred"].fillna(False).sum())
+    return (
+        f"both shown above 0, corrected for all, and the contrast above each of theirs, in {starred} of {known}"
+    )
 
 
 _REMOVED = {"reroute": "forbidden, so that others are chosen", "zero": "set to zero"}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lens.resampling import jackknife_interval
@@ -63,15 +63,35 @@ def against_controls(
     if not (k := controls.shape[1]):
         return {"controls": 0}
     n, each = tokens.double(), controls.double()
-    sums = torch.cat([own.double()[:, None], own.double()[:, None] - each], 1)
+    sums = torch.cat([own.double()[:, None], each], 1)
     value = sums.sum(0) / n.sum()
     without = (sums.sum(0) - sums) / (n.sum() - n)[:, None]
-    strata, chance = torch.zeros(len(n), dtype=torch.long), (1 - LEVEL) / tests
-    low, high = jackknife_interval(value, without, strata, level=1 - chance)
-    upper = jackknife_interval(value, without, strata, level=1 - chance / k)[1]
-    cost = each.sum(0) / n.sum()
-    found = {"controls": k, "control_added": float(cost.mean())}
-    found |= {"control_least": float(cost.min()), "control_most": float(cost.max())}
-    found |= {"over_most": float(value[1:].min()), "over_most_low": float(low[1:].min())}
+    found = over_each(value, without, torch.zeros(len(n), dtype=torch.long), tests)
+    return {"controls": k, "control_added": float(value[1:].mean()), **found}
+
+
+def over_each(
+    values: Float[Tensor, " 1+control"],
+    without: Float[Tensor, "source 1+control"],
+    strata: Int[Tensor, " source"],
+    tests: int,
+) -> dict[str, Any]:
+    """The same of any statistic of experts, which stands first, and of their controls: at least one.
+
+    Args:
+        values: Of all sources.
+        without: Of all sources but one.
+        strata: Such as the source's domain.
+        tests: Comparisons of the family.
+
+    Returns:
+        What `against_controls` returns, but for the number and the mean of the controls.
+    """
+    beyond, chance = values[:1] - values[1:], (1 - LEVEL) / tests
+    both = torch.cat([values[:1], beyond]), torch.cat([without[:, :1], without[:, :1] - without[:, 1:]], 1)
+    low, high = jackknife_interval(*both, strata, level=1 - chance)
+    upper = jackknife_interval(*both, strata, level=1 - chance / len(beyond))[1]
+    found = {"control_least": float(values[1:].min()), "control_most": float(values[1:].max())}
+    found |= {"over_most": float(beyond.min()), "over_most_low": float(low[1:].min())}
     found |= {"over_most_high": float(upper[1:].min()), "all_low": float(low[0]), "all_high": float(high[0])}
     return found | {"starred": costs_more(found["all_low"], found["over_most_low"])}

@@ -7,15 +7,17 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lens.resampling import ends_of, tail
 from moe_lens.stats import MIN_SOURCES
-from moe_lens.stats.parallel_sources import resampled_blocks
-from moe_lens.studies.held_against import costs_more
+from moe_lens.stats.parallel_sources import blocks_left_out, resampled_blocks
+from moe_lens.studies.held_against import over_each
 from moe_lens.studies.localisation_effects import CoalitionEffects
 from moe_lens.studies.matched_coalitions import KINDS, MATCHED, PICKED, Coalitions, beaten
+
+HELD = ("control_least", "control_most", "over_most", "beyond_low", "beyond_high", "all_low", "all_high")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +37,11 @@ class Contrasts:
         A contrast is Δ own − mean Δ of the other domains, Δ the nats a token that the loss grows by without the
         experts. Columns: estimate (contrast of the picked minus the mean contrast of the controls) with low and high,
         its interval over all sources at `level`; contrast, contrast_low, contrast_high: that of the picked by itself;
-        starred: whether both intervals lie above 0 (see `held_against`); beaten, the share of controls whose contrast
+        control_least and control_most, the least and the greatest contrast of a control, and over_most, that of the
+        picked minus the greatest; all_low and all_high, ends for `contrast`, and beyond_low and beyond_high, for the
+        estimate, which are the jackknife's and hold for all domains and ways together, whatever `level`; starred:
+        whether both are shown to be above 0 so, and over_most is, too (see `_held`);
+        beaten, the share of controls whose contrast
         is below that of the picked, ties by half; controls, how many there are (0: none could be matched; then the
         estimate is missing); own and others, Δ of the picked, control_own and control_others, mean Δ of the controls;
         experts and control_experts, how many are taken out, and mass and control_mass, the share of the domain's
@@ -86,22 +92,32 @@ class Contrasts:
 
     def _deltas(self, domain: str, how: str) -> dict[str, Float[Tensor, "resample variant"]]:
         """Δ of each of a domain's coalitions in every domain: of all sources first, then of each resample."""
+        return self._weighed(domain, how, self._times)
+
+    def _weighed(
+        self, domain: str, how: str, times: Mapping[str, Float[Tensor, "resample source"]]
+    ) -> dict[str, Float[Tensor, "resample variant"]]:
+        """The same where each source counts so many times; of all sources first."""
         found = {}
         for read, effects in self.effects.items():
             added, tokens = (value[:, self._number(domain)].double() for value in effects.of(how))
-            whole = torch.ones(1, len(effects.sources), dtype=torch.float64)
-            times = torch.cat([whole, self._times[read]])
-            found[read] = (times @ added) / (times @ tokens)
+            of = torch.cat([torch.ones(1, len(effects.sources), dtype=torch.float64), times[read]])
+            found[read] = (of @ added) / (of @ tokens)
         return found
 
     @cached_property
     def _times(self) -> dict[str, Float[Tensor, "resample source"]]:
         return resampled_blocks({d: {s: self.blocks[d][s] for s in of.sources} for d, of in self.effects.items()})
 
+    @cached_property
+    def _but_one(self) -> tuple[dict[str, Float[Tensor, "block source"]], Int[Tensor, " block"]]:
+        """How often each source counts where a block is left out, and the stratum of each block."""
+        return blocks_left_out({d: {s: self.blocks[d][s] for s in of.sources} for d, of in self.effects.items()})
+
     def _rows(self, domain: str, how: str, level: float) -> Iterator[dict[str, Any]]:
         deltas = self._deltas(domain, how)
-        own = deltas[domain]
-        others = torch.stack([values for read, values in deltas.items() if read != domain]).nanmean(0)
+        own, others = _own_and_others(deltas, domain)
+        but_one = torch.sub(*_own_and_others(self._weighed(domain, how, self._but_one[0]), domain))[1:]
         kinds = next(iter(self.effects.values())).kinds
         picked = kinds.index(PICKED)
         there = self._there(domain)
@@ -116,6 +132,7 @@ class Contrasts:
             mine = (own - others)[:, picked]
             difference = mine - contrasts.nanmean(1) if at else torch.full_like(mine, torch.nan)
             low, high = self._interval(difference, domain, level)
+            held = self._held(torch.cat([(own - others)[:1], but_one]), picked, at) if at else {}
             mine_low, mine_high = self._interval(mine, domain, level)
             yield {
                 "domain": domain,
@@ -127,7 +144,8 @@ class Contrasts:
                 "contrast": float(mine[0]),
                 "contrast_low": mine_low,
                 "contrast_high": mine_high,
-                "starred": costs_more(mine_low, low),
+                **{name: held.get(name, float("nan")) for name in HELD},
+                "starred": held.get("starred"),
                 "beaten": beaten(contrasts[0], float(mine[0])) if at else float("nan"),
                 "controls": len(at),
                 "own": float(own[0, picked]),
@@ -142,6 +160,31 @@ class Contrasts:
                 "tokens": int(self.effects[domain].predicted.sum()),
             }
 
+    def _held(
+        self, contrasts: Float[Tensor, "1+block variant"], picked: int, controls: Sequence[int]
+    ) -> dict[str, Any]:
+        """The picked held against their controls, as the atlas holds experts (see `held_against`), but in one point.
+
+        Each control reads a part of the other domains' texts only, so that an interval beside a single one would be
+        that of the part. The interval that has to leave out 0 is therefore of what the picked have beyond the mean of
+        the controls; beyond the costliest of them they need to have something.
+
+        Args:
+            contrasts: Of every coalition, from all sources first, then without each block of them.
+            picked: Which coalition is held against the others.
+            controls: Those others.
+        """
+        theirs = contrasts[:, list(controls)]
+        two = torch.stack([contrasts[:, picked], theirs.nanmean(1)], 1)
+        found = over_each(two[0], two[1:], self._but_one[1], len(self.effects) * len(self._how))
+        held = {"beyond_low": found["over_most_low"], "beyond_high": found["over_most_high"]}
+        held |= {"all_low": found["all_low"], "all_high": found["all_high"]}
+        each = theirs[0][theirs[0].isfinite()]
+        held |= {"control_least": float(each.min()), "control_most": float(each.max())}
+        held["over_most"] = float(two[0, 0]) - held["control_most"]
+        starred = found["starred"]
+        return held | {"starred": None if starred is None else starred and held["over_most"] > 0}
+
     def _sizes(self, domain: str) -> tuple[Float[Tensor, " variant"], Float[Tensor, " variant"]]:
         """Experts and routing weight of each coalition, means over both halves."""
         of = self.coalitions[domain]
@@ -154,6 +197,13 @@ class Contrasts:
             return float("nan"), float("nan")
         low, high = ends_of(values[1:], tail(self.effects[domain].predicted, level)).tolist()
         return low, high
+
+
+def _own_and_others(
+    deltas: Mapping[str, Float[Tensor, "resample variant"]], domain: str
+) -> tuple[Float[Tensor, "resample variant"], Float[Tensor, "resample variant"]]:
+    """Δ in the domain itself, and its mean over the others."""
+    return deltas[domain], torch.stack([values for read, values in deltas.items() if read != domain]).nanmean(0)
 
 
 def _mean(values: Tensor) -> float:

@@ -174,3 +174,35 @@ def test_texts_that_were_opened_otherwise_are_said():
     assert found.found().endswith("; texts open with <s> in a and with nothing in b, which is part of every difference")
     earlier = compare(opened("a", known=False), opened("b"))
     assert earlier.opened_otherwise == "texts open with as an earlier moe_lens did in a and with nothing in b"
+
+
+@pytest.mark.typed
+def test_what_one_side_alone_has_is_said_and_what_they_were_asked_otherwise():
+    def some(layers: int, reading: dict[str, Any], *domains: str) -> StudyResult:
+        one = counted(torch.Generator().manual_seed(0), 10, torch.zeros(EXPERTS))
+        wide = {
+            name: getattr(one, name).expand(-1, layers, *([-1] * (getattr(one, name).ndim - 2)))
+            for name in BY_SOURCE[1:]
+        }
+        of = replace(one, layers=tuple(range(3, 3 + layers)), **wide)
+        made = study("m", **dict.fromkeys(domains, of))
+        plan = {**made.manifest["plan"], "reading": reading, "settings": {"nulls": False}}
+        return replace(made, manifest={"plan": plan})
+
+    plain = {"context": 24, "seed": 0, "shard_tokens": 5}
+    same = compare(some(1, plain, "de", "fr"), some(1, plain | {"seed": 1, "shard_tokens": 9}, "de", "fr"))
+    assert same.left_out == () and same.asked_otherwise is None and "left out:" not in same.found()
+    one, other = some(2, plain, "de", "fr", "en", "it", "es"), some(1, plain | {"context": 48}, "fr", "code")
+    found = compare(one, other, names=("a", "b"))
+    assert found.asked_otherwise == "context 24 in a and 48 in b" and set(found.table["domain"]) == {"fr"}
+    assert found.left_out == (
+        "domains of a alone (de; en; it and 1 more)",
+        "domains of b alone (code)",
+        "values of a alone (share of layer 4, expert 0; share of layer 4, expert 1; share of layer 4, expert 2 "
+        "and 79 more)",
+    )
+    assert found.found().endswith(
+        f"; context 24 in a and 48 in b, which may be part of every difference; left out: {', '.join(found.left_out)}"
+    )
+    named = compare(one, other, domains=("de", "code"), names=("a", "b"))
+    assert [said.split(" ")[0] for said in named.left_out] == ["values"], "those that were not named are not missed"

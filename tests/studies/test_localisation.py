@@ -102,6 +102,24 @@ def test_picked_experts_that_cost_nothing_are_not_starred_because_their_controls
     assert (rows["low"] > 0).all() and not rows["starred"].any()
 
 
+def test_a_control_with_as_great_a_contrast_takes_the_star_away(found):
+    """Whatever their mean; and ends that hold for all domains and ways together reach farther than those of one."""
+    settings = dict(found.manifest["plan"]["settings"])
+    parts = Localisation(**{**settings, "how": tuple(settings["how"])}).contrasts(found.results)
+    ends: Any = parts.contrast().query("control == 'matched'")
+    assert ends["starred"].all() and (ends["over_most"] > 0).all()
+    assert (ends["over_most"] == ends["contrast"] - ends["control_most"]).all()
+    assert (ends["beyond_low"] < ends["estimate"]).all() and (ends["estimate"] < ends["beyond_high"]).all()
+    at = next(iter(parts.effects.values())).kinds.index("matched")
+    odd = {}
+    for number, (name, of) in enumerate(parts.effects.items()):
+        added = of.added.clone()
+        added[:, 0, number, at] += 99 * of.tokens[:, 0, number, at]  # only in the domain that it is a control for
+        odd[name] = replace(of, added=added)
+    rows: Any = replace(parts, effects=odd).contrast().query("control == 'matched'")
+    assert not rows["starred"].any() and (rows["over_most"] < 0).all() and (rows["beaten"] >= 0.9).all()
+
+
 @pytest.mark.typed
 @pytest.mark.parametrize("by", ["attribution", "knockout"])
 def test_experts_can_be_picked_by_what_they_are_worth(model, by):
