@@ -166,9 +166,7 @@ def _both(rows: Any) -> str:
     if "beyond_low" not in rows:  # saved by an earlier version
         return f"above 0 in {int((rows['low'] > 0).sum())} of {known} intervals"
     starred = int(rows["starred"].fillna(False).sum())
-    return (
-        f"both shown above 0, corrected for all, and the contrast above each of theirs, in {starred} of {known}"
-    )
+    return f"both shown above 0, corrected for all, and the contrast above each of theirs, in {starred} of {known}"
 
 
 _REMOVED = {"reroute": "forbidden, so that others are chosen", "zero": "set to zero"}
