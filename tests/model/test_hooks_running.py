@@ -275,6 +275,36 @@ def test_hooks_are_gone_after_every_exit(family: str, data: st.DataObject) -> No
         assert all(hooks._routing is None and hooks._slots is None for _, hooks in case.model._layer_hooks())
 
 
+@pytest.mark.parametrize(("family", "served"), [("qwen3_moe", [2, 3]), ("deepseek_v2", [1]), ("deepseek_v3", [1])])
+def test_heads_stand_behind_positions_in_queries_keys_and_values(family: str, served: list[int]) -> None:
+    """Without queries, or without keys, a head attends evenly; without values, nothing of it is added.
+
+    Args:
+        family: With queries and keys of several widths, and with fewer heads of keys than of queries.
+        served: Heads of queries that are served by head 1 of keys.
+    """
+    case = wrapped(family)
+    pos = case.tokens.shape[1]
+
+    def silencing(*heads: int) -> Any:
+        return lambda value, hook: value.index_fill(2, torch.tensor(heads), 0)  # noqa: ARG005
+
+    def patterns(hooks: Any) -> torch.Tensor:
+        with case.model.hooks(hooks), torch.no_grad():
+            _, cache = case.model.run_with_cache(case.tokens, names_filter="blocks.1.attn.hook_pattern")
+        return cache["pattern", 1]
+
+    plain, even = patterns([]), torch.ones(pos, pos).tril() / torch.arange(1, pos + 1)[:, None]
+    for name, heads in (("hook_q", [1]), ("hook_k", served)):
+        found = patterns([(f"blocks.1.attn.{name}", silencing(1))])
+        others = [head for head in range(4) if head not in heads]
+        assert torch.allclose(found[:, heads], even.expand_as(found[:, heads]), atol=1e-6), name
+        assert torch.equal(found[:, others], plain[:, others])
+    edits = [("blocks.1.attn.hook_v", silencing(1)), ("blocks.1.attn.hook_z", silencing(*served))]
+    by_values, by_means = (case.model.run_with_hooks(case.tokens, fwd_hooks=[edit]) for edit in edits)
+    assert torch.allclose(by_values, by_means, atol=1e-5)
+
+
 @pytest.mark.typed
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "deepseek_v3"])
 def test_what_a_hook_does_to_one_head_is_done_to_its_columns(family: str) -> None:

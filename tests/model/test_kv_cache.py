@@ -121,7 +121,7 @@ def test_hooks_on_keys_that_only_read_see_new_tokens_and_let_the_cache_go_on(fam
     hooks = [(f"blocks.1.{name}", lambda value, hook: seen.append((hook.name, value.shape))) for name in points]
     logits = [run(case, part, past, hooks) for part in PARTS]
     assert deviation(torch.cat(logits, 1), case.logits) <= FP32 * case.logits.abs().max().item()
-    assert [shape[-2] for name, shape in seen if name.endswith(("hook_k", "hook_v"))] == [7, 7, 1, 1, 4, 4]
+    assert [shape[1] for name, shape in seen if name.endswith(("hook_k", "hook_v"))] == [7, 7, 1, 1, 4, 4]
     assert [shape[1] for name, shape in seen if "kv_b_proj" in name] == [7, 1, 4]
     assert [shape[-1] for name, shape in seen if "pattern" in name] == [7, 8, 12]
 

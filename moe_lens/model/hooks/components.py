@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformers import Cache
 
-from moe_lens.model.hooks.head_views import name_conversion, split_by_values
+from moe_lens.model.hooks.head_views import name_conversion, view_as_others
 from moe_lens.model.hooks.latent_cache import check_keys_are_stored, latents_of
 from moe_lens.model.hooks.layer_hooks import call_hook
 from moe_lens.model.hooks.scaling import ExactForward, unscaled
@@ -169,7 +169,7 @@ class Attention(GeneralizedComponent):
         for module in self.modules():
             if isinstance(module, HookPoint):
                 name_conversion(module)
-        split_by_values(self)
+        view_as_others(self)
 
     def _reconstructs(self) -> bool:
         inner = (p for n, p in self._modules.items() if isinstance(p, HookPoint) and n not in ("hook_in", "hook_out"))

@@ -41,6 +41,8 @@ class TransposeRotaryHeads(BaseTensorConversion):
         return self.handle_conversion(input_value)
 
 
+_AFTER_HEADS = 2
+"""Where positions are in [batch, head, pos, d_head]."""
 _KINDS = {kind.__name__: kind for kind in (ReshapeForAttentionHeads, TransposeRotaryHeads)}
 
 
@@ -51,15 +53,18 @@ def name_conversion(point: HookPoint) -> None:
         conversion.__class__ = _KINDS[type(conversion).__name__]
 
 
-def split_by_values(attention: Any) -> None:
-    """Show what the output projection reads by heads as wide as their values.
+def view_as_others(attention: Any) -> None:
+    """Show heads of DeepSeek-V2's and V3's attention as those of other families: [batch, pos, head, width].
 
-    TransformerLens divides it by `cfg.d_head`, which in DeepSeek-V2 and V3 is the width of a key's rotary part:
-    `hook_z` then shows twice the heads, each half as wide.
+    TransformerLens shows queries, keys and values there with heads before positions, which its own code takes for
+    positions; and divides what the output projection reads by `cfg.d_head`, which is the width of a key's rotary part:
+    `hook_z` then has twice the heads, each half as wide.
     """
     module: Any = attention.original_component
     width, heads = getattr(module, "v_head_dim", 0), getattr(module, "num_heads", 0)
-    point = getattr(getattr(attention, "o", None), "hook_in", None)
-    view = None if point is None else point.hook_conversion
+    view = getattr(getattr(getattr(attention, "o", None), "hook_in", None), "hook_conversion", None)
     if isinstance(view, ReshapeForAttentionHeads) and width and view.n_heads * view.d_head == width * heads:
         view.n_heads, view.d_head = heads, width
+    for point in (getattr(attention, f"hook_{name}", None) for name in "qkv"):
+        if isinstance(point, HookPoint) and point.pos_dim == _AFTER_HEADS:
+            point.hook_conversion, point.pos_dim = TransposeRotaryHeads(), None
