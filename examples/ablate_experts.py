@@ -9,6 +9,9 @@
 # %% [markdown]
 # # What does an expert do? Ablate it
 #
+# You learn here to take experts out in four ways, to hold the cost against a control, to run with fewer experts or another text's routing,
+# and to steer a generation.
+#
 # How often a router selects an expert says little about what the expert is for. Here experts of the embedded model are
 # ablated in four ways, and the change of the loss says how much they mattered.
 

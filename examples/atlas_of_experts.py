@@ -9,6 +9,8 @@
 # %% [markdown]
 # # Which expert is German's, and what breaks without it?
 #
+# You learn here to find a domain's expert with how sure that is, what it writes, and what its removal costs beside controls.
+#
 # The atlas gathers, for every expert, which tokens choose it and how sure that is, what it writes, and what taking it
 # out costs. Its folder opens from the disk; here its tables are read. Few tokens are used, so that this takes seconds.
 

@@ -9,6 +9,9 @@
 # %% [markdown]
 # # Which experts is a prediction due to?
 #
+# You learn here to say which experts a prediction is due to, exactly and by gradients, and to tell an expert's own effect from that of
+# re-routing.
+#
 # An attribution says, for every expert of every layer, how much of a metric would be missing without it. Knock-outs are
 # exact and cost a run for each expert; gradients estimate all of them with one forward and one backward pass.
 

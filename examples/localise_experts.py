@@ -9,6 +9,8 @@
 # %% [markdown]
 # # Does knowledge of a domain sit in experts of its own?
 #
+# You learn here to ask whether knowledge of a domain sits in few experts, with a control that carries as much routing weight.
+#
 # Experts are picked for a domain on one half of its sources and ablated on the other half, and the other way
 # round. The control is matched coalitions: other experts that carry as much of the domain's routing weight.
 # `moe-lens localise` does this with 40 of them, and more text.

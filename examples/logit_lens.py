@@ -9,6 +9,8 @@
 # %% [markdown]
 # # What the model would predict after one expert
 #
+# You learn here to read what each expert would predict, in one position and over texts, beside the sums that show how much is due to it.
+#
 # The LogitLens over partial sums of experts: FinalNorm(u + Σ gᵣEᵣ) W_U, with u the residual stream between attention and
 # experts, and the sum over some of the active experts (Figure 2 of arXiv 2603.05806), on the embedded model. Controls stand
 # beside each sum, since u dominates all of them: a prediction that u alone makes is not due to an expert.

@@ -9,6 +9,8 @@
 # %% [markdown]
 # # What the experts of a DeepSeekMoE do
 #
+# You learn here to load a model, to read routing and experts from its cache, to edit them with hooks, and to read through a lens.
+#
 # A small trained DeepSeekMoE is part of the package: 6 layers (the first is dense), 64 routed experts of
 # which 6 are active, and 2 shared experts. It was trained on English, French and German prose, mathematics and Python code.
 

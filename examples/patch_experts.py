@@ -9,6 +9,9 @@
 # %% [markdown]
 # # Which experts carry a prediction? Patching and tracing
 #
+# You learn here to find where a model carries a name: to patch activations of one run into another, by layer, position and expert, and to
+# trace with noise.
+#
 # The embedded model completes `return a + …` with the parameter that it read some tokens before. Two prompts that differ in
 # that parameter alone show where its name is carried: activations of one run are patched into the other, one site at a time.
 

@@ -9,6 +9,8 @@
 # %% [markdown]
 # # A smaller model: which experts can go?
 #
+# You learn here to choose experts that can go, to measure the cost beside random choices, and to write the smaller checkpoint.
+#
 # Three methods choose which of the embedded model's experts to drop. Plans are measured before anything is written, on texts
 # that they were not made from; then one becomes a checkpoint for transformers.
 

@@ -9,6 +9,8 @@
 # %% [markdown]
 # # Training a TunedLens
 #
+# You learn here to train a lens of your own, to resume and save it, and to see what it gains on the LogitLens.
+#
 # A TunedLens puts an affine translator before the final norm, one for each layer, trained so that the lens's prediction is
 # near the model's final one (Belrose et al. 2023). Here it is trained for a few steps on the texts of the package.
 

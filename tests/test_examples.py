@@ -62,6 +62,7 @@ def test_every_example_has_its_executed_notebook(script: Path):
     notebook = nbformat.read(script.with_suffix(".ipynb"), as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
     assert cells(notebook) == cells(jupytext.read(script)) != [], "write it again with `make notebooks`"
+    assert "You learn here to " in notebook.cells[0].source, "begin with what one learns"
     assert all(cell.execution_count for cell in code)
     outputs = [output for cell in code for output in cell.outputs]
     assert not any(output.output_type == "error" for output in outputs)
