@@ -1,5 +1,6 @@
 """`StudyResult`: what a study found, with all that is needed to know how it was found."""
 
+import importlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from moe_lens.checked import Positive
+from moe_lens.checked import Natural, Positive
 from moe_lens.errors import InputError, near_miss
 from moe_lens.manifest import file_digest, read_manifest
 from moe_lens.reprs import Drawn
@@ -73,6 +74,20 @@ class StudyResult(Drawn):
                 f"there is no table {table!r}; there are {', '.join(self.tables)}{near_miss(table, self.tables)}"
             )
         return latex(self.tables[table], columns, digits, **equal)
+
+    def expert(self, layer: Natural, expert: Natural) -> Any:
+        """The atlas's card of one expert, of a result of the study `atlas`; see `moe_lens.atlas.expert_card`.
+
+        Args:
+            layer: A layer with experts.
+            expert: The expert's id.
+
+        Raises:
+            InputError: It is the result of another study, or there is no such expert.
+            HookError: The layer has no experts.
+        """
+        # Cards stand above results in the layers, as figures do.
+        return importlib.import_module("moe_lens.atlas").expert_card(self, layer, expert)
 
     def write(self, folder: str | Path) -> dict[str, Any]:
         """Write everything but the manifest into a folder; the manifest that goes with it.

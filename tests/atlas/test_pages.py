@@ -172,6 +172,7 @@ def test_texts_are_shown_by_token_with_ranks_and_lens(page, folder):
 @pytest.mark.typed
 def test_a_card_by_itself_shows_the_same_in_a_notebook(page, folder, tmp_path):
     card = expert_card(hostile(planted_atlas()[1]), LAYER, PLANTED["sea"])
+    assert hostile(planted_atlas()[1]).expert(LAYER, PLANTED["sea"]) == card
     notebook = tmp_path / "notebook.html"
     notebook.write_text(f"<!doctype html><title>calm</title>{card._repr_html_()}", "utf-8")
     card.save(tmp_path / "card.html")
