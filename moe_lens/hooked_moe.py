@@ -17,7 +17,7 @@ from moe_lens.ids import ids
 from moe_lens.interventions import ablation, any_k, rerouting
 from moe_lens.interventions.intervention import Intervention, check_interventions
 from moe_lens.model.experts.expert_weights_view import grouped_product
-from moe_lens.model.experts.quantised import Scheme
+from moe_lens.model.experts.quantised import Wish
 from moe_lens.model.hooks.adapter import build_adapter
 from moe_lens.model.hooks.expert_kernel import experts_forward
 from moe_lens.model.hooks.generation import GeneratingBridge
@@ -64,7 +64,7 @@ class HookedMoE(Summary, GeneratingBridge):
         *,
         check: bool = True,
         trust_remote_code: Trust = False,
-        quantize: Scheme | None = None,
+        quantize: Wish | None = None,
         **kwargs: Any,
     ) -> Self:
         """Load a model by hub name, local folder, or `"tiny-deepseekmoe"`, the embedded one.
@@ -76,7 +76,8 @@ class HookedMoE(Summary, GeneratingBridge):
                 DeepSeekMoE does not need it.
             quantize: pack experts and the blocks' linear layers while loading, in 4 bits (`"nf4"`, `"fp4"`) or 8
                 (`"int8"`), by bitsandbytes. Routers, norms and embeddings stay in their dtype. A `BitsAndBytesConfig`
-                does the same.
+                does the same. `"stored"` keeps the bits of a checkpoint that is packed (FP8, MXFP4, …); its numbers
+                are those that it has unpacked.
             kwargs: `dtype`, `device_map`, `revision`, `cache_dir`, … as in transformers; `device`, `tokenizer`,
                 `first_n_layers`, `default_prepend_bos` and `default_padding_side` as in TransformerLens, and its flags
                 for processing weights if they are off (`fold_ln=False`). Without `dtype`, the checkpoint's own.

@@ -102,9 +102,9 @@ image encoder of `dots3_note`.
 ## Checkpoints as they lie on disk
 
 Matrices that are stored packed are unpacked while they are read, one at a time, in float32, and kept in the dtype
-that was asked for. No library of the format and no GPU is needed. `quantize="nf4"` (or `"int8"`) packs the numbers
-anew while they are loaded ([Experts in 4 and 8 bits](quantised.md)). A model that was unpacked is saved as plain
-numbers.
+that was asked for. No library of the format and no GPU is needed. `quantize="stored"`
+keeps the stored bits in memory, with the same numbers, and `quantize="nf4"` (or `"int8"`) packs the numbers anew
+([Experts in 4 and 8 bits](quantised.md)). A model that was unpacked is saved as plain numbers.
 
 | `quant_method` | what happens |
 |---|---|

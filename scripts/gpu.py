@@ -27,7 +27,7 @@ from moe_lens.data import Reading, embedded_domains
 from moe_lens.model.families.deepseek import DeepseekConfig, DeepseekForCausalLM
 from moe_lens.model.loading.device_map import gibibytes
 from moe_lens.model.loading.pretrained import EMBEDDED, load_tokenizer, resolve_name
-from moe_lens.model.loading.quantising import packers
+from moe_lens.model.loading.quantising import matrices_of
 from moe_lens.studies import RoutingStudy, run
 
 ROOT = Path(__file__).parents[1]
@@ -70,13 +70,13 @@ def random_model(shape: dict[str, Any], device: str, scheme: Any = None) -> Hook
     with init_empty_weights(include_buffers=False):
         hf: Any = DeepseekForCausalLM(DeepseekConfig(**shape, moe_layer_freq=1))
         hf = hf.to(torch.bfloat16)
-    to_pack = packers(hf, scheme) if scheme else {}
+    places = matrices_of(hf, scheme) if scheme else {}
     torch.manual_seed(0)
     for name, parameter in list(hf.named_parameters()):
         value = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
         value.fill_(1) if "norm" in name else value.normal_(std=0.02)
-        if name in to_pack:
-            to_pack[name](value)
+        if name in places:
+            places[name].pack(value, scheme)
         else:
             set_module_tensor_to_device(hf, name, device, value=value)
     tokenizer = load_tokenizer(resolve_name(EMBEDDED))

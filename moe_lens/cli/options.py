@@ -29,6 +29,7 @@ class Quantize(StrEnum):
     nf4 = "nf4"
     fp4 = "fp4"
     int8 = "int8"
+    stored = "stored"
 
 
 class Dtype(StrEnum):
@@ -179,7 +180,10 @@ DtypeOption = Annotated[
 ]
 QuantizeOption = Annotated[
     Quantize | None,
-    typer.Option(help="Pack experts and linear layers in 4 or 8 bits while loading; needs bitsandbytes."),
+    typer.Option(
+        help="Pack experts and linear layers in 4 or 8 bits while loading, with bitsandbytes; stored: keep the bits of "
+        "a checkpoint that is packed."
+    ),
 ]
 TrustTokenizer = Annotated[
     bool,

@@ -69,7 +69,7 @@ def parameters_digest(hf: Any) -> str:
     """
     config = {key: value for key, value in hf.config.to_dict().items() if key not in _VOLATILE and key[0] != "_"}
     found = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    packed = [(f"{name}.{half}", getattr(part, half)) for name, part in packed_in(hf) for half in ("data", "scale")]
+    packed = [(f"{name}.{of}", bits) for name, part in packed_in(hf) for of, bits in part.named_buffers()]
     for name, parameter in sorted([*hf.named_parameters(), *packed], key=lambda pair: pair[0]):
         found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if parameter.numel():

@@ -2,11 +2,13 @@
 
 import json
 import shlex
+import shutil
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from moe_lens import HookedMoE
 from moe_lens.cli import main
@@ -16,6 +18,7 @@ from moe_lens.errors import InputError
 from moe_lens.model.loading import dispatch
 from moe_lens.report.published_numbers import MODEL, PUBLISHED, published, published_table, same_model
 from moe_lens.studies import Collected, ExpertsPerToken, StudyResult
+from tests.model.test_stored_bits import in_fp8
 from tests.studies.tiny import save_checkpoint, write_jsonl
 
 
@@ -243,6 +246,25 @@ def test_a_model_that_memory_does_not_hold_gives_the_same_tables(saved, folder, 
         line := refused(capsys, "routing", "--config", str(config), "--out", str(out), "--dtype", "bfloat16")
     )
     assert "bfloat16" in line
+
+
+def test_a_checkpoint_in_fp8_stays_in_its_bits_and_gives_the_same_tables(folder, config, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(folder / "model", model)
+    in_fp8(model, load_file(model / "model.safetensors"))
+    found = {}
+    for how in ([], ["--quantize", "stored"]):
+        out = tmp_path / f"out{len(how)}"
+        assert main(["routing", "--config", str(config), "--model", str(model), "--out", str(out), *how]) == 0
+        found[bool(how)] = StudyResult.load(out)
+    for name, table in found[False].tables.items():
+        pd.testing.assert_frame_equal(table, found[True].tables[name])
+    assert found[True].manifest["plan"]["model"]["quantised"] == "fp8 as stored"
+    assert found[True].manifest["bytes_in"]["cpu"] < found[False].manifest["bytes_in"]["cpu"]
+    capsys.readouterr()
+    plain = ["--model", str(folder / "model"), "--quantize", "stored", "--out", str(tmp_path / "other")]
+    said = refused(capsys, "routing", "--config", str(config), *plain)
+    assert "does not say that this checkpoint is packed" in said
 
 
 def test_max_memory_that_cannot_be_meant(capsys):

@@ -13,9 +13,11 @@ from moe_lens import LogitLens, PartialSum, names
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.interventions import expert_attribution
 from moe_lens.interventions.metrics import Logit
+from moe_lens.model.loading.pretrained import load_pretrained
 from moe_lens.model.loading.quantising import quantise
 from tests.matrix.configs import build, tokens
 from tests.model.test_quantised import unpacked
+from tests.model.test_stored_bits import build_in_fp8
 from tests.wrapped import GATED, INNER, deviation
 
 ALL = {"model": "disk", "lm_head": "disk"}
@@ -65,7 +67,7 @@ MEASURED: dict[str, Callable[[HookedMoE], Tensor]] = {
 }
 
 
-@pytest.fixture(scope="module", params=["bf16", "int8", "nf4", "offloaded"])
+@pytest.fixture(scope="module", params=["bf16", "int8", "nf4", "offloaded", "stored"])
 def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[HookedMoE, HookedMoE]:
     """A model that is kept in some way, and one that holds the same numbers."""
     path: Path = tmp_path_factory.mktemp("stored")
@@ -76,6 +78,10 @@ def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     elif request.param == "offloaded":
         model = HookedMoE.from_pretrained(path, device_map=ALL, offload_folder=str(path / "off"))
         plain = build("deepseek")
+    elif request.param == "stored":
+        build_in_fp8(path, "deepseek")
+        model = HookedMoE.from_pretrained(path, quantize="stored")
+        plain = load_pretrained(str(path))[0]
     else:
         packed = build("deepseek")
         quantise(packed, request.param)

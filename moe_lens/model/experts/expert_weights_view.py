@@ -17,14 +17,7 @@ from torch import Tensor, nn
 
 from moe_lens.errors import UnsupportedModelError
 from moe_lens.model.experts.offloaded_experts import StoredMatrices, is_elsewhere
-from moe_lens.model.experts.quantised import (
-    Matrices,
-    PackedMatrices,
-    ReadableMatrices,
-    Scheme,
-    check_blocks,
-    packed_product,
-)
+from moe_lens.model.experts.packed import Matrices, Packed, ReadableMatrices, packed_product
 
 
 class Rows(NamedTuple):
@@ -68,7 +61,7 @@ class Experts:
         known = self._read_flags()
         parameters = self._parameters() if known else [None]
         full = all(
-            isinstance(p, PackedMatrices)
+            isinstance(p, Packed)
             or (isinstance(p, Tensor | StoredMatrices) and p.is_floating_point() and p.element_size() >= 2)
             for p in parameters
         )
@@ -116,36 +109,13 @@ class Experts:
     def _parameters(self) -> list[Any]:
         """All that experts own, as it is stored."""
         return [
-            StoredMatrices(holder, name, self._cut) if is_elsewhere(holder, name) else getattr(holder, name, None)
+            StoredMatrices(holder, name, self.cut) if is_elsewhere(holder, name) else getattr(holder, name, None)
             for holder, name in self._stored()
         ]
 
-    def matrices(self, scheme: Scheme) -> list[tuple[nn.Module, str]]:
-        """Modules and names of the parameters that are matrices, all of which a scheme can pack.
-
-        Raises:
-            UnsupportedModelError: it cannot.
-        """
-        found = self._stored()[:2] if self.has_bias else self._stored()
-        for holder, name in found:
-            check_blocks(name, self._cut(getattr(holder, name)).shape, scheme)
-        return found
-
-    def pack(self, holder: nn.Module, name: str, weight: Tensor, scheme: Scheme) -> None:
-        """Keep one of `matrices` in 4 or 8 bits from now on.
-
-        Args:
-            holder: Its module.
-            name: Its name there.
-            weight: Its numbers, as they were stored.
-            scheme: How to pack them.
-
-        Raises:
-            UnsupportedModelError: they cannot be cut into the scheme's blocks.
-        """
-        packed = PackedMatrices.pack(self._cut(weight), scheme, name)
-        delattr(holder, name)
-        holder.add_module(name, packed)
+    def matrices(self) -> list[tuple[nn.Module, str]]:
+        """Modules and names of the parameters that are matrices."""
+        return self._stored()[:2] if self.has_bias else self._stored()
 
     def first(self) -> list[tuple[Tensor | Matrices, Tensor | StoredMatrices | None]]:
         """Matrices and biases of the products with what experts read; their columns together make the neurons."""
@@ -156,7 +126,7 @@ class Experts:
         """Matrices and biases of the product that makes their output."""
         return self._oriented(self._parameters()[1]), self._parameters()[3] if self.has_bias else None
 
-    def _cut(self, weight: Tensor) -> Float[Tensor, "expert rows columns"]:
+    def cut(self, weight: Tensor) -> Float[Tensor, "expert rows columns"]:
         """A stored parameter as one matrix for each expert."""
         return weight
 
@@ -165,7 +135,7 @@ class Experts:
         transposed = self.transposed if transposed is None else transposed
         if not isinstance(weight, Tensor):
             return Matrices(weight, transposed, self.n_matrices)
-        matrices = self._cut(weight)[: self.n_matrices]
+        matrices = self.cut(weight)[: self.n_matrices]
         return matrices if transposed else matrices.mT
 
     def branch(self, number: int) -> Tensor | Matrices:

@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_lens.checked import checked
 from moe_lens.errors import InputError
 from moe_lens.ids import ids, one_id
-from moe_lens.model.experts.quantised import Matrices
+from moe_lens.model.experts.packed import Matrices
 
 
 @checked

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from moe_lens.model.experts.expert_weights_view import Experts, Rows, looped_product
 from moe_lens.model.experts.offloaded_experts import StoredMatrices
-from moe_lens.model.experts.quantised import Matrices
+from moe_lens.model.experts.packed import Matrices
 from moe_lens.model.families.family import Family
 
 Routed = tuple[Tensor, Tensor, Tensor]
@@ -88,7 +88,8 @@ class DbrxExperts(Looped):
     def _stored(self) -> list[tuple[Any, str]]:
         return [(self.module.mlp, name) for name in ("w1", "v1", "w2")]
 
-    def _cut(self, weight: Tensor) -> Float[Tensor, "expert d_expert d_model"]:
+    def cut(self, weight: Tensor) -> Float[Tensor, "expert d_expert d_model"]:
+        """Each expert's rows."""
         return weight.view(self.n_experts, -1, weight.shape[-1])
 
     def first(self) -> list[tuple[Tensor | Matrices, Tensor | StoredMatrices | None]]:

@@ -12,7 +12,7 @@ from accelerate.utils import has_offloaded_params
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moe_lens.model.experts.quantised import ReadOnly
+from moe_lens.model.experts.packed import ReadOnly
 
 
 def is_elsewhere(module: nn.Module, name: str = "weight") -> bool:

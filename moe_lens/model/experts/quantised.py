@@ -12,17 +12,18 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, Self, get_args, runtime_checkable
+from typing import Any, Literal, Self, get_args
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_lens.errors import InputError, UnsupportedModelError
+from moe_lens.model.experts.packed import Packed
 
 Scheme = Literal["nf4", "fp4", "int8"]
-Multiply = Callable[[Tensor, Tensor], Tensor]
+Wish = Scheme | Literal["stored"]
+"""What `quantize` can ask for: to pack anew, or to keep what the checkpoint has packed."""
 BLOCK = 64
 """Numbers that share a scale in 4 bits."""
 AT_ONCE = 2**28
@@ -52,14 +53,23 @@ def library() -> Any:
             sys.modules["kernels"] = kernels
 
 
-def check_scheme(scheme: Any) -> Scheme:
+def check_wish(wish: Any) -> Wish:
+    """What `quantize` asks for, if that exists, and bitsandbytes is there where it is needed.
+
+    Raises:
+        InputError: there is no such thing, or bitsandbytes is not installed.
+    """
+    return wish if wish == "stored" else check_scheme(wish, (*get_args(Scheme), "stored"))
+
+
+def check_scheme(scheme: Any, known: Sequence[str] = get_args(Scheme)) -> Scheme:
     """The scheme, if it is one and bitsandbytes is there.
 
     Raises:
         InputError: it is none, or bitsandbytes is not installed.
     """
     if scheme not in get_args(Scheme):
-        raise InputError(f"quantize is {scheme!r}; expected one of {', '.join(map(repr, get_args(Scheme)))}")
+        raise InputError(f"quantize is {scheme!r}; expected one of {', '.join(map(repr, known))}")
     library()
     return scheme
 
@@ -77,7 +87,7 @@ def check_blocks(name: str, shape: Sequence[int], scheme: Scheme) -> None:
         )
 
 
-class PackedMatrices(nn.Module):
+class PackedMatrices(Packed):
     """Matrices of one shape, one for each expert, in 4 or 8 bits; `read` unpacks those that are asked for."""
 
     data: Tensor
@@ -89,7 +99,7 @@ class PackedMatrices(nn.Module):
         super().__init__()
         self.register_buffer("data", data)
         self.register_buffer("scale", scale)
-        self.scheme: Scheme = scheme
+        self.scheme = scheme
         self.shape, self.dtype = torch.Size(shape), dtype
 
     @classmethod
@@ -156,168 +166,9 @@ class PackedMatrices(nn.Module):
         )
         return functional.dequantize_4bit(data.flatten()[:, None], state).to(self.dtype).view(shape)
 
-    def numel(self) -> int:
-        """Numbers that are packed."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that they take."""
-        return self.data.nbytes + self.scale.nbytes
-
-    @property
-    def device(self) -> torch.device:
-        """Where they are."""
-        return self.data.device
-
-    def extra_repr(self) -> str:
-        """Scheme and shape."""
-        return f"{self.scheme}, {tuple(self.shape)}"
-
 
 def _rows_in_int8(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix as whole numbers from −127 to 127, and of each row the number that 127 stands for."""
     scale = matrix.abs().amax(-1).float()
     steps = 127 / scale.clamp_min(torch.finfo(torch.float32).tiny)
     return (matrix.float() * steps[:, None]).round().to(torch.int8), scale
-
-
-@runtime_checkable
-class ReadableMatrices(Protocol):
-    """Matrices, one for each expert, that are not there as numbers until they are read."""
-
-    shape: torch.Size
-    """[expert, rows, columns], as stored."""
-    dtype: torch.dtype
-    """Of what is read."""
-    device: torch.device
-    """Of what is read."""
-
-    def read(self, experts: Sequence[int] | Tensor) -> Float[Tensor, "expert rows columns"]:
-        """The matrices of some experts."""
-        ...
-
-
-class ReadOnly(Tensor):
-    """A copy of numbers that are kept packed or elsewhere: writing to it would leave the model as it is, and raises."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG003
-        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        in_place = name.endswith("_") and not name.startswith("__") and name != "requires_grad_"
-        if isinstance(args[0] if args else None, cls) and (in_place or name == "__setitem__" or name.startswith("__i")):
-            raise InputError(f"{name} writes to a copy, which leaves the model as it is: {_WHY}")
-        if isinstance(kwargs.get("out"), cls):
-            raise InputError(f"{name}(out=…) writes to a copy, which leaves the model as it is: {_WHY}")
-        with torch._C.DisableTorchFunctionSubclass():
-            out = func(*args, **kwargs)
-            if isinstance(out, Tensor) and any(_shares(out, given) for given in args if isinstance(given, cls)):
-                return out.as_subclass(cls)
-        return out
-
-
-_WHY = "its parameters are packed in 4 or 8 bits, or kept elsewhere and read when they are needed"
-
-
-def _shares(one: Tensor, other: Tensor) -> bool:
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0
-
-
-@dataclass(frozen=True)
-class Matrices:
-    """Such matrices as a kernel wants them, [expert, in, out]: an index reads, and nothing that was read is kept."""
-
-    packed: ReadableMatrices
-    transposed: bool
-    """Whether they are stored [in, out]."""
-    count: int
-    """How many of the experts, the first ones, are meant."""
-    columns: slice = field(default_factory=lambda: slice(None))
-    """Which columns."""
-
-    @property
-    def shape(self) -> torch.Size:
-        """[expert, in, out]."""
-        _, rows, columns = self.packed.shape
-        n_in, n_out = (rows, columns) if self.transposed else (columns, rows)
-        return torch.Size([self.count, n_in, len(range(*self.columns.indices(n_out)))])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What they are unpacked to."""
-        return self.packed.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where they are."""
-        return self.packed.device
-
-    def __len__(self) -> int:
-        """How many matrices."""
-        return self.count
-
-    def numel(self) -> int:
-        """Numbers that are packed."""
-        return math.prod(self.shape)
-
-    def narrowed(self, columns: slice) -> "Matrices":
-        """Some of the columns."""
-        return replace(self, columns=columns)
-
-    def __getitem__(self, experts: Any) -> Tensor:
-        """One expert's matrix [in, out], or those of several [expert, in, out]: a copy, to be read only."""
-        if isinstance(experts, int):
-            return self[[experts]][0]
-        if isinstance(experts, slice):
-            experts = range(*experts.indices(self.count))
-        return self.read(experts if isinstance(experts, Tensor) else list(experts)).as_subclass(ReadOnly)
-
-    def read(self, experts: Sequence[int] | Tensor) -> Float[Tensor, "expert in out"]:
-        """The matrices of some experts."""
-        found = self.packed.read(experts)
-        return (found if self.transposed else found.mT)[..., self.columns]
-
-
-class _Product(torch.autograd.Function):
-    """A product with matrices that are unpacked again for the gradient instead of being kept."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, read: Callable[[], Tensor], multiply: Callable[[Tensor, Tensor], Tensor]
-    ) -> Tensor:
-        ctx.read, ctx.multiply, ctx.dtype = read, multiply, x.dtype
-        return multiply(x, read())
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ctx.multiply(grad_outputs[0], ctx.read().mT).to(ctx.dtype), None, None
-
-
-def packed_product(x: Tensor, read: Callable[[], Tensor], multiply: Multiply) -> Tensor:
-    """`multiply(x, read())` whose gradient with respect to x reads again: between the two passes nothing is kept."""
-    return _Product.apply(x, read, multiply)
-
-
-class PackedLinear(nn.Linear):
-    """A linear layer whose weight is packed; `weight` unpacks it."""
-
-    packed: PackedMatrices
-
-    @classmethod
-    def convert(cls, linear: nn.Linear, name: str, weight: Tensor, scheme: Scheme) -> None:
-        """Give a linear layer a packed weight, in place."""
-        packed = PackedMatrices.pack(weight[None], scheme, name)
-        del linear.weight
-        linear.__class__ = cls
-        linear.add_module("packed", packed)
-
-    @property
-    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """A copy [out_features, in_features], to be read only."""
-        return self.packed.read()[0].as_subclass(ReadOnly)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """X Wᵀ + b."""
-        out, bias = packed_product(input, lambda: self.packed.read()[0].mT, torch.matmul), self._parameters["bias"]
-        return out if bias is None else out + bias

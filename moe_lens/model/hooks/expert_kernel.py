@@ -21,7 +21,7 @@ from moe_lens.model.experts.expert_weights_view import (
     split_branches,
 )
 from moe_lens.model.experts.offloaded_experts import StoredMatrices
-from moe_lens.model.experts.quantised import Matrices
+from moe_lens.model.experts.packed import Matrices
 from moe_lens.model.hooks.layer_hooks import LayerHooks
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moe_lens.model.experts.layer_parameters import LayerParameters
 from moe_lens.model.experts.offloaded_experts import is_elsewhere, numbers_of
-from moe_lens.model.experts.quantised import ReadOnly
+from moe_lens.model.experts.packed import ReadOnly
 from moe_lens.model.hooks.hook_table import HookTable
 
 

@@ -4,6 +4,8 @@ Only headers are read here (names, shapes, dtypes). Transformers loads several k
 with random numbers for what is missing; whatever headers can tell is refused here, naming file and tensor.
 """
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
@@ -57,6 +59,12 @@ class StoredTensor:
     def read(self, files: OpenFiles) -> Tensor:
         """The tensor as it is stored."""
         return files.read(self.file, self.name)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in the file."""
+        width = re.search(r"\d+", self.dtype)  # BOOL alone has no number
+        return math.prod(self.shape) * (int(width[0]) if width else 8) // 8
 
 
 def find_file(source: str, name: str, hub: Mapping[str, Any]) -> Path | None:

@@ -14,6 +14,8 @@ from moe_lens.model.families.deepseek import DeepseekConfig, DeepseekForCausalLM
 from moe_lens.model.loading.checkpoint import Checkpoint, OpenFiles, StoredTensor, not_whole
 from moe_lens.model.loading.depth import PREDICTING, layer_of, read_depth
 from moe_lens.model.loading.dispatch import Placing
+from moe_lens.model.loading.formats.view import method_of, packing_of
+from moe_lens.model.loading.kept_bits import kept_by_deepseek, lazy_parameter_bits, widths
 from moe_lens.model.loading.key_mapping import mapped
 from moe_lens.model.loading.lazy_parameters import lazy_state_dict, parameter_shapes, stored_shapes
 from moe_lens.model.loading.load_streamed import load_streamed
@@ -57,9 +59,14 @@ def load_deepseek(
     parameters = lazy_state_dict(checkpoint, shapes, dtype)
     for name in ("variant", "use_safetensors", "key_mapping"):
         kwargs.pop(name, None)
-    size, packing = None, kwargs.get("quantization_config")
+    size, packing, state = None, kwargs.get("quantization_config"), dict[str, Any](parameters)
     if isinstance(packing, PackingConfig):
-        size = packed_size(_unmade(config, config.num_hidden_layers), dtype, packing.scheme)
+        unmade = _unmade(config, config.num_hidden_layers)
+        if packing.scheme == "stored":
+            kept = kept_by_deepseek(unmade, parameters)
+            packing.method, packing.widths = method_of(packing_of(raw) or {}), widths(unmade, kept)
+            state |= {name: lazy_parameter_bits(parameters[name]) for name in kept}
+        size = packed_size(unmade, dtype, packing.scheme, packing.widths)
     elif packing is None:
         as_stored = all(type(stored) is StoredTensor for stored in checkpoint.tensors.values())
         numbers = {name: math.prod(shape) for name, shape in shapes.items()}
@@ -70,7 +77,7 @@ def load_deepseek(
             model = load_streamed(DeepseekForCausalLM, config, parameters, dtype, **placing.arguments)
         else:
             model = DeepseekForCausalLM.from_pretrained(
-                None, config=config, state_dict=parameters, dtype=dtype, **placing.arguments
+                None, config=config, state_dict=state, dtype=dtype, **placing.arguments
             )
             del model._weight_conversions  # none were needed to read; to write, transformers takes the registered ones
     read_generation_config(model, source, hub, kwargs)

@@ -1,8 +1,9 @@
 """What a model is, from its config alone: no weights are read or made."""
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from moe_lens.model.families.table import check_release, family_of
 from moe_lens.model.hf_compat import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from moe_lens.model.loading.checkpoint import read_config
 from moe_lens.model.loading.device_map import Size, gibibytes, plan_memory, slow_dtype
+from moe_lens.model.loading.formats.view import FORMATS, method_of, packing_of
+from moe_lens.model.loading.kept_bits import kept_of, widths
 from moe_lens.model.loading.machine import Machine
 from moe_lens.model.loading.pretrained import resolve_name
 from moe_lens.model.loading.sizes import packed_size, size_of
 from moe_lens.model.loading.sizes_that_fit import check_attention, check_runs
+from moe_lens.model.loading.stored_view import locate
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -60,6 +64,10 @@ class ModelInfo:
     """How many each parameter has, by name."""
     in_nf4: Size | None = field(repr=False)
     """Bytes in 4 bits; None where the family's matrices cannot be cut into blocks."""
+    packed_by: str = ""
+    """How the checkpoint is packed, where it is in a way that is read here."""
+    stored: Size | str = field(default="", repr=False)
+    """Bytes with its matrices as they are packed in the checkpoint, or why they are not known."""
 
     def memory(self, dtype: torch.dtype) -> int:
         """Bytes that the parameters take; activations and caches come on top."""
@@ -71,7 +79,6 @@ def here(info: ModelInfo, machine: Machine) -> list[tuple[str, str]]:
 
     In float32 too, where that is quicker.
     """
-    found: list[tuple[str, str]] = []
     streamed = info.model_type == DeepseekConfig.model_type
     stored = {name: number * info.dtype.itemsize for name, number in info.numbers.items()}
     ways = [(str(info.dtype).removeprefix("torch."), size_of(info.numbers, info.dtype, streamed=streamed))]
@@ -80,14 +87,19 @@ def here(info: ModelInfo, machine: Machine) -> list[tuple[str, str]]:
     slow = slow_dtype(info.dtype, {gpu: 0 for gpu in machine.gpus} | {"cpu": ways[0][1].total}, machine.slowdown)
     if slow:
         ways.append(("float32", size_of(info.numbers, torch.float32, streamed=streamed, stored=stored)))
-    for how, size in ways:
-        try:
-            plan = plan_memory(size, machine)
-            where = f"{gibibytes(size.total)}: {plan}" if len(plan.places) > 1 else f"fits: {plan}"
-        except InputError as error:
-            where = str(error)
-        found.append((f"in {how}", where))
+    found = [(f"in {how}", _where(size, machine)) for how, size in ways]
+    if info.packed_by:
+        where = info.stored if isinstance(info.stored, str) else _where(info.stored, machine)
+        found.append(("as stored", f"{where} ({info.packed_by}, with --quantize stored)"))
     return [*found, ("speed", f"{slow}: --dtype float32 is quicker")] if slow else found
+
+
+def _where(size: Size, machine: Machine) -> str:
+    try:
+        plan = plan_memory(size, machine)
+    except InputError as error:
+        return str(error)
+    return f"{gibibytes(size.total)}: {plan}" if len(plan.places) > 1 else f"fits: {plan}"
 
 
 def model_info(name_or_path: str | Path, **hub: Any) -> ModelInfo:
@@ -107,7 +119,8 @@ def model_info(name_or_path: str | Path, **hub: Any) -> ModelInfo:
             f"{path}: model_type {raw['model_type']!r} is unknown to transformers {transformers.__version__}"
         )
     try:
-        return config_info(AutoConfig.from_pretrained(source, **hub))
+        info = config_info(AutoConfig.from_pretrained(source, **hub), partial(_as_stored, source, raw, hub))
+        return replace(info, packed_by=_packed_by(raw))
     except MoELensError:
         raise
     except Exception as error:  # a config can be wrong in as many ways as there are models that read it
@@ -116,8 +129,33 @@ def model_info(name_or_path: str | Path, **hub: Any) -> ModelInfo:
         ) from error
 
 
-def config_info(config: PreTrainedConfig) -> ModelInfo:
+def _packed_by(raw: Mapping[str, Any]) -> str:
+    method = method_of(packing_of(raw) or {})
+    return method if method in FORMATS else ""
+
+
+def _as_stored(source: str, raw: dict[str, Any], hub: dict[str, Any], model: Any, dtype: torch.dtype) -> Size | str:
+    """Bytes of a model of which the packed matrices stay so, from the headers of its files if those are here."""
+    if not _packed_by(raw):
+        return ""
+    try:
+        checkpoint, _ = locate(source, raw, {**hub, "local_files_only": True}, None)
+    except CheckpointError:
+        return "its size can be said when its files are here"
+    try:
+        return packed_size(model, dtype, "stored", widths(model, kept_of(model, checkpoint)))
+    except (InputError, UnsupportedModelError) as error:
+        return str(error)
+
+
+def config_info(
+    config: PreTrainedConfig, as_stored: Callable[[Any, torch.dtype], Size | str] | None = None
+) -> ModelInfo:
     """Sizes of the model that a transformers config describes.
+
+    Args:
+        config: Of the model.
+        as_stored: What `ModelInfo.stored` is, given the model without numbers and its dtype.
 
     Raises:
         UnsupportedModelError: the family is not supported, or the model has no experts.
@@ -173,6 +211,7 @@ def config_info(config: PreTrainedConfig) -> ModelInfo:
         dtype=dtype,
         numbers={name: parameter.numel() for name, parameter in model.named_parameters()},
         in_nf4=_in_nf4(model, dtype),
+        stored="" if as_stored is None else as_stored(model, dtype),
     )
     check_runs(model, [of_layer.module for of_layer in found.values()], text)
     return info

@@ -1,13 +1,13 @@
 """Models whose large matrices are packed in 4 or 8 bits while they are loaded; such models saved, and read back.
 
 transformers' own loader does the work, through a quantiser that is registered with it: a matrix is packed as soon as it
-is read, so that the whole model never is in memory.
+is read, so that the whole model never is in memory. Matrices that stay in the bits of their checkpoint come the same
+way (`kept_bits.py`), and are put where they belong.
 """
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import align_module_device
@@ -16,7 +16,17 @@ from transformers import PreTrainedModel
 
 from moe_lens.errors import InputError
 from moe_lens.model.experts.moe_layers import experts_by_layer
-from moe_lens.model.experts.quantised import BLOCK, PackedLinear, PackedMatrices, Scheme, check_scheme
+from moe_lens.model.experts.packed import Packed, PackedLinear
+from moe_lens.model.experts.quantised import (
+    BLOCK,
+    PackedMatrices,
+    Scheme,
+    Wish,
+    check_blocks,
+    check_scheme,
+    check_wish,
+)
+from moe_lens.model.experts.stored_bits import KeptMatrices, StoredBits
 from moe_lens.model.families.table import family_of
 from moe_lens.model.hf_compat import (
     HfQuantizer,
@@ -34,9 +44,17 @@ VARIANT = "packed"
 class PackingConfig(QuantizationConfigMixin):
     """`quantization_config` of a packed model."""
 
-    def __init__(self, scheme: Scheme = "nf4", **_: Any):
+    def __init__(self, scheme: Wish = "nf4", **_: Any):
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]
-        self.scheme: Scheme = check_scheme(scheme)
+        self.scheme: Wish = check_wish(scheme)
+        self.method = ""
+        """Of "stored": how the checkpoint is packed."""
+        self.widths: Mapping[str, float] = {}
+        """Of "stored": bytes of a number of each parameter that stays packed, by name."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json says."""
+        return {"quant_method": METHOD, "scheme": self.scheme}
 
 
 class Packer(HfQuantizer):
@@ -53,19 +71,22 @@ class Packer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         self.problems = list[str]()
-        self.to_pack = packers(model, self.quantization_config.scheme)
+        self.places = matrices_of(model, self.quantization_config.scheme)
         if self.pre_quantized:
-            for name, pack in self.to_pack.items():
-                pack(model.get_parameter(name).detach())
+            for name, place in self.places.items():
+                place.pack(model.get_parameter(name).detach(), self.quantization_config.scheme)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:  # noqa: ARG002
         """Whether a parameter is one of those that are packed."""
-        return param_name in self.to_pack
+        return param_name in self.places
 
-    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Bytes of a parameter's number when it is packed: transformers divides models among GPUs by them."""
-        if self.pre_quantized or param_name not in self.to_pack:
-            return float(super().param_element_size(model, param_name, param))
+        plain = float(super().param_element_size(model, param_name, param))
+        if self.pre_quantized or param_name not in self.places:
+            return plain
+        if self.quantization_config.scheme == "stored":
+            return self.quantization_config.widths.get(param_name, plain)
         return packed_width(self.quantization_config.scheme, param.shape)
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
@@ -83,7 +104,7 @@ class Packer(HfQuantizer):
 
     def get_quantize_ops(self) -> Any:
         """What the loader calls with each of them."""
-        return _Pack(self.to_pack, self.problems)
+        return _Pack(self.places, self.quantization_config, self.problems)
 
     def is_serializable(self) -> Any:
         """Packed matrices are buffers."""
@@ -98,48 +119,90 @@ class Packer(HfQuantizer):
 class _Pack:
     """An operation of transformers' loader."""
 
-    def __init__(self, to_pack: dict[str, Callable[[Tensor], None]], problems: list[str]):
-        self.to_pack, self.problems = to_pack, problems
+    def __init__(self, places: "dict[str, Place]", config: PackingConfig, problems: list[str]):
+        self.places, self.config, self.problems = places, config, problems
 
-    def convert(self, input_dict: dict[str, Any], missing_keys: Any = None, **_: Any) -> dict[str, Tensor]:
-        """Pack; nothing is left for the loader to put anywhere."""
+    def convert(self, input_dict: dict[str, Any], missing_keys: Any = None, **_: Any) -> dict[str, Any]:
+        """Pack; what is left is for the loader to put where it belongs."""
+        left = dict[str, Any]()
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
-            if not all(bool(end.isfinite()) for end in weight.aminmax()):
-                self.problems.append(f"{name} is NaN or infinite in places")
-            self.to_pack[name](weight)
+            if isinstance(weight, StoredBits):
+                self.places[name].put(KeptMatrices(weight, self.config.method))
+            elif self.config.scheme == "stored":
+                left[name] = weight
+                continue
+            else:
+                if not all(bool(end.isfinite()) for end in weight.aminmax()):
+                    self.problems.append(f"{name} is NaN or infinite in places")
+                self.places[name].pack(weight, self.config.scheme)
             if missing_keys is not None:
                 missing_keys.discard(name)
-        return {}
+        return left
 
 
 register_quantization_config(METHOD)(PackingConfig)
 register_quantizer(METHOD)(Packer)
 
 
-def packers(model: PreTrainedModel, scheme: Scheme) -> dict[str, Callable[[Tensor], None]]:
-    """By name, what packs each matrix of experts and of the blocks' linear layers, given its numbers.
+class Place(NamedTuple):
+    """A parameter of a model that can be packed."""
+
+    holder: nn.Module
+    name: str
+    """What the holder calls it."""
+    cut: Callable[[Tensor], Tensor]
+    """From its numbers to one matrix for each expert, or to that of a linear layer alone."""
+
+    def pack(self, weight: Tensor, scheme: Any) -> None:
+        """Keep it in 4 or 8 bits from now on.
+
+        Args:
+            weight: Its numbers, as they were stored.
+            scheme: How to pack them.
+        """
+        self.put(PackedMatrices.pack(self.cut(weight), scheme, self.name))
+
+    def put(self, packed: Packed) -> None:
+        """Put packed matrices in its place."""
+        if isinstance(self.holder, nn.Linear):
+            PackedLinear.convert(self.holder, packed)
+        else:
+            delattr(self.holder, self.name)
+            self.holder.add_module(self.name, packed)
+        for module in self.holder.modules():
+            module._is_hf_initialized = True  # pyright: ignore[reportArgumentType]  # the loader is not to fill it
+
+
+def matrices_of(model: PreTrainedModel, scheme: Wish) -> dict[str, Place]:
+    """By name, the matrices of experts and of the blocks' linear layers.
 
     Routers, norms, biases, embeddings and unembedding are not among them; nor, in 4 bits, a linear layer whose numbers
     are no multiple of 64.
 
     Raises:
-        UnsupportedModelError: an unknown family.
+        UnsupportedModelError: an unknown family, or experts that cannot be cut into the scheme's blocks.
     """
     family = family_of(model.config)
-    places = {module: name for name, module in model.named_modules()}
-    found: dict[str, Callable[[Tensor], None]] = {}
+    paths = {module: name for name, module in model.named_modules()}
+    found: dict[str, Place] = {}
     for experts in experts_by_layer(model, family).values():
-        for holder, name in experts.matrices(scheme):
-            found[f"{places[holder]}.{name}"] = partial(_done, holder, partial(experts.pack, holder, name), scheme)
+        for holder, name in experts.matrices():
+            found[f"{paths[holder]}.{name}"] = Place(holder, name, experts.cut)
+            if scheme != "stored":
+                check_blocks(name, experts.cut(getattr(holder, name)).shape, scheme)
     routers = {family.router, *([family.shared_gate] if family.shared_gate else [])}
     blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
     for name, linear in model.named_modules():
         if type(linear) is not nn.Linear or not name.startswith(blocks) or routers & set(name.split(".")):
             continue
-        if scheme == "int8" or linear.weight.numel() % BLOCK == 0:
-            found[f"{name}.weight"] = partial(_done, linear, partial(PackedLinear.convert, linear, name), scheme)
+        if scheme in ("int8", "stored") or linear.weight.numel() % BLOCK == 0:
+            found[f"{name}.weight"] = Place(linear, "weight", _alone)
     return found
+
+
+def _alone(weight: Tensor) -> Tensor:
+    return weight[None]
 
 
 def packed_width(scheme: Scheme, shape: Sequence[int]) -> float:
@@ -150,12 +213,6 @@ def packed_width(scheme: Scheme, shape: Sequence[int]) -> float:
         shape: of the matrices.
     """
     return 1 + 4 / shape[-1] if scheme == "int8" else 0.5 + 4 / BLOCK
-
-
-def _done(holder: Any, pack: Callable[[Tensor, Scheme], None], scheme: Scheme, weight: Tensor) -> None:
-    pack(weight, scheme)
-    for module in holder.modules():
-        module._is_hf_initialized = True  # the loader is not to fill it
 
 
 @torch.no_grad()
@@ -173,16 +230,16 @@ def quantise(model: PreTrainedModel, scheme: Scheme) -> None:
     model_: Any = model
     model_.hf_quantizer = Packer(PackingConfig(scheme=check_scheme(scheme)), pre_quantized=False)
     model_.config.quantization_config = model_.hf_quantizer.quantization_config
-    for name, pack in packers(model, scheme).items():
-        with align_module_device(model.get_submodule(name.rpartition(".")[0])):
-            pack(model.get_parameter(name).detach())
+    for name, place in matrices_of(model, scheme).items():
+        with align_module_device(place.holder):
+            place.pack(model.get_parameter(name).detach(), scheme)
 
 
-def read_quantize(quantize: Scheme | None, kwargs: dict[str, Any]) -> None:
+def read_quantize(quantize: Wish | None, kwargs: dict[str, Any]) -> None:
     """Put our config in the place of `quantize`, or of bitsandbytes' own, which leaves experts out.
 
     Args:
-        quantize: The scheme; None for what the arguments say.
+        quantize: The scheme, or "stored"; None for what the arguments say.
         kwargs: Arguments of `from_pretrained`; changed.
 
     Raises:
@@ -204,9 +261,9 @@ def read_quantize(quantize: Scheme | None, kwargs: dict[str, Any]) -> None:
         compute = theirs.get("bnb_4bit_compute_dtype")
         if bits["load_in_4bit"] and compute not in (None, "float32") and not {"dtype", "torch_dtype"} & kwargs.keys():
             kwargs["dtype"] = compute
-    kwargs["quantization_config"] = PackingConfig(scheme=check_scheme(quantize))
+    kwargs["quantization_config"] = PackingConfig(scheme=check_wish(quantize))
 
 
-def packed_in(model: nn.Module) -> list[tuple[str, PackedMatrices]]:
+def packed_in(model: nn.Module) -> list[tuple[str, Packed]]:
     """The packed matrices of a model, by name."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, PackedMatrices)]
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Packed)]

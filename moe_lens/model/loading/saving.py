@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_lens.errors import InputError, UnsupportedModelError
+from moe_lens.model.experts.stored_bits import KeptMatrices
 from moe_lens.model.hf_compat import (
     WeightConverter,
     WeightRenaming,
@@ -45,6 +46,12 @@ def save_pretrained(
         raise InputError("save_pretrained: safe_serialization=False is not taken; weights are written as safetensors")
     if folder.is_file():
         raise InputError(f"{folder} is a file; expected a folder, which need not exist")
+    kept = [packed.scheme for _, packed in packed_in(model) if isinstance(packed, KeptMatrices)]
+    if kept:
+        raise UnsupportedModelError(
+            f"this model has the bits of its checkpoint ({kept[0]}), {model.name_or_path}, which is already what would "
+            'be written: copy that folder; or load the model without quantize="stored" to save its numbers'
+        )
     state = original_state(model, original_names)
     if packed_in(model):
         quantiser: Any = model.hf_quantizer

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel
 
-from moe_lens.model.experts.quantised import Scheme
+from moe_lens.model.experts.quantised import Wish
 from moe_lens.model.loading.checkpoint import FLOATS, Checkpoint
 from moe_lens.model.loading.device_map import Size
-from moe_lens.model.loading.quantising import packed_width, packers
+from moe_lens.model.loading.quantising import matrices_of, packed_width
 
 _LAYER = re.compile(r"(.*?\.\d+)\.")
 """A tensor's layer: what stands before the first number of its name, and the number."""
@@ -38,22 +38,29 @@ def size_of(
     return replace(size, stored=_size(stored or {}).modules)
 
 
-def packed_size(model: PreTrainedModel, dtype: torch.dtype, scheme: Scheme) -> Size:
+def packed_size(
+    model: PreTrainedModel, dtype: torch.dtype, scheme: Wish, widths: Mapping[str, float] | None = None
+) -> Size:
     """Bytes that a model takes when it is packed.
 
     Args:
         model: Of transformers; it need hold no numbers.
         dtype: Of what is not packed.
-        scheme: "nf4", "fp4" or "int8".
+        scheme: "nf4", "fp4", "int8" or "stored".
+        widths: Of "stored": bytes of a number of each parameter that stays packed, by name.
 
     Raises:
         UnsupportedModelError: an unknown family, or experts that cannot be cut into the scheme's blocks.
     """
-    names, tied = packers(model, scheme).keys(), model.all_tied_weights_keys
+    tied, parameters = model.all_tied_weights_keys, dict(model.named_parameters())
+    if scheme == "stored":
+        packed = widths or {}
+    else:
+        packed = {name: packed_width(scheme, parameters[name].shape) for name in matrices_of(model, scheme)}
     size = _size(
         {
-            name: round(p.numel() * (packed_width(scheme, p.shape) if name in names else dtype.itemsize))
-            for name, p in model.named_parameters()
+            name: round(p.numel() * packed.get(name, dtype.itemsize))
+            for name, p in parameters.items()
             if name not in tied
         }
     )

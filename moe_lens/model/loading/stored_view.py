@@ -9,8 +9,9 @@ from torch import Tensor
 from moe_lens.errors import InputError, UnsupportedModelError
 from moe_lens.model.loading.checkpoint import Checkpoint, OpenFiles, StoredTensor
 from moe_lens.model.loading.formats.view import method_of, packing_of, unpacked
+from moe_lens.model.loading.kept_bits import INSTEAD
 from moe_lens.model.loading.key_mapping import without_wrappers
-from moe_lens.model.loading.quantising import METHOD
+from moe_lens.model.loading.quantising import METHOD, PackingConfig
 
 
 def locate(
@@ -45,10 +46,18 @@ def read_packing(raw: Mapping[str, Any], kwargs: dict[str, Any]) -> None:
         kwargs: Arguments of `from_pretrained`; changed.
 
     Raises:
-        InputError: it says something else, and is no wish to pack the numbers anew.
+        InputError: it says something else, and is no wish to pack the numbers anew; or it is to stay packed, and is
+            not.
         UnsupportedModelError: weights that are pickled, and packed.
     """
     said, asked = packing_of(raw), kwargs.get("quantization_config")
+    if isinstance(asked, PackingConfig) and asked.scheme == "stored":
+        if kwargs.get("gguf_file") is not None:
+            raise InputError(f'quantize="stored": the matrices of a GGUF file are unpacked when it is read; {INSTEAD}')
+        if said is None:
+            raise InputError(f'quantize="stored": config.json does not say that this checkpoint is packed; {INSTEAD}')
+        if said.get("quant_method") == METHOD:
+            del kwargs["quantization_config"]  # it comes back as it was saved, without a word
     if said is None or said.get("quant_method") == METHOD:
         return
     if kwargs.get("use_safetensors") is False:
@@ -59,7 +68,7 @@ def read_packing(raw: Mapping[str, Any], kwargs: dict[str, Any]) -> None:
         if method != method_of(said):
             raise InputError(
                 f"quantization_config says {method or 'nothing'}, and the checkpoint is packed by {method_of(said)}; "
-                'leave it out, or pass quantize="nf4" or "int8" to pack the numbers anew'
+                'leave it out, or pass quantize="stored" to keep its bits, or "nf4" or "int8" to pack the numbers anew'
             )
         del kwargs["quantization_config"]
 

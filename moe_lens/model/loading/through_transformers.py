@@ -5,6 +5,7 @@ import copy
 import math
 import re
 import struct
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ from moe_lens.model.loading.checkpoint import Checkpoint, not_whole
 from moe_lens.model.loading.depth import layer_of, list_of_layers, read_depth
 from moe_lens.model.loading.device_map import Size
 from moe_lens.model.loading.dispatch import Placing
+from moe_lens.model.loading.formats.packed_tensor import PackedTensor
+from moe_lens.model.loading.formats.view import method_of, packing_of
+from moe_lens.model.loading.kept_bits import kept_by_transformers, lazy_bits, widths
 from moe_lens.model.loading.quantising import VARIANT, PackingConfig
 from moe_lens.model.loading.sizes import packed_size, size_of, stored_packed_size
 from moe_lens.model.loading.stored_view import LazyTensor, locate
@@ -44,7 +48,7 @@ def load_by_transformers(
     whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
     own = whole is None or (model_type in CAUSAL and whole not in (raw.get("architectures") or ()))
     loader = AutoModelForCausalLM if own else AutoModelForImageTextToText
-    size, seen = None, None
+    size, seen, stay = None, None, set[str]()
     if kwargs.get("use_safetensors") is not False and "gguf_file" not in kwargs:
         dtype = _asked_dtype(raw, kwargs)
         checkpoint, differs = locate(source, raw, hub, kwargs.get("variant"), dtype or torch.bfloat16)
@@ -52,14 +56,19 @@ def load_by_transformers(
         if kwargs.get("variant") == VARIANT:
             size = stored_packed_size(checkpoint, dtype)
         elif isinstance(packing, PackingConfig) and raw["model_type"] in CONFIG_MAPPING:
-            size = _packed_size(loader, source, hub, kwargs, dtype or checkpoint.dtype)
+            model = _unmade(loader, source, hub, kwargs, dtype or checkpoint.dtype)
+            if packing.scheme == "stored":
+                kept = kept_by_transformers(model, checkpoint, kwargs.get("key_mapping"))
+                packing.method, packing.widths = method_of(packing_of(raw) or {}), widths(model, kept)
+                stay = {stored.name for found in kept.values() for stored in found}
+            size = packed_size(model, dtype or checkpoint.dtype, packing.scheme, packing.widths)
         elif packing is None:
             size = _size(checkpoint, dtype or checkpoint.dtype, kwargs.get("num_hidden_layers") or math.inf)
         kwargs = {**kwargs, "use_safetensors": True}
         if differs:
             seen, kwargs["dtype"] = checkpoint, dtype or checkpoint.dtype
     with Placing(kwargs, size) as placing:
-        return placing.keep(load_through_transformers(loader, source, hub, placing.arguments, seen))
+        return placing.keep(load_through_transformers(loader, source, hub, placing.arguments, seen, stay))
 
 
 def _asked_dtype(raw: dict[str, Any], kwargs: dict[str, Any]) -> torch.dtype | None:
@@ -83,19 +92,23 @@ def _size(checkpoint: Checkpoint, dtype: torch.dtype, behind: float) -> Size:
     )
 
 
-def _packed_size(loader: Any, source: str, hub: dict[str, Any], kwargs: dict[str, Any], dtype: torch.dtype) -> Size:
-    """Bytes of a model that is to be packed while it is loaded."""
+def _unmade(loader: Any, source: str, hub: dict[str, Any], kwargs: dict[str, Any], dtype: torch.dtype) -> Any:
+    """The model, without numbers."""
     try:
         kind, config, _ = _class_and_config(loader, source, hub, kwargs)
         with torch.device("meta"):
-            model = kind._from_config(copy.deepcopy(config), dtype=dtype)
+            return kind._from_config(copy.deepcopy(config), dtype=dtype)
     except UNREADABLE as error:
         raise CheckpointError(f"transformers cannot load {source}: {error}") from error
-    return packed_size(model, dtype, kwargs["quantization_config"].scheme)
 
 
 def load_through_transformers(
-    loader: Any, source: str, hub: dict[str, Any], kwargs: dict[str, Any], seen: Checkpoint | None = None
+    loader: Any,
+    source: str,
+    hub: dict[str, Any],
+    kwargs: dict[str, Any],
+    seen: Checkpoint | None = None,
+    stay: Collection[str] = (),
 ) -> PreTrainedModel:
     """Load by `loader.from_pretrained`; whatever it would fill with random numbers is an error here.
 
@@ -105,13 +118,14 @@ def load_through_transformers(
         hub: See `HUB_ARGUMENTS`.
         kwargs: Of `from_pretrained`.
         seen: The checkpoint, where it is another view than that of its files.
+        stay: Names in it of packed tensors that stay packed.
     """
     how = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         if seen is None:
             model, info = loader.from_pretrained(source, **how, **hub, **kwargs)
         else:
-            kind, arguments = _from_view(loader, source, hub, kwargs, seen)
+            kind, arguments = _from_view(loader, source, hub, kwargs, seen, stay)
             model, info = kind.from_pretrained(None, **how, **arguments)
             read_generation_config(model, source, hub, kwargs)
         read = {name: kwargs[name] for name in ("trust_remote_code", "gguf_file") if name in kwargs}
@@ -147,12 +161,15 @@ def read_generation_config(model: Any, source: str, hub: dict[str, Any], kwargs:
 
 
 def _from_view(
-    loader: Any, source: str, hub: dict[str, Any], kwargs: dict[str, Any], seen: Checkpoint
+    loader: Any, source: str, hub: dict[str, Any], kwargs: dict[str, Any], seen: Checkpoint, stay: Collection[str]
 ) -> tuple[Any, dict[str, Any]]:
     """A class of transformers, and arguments by which it loads what was read, as if nothing had been packed."""
     kind, config, left = _class_and_config(loader, source, hub, kwargs)
     asked = {name: kwargs[name] for name in ("dtype", "quantization_config") if name in kwargs}
-    state = {name: LazyTensor(stored) for name, stored in seen.tensors.items()}
+    state = {
+        name: lazy_bits(stored) if name in stay and isinstance(stored, PackedTensor) else LazyTensor(stored)
+        for name, stored in seen.tensors.items()
+    }
     return kind, {**left, **asked, "config": config, "state_dict": state}
 
 

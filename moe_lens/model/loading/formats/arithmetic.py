@@ -34,7 +34,11 @@ def scaled(
             f"{rows} × {columns} numbers in blocks of {height} × {width} need {blocks[0]} × {blocks[1]} scales, and "
             f"there are {' × '.join(map(str, scale.shape))}"
         )
-    scale = scale.reshape(blocks).repeat_interleave(height, 0)[:rows]
+    scale = scale.reshape(blocks)
+    if not rows % height and not columns % width:
+        whole = numbers.reshape(blocks[0], height, blocks[1], width)
+        return (whole * scale[:, None, :, None]).view(rows, columns)
+    scale = scale.repeat_interleave(height, 0)[:rows]
     return numbers * scale.repeat_interleave(width, 1)[:, :columns]
 
 
@@ -43,20 +47,24 @@ def exponents(scale: Shaped[Tensor, "*blocks"]) -> Float[Tensor, "*blocks"]:
     return (scale.view(torch.uint8).float() - 127).exp2() if scale.element_size() == 1 else scale.float()
 
 
-def nibbles(packed: UInt8[Tensor, "rows half"], *, low_first: bool = True) -> Integer[Tensor, "rows columns"]:
-    """The two numbers of 4 bits in each byte, as numbers from 0 to 15."""
-    low, high = (packed & 15).int(), (packed >> 4).int()
-    return torch.stack((low, high) if low_first else (high, low), -1).flatten(-2)
-
-
 def table(index: Integer[Tensor, "*shape"], values: Float[Tensor, " n"]) -> Float[Tensor, "*shape"]:
     """Values by their numbers."""
     return values.float()[index.long()]
 
 
+def pairs(
+    packed: UInt8[Tensor, "rows half"], values: Float[Tensor, "16"], *, low_first: bool = True
+) -> Float[Tensor, "rows columns"]:
+    """Of two numbers of 4 bits in each byte, the values that they stand for."""
+    byte, values = torch.arange(256, device=packed.device), values.float()
+    low, high = values[byte & 15], values[byte >> 4]
+    both = torch.stack((low, high) if low_first else (high, low), -1)
+    return both.index_select(0, packed.flatten().int()).view(len(packed), -1)
+
+
 def e2m1(packed: UInt8[Tensor, "rows half"]) -> Float[Tensor, "rows columns"]:
     """Bytes of two floats of 4 bits, the lower half first."""
-    return table(nibbles(packed), torch.tensor(E2M1, device=packed.device))
+    return pairs(packed, torch.tensor(E2M1, device=packed.device))
 
 
 def bit_stream(words: Integer[Tensor, "rows words"], bits: int, count: int) -> Integer[Tensor, "rows count"]:

@@ -32,10 +32,10 @@ def bitsandbytes(tensors: Tensors, said: Mapping[str, Any]) -> Found:  # noqa: A
         if stored.dtype == "U8" and states:
             state = tensors[f"{name}.quant_state.bitsandbytes__{states[0]}"]
             how = _json_of(state.file, state.read(files))
-            parts = {"weight": stored, "state": state, **beside(tensors, name, _FOUR_BITS)}
+            parts = {"weight": stored, **beside(tensors, name, _FOUR_BITS)}
             if absent := {"absmax", "quant_map"} - parts.keys():
                 raise lacks(stored, " and ".join(sorted(absent)))
-            yield made_of(name, parts, tuple(how["shape"]), partial(_four_bits, how))
+            yield made_of(name, parts, tuple(how["shape"]), partial(_four_bits, how), (state,))
 
 
 def _json_of(file: Path, stored: Tensor) -> dict[str, Any]:
@@ -54,13 +54,13 @@ def _int8_rows(parts: Parts) -> Tensor:
 def _four_bits(how: Mapping[str, Any], parts: Parts) -> Tensor:
     scale = parts["absmax"]
     if "nested_absmax" in parts:
-        scale = _coded(scale, parts["nested_quant_map"], parts["nested_absmax"], how["nested_blocksize"])
-        scale = scale + how["nested_offset"]
-    index = arithmetic.nibbles(parts["weight"].reshape(1, -1), low_first=False)[0]
-    numbers = _coded(index, parts["quant_map"], scale, how["blocksize"])
+        fine = arithmetic.table(scale, parts["nested_quant_map"])
+        scale = _scaled(fine, parts["nested_absmax"], how["nested_blocksize"]) + how["nested_offset"]
+    numbers = arithmetic.pairs(parts["weight"].reshape(1, -1), parts["quant_map"], low_first=False)[0]
+    numbers = _scaled(numbers, scale, how["blocksize"])
     return numbers[: math.prod(how["shape"])].view(how["shape"])
 
 
-def _coded(index: Tensor, code: Tensor, scale: Tensor, block: int) -> Tensor:
-    """Values of a code by their numbers, times the scale of their block."""
-    return arithmetic.scaled(arithmetic.table(index, code)[None], scale[None], (1, int(block)))[0]
+def _scaled(numbers: Tensor, scale: Tensor, block: int) -> Tensor:
+    """Numbers in a row, times the scale of their block."""
+    return arithmetic.scaled(numbers[None], scale[None], (1, int(block)))[0]

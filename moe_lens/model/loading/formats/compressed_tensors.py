@@ -82,8 +82,9 @@ def _one(name: str, stored: StoredTensor, parts: dict[str, StoredTensor], how: M
         return made_of(name, parts, (rows, columns), partial(_float4, 16 if "global" in parts else 32))
     if stored.dtype != "I32" or 32 % bits or "shape" not in parts:
         raise UnsupportedModelError(f"{stored.file}: {name} is packed in {bits} bits as {stored.dtype}: not read here")
-    rows, columns = (int(length) for length in parts["shape"].read(OpenFiles()))
-    return made_of(name, parts, (rows, columns), partial(_words, bits, (rows, columns), group))
+    said = parts.pop("shape")
+    rows, columns = (int(length) for length in said.read(OpenFiles()))
+    return made_of(name, parts, (rows, columns), partial(_words, bits, (rows, columns), group), (said,))
 
 
 def _with_zero(block: tuple[int, int], parts: Parts) -> Tensor:

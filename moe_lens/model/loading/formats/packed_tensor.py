@@ -1,19 +1,21 @@
 """A matrix that is stored as several tensors, packed numbers and their scales, and is read as numbers."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from moe_lens.errors import CheckpointError
+from moe_lens.model.experts.stored_bits import Parts, StoredBits, Unpack, Whole
 from moe_lens.model.loading.checkpoint import OpenFiles, StoredTensor
 
-Parts = Mapping[str, Tensor]
-Unpack = Callable[[Parts], Tensor]
 Tensors = Mapping[str, StoredTensor]
 FP8 = ("F8_E4M3", "F8_E5M2")
 """What safetensors calls floats of 8 bits."""
+
+__all__ = ["FP8", "Found", "PackedTensor", "Parts", "Tensors", "Unpack", "beside", "lacks", "made_of"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class PackedTensor(StoredTensor):
     """From the parts of one matrix to its numbers in float32."""
     to: torch.dtype = torch.float32
     """What it is read in."""
+    said: tuple[StoredTensor, ...] = ()
+    """What lies beside the parts, and has been read."""
 
     def read(self, files: OpenFiles) -> Tensor:
         """Its numbers; of several experts one after the other, so that few are in float32 at a time.
@@ -33,29 +37,46 @@ class PackedTensor(StoredTensor):
         Raises:
             CheckpointError: the parts do not fit one another.
         """
-        parts = {role: part.read(files) for role, part in self.parts.items()}
-        out = torch.empty(self.shape, dtype=self.to)
+        with self._named():
+            found = self._whole(files).read(range(self._count))
+        return found if len(self.shape) == 3 else found[0]
+
+    def bits(self, files: OpenFiles) -> StoredBits:
+        """Its parts as they are stored, proved to be those of numbers.
+
+        Raises:
+            CheckpointError: the parts do not fit one another, or stand for numbers that are NaN or infinite.
+        """
+        with self._named():
+            found = self._whole(files)
+            ends = [end for expert in range(self._count) for end in found.read([expert]).aminmax()]
+        if not all(bool(end.isfinite()) for end in ends):
+            raise CheckpointError(f"{self.file}: {self.name} is NaN or infinite in places")
+        return found
+
+    @property
+    def _count(self) -> int:
+        return self.shape[0] if len(self.shape) == 3 else 1
+
+    def _whole(self, files: OpenFiles) -> Whole:
+        return Whole.of({role: part.read(files) for role, part in self.parts.items()}, self.unpack, self.shape, self.to)
+
+    @contextmanager
+    def _named(self) -> Generator[None]:
         try:
-            if len(self.shape) == 3:
-                for expert, matrix in enumerate(out):
-                    matrix.copy_(self.unpack({role: _of_expert(part, expert) for role, part in parts.items()}))
-            else:
-                out.copy_(self.unpack(parts))
+            yield
         except (ValueError, RuntimeError, IndexError) as error:
             raise CheckpointError(f"{self.file}: {self.name} cannot be unpacked: {error}") from error
-        return out
 
 
 Found = Iterator[PackedTensor]
 
 
-def _of_expert(part: Tensor, expert: int) -> Tensor:
-    return part if part.numel() == 1 else part[expert]
-
-
-def made_of(name: str, parts: Tensors, shape: tuple[int, ...], unpack: Unpack) -> PackedTensor:
+def made_of(
+    name: str, parts: Tensors, shape: tuple[int, ...], unpack: Unpack, said: tuple[StoredTensor, ...] = ()
+) -> PackedTensor:
     """The tensor that `parts` are, of which the first says in which file it is."""
-    return PackedTensor(next(iter(parts.values())).file, name, shape, "BF16", parts, unpack)
+    return PackedTensor(next(iter(parts.values())).file, name, shape, "BF16", parts, unpack, said=said)
 
 
 def beside(tensors: Tensors, name: str, roles: Mapping[str, str]) -> dict[str, StoredTensor]:

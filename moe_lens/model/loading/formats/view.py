@@ -112,7 +112,7 @@ def unpacked(checkpoint: Checkpoint, said: Mapping[str, Any], to: torch.dtype) -
         raise _unread(method_of(said))
     tensors, used = dict[str, StoredTensor](), set[int]()
     for packed in format_.find(checkpoint.tensors, said):
-        used |= {id(part) for part in packed.parts.values()}
+        used |= {id(part) for part in (*packed.parts.values(), *packed.said)}
         tensors[packed.name] = replace(packed, to=to)
     left = {name: stored for name, stored in checkpoint.tensors.items() if id(stored) not in used}
     plain = {name: stored for name, stored in left.items() if not _BESIDE.fullmatch(name)}
