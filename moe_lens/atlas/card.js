@@ -78,7 +78,7 @@ const explained = (of) => {
 
 const reads = (of) => section("reads", "What it reads",
   ["Tokens that choose it, those first that add most to how it differs from the average (n ln(", term("lift"), `)). Only tokens that occur ${atlas.about.limits.at_least} times or more. n: occurrences that chose it, of all.`],
-  of.rare ? cannot(of) : of.tokens.length ? table(["Token", "Lift", "n"], of.tokens.map(([token, assigned, occurred, lift]) => [tokenLink(token), `× ${number(lift)}`, `${whole(assigned)} of ${whole(occurred)}`])) : h("p", {}, "None stands out."),
+  of.rare ? cannot(of) : of.tokens.length ? table(["Token", "Lift", "n"], of.tokens.map(([token, assigned, occurred, lift]) => [tokenLink(token), times(lift), `${whole(assigned)} of ${whole(occurred)}`])) : h("p", {}, "None stands out."),
   h("h3", {}, "What its router row looks for"),
   h("p", { class: "note" }, "Tokens whose embedding, alone in the stream, raises its router logit most above the other experts'. In deep layers the stream is far from the embedding, and this says little."),
   of.router.length ? tokenList(of.router.map(([token, value]) => [token, number(value)])) : h("p", {}, "The routers of this family cannot be read in this way."));
@@ -118,7 +118,7 @@ const contexts = (of, sources, l) => {
 
 const goesWith = (of, l) => {
   const list = (kind, title) => of.partners[kind] && of.partners[kind].length > 0 && [h("h3", {}, title),
-    table(["Expert", term("lift", "Lift"), "n"], of.partners[kind].map(([layer, other, tokens, lift]) => [expertLink(layer, other, layer === l ? `expert ${other}` : `layer ${layer}, expert ${other}`), `× ${number(lift)}`, whole(tokens)]))];
+    table(["Expert", term("lift", "Lift"), "n"], of.partners[kind].map(([layer, other, tokens, lift]) => [expertLink(layer, other, layer === l ? `expert ${other}` : `layer ${layer}, expert ${other}`), times(lift), whole(tokens)]))];
   const lists = [list("with", "In its layer"), list("before", "In the layer before"), list("after", "In the next layer")].filter(Boolean);
   return section("with", "Who goes with it", ["Experts that its tokens choose more often than if choices were independent. n: tokens that chose both. ", link({ href: `#layer=${l}` }, `Strongest pairs of layer ${l}`), "."],
     of.rare ? cannot(of) : lists.length ? lists : h("p", {}, "None stands out."));

@@ -67,13 +67,13 @@ const pairTable = (l, most) => {
   return sortable([
     { head: "Pair", up: true, of: ([a, b]) => a * 1e6 + b, cell: ([a, b]) => [expertLink(l, a, `expert ${a}`), " and ", expertLink(l, b, `expert ${b}`)] },
     { head: "n: tokens that choose both", of: ([, , n]) => n, cell: ([, , n]) => [whole(n), h("small", {}, ` ${percent(n / total())}`)] },
-    { head: "Lift", term: "lift", of: ([, , , lift]) => lift, cell: ([, , , lift]) => `× ${number(lift)}` },
+    { head: "Lift", term: "lift", of: ([, , , lift]) => lift, cell: ([, , , lift]) => times(lift) },
   ], pairs, { by: 1, most });
 };
 
 // Of each layer the pair that most tokens choose, and the one that goes together most beyond chance.
 const together = () => {
-  const shown = (l, [a, b, n, lift]) => [expertLink(l, a, String(a)), " and ", expertLink(l, b, String(b)), h("small", {}, ` n = ${whole(n)}, lift × ${number(lift)}`)];
+  const shown = (l, [a, b, n, lift]) => [expertLink(l, a, String(a)), " and ", expertLink(l, b, String(b)), h("small", {}, ` n = ${whole(n)}, lift ${times(lift)}`)];
   const rows = atlas.about.layers.map((l) => {
     const pairs = atlas.data.get("map").pairs[l] || [];
     if (!pairs.length) return [h("a", { href: `#layer=${l}` }, `Layer ${l}`), "none", "none"];

@@ -46,7 +46,7 @@ const whose = (of, row, e) => {
     same.length > 0 && [` Not ${domains[main]}'s only one: also `, listed(same.slice(0, 3).map(([other, share]) => [expertLink(l, other, `expert ${other}`), ` (${percent(share)})`])), same.length > 3 ? [" and ", link({ href: `#layer=${l}&part=experts` }, `${same.length - 3} more`), "."] : "."]];
 };
 
-const reading = (of) => of.tokens.length ? [tokenList(of.tokens.slice(0, 6).map(([token, , , lift]) => [token, `× ${number(lift, 2)}`])),
+const reading = (of) => of.tokens.length ? [tokenList(of.tokens.slice(0, 6).map(([token, , , lift]) => [token, times(lift, 2)])),
   of.explained.length > 0 && h("small", {}, `the token explains ${percent(of.explained[0][4], 0)} of its choices (`, term("R²"), ")")] : "No token stands out.";
 const writing = (of, early) => {
   const sure = of.promoted.filter(([, , recurs]) => recurs);
@@ -59,7 +59,7 @@ const DIRECTION = (low, high) => low === null ? "too few sources for an interval
 // What a domain loses; of an expert that is held against controls the interval that is corrected, as stars are.
 const cost = (line, held) => {
   const corrected = held && held.controls > 0, [low, high] = corrected ? [held.all_low, held.all_high] : [line[ADDED_LOW], line[ADDED_HIGH]];
-  return [`${atlas.domains[line[READ]]}'s loss grows by ${milli(line[ADDED])} `, term("millinats"), ` a token (${span(low, high, milli)}${low === null ? "" : corrected ? ", corrected" : ", by itself"}; ${whole(line[TOKENS])} tokens, ${whole(line[SOURCES])} sources; perplexity × ${number(Math.exp(line[ADDED]))}): ${DIRECTION(low, high)}${corrected || low === null ? "" : ", if it had been the only expert to look at"}. `,
+  return [`${atlas.domains[line[READ]]}'s loss grows by ${milli(line[ADDED])} `, term("millinats"), ` a token (${span(low, high, milli)}${low === null ? "" : corrected ? ", corrected" : ", by itself"}; ${whole(line[TOKENS])} tokens, ${whole(line[SOURCES])} sources; perplexity ${times(Math.exp(line[ADDED]))}): ${DIRECTION(low, high)}${corrected || low === null ? "" : ", if it had been the only expert to look at"}. `,
     atFirst(line) && h("b", {}, `Mostly at the first four tokens of windows (${percent(line[AT_FIRST] / line[ADDED], 0)} of it). `), atFirst(line) && "Where texts begin alike, this is the cost of these few tokens, and the interval is far too sure. "];
 };
 const MOSTLY = 0.5;

@@ -79,7 +79,7 @@ def test_the_pairs_of_a_layer_are_answered_at_the_start_and_on_its_page(page, fo
     page.until(f"location.hash === '#layer={LAYER}' && document.getElementById('view').dataset.shown === location.hash")
     assert rows(page, "pairs")[0][0] == f"expert {most['expert']:.0f} and expert {most['other']:.0f}"
     lift = float(f"{most['lift']:.3g}")
-    assert rows(page, "pairs")[0][2] == f"× {lift:g}"
+    assert rows(page, "pairs")[0][2] == f"×\u00a0{lift:g}"
     assert len(rows(page, "experts")) == 16 and not page.complaints
     show(page, folder, "#layer=7")
     assert "No such layer" in text(page)
@@ -95,7 +95,7 @@ def test_a_card_begins_with_its_verdict_and_parts_can_be_linked(page, folder):
     assert terms == ["Whose", "Reads", "Writes", "Without it", "Caution"]
     said = text(page, ".verdict")
     cost = given(folder, "map")["domains"][list(PLANTED).index("law")]["exact"]
-    assert f"perplexity × {math.exp(cost[LAYER - 1][PLANTED['law']]):.3g})" in said
+    assert f"perplexity ×\u00a0{math.exp(cost[LAYER - 1][PLANTED['law']]):.3g})" in said
     assert "Clearly law's" in said and "More than each of its controls *" in said and "picked for its share" in said
     # An expert that does nothing: its removal is not told from nothing, whatever its share.
     other: Any = planted_atlas()[1].tables["compared"].query(f"layer == {LAYER} and not starred").iloc[0]
