@@ -5,6 +5,7 @@ are the same. Loading stacks, joins and transposes stored matrices; of packed on
 read: `torch.stack`, `torch.cat` and `torch.transpose` take them.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -26,9 +27,9 @@ class StoredBits(nn.Module):
     dtype: torch.dtype
     """What it is unpacked to."""
 
+    @abstractmethod
     def read(self, experts: Sequence[int]) -> Float[Tensor, "expert rows columns"]:
         """The matrices of some experts; what has no axis of experts is that of one."""
-        raise NotImplementedError
 
     def contiguous(self) -> "StoredBits":
         """Itself: what is read is contiguous."""
