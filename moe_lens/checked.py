@@ -7,6 +7,7 @@ count as 1, and a text would be read letter by letter where texts were meant. A 
 
 import functools
 import inspect
+import operator
 import sys
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, TypeVar, get_args
@@ -102,7 +103,7 @@ def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        for place, name, check, _ in checks:
+        for place, name, check, tensor in checks:
             if place < len(args):
                 value = args[place]
             elif name in kwargs:
@@ -112,6 +113,11 @@ def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
             wanted = check(value)
             if wanted is not None:
                 raise InputError(f"{name} is {came(value)}; expected {wanted}")
+            plain = _plain(value, bool(tensor))
+            if plain is not value and place < len(args):
+                args = (*args[:place], plain, *args[place + 1 :])
+            elif plain is not value:
+                kwargs[name] = plain
         if len(tensors) > 1:
             given = ((name, found, args[at] if at < len(args) else kwargs.get(name)) for at, name, found in tensors)
             check_together(given)
@@ -119,3 +125,17 @@ def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
 
     wrapper.__dict__["__checked__"] = True
     return wrapper
+
+
+def _plain(value: Any, tensor: bool) -> Any:
+    """A number of numpy, or of torch where no tensor is meant, as Python's: random generators and JSON take no other.
+
+    In lists and tuples, too.
+    """
+    if type(value) in (list, tuple):
+        plain = [_plain(each, tensor) for each in value]
+        return value if all(map(operator.is_, plain, value)) else type(value)(plain)
+    home = type(value).__module__.partition(".")[0]
+    if getattr(value, "shape", None) != ():
+        return value
+    return value.item() if home == "numpy" or (home == "torch" and not tensor and not value.requires_grad) else value

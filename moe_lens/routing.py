@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from moe_lens.checked import Natural, Positive, checked
 from moe_lens.errors import InputError
@@ -175,32 +176,38 @@ class Routing(_RoutedSlots):
     def stack(cls, layers: Iterable[LayerRouting]) -> "Routing":
         """Stack layers of one run (copied); logits and probs are kept if every layer has them.
 
+        Where tokens have more experts in some layers than in others (`use_experts`), the others get slots of −1, with
+        weight 0.
+
         Args:
             layers: What `cache.routing` gave, one for each layer.
 
         Raises:
-            InputError: no layers, or layers of different shapes.
+            InputError: no layers, or layers of different tokens or numbers of experts.
         """
         parts = list(layers)
         if not parts:
             raise InputError("there is no layer to stack")
         first = parts[0]
-        if any(part.indices.shape != first.indices.shape or part.n_experts != first.n_experts for part in parts):
-            shapes = {part.layer: (*part.indices.shape, part.n_experts) for part in parts}
-            raise InputError(f"layers differ in shape (…, top_k, n_experts): {shapes}")
+        sizes = {part.layer: (*part.indices.shape[:-1], part.n_experts) for part in parts}
+        if len(set(sizes.values())) > 1:
+            raise InputError(f"layers differ in shape (tokens, n_experts): {sizes}")
+        widest = max(part.top_k for part in parts)
 
-        def joined(name: str) -> Any:
+        def joined(name: str, empty: int | None = None) -> Any:
             values = [getattr(part, name) for part in parts]
             if any(value is None for value in values):
                 return None
+            if empty is not None:
+                values = [pad(value, (0, widest - value.shape[-1]), value=empty) for value in values]
             stacked = torch.stack([value.to(first.indices.device) for value in values])
             return stacked if stacked.ndim == 4 else stacked.unsqueeze(1)
 
         return cls(
             layers=tuple(part.layer for part in parts),
             n_experts=first.n_experts,
-            indices=joined("indices"),
-            weights=joined("weights"),
+            indices=joined("indices", -1),
+            weights=joined("weights", 0),
             logits=joined("logits"),
             probs=joined("probs"),
             mask=first.mask if first.mask is None or first.mask.ndim == 2 else first.mask.unsqueeze(0),
@@ -260,12 +267,14 @@ class Routing(_RoutedSlots):
         routing._check_values()
         return routing
 
-    def _check_ids(self) -> None:
-        """Ids must be of experts that there are."""
+    def _check_ids(self, empty: bool = False) -> None:
+        """Ids must be of experts that there are; −1, with weight 0, may stand in slots that a token does not use."""
         if self.indices.is_floating_point() or self.indices.dtype == torch.bool:
             raise InputError(f"indices are {self.indices.dtype}; expected whole numbers")
         if self.indices.numel():
-            low, high = int(self.indices.min()), int(self.indices.max())
+            unused = (self.indices == -1) & (self.weights == 0) & empty
+            ids = self.indices.masked_fill(unused, 0)
+            low, high = int(ids.min()), int(ids.max())
             if low < 0 or high >= self.n_experts:
                 raise InputError(f"indices go from {low} to {high}; expected expert ids from 0 to {self.n_experts - 1}")
 
@@ -295,13 +304,13 @@ class Routing(_RoutedSlots):
                 raise InputError(f"in layer {layer} a token chose the same expert twice")
 
     def to_frame(self) -> pd.DataFrame:
-        """Long format: a row per real token, layer and rank; columns layer, batch, pos, rank, expert, weight.
+        """Long format: a row per real token, layer and rank that holds an expert.
 
-        `batch` and `pos` count along the tensors' axes.
+        Columns are layer, batch, pos, rank, expert, weight; `batch` and `pos` count along the tensors' axes.
         """
         n_layers, n_batch, n_pos, top_k = self.indices.shape
         keep = np.ones((n_batch, n_pos), bool) if self.mask is None else self.mask.cpu().numpy()
-        kept = np.broadcast_to(keep[None, :, :, None], self.indices.shape)
+        kept = keep[None, :, :, None] & (self.indices.cpu().numpy() >= 0)
         layer, batch, pos, rank = (axis[kept] for axis in np.indices((n_layers, n_batch, n_pos, top_k), sparse=False))
         return pd.DataFrame(
             {
@@ -341,7 +350,7 @@ class Routing(_RoutedSlots):
             layers = whole_numbers("layers", header["layers"], least=0)
             (n_experts,) = whole_numbers("n_experts", [header["n_experts"]], least=1)
             routing = cls(layers=layers, n_experts=n_experts, **tensors)
-            routing._check_ids()
+            routing._check_ids(empty=True)
             routing._check_numbers()
         return routing
 

@@ -16,9 +16,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 import moe_lens
+from moe_lens import studies
 from moe_lens.argument_checks import Within, argument_checks
 from moe_lens.checked import AnyModel, Natural, Positive, checked
+from moe_lens.data import Reading, embedded_domains
 from moe_lens.errors import InputError
+from moe_lens.interventions import trace
 from moe_lens.selection import Selection
 
 pytestmark = pytest.mark.untyped
@@ -57,6 +60,41 @@ def test_what_an_annotation_allows_passes() -> None:
     assert example("layer", flag=np.bool_(True), texts=["a"], where=range(3), by_layer={3: 2}, real=1)  # pyright: ignore[reportArgumentType]
     assert example("layer", selection=Selection(), selections=(Selection(),), model=Model())
     assert example("layer", texts=iter(["a"]), where=[-1], real=np.float32(0.5))  # pyright: ignore[reportArgumentType]
+
+
+@checked
+def numbers(
+    number: int,
+    *more: Any,
+    share: float = 0.5,
+    several: tuple[Natural, ...] = (),
+    either: Int[Tensor, " n"] | Int[Tensor, ""] | int = 0,
+    anything: Any = None,
+) -> tuple[Any, ...]:
+    return number, *more, share, several, either, anything
+
+
+def test_numbers_of_numpy_and_torch_are_handed_on_as_pythons() -> None:
+    scalar, odd, slope = torch.tensor(3), np.int64(5), torch.tensor(0.5, requires_grad=True)
+    several: Any = (np.int32(1), 2)
+    found: Any = numbers(np.int64(4), odd, share=np.float32(0.5), several=several, either=scalar, anything=odd)  # pyright: ignore[reportArgumentType]
+    assert [type(value) for value in found[:3]] == [int, np.int64, float], "where nothing is annotated, it is as it was"
+    assert found[3] == (1, 2) and all(type(value) is int for value in found[3])
+    assert found[4] is scalar and found[5] is odd, "a tensor is meant there, and anything here"
+    again: Any = numbers(number=scalar, share=slope)  # pyright: ignore[reportArgumentType]
+    assert type(again[0]) is int and again[1] is slope, "a gradient goes on through it"
+    same = [1, 2]
+    assert numbers(1, share=1, several=tuple(same))[1] == 1
+
+
+def test_studies_and_generators_take_numbers_of_numpy(tmp_path: Path) -> None:
+    """JSON and random generators do not."""
+    model = moe_lens.HookedMoE.from_pretrained("tiny-deepseekmoe", check=False)
+    five: Any = np.int64(5)
+    traced = trace(model, "The old man looked", "old", five, draws=np.int64(1), seed=np.int64(0))  # pyright: ignore[reportArgumentType]
+    assert torch.equal(traced.corrupted, trace(model, "The old man looked", "old", 5, draws=1, seed=0).corrupted)
+    reading = Reading(tokens=np.int64(64), context=np.int64(32), seed=np.int64(0))  # pyright: ignore[reportArgumentType]
+    studies.run(studies.RoutingStudy(), model, embedded_domains()[:1], reading=reading, out=tmp_path / "study")
 
 
 @pytest.mark.parametrize(

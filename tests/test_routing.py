@@ -1,6 +1,7 @@
 """Routing without a model: checked at the door, sorted by weight, aligned to tokens."""
 
 from pathlib import Path
+from typing import Any
 
 import jaxtyping
 import numpy as np
@@ -157,6 +158,31 @@ def test_layers_without_batch_axis_stack_to_a_batch_of_one():
     whole = Routing.stack(parts)
     assert torch.equal(whole.indices, INDICES[:, :1])
     assert whole.mask is not None and whole.mask.shape == (1, 5)
+
+
+def test_layers_with_fewer_experts_are_stacked_with_empty_slots(tmp_path: Path):
+    fewer = LayerRouting(layer=1, n_experts=7, indices=INDICES[1, ..., :1], weights=WEIGHTS[1, ..., :1])
+    whole = Routing.stack([LayerRouting(layer=0, n_experts=7, indices=INDICES[0], weights=WEIGHTS[0]), fewer])
+    assert torch.equal(whole.indices[0], INDICES[0]) and torch.equal(whole.indices[1, ..., :1], fewer.indices)
+    assert (whole.indices[1, ..., 1:] == -1).all() and (whole.weights[1, ..., 1:] == 0).all()
+    assert torch.equal(whole.dense_weights()[1], fewer.dense_weights())
+    frame = whole.to_frame()
+    assert frame.expert.min() == 0 and len(frame) == INDICES[0].numel() + fewer.indices.numel()
+    whole.save(tmp_path / "r")
+    assert torch.equal(Routing.load(tmp_path / "r").indices, whole.indices)
+    used = Routing(layers=(0, 1), n_experts=7, indices=whole.indices, weights=whole.weights + 1)
+    used.save(tmp_path / "r")
+    with pytest.raises(InputError, match="indices go from -1"):  # a slot with a weight has an expert
+        Routing.load(tmp_path / "r")
+
+
+@pytest.mark.parametrize("number", [np.int64, np.uint8, np.int32])
+def test_layers_in_numbers_of_numpy_are_saved(number: type, tmp_path: Path):
+    layers: Any = np.arange(2).astype(number)
+    routing = Routing.from_arrays(INDICES.numpy(), WEIGHTS.numpy(), n_experts=number(7), layers=layers)
+    routing.save(tmp_path / "r")
+    again = Routing.load(tmp_path / "r")
+    assert (again.layers, again.n_experts) == ((0, 1), 7) and all(type(layer) is int for layer in routing.layers)
 
 
 def test_stacking_refuses_what_does_not_fit():

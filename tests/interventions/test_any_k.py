@@ -92,6 +92,10 @@ def test_a_token_has_as_many_experts_as_its_router_says(family: str, rule: Calla
         assert routing.margin()[at] == logits[chosen].min() - logits[out].max()
     with pytest.raises(InputError, match="expert indices from -1"):
         RoutedBatch(routing=Routing.stack([routing]))
+    with model.use_experts(**options):  # other layers have as many as ever
+        whole = model.routing(case.tokens)
+    assert torch.equal(whole.layer(layer).dense_weights(), routing.dense_weights())
+    assert whole.to_frame().expert.min() >= 0
 
 
 def test_all_the_mass_is_all_the_experts() -> None:
