@@ -17,7 +17,7 @@ INSTALL := $(PIP) install --quiet --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help report atlas install .installed-all test .plain .typed test-typed quick test-latest .latest test-oldest .oldest test-python .python \
-    test-wheel .wheel bench .bench check gpu docs docs-serve examples notebooks picture clean
+    test-wheel .wheel bench .bench check gpu docs docs-serve examples notebooks picture gallery clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 | \2/p' Makefile | column -t -s '|' 2>/dev/null || grep '##' Makefile
@@ -125,6 +125,9 @@ notebooks: $(VENV)/.installed-dev  ## execute every example and write its notebo
 
 picture: $(VENV)/.installed  ## draw the README's picture again, from the embedded model
 	$(BIN)/python scripts/picture.py
+
+gallery: $(VENV)/.installed-dev  ## draw the pictures of docs/gallery.md again, from the page's own lines; takes Chromium
+	$(BIN)/python scripts/gallery.py
 
 clean:  ## remove .venv and everything that was built
 	rm -rf $(VENV) .venv-latest .venv-oldest .venv-python* .venv-wheel .venv-bench site build dist .pytest_cache .ruff_cache .hypothesis .coverage htmlcov

@@ -111,6 +111,14 @@ def test_every_figure_has_its_lines_in_the_gallery():  # 8 s: it runs every stud
     }
 
 
+def test_every_figure_has_its_picture_in_the_gallery():
+    kinds = {name: str(inspect.signature(of).return_annotation) for name, of in vars(viz).items() if callable(of)}
+    figures = {name for name, kind in kinds.items() if re.search("Figure", kind)} - {"figure"}
+    page = (DOCS / "gallery.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^!\[(\w+)\]\(assets/gallery/\1\.png\)$", page, re.MULTILINE)) == figures
+    assert {path.stem for path in (DOCS / "assets" / "gallery").iterdir()} == figures, "write them with `make gallery`"
+
+
 @pytest.mark.slow
 def test_answers_run_as_written(capsys: pytest.CaptureFixture[str]):
     values: dict[str, Any] = {}
