@@ -176,6 +176,7 @@ def test_layers_with_fewer_experts_are_stacked_with_empty_slots(tmp_path: Path):
         Routing.load(tmp_path / "r")
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize("number", [np.int64, np.uint8, np.int32])
 def test_layers_in_numbers_of_numpy_are_saved(number: type, tmp_path: Path):
     layers: Any = np.arange(2).astype(number)

@@ -5,7 +5,7 @@ import functools
 import gc
 import random
 import sys
-from typing import Any
+from typing import Any, no_type_check
 
 import pytest
 import torch
@@ -122,6 +122,24 @@ def test_a_model_without_an_unembedding_is_refused(cls: Any, model_type: str) ->
     hf = cls(config(model_type))
     with pytest.raises(UnsupportedModelError, match=rf"{cls.__name__} does not predict tokens.*AutoModelForCausalLM"):
         HookedMoE.from_hf(hf)
+
+
+class Halved(MixtralForCausalLM):
+    """A model of somebody's own."""
+
+    @no_type_check
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits / 2
+        return out
+
+
+def test_a_model_of_a_derived_class_is_wrapped_as_it_is() -> None:
+    hf: Any = build("mixtral")
+    own = Halved(hf.config).eval()
+    own.load_state_dict(hf.state_dict())
+    model = HookedMoE.from_hf(own)
+    assert torch.equal(model(tokens()), hf(tokens()).logits / 2)
 
 
 @pytest.mark.untyped

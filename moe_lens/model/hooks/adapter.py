@@ -1,7 +1,9 @@
 """From a transformers model to the component tree of a HookedMoE."""
 
+from contextlib import suppress
 from typing import Any
 
+import torch
 from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedModel
 
@@ -93,17 +95,16 @@ def build_adapter(model: PreTrainedModel, name: str) -> tuple[ArchitectureAdapte
             "expected the same number in every layer that has experts"
         )
     parameter = next(model.parameters())
-    cfg = build_bridge_config_from_hf(model.config, type(model).__name__, name, parameter.dtype)
     if family.layout is not None:
+        cfg = build_bridge_config_from_hf(model.config, type(model).__name__, name, parameter.dtype)
         adapter = GenericAdapter(cfg, family, model)
         adapter.cfg.device = str(parameter.device)
         return adapter, family
-    try:
-        adapter = ArchitectureAdapterFactory.select_architecture_adapter(cfg)
-    except ValueError as error:
+    adapter = _known(model, name, parameter.dtype)
+    if adapter is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no adapter; expected the causal language model of {family.model_type}"
-        ) from error
+        )
     adapter.cfg.device = str(parameter.device)
     attention = model.config._attn_implementation
     adapter.prepare_model(model)
@@ -112,6 +113,15 @@ def build_adapter(model: PreTrainedModel, name: str) -> tuple[ArchitectureAdapte
         model.set_attn_implementation(attention)
     _mend(adapter, family)
     return adapter, family
+
+
+def _known(model: PreTrainedModel, name: str, dtype: torch.dtype) -> ArchitectureAdapter | None:
+    """TransformerLens's adapter for a model's class, or for the first one that it is derived from; None without any."""
+    for kind in type(model).__mro__:
+        cfg = build_bridge_config_from_hf(model.config, kind.__name__, name, dtype)
+        with suppress(ValueError):
+            return ArchitectureAdapterFactory.select_architecture_adapter(cfg)
+    return None
 
 
 def _mend(adapter: ArchitectureAdapter, family: Family) -> None:
