@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from moe_lens.data import Domains, in_memory, tokenize
+from moe_lens.errors import InputError
 from moe_lens.model.loading.dispatch import places
 from moe_lens.model.loading.pretrained import load_pretrained, resolve_name
 from moe_lens.pruning.export import disk_needed, export, expressible, folder_size
@@ -84,6 +85,11 @@ def prune(
         tokenize(domain, model, n_tokens=settings.tokens, context=context, seed=settings.seed) for domain in domains
     ]
     drawn = plan(score(model, batches, "random"), settings.keep, top_k=settings.top_k)  # as large as the one to come
+    if drawn.share_kept == 1 and drawn.top_k == model.top_k and settings.method != "selected":
+        raise InputError(
+            f"keep {settings.keep:g} keeps all {model.n_experts} experts of a layer, and each token its {model.top_k}: "
+            "the model would be as it is. Keep fewer experts, or give fewer active ones"
+        )
     needed = disk_needed(settings.model, drawn, folder)  # before the long part
     watch(f"scoring experts by {settings.method}; the smaller model will take {needed / 1e9:.2f} GB of disk")
     scores = score(model, batches, settings.method, seed=settings.seed if settings.method == "random" else None)

@@ -31,6 +31,8 @@ class StudyFolder:
 
     def __init__(self, path: Path, plan: Mapping[str, Any]):
         self.path = named(folder_meant(path))
+        if (above := _study_above(self.path)) is not None:
+            raise InputError(f"{self.path}: is inside of {above}, which holds what a study saved; choose another --out")
         self.plan = json.loads(json.dumps(plan))
         self.unfinished = self.path.with_name(f"{self.path.name}.unfinished")
 
@@ -202,6 +204,15 @@ def folder_meant(path: Path) -> Path:
     if end.is_symlink():
         raise InputError(f"{path}: is a link that leads to itself; choose another --out")
     return end
+
+
+def _study_above(path: Path) -> Path | None:
+    """The folder above a path that holds what a study saved, if there is one."""
+    for above in path.absolute().parents:
+        with suppress(InputError):  # a file of that name may be somebody else's
+            read_manifest(above)
+            return above
+    return None
 
 
 def _write(path: Path, content: str) -> None:

@@ -104,7 +104,7 @@ class StudyResult(Drawn):
         results: dict[str, dict[str, str]] = {}
         for number, (domain, found) in enumerate(self.results.items()):
             for name, result in found.items():
-                file = f"results/{number:02d}-{re.sub('[^A-Za-z0-9]+', '-', domain)}-{name}.safetensors"
+                file = f"results/{number:02d}-{re.sub('[^A-Za-z0-9]+', '-', domain)[:80]}-{name}.safetensors"
                 result.save(folder / file)
                 results.setdefault(domain, {})[name] = file
         files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}

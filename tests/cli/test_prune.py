@@ -63,6 +63,7 @@ def test_a_smaller_model_its_report_and_its_numbers_are_written(texts, tmp_path,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--keep", "0.999"], "keep 0.999 keeps all 64 experts of a layer, and each token its 6"),
         (["--keep", "0.05"], "leaves 3 experts a layer, and every token needs 6"),
         (["--specialist", "latin"], "--specialist is 'latin'; the domains are prose, code"),
         (["--budget", "global", "--method", "frequency"], "plan.uniform() is the plan of the same size that fits"),

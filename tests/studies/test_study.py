@@ -174,6 +174,13 @@ def test_folders_of_other_work_are_refused(model, tmp_path):
     with pytest.raises(InputError, match=r"holds no result of a study"):
         run(RoutingStudy(), model, texts, reading=SMALL, out=tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    with pytest.raises(InputError, match=r"inner: is inside of .*out, which holds what a study saved"):
+        run(RoutingStudy(), model, texts, reading=SMALL, out=tmp_path / "out" / "deep" / "inner")
+    assert not (tmp_path / "out" / "deep").exists()
+    (tmp_path / "mine" / "manifest.json").write_text("{}")  # of something else
+    long = [domain("n" * 300, n=6), domain("n" * 301, n=6, seed=1)]
+    found = run(RoutingStudy(), model, long, reading=SMALL, out=tmp_path / "mine" / "inner")
+    assert_same(found, StudyResult.load(tmp_path / "mine" / "inner"))
 
     def stop(what: str, tokens: int) -> None:
         raise KeyboardInterrupt
