@@ -18,6 +18,8 @@ DIVERGING = [[0.0, "#b2182b"], [0.25, "#ef8a62"], [0.5, "#f7f7f7"], [0.75, "#67a
 """Harm red, nothing white, help blue."""
 PAIRS = 24
 """Experts that are shown where there are positions too: those with the greatest effect."""
+GAP = 130
+"""Pixels below a panel: its slanted tokens, the name of its axis, and the title of the next."""
 PANELS = {
     "resid": "residual stream",
     "attn": "attention",
@@ -73,10 +75,11 @@ def trace_map(result: TraceResult) -> "Figure":
     from plotly.subplots import make_subplots
 
     shown = [name for name in PANELS if name in result.sites]
-    heights = [22 * len(result.sites[name].axes["layer"]) + 70 for name in shown]
+    heights = [22 * len(result.sites[name].axes["layer"]) + 10 for name in shown]
+    whole = sum(heights) + GAP * (len(shown) - 1)
     figure = make_subplots(
         rows=len(shown), cols=1, subplot_titles=[PANELS[name] for name in shown],
-        row_heights=heights, vertical_spacing=60 / sum(heights),
+        row_heights=heights, vertical_spacing=GAP / whole,
     )  # fmt: skip
     largest = 0.0
     for row, name in enumerate(shown, start=1):
@@ -95,7 +98,7 @@ def trace_map(result: TraceResult) -> "Figure":
         figure.add_trace(cells, row=row, col=1)
         _plain_axes(figure, columns, x, row=row, col=1)
         figure.update_yaxes(title_text="layer", type="category", autorange="reversed", showgrid=False, row=row, col=1)
-    styled(figure, height=sum(heights) + 80)
+    styled(figure, height=whole + 70 + GAP)
     floor = result.corrupted.mean().item()
     figure.update_layout(
         coloraxis=_colours(largest, f"effect on the<br>{escaped(result.score)}<br>({result.n} draws)"),
@@ -103,7 +106,7 @@ def trace_map(result: TraceResult) -> "Figure":
             "text": f"{escaped(result.score)}: {result.clean:.3f} clean, {floor:.3f} corrupted",
             "font": {"size": 13},
         },
-        margin={"t": 70},
+        margin={"t": 70, "b": GAP},
     )
     return figure
 
@@ -125,7 +128,7 @@ def _labels(axis: str, at: Sequence[int], tokens: Sequence[str], starred: Sequen
 
 
 def _plain_axes(figure: "Figure", columns: Sequence[str], name: str, **where: Any) -> None:
-    every = max(1, len(columns) // 40)
+    every = -(-len(columns) // 40)
     ticks = list(range(0, len(columns), every))
     figure.update_xaxes(
         title_text=name, tickmode="array", tickvals=ticks, ticktext=[columns[i] for i in ticks], showgrid=False, **where

@@ -8,7 +8,7 @@ import torch
 
 from moe_lens.interventions.patch_result import PatchResult
 from moe_lens.interventions.trace_result import SiteEffects, TraceResult
-from moe_lens.viz.patching import PAIRS, patch_map, trace_map
+from moe_lens.viz.patching import GAP, PAIRS, patch_map, trace_map
 
 NASTY = "<b>x</b>"
 
@@ -70,3 +70,13 @@ def test_a_trace_has_a_panel_for_each_site():
         assert np.array_equal(np.asarray(cells.customdata)[..., 0], effects.interval[0].numpy())
     assert list(figure.layout.xaxis.ticktext) == ["a", "&lt;b&gt;x&lt;/b&gt;*", "c"]
     assert "0.900 clean" in figure.layout.title.text
+    layout = figure.layout  # a name of a token or an axis under one panel is not upon the next
+    pixels = layout.height - layout.margin.t - layout.margin.b
+    assert (layout.yaxis.domain[0] - layout.yaxis2.domain[1]) * pixels == pytest.approx(GAP)
+    assert layout.margin.b == GAP
+
+
+def test_names_of_columns_do_not_crowd():
+    for columns in (24, 64, 128):
+        figure: Any = patch_map(patched(layer=(1, 2), expert=tuple(range(columns))))
+        assert 20 <= len(figure.layout.xaxis.ticktext) <= 40
