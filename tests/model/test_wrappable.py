@@ -124,6 +124,37 @@ def test_a_model_without_an_unembedding_is_refused(cls: Any, model_type: str) ->
         HookedMoE.from_hf(hf)
 
 
+@pytest.mark.parametrize(("model_type", "part"), [("dbrx", "ffn.experts"), ("jetmoe", "output_linear")])
+def test_a_hook_of_torch_on_experts_that_are_not_called_is_refused(model_type: str, part: str) -> None:
+    hf: Any = build(model_type)
+    module = next(module for name, module in hf.named_modules() if name.endswith(part))
+    handle = module.register_forward_hook(lambda module, given, out: 2 * out)
+    with pytest.raises(UnsupportedModelError, match="^torch's hook [^\\n]* would not be called"):
+        HookedMoE.from_hf(hf)
+    handle.remove()
+    right = hf(tokens()).logits
+    assert torch.equal(HookedMoE.from_hf(hf)(tokens()), right)
+
+
+def test_a_changed_attention_is_not_looked_into() -> None:
+    """As long as nobody looks, it computes as its owner wants."""
+    hf: Any = build("mixtral")
+    attention = hf.model.layers[1].self_attn
+    handle = attention.register_forward_hook(lambda module, given, out: (2 * out[0], *out[1:]))
+    right = hf(tokens()).logits
+    model = HookedMoE.from_hf(hf)
+    assert torch.equal(model(tokens()), right)
+    inside = "blocks.1.attn.hook_pattern"
+    with pytest.raises(UnsupportedModelError, match="MixtralAttention would not be called"):
+        model.run_with_cache(tokens(), names_filter=inside)
+    handle.remove()
+    _, cache = model.run_with_cache(tokens(), names_filter=inside)
+    assert torch.allclose(cache[inside].sum(-1), torch.ones(()))
+    attention.forward = _doubled(attention.forward)
+    with pytest.raises(UnsupportedModelError, match="MixtralAttention.forward was replaced by _doubled"):
+        model.run_with_cache(tokens(), names_filter=inside)
+
+
 class Halved(MixtralForCausalLM):
     """A model of somebody's own."""
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformers import Cache
 
+from moe_lens.model.hooks.bypassed import refuse_replaced, refuse_torch_hooks
 from moe_lens.model.hooks.head_views import name_conversion, view_as_others
 from moe_lens.model.hooks.latent_cache import check_keys_are_stored, latents_of
 from moe_lens.model.hooks.layer_hooks import call_hook
@@ -184,6 +185,8 @@ class Attention(GeneralizedComponent):
         if latent:
             check_keys_are_stored(past, component.layer_idx)
         if self._reconstructs():
+            refuse_replaced(component)
+            refuse_torch_hooks(component)
             kwargs.pop("cache", None)
             kwargs["attention_mask"] = _mask_of_unfilled(component, past, args, kwargs)
             if not latent:

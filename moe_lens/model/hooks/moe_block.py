@@ -13,12 +13,12 @@ from moe_lens import names
 from moe_lens.model.experts.expert_weights_view import Experts
 from moe_lens.model.experts.nonstandard_experts import BLOCKS, block_forward, experts_of
 from moe_lens.model.families.table import Family
+from moe_lens.model.hooks.bypassed import refuse_replaced, refuse_torch_hooks
 from moe_lens.model.hooks.components import combined, method_of
 from moe_lens.model.hooks.expert_kernel import experts_forward
 from moe_lens.model.hooks.layer_hooks import LayerHooks
 from moe_lens.model.hooks.router import route
 from moe_lens.model.hooks.router_modes import rule_of
-from moe_lens.model.loading.validate import refuse_replaced
 from moe_lens.model.tl_compat import GeneralizedComponent
 
 
@@ -62,8 +62,7 @@ class MoEBlock(GeneralizedComponent):
 
     def _open(self, moe: Any, router: Any, experts: Experts) -> None:
         family, block = self.family, self.original_component
-        for bypassed in (experts.module, *[moe] * (family.experts in BLOCKS)):
-            refuse_replaced(bypassed)
+        self._check_bypassed(moe, router, experts.module)
         shared = getattr(block, family.shared, None) if family.shared else None
         beside = getattr(self.layer, family.shared, None) if family.shared and shared is None else None
         has_shared = shared is not None or beside is not None or family.constant is not None
@@ -93,6 +92,17 @@ class MoEBlock(GeneralizedComponent):
             # The layer adds it to what the block returns: the block does so itself, and the layer then adds zero.
             self.__dict__["beside"] = partial(_shared, method_of(beside.forward), None, hooks)
             beside.forward = _nothing
+
+    def _check_bypassed(self, moe: Any, router: Any, experts: Any) -> None:
+        refuse_replaced(experts)
+        if self.family.experts not in BLOCKS:
+            return
+        refuse_replaced(moe)
+        called = {id(each) for each in (moe, *router.modules())}
+        for part in experts.modules():
+            if id(part) not in called and (part is experts or part._parameters):
+                refuse_replaced(part)
+                refuse_torch_hooks(part)
 
     def _open_shared(self, moe: Any, shared: Any, hooks: LayerHooks) -> None:
         """Hook the shared experts' output, after their own sigmoid gate where the family has one.

@@ -85,31 +85,6 @@ def refuse_adapters(model: nn.Module) -> None:
             )
 
 
-def refuse_replaced(module: nn.Module) -> None:
-    """Refuse experts whose forward somebody has replaced: hooks are inside the one of transformers.
-
-    Raises:
-        UnsupportedModelError: it is another function, on the module or on its class; names it.
-    """
-    forward = getattr(module, "_old_forward", module.forward)  # where accelerate has put its own around it
-    function: Any = getattr(forward, "__func__", getattr(forward, "func", forward))  # a method; a partial of ours
-    while _computes(function) and hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
-    if not _computes(function):
-        code = getattr(function, "__code__", None)
-        name = type(function).__name__ if code is None else code.co_qualname
-        raise UnsupportedModelError(
-            f"{type(module).__name__}.forward was replaced by {name}, and hooks are inside what it replaces. Wrap the "
-            "model as transformers builds it, and change experts by hooks or by their parameters"
-        )
-
-
-def _computes(function: Any) -> bool:
-    """Whether it is written where experts are known; `functools.wraps` copies the name of its module, not its names."""
-    names = getattr(function, "__globals__", {})
-    return names.get("__name__", "").partition(".")[0] in ("transformers", "moe_lens", "torch")
-
-
 def check_layers(blocks: Any, n_layers: int) -> None:
     """Refuse a model whose layers are not those of its config, each one a module of its own.
 

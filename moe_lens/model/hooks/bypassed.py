@@ -1,0 +1,48 @@
+"""Modules of transformers whose computation is done elsewhere, so that hooks are inside it: refused if changed."""
+
+from typing import Any
+
+from torch import nn
+
+from moe_lens.errors import UnsupportedModelError
+from moe_lens.model.hooks.output_capture import OutputCapture
+
+
+def refuse_replaced(module: nn.Module) -> None:
+    """Refuse a module whose forward somebody has replaced: hooks are inside the one of transformers.
+
+    Raises:
+        UnsupportedModelError: it is another function, on the module or on its class; names it.
+    """
+    forward = getattr(module, "_old_forward", module.forward)  # where accelerate has put its own around it
+    function: Any = getattr(forward, "__func__", getattr(forward, "func", forward))  # a method; a partial of ours
+    while _computes(function) and hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    if not _computes(function):
+        code = getattr(function, "__code__", None)
+        name = type(function).__name__ if code is None else code.co_qualname
+        raise UnsupportedModelError(
+            f"{type(module).__name__}.forward was replaced by {name}, and hooks are inside what it replaces. Wrap the "
+            "model as transformers builds it, and change what it computes by hooks or by its parameters"
+        )
+
+
+def refuse_torch_hooks(module: nn.Module) -> None:
+    """Refuse a module with a hook of torch, where the module is not called.
+
+    Raises:
+        UnsupportedModelError: there is one that is not transformers' own for recording outputs; names it.
+    """
+    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        if not isinstance(hook, OutputCapture):
+            name = getattr(hook, "__qualname__", type(hook).__name__)
+            raise UnsupportedModelError(
+                f"torch's hook {name} on a {type(module).__name__} would not be called, since hooks are inside what "
+                "that computes: remove it, or do what it does with hooks of the wrapped model"
+            )
+
+
+def _computes(function: Any) -> bool:
+    """Whether it is written where experts are known; `functools.wraps` copies the name of its module, not its names."""
+    names = getattr(function, "__globals__", {})
+    return names.get("__name__", "").partition(".")[0] in ("transformers", "moe_lens", "torch")
