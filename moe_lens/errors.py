@@ -97,7 +97,7 @@ def near_miss(wrong: str, known: Iterable[object]) -> str:
         wrong: What came.
         known: What could have come.
     """
-    folded = {str(name).casefold(): str(name) for name in known}
+    folded = {str(name).casefold(): str(name) for name in known if str(name) != wrong}  # a folder lacks something else
     close = get_close_matches(wrong.casefold(), folded, n=1, cutoff=0.7)
     return f"; did you mean {folded[close[0]]!r}?" if close else ""
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe_lens import HookedMoE
-from moe_lens.errors import InputError, several
+from moe_lens.errors import InputError, near_miss, several
 from moe_lens.interventions import LogitDifference, patch
 from moe_lens.resampling import halves
 from moe_lens.stats.sums import BySource
@@ -38,3 +38,8 @@ def test_one_text_is_refused(call: Callable[[], Any], what: str) -> None:
 def test_several_are_handed_on_as_they_are() -> None:
     texts = ["ab"]
     assert several(texts, "texts") is texts
+
+
+def test_what_came_is_not_what_was_meant():
+    assert near_miss("german", ["german", "french"]) == ""
+    assert near_miss("German", ["german", "french"]) == near_miss("germn", ["german"]) == "; did you mean 'german'?"
