@@ -70,7 +70,7 @@ def digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
     found = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name, value in sorted(tensors.items()):
         found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        found.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
+        found.update(value.cpu().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
