@@ -202,6 +202,7 @@ def test_termination_is_a_line_and_cleans_up(capsys, monkeypatch):
 FREED = """
 import contextlib, signal, time
 from moe_lens.cli.main import no_interrupt_lost
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 class Freed:
     def __del__(self):
         signal.raise_signal(signal.SIGINT)  # Ctrl-C at this moment: Python prints it, and goes on

@@ -14,7 +14,7 @@ from transformers.distributed import DistributedConfig
 
 from moe_lens import HookedMoE
 from moe_lens.errors import InputError, UnsupportedModelError
-from moe_lens.model.loading import dispatch
+from moe_lens.model.loading import dispatch, through_transformers
 from tests.families import build, tokens
 from tests.forked import group
 from tests.wrapped import wrapped
@@ -100,7 +100,8 @@ def test_two_processes_with_half_of_every_layer_each_are_refused(tmp_path):
 
 
 def test_what_does_not_fit_is_kept_elsewhere_and_nothing_is_left_behind(tmp_path, monkeypatch, caplog):
-    """A checkpoint whose experts transformers has to put together: nobody need name a folder."""
+    """A checkpoint whose experts transformers has to convert: nobody need name a folder."""
+    monkeypatch.setattr(through_transformers, "_readable", lambda *_: None)
     monkeypatch.setattr(dispatch, "HF_HOME", str(tmp_path / "home"))
     build("mixtral").save_pretrained(tmp_path / "model")
     whole = HookedMoE.from_pretrained(tmp_path / "model").requires_grad_(False)
@@ -127,6 +128,7 @@ def test_what_does_not_fit_is_kept_elsewhere_and_nothing_is_left_behind(tmp_path
 
 
 def test_room_is_asked_of_the_disk_that_is_written_to(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(through_transformers, "_readable", lambda *_: None)  # as if transformers had to convert it
     build("mixtral").save_pretrained(tmp_path / "model")
     disks = {tmp_path / "small": 10, tmp_path / "large": 10**9}
     monkeypatch.setattr(dispatch.Machine, "here", lambda folder: dispatch.Machine({}, 10**9, disks[Path(folder)]))

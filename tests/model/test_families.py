@@ -31,6 +31,7 @@ from moe_lens.errors import CheckpointError, UnsupportedModelError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.model.families.refusals import REFUSED
 from moe_lens.model.families.table import FAMILIES, family_of, here
+from moe_lens.model.hf_compat import OLDEST, RELEASE
 from moe_lens.model.loading.model_info import config_info, model_info
 from tests.matrix.configs import build, class_of, config, tokens
 
@@ -349,6 +350,8 @@ def test_sizes_with_which_transformers_cannot_be_run_are_refused(model_type, cha
     (tmp_path / "config.json").write_text(json.dumps(raw | changes))
     with pytest.raises(CheckpointError, match=re.escape(said)):
         model_info(tmp_path)
+    if RELEASE[:2] == OLDEST and said == "values are of width 0":
+        return  # it computes with no numbers
     with pytest.raises((RuntimeError, TypeError, ValueError)), torch.no_grad():  # transformers itself
         class_of(model_type)._from_config(AutoConfig.from_pretrained(tmp_path)).eval()(tokens())
     (tmp_path / "config.json").write_text(json.dumps(raw))

@@ -3,7 +3,9 @@
 import errno
 import os
 import pickle
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_lens import HookedMoE
-from moe_lens.errors import CheckpointError
-from moe_lens.model.loading import dispatch, stored_file
+from moe_lens.errors import CheckpointError, InputError
+from moe_lens.model.families.table import FAMILIES, here
+from moe_lens.model.loading import dispatch, stored_file, through_transformers
+from moe_lens.model.loading.stored_parts import only_stacks
 from moe_lens.model.loading.streamed_weights import StreamedWeights, streamed_weights
 from tests.families import build, tokens
+from tests.matrix import configs
 
+OTHERS = ["dbrx", "deepseek_v3", "flint", "gpt_oss", "jetmoe", "llama4_text", "muse_spark"]
+"""Families of transformers' that are stored in different ways."""
 EXPERTS = {
     "": "cpu",
     "model.layers.1.mlp.experts": "disk",
@@ -167,3 +174,94 @@ def test_a_copy_reads_for_itself(folder, whole):
     name = "model.layers.1.mlp.experts.down_proj"
     assert torch.equal(copy[name], weights[name])
     assert torch.equal(copy[name], whole.original_model.get_parameter(name))
+
+
+def stored(model_type: str, path: Path, dtype: torch.dtype = torch.bfloat16) -> HookedMoE:
+    """A family's model in its own checkpoint format, and loaded into memory."""
+    configs.build(model_type, dtype).save_pretrained(path, max_shard_size="60KB")
+    return HookedMoE.from_pretrained(path, check=False).requires_grad_(False)
+
+
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_other_families_are_read_from_their_own_files_too(model_type, tmp_path, monkeypatch):
+    """In bfloat16, where some keep a few numbers in float32."""
+    whole = stored(model_type, tmp_path)
+    monkeypatch.setattr(dispatch, "_new_folder", lambda _: pytest.fail("nothing is written"))
+    half = sum(p.nbytes for p in whole.original_model.parameters()) // 2
+    plain = whole(tokens())
+    ways: list[dict[str, Any]] = [{"device_map": {"": "disk"}}, {"max_memory": {"cpu": half}}]
+    for how in ways:
+        model = HookedMoE.from_pretrained(tmp_path, check=False, **how).requires_grad_(False)
+        assert streamed_weights(model.original_model) is not None
+        assert dispatch.places(model.original_model)["disk"] > 0
+        for _ in range(2):
+            assert torch.equal(model(tokens()), plain)
+        names = [name for name in whole.hook_dict if "expert" in name or "resid" in name]
+        cache, expected = (each.run_with_cache(tokens(), names_filter=names)[1] for each in (model, whole))
+        assert all(torch.equal(cache[name], expected[name]) for name in expected.keys())  # noqa: SIM118
+        layer = whole.moe_layers[-1]
+        assert torch.equal(model.W_out[layer, 2], whole.W_out[layer, 2])
+        assert [p.dtype for p in model.original_model.parameters()] == [
+            p.dtype for p in whole.original_model.parameters()
+        ]
+
+
+@pytest.mark.parametrize("model_type", ["bailing_hybrid", "deepseek_v4"])
+def test_what_transformers_converts_is_written_down_and_comes_in_the_dtypes_that_it_loads(model_type, tmp_path):
+    whole = stored(model_type, tmp_path)
+    assert any(p.dtype == torch.float32 for p in whole.original_model.parameters()), "kept so in a model in bfloat16"
+    model = HookedMoE.from_pretrained(tmp_path, check=False, device_map={"": "disk"}).requires_grad_(False)
+    assert streamed_weights(model.original_model) is None
+    assert torch.equal(model(tokens()), whole(tokens()))
+
+
+def test_what_a_family_reads_by_itself_stays_in_memory(tmp_path, monkeypatch):
+    whole = stored("longcat_flash", tmp_path, torch.float32)
+    plain = whole(tokens())
+    how: dict[str, Any] = {"device_map": {"": "disk"}, "check": False}
+    assert torch.equal(HookedMoE.from_pretrained(tmp_path, **how)(tokens()), plain)
+    with monkeypatch.context() as patch:
+        patch.setattr(through_transformers, "_readable", lambda *_: None)  # as if it had to be converted
+        with pytest.raises(InputError, match=r"mlp.router.classifier would be on disk, and longcat_flash reads it"):
+            HookedMoE.from_pretrained(tmp_path, **how)
+    monkeypatch.setitem(FAMILIES, "longcat_flash", replace(FAMILIES["longcat_flash"], resident=()))
+    assert not torch.equal(HookedMoE.from_pretrained(tmp_path, **how)(tokens()), plain), "a control: no error says so"
+
+
+def test_one_expert_of_a_layer_that_is_stored_whole_is_read_alone(tmp_path):
+    whole = stored("gpt_oss", tmp_path)
+    model = HookedMoE.from_pretrained(tmp_path, check=False, device_map={"": "disk"}).requires_grad_(False)
+    weights = streamed_weights(model.original_model)
+    assert weights is not None
+    model(tokens())
+    read = weights.settled()
+    assert torch.equal(model.W_out[2, 3], whole.W_out[2, 3])
+    assert weights.settled() - read == whole.W_out[2, 3].nbytes
+
+
+def test_layers_behind_the_last_are_left_out_and_what_does_not_fit_is_said(tmp_path):
+    stored("qwen3_moe", tmp_path)
+    how: dict[str, Any] = {"num_hidden_layers": 2, "check": False}
+    some = HookedMoE.from_pretrained(tmp_path, **how).requires_grad_(False)
+    model = HookedMoE.from_pretrained(tmp_path, device_map={"": "disk"}, **how).requires_grad_(False)
+    assert streamed_weights(model.original_model) is not None and model.cfg.n_layers == 2
+    assert torch.equal(model(tokens()), some(tokens()))
+    name = "model.layers.1.mlp.experts.5.up_proj.weight"
+    (file,) = (file for file in tmp_path.glob("*.safetensors") if name in load_file(file))
+    state = load_file(file)
+    for change, said in (
+        (lambda: state[name].view(-1).__setitem__(7, float("inf")), rf"{name} has 1 numbers that are NaN or infinite"),
+        (lambda: state.__setitem__(name, state[name][1:].clone()), "transformers cannot load"),
+    ):
+        change()
+        save_file(state, file, {"format": "pt"})
+        with pytest.raises(CheckpointError, match=said):
+            HookedMoE.from_pretrained(tmp_path, device_map={"": "disk"}, check=False)(tokens())
+
+
+def test_the_page_names_the_families_that_are_converted():
+    page = (Path(__file__).parents[2] / "docs" / "large-models.md").read_text(encoding="utf-8")
+    (named,) = re.findall(r"All families but those below .*? Of (`.*?`), and of packed", page, re.DOTALL)
+    with torch.device("meta"):
+        converted = [name for name in here() if not only_stacks(configs.class_of(name)(configs.config(name)))]
+    assert re.findall("`(.*?)`", named) == sorted(converted)

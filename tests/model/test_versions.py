@@ -169,8 +169,8 @@ def test_what_is_below_a_librarys_public_surface_is_imported_in_one_module(libra
 
 OTHERS = {
     *("_asdict", "_DummyThread", "_get_running_loop", "_getframe", "_is_protocol", "_replace"),  # Python's
-    *("_C", "_current_graph_task_id", "_version", *vars(torch.nn.Module())),  # torch's
-    "_hf_hook",  # accelerate's
+    *("_C", "_compiled_call_impl", "_current_graph_task_id", "_version", *vars(torch.nn.Module())),  # torch's
+    *("_hf_hook", "_old_forward"),  # accelerate's
     *("_all_hooks", "_asked_kernel", "_cfg", "_original_names"),  # our own, in the `__dict__` of a model
 }
 """Private names that need not be there in transformers or TransformerLens."""

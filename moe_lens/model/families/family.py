@@ -125,6 +125,9 @@ class Family:
     """Whether transformers goes on with a key-value cache by one token alone: several it reads as if it were empty."""
     reads_front: bool = False
     """Whether transformers' attention reads padding in front of a text, whatever the mask."""
+    resident: tuple[str, ...] = ()
+    """Modules, by the ends of their names, whose parameters are read without a call of the module: they are not brought
+    from elsewhere, and have to be in memory."""
     note: str = ""
     """What a user should know beyond the fields: which hooks are lacking, and why."""
     since: tuple[int, ...] = OLDEST

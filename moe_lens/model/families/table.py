@@ -248,6 +248,7 @@ FAMILIES = {
             experts="jetmoe",
             normalised="always",
             constant="bias",
+            resident=("self_attention.experts",),
             layout=Layout(attn="self_attention"),
             note="the MoE block adds a bias at its end: hook_shared_out is that constant, and there are no shared "
             "experts; attention has experts too, which have no hooks",
@@ -288,6 +289,7 @@ FAMILIES = {
             score="sigmoid",
             experts="llama4",
             weighs_input=True,
+            resident=("embed_tokens",),
             layout=Layout(mlp="feed_forward"),
             note="weights multiply what an expert reads: hook_expert_out is E(g x), and hook_expert_weighted equals it",
         ),
@@ -296,6 +298,7 @@ FAMILIES = {
             router="router",
             router_weight="classifier.weight",
             experts="longcat",
+            resident=("router.classifier",),
             bias=True,
             scaled="routed_scaling_factor",
             layout=Layout(

@@ -58,7 +58,10 @@ def check_held(past: Any, config: Any, batch: int) -> None:
     if type(past).__module__ != DynamicCache.__module__ or not hasattr(past, "layers"):
         return  # a family's own
     fresh, layers = DynamicCache(config=config).layers, past.layers
-    wanted, kinds, filled = _kinds(fresh), _kinds(layers), [_is_filled(layer) for layer in layers]
+    kinds, filled = _kinds(layers), [_is_filled(layer) for layer in layers]
+    wanted, types = _kinds(fresh), getattr(config.get_text_config(), "layer_types", None) or ()
+    for at, _ in filter(lambda each: each[1] in ("moe", "mlp"), enumerate(types)):
+        wanted[at] = ""  # older releases of transformers make a state for it, which stays empty
     plain = all(type(layer) in _BARE or not kind for layer, kind in zip(fresh, wanted, strict=True))
     odd = [at for at, (mine, its) in enumerate(zip(wanted, kinds, strict=False)) if mine and mine != its]
     if (odd and (any(filled) or wanted[odd[0]] != "keys and values")) or not (layers or plain):

@@ -102,7 +102,7 @@ def plan_memory(size: Size, machine: Machine, max_memory: Mapping[Place, int | s
     Raises:
         InputError: there is no room, not even for one layer at a time and the rest on disk; or no such place.
     """
-    room = _room(machine, max_memory)
+    room = room_of(machine, max_memory)
     gpus = [place for place in room if place != "cpu"]
     freest = max(gpus, key=lambda gpu: room[gpu], default="cpu")
     if room.get(freest, 0) >= size.total:
@@ -170,7 +170,12 @@ def _words(place: Place) -> str:
     return "main memory" if place == "cpu" else f"GPU {place}"
 
 
-def _room(machine: Machine, max_memory: Mapping[Place, int | str] | None) -> dict[Place, int]:
+def room_of(machine: Machine, max_memory: Mapping[Place, int | str] | None) -> dict[Place, int]:
+    """Bytes that parameters may take in each place, GPUs first.
+
+    Raises:
+        InputError: `max_memory` names no such place, or no size.
+    """
     free: dict[Place, int] = {**machine.gpus, "cpu": machine.memory}
     if max_memory is None:
         return {place: int(SHARE * bytes_) for place, bytes_ in free.items()}

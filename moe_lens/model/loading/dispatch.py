@@ -15,7 +15,7 @@ from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedModel
 
 from moe_lens.model.experts.offloaded_experts import device_of
-from moe_lens.model.loading.device_map import Place, Size, gibibytes, plan_memory
+from moe_lens.model.loading.device_map import Place, Size, gibibytes, plan_memory, room_of
 from moe_lens.model.loading.key_mapping import WRAPPER
 from moe_lens.model.loading.machine import Machine
 from moe_lens.model.loading.quantising import packed_in
@@ -39,6 +39,20 @@ def is_open(kwargs: Mapping[str, Any]) -> bool:
     if any(kwargs.get(name) is not None for name in _ELSEWHERE) or torch.get_default_device().type != "cpu":
         return False
     return kwargs.get("device_map") == "auto" if "device_map" in kwargs else True
+
+
+def needs_disk(kwargs: Mapping[str, Any], total: int) -> bool:
+    """Whether loading a model is to leave a part of it on disk.
+
+    Args:
+        kwargs: of `from_pretrained`.
+        total: bytes of the model.
+    """
+    device_map = kwargs.get("device_map")
+    if not is_open(kwargs):
+        return device_map in DIVIDED if isinstance(device_map, str) else "disk" in dict(device_map or {}).values()
+    machine = Machine.here(Path(kwargs.get("offload_folder") or offload_root()))
+    return total > sum(room_of(machine, kwargs.get("max_memory")).values())
 
 
 class Placing:

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 from moe_lens.errors import InputError, UnsupportedModelError
 from moe_lens.model.experts.stored_bits import StoredBits
 from moe_lens.model.families.deepseek import DeepseekConfig
-from moe_lens.model.hf_compat import WeightConverter, WeightRenaming, get_model_conversion_mapping, rename_source_key
 from moe_lens.model.loading.checkpoint import Checkpoint, OpenFiles, StoredTensor
 from moe_lens.model.loading.formats.packed_tensor import PackedTensor
 from moe_lens.model.loading.lazy_parameters import LazyParameter, lazy_state_dict, parameter_shapes
 from moe_lens.model.loading.quantising import matrices_of
+from moe_lens.model.loading.stored_parts import sources_of
 
 Sources = Mapping[Any, Sequence[StoredTensor]]
 """Stored tensors that a parameter is made of: those that are stacked, one for each expert, under one key."""
@@ -65,17 +65,12 @@ def kept_by_transformers(
         UnsupportedModelError: See `kept`.
         InputError: See `kept`.
     """
-    ways: Any = get_model_conversion_mapping(model, dict(key_mapping) if key_mapping else None)
-    renamings = [way for way in ways if isinstance(way, WeightRenaming)]
-    converters = [way for way in ways if isinstance(way, WeightConverter)]
-    by_pattern: dict[str, Any] = {pattern: way for way in converters for pattern in way.source_patterns}
-    parameters: Any = model.state_dict()
-    sources, steps = dict[str, dict[Any, list[StoredTensor]]](), dict[str, list[Any]]()
-    for name in sorted(checkpoint.tensors):
-        parameter, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
-        sources.setdefault(parameter, {}).setdefault(pattern, []).append(checkpoint.tensors[name])
-        if pattern is not None:
-            steps[parameter] = by_pattern[pattern].operations
+    found = sources_of(model, checkpoint.tensors, key_mapping)
+    sources = {
+        parameter: {pattern: [checkpoint.tensors[name] for name in some] for pattern, some in names.items()}
+        for parameter, (_, names) in found.items()
+    }
+    steps = {parameter: way.operations for parameter, (way, _) in found.items() if way is not None}
     return kept(model, sources, steps)
 
 

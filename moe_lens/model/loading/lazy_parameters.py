@@ -68,6 +68,8 @@ class LazyParameter:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    parts: list[StoredPart]
+    """The stored tensors that it is made of, in the order of their first numbers."""
 
     def __getitem__(self, _: Any) -> Tensor:
         out = torch.empty(self.shape, dtype=self.dtype)
@@ -76,17 +78,12 @@ class LazyParameter:
             out[part.place].copy_(self.checked(part, self.stored(part).read(files)))
         return out
 
-    @cached_property
-    def parts(self) -> list[StoredPart]:
-        """The stored tensors that it is made of."""
-        return parts_of(self.name, self.shape)
-
     def begin(self, part: StoredPart) -> int:
-        """The place of a part's first number in the parameter, counted through all axes; parts are in that order."""
+        """The place of a part's first number in the parameter, counted through all axes."""
         if part.place is ...:
             return 0
-        _, rows, columns = self.shape
-        return (part.place[0] * rows + part.place[1].start) * columns
+        _, rows, *rest = self.shape
+        return (part.place[0] * rows + part.place[1].start) * math.prod(rest)
 
     def stored(self, part: StoredPart) -> StoredTensor:
         """Where one of its parts is."""
@@ -129,4 +126,6 @@ def lazy_state_dict(
     checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
 ) -> dict[str, LazyParameter]:
     """All parameters of a model, in transformers' packed names, each to be read when asked for."""
-    return {name: LazyParameter(checkpoint, name, shape, dtype) for name, shape in shapes.items()}
+    return {
+        name: LazyParameter(checkpoint, name, shape, dtype, parts_of(name, shape)) for name, shape in shapes.items()
+    }

@@ -15,6 +15,7 @@ from moe_lens.model.loading.quantising import matrices_of, packed_width
 
 _LAYER = re.compile(r"(.*?\.\d+)\.")
 """A tensor's layer: what stands before the first number of its name, and the number."""
+_EXPERTS = re.compile(r"\.experts(\.|$)")
 
 
 def size_of(
@@ -92,5 +93,5 @@ def _size(sizes: Mapping[str, int]) -> Size:
         found = _LAYER.match(name)
         for group, key in ((layers, found[1] if found else name), (modules, name.rpartition(".")[0])):
             group[key] = group.get(key, 0) + size
-    order = sorted(modules, key=lambda module: module.endswith(".experts"))
+    order = sorted(modules, key=lambda module: _EXPERTS.search(module) is not None)
     return Size(sum(layers.values()), max(layers.values(), default=0), {module: modules[module] for module in order})

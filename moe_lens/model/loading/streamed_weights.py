@@ -110,15 +110,14 @@ class StreamedWeights(Mapping[str, Tensor]):
         if name in self._kept:
             return self._kept[name][list(experts)]
         parameter = self._parameters[name]
-        if parameter.parts[0].place is ...:
-            return self[name][list(experts)]
+        whole, size = parameter.parts[0].place is ..., math.prod(parameter.shape[1:])
         out = torch.empty((len(experts), *parameter.shape[1:]), dtype=parameter.dtype)
         for at, expert in enumerate(experts):
-            for part in parameter.parts:
-                if part.place[0] == expert:
-                    read = torch.empty(part.shape, dtype=parameter.stored_dtype)
-                    self._reader.submit(self._fill, parameter, part, read).result()
-                    out[at, part.place[1]] = parameter.checked(part, read)
+            for part in (part for part in parameter.parts if whole or part.place[0] == expert):
+                rows = out[at] if whole else out[at, part.place[1]]
+                read = torch.empty(rows.shape, dtype=parameter.stored_dtype)
+                self._reader.submit(self._fill, parameter, part, read, expert * size if whole else 0).result()
+                rows.copy_(parameter.checked(part, read))
         return out
 
     def sampled(self, name: str, at: Sequence[int]) -> Tensor:

@@ -6,7 +6,7 @@ import math
 import re
 import struct
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -28,12 +28,16 @@ from moe_lens.model.hf_compat import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from moe_lens.model.loading.checkpoint import Checkpoint, not_whole
 from moe_lens.model.loading.depth import layer_of, list_of_layers, read_depth
 from moe_lens.model.loading.device_map import Size
-from moe_lens.model.loading.dispatch import Placing
+from moe_lens.model.loading.dispatch import Placing, needs_disk
 from moe_lens.model.loading.formats.packed_tensor import PackedTensor
 from moe_lens.model.loading.formats.view import method_of, packing_of
 from moe_lens.model.loading.kept_bits import kept_by_transformers, lazy_bits, widths
+from moe_lens.model.loading.lazy_parameters import LazyParameter
+from moe_lens.model.loading.left_on_disk import check_resident, keep_dtypes
+from moe_lens.model.loading.load_streamed import load_streamed
 from moe_lens.model.loading.quantising import VARIANT, PackingConfig
 from moe_lens.model.loading.sizes import packed_size, size_of, stored_packed_size
+from moe_lens.model.loading.stored_parts import stored_parameters
 from moe_lens.model.loading.stored_view import LazyTensor, locate
 
 UNREADABLE = (ImportError, OSError, ValueError, LookupError, RuntimeError, StrictDataclassError, struct.error)
@@ -48,27 +52,46 @@ def load_by_transformers(
     whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
     own = whole is None or (model_type in CAUSAL and whole not in (raw.get("architectures") or ()))
     loader = AutoModelForCausalLM if own else AutoModelForImageTextToText
-    size, seen, stay = None, None, set[str]()
+    size, seen, stay, readable = None, None, set[str](), None
     if kwargs.get("use_safetensors") is not False and "gguf_file" not in kwargs:
-        dtype = _asked_dtype(raw, kwargs)
-        checkpoint, differs = locate(source, raw, hub, kwargs.get("variant"), dtype or torch.bfloat16)
-        packing = kwargs.get("quantization_config")
+        asked, packing = _asked_dtype(raw, kwargs), kwargs.get("quantization_config")
+        checkpoint, differs = locate(source, raw, hub, kwargs.get("variant"), asked or torch.bfloat16)
+        dtype = asked or checkpoint.dtype
         if kwargs.get("variant") == VARIANT:
-            size = stored_packed_size(checkpoint, dtype)
+            size = stored_packed_size(checkpoint, asked)
         elif isinstance(packing, PackingConfig) and raw["model_type"] in CONFIG_MAPPING:
-            model = _unmade(loader, source, hub, kwargs, dtype or checkpoint.dtype)
+            model = _unmade(loader, source, hub, kwargs, dtype)
             if packing.scheme == "stored":
                 kept = kept_by_transformers(model, checkpoint, kwargs.get("key_mapping"))
                 packing.method, packing.widths = method_of(packing_of(raw) or {}), widths(model, kept)
                 stay = {stored.name for found in kept.values() for stored in found}
-            size = packed_size(model, dtype or checkpoint.dtype, packing.scheme, packing.widths)
+            size = packed_size(model, dtype, packing.scheme, packing.widths)
         elif packing is None:
-            size = _size(checkpoint, dtype or checkpoint.dtype, kwargs.get("num_hidden_layers") or math.inf)
+            size = _size(checkpoint, dtype, kwargs.get("num_hidden_layers") or math.inf)
+            if not differs and raw["model_type"] in CONFIG_MAPPING and needs_disk(kwargs, size.total):
+                readable = _readable(loader, source, hub, kwargs, checkpoint, dtype)
+                size = readable.size if readable else size
         kwargs = {**kwargs, "use_safetensors": True}
         if differs:
-            seen, kwargs["dtype"] = checkpoint, dtype or checkpoint.dtype
+            seen, kwargs["dtype"] = checkpoint, dtype
     with Placing(kwargs, size) as placing:
-        return placing.keep(load_through_transformers(loader, source, hub, placing.arguments, seen, stay))
+        if readable and placing.streamed:
+            kind, config, left = _class_and_config(loader, source, hub, placing.arguments)
+            model = load_streamed(kind, config, readable.parameters, readable.dtype, **left)
+            read_generation_config(model, source, hub, kwargs)
+        else:
+            model = load_through_transformers(loader, source, hub, placing.arguments, seen, stay)
+            keep_dtypes(model)
+            check_resident(model)
+        return placing.keep(model)
+
+
+class _Readable(NamedTuple):
+    """What can be read from a checkpoint whenever it is needed."""
+
+    parameters: dict[str, LazyParameter]
+    dtype: torch.dtype
+    size: Size
 
 
 def _asked_dtype(raw: dict[str, Any], kwargs: dict[str, Any]) -> torch.dtype | None:
@@ -100,6 +123,20 @@ def _unmade(loader: Any, source: str, hub: dict[str, Any], kwargs: dict[str, Any
             return kind._from_config(copy.deepcopy(config), dtype=dtype)
     except UNREADABLE as error:
         raise CheckpointError(f"transformers cannot load {source}: {error}") from error
+
+
+def _readable(
+    loader: Any, source: str, hub: dict[str, Any], kwargs: dict[str, Any], checkpoint: Checkpoint, dtype: torch.dtype
+) -> _Readable | None:
+    """A model's parameters where they are stored; None if transformers has to convert them."""
+    model = _unmade(loader, source, hub, kwargs, dtype)
+    depth = read_depth(model.config, AutoConfig.from_pretrained(source, **hub))
+    parameters = stored_parameters(model, checkpoint, dtype, depth, kwargs.get("key_mapping"))
+    if parameters is None:
+        return None
+    numbers = {name: math.prod(parameter.shape) for name, parameter in parameters.items()}
+    stored = {name: parameter.stored_bytes for name, parameter in parameters.items()}
+    return _Readable(parameters, dtype, size_of(numbers, dtype, streamed=True, stored=stored))
 
 
 def load_through_transformers(

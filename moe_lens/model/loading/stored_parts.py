@@ -1,0 +1,125 @@
+"""The stored tensors that make up each parameter of a model of transformers, where its conversion only stacks matrices.
+
+Most families store one matrix for each expert, which transformers' loader stacks, and joins gate and up projections.
+What is stacked can be read part by part from the checkpoint itself, whenever it is needed.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from moe_lens.model.hf_compat import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    get_model_conversion_mapping,
+    rename_source_key,
+)
+from moe_lens.model.loading.checkpoint import FLOATS, Checkpoint
+from moe_lens.model.loading.depth import Depth, layer_of, list_of_layers
+from moe_lens.model.loading.lazy_parameters import LazyParameter, StoredPart
+from moe_lens.model.loading.left_on_disk import loaded_dtypes
+
+
+def stored_parameters(
+    model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype, depth: Depth, key_mapping: Any = None
+) -> dict[str, LazyParameter] | None:
+    """Every parameter and saved buffer of a model, each to be read from the checkpoint in the dtype that it has here.
+
+    None where transformers' loader does more than to rename, stack and join; where a tensor is missing, is left over or
+    has another shape, too: the loader then says what.
+
+    Args:
+        model: It need hold no numbers.
+        checkpoint: Where they are.
+        dtype: That the model is loaded in.
+        depth: Layers of the checkpoint; those behind the last one that is loaded are left out.
+        key_mapping: That of `from_pretrained`.
+    """
+    wanted: dict[str, torch.Tensor] = model.state_dict()
+    layers, found = list_of_layers(model), sources_of(model, checkpoint.tensors, key_mapping)
+    if layers is not None:
+        found = {name: of for name, of in found.items() if layer_of(name, layers) not in depth.left_out}
+    if depth.problems or found.keys() != wanted.keys() - model.all_tied_weights_keys.keys():
+        return None
+    dtypes = loaded_dtypes(model, wanted, dtype)
+    parameters = {}
+    for name, (converter, names) in found.items():
+        shape = tuple(wanted[name].shape)
+        parts = _parts(converter, names, checkpoint, shape)
+        if parts is None:
+            return None
+        parameters[name] = LazyParameter(checkpoint, name, shape, dtypes[name], parts)
+    return parameters
+
+
+Sources = tuple[WeightConverter | None, dict[str, list[str]]]
+"""What makes a parameter, and the stored tensors that it takes, by pattern, in their order."""
+
+
+def sources_of(model: PreTrainedModel, stored: Collection[str], key_mapping: Any = None) -> dict[str, Sources]:
+    """What each parameter is made of, as transformers' loader finds it; names that it knows no parameter for, too.
+
+    Args:
+        model: It need hold no numbers.
+        stored: Names of a checkpoint's tensors.
+        key_mapping: That of `from_pretrained`.
+    """
+    transforms = get_model_conversion_mapping(model, dict(key_mapping) if key_mapping else None)
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+    prefix, wanted = model.base_model_prefix, model.state_dict()
+    found: dict[str, Sources] = {}
+    for name in sorted(stored, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
+        if target not in wanted and name in wanted:
+            target, pattern = rename_source_key(name, [], [], prefix, wanted)
+        _, names = found.setdefault(target, (None if pattern is None else by_pattern[pattern], {}))
+        names.setdefault(pattern or "", []).append(name)
+    return found
+
+
+def _parts(
+    converter: WeightConverter | None, names: dict[str, list[str]], checkpoint: Checkpoint, shape: tuple[int, ...]
+) -> list[StoredPart] | None:
+    """The blocks of a parameter of this shape, in the order of their first numbers; None if they do not make it."""
+    stored = {name: checkpoint.tensors[name] for some in names.values() for name in some}
+    if any(tensor.dtype not in FLOATS for tensor in stored.values()):
+        return None
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    if converter is None:
+        (only, *others) = shapes
+        return None if others or shapes[only] != shape else [StoredPart(only, ..., shape)]
+    if not _stacks(converter) or len(shape) < 2:
+        return None
+    n_experts, n_rows, *rest = shape
+    parts: list[StoredPart] = []
+    for expert in range(n_experts):
+        row = 0
+        for pattern in converter.source_patterns:
+            some = names.get(pattern, [])
+            if len(some) != n_experts or shapes[some[expert]][1:] != tuple(rest):
+                return None
+            part = shapes[some[expert]]
+            parts.append(StoredPart(some[expert], (expert, slice(row, row + part[0])), part))
+            row += part[0]
+        if row != n_rows:
+            return None
+    return parts
+
+
+def _stacks(converter: WeightConverter) -> bool:
+    operations = [(type(each), getattr(each, "dim", None)) for each in converter.operations]
+    return operations in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
+
+
+def only_stacks(model: PreTrainedModel) -> bool:
+    """Whether transformers renames and stacks the numbers that a family's checkpoints hold, and does no more."""
+    transforms = get_model_conversion_mapping(model)
+    numbers = all(value.is_floating_point() for value in model.state_dict().values())
+    return numbers and all(_stacks(each) for each in transforms if isinstance(each, WeightConverter))
