@@ -1,12 +1,14 @@
 """Half precision and float64: the laws hold to what the dtype can hold."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from moe_lens import names
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.model.hooks.self_check import TOLERANCE
-from tests.families import CONFIGS, build
+from tests.families import CONFIGS, build, tokens
 from tests.wrapped import as_hook, deviation, untouched, wrapped
 
 families = pytest.mark.parametrize("family", CONFIGS)
@@ -65,3 +67,21 @@ def test_half_precision_has_gradients_through_experts_and_router(family: str) ->
         assert parameter.grad is not None
         assert parameter.grad.isfinite().all()
         assert parameter.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("family", ["deepseek", "mixtral"])
+def test_a_loss_is_computed_in_float32_whatever_the_logits_are_in(family: str) -> None:
+    """That of transformers, which has eight times as many digits as one in bfloat16."""
+    hf: Any = build(family, torch.bfloat16)
+    ids = tokens(2, 9)
+    with torch.no_grad():
+        expected = hf(ids, labels=ids).loss
+        model = HookedMoE.from_hf(hf)
+        logits, loss = model(ids, return_type="both")
+        alone, each = model(ids, return_type="loss"), model(ids, return_type="loss", loss_per_token=True)
+    assert logits.dtype == torch.bfloat16 and loss.dtype == each.dtype == torch.float32
+    assert (
+        torch.equal(loss, alone) and abs(loss - expected) <= 1e-6 * expected and abs(each.mean() - loss) < 1e-6 * loss
+    )
+    rounded = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert abs(rounded - expected) > 1e-5, "a control"

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -283,13 +284,17 @@ class ExpertBridge(InputReader):
     def _finalize_return(
         self, return_type: str | None, logits: Any, input_ids: Any, *, attention_mask: Any = None, **kwargs: Any
     ) -> Any:
-        """TransformerLens's, with the padding that attention was not told of left out of the loss, too."""
+        """TransformerLens's; losses leave unseen padding out and are in float32 at least, as transformers' are."""
         running: _Running | None = self.owner.running
         if running is not None and attention_mask is None:
             attention_mask = running.given.mask
         if return_type in ("loss", "both") and not kwargs.get("loss_per_token"):
             self._require_pairs(input_ids, attention_mask, kwargs.get("labels"))
-        return super()._finalize_return(return_type, logits, input_ids, attention_mask=attention_mask, **kwargs)
+        finish = partial(super()._finalize_return, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if return_type in ("loss", "both") and isinstance(logits, Tensor):
+            loss = finish("loss", logits.to(torch.promote_types(logits.dtype, torch.float32)))
+            return loss if return_type == "loss" else (logits, loss)
+        return finish(return_type, logits)
 
     def _require_pairs(self, values: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> None:
         """Raise where no token follows a real one: the mean of no losses is no number."""
