@@ -14,6 +14,7 @@ from torch import Tensor
 from moe_lens.checked import AnyModel, Positive, Seed
 from moe_lens.data import Domains, TokenBatch, Tokens, in_memory, tokenize
 from moe_lens.errors import InputError
+from moe_lens.model.families.groups import Groups
 from moe_lens.model.loading.batch_sizes import tokens_at_once, wants_few_passes
 from moe_lens.pruning.merging import merge
 from moe_lens.pruning.plan_from_scores import plan
@@ -279,14 +280,21 @@ def _plans(
 ) -> dict[Point, Plan]:
     """All plans of one half, each once: a model that is judged twice would count its texts twice."""
     made: dict[Point, Plan] = {}
+    groups = Groups.of_model(model)
+
+    def even(method: Method, count: float | int, domain: str | None = None) -> Plan:
+        """A plan that the model's config has words for."""
+        chosen = plan(scores[method], count, domain=domain)
+        return chosen if groups is None else chosen.uniform(groups.number)
+
     for method, count in product(methods, keep):
-        dropping = plan(scores[method], count)
+        dropping = even(method, count)
         point = Point(method, ALL, "dropped", len(dropping.kept[0]), model.top_k)
         made[point] = dropping
         if method in merged and (both := point._replace(treatment="merged")) not in made:
             made[both] = merge(dropping, model, seen, on_batch=on_batch)
     for domain, count in product([tokens.domain for tokens in seen] if specialists else [], keep):
         assert specialists is not None
-        special = plan(scores[specialists], count, domain=domain)
+        special = even(specialists, count, domain)
         made[Point(specialists, domain, "dropped", len(special.kept[0]), model.top_k)] = special
     return made

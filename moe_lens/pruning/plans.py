@@ -129,18 +129,26 @@ class Plan(Summary):
         """Apply the plan to a `HookedMoE` inside `with`; see `moe_lens.pruning.preview`."""
         return preview(self, model)
 
-    def uniform(self) -> "Plan":
+    def uniform(self, groups: Positive = 1) -> "Plan":
         """The plan of the same size, rounded, that keeps the same number of experts in every layer, by score.
 
         For formats whose config has one number of experts for all layers.
 
+        Args:
+            groups: Of consecutive experts, each of which keeps the same number, too: those that a router chooses
+                from, of which a config has one size.
+
         Raises:
-            InputError: the plan merges: merge after this.
+            InputError: the plan merges: merge after this; or so many groups do not divide the experts.
         """
         if self.merged is not None:
             raise InputError("this plan merges experts; make it uniform first, and merge then")
-        count = max(self.top_k, round(self.share_kept * self.n_experts))
-        best = self.values.argsort(dim=-1, descending=True, stable=True)[:, :count].sort(-1).values
+        if self.n_experts % groups:
+            raise InputError(f"groups is {groups}; expected a number that divides the {self.n_experts} experts")
+        count = round(max(self.top_k, self.share_kept * self.n_experts) / groups)
+        ranked = self.values.unflatten(-1, (groups, -1)).argsort(dim=-1, descending=True, stable=True)
+        first = torch.arange(groups)[:, None] * (self.n_experts // groups)
+        best = (ranked[..., : max(1, count)] + first).flatten(1).sort(-1).values
         return replace(self, kept=tuple(tuple(row) for row in best.tolist()))
 
     def check(self, model: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ import pandas as pd
 
 from moe_lens.data import Domains, in_memory, tokenize
 from moe_lens.errors import InputError
+from moe_lens.model.families.groups import Groups
 from moe_lens.model.loading.dispatch import places
 from moe_lens.model.loading.pretrained import load_pretrained, resolve_name
 from moe_lens.pruning.export import disk_needed, export, expressible, folder_size
@@ -84,18 +85,22 @@ def prune(
     batches = [
         tokenize(domain, model, n_tokens=settings.tokens, context=context, seed=settings.seed) for domain in domains
     ]
+    groups, config = Groups.of_model(model), model.original_model.config.to_dict()
     drawn = plan(score(model, batches, "random"), settings.keep, top_k=settings.top_k)  # as large as the one to come
+    drawn = drawn.uniform(1 if groups is None else groups.number)
     if drawn.share_kept == 1 and drawn.top_k == model.top_k and settings.method != "selected":
         raise InputError(
             f"keep {settings.keep:g} keeps all {model.n_experts} experts of a layer, and each token its {model.top_k}: "
             "the model would be as it is. Keep fewer experts, or give fewer active ones"
         )
-    needed = disk_needed(settings.model, drawn, folder)  # before the long part
+    expressible(config, drawn)  # before the long part
+    needed = disk_needed(settings.model, drawn, folder)
     watch(f"scoring experts by {settings.method}; the smaller model will take {needed / 1e9:.2f} GB of disk")
     scores = score(model, batches, settings.method, seed=settings.seed if settings.method == "random" else None)
     made = plan(scores, settings.keep, budget=settings.budget, domain=settings.domain, top_k=settings.top_k)
-    made = made.uniform() if settings.uniform else made
-    expressible(model.original_model.config.to_dict(), made)  # before the long part
+    if settings.uniform or (groups is not None and made.even):
+        made = made.uniform(1 if groups is None else groups.number)
+    expressible(config, made)
     if settings.merged:
         watch("merging experts")
         made = merge(made, model, batches)
@@ -106,7 +111,7 @@ def prune(
         model,
         halves,
         methods,
-        [share for share in shares(settings.keep) if round(share * model.n_experts) >= model.top_k],
+        [share for share in shares(settings.keep) if _enough(round(share * model.n_experts), model.top_k, groups)],
         merged=[settings.method] if settings.merged else [],
         specialists=settings.method if settings.domain else None,
         top_k=[settings.top_k] if settings.top_k and settings.top_k < model.top_k else [],
@@ -114,6 +119,10 @@ def prune(
     watch("writing the smaller model")
     export(settings.model, made, folder, measurements={"Perplexity": _card_table(found, settings, len(made.kept[0]))})
     return Pruned(settings, scores, made, found)
+
+
+def _enough(count: int, top_k: int, groups: Groups | None) -> bool:
+    return count >= top_k and (groups is None or groups.fit(count, top_k))
 
 
 def compare(original: str, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -13,10 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from moe_lens import HookedMoE
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
-from moe_lens.pruning import export
+from moe_lens.model.loading.tokenizer import load_tokenizer
+from moe_lens.pruning import export, plan
 from moe_lens.pruning.export import disk_needed, folder_size
+from moe_lens.pruning.prune_job import PruneSettings, prune
 from tests.families import CONFIGS, build, tokens
 from tests.pruning.smaller import by_hand, make_plan, whole
+from tests.studies.tiny import TOKENIZER, domain
 
 STAY = {0: (0, 1, 2, 5, 6, 7), 1: (0, 2, 3, 4, 5, 7), 2: (1, 2, 3, 4, 6, 7)}  # three of each group of four
 
@@ -169,6 +172,30 @@ def test_groups_must_stay_equally_large(tmp_path):
     plan = make_plan(hooked, {1: (0, 1, 2, 3), 2: (0, 2, 4, 6)}, 2)
     with pytest.raises(UnsupportedModelError, match=r"layer 1 would keep \[2, 2, 0, 0\] experts in the 4 groups"):
         export(hooked, plan, tmp_path / "out")
+
+
+def test_a_model_whose_router_chooses_from_groups_is_pruned_to_the_best_of_each(tmp_path):
+    """Of 16 experts in 4 groups 8 stay, two in each; plain transformers computes what the preview does."""
+    build("deepseek_v3", n_routed_experts=16, vocab_size=4096).save_pretrained(tmp_path / "whole")
+    load_tokenizer(str(TOKENIZER)).save_pretrained(tmp_path / "whole")
+    hooked = HookedMoE.from_pretrained(tmp_path / "whole", check=False).requires_grad_(False)
+    texts = domain("some")
+    asked: dict[str, Any] = {"merged": False, "budget": "layer", "uniform": False, "domain": None, "top_k": None}
+    settings = PruneSettings(
+        str(tmp_path / "whole"), 0.5, "frequency", **asked, compare=("random",), tokens=256, seed=0, context=16
+    )
+    done = prune(hooked, (texts,), settings, tmp_path / "out")
+    for kept in done.plan.kept:
+        assert [sum(expert // 4 == group for expert in kept) for group in range(4)] == [2, 2, 2, 2]
+    ids = tokens()
+    with torch.no_grad(), done.plan.preview(hooked):
+        expected = hooked(ids)
+    assert (AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits - expected).abs().max() <= 1e-5
+    alone = plan(done.scores, 0.5)
+    assert alone.kept != done.plan.kept, "a control: the best of a layer are not as many in each group"
+    few = replace(settings, keep=0.25)
+    with pytest.raises(UnsupportedModelError, match=r"would keep \[1, 1, 1, 1\].*each needs at least 2"):
+        prune(hooked, (texts,), few, tmp_path / "few", watch=lambda what: pytest.fail("before it scores"))
 
 
 def test_groups_must_stay_large_enough_to_be_ranked(tmp_path):

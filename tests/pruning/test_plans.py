@@ -52,6 +52,9 @@ def test_a_global_budget_takes_the_best_of_all_layers():
     assert made.kept == ((0, 1, 2), (0,)) and not made.even and made.share_kept == 0.5
     assert plan(scores(values * torch.tensor([[[1.0], [50.0]]]), top_k=1), 0.5, budget="global").kept == made.kept
     assert made.uniform().kept == ((0, 1), (0, 1))
+    assert made.uniform(groups=2).kept == ((0, 2), (0, 2)), "the best of experts 0 and 1, and of 2 and 3"
+    with pytest.raises(InputError, match="groups is 3; expected a number that divides the 4 experts"):
+        made.uniform(groups=3)
     least = plan(scores(values, top_k=2), 0.5, budget="global")
     assert [len(of) for of in least.kept] == [2, 2]
 

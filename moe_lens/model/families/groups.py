@@ -35,6 +35,16 @@ class Groups:
         number = config.get("n_group") or 1
         return cls(number, min(config.get("topk_group") or number, number), family.groups)
 
+    @classmethod
+    def of_model(cls, model: Any) -> "Groups | None":
+        """Those of a `HookedMoE`; None where its router has none."""
+        return cls.of(model.family, vars(model.original_model.config.get_text_config()))
+
+    def fit(self, count: int, top_k: int) -> bool:
+        """Whether so many experts, as many in each group, are enough for every token."""
+        each = max(1, round(count / self.number))
+        return each >= self.least and each * self.chosen >= top_k
+
     def lacking(self, kept: Bool[Tensor, "*some n_experts"], top_k: Int[Tensor, "*some"]) -> Bool[Tensor, "*some"]:
         """Whether of these experts some could not be chosen, or a token could have too few.
 
@@ -59,7 +69,7 @@ def check_groups(model: Any, kept: Bool[Tensor, "*some layer n_experts"], top_k:
     Raises:
         UnfitError: names the first layer.
     """
-    groups = Groups.of(model.family, vars(model.original_model.config.get_text_config()))
+    groups = Groups.of_model(model)
     if groups is None:
         return
     wrong = groups.lacking(kept, top_k.expand(kept.shape[:-1])) & ~kept.all(-1)
