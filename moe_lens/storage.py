@@ -70,7 +70,8 @@ def digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
     found = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name, value in sorted(tensors.items()):
         found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        found.update(value.cpu().reshape(-1).view(torch.uint8).numpy().data)
+        plain = value.cpu().clone(memory_format=torch.contiguous_format)  # a single number may have any stride
+        found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -143,3 +143,11 @@ def test_a_header_that_is_no_object_is_named(tmp_path: Path):
             load_tensors(tmp_path / "file", "Test")
         with pytest.raises(InputError, match="cannot be read as safetensors"):
             stored_kind(tmp_path / "file")
+
+
+@pytest.mark.typed
+def test_a_single_number_of_any_stride_is_kept(tmp_path: Path) -> None:
+    odd = torch.arange(4).view(2, 2)[:1, 1]
+    assert odd.stride() == (2,) and odd.is_contiguous()
+    save_tensors(tmp_path / "odd.safetensors", "Odd", {"value": odd}, {})
+    assert load_tensors(tmp_path / "odd.safetensors", "Odd")[0]["value"].tolist() == [1]

@@ -71,8 +71,8 @@ def against_controls(
 
 
 def over_each(
-    values: Float[Tensor, " 1+control"],
-    without: Float[Tensor, "source 1+control"],
+    values: Float[Tensor, " coalition"],
+    without: Float[Tensor, "source coalition"],
     strata: Int[Tensor, " source"],
     tests: int,
 ) -> dict[str, Any]:

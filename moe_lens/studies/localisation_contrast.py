@@ -96,7 +96,7 @@ class Contrasts:
 
     def _weighed(
         self, domain: str, how: str, times: Mapping[str, Float[Tensor, "resample source"]]
-    ) -> dict[str, Float[Tensor, "resample variant"]]:
+    ) -> dict[str, Float[Tensor, "all_and_resample variant"]]:
         """The same where each source counts so many times; of all sources first."""
         found = {}
         for read, effects in self.effects.items():
