@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moe_lens.errors import InputError
+from moe_lens.model.families.groups import Groups
 from moe_lens.pruning import Plan, Scores, plan
 from moe_lens.selection import Selection
 
@@ -192,3 +193,11 @@ def test_a_layer_that_a_plan_is_not_for_has_no_active_experts():
 def test_scores_name_each_domain_and_layer_once(change):
     with pytest.raises(InputError, match="expected each once"):
         replace(scores(), **change)
+
+
+@pytest.mark.typed
+def test_as_many_of_each_group_are_enough_where_it_is_ranked_and_a_token_finds_its_experts():
+    groups = Groups(number=4, chosen=2, least=2)
+    assert groups.fit(8, 4) and groups.fit(9, 4), "two of each"
+    assert not groups.fit(8, 5), "two groups have four"
+    assert not groups.fit(4, 2), "a group is ranked by two"
