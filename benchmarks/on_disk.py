@@ -13,6 +13,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from scripts.gpu import FULL
 SHARD = 2**32
 """Bytes of a file of the checkpoint, at most."""
 GB = 1e9
+LAST: dict[str, Any] = {"logits_to_keep": 1}
 
 
 def write_checkpoint(folder: Path, shape: dict[str, Any]) -> None:
@@ -96,7 +98,7 @@ def passes(models: dict[str, Any], n_tokens: int, rounds: int) -> dict[str, floa
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(rounds + 1):
         for name, model in models.items():
-            seconds[name].append(timed(lambda model=model: model(tokens, logits_to_keep=1)))
+            seconds[name].append(timed(partial(model, tokens, **LAST)))
     return {name: statistics.median(of[1:]) for name, of in seconds.items()}
 
 
@@ -118,29 +120,26 @@ def main() -> None:
     load: dict[str, Any] = {"dtype": torch.bfloat16, "max_memory": {"cpu": args.memory}}
     offloaded = args.folder / "offloaded"
     models: dict[str, Any] = {}
+
+    def add(name: str, make: Callable[[], Any]) -> None:
+        seconds = timed(lambda: models.update({name: make()}))
+        written = sum(file.stat().st_size for file in offloaded.glob("*"))
+        print(f"{name}: loaded in {seconds:.0f} s, {written / GB:.1f} GB written", flush=True)
+
+    add("moe_lens", lambda: HookedMoE.from_pretrained(args.folder, check=False, **load))
+    once: Callable[[], Any] = partial(models["moe_lens"], torch.zeros(1, args.tokens[0], dtype=torch.long), **LAST)
+    with torch.no_grad():
+        peak, before = peak_memory(once), bytes_read()
+        once()
+    print(f"a pass of moe_lens reads {(bytes_read() - before) / GB:.1f} GB and takes {peak / GB:.1f} GB of memory")
     try:
-        for name, make in {
-            "moe_lens": lambda: HookedMoE.from_pretrained(args.folder, check=False, **load),
-            "transformers": lambda: DeepseekForCausalLM.from_pretrained(
-                args.folder, device_map="auto", offload_folder=offloaded, **load
-            ),
-        }.items():
-            seconds = timed(lambda name=name, make=make: models.update({name: make()}))
-            written = sum(file.stat().st_size for file in offloaded.glob("*")) if name == "transformers" else 0
-            print(f"{name}: loaded in {seconds:.0f} s, {written / GB:.1f} GB written", flush=True)
+        where: dict[str, Any] = {"device_map": "auto", "offload_folder": offloaded}
+        add("transformers", lambda: DeepseekForCausalLM.from_pretrained(args.folder, **where, **load))
         for n_tokens in args.tokens:
             found = passes(models, n_tokens, args.rounds)
             for name, seconds in found.items():
-                ratio = seconds / found["transformers"]
-                print(
-                    f"{n_tokens} tokens, {name}: {seconds:.1f} s, {n_tokens / seconds:.1f} tokens/s, {ratio:.2f} ×",
-                    flush=True,
-                )
-        ours, tokens = models["moe_lens"], torch.zeros(1, args.tokens[0], dtype=torch.long)
-        peak = peak_memory(lambda: ours(tokens, logits_to_keep=1))
-        before = bytes_read()
-        ours(tokens, logits_to_keep=1)
-        print(f"a pass of moe_lens reads {(bytes_read() - before) / GB:.1f} GB and takes {peak / GB:.1f} GB of memory")
+                speed, ratio = n_tokens / seconds, seconds / found["transformers"]
+                print(f"{n_tokens} tokens, {name}: {seconds:.1f} s, {speed:.1f} tokens/s, {ratio:.2f} ×", flush=True)
     finally:
         shutil.rmtree(offloaded, ignore_errors=True)
 
