@@ -264,4 +264,4 @@ def test_the_page_names_the_families_that_are_converted():
     (named,) = re.findall(r"All families but those below .*? Of (`.*?`), and of packed", page, re.DOTALL)
     with torch.device("meta"):
         converted = [name for name in here() if not only_stacks(configs.class_of(name)(configs.config(name)))]
-    assert re.findall("`(.*?)`", named) == sorted(converted)
+    assert [name for name in re.findall("`(.*?)`", named) if name in here()] == sorted(converted)
