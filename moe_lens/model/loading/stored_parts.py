@@ -95,7 +95,7 @@ def _parts(
     if converter is None:
         (only, *others) = shapes
         return None if others or shapes[only] != shape else [StoredPart(only, ..., shape)]
-    if not _stacks(converter) or len(shape) < 2:
+    if not _stacks(converter) or len(shape) < 2 or not names.keys() <= set(converter.source_patterns):
         return None
     n_experts, n_rows, *rest = shape
     parts: list[StoredPart] = []

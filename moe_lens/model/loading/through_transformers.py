@@ -68,7 +68,8 @@ def load_by_transformers(
             size = packed_size(model, dtype, packing.scheme, packing.widths)
         elif packing is None:
             size = _size(checkpoint, dtype, kwargs.get("num_hidden_layers") or math.inf)
-            if not differs and raw["model_type"] in CONFIG_MAPPING and needs_disk(kwargs, size.total):
+            native = raw["model_type"] in CONFIG_MAPPING and not kwargs.get("trust_remote_code")
+            if native and not differs and needs_disk(kwargs, size.total):
                 readable = _readable(loader, source, hub, kwargs, checkpoint, dtype)
                 size = readable.size if readable else size
         kwargs = {**kwargs, "use_safetensors": True}
