@@ -161,7 +161,7 @@ class Contrasts:
             }
 
     def _held(
-        self, contrasts: Float[Tensor, "1+block variant"], picked: int, controls: Sequence[int]
+        self, contrasts: Float[Tensor, "all_and_block variant"], picked: int, controls: Sequence[int]
     ) -> dict[str, Any]:
         """The picked held against their controls, as the atlas holds experts (see `held_against`), but in one point.
 

@@ -140,7 +140,7 @@ def test_what_is_shown_and_saved_is_offline_and_leaves_the_page_as_it_was(
     saved = (tmp_path / "page.html").read_text(encoding="utf-8")
     for source in (rendered._repr_html_(), rendered.__html__(), str(rendered), saved):
         assert not re.search(r"<script[^>]*src=|<link|unpkg.com/circuitsvis", source)
-    opened = re.match(r"<div [^>]*>", rendered.local_src)
+    opened = re.match(r'<style>#([\w-]+) span[^<]*</style><div id="\1"[^>]*>', rendered.local_src)
     assert (
         opened and not opened[0].endswith("/>") and rendered.local_src[opened.end() :].startswith(f"{UNTRUSTED}</div>")
     )
