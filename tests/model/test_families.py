@@ -33,6 +33,7 @@ from moe_lens.model.families.refusals import REFUSED
 from moe_lens.model.families.table import FAMILIES, family_of, here
 from moe_lens.model.hf_compat import OLDEST, RELEASE
 from moe_lens.model.loading.model_info import config_info, model_info
+from moe_lens.model.loading.sizes_that_fit import check_runs
 from tests.matrix.configs import build, class_of, config, tokens
 
 # --- refusals ---
@@ -398,3 +399,22 @@ def test_info_says_in_one_line_what_is_wrong(
     seen = capsys.readouterr()
     assert seen.out == "" and seen.err.count("\n") == 1
     assert seen.err.startswith("moe-lens: error: ") and said in seen.err
+
+
+class Runs(torch.nn.Module):
+    """A model whose forward is a function of tokens."""
+
+    def __init__(self, forward: Any):
+        super().__init__()
+        self.forward = forward
+
+
+def test_a_forward_that_asks_for_values_is_passed_and_one_that_is_not_implemented_is_not() -> None:
+    for asks in (lambda ids: ids.sum().item(), lambda ids: ids.nonzero(), lambda ids: ids.to("cpu")):
+        check_runs(Runs(asks), [], None)
+
+    def fail(ids: torch.Tensor) -> None:
+        raise NotImplementedError("rope type spiral")
+
+    with pytest.raises(CheckpointError, match="cannot be run: NotImplementedError: rope type spiral"):
+        check_runs(Runs(fail), [], None)
