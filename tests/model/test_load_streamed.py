@@ -17,7 +17,9 @@ from moe_lens import HookedMoE
 from moe_lens.errors import CheckpointError, InputError
 from moe_lens.model.families.table import FAMILIES, here
 from moe_lens.model.loading import dispatch, stored_file, through_transformers
-from moe_lens.model.loading.stored_parts import only_stacks
+from moe_lens.model.loading.checkpoint import Checkpoint
+from moe_lens.model.loading.depth import read_depth
+from moe_lens.model.loading.stored_parts import only_stacks, stored_parameters
 from moe_lens.model.loading.streamed_weights import StreamedWeights, streamed_weights
 from tests.families import build, tokens
 from tests.matrix import configs
@@ -237,6 +239,26 @@ def test_one_expert_of_a_layer_that_is_stored_whole_is_read_alone(tmp_path):
     read = weights.settled()
     assert torch.equal(model.W_out[2, 3], whole.W_out[2, 3])
     assert weights.settled() - read == whole.W_out[2, 3].nbytes
+
+
+def test_more_than_ten_experts_are_in_the_order_of_their_numbers(tmp_path):
+    build("qwen3_moe", num_experts=12).save_pretrained(tmp_path)
+    whole = HookedMoE.from_pretrained(tmp_path, check=False).requires_grad_(False)
+    model = HookedMoE.from_pretrained(tmp_path, check=False, device_map={"": "disk"}).requires_grad_(False)
+    assert streamed_weights(model.original_model) is not None
+    assert torch.equal(model(tokens()), whole(tokens()))
+    assert all(torch.equal(model.W_out[2, expert], whole.W_out[2, expert]) for expert in range(12))
+
+
+def test_a_tensor_that_a_conversion_leaves_is_not_passed_over(tmp_path):
+    hf = configs.build("qwen3_moe")
+    hf.save_pretrained(tmp_path)
+    depth = read_depth(hf.config, hf.config)
+    assert stored_parameters(hf, Checkpoint.locate(str(tmp_path), {}), torch.float32, depth)
+    (file,) = tmp_path.glob("*.safetensors")
+    name = "model.layers.1.mlp.experts.gate_up_proj"  # beside the matrices that it is stacked of
+    save_file({**load_file(file), name: hf.get_parameter(name).detach()}, file, {"format": "pt"})
+    assert stored_parameters(hf, Checkpoint.locate(str(tmp_path), {}), torch.float32, depth) is None
 
 
 def test_layers_behind_the_last_are_left_out_and_what_does_not_fit_is_said(tmp_path):
