@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import measuring, on_disk, peers, side_by_side
+from benchmarks import measuring, on_disk, packed_speed, peers, side_by_side
 from moe_lens import names
 from moe_lens.errors import CheckpointError, InputError
 from scripts import gpu
@@ -94,3 +94,25 @@ def test_a_model_on_disk_is_written_and_timed(
     index.write_text(index.read_text().replace("experts.3.up_proj", "experts.3.gone"))
     with pytest.raises(CheckpointError, match=r"holds .*experts\.3\.gone"):
         on_disk.main()  # which takes the folder as it is
+
+
+def test_packed_models_are_timed_beside_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(packed_speed, "SHAPE", {**gpu.TINY, "num_hidden_layers": 1, "first_k_dense_replace": 0})
+    monkeypatch.setattr("sys.argv", ["packed_speed.py", "--rounds", "1", "--tokens", "1", "8"])
+    packed_speed.main()
+    head, _, *rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if "|" in line]
+    assert head == ["weights", "1 token", "8 tokens", "8 tokens and back"]
+    assert [row[0] for row in rows] == ["bfloat16", "nf4", "fp4", "int8"]
+    assert all(cell.endswith(" ×") for row in rows[1:] for cell in row[2:])
+
+
+def test_a_pass_of_the_packed_benchmark_has_a_gradient_of_what_was_embedded() -> None:
+    model, seen = gpu.random_model(gpu.TINY, "cpu", "nf4"), list[torch.Tensor]()
+    tokens = torch.randint(gpu.TINY["vocab_size"], (1, 8))
+    model.add_hook("blocks.0.hook_resid_pre", lambda grad, hook: seen.append(grad), dir="bwd")
+    packed_speed.forward(model, tokens)
+    assert not seen
+    packed_speed.backward(model, tokens)
+    assert seen and bool(seen[0].any())

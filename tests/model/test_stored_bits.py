@@ -210,7 +210,8 @@ def test_only_what_is_asked_for_is_unpacked(tmp_path: Path, monkeypatch: pytest.
     asked = list[list[int]]()
 
     def counted(self: Whole, experts: Any) -> Tensor:
-        asked.append(list(experts))
+        if len(self.shape) == 3:
+            asked.append(list(experts))
         return read(self, experts)
 
     read = Whole.read
@@ -220,8 +221,8 @@ def test_only_what_is_asked_for_is_unpacked(tmp_path: Path, monkeypatch: pytest.
     asked.clear()
     with torch.no_grad():
         _, cache = model.run_with_cache(tokens()[:1, :1], names_filter=names.mlp(names.EXPERT_INDICES, 0))
-    chosen = sorted(cache[names.mlp(names.EXPERT_INDICES, 0)].flatten().tolist())
-    assert [one for one in asked if len(one) > 1] == [chosen] * 3, "a token's experts and no others"
+    chosen = cache[names.mlp(names.EXPERT_INDICES, 0)].flatten().tolist()
+    assert sorted(asked) == sorted([expert] for expert in chosen * 3), "a token's experts and no others, one at a time"
     with pytest.raises(InputError, match="leaves the model as it is"):
         model.W_in[0, 1].mul_(0)
 

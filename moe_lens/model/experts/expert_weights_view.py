@@ -5,7 +5,7 @@ Under it a router returns `(logits, weights, indices)`, and an experts module ho
 that bypass the contract are presented under it in `bypass.py`.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -44,6 +44,11 @@ class Rows(NamedTuple):
         used, ids = self.ids.unique_consecutive(return_inverse=True)
         return used, Rows(ids, self.tokens, self.ends[used], self.n_tokens)
 
+    def apart(self) -> Iterator["Rows"]:
+        """Those of each expert by themselves."""
+        for tokens in self.tokens.split(self.counts()):
+            yield Rows(torch.zeros_like(tokens), tokens, self.ends.new_tensor([len(tokens)]), self.n_tokens)
+
 
 Product = Callable[[Tensor, Tensor, Rows], Tensor]
 """Of values [rows, in] and matrices [expert, in, out]: each row times the matrix of its expert."""
@@ -55,6 +60,9 @@ class Experts:
     Raises:
         UnsupportedModelError: the module is not what its family has, or its parameters are quantised.
     """
+
+    alone = True
+    """Whether the product of one expert's rows is, to the bit, what it is among those of others."""
 
     def __init__(self, module: Any, interleaved: bool = False, weighs_input: bool = False):
         self.module, self.interleaved, self.weighs_input = module, interleaved, weighs_input
@@ -201,14 +209,24 @@ class Experts:
         return weighted.sum(1).to(dtype)
 
 
-def multiplied(x: Tensor, matrix: Tensor | Matrices, rows: Rows, product: Product) -> Tensor:
-    """Each row times the matrix of its expert; of packed matrices those in use are unpacked, and not kept."""
+def multiplied(x: Tensor, matrix: Tensor | Matrices, rows: Rows, product: Product, alone: bool) -> Tensor:
+    """Each row times the matrix of its expert; of packed matrices those in use are unpacked, and not kept.
+
+    On a processor, which multiplies one expert after the other anyway, each is unpacked just before (`alone`: where
+    that changes no bit), so that it is still in the cache, and room is needed for one instead of all.
+    """
     if isinstance(matrix, Tensor):
         return product(x, matrix, rows)
     used, of_used = rows.of_used()
     if not len(used):
         return x.new_zeros(0, matrix.shape[-1], dtype=matrix.dtype)
-    return packed_product(x, lambda: matrix.read(used), lambda values, unpacked: product(values, unpacked, of_used))
+
+    def of(experts: Tensor, own: Rows, values: Tensor) -> Tensor:
+        return packed_product(values, lambda: matrix.read(experts), lambda some, read: product(some, read, own))
+
+    if not alone or x.device.type != "cpu":
+        return of(used, of_used, x)
+    return torch.cat([of(*one) for one in zip(used.split(1), of_used.apart(), x.split(of_used.counts()), strict=True)])
 
 
 def grouped_product(x: Tensor, matrix: Tensor, rows: Rows) -> Tensor:

@@ -143,6 +143,8 @@ class JetmoeExperts(Looped):
 class Llama4Experts(Experts):
     """Llama 4: every expert is multiplied with every token, zeros for those that did not choose it."""
 
+    alone = False
+
     def _read_flags(self) -> bool:
         self.has_gate, self.has_bias, self.transposed, self.post_norm = True, False, True, False
         return True

@@ -85,7 +85,7 @@ def _outputs(
         rows, place, permutation = rows.first(experts.n_matrices, busy), place.clamp(max=busy), permutation[:busy]
 
     def times(value: Tensor, matrix: Tensor | Matrices, bias: Tensor | StoredMatrices | None) -> Tensor:
-        out = multiplied(value, matrix, rows, product)
+        out = multiplied(value, matrix, rows, product, experts.alone)
         assert not isinstance(bias, StoredMatrices), "inside `on_device`, what is kept elsewhere is here"
         return out if bias is None else out + bias[rows.ids]
 
