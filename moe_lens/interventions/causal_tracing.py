@@ -1,7 +1,6 @@
 """Causal tracing: corrupt what the model reads about a subject, restore one activation, see the answer come back."""
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from moe_lens.checked import AnyModel, Natural, Positive, Seed
 from moe_lens.errors import InputError, a_kind
 from moe_lens.interventions.batched_variants import RoutingMode
 from moe_lens.interventions.clean_run import CleanRun, Variant
+from moe_lens.interventions.embedding_noise import EMBEDDING, embedding_deviation, noisy
 from moe_lens.interventions.metrics import LogitDifference, LogProb, TokenMetric
 from moe_lens.interventions.patch_sites import SITES, Parts, differing, stream_variant
 from moe_lens.interventions.sweep import token_sweep
@@ -19,7 +19,6 @@ from moe_lens.interventions.trace_prompt import single_token, subject_positions,
 from moe_lens.interventions.trace_result import SiteEffects, TraceResult
 
 STREAMS = {"resid": "resid_post", "attn": "attn_out", "mlp": "mlp_out"}
-EMBEDDING = "hook_embed"
 
 
 class Probability(LogProb):
@@ -130,39 +129,10 @@ def _score(model: Any, answer: str | Natural, foil: str | Natural | None) -> Tok
     return LogitDifference(wanted, other)
 
 
-def embedding_deviation(model: Any, at_once: int = 8192) -> float:
-    """Standard deviation of all numbers that `hook_embed` holds of the whole vocabulary."""
-    matrix = model.W_E
-    sums = torch.zeros(2, dtype=torch.float64)
-
-    def add(embeddings: Tensor, hook: Any) -> None:  # noqa: ARG001
-        wide = embeddings.double()
-        sums.add_(torch.stack([wide.sum(), wide.square().sum()]).cpu())
-
-    with model.hooks(fwd_hooks=[(EMBEDDING, add)]):
-        for ids in torch.arange(len(matrix), device=matrix.device).split(at_once):
-            model.embed(ids[None])
-    total, squares = sums.tolist()
-    return math.sqrt((squares - total**2 / matrix.numel()) / (matrix.numel() - 1))
-
-
 def _at_the_end(run: CleanRun, score: TokenMetric) -> Float[Tensor, " draw"]:
     """The score at the last position of every draw."""
     items = torch.arange(run.batch, device=run.logits.device)
     return score.values(run.logits[:, -1], items, torch.full_like(items, run.pos - 1)).double().cpu()
-
-
-def noisy(positions: Sequence[int], std: float, seed: int) -> Callable[..., Tensor]:
-    """A hook that adds seeded noise to the embeddings at some positions, another draw for each item."""
-
-    def corrupt(embeddings: Tensor, hook: Any) -> Tensor:  # noqa: ARG001  # TransformerLens passes hook by name
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randn(len(embeddings), len(positions), embeddings.shape[-1], generator=generator) * std
-        embeddings = embeddings.clone()
-        embeddings[:, list(positions)] += drawn.to(embeddings)
-        return embeddings
-
-    return corrupt
 
 
 Made = list[tuple[tuple[int, ...], Variant]]

@@ -18,7 +18,7 @@ from moe_lens.interventions.metrics import Loss
 from moe_lens.interventions.rerouting import reselect
 from moe_lens.interventions.selection_bias import no_bias
 from moe_lens.interventions.sweep import LOGITS
-from moe_lens.model.families.groups import check_groups
+from moe_lens.model.families.expert_groups import check_groups
 from moe_lens.model.loading.batch_sizes import rows_at_once, tokens_at_once
 
 Removal = Literal["reroute", "zero", "prune"]

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from moe_lens import names
 from moe_lens.errors import InputError
-from moe_lens.interventions.causal_tracing import EMBEDDING, noisy
 from moe_lens.interventions.clean_run import CleanRun, Hooks
+from moe_lens.interventions.embedding_noise import EMBEDDING, noisy
 from moe_lens.interventions.trace_prompt import single_token, subject_positions, whole_prompt
 from moe_lens.model.loading.batch_sizes import tokens_at_once
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moe_lens.checked import AnyModel
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
-from moe_lens.model.families.groups import Groups
+from moe_lens.model.families.expert_groups import Groups
 from moe_lens.model.families.table import FAMILIES
 from moe_lens.model.loading.checkpoint import Checkpoint, read_config
 from moe_lens.model.loading.pretrained import resolve_name

@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_lens.checked import AnyModel, Positive, Seed
 from moe_lens.data import Domains, TokenBatch, Tokens, in_memory, tokenize
 from moe_lens.errors import InputError
-from moe_lens.model.families.groups import Groups
+from moe_lens.model.families.expert_groups import Groups
 from moe_lens.model.loading.batch_sizes import tokens_at_once, wants_few_passes
 from moe_lens.pruning.merging import merge
 from moe_lens.pruning.plan_from_scores import plan

@@ -9,7 +9,7 @@ import pandas as pd
 
 from moe_lens.data import Domains, in_memory, tokenize
 from moe_lens.errors import InputError
-from moe_lens.model.families.groups import Groups
+from moe_lens.model.families.expert_groups import Groups
 from moe_lens.model.loading.dispatch import places
 from moe_lens.model.loading.pretrained import load_pretrained, resolve_name
 from moe_lens.pruning.export import disk_needed, export, expressible, folder_size

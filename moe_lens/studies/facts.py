@@ -22,7 +22,7 @@ from moe_lens.checked import AnyModel, Natural, Positive, Seed
 from moe_lens.data import Domain, Passage, Reading, TokenBatch
 from moe_lens.data.files import read_objects
 from moe_lens.errors import InputError, UnfitError
-from moe_lens.interventions.causal_tracing import embedding_deviation
+from moe_lens.interventions.embedding_noise import embedding_deviation
 from moe_lens.interventions.trace_prompt import whole_prompt
 from moe_lens.interventions.traced_fact import Fact, TracedFact, facts_of
 from moe_lens.stats import Accumulator, Result, bootstrap_all

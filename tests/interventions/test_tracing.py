@@ -9,7 +9,8 @@ from torch import Tensor
 
 from moe_lens import HookedMoE, names
 from moe_lens.errors import InputError
-from moe_lens.interventions.causal_tracing import embedding_deviation, trace
+from moe_lens.interventions.causal_tracing import trace
+from moe_lens.interventions.embedding_noise import embedding_deviation
 from moe_lens.interventions.trace_result import SiteEffects, TraceResult
 from moe_lens.resampling import MIN_SOURCES, bootstrap
 from tests.matrix.configs import build as build_family

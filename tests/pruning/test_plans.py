@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_lens.errors import InputError
-from moe_lens.model.families.groups import Groups
+from moe_lens.model.families.expert_groups import Groups
 from moe_lens.pruning import Plan, Scores, plan
 from moe_lens.selection import Selection
 

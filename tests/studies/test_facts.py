@@ -13,7 +13,7 @@ import torch
 from moe_lens import HookedMoE, names
 from moe_lens.cli import main
 from moe_lens.errors import InputError
-from moe_lens.interventions.causal_tracing import EMBEDDING, noisy
+from moe_lens.interventions.embedding_noise import EMBEDDING, noisy
 from moe_lens.interventions.traced_fact import Fact, TracedFact
 from moe_lens.studies import StudyResult, localise_facts, read_facts
 from moe_lens.studies.facts import RUNS, FactResult, FactStats, FactStudy
