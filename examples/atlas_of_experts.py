@@ -19,16 +19,15 @@ import tempfile
 from pathlib import Path
 
 from moe_lens import HookedMoE
-from moe_lens.atlas import run
 from moe_lens.data import Reading, embedded_domain
-from moe_lens.studies import Atlas, StudyResult
+from moe_lens.studies import Atlas
 
 model = HookedMoE.from_pretrained("tiny-deepseekmoe")
 folder = Path(tempfile.mkdtemp())
 domains = [embedded_domain(name) for name in ("german", "code")]
-page = run(model, domains, folder, study=Atlas(knockout_tokens=128), reading=Reading(tokens=512, context=40))
-tables = StudyResult.load(folder / "study").tables
-sum(path.stat().st_size for path in [page, *(folder / "data").iterdir()]) // 1000, "kB of pages"
+atlas = model.atlas(domains, folder, study=Atlas(knockout_tokens=128), reading=Reading(tokens=512, context=40))
+tables = atlas.result.tables
+print(atlas.result.findings())
 
 # %% [markdown]
 # ## Whose tokens choose it
@@ -66,3 +65,12 @@ held = tables["compared"].query(f"layer == 4 and expert == {expert} and domain =
 held[["added", "control_least", "control_most", "all_low", "all_high", "over_most", "over_most_low", "starred"]].round(
     4
 )
+
+# %% [markdown]
+# ## All of it, on the expert's own page
+#
+# The card is the page of the atlas, in a frame; `.save("card.html")` writes it to a file. `AtlasFolder("moe-lens-atlas")` of
+# `moe_lens.atlas` takes up an atlas that `moe-lens atlas` made.
+
+# %%
+atlas.expert(4, expert)

@@ -1,9 +1,10 @@
 """HookedMoE: a TransformerBridge with hook points inside every Mixture-of-Experts layer."""
 
+import importlib
 from collections.abc import Generator, Iterable
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -39,6 +40,9 @@ from moe_lens.model.loading.validate import (
 from moe_lens.model.torch_transforms import uncompiled
 from moe_lens.reprs import Summary
 from moe_lens.routing import Routing
+
+if TYPE_CHECKING:
+    from moe_lens.atlas import AtlasFolder
 
 _NOT_OF_ROUTING = frozenset(
     ("incl_bwd", "keep_graph", "labels", "loss_per_token", "logits_to_keep", "names_filter", "remove_batch_dim")
@@ -327,6 +331,25 @@ class HookedMoE(Summary, GeneratingBridge):
             flat = experts.reshape(-1, 1).to(rows.device)
             out = experts_forward(module, silent, rows, flat, rows.new_ones(flat.shape), grouped_product)
         return out.view(*experts.shape, -1).to(x.device)
+
+    # --- what people look at ---
+
+    def atlas(self, domains: Any, out: str | Path = "moe-lens-atlas", **kwargs: Any) -> "AtlasFolder":
+        """Write a page for every expert, or go on where that was interrupted; a notebook can then show each of them.
+
+        `model.atlas(domains).expert(4, 17)` is the card of expert 17 of layer 4.
+
+        Args:
+            domains: Texts by domain: `{name: texts}`, or what `moe_lens.data` offers.
+            out: The folder; `index.html` in it is the page to open.
+            kwargs: Of `moe_lens.atlas.run`: `reading`, `study`, `knock_out`, …
+
+        Raises:
+            InputError: The texts cannot be worked with, or the folder holds the atlas of something else.
+        """
+        # Pages stand above models in the layers, as figures stand above results.
+        atlas = importlib.import_module("moe_lens.atlas")
+        return atlas.AtlasFolder(atlas.run(self, domains, out, **kwargs).parent)
 
 
 def family_name(model: PreTrainedModel) -> str:

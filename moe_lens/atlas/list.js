@@ -91,6 +91,7 @@ atlas.views.layer = ({ layer }) => {
   return [
     h("div", { class: "steps" }, step(row - 1, "‹ layer"), step(row + 1, "layer ›"), copyLink()),
     h("h1", {}, `Layer ${l}`),
+    atlas.domains.length > 1 && foremost(null, l),
     section("pairs", "Which experts are chosen together", [`The pairs that most tokens choose and those that go together most beyond chance. n: of ${whole(total())} tokens, each of which chooses ${about.top_k} of ${about.experts} experts. `, term("lift", "Lift"), ": over independent choices."], pairTable(l, 12)),
     costs(l),
     section("experts", "Experts of the layer", ["Of each expert the domain that it is most specialised in; knock-outs in ", term("millinats"), " a token."], expertTable(everyExpert().filter((r) => r.layer === l), 64)),

@@ -117,14 +117,14 @@ const moveInMap = (event) => {
 };
 
 // Whose expert is whose: of each layer and domain the one whose share is most above that of the other domains.
-const foremost = (domain) => {
+const foremost = (domain, only) => {
   const { domains } = atlas.data.get("map");
-  const rows = atlas.about.layers.map((layer, l) => [h("a", { href: `#layer=${layer}` }, `Layer ${layer}`), ...domains.map((d) => {
+  const rows = atlas.about.layers.flatMap((layer, l) => only !== undefined && layer !== only ? [] : [[h("a", { href: `#layer=${layer}` }, `Layer ${layer}`), ...domains.map((d) => {
     const e = leaderOf(l, domains.indexOf(d));
     const starred = passes(d.p_value[l][e]);
     return h("span", {}, expertLink(layer, e, `expert ${e}${starred ? "*" : ""}`), h("br"),
       h("small", {}, `${percent(d.share[l][e], 0)} of tokens; `, d.first[l][e] === null ? "too few sources" : `again in ${percent(d.first[l][e], 0)}`));
-  })]);
+  })]]);
   return section("foremost", "Most specialised expert of each domain",
     ["The ", term("most specialised"), ` expert of each layer, its share, and in how many of ${whole(atlas.about.limits.resamples)} resamples of the sources it is so again. *: the share differs between domains, `, term("p (maxT)", "corrected p"), " < .05."],
     table(["", ...atlas.domains.map((name) => h("span", { class: name === domain ? "chosen" : null }, name))], rows, { class: "foremost" }));

@@ -39,21 +39,29 @@ const expertOf = (query) => {
   const [, layer, expert] = (query.match(/^\s*(\d+)\s*:\s*(\d+)\s*$/) || []).map(Number);
   return atlas.about.layers.includes(layer) && expert < atlas.about.experts ? [layer, expert] : null;
 };
-// The domains whose names begin as a query does, each with the expert of every layer that is most specialised in it.
-const domainsOf = (query) => {
-  const wanted = query.trim().toLowerCase(), { about, domains } = atlas;
-  const led = domains.length < 2 || wanted.length < 2 ? [] : domains.map((name, i) => [name, i]).filter(([name]) => name.toLowerCase().startsWith(wanted));
-  return led.map(([name, i]) => h("p", {}, link({ href: `#${new URLSearchParams({ domain: name })}` }, `Experts of ${name}`), ", most specialised: ",
-    listed(about.layers.map((layer, row) => expertLink(layer, leaderOf(row, i))))));
+// The experts that are most specialised in a domain, one of each layer, the foremost first.
+const leadersOf = (i) => {
+  const { difference } = atlas.data.get("map").domains[i];
+  const each = atlas.about.layers.map((layer, row) => [layer, leaderOf(row, i), difference[row][leaderOf(row, i)]]);
+  return each.sort((a, b) => b[2] - a[2]);
 };
-// What was found; `first`: what Enter opens: the expert that the query names, or the token that it is, begins or holds.
+// The domains whose names begin as a query does.
+const domainsOf = (query) => {
+  const wanted = query.trim().toLowerCase(), { domains } = atlas;
+  const led = domains.length < 2 || wanted.length < 2 ? [] : domains.map((name, i) => [name, i]).filter(([name]) => name.toLowerCase().startsWith(wanted));
+  return led.map(([name, i]) => ({ shown: h("p", {}, link({ href: `#${new URLSearchParams({ domain: name })}` }, `Experts of ${name}`), ", the most specialised of each layer: ",
+    listed(leadersOf(i).map(([layer, expert]) => expertLink(layer, expert)))), first: leadersOf(i)[0] }));
+};
+// What was found; `first`: what Enter opens: the expert that the query names, the token that it is, begins or holds, or
+// the foremost expert of the domain.
 const search = (event) => {
   const query = event.target.value, box = document.getElementById("found");
   if (!query) { box.hidden = true; return; }
   const found = matches(query), parts = found.length ? [] : pieces(query.trim()), named = expertOf(query), domains = domainsOf(query);
   const told = named || found.length || domains.length ? "" : parts.length > 1 ? "Not a token of these texts by itself. Pieces of it that are, which may come from other words: " : "No such token in these texts.";
-  box.replaceChildren(...domains, told, ...(named ? [expertLink(...named, `layer ${named[0]}, expert ${named[1]}`)] : []), ...(found.length ? found : !named && !domains.length && parts.length > 1 ? parts : []).map((id) => tokenLink(id)));
-  box.dataset.first = named ? `#layer=${named[0]}&expert=${named[1]}` : found.length ? `#token=${found[0]}` : "";
+  box.replaceChildren(...domains.map((of) => of.shown), told, ...(named ? [expertLink(...named, `layer ${named[0]}, expert ${named[1]}`)] : []), ...(found.length ? found : !named && !domains.length && parts.length > 1 ? parts : []).map((id) => tokenLink(id)));
+  const expert = named || (found.length ? null : domains[0]?.first);
+  box.dataset.first = expert ? `#layer=${expert[0]}&expert=${expert[1]}` : found.length ? `#token=${found[0]}` : "";
   box.hidden = false;
 };
 

@@ -59,7 +59,7 @@ const DIRECTION = (low, high) => low === null ? "too few sources for an interval
 // What a domain loses; of an expert that is held against controls the interval that is corrected, as stars are.
 const cost = (line, held) => {
   const corrected = held && held.controls > 0, [low, high] = corrected ? [held.all_low, held.all_high] : [line[ADDED_LOW], line[ADDED_HIGH]];
-  return [`${atlas.domains[line[READ]]}'s loss grows by ${milli(line[ADDED])} `, term("millinats"), ` a token (${span(low, high, milli)}${low === null ? "" : corrected ? ", corrected" : ", by itself"}; ${whole(line[TOKENS])} tokens, ${whole(line[SOURCES])} sources; perplexity ${times(Math.exp(line[ADDED]))}): ${DIRECTION(low, high)}${corrected || low === null ? "" : ", if it had been the only expert to look at"}. `,
+  return [`${atlas.domains[line[READ]]}'s loss grows by ${milli(line[ADDED])} `, term("millinats"), ` a token (${span(low, high, milli)}${low === null ? "" : corrected ? ", corrected" : ", not corrected"}; ${whole(line[TOKENS])} tokens, ${whole(line[SOURCES])} sources; perplexity ${times(Math.exp(line[ADDED]))}): ${DIRECTION(low, high)}${corrected || low === null ? "" : ", if it had been the only expert to look at"}. `,
     atFirst(line) && h("b", {}, `Mostly at the first four tokens of windows (${percent(line[AT_FIRST] / line[ADDED], 0)} of it). `), atFirst(line) && "Where texts begin alike, this is the cost of these few tokens, and the interval is far too sure. "];
 };
 const MOSTLY = 0.5;
@@ -71,7 +71,7 @@ const removal = (of, main) => {
   const better = of.knockouts.filter((line) => line[ADDED_HIGH] !== null && line[ADDED_HIGH] < 0);
   return [cost(known, against_(main)), against_(main) ? against(against_(main)) : "Here it was not held against controls. ",
     worst[READ] !== main && worst[ADDED] > 0 && ["It costs most elsewhere: ", cost(worst, against_(worst[READ])), against_(worst[READ]) && against(against_(worst[READ]))],
-    better.length > 0 && ["Without it the loss falls on ", listed(better.map((line) => `${atlas.domains[line[READ]]} by ${milli(-line[ADDED])} (${span(-line[ADDED_HIGH], -line[ADDED_LOW], milli)}, by itself)`)), "."]];
+    better.length > 0 && ["Without it the loss falls on ", listed(better.map((line) => `${atlas.domains[line[READ]]} by ${milli(-line[ADDED])} (${span(-line[ADDED_HIGH], -line[ADDED_LOW], milli)}, not corrected)`)), "."]];
 };
 const than = (value) => value < 0 ? `${milli(-value)} less than` : `${milli(value)} more than`;
 const range = (held) => `${milli(held.control_least)} to ${milli(held.control_most)}`;

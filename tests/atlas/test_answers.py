@@ -78,6 +78,10 @@ def test_the_pairs_of_a_layer_are_answered_at_the_start_and_on_its_page(page, fo
     page.ask(f"[...document.querySelectorAll('#pairs a')].find((of) => of.innerText === 'Layer {LAYER}').click()")
     page.until(f"location.hash === '#layer={LAYER}' && document.getElementById('view').dataset.shown === location.hash")
     assert rows(page, "pairs")[0][0] == f"expert {most['expert']:.0f} and expert {most['other']:.0f}"
+    shares: Any = planted_atlas()[1].tables["domains"].query(f"layer == {LAYER}")
+    leaders = shares.loc[shares.groupby("domain", sort=False)["difference"].idxmax()]
+    (whose,) = rows(page, "foremost")
+    assert [of.split()[1].rstrip("*") for of in whose[1:]] == [str(expert) for expert in leaders["expert"]]
     lift = float(f"{most['lift']:.3g}")
     assert rows(page, "pairs")[0][2] == f"×\u00a0{lift:g}"
     assert len(rows(page, "experts")) == 16 and not page.complaints
@@ -180,6 +184,19 @@ def test_a_domain_is_found_by_its_name_with_its_experts(page, folder):
         assert ("Experts of sea" in text(page, "#found")) is there, query
     page.ask(f"{{ {box}'sea'; box.dispatchEvent(new Event('input')) }}")
     assert f"{LAYER}:{PLANTED['sea']}" in page.ask("document.querySelector('#found p').innerText")
+    shares: Any = planted_atlas()[1].tables["domains"]
+    leads = []
+    for name, own in shares.groupby("domain"):
+        foremost = own.loc[own["difference"].idxmax()]
+        page.ask(f"{{ {box}{json.dumps(name)}; box.dispatchEvent(new Event('input')) }}")
+        named = page.ask("[...document.querySelectorAll('#found p a')].map((of) => of.innerText)")
+        assert named[:2] == [f"Experts of {name}", f"{foremost['layer']}:{foremost['expert']}"]
+        first = page.ask("document.getElementById('found').dataset.first")
+        leads.append(first.startswith("#layer="))
+        place = "#layer={layer:.0f}&expert={expert:.0f}".format(**foremost)
+        assert first == (place if leads[-1] else f"#token={page.ask(f'matches({json.dumps(name)})[0]')}")
+    assert any(leads)  # a name that is in no token
+    page.ask(f"{{ {box}'sea'; box.dispatchEvent(new Event('input')) }}")
     page.ask("document.querySelector('#found p a').click()")
     page.until("document.getElementById('view').dataset.shown === '#domain=sea'")
     assert text(page, "th .chosen") == "sea" and not page.complaints

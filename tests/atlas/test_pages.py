@@ -1,5 +1,6 @@
 """The folder of the atlas: its files, and what a browser that opens them shows, asks for and refuses to run."""
 
+import html
 import json
 import re
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_lens.atlas import expert_card, run, write_atlas
+from moe_lens.atlas import AtlasFolder, expert_card, run, write_atlas
 from moe_lens.atlas.knocked_out import OVER
 from moe_lens.atlas.pages import DATA, SHARD, SHIPPED
 from moe_lens.atlas.script_files import script, sharded
@@ -237,6 +238,16 @@ def test_knock_outs_that_are_asked_for_join_a_complete_atlas(page, tmp_path):
     show(page, tmp_path / "atlas", f"#layer={LAYER}&expert={PLANTED['sea']}")
     assert "You asked for this one." in text(page) and not page.complaints
     assert '"asked":[{' in expert_card(tmp_path / "atlas" / "study", LAYER, expert).page
+
+    of_model = model.atlas(planted_domains(), tmp_path / "atlas", study=Atlas(), reading=ATLAS_READING)
+    assert of_model.page == first and (tmp_path / "atlas" / "study" / "manifest.json").read_bytes() == manifest
+    card = of_model.expert(LAYER, expert)
+    assert card == expert_card(tmp_path / "atlas" / "study", LAYER, expert) != of_model.result.expert(LAYER, expert)
+    assert all(html.escape(line) in of_model._repr_html_() for line in of_model.result.findings().lines)
+    with pytest.raises(InputError, match="domain 'sea' holds no text"):
+        model.atlas({"sea": []}, tmp_path / "none")
+    with pytest.raises(InputError, match="none"):
+        AtlasFolder(tmp_path / "none").expert(LAYER, expert)
     other = tmp_path / "atlas" / "knockouts" / "layer-9-expert-0"
     run_study(study, model, planted_domains(), reading=Reading(tokens=64, context=32), out=other)
     with pytest.raises(InputError, match="reading differ from the atlas's; move it elsewhere"):
@@ -274,7 +285,8 @@ def test_the_guide_runs_as_written(tmp_path, monkeypatch, capsys):
     values: dict[str, Any] = {}
     exec(compile(code_of(DOCS / "atlas.md"), "atlas.md", "exec"), values)
     assert values["german"]["share"].iloc[0] > 0.5 > values["german"]["token_alone"].iloc[-1]
-    assert capsys.readouterr().out and values["page"] == Path("atlas/index.html")
+    assert capsys.readouterr().out and values["atlas"].page == Path("atlas/index.html")
+    assert "Layer 4, expert 48" in (tmp_path / "card.html").read_text(encoding="utf-8")
     assert "CC BY-SA 3.0" in given(tmp_path / "atlas", "about")["attribution"]
 
 
