@@ -1,5 +1,6 @@
 """The paper's Figure 2 from what a lens read, for the page and for the terminal."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -84,11 +85,12 @@ def lens_table(
             **limits,
         )
     )
-    styled(figure, height=40 * rows + 90)
+    labels = ["<br>".join(_wrapped(as_text(which.label))) for which in result.sums]
+    lines = max(label.count("<br>") for label in labels) + 1
+    styled(figure, height=40 * rows + 16 * lines + 26)
     least_width(figure, 76 * columns + 130)
-    figure.update_layout(font_color=INK, margin={"t": 50, "b": 10}, annotations=notes)
-    labels = [as_text(which.label).replace(" + ", "<br>+ ") for which in result.sums]
-    figure.update_xaxes(tickvals=list(range(columns)), ticktext=labels, side="top", showgrid=False)
+    figure.update_layout(font_color=INK, margin={"t": 16 * lines + 10, "b": 10}, annotations=notes)
+    figure.update_xaxes(tickvals=list(range(columns)), ticktext=labels, tickangle=0, side="top", showgrid=False)
     layers = [f"{layer} (dense)" if layer in result.dense else str(layer) for layer in result.layers]
     figure.update_yaxes(
         tickvals=list(range(rows)), ticktext=layers, autorange="reversed", showgrid=False, title_text="layer"
@@ -121,6 +123,11 @@ def lens_text(result: LensResult, position: int, *, batch: Natural = 0) -> Table
     for layer, row in zip(result.layers, grid, strict=True):
         table.add_row(f"{layer} (dense)" if layer in result.dense else str(layer), *row)
     return table
+
+
+def _wrapped(label: str) -> list[str]:
+    """Lines as short as columns are narrow: slanted, names would take the height of the rows."""
+    return [line for part in label.replace(" + ", "\n+ ").splitlines() for line in textwrap.wrap(part, 12)]
 
 
 def _shades(values: Sequence[float], colour_by: str) -> list[float]:

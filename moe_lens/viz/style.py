@@ -52,8 +52,9 @@ def by_layer(figure: "Figure", layers: Iterable[int]) -> None:
     """
     numbers = sorted(set(layers))
     many = len(numbers) > FEW_LAYERS
-    ticks: dict[str, Any] = {"minor": {"dtick": 1, "ticks": "outside", "ticklen": 3}} if many else {"dtick": 1}
-    # Else texts beside points make room for themselves with layers that are none.
+    each: dict[str, Any] = {"tickvals": numbers}
+    ticks = {"minor": {"dtick": 1, "ticks": "outside", "ticklen": 3}} if many else each
+    # Texts beside points take room, which plotly would find for them anyway.
     around = [numbers[0] - 0.7, numbers[-1] + 1.2] if numbers else None
     figure.update_xaxes(title_text="layer", showgrid=False, range=around, **ticks)
 

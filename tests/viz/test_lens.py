@@ -12,6 +12,7 @@ from moe_lens import PartialSum, viz
 from moe_lens.errors import InputError
 from moe_lens.lenses import LensResult
 from moe_lens.lenses.lens_result import QUANTITIES, blank
+from moe_lens.viz.lens import _wrapped
 
 NASTY = "</script><b>&amp;[red]"
 TEXTS = {token: f" w{token}" for token in range(16)} | {12: NASTY}
@@ -64,6 +65,10 @@ def test_table_places_token_expert_and_weight():
     assert "expert 7, weight 0.600" in heat.customdata[1][2]
     assert heat.customdata[1][0].count("<br>") == 2  # both tokens that were kept
     assert list(figure.layout.yaxis.ticktext) == ["0 (dense)", "1"]
+    assert figure.layout.xaxis.ticktext[:2] == ("u<br>+ routed<br>+ shared", "u<br>+ routed")
+    assert figure.layout.xaxis.tickangle == 0  # slanted names would take the height of the rows
+    random = _wrapped("u + random active expert")
+    assert random == ["u", "+ random", "active", "expert"] and _wrapped("u + ranks 0-2") == ["u", "+ ranks 0-2"]
     by_logit: Any = viz.lens_table(result, 5, colour_by="logit")
     assert by_logit.data[0].z[1][3] == pytest.approx(float(result.top_logits[1, 3, 0, 1, 0]))
 
