@@ -29,6 +29,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from plotly.graph_objects import Figure
 
+from moe_lens.errors import InputError
 from moe_lens.viz.figures import save_figure
 
 FIGURE = "application/vnd.plotly.v1+json"
@@ -80,7 +81,7 @@ def client(notebook: nbformat.NotebookNode, folder: Path) -> NotebookClient:
     factory.default_provisioner_name = "forked"
     # "python3" is the kernel of the very interpreter that runs this script.
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    return NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}})
+    return NotebookClient(notebook, timeout=300, coalesce_streams=True, resources={"metadata": {"path": str(folder)}})
 
 
 def cells(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
@@ -108,15 +109,16 @@ def run(script: Path, *, write: bool) -> str | None:
             return f"{written.name} is out of step with {script.name}; write it again with `make notebooks`"
     try:
         client(notebook, script.parent).execute()
-    except CellExecutionError as error:
+        if write:
+            for output in (output for cell in notebook.cells for output in cell.get("outputs", ())):
+                add_picture(output.get("data", {}))
+    except (CellExecutionError, InputError) as error:  # the latter: no browser draws pictures here
         return str(error)
     if write:
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)  # times, which would change the file at every run
             if cell.cell_type == "code":  # progress bars and warnings are of the machine that it ran on
                 cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-                for output in cell.outputs:
-                    add_picture(output.get("data", {}))
         notebook.metadata.pop("jupytext", None)
         for number, cell in enumerate(notebook.cells):
             cell["id"] = f"cell-{number}"
