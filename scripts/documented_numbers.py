@@ -228,7 +228,7 @@ def headlines(studies: dict[str, StudyResult], bounds: Bounds) -> Iterator[str]:
     yield f"raises the loss on German by {short(row['own'])} nats a token"
     yield f"and on the other domains by {short(row['others'])}; other experts that carry as much"
     costs = f"{short(row['control_own'])} and {short(row['control_others'])}"
-    yield f"({row['control_experts']:.0f} of them, on average) raise it by {costs}"
+    yield f"({row['control_experts']:.0f} of them, on average) raise these losses by {costs}"
 
 
 def concentration(study: StudyResult) -> Iterator[str]:

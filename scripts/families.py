@@ -36,20 +36,20 @@ Outcome = Mapping[str, Mapping[str, str]]
 """By model type and check: empty where it passes, else what failed."""
 
 FOUND = {
-    "`model.gguf`": "`--model model.gguf`, or `gguf_file=` with a folder or a name on the hub: read with config and "
-    "tokenizer if transformers knows its architecture, else refused by name; several parts are to be joined first",
-    "weights in `.bin`": "refused with the line that converts them, or read with `use_safetensors=False`",
-    "names that begin with `_orig_mod.`, `module.`, `base_model.model.`, …, from what a model was trained in": "the "
-    "beginning is taken off, with a line that says so",
-    "other names": "`key_mapping={pattern: replacement}`, as in transformers",
-    "`inv_freq` tables, or an unembedding that is the embedding": "left out; one that differs from the embedding it is "
-    "tied to is refused for DeepSeekMoE",
+    "`model.gguf`": "`--model model.gguf`, or `gguf_file=` with a folder or a name on the hub: read, with its config "
+    "and tokenizer, if transformers knows its architecture, else refused by name; join a file in several parts first",
+    "weights in `.bin`": "refused, with the command that converts them; or read with `use_safetensors=False`",
+    "names with a prefix `_orig_mod.`, `module.`, `base_model.model.`, … of a training framework": "the prefix is "
+    "removed, and a message says so",
+    "other names of tensors": "pass `key_mapping={pattern: replacement}`, as in transformers",
+    "`inv_freq` tables, or an unembedding that is the embedding": "ignored; for DeepSeekMoE, an unembedding that "
+    "differs from the embedding to which it is tied is refused",
     "a PEFT adapter alone": "refused; the error names its base model",
     "a PEFT adapter beside weights": "refused: merge it first (`merge_and_unload`)",
-    "a tokenizer with code of its own": '`trust_remote_code="tokenizer"`, `--trust-tokenizer-code`: that code is run '
+    "a tokenizer with code of its own": '`trust_remote_code="tokenizer"` or `--trust-tokenizer-code` runs this code '
     "and no other",
-    "a tokenizer that cannot be read": "the model is loaded without it, with a line that says why",
-    "fewer layers wanted": "`num_hidden_layers=n` loads the first n; layers that predict several tokens ahead are left "
+    "a tokenizer that cannot be read": "the model is loaded without it, and a message says why",
+    "more layers than you need": "`num_hidden_layers=n` loads the first n; layers for multi-token prediction are left "
     "out",
 }
 """What lies in folders of checkpoints, and what becomes of it."""
@@ -64,28 +64,30 @@ page is written by `scripts/families.py` from a run of the checks on a tiny rand
 |---|---|
 {laws}
 
-Inside of attention, where the adapter is TransformerLens's, are hooks on scores, patterns, and rotated queries and
-keys: reading one selects eager attention, and so does `run_with_cache` without a filter, which reads all. Logits are
-then within 1e-5 of the largest in float32. In bfloat16 they differ visibly, by up to 0.6 where they reach 21 on the
-embedded model, and now and then by another chosen expert. Name what you cache, and no bit changes.
+Where the adapter is TransformerLens's, there are hooks inside attention, on scores, patterns, and rotated queries and
+keys. Reading one of them selects eager attention; `run_with_cache` without a filter reads them all. Logits then differ
+by at most 1e-5 of the largest logit in float32. In bfloat16 they differ visibly (on the embedded model by up to 0.6,
+where the largest logit is 21), and sometimes a different expert is chosen. If you name the hooks that you cache, and
+these are not among them, no bit changes.
 
 `moe-lens models` prints the table of families; `moe-lens info NAME_OR_PATH` describes one model, from its config
 alone.
 
 Releases of transformers from {oldest} to {newest} are tested. Where a family needs a newer or an older one, the table
 says so, and other releases are refused. On a newer transformers, moe_lens warns once (`UntestedVersionWarning`) and
-relies on the self-check that every model passes when it is wrapped. TransformerLens must be of one minor version,
-4.3, because parts of its internals are replaced. `make test-latest` shows what newer versions break.
+relies on the self-check that runs when a model is wrapped. TransformerLens must be of one minor version, 4.3, because
+parts of its internals are replaced. `make test-latest` shows what newer versions break.
 
 ## Supported
 
-**Adapter**: with *TransformerLens*, its hooks inside attention exist too; *ours* hooks the inputs and outputs of a
-layer's parts (embedding, residual stream, norms, attention or the state-space or convolution layer in its place, MLP)
-and everything inside the experts. **Factors**: where a family multiplies the experts' outputs, or what a layer adds,
-by a factor, hooks show the product, which is what is added to the residual stream. **Blocks of their own**: DBRX,
-JetMoE, Llama 4, LongCat-Flash and Step 3.7 do not use transformers' experts interface. Their experts are computed
-with the same products in the same order as in transformers, so that the first check holds for them too. (A product of
-fewer rows may be rounded differently, so Llama 4's experts are multiplied with every token, as in transformers.)
+**Adapter**: with *TransformerLens*, its hooks inside attention exist too; with *ours*, there are hooks on the inputs
+and outputs of the parts of the model (embedding, residual stream, norms, attention or the state-space or convolution
+layer in its place, MLP) and on everything inside the experts. **Factors**: where a family multiplies the experts'
+outputs, or what a layer adds, by a factor, hooks show the product, which is what is added to the residual stream.
+**Blocks of their own**: DBRX, JetMoE, Llama 4, LongCat-Flash and Step 3.7 do not use transformers' experts interface.
+Their experts are computed with the same products in the same order as in transformers, so that the first check holds
+for them too. (The rounding of a matrix product may depend on its number of rows, so each expert of Llama 4 is
+multiplied with all tokens, as in transformers.)
 
 | model type | how experts are selected and weighted | shared experts | adapter | notes |
 |---|---|---|---|---|
@@ -101,36 +103,37 @@ image encoder of `dots3_note`.
 
 ## Checkpoints as they lie on disk
 
-Matrices that are stored packed are unpacked while they are read, one at a time, in float32, and kept in the dtype
-that was asked for. No library of the format and no GPU is needed. `quantize="stored"`
-keeps the stored bits in memory, with the same numbers, and `quantize="nf4"` (or `"int8"`) packs the numbers anew
-([Experts in 4 and 8 bits](quantised.md)). A model that was unpacked is saved as plain numbers.
+Matrices that are stored packed are unpacked one at a time while they are read, in float32, and kept in the requested
+dtype. This needs neither the format's own library nor a GPU. `quantize="stored"` keeps the stored bits in memory
+instead, with the same numbers, and `quantize="nf4"` (or `"int8"`) packs the numbers anew
+([Experts in 4 and 8 bits](quantised.md)). A model that was unpacked is saved unpacked.
 
 | `quant_method` | what happens |
 |---|---|
 {formats}
 
-A matrix without its scales, or with scales of a wrong shape, is refused by its name; and so is any format that is not
-in the table. Scales of activations are left out: activations are computed in the model's dtype.
+A matrix without its scales, or with scales of a wrong shape, raises an error that names it; a format that is not in the
+table is refused. Scales of activations are ignored: activations are computed in the model's dtype.
 
-| what is there | what happens |
+| what the folder contains | what happens |
 |---|---|
 {found}
 
-`from_hf` wraps a model that transformers itself loaded with bitsandbytes or in FP8 as it is: linear layers stay packed,
-and cannot be saved. Where transformers put other modules in the place of the experts, the model is refused.
+`from_hf` wraps a model that transformers itself loaded with bitsandbytes or in FP8: its linear layers stay packed, and
+it cannot be saved. If transformers replaced the experts by other modules, the model is refused.
 
 ## Refused
 
-A model type that is not in the table is refused. These have experts, and are refused because the hooks would show
-wrong values:
+A model type that is not in the table above is refused. The following have experts, but the hooks would show wrong
+values, or none:
 
 | model type | why |
 |---|---|
 {refused}
 
-vLLM's list of architectures (`registry.py`) names 40 kinds of text models with experts. Thirty are in the table, one
-(Mistral Large 3) was not tried, and these have no code in transformers and are refused by name:
+vLLM's list of architectures (`registry.py`) names 40 kinds of text models with experts. Thirty are in the table of
+supported types, one (Mistral Large 3) was not tried, and the others have no code in transformers and are refused by
+name:
 {absent}.
 """
 

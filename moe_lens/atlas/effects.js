@@ -38,8 +38,8 @@ const comparison = (k, e, where) => {
     [h("b", {}, `expert ${e} − costliest control, corrected`), "", milli(k.over_most), span(k.over_most_low, k.over_most_high, milli)],
   ];
   const said = k.starred === null ? "Too few sources to tell." : k.starred ? "Both corrected intervals lie above 0: it costs more than each of its controls."
-    : k.over_most_low > 0 ? "No star: its own cost is not told from 0 after correction, and its controls cost less than nothing, or little."
-    : k.over_most_high < 0 ? "No star: its costliest control costs more." : "No star: not told from what its costliest control costs.";
+    : k.over_most_low > 0 ? "No star: its own cost is not distinguishable from 0 after correction, and its controls cost less than nothing, or little."
+    : k.over_most_high < 0 ? "No star: its costliest control costs more." : "No star: not distinguishable from what its costliest control costs.";
   return h("div", { class: "knockout" },
     h("h3", {}, `Held against its controls, on ${name} `, k.starred && "*", " ", term("star", "?")),
     h("p", { class: "note" }, "Each ", term("control"), ` is taken out as a whole, on ${where}. Without `, term("corrected", "“corrected”"), ", an interval is of its row by itself."),

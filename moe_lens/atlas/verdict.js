@@ -55,7 +55,7 @@ const writing = (of, early) => {
     h("small", {}, sure.length ? "found in both halves of the sources" : "found in one half of the sources only: this may be chance", early ? "; an early layer, which this may not read rightly" : "")];
 };
 
-const DIRECTION = (low, high) => low === null ? "too few sources for an interval" : low > 0 ? "more than nothing" : high < 0 ? "less than nothing: the loss falls" : "not told from nothing";
+const DIRECTION = (low, high) => low === null ? "too few sources for an interval" : low > 0 ? "more than nothing" : high < 0 ? "less than nothing: the loss falls" : "not distinguishable from 0";
 // What a domain loses; of an expert that is held against controls the interval that is corrected, as stars are.
 const cost = (line, held) => {
   const corrected = held && held.controls > 0, [low, high] = corrected ? [held.all_low, held.all_high] : [line[ADDED_LOW], line[ADDED_HIGH]];
@@ -82,7 +82,7 @@ const against = (held) => {
   const difference = `${than(held.over_most)} the costliest of its ${held.controls} controls, which cost ${range(held)} (difference ${span(held.over_most_low, held.over_most_high, milli)}, corrected)`;
   if (held.starred === null) return `Too few sources to hold it against its controls, which cost ${range(held)}. `;
   return h("span", {}, h("b", {}, held.starred ? "More than each of its controls *" : "Not shown to cost more than its controls"), `: ${difference}. `,
-    !held.starred && held.over_most_low > 0 && "Its own cost is not told from nothing after correction. ", unlike(held) && "Controls differ by more than the expert costs. ");
+    !held.starred && held.over_most_low > 0 && "Its own cost is not distinguishable from 0 after correction. ", unlike(held) && "Controls differ by more than the expert costs. ");
 };
 
 const verdict = (of, row, e) => {

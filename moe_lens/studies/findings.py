@@ -71,7 +71,7 @@ def told(rows: Any, name: str, margin: Margin, ends: tuple[str, str] = ("low", "
     """What the intervals of an effect say of 0, to be put after its numbers; empty where each leaves it out.
 
     "No effect" takes every interval wholly inside of the margin; one that has 0 in it and reaches beyond the margin
-    says only that the effect is not told from 0.
+    says only that the effect is not distinguishable from 0.
     """
     known = rows[rows[name].notna() & rows[ends[0]].notna()]
     low, high = known[ends[0]], known[ends[1]]
@@ -82,4 +82,4 @@ def told(rows: Any, name: str, margin: Margin, ends: tuple[str, str] = ("low", "
     within = int(((low <= 0) & (high >= 0)).sum())
     if not within:
         return ""
-    return ": not told from 0" + (f" in {within} of {len(known)}" if len(known) > 1 else "")
+    return ": not distinguishable from 0" + (f" in {within} of {len(known)}" if len(known) > 1 else "")

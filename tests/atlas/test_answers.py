@@ -101,7 +101,7 @@ def test_a_card_begins_with_its_verdict_and_parts_can_be_linked(page, folder):
     cost = given(folder, "map")["domains"][list(PLANTED).index("law")]["exact"]
     assert f"perplexity ×\u00a0{math.exp(cost[LAYER - 1][PLANTED['law']]):.3g})" in said
     assert "Clearly law's" in said and "More than each of its controls *" in said and "picked for its share" in said
-    # An expert that does nothing: its removal is not told from nothing, whatever its share.
+    # An expert that does nothing: its removal is not distinguishable from 0, whatever its share.
     other: Any = planted_atlas()[1].tables["compared"].query(f"layer == {LAYER} and not starred").iloc[0]
     show(page, folder, f"#layer={LAYER}&expert={other['expert']}")
     assert "More than each of its controls *" not in text(page, ".verdict")
@@ -117,7 +117,7 @@ def test_a_star_is_not_given_where_only_the_controls_are_odd(page, folder, tmp_p
     write_atlas(replace(result, tables={**result.tables, "compared": odd}), tmp_path)
     show(page, tmp_path, f"#layer={LAYER}&expert={PLANTED['sea']}")
     said = text(page, ".verdict")
-    assert "Not shown to cost more than its controls" in said and "not told from nothing after correction" in said
+    assert "Not shown to cost more than its controls" in said and "not distinguishable from 0 after correction" in said
     assert "its controls cost less than nothing, or little" in text(page, "#without")
 
 
@@ -139,7 +139,9 @@ def test_an_expert_that_looks_costly_on_its_own_is_said_to_be_no_more_than_that(
     show(page, tmp_path, f"#layer={LAYER}&expert={expert}")
     said, below = text(page, ".verdict"), text(page, "#without")
     assert (
-        "(−200.0 to 1,200, corrected;" in said and "not told from nothing" in said and "more than nothing" not in said
+        "(−200.0 to 1,200, corrected;" in said
+        and "not distinguishable from 0" in said
+        and "more than nothing" not in said
     )
     assert "300.0 less than the costliest of its 3 controls, which cost −100.0 to 800.0" in said
     assert "Mostly at the first four tokens of windows (98 % of it)" in said

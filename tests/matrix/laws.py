@@ -124,8 +124,8 @@ def close(ours: Tensor, theirs: Tensor, bound: float = FP32, what: str = "") -> 
 
 
 def parity(case: Case) -> None:
-    """Logits are those of transformers' grouped_mm before wrapping, to the bit, with one thread and with two; those of
-    its eager experts to rounding.
+    """Logits equal those of transformers' grouped_mm before wrapping, bit for bit, with one thread and with two; and
+    those of its eager experts up to rounding.
     """
     with torch.no_grad():
         assert torch.equal(case.model(case.tokens), case.logits)
@@ -137,7 +137,7 @@ def parity(case: Case) -> None:
 
 
 def observing(case: Case) -> None:
-    """Reading every hook at once, those inside of attention left out, changes no bit, and every hook fires."""
+    """Reading all hooks at once, except those inside attention, changes no bit, and every hook fires."""
     fired = set(case.cache.keys())
     assert fired == set(case.every), sorted(set(case.every) - fired)[:5]
 
@@ -303,7 +303,9 @@ def router_normalises(moe: Any, router: Any) -> bool:
 
 
 def own_values(case: Case) -> None:
-    """A part set to its own value changes no bit; forced indices that are its own, in another order, change nothing."""
+    """Setting a part to its own value changes no bit; forcing the experts that were selected, in another order, changes
+    nothing.
+    """
     for name in [names.mlp(hook.name, case.layer) for hook in names.MLP_HOOKS]:
         if name not in case.every:
             continue
@@ -316,7 +318,7 @@ def own_values(case: Case) -> None:
 
 
 def edits(case: Case) -> None:
-    """An edit of any hook changes the logits; scaling one part scales the next."""
+    """An edit of any hook changes the logits; scaling a part scales the part that is computed from it."""
     generator = torch.Generator().manual_seed(0)
 
     def disturb(value: Any) -> Any:
@@ -440,7 +442,9 @@ def generation(case: Case) -> None:
 
 
 def bfloat16(case: Case) -> None:
-    """In bfloat16, too, logits are those of transformers to the bit, with and without hooks that read as above."""
+    """In bfloat16, too, logits equal those of transformers bit for bit, both without hooks and with all hooks read as
+    above.
+    """
     hf = build(case.model_type, torch.bfloat16, **case.changes)
     with torch.no_grad():
         plain = hf(case.tokens).logits
@@ -451,8 +455,8 @@ def bfloat16(case: Case) -> None:
 
 
 def saving(case: Case) -> None:
-    """A saved model loads again with every parameter, and computes the same bits; from the disk, too, unless
-    transformers converts it: then what it maps into memory may be rounded otherwise.
+    """A saved model loads again with every parameter, and computes the same bits; with weights left on disk too, unless
+    transformers converts the checkpoint: then products may be rounded differently.
     """
     with tempfile.TemporaryDirectory() as folder:
         case.model.save_pretrained(folder)
@@ -473,9 +477,9 @@ def saving(case: Case) -> None:
 
 
 def any_k(case: Case) -> None:
-    """One expert, or as many as a token may choose from, are chosen and weighted by the rule in the table, and their
-    outputs summed; the model's own number changes no bit; where tokens have different numbers, each gets what its
-    number gives when all tokens have it.
+    """With one expert, or as many as a token may choose from, experts are selected and weighted by the rule in the
+    table, and their outputs summed; with the model's own number no bit changes; if the number differs between tokens,
+    each token gets the result that it has when all tokens have its number.
     """
     model, layer, family = case.model, case.layer, case.family
     n_active = names.mlp(names.N_ACTIVE, layer)

@@ -77,11 +77,11 @@ def test_no_effect_takes_intervals_inside_of_the_margin():
     for rows, said in (
         ([near], ": no effect within ± 0.01 nats"),
         ([near, missing], ": no effect within ± 0.01 nats"),
-        ([{**near, "low": 0.0005}], ": no effect within ± 0.01 nats"),  # told from 0, and still none to speak of
-        ([wide], ": not told from 0"),  # the same number, and nothing known
-        ([{**near, "low": -0.02}], ": not told from 0"),  # beyond the margin at either end
-        ([{**near, "high": 0.02}], ": not told from 0"),
-        ([near, wide, there], ": not told from 0 in 2 of 3"),
+        ([{**near, "low": 0.0005}], ": no effect within ± 0.01 nats"),  # above 0, and still none to speak of
+        ([wide], ": not distinguishable from 0"),  # the same number, and nothing known
+        ([{**near, "low": -0.02}], ": not distinguishable from 0"),  # beyond the margin at either end
+        ([{**near, "high": 0.02}], ": not distinguishable from 0"),
+        ([near, wide, there], ": not distinguishable from 0 in 2 of 3"),
         ([there], ""),
         ([near, unknown], ""),
         ([missing], ""),

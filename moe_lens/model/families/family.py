@@ -172,7 +172,7 @@ class Family:
         many = "k" if top_k is None else str(top_k)
         score = {"softmax": "softmax", "sigmoid": "sigmoid", "sqrtsoftplus": "√softplus"}[self.score]
         if self.select == "sparsemixer":
-            return f"sparse mixer: the largest logit, {many} times; each a softmax over the logits near it"
+            return f"sparse mixer: the largest logit, {many} times; each weight a softmax over the logits close to it"
         chosen = f"{many} largest" + (" of the best groups" if self.groups else "") + (" + bias" if self.bias else "")
         if self.select == "token":
             chosen += ", or by token id"

@@ -107,7 +107,7 @@ FAMILIES = {
                 ln2="norm_attn_norm.norm_2",
                 mlp="ffn",
             ),
-            note="weights are divided by their norm of order moe_normalize_expert_weights; 1, their sum, by default",
+            note="weights are divided by their norm of order moe_normalize_expert_weights (by default 1: their sum)",
         ),
         Family("deepseek", shared="shared_experts", normalised="config"),
         # V2 rotates by complex numbers: there are no cosines and sines to hook.
@@ -132,7 +132,7 @@ FAMILIES = {
             layout=STREAMS,
             note=MANY_STREAMS
             + "; the first layers select experts by the token's id: router logits only set their weights; texts in a "
-            "batch are padded behind: attention would read padding in front",
+            "batch are padded on the right: attention would read padding on the left",
             reads_front=True,
         ),
         Family("dots1", **V3_SHARED),
@@ -238,7 +238,7 @@ FAMILIES = {
             router="router",
             layout=Layout(mlp="feed_forward", ln2="pre_ff_layernorm", final_norm="final_layernorm"),
             one_by_one=True,
-            note="goes on with a key-value cache one token at a time",
+            note="continues from a key-value cache one token at a time",
             since=(5, 21),
         ),
         Family(
@@ -386,8 +386,8 @@ FAMILIES = {
             router="router",
             select="sparsemixer",
             layout=LLAMA,
-            note="experts are chosen one after the other; each weight is a softmax over the logits near the largest "
-            "of those left, and a forced expert counts as near",
+            note="experts are chosen one after the other; each weight is a softmax over the logits close to the "
+            "largest remaining one, and a forced expert counts as close",
         ),
         Family("qwen2_moe", **QWEN, normalised="config"),
         Family("qwen3_5_moe_text", **QWEN, normalised="always", layout=OFFSET),

@@ -40,8 +40,8 @@ FORMATS = {
     "fbgemm_fp8": Format(fp8, "FP8 with a scale for each row"),
     "fp8": Format(
         fp8,
-        "FP8 with a scale for each block (cut off at the end where rows or columns do not divide, as DeepSeek-V3's), "
-        "for each row, or one; 4 bits in blocks of 32 beside it",
+        "FP8 with a scale for each block (the last blocks may be smaller, as in DeepSeek-V3), for each row, or for the "
+        "whole matrix; also with other matrices in 4 bits, in blocks of 32",
     ),
     "gptq": Format(gptq, "2, 3, 4 and 8 bits, groups in any order, gptq and gptq_v2; marlin is refused"),
     "modelopt": Format(modelopt, "FP8 with one scale, NVFP4"),
@@ -55,23 +55,23 @@ _BESIDE = re.compile(
 )
 """Of activations and of the key-value cache: they are no part of the weights, which compute in more bits here."""
 UNREAD = {
-    "aqlm": "codebooks that its own library decodes",
-    "bitnet": "weights of three values, with activations in 8 bits to which they are bound",
-    "eetq": "a format that its own library reads",
-    "exl2": "a format that its own library reads",
-    "exl3": "a format that its own library reads",
-    "fouroversix": "a format that its own library reads",
+    "aqlm": "codebooks that only its own library decodes",
+    "bitnet": "ternary weights, which need 8-bit activations",
+    "eetq": "a format that only its own library reads",
+    "exl2": "a format that only its own library reads",
+    "exl3": "a format that only its own library reads",
+    "fouroversix": "a format that only its own library reads",
     "fp_quant": "matrices that were rotated before they were packed",
-    "gemma": "a format that its own library reads",
+    "gemma": "a format that only its own library reads",
     "higgs": "matrices that were rotated before they were packed",
-    "hqq": "a format that its own library reads",
-    "metal": "a format that its own library reads",
-    "quanto": "tensors that its own library unpacks",
+    "hqq": "a format that only its own library reads",
+    "metal": "a format that only its own library reads",
+    "quanto": "tensors that only its own library unpacks",
     "quark": "several layouts under one name",
-    "sinq": "a format that its own library reads",
-    "spqr": "sparse outliers that its own library adds",
-    "torchao": "tensors of its own classes, which its library alone puts together",
-    "vptq": "codebooks that its own library decodes",
+    "sinq": "a format that only its own library reads",
+    "spqr": "sparse outliers that only its own library adds",
+    "torchao": "tensor classes that only its own library can build",
+    "vptq": "codebooks that only its own library decodes",
 }
 """Formats that are not read, and what stands in the way."""
 
