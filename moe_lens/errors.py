@@ -13,7 +13,7 @@ class MoELensError(Exception):
 
 
 class CheckpointError(MoELensError):
-    """A checkpoint is not whole, or contradicts its own config; the message names file and tensor."""
+    """A checkpoint is incomplete, or contradicts its own config; the message names file and tensor."""
 
 
 class UnsupportedModelError(MoELensError):
@@ -21,11 +21,11 @@ class UnsupportedModelError(MoELensError):
 
 
 class HookError(MoELensError):
-    """A hook was asked for where there is none, or returned what cannot be used."""
+    """A hook was requested where there is none, or returned something that cannot be used."""
 
 
 class InputError(MoELensError):
-    """Texts, tokens or arguments that cannot be worked with."""
+    """Texts, tokens or arguments that cannot be used."""
 
 
 class UnfitError(InputError):
@@ -45,7 +45,7 @@ class InUseError(MoELensError):
 
 
 class PeerError(MoELensError):
-    """Another process of several has ended, without which this one cannot go on."""
+    """Another of several processes has ended, and this one cannot continue without it."""
 
 
 class IncompatibleVersionError(MoELensError, ImportError):
@@ -53,14 +53,14 @@ class IncompatibleVersionError(MoELensError, ImportError):
 
 
 def several(given: T, what: str) -> T:
-    """Those that were given, unless they are one text, which Python would take for its letters.
+    """The items of `given`, unless it is a single text, over which Python would iterate letter by letter.
 
     Args:
-        given: What is about to be gone through.
-        what: What they are, in the plural: "texts".
+        given: What is about to be iterated over.
+        what: The name of the items in the message, in the plural: "texts".
 
     Raises:
-        InputError: it is one text.
+        InputError: `given` is a single text.
     """
     if isinstance(given, str | bytes):
         raise InputError(f"got one text, {given[:40]!r}, for {what}; expected several {what}: put it in a list")
@@ -68,10 +68,10 @@ def several(given: T, what: str) -> T:
 
 
 def not_files(given: Iterable[Any], what: str, instead: str) -> None:
-    """Nothing, unless every one of some texts is the name of a file that is there: then the files were meant.
+    """Raise an error if every text is the name of an existing file: then the files were meant.
 
     Args:
-        given: The texts; what is no text is passed over, where there is one that is.
+        given: The texts; items that are not texts are ignored, if any item is a text.
         what: What they are, for the message: "the texts of domain 'a'".
         instead: What to write for a file.
 
@@ -91,11 +91,11 @@ def _is_file(text: str) -> bool:
 
 
 def near_miss(wrong: str, known: Iterable[object]) -> str:
-    """What was meant by an unknown name, for the end of a message: `; did you mean 'german'?`, or nothing.
+    """A suggestion for an unknown name, for the end of a message: `; did you mean 'german'?`, or nothing.
 
     Args:
-        wrong: What came.
-        known: What could have come.
+        wrong: The unknown name.
+        known: The names that exist.
     """
     folded = {str(name).casefold(): str(name) for name in known if str(name) != wrong}  # a folder lacks something else
     close = get_close_matches(wrong.casefold(), folded, n=1, cutoff=0.7)
@@ -122,14 +122,14 @@ _SAID = {
 
 
 def check_characters(what: str, text: str) -> None:
-    """Nothing, where a text is made of whole characters.
+    """Raise an error if a text contains half of a surrogate pair.
 
     Args:
         what: The text, for the message.
-        text: To look at.
+        text: The text to check.
 
     Raises:
-        InputError: It holds half of one, which no tokenizer can read.
+        InputError: It does, so that no tokenizer can read it.
     """
     try:
         text.encode()

@@ -80,8 +80,8 @@ class HookedMoE(Summary, GeneratingBridge):
                 DeepSeekMoE does not need it.
             quantize: pack experts and the blocks' linear layers while loading, in 4 bits (`"nf4"`, `"fp4"`) or 8
                 (`"int8"`), by bitsandbytes. Routers, norms and embeddings stay in their dtype. A `BitsAndBytesConfig`
-                does the same. `"stored"` keeps the bits of a checkpoint that is packed (FP8, MXFP4, …); its numbers
-                are those that it has unpacked.
+                does the same. `"stored"` keeps the bits of a checkpoint that is already packed (FP8, MXFP4, …);
+                results are those of the unpacked checkpoint.
             kwargs: `dtype`, `device_map`, `revision`, `cache_dir`, … as in transformers; `device`, `tokenizer`,
                 `first_n_layers`, `default_prepend_bos` and `default_padding_side` as in TransformerLens, and its flags
                 for processing weights if they are off (`fold_ln=False`). Without `dtype`, the checkpoint's own.
@@ -140,7 +140,8 @@ class HookedMoE(Summary, GeneratingBridge):
     ) -> Self:
         """Wrap a loaded transformers model, in place and permanently; if that fails, the model stays as it was.
 
-        The tokenizer is used as it is and never changed, with its added tokens, pad, BOS and EOS, and chat template.
+        The tokenizer is used as it is and never changed, including its added tokens, pad, BOS and EOS tokens, and chat
+        template.
 
         Args:
             model: a causal language model of transformers; use it only through the wrapper afterwards.
@@ -207,7 +208,8 @@ class HookedMoE(Summary, GeneratingBridge):
 
         Args:
             input: what `forward` takes: text, texts, tokens, what a tokenizer returns, …
-            kwargs: of `forward`: `attention_mask`, `prepend_bos`, …; `pos_slice`, `device` and `dtype` of what is kept.
+            kwargs: arguments of `forward` (`attention_mask`, `prepend_bos`, …), and `pos_slice`, `device` and `dtype`
+                of what is kept.
 
         Raises:
             InputError: an argument that would keep or return something else.

@@ -18,9 +18,9 @@ Drawn = Literal["active", "unselected"]
 class PartialSum:
     """The residual stream u (`resid_mid`) plus chosen routed experts of one layer: u + Σ_{r chosen} g_r E_r(x).
 
-    It only names the sum; `MoECache.partial_sum` computes it. `PartialSum()` is `u + routed`, and
-    `PartialSum(ranks=[j])` is `u + rank j`: a column of Figure 2 of arXiv 2603.05806 each. Equal sums compare and hash
-    equal.
+    A `PartialSum` only names the sum; `MoECache.partial_sum` computes it. `PartialSum()` is `u + routed`, and
+    `PartialSum(ranks=[j])` is `u + rank j`: each is a column of Figure 2 of arXiv 2603.05806. Equal sums compare and
+    hash equal.
 
     Raises:
         InputError: an unknown `residual` or `drawn`, ranks or experts that are not distinct whole numbers from 0, more
@@ -67,7 +67,7 @@ class PartialSum:
 
     @property
     def restricted(self) -> bool:
-        """Whether only some of the routed experts are meant."""
+        """Whether the sum has only some of the active routed experts."""
         return self.ranks is not None or self.experts is not None or self.drawn is not None
 
     @property
@@ -144,14 +144,14 @@ class PartialSum:
 
     @classmethod
     def controls(cls, top_k: Positive, *, seed: Seed = 0) -> tuple["PartialSum", ...]:
-        """The sums that a reading of one expert should be compared with.
+        """The sums with which a lens on u + one expert should be compared.
 
         u alone; u + an active expert drawn at random; u + the last rank; u + an expert that was not selected, with the
         weight of rank 0.
 
         Args:
             top_k: How many experts a token has.
-            seed: Of both draws.
+            seed: Random seed of both draws.
         """
         active, unselected = cls(drawn="active", seed=seed), cls(drawn="unselected", seed=seed)
         return cls(ranks=[]), active, cls(ranks=[top_k - 1]), unselected

@@ -41,7 +41,7 @@ def affinity(logits: Float[Tensor, "*axes n_experts"], score: str) -> Float[Tens
 def output_factors(weights: Float[Tensor, "*axes top_k"], family: Any) -> Float[Tensor, "*axes top_k"]:
     """The factors of experts' outputs in the sum: the routing weights.
 
-    They are 1 in a family that multiplies experts' inputs instead.
+    The factors are 1 in a family that multiplies experts' inputs instead.
     """
     return torch.ones_like(weights) if getattr(family, "weighs_input", False) else weights
 
@@ -176,8 +176,8 @@ class Routing(_RoutedSlots):
     def stack(cls, layers: Iterable[LayerRouting]) -> "Routing":
         """Stack layers of one run (copied); logits and probs are kept if every layer has them.
 
-        Where tokens have more experts in some layers than in others (`use_experts`), the others get slots of −1, with
-        weight 0.
+        Where tokens have more experts in some layers than in others (`use_experts`), layers with fewer get additional
+        slots with id −1 and weight 0.
 
         Args:
             layers: What `cache.routing` gave, one for each layer.
@@ -223,7 +223,7 @@ class Routing(_RoutedSlots):
         layers: Sequence[int] | None = None,
         mask: Any = None,
     ) -> "Routing":
-        """Routing that another program recorded, after a check, with slots sorted by weight (ties: lowest id first).
+        """Routing that another program recorded: it is checked, and slots are sorted by weight (ties: lowest id first).
 
         Args:
             indices: expert ids, [tokens, layers, top_k] as inference engines export them (one sequence), or
@@ -327,7 +327,7 @@ class Routing(_RoutedSlots):
         """Write to one safetensors file.
 
         Args:
-            path: The file; one that is there is replaced.
+            path: The file; an existing one is replaced.
         """
         fields = {name: getattr(self, name) for name in ("indices", "weights", "logits", "probs", "mask")}
         tensors = {name: value.detach().cpu() for name, value in fields.items() if value is not None}

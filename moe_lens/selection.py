@@ -106,16 +106,16 @@ class Selection:
 
     @property
     def by_layer(self) -> dict[int, Ids] | None:
-        """`experts` as it is kept."""
+        """`experts` in the form in which it is stored."""
         return cast(Any, self.experts)
 
     @property
     def routed(self) -> bool:
-        """Whether routed experts are meant."""
+        """Whether routed experts are selected."""
         return self.experts is not None or self.ranks is not None or not self.shared
 
     def check(self, model: Hooked, *, dense: bool = False) -> "Selection":
-        """The selection itself, if the model has everything that it names.
+        """Return the selection, after a check that the model has everything that it names.
 
         Args:
             model: A `HookedMoE`.
@@ -150,17 +150,17 @@ class Selection:
         return self
 
     def layers_of(self, model: Hooked) -> tuple[int, ...]:
-        """The layers that are meant, ascending.
+        """The selected layers, ascending.
 
         Args:
-            model: A `HookedMoE`, whose MoE layers are meant where none is named.
+            model: A `HookedMoE`; all of its MoE layers are selected where none is named.
         """
         if self.by_layer is not None:
             return tuple(self.by_layer)
         return model.moe_layers if self.layers is None else tuple(self.layers)
 
     def positions(self, step: Step) -> Bool[Tensor, "batch pos"]:
-        """Which tokens of a forward pass are meant; never padding.
+        """Which tokens of a forward pass are selected; never padding.
 
         Args:
             step: Tokens, mask and number of earlier tokens of the forward pass.
@@ -209,7 +209,7 @@ class Selection:
         indices: Int[Tensor, "batch pos top_k"],
         positions: Bool[Tensor, "batch pos"] | None = None,
     ) -> Bool[Tensor, "batch pos top_k"]:
-        """Which slots of a layer hold a routed expert that is meant.
+        """Which slots of a layer hold a selected routed expert.
 
         Args:
             layer: The layer.
@@ -233,7 +233,7 @@ class Selection:
 @checked
 @dataclass(frozen=True, eq=False)
 class SelectedRows:
-    """Rows of an activation that a selection means, layer by layer."""
+    """Rows of an activation that a selection names, layer by layer."""
 
     values: Shaped[Tensor, "rows *features"]
     layer: Int[Tensor, " rows"]

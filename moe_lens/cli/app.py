@@ -9,8 +9,8 @@ import typer
 app = typer.Typer(
     help="Look into the experts of Mixture-of-Experts language models.\n\n"
     "A study runs a model over texts and saves its tables to a folder. `report` runs five studies and shows them on "
-    "one page, or shows saved ones; `show` prints them in the terminal; `compare` compares two of them. For the "
-    "options of a command: moe-lens COMMAND --help.",
+    "one page, or shows saved studies; `show` prints saved studies in the terminal; `compare` compares two of them. "
+    "For the options of a command: moe-lens COMMAND --help.",
     add_completion=False,
     rich_markup_mode=None,
 )

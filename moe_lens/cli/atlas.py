@@ -13,7 +13,7 @@ from moe_lens.cli.study_command import Work, command
 def atlas(
     contexts: Annotated[
         bool,
-        typer.Option("--contexts/--no-contexts", help="Show pieces of the texts, or only single tokens."),
+        typer.Option("--contexts/--no-contexts", help="Whether pages show pieces of the texts, or only single tokens."),
     ] = True,
     text: Annotated[
         list[str] | None,
@@ -21,7 +21,9 @@ def atlas(
     ] = None,
     knockout_tokens: Annotated[
         int,
-        typer.Option(min=1, help="Number of tokens of each domain for knock-outs, from the beginnings of all windows."),
+        typer.Option(
+            min=1, help="Number of tokens of each domain to measure knock-outs on, from the beginnings of all windows."
+        ),
     ] = 512,
     knock_out: Annotated[
         list[str] | None,
@@ -34,15 +36,15 @@ def atlas(
 ) -> Work:
     """A page for every expert of a model.
 
-    What chooses it, what it reads and writes, and what breaks without it. The result is a folder with index.html, which
-    opens from the disk and loads nothing from elsewhere: a map of all experts, a page for each
-    (index.html#layer=3&expert=17), texts token by token, and a search for tokens. Its folder study holds the tables:
-    experts, domains, tokens, sent, partners, pairs, writing, neurons, nearest, knockouts, compared, controls, quality,
-    explained, chosen_for, contexts, text_tokens, text_slots, words.
+    Which tokens choose it, what it reads and writes, and how the loss changes without it. The result is a folder with
+    index.html, which a browser opens without a server, and which loads nothing from elsewhere: a map of all experts, a
+    page for each (index.html#layer=3&expert=17), texts token by token, and a search for tokens. Its subfolder `study`
+    holds the tables: experts, domains, tokens, sent, partners, pairs, writing, neurons, nearest, knockouts, compared,
+    controls, quality, explained, chosen_for, contexts, text_tokens, text_slots, words.
 
-    Texts are read four times, once with gradients, and the beginnings of their windows once more for each expert that
-    is knocked out (all, if there are at most 512; else the two most specialised of each layer and domain), and for each
-    control.
+    Texts are read four times, one of them with gradients. The beginnings of their windows are read once more for each
+    expert that is knocked out (all, if there are at most 512; else the two most specialised of each layer and domain),
+    and for each control.
 
     Example: moe-lens atlas --domain prose=prose.jsonl --domain code=code.jsonl --out atlas
     """

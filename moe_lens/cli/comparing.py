@@ -24,11 +24,12 @@ def checkpoints(
 ) -> Work:
     """Do two checkpoints route the same texts alike?
 
-    Base and chat, or before and after tuning.
+    For example base and chat, or before and after fine-tuning.
 
     Tables: overlap (share of a token's experts that both checkpoints choose, by layer, with intervals over sources; its
-    null is the overlap that the loads alone give; for both as they are, for the first with its own and with the other's
-    routers, and for both with the other's routers), losses (nats a token that swapped routers add).
+    null is the overlap that the loads alone give; three pairs are compared: both checkpoints as they are, the first
+    with its own and with the other's routers, and the first with the other's routers and the other), losses (increase
+    of the loss with swapped routers, in nats a token).
 
     Every text is read four times. Both models are held in memory.
 
@@ -65,9 +66,9 @@ def compare_studies(
 ) -> None:
     """Compare two saved studies, or two domains.
 
-    The second minus the first, with 95 % intervals over sources. Two models on the same texts (base and chat, before
-    and after pruning) are paired by source. Experts are compared by id, which makes sense only where one model was made
-    from the other.
+    Subtracts the first from the second, with 95 % intervals over sources. Two models on the same texts (base and chat,
+    before and after pruning) are paired by source. Experts are compared by id, which makes sense only where one model
+    was made from the other.
 
     Example: moe-lens compare runs/base runs/chat --out difference.parquet
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def models() -> None:
     """List the supported and the refused model types.
 
-    The supported ones with their routing rules, the refused ones with the reason.
+    The supported ones with their routing rules, the refused ones with the reasons.
     """
     print(families_text())
 

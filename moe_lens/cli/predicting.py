@@ -28,9 +28,9 @@ def explain(
 ) -> "Study":
     """What predicts a token's choice of experts.
 
-    The token, the one before it, its position, its domain, and your own features. Predictions are made for held-out
-    sources, by ridge regression, from each feature alone and from the token with the feature. The null is the same with
-    the feature shuffled over tokens, which should add nothing.
+    The features are the token, the one before it, its position, its domain, and features of your own. Predictions are
+    made for held-out sources, by ridge regression, from each feature alone and from the token together with the
+    feature. The null is the same with the feature shuffled over tokens, which should add nothing.
 
     Tables: experts (recall, precision, AUC, R², gain over the token), layers (the same over all experts of a layer),
     chosen_for (a sentence for each expert, picked on half of the sources, and how well it predicts the expert's choices
@@ -78,11 +78,11 @@ def probe(
     ] = None,
     parallel: Parallel = None,
 ) -> Work:
-    """Do a few experts or neurons tell what a token is?
+    """Can a token's label be read from a few experts?
 
-    A digit, a bracket, or any label of your own. For each layer and label, the k experts (or neurons of experts) that
-    differ most with the label are picked, and a linear probe is fitted, on one half of the sources; it is scored on the
-    other half, and the other way round.
+    The label is number, bracket, capital, or one of your own. For each layer and label, the k experts (or neurons of
+    experts) that differ most between tokens with and without the label are picked on one half of the sources, and a
+    linear probe is fitted there; it is scored on the other half. Then the halves change places.
 
     Tables: probes (balanced accuracy by layer, experts or neurons, label and k, with intervals over sources, beside
     probes of labels that were shuffled within each window), components (which were picked, and whether on both halves).

@@ -42,7 +42,7 @@ def prune(
     model: options.Model = "tiny-deepseekmoe",
     domain: options.Domains = None,
     keep: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of experts to keep.")] = 0.5,
-    method: Annotated[Scoring, typer.Option(help="How the experts to keep are chosen.")] = Scoring.reap,
+    method: Annotated[Scoring, typer.Option(help="Score by which the experts to keep are chosen.")] = Scoring.reap,
     specialist: Annotated[
         str | None,
         typer.Option(
@@ -87,9 +87,10 @@ def prune(
     the perplexity of each domain by the number of experts kept, for several methods, with intervals, memory and speed.
     Weights keep the precision in which they are stored.
 
-    Methods score experts by routing and outputs (frequency, summed_weight, ean, weighted_ean, reap), the layer's output
-    (naee), the loss (gradient, knockout), whether any token selected them (selected), or at random (random), the
-    control. knockout runs the model, and naee each layer, once for each expert.
+    Methods score experts by their routing and outputs (frequency, summed_weight, ean, weighted_ean, reap), by the
+    change of the layer's output (naee) or of the loss (gradient, knockout) without them, by whether any token selected
+    them (selected), or at random, as a control (random). knockout runs the model once for each expert; naee runs each
+    layer once for each of its experts.
 
     Example: moe-lens prune --domain french --domain code --keep 0.5 --specialist french --out french-half
     """

@@ -85,7 +85,7 @@ def localise(
 
     Tables: contrast (a row for each domain, way of ablating and control: picked minus control, in nats a token with its
     interval over all sources, and the share of controls that are beaten), effects (increase of each domain's loss for
-    each kind of coalition), coalitions (the experts that were picked), halves.
+    each kind of coalition), coalitions (the experts of each coalition), halves (the half that each source is in).
 
     Sources that are one document in several domains stay together; without --parallel these are sources whose names
     differ only in a language code between slashes.
@@ -94,9 +94,9 @@ def localise(
 
     Example: moe-lens localise --domain code=code.jsonl --domain prose=prose.jsonl --tokens 4096 --out runs/localisation
 
-    With --facts, the picked experts are those that restore the answer where the subject is corrupted (causal tracing),
-    on half of the prompts; they are measured on the other half, with the same number of random experts and all experts
-    for comparison. Tables: contrast, runs, experts.
+    With --facts, experts are picked that restore the answer after the subject was corrupted (causal tracing), on half
+    of the prompts. They are measured on the other half, and compared with the same number of random experts and with
+    all experts. Tables: contrast, runs, experts.
 
     Example: moe-lens localise --facts small --out runs/facts
     """
@@ -140,15 +140,16 @@ def ablate(
     ] = None,
     matched: Annotated[int, typer.Option(min=1, help="Number of coalitions matched on routing weight.")] = 20,
 ) -> "Study":
-    """How the loss on each domain grows without experts.
+    """Loss on each domain without the experts that you name.
 
     Other experts of the same layers are the controls: matched (drawn at random until they carry as much of the domain's
     routing weight, within 10 %), random (the same number of each layer), busiest (the same number, those that all
     domains use most).
 
-    Tables: ablation (a row for each domain, way of ablating and kind of coalition, that is the named experts and each
-    control: increase of the loss in nats a token with its interval over sources, and what the named experts cost more
-    than the control), effects (the increase for each coalition), coalitions (the experts of each coalition).
+    Tables: ablation (a row for each domain, way of ablating and kind of coalition, which are the named experts and the
+    controls: increase of the loss in nats a token with its interval over sources, and how far the increase for the
+    named experts exceeds that for the control), effects (the increase for each coalition), coalitions (the experts of
+    each coalition).
 
     Every text is read about matched + 7 times for each way of ablating.
 
@@ -182,15 +183,16 @@ def contrast(
 ) -> Work:
     """Which experts two kinds of prompts use differently.
 
-    The study also tests whether the answer depends on them. The unit is the template, or the pair where pairs have no
-    template. The test multiplies all differences of a unit by one random sign, and compares with the greatest statistic
-    of all experts. Then the experts that prompts A prefer, picked on half of the units, are forbidden in A's prompts of
-    the other half, and pushed in B's. Controls: coalitions of the same routing weight, and steering with the opposite
-    sign. --domain gives neutral texts, on which the cost of steering is measured.
+    The study also tests whether the answer depends on these experts. The unit is the template, or the pair where pairs
+    have no template. The test of differences multiplies all differences of a unit by one random sign, and compares with
+    the maximum statistic over all experts. Then the experts that prompts A prefer, picked on half of the units, are
+    forbidden in the A prompts of the other half, and pushed (their router logits raised) in its B prompts. Controls:
+    coalitions of the same routing weight, and steering with the opposite sign. --domain gives neutral texts, on which
+    the cost of steering is measured.
 
     Tables: experts (difference of shares, t, p-value, and the same at tokens that both prompts have), test (how many
-    experts are found, and how often any when A and B are swapped at random), steering (answer − foil in nats, with
-    intervals over units), neutral (increase of the loss on neutral texts, in nats a token).
+    experts differ, and how often any is found when A and B are swapped at random), steering (answer − foil in nats,
+    with intervals over units), neutral (increase of the loss on neutral texts, in nats a token).
 
     Example: moe-lens contrast --pairs refusals.jsonl --domain neutral=prose.jsonl --out runs/refusal
     """

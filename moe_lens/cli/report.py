@@ -26,13 +26,14 @@ def report(
 ) -> Work | None:
     """Five studies of a model, on one page.
 
-    What the experts of a model do on real text, on one HTML page that opens offline: which experts each domain is sent
-    to, with a random router and routing by the token alone as nulls; one expert against the ensemble, with controls;
-    the cost of fewer experts; what each expert would predict next; the cost of pruning a quarter of the experts, and of
-    removing those that a domain prefers, with random and matched controls; and verdicts on the paper's claims. The
-    folder receives report.html, verdicts.json, and the studies in routing, single-expert, lens, pruning and
-    localisation. The last two read a quarter of --tokens, in windows of at most 32, and are left out where a domain has
-    a single source. With FOLDER arguments nothing is run: one page shows these saved studies.
+    What the experts of a model do on real text, on one HTML page that opens offline: which experts the tokens of each
+    domain choose, with a random router and routing by the token alone as nulls; one expert compared with the ensemble
+    of all active experts, with controls; the loss with fewer experts; what a lens reads after each expert; the loss
+    after pruning a quarter of the experts, and after removing those that a domain prefers, with random and matched
+    controls; and verdicts on the paper's claims. The folder receives report.html, verdicts.json, and the studies in
+    routing, single-expert, lens, pruning and localisation. The last two read a quarter of --tokens, in windows of at
+    most 32 tokens, and are left out if a domain has a single source. With FOLDER arguments nothing is run: the page
+    shows these saved studies.
 
     Example: moe-lens report runs/routing runs/single-expert --out page
     """

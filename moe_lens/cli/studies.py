@@ -52,20 +52,21 @@ def routing(
 ) -> "Study":
     """Which experts each domain's tokens are sent to.
 
-    Shares have intervals over sources, and domains are tested against one another.
+    Shares have intervals over sources, and differences between domains are tested.
 
     Tables: specialisation (share of tokens that have the expert among their active ones), most_specialised, layers
     (Gini, entropies, margin, experts for 50 and 80 % of the assignments), pairs (co-activation, transitions),
     persistence, vocabulary. With two domains or more also domain_experts, domain_layers, domain_pairs (tests that
-    permute domains over sources), given_token_layers, given_token_pairs (what the domain adds once the token is known),
-    committee and committee_layers (the experts with most of the routing weight of every domain; with --nulls also a
-    random router's). With three or more also domain_nearer (is a domain nearer to one than to another: difference of
-    two divergences).
+    permute domain labels over sources), given_token_layers, given_token_pairs (whether the same token is routed
+    differently in different domains), committee and committee_layers (the experts with most of the routing weight of
+    every domain; with --nulls also those of a random router). With three domains or more also domain_nearer (is a
+    domain nearer to one domain than to another: difference of two divergences).
 
     Example: moe-lens routing --domain prose=prose.jsonl --domain code=code.jsonl --tokens 100000 --out runs/routing
 
-    With --parallel, two domains that hold the same documents are compared on these alone, by swapping the two versions
-    of a document; sources without a partner are left out of the pair, and counted (domain_pairs: sources, dropped).
+    With --parallel, two domains that contain the same documents are compared on these documents alone, by swapping the
+    two versions of each; sources without a partner are left out of the pair, and counted (columns `sources` and
+    `dropped` of domain_pairs).
 
     Several processes: torchrun --nproc-per-node 4 -m moe_lens routing …
     """
@@ -92,13 +93,13 @@ def single_expert(
     k: Annotated[
         list[int] | None,
         typer.Option(
-            "--k", min=0, metavar="NUMBER", help="Number of experts to keep; may be repeated.  [0 … top-k less 1]"
+            "--k", min=0, metavar="NUMBER", help="Number of experts to keep; may be repeated.  [0 to top-k − 1]"
         ),
     ] = None,
 ) -> "Study":
     """One expert against all active ones.
 
-    Cosines with their controls, and the perplexity with fewer experts.
+    Cosines of the two sums, with controls, and the perplexity with fewer experts.
 
     Treatments of the experts that are not kept: dropped; renormalised (dropped, and the kept weights rescaled to the
     same sum); random (the kept ones are drawn at random); replaced (by their mean output, taken from other sources).
@@ -107,8 +108,8 @@ def single_expert(
     ratios to the unedited model paired by source), similarity (cosine of u + rank 0 with u + all active experts, where
     u is the residual stream before them, and its controls).
 
-    Every text is read twice, and once more for each variant: 2 + 22 times for 6 active experts and all treatments, and
-    22 times more for each layer with --layers both.
+    Every text is read twice, and once more for each variant (treatment and k): 2 + 22 times with 6 active experts and
+    all treatments, and with --layers both a further 22 times for each layer.
 
     Example: moe-lens single-expert --k 1 --k 3 --treatment dropped --treatment random --out runs/single
     """
@@ -156,11 +157,12 @@ def experts_per_token(
 
     The number is fixed, or depends on the router's affinities for the token.
 
-    Tables: numbers (a row for each number and rule: mean number of experts, loss, perplexity, ratio to the model's own
-    number, and the nats a token that a rule saves against a fixed number at the same mean; the control of each rule is
-    the same numbers shuffled over tokens), layers (mean number of experts of each layer).
+    Tables: numbers (a row for each number and rule: mean number of experts, loss, perplexity, its ratio to that with
+    the model's own number, and how much lower, in nats a token, the loss is than with a fixed number that has the same
+    mean; the control of each rule is the same numbers shuffled over tokens), layers (mean number of experts in each
+    layer).
 
-    Every text is read once for each number, and twice for each rule.
+    Every text is read once for each fixed number, and twice for each rule.
 
     Example: moe-lens experts-per-token --k 2 --k 12 --mass 0.3 --entropy 0.15 --out runs/numbers
     """
@@ -183,12 +185,12 @@ def lens(
 ) -> "Study":
     """What a lens reads after one expert, all, or none.
 
-    What the model would predict if it ended in a layer, after u (the residual stream before the experts) and one, all
-    or none of the active experts: Figure 2 of the paper, in numbers.
+    What the model would predict if it ended in a layer, from u (the residual stream before the experts) plus one, all
+    or none of the active experts: Figure 2 of the paper, measured over whole texts.
 
-    Table: lens (by domain, layer and partial sum: cross-entropy, entropy, KL to the model's own prediction and to the
-    ensemble of all active experts, agreement), with controls: u alone; u + a random active expert; u + an expert that
-    was not selected.
+    Tables: lens (by domain, layer and partial sum: cross-entropy, entropy, KL to the model's own prediction and to the
+    ensemble of all active experts, agreement), with the controls u alone, u + a random active expert, and u + an expert
+    that was not selected; examples (what the lens reads from one prompt of each domain).
 
     Example: moe-lens lens --domain code=code.jsonl --tokens 20000 --out runs/lens
     """
@@ -215,10 +217,10 @@ def collect_activations(
 ) -> Work:
     """Save activations and routing of every token.
 
-    They are saved in shards, to train probes, SAEs and transcoders on. Every shard has, for each token: token,
-    document, position, counted (false at special tokens), the active experts (indices) and their weights in every MoE
-    layer, and the activations that --hook names. documents.parquet says which source a document is from.
-    In Python: moe_lens.studies.Collected.load(FOLDER).shards(), or .dataset() for `datasets`.
+    They are saved in shards, for training probes, SAEs and transcoders. For each token a shard has: token, document,
+    position, counted (false at special tokens), the active experts (indices) and their weights in every MoE layer, and
+    the activations that --hook names. documents.parquet says which source a document is from. In Python:
+    moe_lens.studies.Collected.load(FOLDER).shards(), or .dataset() for `datasets`.
 
     Example: moe-lens collect --hook 'blocks.*.hook_resid_mid' --store float16 --tokens 1000000 --out runs/activations
     """

@@ -71,8 +71,8 @@ def ablate(
             `Path`, or a `str` that names a file or ends in `.safetensors`.
         renormalize: for `"zero"`: multiply the remaining routed weights by (sum of all) / (sum of the remaining).
         seed: random seed of `"resample"`; 0 if not given.
-        fallback: for `"resample"`, what to do for an expert with a single token: raise an `"error"`, as if not given,
-            or use its `"mean"` over the reference.
+        fallback: for `"resample"`, what to do for an expert with a single token: raise an error (`"error"`, the
+            default), or use its mean over the reference (`"mean"`).
 
     Raises:
         InputError: layers, experts or ranks that the model does not have, or arguments that contradict one another;

@@ -29,10 +29,10 @@ class Recipe(NamedTuple):
 class Intervention(OpensScope):
     """A change of a model's forward pass, active inside `with`, in `generate(…, interventions=[…])`, or as hooks.
 
-    Interventions nest. At one hook point the outer one acts first and the inner one sees what it has made; hook points
-    act in the order in which the model computes: router logits, selection, routing weights, slots left out, outputs.
+    Interventions nest. At one hook point the outer one acts first, and the inner one sees its result; hook points act
+    in the order in which the model computes: router logits, selection, routing weights, slots left out, outputs.
     Nothing outlives the `with`, however it is left. An intervention can be entered again, also inside itself: it then
-    acts twice. It pickles by value, without its model: `bind` makes it anew on a model.
+    acts twice. It is pickled by value, without its model; `bind` makes it anew on a model.
     """
 
     model: HookedModel | None

@@ -182,8 +182,8 @@ def steer_experts(
         where: tokens to steer at; see `ablate`.
 
     Raises:
-        InputError: no such layer or expert, another value, a rule that nothing follows, more experts "on" than are
-            active, or too few experts left.
+        InputError: no such layer or expert, another value, a `rule` without "on" or "off" to apply it to, more experts
+            "on" than are active, or too few experts left.
     """
     if rule not in get_args(SteerRule):
         raise InputError(f"rule is {rule!r}; expected one of {get_args(SteerRule)}")

@@ -22,7 +22,7 @@ class LogitLens(Lens):
 
         Args:
             resid: Any points of the residual stream.
-            layer: The layer that they are of; all layers are read alike.
+            layer: Their layer; all layers are read in the same way.
         """
         self._check_point(resid, layer)
         return resid

@@ -31,10 +31,10 @@ _CONFIG, _TENSORS, _KIND = "config.json", "lens.safetensors", "TunedLens"
 class TunedLens(TranslatedLens):
     """Reads a point of the residual stream at layer l as FinalNorm(h + A_l h + b_l) W_U (Belrose et al. 2023).
 
-    The translators (A_l, b_l) are trained so that the lens's prediction at `resid_post` of layer l is near the model's
-    own prediction: they minimise KL(final ‖ lens) in nats (arXiv 2303.08112, section 3). A new lens has
-    A = 0 and b = 0, and is then the LogitLens; so is every TunedLens at the last layer, whose output the model itself
-    reads. Translators are kept and applied in float32 at least, whatever the model's dtype.
+    The translators (A_l, b_l) are trained so that the lens's prediction at `resid_post` of layer l is close to the
+    model's own prediction: they minimise KL(final ‖ lens) in nats (arXiv 2303.08112, section 3). A new lens has A = 0
+    and b = 0, and is then the LogitLens; so is every TunedLens at the last layer, whose output the model itself reads.
+    Translators are kept and applied in float32 at least, whatever the model's dtype.
 
     They are trained on `resid_post` only: applying them to a partial sum is extrapolation. `mid`, if trained, is a
     second lens with translators for `resid_mid`, the stream before the experts:
@@ -80,7 +80,7 @@ class TunedLens(TranslatedLens):
 
         Args:
             resid: Any points of the residual stream.
-            layer: The layer that they are of, 0 to n_layers − 1.
+            layer: Their layer, 0 to n_layers − 1.
         """
         self._check_point(resid, layer)
         weight, bias = self.weights[layer], self.biases[layer]
@@ -153,7 +153,7 @@ class TunedLens(TranslatedLens):
         """Write `config.json` and `lens.safetensors`, each under a temporary name first.
 
         Args:
-            folder: Is made if it is not there.
+            folder: The folder; created if it does not exist.
 
         Raises:
             InputError: The folder cannot be written.
@@ -210,10 +210,10 @@ class TunedLens(TranslatedLens):
 
     @staticmethod
     def digest_of(name_or_path: str | Path) -> str:
-        """SHA-256 of the translators of a saved lens: two of one digest read alike.
+        """SHA-256 of the translators of a saved lens: lenses with equal digests have equal translators.
 
         Args:
-            name_or_path: As `from_pretrained` has it.
+            name_or_path: As in `from_pretrained`.
 
         Raises:
             InputError: They cannot be read.
@@ -228,12 +228,12 @@ class TunedLens(TranslatedLens):
     def from_tuned_lens(cls, folder: str | Path, model: AnyModel, *, strict: bool = True) -> "TunedLens":
         """Load a lens that the package tuned-lens trained and saved.
 
-        Its translator i reads the stream before block i; here it is that of layer i − 1, whose output this is. Its
-        translator of the embeddings is left out. The package trains with any model of transformers; tensors alone are
-        loaded from its file.
+        In tuned-lens, translator i reads the stream before block i, which is the output of layer i − 1; here it becomes
+        the translator of layer i − 1. Translator 0, for the embeddings, is left out. Only tensors are loaded from the
+        file, so that no code in it is run.
 
         Args:
-            folder: What `save` of that package wrote: `config.json` and `params.pt`.
+            folder: The folder that `save` of that package wrote, with `config.json` and `params.pt`.
             model: The `HookedMoE` to read.
             strict: Whether to refuse a model of another name or with another unembedding than the one the lens was
                 trained for. Names are compared without what stands before their last slash.
