@@ -38,7 +38,7 @@ class Hook:
     shape: str
     """b batch, p position, E routed experts, k active experts by rank, d d_model, m d_expert."""
     edit: str
-    """What the tensor is, and where it is not plain, what an edit does: the model goes on with what a hook returned."""
+    """What the tensor is and, where it is not obvious, what an edit does; the model uses what a hook returns."""
 
 
 MLP_HOOKS = (
@@ -52,15 +52,15 @@ MLP_HOOKS = (
     Hook(
         N_ACTIVE,
         "b p 1 (int)",
-        "how many experts a token has; after an edit the model's own rule selects and weights that many for the token; "
-        "k is then the largest number of the pass, and slots behind a token's number are left out",
+        "how many experts a token has; after an edit the model's own rule selects and weights that many experts for "
+        "the token; k is then the largest number of any token, and slots beyond a token's number are left out",
     ),
     Hook(
         EXPERT_INDICES,
         "b p k (int)",
         "ids of the selected experts; an edit forces experts: they get their unmasked affinity, then the family's own "
         "normalisation and scale; a selection bias and expert groups affect the choice only; duplicates and ids out of "
-        "range raise",
+        "range raise an error",
     ),
     Hook(
         ROUTING_WEIGHTS,

@@ -118,7 +118,7 @@ pipeline_tag: text-generation
 # tiny-deepseekmoe
 
 A DeepSeekMoE (arXiv 2401.06066) that is small enough to ship with a package and was trained on real text, so that
-interpretability tools have trained experts to study. It is no assistant and no good writer.
+interpretability tools have trained experts to study. It is not an assistant, and does not write well.
 
 The architecture is that of DeepSeekMoE 16B, scaled down: softmax router without renormalisation, 64 routed experts of which 6
 are active, 2 shared experts, first layer dense; 6 layers, width 128, 4 heads, experts of width 64, dense layer of width
@@ -126,8 +126,9 @@ are active, 2 shared experts, first layer dense; 6 layers, width 128, 4 heads, e
 
 ## How good it is
 
-Held-out texts, each passage alone after BOS. Natural logarithms; ratios are of perplexity. The bigram model (absolute
-discounting) saw the same training tokens; gzip -9 compresses the same texts at once.
+Loss on held-out texts, each passage run on its own after BOS. The last two columns are perplexity without any routed
+expert, and with only the top expert of six, each divided by the whole model's. The bigram model (absolute discounting)
+was fitted to the same training tokens. gzip -9 compresses each text as one file; its column is in nats a byte.
 
 Texts that are part of the package (`python training/evaluate.py --model tiny-deepseekmoe --texts moe_lens/assets/domains`):
 
@@ -138,11 +139,11 @@ Texts that are not part of the package:
 {table(others, OTHERS)}
 
 Mean over the five shipped texts {ships:.3f} nats a token; over novels, GSM8K test and code {aim:.3f}. These are the sources
-of half b; all choices in training were made on half a. Switching all routed experts off multiplies the perplexity of the
+of half b; all choices in training were made on half a. Switching off all routed experts multiplies the perplexity of the
 shipped texts by {min(off):.0f} to {max(off):.0f}.
 
-Handbook and code are held-out chapters and modules of books and libraries whose other parts were trained on. Mathematics
-in French and German was never seen.
+Handbook and code are held-out chapters and modules of books and libraries whose other parts were in the training texts.
+The training texts contain no mathematics in French or German.
 
 Held-out loss while training (mean of the novels, GSM8K test and code, half a), nats a token:
 
@@ -156,12 +157,12 @@ Share of a text's tokens whose top 6 contains the busiest expert of the layer (u
 
 {busiest(others, OTHERS)}
 
-Jensen–Shannon divergence between the five shipped texts, layers 1 to 5: {divergence} bits. Use of the least used expert
-on these texts, as a share of uniform: {least}.
+Jensen–Shannon divergence between the five shipped texts, layers 1 to 5: {divergence} bits. Load of the least used expert
+on these texts, divided by the uniform load: {least}.
 
 ## Training
 
-{last["tokens"] / 1e6:.1f} M tokens in {last["step"] + 1} steps of {last["tokens"] // (last["step"] + 1):,} tokens, two processes of one CPU thread; seed {settings["seed"]}. The run was interrupted and resumed.
+{last["tokens"] / 1e6:.1f} M tokens in {last["step"] + 1} steps of {last["tokens"] // (last["step"] + 1):,} tokens, two processes with one CPU thread each; seed {settings["seed"]}. The run was interrupted and resumed.
 
 ```sh
 python training/prepare.py --texts TEXTS --out training/run

@@ -143,14 +143,14 @@ attention and experts (u, `resid_mid`) of each layer; float32. `TunedLens.from_p
 
 ## How good it is
 
-KL(final ‖ lens), nats a token, on held-out texts: mean of the five shipped domains ({count:,} tokens, sources that
-no choice was made on).
+KL(final ‖ lens), nats a token, on held-out texts: mean of the five shipped domains ({count:,} tokens, sources on
+which no choice was based).
 
 {table(shipped, both, n_layers)}
 
 The output of layer {n_layers - 1} is what the model itself reads: both lenses are exact there. Everywhere else the
-TunedLens is nearer to the final prediction than the LogitLens, in each of {len(everywhere)} files by itself (the
-shipped ones and {", ".join(sorted(others))}): its KL is at most {ratio:.2f} of the other's at a layer's output (layer
+TunedLens is nearer to the final prediction than the LogitLens, in each of the {len(everywhere)} files (the shipped ones
+and {", ".join(sorted(others))}): its KL is at most {ratio:.2f} of the LogitLens's at a layer's output (layer
 {layer}, {name}), and at most {ratio_mid:.2f} at u (layer {layer_mid}, {name_mid}).
 
 ## On partial sums, which it was not trained on
