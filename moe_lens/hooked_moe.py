@@ -337,17 +337,17 @@ class HookedMoE(Summary, GeneratingBridge):
     # --- what people look at ---
 
     def atlas(self, domains: Any, out: str | Path = "moe-lens-atlas", **kwargs: Any) -> "AtlasFolder":
-        """Write a page for every expert, or go on where that was interrupted; a notebook can then show each of them.
+        """Write a page for every expert, or continue an interrupted call; a notebook can then show the page of each expert.
 
         `model.atlas(domains).expert(4, 17)` is the card of expert 17 of layer 4.
 
         Args:
             domains: Texts by domain: `{name: texts}`, or what `moe_lens.data` offers.
             out: The folder; `index.html` in it is the page to open.
-            kwargs: Of `moe_lens.atlas.run`: `reading`, `study`, `knock_out`, …
+            kwargs: Arguments of `moe_lens.atlas.run`: `reading`, `study`, `knock_out`, …
 
         Raises:
-            InputError: The texts cannot be worked with, or the folder holds the atlas of something else.
+            InputError: The texts cannot be used, or the folder holds the atlas of another model or other texts.
         """
         # Pages stand above models in the layers, as figures stand above results.
         atlas = importlib.import_module("moe_lens.atlas")
