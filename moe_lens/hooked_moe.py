@@ -337,7 +337,7 @@ class HookedMoE(Summary, GeneratingBridge):
     # --- what people look at ---
 
     def atlas(self, domains: Any, out: str | Path = "moe-lens-atlas", **kwargs: Any) -> "AtlasFolder":
-        """Write a page for every expert, or continue an interrupted call; a notebook can then show the page of each expert.
+        """Write a page for every expert, or continue where this was interrupted; a notebook can then show each.
 
         `model.atlas(domains).expert(4, 17)` is the card of expert 17 of layer 4.
 
