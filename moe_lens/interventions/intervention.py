@@ -146,8 +146,8 @@ def this_pass(model: HookedModel, like: Tensor, what: str) -> Step:
     step = _step(model, like)
     if step is None:
         raise InputError(
-            f"{what} needs the tokens of the forward pass, which only forward, run_with_hooks, run_with_cache and "
-            f"generate tell; this one has activations of {tuple(like.shape[:2])} [batch, pos] from somewhere else"
+            f"{what} needs the tokens of the forward pass, which forward, run_with_hooks, run_with_cache and "
+            f"generation tell; this one has activations of {tuple(like.shape[:2])} [batch, pos] from somewhere else"
         )
     return step
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -193,6 +194,34 @@ def test_in_generation_positions_count_the_tokens_before() -> None:
             ),
             free,
         )
+
+
+def test_transformers_own_generation_tells_which_tokens_pass() -> None:
+    """Padding in front, beams, and no cache: positions are those of each text, and padding is never selected."""
+    case = wrapped("deepseek")
+    long, short = case.tokens[:1, :8], case.tokens[1:, :5]
+    padded, mask = torch.cat([long, F.pad(short, (3, 0))]), torch.ones(2, 8).long()
+    mask[1, :3] = 0
+    options: Any = {"max_new_tokens": 5, "do_sample": False, "stop_at_eos": False, "return_type": "tokens"}
+    with untouched(case.model):
+        free, changed = case.model.hf_generate(long, **options), []
+        for where in ([5, 6, 9], slice(6, None), -1, lambda ids: ids > 50):
+            made = case.model.ablate(ranks=[0, 1], where=where)
+            expected = case.model.generate(long, interventions=[made], verbose=False, **options)
+            with made:
+                assert torch.equal(case.model.hf_generate(long, **options), expected)
+                both = case.model.hf_generate(padded, attention_mask=mask, **options)
+                assert torch.equal(both[:1], expected)
+                assert torch.equal(both[1:, 3:], case.model.hf_generate(short, **options))
+            changed.append(not torch.equal(expected, free))
+        assert any(changed)
+        with case.model.ablate(ranks=[0, 1], where=[5, 6, 9]):
+            beams = [case.model.hf_generate(long, num_beams=3, use_cache=cached, **options) for cached in (True, False)]
+            assert torch.equal(*beams)
+        columns = torch.zeros(1, 8, dtype=torch.bool)
+        with case.model.ablate(ranks=[0], where=columns), pytest.raises(InputError, match=r"expected \(3, 8\)"):
+            case.model.hf_generate(long, num_beams=3, **options)
+    assert case.model.current_tokens() is None
 
 
 def test_a_key_value_cache_of_one_s_own_is_counted_too() -> None:

@@ -174,6 +174,31 @@ def test_components_of_other_tokens_than_the_cache_are_refused():
     assert close(one.apply_ln_to_stack(alone[:, 0], has_batch_dim=False), one.apply_ln_to_stack(alone)[:, 0])
 
 
+def test_a_last_position_that_is_padding_is_refused():
+    """Positions count columns: behind a shorter text, the last is none of its tokens."""
+    case, _, _ = full("deepseek")
+    mask = torch.ones_like(case.tokens)
+    mask[1, 7:] = 0
+    _, kept = case.model.run_with_cache(case.tokens, attention_mask=mask)
+    stack = kept.decompose_experts(return_labels=False)[..., -1, :]
+    for ask in (
+        lambda: kept.logit_attrs(stack, 7, pos_slice=-1),
+        lambda: kept.decompose_experts(pos_slice=-1),
+        lambda: kept.decompose_resid(pos_slice=-1),
+        lambda: kept.accumulated_resid(pos_slice=-2),
+        lambda: kept.stack_head_results(pos_slice=-1),
+        lambda: kept.get_full_resid_decomposition(pos_slice=-1),
+        lambda: case.model.run_with_cache(case.tokens, attention_mask=mask, pos_slice=-1),
+        lambda: case.model.routing(case.tokens, attention_mask=mask, pos_slice=-1),
+    ):
+        with pytest.raises(InputError, match=r"at position -\d, text 1 has padding: .* \(padding_side='left'\)"):
+            ask()
+    assert kept.decompose_resid(pos_slice=-6).shape[-2:] == (2, 32)  # 12 columns, 7 of them tokens of either text
+    assert kept.decompose_resid(pos_slice=11).shape[-2:] == (2, 32)  # a column that was named as such
+    first = kept.apply_slice_to_batch_dim([0])
+    assert first.decompose_resid(pos_slice=-1).shape[-2:] == (1, 32)
+
+
 def test_half_precision_is_summed_in_float32():
     _, _, kept = full("deepseek")
     stack, _ = kept.decompose_experts()

@@ -16,7 +16,7 @@ from moe_lens import HookedMoE
 from moe_lens.errors import HookError, InputError, MoELensError, TokenError, UnsupportedModelError
 from moe_lens.model.loading.state_dict import StateError
 from tests.families import build, tokens
-from tests.wrapped import wrapped
+from tests.wrapped import deviation, wrapped
 
 TEXT = "The old man looked at the sea."
 PRE = "blocks.1.hook_resid_pre"
@@ -136,7 +136,10 @@ def test_a_tokenizer_of_another_model_is_named(model: HookedMoE) -> None:
         ({"labels": torch.full((2, 12), 5000), "return_type": "loss"}, "from 5000 to 5000; expected ids from 0 to 100"),
         ({"labels": torch.full((2, 12), -5), "return_type": "loss"}, "or -100 where none is meant"),
         ({"labels": torch.ones(2, 12), "return_type": "loss"}, "labels are torch.float32"),
-        ({"position_ids": torch.arange(12)}, r"position_ids have shape \(12,\); expected \[batch, 12\]"),
+        ({"position_ids": torch.arange(12)}, r"position_ids are torch.int64 of shape \(12,\); expected \[batch, 12\]"),
+        ({"position_ids": [[0, 1], [1]]}, "position_ids are no numbers in rows of one length"),
+        ({"position_ids": "a"}, "position_ids are a str"),
+        ({"position_ids": torch.ones(2, 12).bool()}, "position_ids are torch.bool"),
         ({"position_ids": torch.arange(5)[None]}, r"expected \[batch, 12\]"),
         ({"output_hidden_states": True}, "run_with_cache"),
         ({"return_dict": True}, "return_type"),
@@ -311,8 +314,21 @@ def test_a_residual_stream_needs_labels_for_a_loss_and_runs_forwards() -> None:
     for kept in ({"past_key_values": DynamicCache()}, {"return_type": "logits_and_cache"}):
         with pytest.raises(InputError, match="start_at_layer with a key-value cache"):
             case.model(middle, start_at_layer=1, **kept)
+    with pytest.raises(InputError, match=r"no layer 3 to start at; expected -3 to 2"):
+        case.model(middle, start_at_layer=3)
     loss = case.model(middle, start_at_layer=1, return_type="loss", labels=case.tokens)
     assert torch.allclose(loss, case.model(case.tokens, return_type="loss"), atol=1e-6)
+
+
+def test_positions_and_labels_are_read_from_lists_and_arrays() -> None:
+    case = wrapped("mixtral")
+    places = case.tokens.new_tensor(range(3, 15)).expand(2, -1)
+    expected = case.model(case.tokens, position_ids=places)
+    for given in (places.tolist(), places.numpy(), tuple(map(tuple, places.tolist()))):
+        assert torch.equal(case.model(case.tokens, position_ids=given), expected)
+    assert deviation(expected, case.logits) > 0
+    ids = case.tokens.tolist()
+    assert case.model(case.tokens, labels=ids, return_type="loss") == case.model(case.tokens, return_type="loss")
 
 
 def test_routing_keeps_and_returns_what_it_does() -> None:

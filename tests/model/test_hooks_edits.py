@@ -332,20 +332,54 @@ IN_PLACE: dict[str, Callable[[Tensor], Any]] = {
 
 @families
 def test_a_change_in_place_is_an_edit(family: str) -> None:
-    """Not so at the inputs of TransformerLens's linear layers: those see the tensor that their siblings read."""
+    """Of what passes here alone: queries, keys and values read one tensor, all layers one pair of cosines and sines."""
     case = wrapped(family)
-    linear = re.compile(r"(attn\.\w+|shared_expert\w*|shared_expert\w*\.\w+)\.hook_in$")
     with untouched(case.model), torch.no_grad():
         for name in case.some():
-            if name not in case.exact or "blocks.0" in name or WHICH.search(name) or linear.search(name):
-                continue
-            if not name.startswith("blocks"):
+            if not name.startswith(f"blocks.{case.last}") or WHICH.search(name):
                 continue
             halved = case.model.run_with_hooks(case.tokens, fwd_hooks=[(name, as_hook(lambda value: value * 0.5))])
             for how, change in IN_PLACE.items():
                 in_place = case.model.run_with_hooks(case.tokens, fwd_hooks=[(name, as_hook(change))])
                 assert torch.equal(in_place, halved), (name, how)
             assert deviation(halved, case.logits) > 0, name
+
+
+def test_a_change_in_place_reaches_nothing_that_others_hold() -> None:
+    """The ids, embeddings and residual stream that the caller has passed; what an earlier hook has kept as it was."""
+    case = wrapped("olmoe")
+    layer, kept = case.last, []
+    stream, ids = case.model(case.tokens, stop_at_layer=layer).detach(), case.tokens.clone()
+    hf: Any = case.model.original_model
+    embedded = hf.get_input_embeddings()(ids).detach()
+    given = {"resid_pre": (stream, layer), "hook_embed": (embedded, None), "embed.hook_in": (ids, None)}
+    before = {name: value.clone() for name, (value, _) in given.items()}
+    with untouched(case.model), torch.no_grad():
+        for name, (value, start) in given.items():
+            point = names.block(names.RESID_PRE, start or 0) if value.is_floating_point() else name
+            out = case.model.run_with_hooks(value, [(point, as_hook(torch.zero_))], start_at_layer=start)
+            assert deviation(out, case.logits) > 0, name
+            assert torch.equal(value, before[name]), name
+        for name in (names.block(names.RESID_POST, layer - 1), names.mlp(names.EXPERT_OUT, layer - 1)):
+            keep = (name, lambda value, hook: kept.append(value))
+            later = [(name, as_hook(torch.zero_)), (names.block(names.RESID_PRE, layer), as_hook(torch.zero_))]
+            case.model.run_with_hooks(case.tokens, [keep, *later])
+            assert torch.equal(kept.pop(), case.model.run_with_cache(case.tokens, names_filter=name)[1][name])
+
+
+@pytest.mark.parametrize("past_the_count", [False, True])
+def test_a_change_in_place_counts_however_it_is_made(past_the_count: bool) -> None:
+    """`.data` and numpy change a tensor without torch's counting it."""
+    case = wrapped("olmoe")
+
+    def spoil(value: Tensor, hook: Any) -> None:  # noqa: ARG001
+        (value.data if past_the_count else value).zero_()
+
+    with untouched(case.model), torch.no_grad():
+        for name in (names.block(names.ATTN_OUT, 1), names.mlp(names.EXPERT_OUT, 1)):
+            zeroed = case.model.run_with_hooks(case.tokens, [(name, as_hook(torch.zeros_like))])
+            assert torch.equal(case.model.run_with_hooks(case.tokens, [(name, spoil)]), zeroed)
+            assert deviation(zeroed, case.logits) > 0
 
 
 @families

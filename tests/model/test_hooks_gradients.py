@@ -1,5 +1,6 @@
 """Gradients at hooks, and through experts and router."""
 
+import re
 import warnings
 from typing import Any
 
@@ -210,9 +211,13 @@ def test_a_norm_s_gradient_arrives_also_where_rounding_makes_no_difference(size:
 def test_a_graph_that_is_kept_gives_the_gradients_of_any_loss(family: str, frozen: bool) -> None:
     """All points at once, parameters frozen or not; a loss of the cache alone reaches what comes before it."""
     case = wrapped(family)
+    layer = case.model.moe_layers[0]
     table = of_first_layer(case.model)
+    # Siblings read one tensor, and heads are views of what flows: each has the gradient of its own part all the same.
+    inside = re.compile(rf"blocks\.{layer}\.(attn|mlp\.shared_expert\w*)\.\w+\.hook_(in|out)$|\.attn\.hook_[qkvz]$")
+    table += [name for name in case.some() if inside.search(name) and name.startswith(f"blocks.{layer}.")]
     _, expected = gradients(case.model, case.tokens, table)
-    plain = case.model(case.tokens)
+    plain = case.model.run_with_cache(case.tokens, names_filter=table)[0]
     needed = {name: parameter.requires_grad for name, parameter in case.model.original_model.named_parameters()}
     try:
         case.model.original_model.requires_grad_(not frozen)
@@ -222,7 +227,6 @@ def test_a_graph_that_is_kept_gives_the_gradients_of_any_loss(family: str, froze
             assert deviation(cache[name].grad, expected[name]) <= FP32 * expected[name].abs().max().item(), name
         logits, cache = case.model.run_with_cache(case.tokens, names_filter=table, keep_graph=True)
         assert torch.equal(logits, plain)
-        layer = case.model.moe_layers[0]
         (found,) = torch.autograd.grad(cache["resid_post", layer].square().sum(), cache["resid_mid", layer])
         assert found.abs().max() > 0
         _, copied = case.model.run_with_cache(case.tokens, names_filter=table)
@@ -231,6 +235,33 @@ def test_a_graph_that_is_kept_gives_the_gradients_of_any_loss(family: str, froze
         case.model.zero_grad()
         for name, parameter in case.model.original_model.named_parameters():
             parameter.requires_grad_(needed[name])
+
+
+@families
+def test_a_gradient_that_is_changed_in_place_is_changed_for_this_part_alone(family: str) -> None:
+    """autograd hands one tensor to both summands of the residual stream."""
+    case = wrapped(family)
+    parts = (names.ATTN_OUT, names.BLOCK_MLP_OUT)
+    inside = [names.mlp(name, case.last) for name in (names.ROUTED_OUT, names.SHARED_OUT)]
+    points = [names.block(part, case.last) for part in parts] + [n for n in inside if n in case.model.hook_dict]
+    first = names.block(names.RESID_PRE, 0)
+
+    def gradient(edit: Any) -> Tensor:
+        kept: list[Tensor] = []
+        hooks = [*edit, (first, lambda grad, hook: kept.append(grad.clone()))]
+        with untouched(case.model), case.model.hooks(bwd_hooks=hooks):
+            case.model(case.tokens, return_type="loss").backward()
+        case.model.zero_grad()
+        return kept[0]
+
+    def triple(grad: Tensor, hook: Any) -> None:  # noqa: ARG001
+        grad.mul_(3)
+
+    unedited = gradient([])
+    for name in points:
+        returned = gradient([(name, lambda grad, hook: grad * 3)])
+        assert torch.equal(gradient([(name, triple)]), returned), name
+        assert not torch.equal(returned, unedited), name
 
 
 def test_a_graph_is_not_kept_where_there_is_none() -> None:

@@ -56,6 +56,20 @@ def test_padding_changes_nothing_on_real_tokens(family: str, side: str) -> None:
 
 
 @families
+def test_every_hook_has_the_batch_in_front_and_is_cut_by_positions(family: str) -> None:
+    """Also where transformers computes on flat tokens (Qwen2-MoE's shared experts); rotary angles have no batch."""
+    case = wrapped(family)
+    _, whole = case.model.run_with_cache(ids := tokens(3, 7))
+    _, cut = case.model.run_with_cache(ids, pos_slice=(2, 5))
+    for name, value in whole.items():
+        if name.endswith(("hook_cos", "hook_sin")):
+            continue
+        assert len(value) == 3, name
+        axes = [axis for axis, size in enumerate(value.shape) if size == 7]
+        assert any(torch.equal(value.narrow(axis, 2, 3), cut[name]) for axis in axes), name
+
+
+@families
 @sides
 def test_an_edit_at_one_position_hits_that_token(family: str, side: str) -> None:
     case = wrapped(family)

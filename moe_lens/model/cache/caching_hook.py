@@ -1,7 +1,7 @@
 """What a caching hook keeps of an activation."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class CachingHook:
     """TransformerLens's `Slice` over positions."""
     remove_batch_dim: bool = False
     suffix: str = ""
+    only_reads: ClassVar[bool] = True
 
     def gradients(self) -> "CachingHook":
         """The same for backward hooks."""

@@ -36,6 +36,27 @@ def as_slice(where: Cut) -> Slice:
     return where if isinstance(where, Slice) else Slice(cast(Any, where))
 
 
+def check_from_end(where: Cut, mask: Tensor | None) -> None:
+    """Nothing, where a position that is counted from the end is one of every text's tokens.
+
+    Args:
+        where: What stands for a `Slice`.
+        mask: True at real tokens, [batch, pos] or [pos]; None where there is no padding.
+
+    Raises:
+        InputError: In some text there is padding at that position.
+    """
+    where = as_slice(where)
+    if mask is None or not isinstance(where.slice, int) or where.slice >= 0:
+        return
+    there = where.apply(mask, dim=-1)
+    if not bool(there.all()):
+        raise InputError(
+            f"at position {where.slice}, text {int((~there.reshape(-1)).nonzero()[0])} has padding: positions count "
+            "all columns. Pad on the left (padding_side='left'), and the last one is every text's last token"
+        )
+
+
 class HookCache(Summary, ActivationCache):
     """Activations of one run by hook name: what `MoECache` has in common with any other cache."""
 
@@ -143,6 +164,11 @@ class HookCache(Summary, ActivationCache):
         if layer not in self.model.moe_layers:
             raise HookError(self._dense(layer, what))
         return layer
+
+    def _where(self, pos_slice: Cut) -> Slice:
+        """Positions to take; a single one that is counted from the end must be a token of every text."""
+        check_from_end(pos_slice, self.mask)
+        return as_slice(pos_slice)
 
     def _require(self, *wanted: str) -> None:
         missing = [name for name in wanted if name not in self]

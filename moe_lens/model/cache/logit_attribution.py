@@ -48,7 +48,7 @@ class AttributionCache(HookCache):
         """
         layer = self._end(layer)
         final = layer == self.model.cfg.n_layers
-        where, items = as_slice(pos_slice), as_slice(batch_slice)
+        where, items = self._where(pos_slice), as_slice(batch_slice)
         if not (final and recompute_ln):
             cut = items.apply(residual_stack, dim=1) if has_batch_dim else residual_stack
             scale = self._get_cached_ln_scale(layer, mlp_input, where, items)
@@ -99,7 +99,7 @@ class AttributionCache(HookCache):
                 raise InputError(f"tokens and incorrect_tokens have shapes {shapes}; expected the same")
             direction = direction - other
         items = as_slice(batch_slice)
-        where = as_slice(pos_slice)
+        where = self._where(pos_slice)
         stack = items.apply(residual_stack, dim=1) if has_batch_dim else residual_stack
         scale = where.apply(self[names.FINAL_SCALE], dim=-2)
         scale = (items.apply(scale) if self.has_batch_dim else scale).squeeze(-1)

@@ -12,7 +12,7 @@ from transformer_lens.utilities import Slice
 
 from moe_lens import names
 from moe_lens.checked import FromEnd, Natural, checked
-from moe_lens.model.cache.hook_cache import Cut, as_slice
+from moe_lens.model.cache.hook_cache import Cut
 from moe_lens.model.cache.residual_parts import ResidualPartsCache
 from moe_lens.routing import LayerRouting, affinity
 from moe_lens.selection import SelectedRows, Selection, Step
@@ -163,7 +163,7 @@ class MoECache(ResidualPartsCache):
             HookError: hooks that are needed were not cached; the message names them all.
         """
         self._terms_of_a_sum()
-        where = as_slice(pos_slice)
+        where = self._where(pos_slice)
         end = self._end(layer)
         parts = list(self._parts(end, by))
         self._require(*(hook for part in parts for hook in part.hooks))

@@ -45,7 +45,7 @@ class NeuronCache(SumCache):
             HookError: activations, indices or weights were not cached, or the family's experts are no sums of neurons.
         """
         layer = self._layer(layer)
-        where, neurons = as_slice(pos_slice), as_slice(neuron_slice)
+        where, neurons = self._where(pos_slice), as_slice(neuron_slice)
         if layer not in self.model.moe_layers:
             scale = getattr(self.model.blocks[layer].mlp, "multiplier", 1.0)
             found = super().get_neuron_results(layer, neurons, where, project_output_onto)
@@ -93,7 +93,7 @@ class NeuronCache(SumCache):
             HookError: something was not cached, or the family's experts are no sums of neurons.
         """
         end = self._end(layer)
-        where, neurons = as_slice(pos_slice), as_slice(neuron_slice)
+        where, neurons = self._where(pos_slice), as_slice(neuron_slice)
         neurons = Slice([cast(int, neurons.slice)]) if neurons.mode == "int" else neurons
         read = self._reader(end, where, apply_ln, mlp_input, project_output_onto)
         parts = [part for at in range(end) for part in self._of_layer(at, where, neurons, read)]

@@ -8,7 +8,7 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.checked import FromEnd
 from moe_lens.errors import HookError
-from moe_lens.model.cache.hook_cache import Cut, as_slice
+from moe_lens.model.cache.hook_cache import Cut
 from moe_lens.model.cache.neuron_cache import NeuronCache
 
 
@@ -40,7 +40,7 @@ class ResidualPartsCache(NeuronCache):
             HookError: something was not cached, there is no such layer, or the family's layers are made otherwise.
             InputError: another mode.
         """
-        where, end = as_slice(pos_slice), self._end(layer)
+        where, end = self._where(pos_slice), self._end(layer)
         for name, left_out in ((names.ATTN_OUT, "mlp"), (names.BLOCK_MLP_OUT, "attn")):
             lacking = [at for at in range(end) if names.block(name, at) not in self.model.hook_dict]
             if lacking and mode != left_out:
@@ -73,7 +73,7 @@ class ResidualPartsCache(NeuronCache):
         Raises:
             HookError: something was not cached, or there is no such layer.
         """
-        where = as_slice(pos_slice)
+        where = self._where(pos_slice)
         return super().accumulated_resid(self._end(layer), incl_mid, apply_ln, where, mlp_input, return_labels)
 
     def stack_activation(self, activation_name: str, layer: FromEnd = -1, sublayer_type: str | None = None) -> Any:
@@ -123,7 +123,7 @@ class ResidualPartsCache(NeuronCache):
         """
         self._terms_of_a_sum()
         end = self._end(layer)
-        where, onto = as_slice(pos_slice), project_output_onto
+        where, onto = self._where(pos_slice), project_output_onto
         stack, labels = super().get_full_resid_decomposition(
             end, mlp_input, expand_neurons, apply_ln, where, True, onto
         )
@@ -158,7 +158,7 @@ class ResidualPartsCache(NeuronCache):
         Raises:
             HookError: something was not cached.
         """
-        end, where = self._end(layer), as_slice(pos_slice)
+        end, where = self._end(layer), self._where(pos_slice)
         hooks, layout = self.model.hook_dict, getattr(self.model.family, "layout", None)
         if layout is None and all(f"blocks.{at}.attn.hook_z" in hooks for at in range(end)):
             return super().stack_head_results(end, return_labels, incl_remainder, where, apply_ln)

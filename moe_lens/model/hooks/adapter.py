@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from moe_lens.errors import UnsupportedModelError
 from moe_lens.model.families.table import Family, family_of
-from moe_lens.model.hooks.components import Attention, Norm, Unembedding, adapt
+from moe_lens.model.hooks.components import Attention, FlatTokens, Norm, Unembedding, adapt
 from moe_lens.model.hooks.generic_adapter import GenericAdapter
 from moe_lens.model.hooks.moe_block import MoEBlock
 from moe_lens.model.hooks.recomputing import KeptWhileHooked
@@ -143,6 +143,9 @@ def _mend(adapter: ArchitectureAdapter, family: Family) -> None:
     # Router and experts are opened by the MoE block itself; TransformerLens's wrappers would add hooks that edits miss.
     for key in [k for k, c in mlp.submodules.items() if c.name in (family.router, "experts", family.shared_gate)]:
         del mlp.submodules[key]
+    for component in mlp.submodules.values():
+        if component.name == family.shared:
+            adapt(component, FlatTokens)
     mlp._sparse_required = ()
     mlp._router_hook_aliases = {}
     mlp.hook_aliases = {}

@@ -94,18 +94,47 @@ class _Checking:
         return getattr(self.hook, "__qualname__", type(self.hook).__name__)  # not its own: that may print tensors
 
     def __call__(self, tensor: Any, *, hook: Any) -> Any:
-        value = tensor
         if self.point.owner is not None:
             self.point.owner.check()
-        before = _layout(value)
+        if getattr(self.hook, "only_reads", False):
+            return self.hook(tensor, hook=hook)
+        # A copy: others hold the tensor (the stream, sibling layers, the caller, a gradient's other summand); a change
+        # in place is one of what passes here alone.
+        value = _copied(tensor)
+        before, version = _layout(value), _version(value)
         seen = self.hook(value, hook=hook)
         if seen is None or seen is value:
             if _layout(value) != before:
                 raise HookError(f"a hook on {hook.name} changed {_words(before)} in place to {_words(_layout(value))}")
-            return seen
+            return value if _version(value) != version or _must_replace(value, tensor, self.backward) else None
         if self.backward and isinstance(seen, tuple) and len(seen) == 1:
             seen = seen[0]
         return _fitting(seen, value, hook.name)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_copied, value))
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _version(value: Any) -> Any:
+    """What tells whether a tensor was changed in place; None of what does not count its changes."""
+    if isinstance(value, tuple):
+        return tuple(map(_version, value))
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
+
+
+def _must_replace(value: Any, tensor: Any, backward: bool) -> bool:
+    """Whether the copy that a hook has seen must go on in place of the tensor.
+
+    It has been changed past torch's count (`.data`, numpy), or the hook may have kept it, to ask for its gradient.
+    """
+    if isinstance(value, tuple):
+        return any(_must_replace(*pair, backward) for pair in zip(value, tensor, strict=True))
+    if not isinstance(value, Tensor):
+        return False
+    return (value.requires_grad and torch.is_grad_enabled() and not backward) or not torch.equal(value, tensor)
 
 
 def _layout(value: Any) -> Any:

@@ -118,6 +118,20 @@ class LayerPart(GeneralizedComponent):
         return unscaled(seen, out, self.multiplier) if edited else out
 
 
+class FlatTokens(GeneralizedComponent):
+    """A part that transformers gives tokens without their batch axis; its hooks show them by batch and position."""
+
+    layout: tuple[int, int] | None = None
+    """Batch and positions of the tokens that are passing."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the part on [batch, pos, …]; what comes back is as flat as what came."""
+        if x.dim() != 2 or self.layout is None:
+            return super().forward(x, *args, **kwargs)
+        out = super().forward(x.reshape(*self.layout, x.shape[-1]), *args, **kwargs)
+        return out.reshape(len(x), -1)
+
+
 class Norm(GeneralizedComponent):
     """A norm that runs once, as transformers computes it; an edit of `hook_scale` or `hook_normalized` rebuilds it."""
 

@@ -14,9 +14,10 @@ from moe_lens.checked import Natural
 from moe_lens.errors import InputError
 from moe_lens.model.experts.offloaded_experts import without_numbers
 from moe_lens.model.hooks.arguments import forward_words, further_words, refuse_unknown
-from moe_lens.model.hooks.cache_names import fitting_cache, name_as_transformer_lens
+from moe_lens.model.hooks.cache_names import CACHE, PAST, fitting_cache, name_as_transformer_lens
 from moe_lens.model.hooks.forward_checks import (
     additive,
+    as_tensors,
     check_family,
     check_mask,
     check_numbers,
@@ -61,6 +62,22 @@ class _Running:
     given: ModelInput
     past: int
     step: Step | None = None
+
+
+def tell_tokens(claim: Any, module: Any, args: Any, kwargs: dict[str, Any]) -> None:  # noqa: ARG001
+    """Tell hooks which tokens pass, before a pass of transformers' own generation; see `ModuleHooks.before`."""
+    ids = kwargs.get("input_ids")
+    values = kwargs.get("inputs_embeds") if ids is None else ids
+    claim.running = None
+    if values is None:
+        return
+    past = n_held(kwargs.get(CACHE) if kwargs.get(PAST) is None else kwargs[PAST])
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        mask = mask[:, : past + values.shape[1]].bool()
+    elif mask is not None:
+        return  # which of its columns are padding, such a mask does not say of tokens to come
+    claim.running = _Running(ModelInput(values, seen=mask), past)
 
 
 class ExpertBridge(InputReader):
@@ -220,6 +237,7 @@ class ExpertBridge(InputReader):
         kind = type(self.original_model)
         refuse_unknown("forward", kwargs, forward_words(kind))
         past = name_as_transformer_lens(kwargs)
+        as_tensors(kwargs)
         self._check_model()
         if return_type not in RETURNED:
             raise InputError(f"return_type is {return_type!r}; expected one of {', '.join(map(repr, RETURNED))}")

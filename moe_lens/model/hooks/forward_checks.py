@@ -4,6 +4,7 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformer_lens.utilities import Slice
@@ -24,6 +25,21 @@ _OF_TRANSFORMERS = {
 """Words of transformers' models that change what they return, which here does not come back."""
 
 
+def as_tensors(words: dict[str, Any]) -> None:
+    """Put tensors in place of labels and positions that came as lists or arrays.
+
+    Raises:
+        InputError: Their rows differ in length, or they hold no numbers.
+    """
+    for word in ("labels", "position_ids"):
+        value = words.get(word)
+        if isinstance(value, list | tuple | np.ndarray):
+            try:
+                words[word] = torch.as_tensor(np.array(value))
+            except (TypeError, ValueError) as error:
+                raise InputError(f"{word} are no numbers in rows of one length: {value!r:.80}") from error
+
+
 def layer_limits(n_layers: int, start: Any, stop: Any) -> tuple[int, int]:
     """The blocks that run: from the first to before the second.
 
@@ -35,6 +51,11 @@ def layer_limits(n_layers: int, start: Any, stop: Any) -> tuple[int, int]:
     Raises:
         InputError: There is no such layer, or the pass would stop before it starts.
     """
+    if start is not None and not isinstance(start, bool) and start == n_layers:
+        raise InputError(
+            f"there is no layer {start} to start at; expected {-n_layers} to {n_layers - 1}. "
+            "model.unembed(model.ln_final(resid)) gives the logits of what leaves the last block"
+        )
     first, last = _layer(n_layers, 0 if start is None else start), _layer(n_layers, n_layers if stop is None else stop)
     if start is not None and stop is not None and first > last:
         raise InputError(f"start_at_layer={start} is behind stop_at_layer={stop}: no block would run")
@@ -164,8 +185,10 @@ def check_numbers(words: Mapping[str, Any], given: ModelInput, d_vocab: int) -> 
                 f"labels are {labels.dtype}, from {labels.min().item()} to {labels.max().item()}; expected ids from 0 "
                 f"to {d_vocab - 1}, or -100 where none is meant"
             )
-    if isinstance(places, Tensor) and (places.dim() < 2 or places.shape[-1] != pos):
-        raise InputError(f"position_ids have shape {tuple(places.shape)}; expected [batch, {pos}]")
+    if places is not None and not isinstance(places, Tensor):
+        raise InputError(f"position_ids are {a_kind(places)}; expected a tensor [batch, {pos}]")
+    if places is not None and (places.dim() < 2 or places.shape[-1] != pos or places.dtype == torch.bool):
+        raise InputError(f"position_ids are {places.dtype} of shape {tuple(places.shape)}; expected [batch, {pos}]")
 
 
 def check_of_loss(return_type: Any, loss_per_token: bool, labels: Any) -> None:

@@ -16,8 +16,8 @@ from moe_lens.ids import one_id
 from moe_lens.model.hf_compat import cache_word
 from moe_lens.model.hooks.arguments import further_words, named, refuse_unknown
 from moe_lens.model.hooks.cache_names import CACHE, PAST
-from moe_lens.model.hooks.forward import OF_INPUT
-from moe_lens.model.hooks.hook_scope import GenerationClaim
+from moe_lens.model.hooks.forward import OF_INPUT, tell_tokens
+from moe_lens.model.hooks.hook_scope import GenerationClaim, ModuleHooks
 from moe_lens.model.hooks.key_value_padding import note_prompts
 from moe_lens.model.hooks.model_input import ModelInput, further
 from moe_lens.model.hooks.run_with_cache import CachedRuns
@@ -94,7 +94,9 @@ class GeneratingBridge(CachedRuns):
         words = words_for_transformers(self.original_model, self.tokenizer, given.values, words)
         self._ensure_generation_supported("hf_generate")
         model: Any = self.original_model
-        with GenerationClaim(self, "hf_generate"), torch.no_grad():
+        passes = ModuleHooks(self, "hf_generate")
+        with GenerationClaim(self, "hf_generate"), passes, torch.no_grad():
+            passes.before(model, tell_tokens)
             out = model.generate(**further(given.words, words), **words)
         for past in (words.get(PAST), words.get(CACHE), getattr(out, PAST, None), getattr(out, CACHE, None)):
             note_prompts(past, words.get("attention_mask"))

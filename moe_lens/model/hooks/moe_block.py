@@ -14,7 +14,7 @@ from moe_lens.model.experts.expert_weights_view import Experts
 from moe_lens.model.experts.nonstandard_experts import BLOCKS, block_forward, experts_of
 from moe_lens.model.families.table import Family
 from moe_lens.model.hooks.bypassed import refuse_replaced, refuse_torch_hooks
-from moe_lens.model.hooks.components import combined, method_of
+from moe_lens.model.hooks.components import FlatTokens, combined, method_of
 from moe_lens.model.hooks.expert_kernel import experts_forward
 from moe_lens.model.hooks.layer_hooks import LayerHooks
 from moe_lens.model.hooks.router import route
@@ -135,6 +135,9 @@ class MoEBlock(GeneralizedComponent):
         assert self.hooks is not None
         with self.hooks.owner.passing():
             self.hooks.start(batch, pos)
+            for part in self._modules.values():
+                if isinstance(part, FlatTokens):
+                    part.__dict__["layout"] = batch, pos
             try:
                 yield
             finally:

@@ -9,7 +9,7 @@ from transformer_lens.utilities import Slice
 
 from moe_lens.errors import HookError
 from moe_lens.model.cache.caching_hook import CachingHook, GraphHook
-from moe_lens.model.cache.hook_cache import following_tokens
+from moe_lens.model.cache.hook_cache import check_from_end, following_tokens
 from moe_lens.model.cache.moe_cache import MoECache
 from moe_lens.model.devices import check_kept
 from moe_lens.model.hooks.forward import OF_INPUT, ExpertBridge
@@ -123,6 +123,7 @@ class CachedRuns(ExpertBridge):
             residual=start_at_layer is not None,
         )
         check_positions(pos_slice, given.values.shape[1])
+        check_from_end(pos_slice, given.mask)
         if keep_graph:
             copies = {"incl_bwd": incl_bwd, "remove_batch_dim": remove_batch_dim}
             copies |= {"device": device is not None, "dtype": dtype is not None, "pos_slice": pos_slice is not None}
