@@ -51,14 +51,14 @@ class Drawn(Summary):
     """Gives a result the method `figure`. Figures stand above results in the layers, so they are looked up by name."""
 
     def figure(self, name: str | None = None, **options: Any) -> "Figure":
-        """A figure of it (plotly): the first that `moe_lens.viz` has, or another one by name.
+        """A plotly figure of this result: the first that `moe_lens.viz` has for it, or another one by name.
 
         Args:
-            name: Of a function of `moe_lens.viz`; `viz.figures_of(result)` has all that draw this result.
-            options: Of that function.
+            name: Name of a function of `moe_lens.viz`; `viz.figures_of(result)` lists those that draw this result.
+            options: Arguments of that function.
 
         Raises:
-            InputError: There is no figure of it, or none of that name.
+            InputError: There is no figure of this result, or none of that name.
         """
         return importlib.import_module(VIZ).figure(self, name, **options)
 

@@ -55,7 +55,7 @@ class Lens(Summary, ABC):
 
         Args:
             resid: Any points of the residual stream.
-            layer: The layer that they are of, 0 to n_layers − 1.
+            layer: Their layer, 0 to n_layers − 1.
         """
         return self.unembed(self.translate(resid, layer))
 
@@ -131,8 +131,8 @@ class Lens(Summary, ABC):
             top: How many of the most likely tokens to keep.
 
         Raises:
-            HookError: The cache lacks activations (the message names all of them), or a sum of some experts is asked
-                for in dense layers only.
+            HookError: The cache lacks activations (the message names all of them), or a sum that names experts is
+                requested for dense layers only.
             InputError: The cache of another model, no sum, or ranks, experts, layers or positions that do not exist.
         """
         return Decoding(self, cache, [sums] if isinstance(sums, PartialSum) else sums, layers, positions).run(

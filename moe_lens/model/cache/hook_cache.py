@@ -184,7 +184,7 @@ class HookCache(Summary, ActivationCache):
         return ActivationCache(aligned, self.model)._batch_size()
 
     def remove_batch_dim(self: _Cache, batch_size: Positive | None = None) -> _Cache:
-        """Drop the batch axis of a batch of one; rows of single experts have none and stay as they are.
+        """Drop the batch axis of a batch of one; tensors of single experts have no batch axis and stay as they are.
 
         Raises:
             InputError: the batch has more than one item.
@@ -205,7 +205,7 @@ class HookCache(Summary, ActivationCache):
         return self
 
     def apply_slice_to_batch_dim(self: _Cache, batch_slice: Cut) -> _Cache:
-        """A cache of some items of the batch: views. Rows of single experts, which do not say whose, are left out.
+        """A cache of some items of the batch: views. Tensors of single experts, without a batch axis, are left out.
 
         Raises:
             InputError: there is no batch axis.
@@ -231,7 +231,7 @@ class HookCache(Summary, ActivationCache):
         """Move everything to a device, and floating-point tensors to a dtype. Changes the cache and returns it.
 
         Raises:
-            InputError: No device that can keep numbers, or no floating-point dtype.
+            InputError: A device that cannot hold values, or a dtype that is not floating point.
         """
         check_kept(device, dtype)
 
@@ -264,7 +264,7 @@ class HookCache(Summary, ActivationCache):
         return found
 
     def bind(self: _Cache, model: Hooked) -> _Cache:
-        """The same cache with a model, as one needs that was pickled: tensors are shared.
+        """The same cache with a model, which a cache needs after unpickling; tensors are shared.
 
         Raises:
             InputError: the model's name or sizes are not those of the model that made the cache.
@@ -320,7 +320,7 @@ class HookCache(Summary, ActivationCache):
 def following_tokens(
     tokens: Int[Tensor, "batch pos"] | None, mask: Bool[Tensor, "batch pos"] | None
 ) -> Int[Tensor, "batch pos"] | None:
-    """The token after each token; −1 at the last one, at padding, and before it."""
+    """The token after each token; −1 at the last token, at padding, and just before padding."""
     if tokens is None:
         return None
     following = torch.full_like(tokens, -1)
@@ -345,7 +345,7 @@ def _same_model(what: str, made_by: dict[str, Any], model: HookedModel) -> None:
 
 
 def identity(model: Any) -> dict[str, Any]:
-    """What tells one model from another: the last part of its name, wherever it was loaded from, and its sizes."""
+    """What distinguishes a model from others: the last part of its name, wherever it was loaded from, and its sizes."""
     sizes = {name: getattr(model.cfg, name) for name in ("n_layers", "d_model", "d_vocab")}
     return {
         "name": PurePath(model.cfg.model_name).name,

@@ -16,7 +16,7 @@ from moe_lens.model.experts.offloaded_experts import numbers_of
 
 
 class AttributionCache(HookCache):
-    """TransformerLens's attribution, corrected: that divides by a norm's scale and omits its gain."""
+    """TransformerLens's attribution with the norm's gain, which TransformerLens omits."""
 
     def apply_ln_to_stack(
         self,
@@ -30,17 +30,18 @@ class AttributionCache(HookCache):
     ) -> Float[Tensor, "component *sliced d_model"]:
         """What each component adds to what a block, or the unembedding, reads: TransformerLens's method, with the gain.
 
-        TransformerLens leaves the gain out, which is right only after folding it into the weights behind the norm.
+        TransformerLens leaves the gain out, which is correct only if it was folded into the weights after the norm.
 
         Args:
-            residual_stack: components of the residual stream at every token of the cache, or where `pos_slice` cut it;
+            residual_stack: components of the residual stream at every token of the cache, or at the positions of
+                `pos_slice`;
                 a single one may lack the axis of components.
             layer: the block that reads it; None or -1 for the unembedding.
-            mlp_input: whether the block's MLP reads it, not its attention.
+            mlp_input: whether the block's MLP reads it, instead of its attention.
             pos_slice: positions that `residual_stack` has been cut to.
             batch_slice: items of the batch to take.
             has_batch_dim: whether `residual_stack` has a batch axis.
-            recompute_ln: apply the final norm to each component, with the scale that it has alone.
+            recompute_ln: apply the final norm to each component, with that component's own scale.
 
         Raises:
             HookError: the norm's scale was not cached, or there is no such layer.

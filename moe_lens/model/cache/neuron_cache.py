@@ -34,15 +34,15 @@ class NeuronCache(SumCache):
             layer: the layer.
             neuron_slice: neurons to take, of each expert in a MoE layer.
             pos_slice: positions to take.
-            project_output_onto: directions, [d_model] or [d_model, out]; then nothing as wide as the residual stream is
-                made for single neurons.
+            project_output_onto: directions, [d_model] or [d_model, out]; then no tensor [neuron, d_model] is made.
 
         Returns:
             [batch, pos, neuron, d_model], in a MoE layer [batch, pos, rank · neuron, d_model] with rank 0's neurons
             first; [batch, pos, neuron] for one direction, [batch, pos, neuron, out] for several.
 
         Raises:
-            HookError: activations, indices or weights were not cached, or the family's experts are no sums of neurons.
+            HookError: activations, indices or weights were not cached, or the output of the family's experts is not a
+                sum over neurons.
         """
         layer = self._layer(layer)
         where, neurons = self._where(pos_slice), as_slice(neuron_slice)
@@ -74,20 +74,20 @@ class NeuronCache(SumCache):
         """What MLPs and MoE layers before a layer add to the residual stream, neuron by neuron, as a stack.
 
         Labels are `L0N5` in dense layers and `L3R0N5` for neuron 5 of the expert at rank 0. A MoE layer has further
-        components where they exist, so that all of them sum to what it adds: `L3shared` (its shared experts),
-        `L3bias` (the output biases of its experts, weighted) and `L3identity` (experts that give back what they read).
-        They are there whatever `neuron_slice` takes. A dense layer whose neurons have no hook is one component,
-        `L0mlp`; biases of dense layers are in none, as in TransformerLens.
+        components where they exist, so that all of them sum to what it adds: `L3shared` (its shared experts), `L3bias`
+        (the output biases of its experts, weighted) and `L3identity` (experts that return their input). They are
+        included whatever `neuron_slice` is. A dense layer whose neurons have no hook is one component, `L0mlp`; biases
+        of dense layers are left out, as in TransformerLens.
 
         Args:
             layer: layers before this one; None or -1 for the whole model.
             pos_slice: positions to take.
             neuron_slice: neurons to take, of each expert in a MoE layer.
             return_labels: whether to return the labels, too.
-            incl_remainder: whether a last component, `remainder`, is what else the residual stream there holds.
+            incl_remainder: whether to add a last component, `remainder`: the rest of the residual stream there.
             apply_ln: divide by the cached scale of the norm that follows and multiply by its gain.
             project_output_onto: directions, [d_model] or [d_model, out]; saves memory.
-            mlp_input: whether the stream before the layer's MLP is meant, for `incl_remainder` and `apply_ln`.
+            mlp_input: whether `incl_remainder` and `apply_ln` use the stream before the layer's MLP.
 
         Raises:
             HookError: something was not cached, or the family's experts are no sums of neurons.

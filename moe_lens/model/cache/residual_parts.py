@@ -62,10 +62,10 @@ class ResidualPartsCache(NeuronCache):
         """TransformerLens's: the residual stream before each layer up to one.
 
         Args:
-            layer: the last one; None or -1 for behind the last layer of the model.
+            layer: the last one; None or -1 for the stream after the last layer.
             incl_mid: whether the stream before each MLP is there, too.
-            apply_ln: apply the norm that reads the last one: behind the last layer the final norm, to each stream with
-                the scale that it has itself; before another layer that layer's norm, with the cached scale.
+            apply_ln: apply the norm that reads the last stream: after the last layer the final norm, with each stream's
+                own scale; before another layer that layer's norm, with the cached scale.
             pos_slice: positions to take.
             mlp_input: up to the layer's MLP.
             return_labels: whether to return the labels, too.
@@ -105,21 +105,21 @@ class ResidualPartsCache(NeuronCache):
         """The residual stream that a layer reads, as a stack of components that sum to it.
 
         Attention heads, neurons (of experts by rank, see `stack_neuron_results`) or whole MLPs, the embedding, and
-        biases. In DeepSeekMoE 16B, neurons of one layer are 8,448 components: 69 MB a token in float32, unless they are
-        projected. `decompose_experts` takes whole experts.
+        biases. In DeepSeekMoE 16B, the neurons of one layer are 8,448 components: 69 MB a token in float32, unless they
+        are projected. `decompose_experts` has whole experts as components.
 
         Args:
             layer: components before this layer; None or -1 for the whole model.
             mlp_input: up to the layer's MLP, its attention heads included.
-            expand_neurons: neurons, and not MLPs or MoE layers as a whole.
+            expand_neurons: neurons instead of whole MLPs or MoE layers.
             apply_ln: divide by the cached scale of the norm that follows and multiply by its gain.
             pos_slice: positions to take.
             return_labels: whether to return the labels, too.
             project_output_onto: directions, [d_model] or [d_model, out]; saves memory.
 
         Raises:
-            HookError: something was not cached, or components do not sum to the residual stream: a hook has edited one
-                after it was cached, or the family adds something else.
+            HookError: something was not cached, or components do not sum to the residual stream, because a hook edited
+                one after it was cached, or because the family adds something else.
         """
         self._terms_of_a_sum()
         end = self._end(layer)
@@ -146,12 +146,12 @@ class ResidualPartsCache(NeuronCache):
         pos_slice: Cut = None,
         apply_ln: bool = False,
     ) -> Any:
-        """TransformerLens's; in families whose attention has no hooks of heads, attention as a whole, `L0attn`.
+        """As in TransformerLens; attention without hooks for heads is one component, `L0attn`.
 
         Args:
             layer: layers before this one; None or -1 for the whole model.
             return_labels: whether to return the labels, too.
-            incl_remainder: whether a last component, `remainder`, is what else the residual stream there holds.
+            incl_remainder: whether to add a last component, `remainder`: the rest of the residual stream there.
             pos_slice: positions to take.
             apply_ln: divide by the cached scale of the norm that follows and multiply by its gain.
 

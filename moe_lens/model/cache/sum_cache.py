@@ -52,8 +52,8 @@ class SumCache(AttributionCache):
     """Partial sums over a layer's experts."""
 
     unselected: Mapping[tuple[int, PartialSum], Float[Tensor, "*tokens d_model"]] = MappingProxyType({})
-    """Terms of unselected experts that were computed in the pass that was cached, by layer and sum: for others
-    the layer's experts run once more, and are read once more where they are kept elsewhere."""
+    """Outputs of unselected experts that were computed during the cached pass, by layer and sum. For other sums the
+    layer's experts run once more, and are read once more if they are kept on disk or on another device."""
 
     def partial_sum(
         self, layer: FromEnd, which: PartialSum | None = None, *, at: At | None = None, **chosen: Any
@@ -61,14 +61,14 @@ class SumCache(AttributionCache):
         """Compute a partial sum: `partial_sum(3, PartialSum(ranks=[0]))`, or just `partial_sum(3, ranks=[0])`.
 
         In a dense layer a sum over all experts is u plus the whole MLP, and the result says `dense`; shared experts add
-        nothing there. Weighted outputs that were not cached are computed as weights × outputs, so an edit of
-        `hook_expert_weighted` is then missing.
+        nothing there. If weighted outputs were not cached, they are computed as weights × outputs, without any edit of
+        `hook_expert_weighted`.
 
         Args:
             layer: the layer.
             which: the sum.
             at: only these tokens, as index tensors of the axes before the last, (batch, pos): values are [n, d_model].
-            chosen: keywords of a `PartialSum`, instead of one.
+            chosen: arguments of `PartialSum`, instead of `which`.
 
         Raises:
             HookError: an activation was not cached, the sum names ranks or experts in a dense layer, or it is empty
@@ -112,10 +112,10 @@ class SumCache(AttributionCache):
         return SelectedExpert(expert, weight.masked_fill(expert < 0, torch.nan), present)
 
     def require(self, wanted: Iterable[str]) -> None:
-        """Check that activations are cached, or can be made of others that are.
+        """Check that activations are cached, or can be computed from cached ones.
 
         Raises:
-            HookError: some are lacking; the message names all of them.
+            HookError: some are missing; the message names all of them.
         """
         lacking = [name for name in wanted if name not in self and not self._can_make(name)]
         if lacking:

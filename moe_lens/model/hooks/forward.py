@@ -131,7 +131,7 @@ class ExpertBridge(InputReader):
     ) -> HookContext:
         """Hooks that are in place inside a `with`: `with model.hooks([(name, function)]): …`.
 
-        The model belongs to the thread that is inside, from the first open context to the last.
+        While any such context is open, only the thread that opened it can use the model.
 
         Args:
             fwd_hooks: pairs of a name, or a predicate on names, and a function `(activation, hook)`.
@@ -174,7 +174,7 @@ class ExpertBridge(InputReader):
             kwargs: of `forward`: `attention_mask`, `prepend_bos`, `padding_side`, …
 
         Raises:
-            HookError: a hook that does not exist, or that returned what cannot be used.
+            HookError: a hook that does not exist, or that returned something unusable.
             InUseError: another thread uses the model.
         """
         if "names_filter" in kwargs:
@@ -212,17 +212,17 @@ class ExpertBridge(InputReader):
         attention_mask: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """As TransformerLens's; hook functions can ask `current_tokens()` meanwhile which tokens are passing.
+        """Run the model, as in TransformerLens; `current_tokens()` tells hook functions which tokens are running.
 
-        The loss is a mean over tokens that follow a real token; padding has no part in it. Ids that come without a mask
-        are all real, as in TransformerLens, whatever token was used for padding.
+        The loss is a mean over real tokens that follow a real token, so that padding has no part in it. Ids without a
+        mask all count as real, as in TransformerLens, whatever token was used for padding.
 
         Args:
             input: a text, texts, ids, embeddings, what a tokenizer of transformers returns, or a `TokenBatch`; see
                 `read`.
             return_type: `"logits"`, `"loss"`, `"both"`, `"logits_and_cache"`, or None for nothing; the final norm and
-                the unembedding then run only if somebody listens there.
-            loss_per_token: the loss at every token but the first, [batch, pos - 1], 0 where padding has a part in it.
+                the unembedding then run only if there are hooks on them.
+            loss_per_token: return the loss of every token but the first, [batch, pos - 1]; 0 where padding is involved.
             prepend_bos: see `to_tokens`.
             padding_side: see `to_tokens`.
             attention_mask: see `read`.
@@ -230,8 +230,8 @@ class ExpertBridge(InputReader):
                 transformers), `labels`, …, and what the transformers model takes, such as `position_ids`.
 
         Raises:
-            InputError: an input that cannot be read, an argument that nobody reads or that has no such value, or the
-                loss of a single token.
+            InputError: an input that cannot be read, an unknown argument or value of an argument, or the loss of a
+                single token.
             InUseError: another thread uses the model.
         """
         kind = type(self.original_model)
@@ -353,8 +353,8 @@ class ExpertBridge(InputReader):
     def experts_in_slots(self, layer: Natural) -> Int[Tensor, "batch pos top_k"]:
         """Ids of the experts that the forward pass now running computes in a layer, by rank.
 
-        For hook functions, from `hook_routing_weights` on: it holds what earlier hooks have forced, and −1 in slots
-        that `hook_expert_kept` leaves out.
+        For hook functions, from `hook_routing_weights` on: forced experts are included, and slots that
+        `hook_expert_kept` leaves out hold −1.
 
         Args:
             layer: The MoE layer that is running.

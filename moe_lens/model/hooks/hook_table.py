@@ -146,7 +146,7 @@ class HookTable(RefusedMethods):
 
     @property
     def n_identity_experts(self) -> int:
-        """Routed experts, the last ids, that give back what they read: they have no neurons and no parameters."""
+        """Number of routed experts that return their input: the last ids. They have no neurons and no parameters."""
         return self._experts(self.moe_layers[0]).n_identities
 
     def has_shared(self, layer: Natural) -> bool:
@@ -189,11 +189,11 @@ class HookTable(RefusedMethods):
 
     @property
     def hook_dict(self) -> dict[str, HookPoint]:
-        """Every hook point by each of its names; hooks of single experts are there once they have been asked for."""
+        """Every hook point by each of its names; those of single experts are included once they were used."""
         return dict(self._all_hooks) if "_all_hooks" in self.__dict__ else super().hook_dict
 
     def expert_hooks(self, layer: Natural, expert: Natural) -> dict[str, HookPoint]:
-        """Make and return the hook points of one expert, whose tensors hold that expert's rows alone.
+        """Create and return the hook points of one expert; their tensors have a row for each token routed to it.
 
         Args:
             layer: A MoE layer.

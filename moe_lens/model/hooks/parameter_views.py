@@ -13,7 +13,7 @@ from moe_lens.model.hooks.hook_table import HookTable
 
 
 class ParameterViews(HookTable):
-    """Views of parameters that are in memory, and copies that refuse to be written to of those that are not."""
+    """Views of parameters that are in memory, and read-only copies of those that are not."""
 
     @property
     def W_router(self) -> LayerParameters:
