@@ -19,7 +19,7 @@ from moe_lens.model.loading.machine import Machine
 
 SHARE = 0.9
 """Of what is free, for parameters: the rest is for activations, which a smaller batch makes smaller."""
-STREAMED_SHARE = 0.45
+STREAMED_SHARE = 0.4
 """Of main memory, where a model is read in every pass and the processor computes: what is left makes batches larger,
 and so passes fewer."""
 
