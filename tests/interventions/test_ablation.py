@@ -216,6 +216,9 @@ def test_transformers_own_generation_tells_which_tokens_pass() -> None:
             changed.append(not torch.equal(expected, free))
         assert any(changed)
         with case.model.ablate(ranks=[0, 1], where=[5, 6, 9]):
+            padding = {"attention_mask": mask, **options}
+            fixed = case.model.hf_generate(padded, cache_implementation="static", **padding)
+            assert torch.equal(fixed, case.model.hf_generate(padded, **padding))
             beams = [case.model.hf_generate(long, num_beams=3, use_cache=cached, **options) for cached in (True, False)]
             assert torch.equal(*beams)
         columns = torch.zeros(1, 8, dtype=torch.bool)

@@ -382,6 +382,18 @@ def test_a_change_in_place_counts_however_it_is_made(past_the_count: bool) -> No
             assert deviation(zeroed, case.logits) > 0
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch: what is not batched there is slow
+def test_a_hook_that_only_reads_runs_where_nothing_can_be_compared() -> None:
+    """In `torch.vmap` no value answers whether it equals another."""
+    case = wrapped("olmoe")
+    hf: Any = case.model.original_model
+    embedded = hf.get_input_embeddings()(case.tokens).detach()
+    read = [(names.block(names.RESID_POST, 1), as_hook(lambda value: None))]
+    with torch.no_grad():
+        found = torch.vmap(lambda one: case.model.run_with_hooks(one[None], fwd_hooks=read)[0])(embedded)
+    assert deviation(found, case.logits) <= FP32 * case.logits.abs().max().item()
+
+
 @families
 def test_what_is_cached_stays_what_it_was(family: str) -> None:
     """The published code's trap: a cached E(x) that a later step turned into g·E(x), or into nothing."""

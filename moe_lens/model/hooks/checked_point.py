@@ -134,7 +134,12 @@ def _must_replace(value: Any, tensor: Any, backward: bool) -> bool:
         return any(_must_replace(*pair, backward) for pair in zip(value, tensor, strict=True))
     if not isinstance(value, Tensor):
         return False
-    return (value.requires_grad and torch.is_grad_enabled() and not backward) or not torch.equal(value, tensor)
+    if value.requires_grad and torch.is_grad_enabled() and not backward:
+        return True
+    try:
+        return not torch.equal(value, tensor)
+    except RuntimeError:  # in torch.vmap and on the meta device there is nothing to compare
+        return True
 
 
 def _layout(value: Any) -> Any:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
@@ -64,19 +65,36 @@ class _Running:
     step: Step | None = None
 
 
-def tell_tokens(claim: Any, module: Any, args: Any, kwargs: dict[str, Any]) -> None:  # noqa: ARG001
-    """Tell hooks which tokens pass, before a pass of transformers' own generation; see `ModuleHooks.before`."""
+def tell_tokens(
+    prompt: Tensor | None,
+    claim: Any,
+    module: Any,  # noqa: ARG001
+    args: Any,  # noqa: ARG001
+    kwargs: dict[str, Any],
+) -> None:
+    """Tell hooks which tokens pass, before a pass of transformers' own generation; see `ModuleHooks.before`.
+
+    Args:
+        prompt: True at the prompts' real tokens; None where nothing is padding.
+        claim: What tells them.
+        module: The model.
+        args: Its arguments in order; there are none.
+        kwargs: Its arguments by name.
+    """
     ids = kwargs.get("input_ids")
     values = kwargs.get("inputs_embeds") if ids is None else ids
     claim.running = None
     if values is None:
         return
     past = n_held(kwargs.get(CACHE) if kwargs.get(PAST) is None else kwargs[PAST])
-    mask = kwargs.get("attention_mask")
+    mask, total = kwargs.get("attention_mask"), past + values.shape[1]
     if isinstance(mask, Tensor) and mask.dim() == 2:
-        mask = mask[:, : past + values.shape[1]].bool()
-    elif mask is not None:
-        return  # which of its columns are padding, such a mask does not say of tokens to come
+        mask = mask[:, :total].bool()
+    elif prompt is not None:  # caches of a fixed size get masks of scores; each prompt has as many rows as beams
+        mask = prompt.repeat_interleave(len(values) // len(prompt), dim=0)
+        mask = F.pad(mask[:, :total], (0, max(0, total - mask.shape[1])), value=True)
+    else:
+        mask = None
     claim.running = _Running(ModelInput(values, seen=mask), past)
 
 

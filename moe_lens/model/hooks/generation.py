@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,7 @@ class GeneratingBridge(CachedRuns):
         model: Any = self.original_model
         passes = ModuleHooks(self, "hf_generate")
         with GenerationClaim(self, "hf_generate"), passes, torch.no_grad():
-            passes.before(model, tell_tokens)
+            passes.before(model, partial(tell_tokens, given.mask))
             out = model.generate(**further(given.words, words), **words)
         for past in (words.get(PAST), words.get(CACHE), getattr(out, PAST, None), getattr(out, CACHE, None)):
             note_prompts(past, words.get("attention_mask"))
