@@ -131,8 +131,8 @@ values, or none:
 |---|---|
 {refused}
 
-vLLM's list of architectures (`registry.py`) names 40 kinds of text models with experts. Thirty are in the table of
-supported types, one (Mistral Large 3) was not tried, and the others have no code in transformers and are refused by
+vLLM's list of architectures (`registry.py`) names 40 kinds of text models with experts. Thirty-two are in the table
+of supported types, one (Mistral Large 3) was not tried, and the others have no code in transformers and are refused by
 name:
 {absent}.
 """

@@ -1,7 +1,7 @@
 """What moe_lens uses of transformers below its public surface, checked at import, and the releases that are tested.
 
-Other modules import these names from here. Of the models of `transformers.models`, families/deepseek.py alone uses
-the source; what it uses is listed here too.
+Other modules import these names from here. Of the models of `transformers.models`, families/deepseek.py and
+families/bailing.py alone use the source; what they use is listed here too.
 """
 
 import inspect
@@ -21,6 +21,7 @@ RELEASE = tuple(int(part) for part in re.findall(r"\d+", version("transformers")
 """The one that is installed."""
 
 _V2 = "transformers.models.deepseek_v2.modeling_deepseek_v2:DeepseekV2"
+_GLM = "transformers.models.glm4_moe.modeling_glm4_moe:Glm4Moe"
 _LLAMA = "transformers.models.llama.modeling_llama:Llama"
 TOUCHPOINTS = (
     "transformers.cache_utils:DynamicLayer",
@@ -32,6 +33,7 @@ TOUCHPOINTS = (
     "transformers.core_model_loading:convert_and_load_state_dict_in_model._weight_conversions=",
     "transformers.core_model_loading:Concatenate",
     "transformers.core_model_loading:MergeModulelist",
+    "transformers.core_model_loading:Split",
     "transformers.core_model_loading:WeightConverter",
     "transformers.core_model_loading:WeightRenaming",
     "transformers.core_model_loading:dot_natural_key",
@@ -68,6 +70,8 @@ TOUCHPOINTS = (
     "transformers.utils.output_capturing:maybe_install_capturing_hooks",
     *(f"{_V2}{name}" for name in ("RMSNorm", "Experts", "MLP", "DecoderLayer", "PreTrainedModel", "Model")),
     f"{_V2}ForCausalLM",
+    *(f"{_GLM}{name}" for name in ("Attention", "DecoderLayer", "MoE", "RMSNorm", "RotaryEmbedding")),
+    *(f"{_GLM}{name}" for name in ("PreTrainedModel", "Model", "ForCausalLM")),
     f"{_LLAMA}Attention",
     f"{_LLAMA}RotaryEmbedding",
 )
@@ -92,6 +96,7 @@ from transformers.conversion_mapping import (  # noqa: E402
 from transformers.core_model_loading import (  # noqa: E402
     Concatenate,
     MergeModulelist,
+    Split,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -129,6 +134,7 @@ __all__ = [
     "MergeModulelist",
     "OutputRecorder",
     "RopeParameters",
+    "Split",
     "TransformersKwargs",
     "cached_file",
     "dot_natural_key",

@@ -15,8 +15,16 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
-import moe_lens.model.families.deepseek as _deepseek
+from moe_lens.model.families.bailing import BailingMoeForCausalLM, BailingMoeV2ForCausalLM
+from moe_lens.model.families.deepseek import DeepseekForCausalLM
 from moe_lens.model.families.table import FAMILIES, here
+
+OWN: dict[str, Any] = {
+    "bailing_moe": BailingMoeForCausalLM,
+    "bailing_moe_v2": BailingMoeV2ForCausalLM,
+    "deepseek": DeepseekForCausalLM,
+}
+"""Model types of which transformers has no code."""
 
 VOCABULARY, EXPERTS, TOP_K, LAYERS = 101, 8, 3, 4
 
@@ -73,6 +81,7 @@ BASE: dict[str, Any] = {
     "norm_topk_prob": True,
 }
 MLA: dict[str, Any] = {"head_dim": None, "num_key_value_heads": 4}
+LING: dict[str, Any] = {"num_local_experts": None, "n_routed_experts": None, "n_shared_experts": None}
 INDEXED: dict[str, Any] = {"index_head_dim": 8, "index_n_heads": 2, "index_topk": 8}
 DELTA: dict[str, Any] = {
     "linear_num_value_heads": 4,
@@ -84,6 +93,11 @@ DELTA: dict[str, Any] = {
 # What a model type needs beside BASE; None takes a field of BASE away.
 SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek": {"num_experts": None, "num_local_experts": None},
+    "bailing_moe": {**LING, "n_group": None, "topk_group": None, "routed_scaling_factor": None},
+    "bailing_moe_v2": {
+        **LING,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
     "bailing_hybrid": {**MLA, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"] * 2},
     "kimi_linear": {
         **MLA,
@@ -315,8 +329,8 @@ def config(model_type: str, **changes: Any) -> PreTrainedConfig:
 
 def class_of(model_type: str) -> Any:
     """The transformers class that computes next-token logits for a model type."""
-    if model_type == "deepseek":
-        return _deepseek.DeepseekForCausalLM
+    if model_type in OWN:
+        return OWN[model_type]
     of_text = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,)
     multimodal = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
     mappings: Any = (*multimodal, *of_text) if model_type in TEXT else (*of_text, *multimodal)

@@ -593,8 +593,8 @@ def test_unknown_model_types_are_refused_without_asking(folder: Path) -> None:
     (folder / "evil.py").write_text("raise SystemExit('remote code ran')")
     with pytest.raises(UnsupportedModelError, match="model_type 'deepsick' is unknown"):
         load(folder)
-    edit_json(folder / "config.json", lambda config: config.update(model_type="bailing_moe"))
-    with pytest.raises(UnsupportedModelError, match=r"'bailing_moe' \(Ling and Ring, first generation\) is unknown"):
+    edit_json(folder / "config.json", lambda config: config.update(model_type="step3_text"))
+    with pytest.raises(UnsupportedModelError, match=r"'step3_text' \(Step 3\) is unknown"):
         load(folder)
 
 

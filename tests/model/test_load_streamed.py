@@ -3,9 +3,9 @@
 import errno
 import os
 import pickle
-import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from moe_lens.model.families.table import FAMILIES, here
 from moe_lens.model.loading import dispatch, stored_file, through_transformers
 from moe_lens.model.loading.checkpoint import Checkpoint
 from moe_lens.model.loading.depth import read_depth
-from moe_lens.model.loading.stored_parts import only_stacks, stored_parameters
+from moe_lens.model.loading.stored_parts import stored_parameters
 from moe_lens.model.loading.streamed_weights import StreamedWeights, streamed_weights
 from tests.families import build, tokens
 from tests.matrix import configs
+from tests.model.test_stored_formats import in_mxfp4, pack
 
 OTHERS = ["dbrx", "deepseek_v3", "flint", "gpt_oss", "jetmoe", "llama4_text", "muse_spark"]
 """Families of transformers' that are stored in different ways."""
@@ -208,11 +209,108 @@ def test_other_families_are_read_from_their_own_files_too(model_type, tmp_path, 
         ]
 
 
-@pytest.mark.parametrize("model_type", ["bailing_hybrid", "deepseek_v4"])
-def test_what_transformers_converts_is_written_down_and_comes_in_the_dtypes_that_it_loads(model_type, tmp_path):
+CONVERTED = ["bailing_hybrid", "deepseek_v4", "ernie4_5_vl_moe", "inkling2_text", "qwen3_vl_moe", "step3p7"]
+"""Matrices joined, parted by modality, interleaved, transposed; buffers of integers."""
+
+
+@pytest.mark.typed
+@pytest.mark.parametrize("model_type", [name for name in CONVERTED if name in here()])
+def test_what_transformers_converts_is_converted_when_it_is_read(model_type, tmp_path, monkeypatch):
     whole = stored(model_type, tmp_path)
+    monkeypatch.setattr(dispatch, "_new_folder", lambda _: pytest.fail("nothing is written"))
+    model, weights = streamed(tmp_path, {"": "disk"}, check=False)
+    for _ in range(2):
+        read = weights.settled()
+        assert torch.equal(model(tokens()), whole(tokens()))
+        assert weights.settled() > read
+    layer, some = whole.moe_layers[-1], [5, 2]
+    assert torch.equal(model.W_out[layer, some], whole.W_out[layer, some])
+    assert torch.equal(model.W_in[layer, 3], whole.W_in[layer, 3])
+    again = pickle.loads(pickle.dumps(weights))
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+    sampled = [name for name in weights if ".experts." in name][-1]
+    assert torch.equal(weights.sampled(sampled, [7, 3]), weights[sampled].flatten()[[7, 3]])
+
+
+def test_a_conversion_that_these_tensors_do_not_fit_is_left_to_the_loader(tmp_path):
+    hf = configs.build("bailing_hybrid")
+    hf.save_pretrained(tmp_path)
+    depth, (file,) = read_depth(hf.config, hf.config), tmp_path.glob("*.safetensors")
+    asked = partial(stored_parameters, hf, dtype=torch.float32, depth=depth)
+    whole, name = load_file(file), "model.layers.0.attention.q_conv1d.weight"
+    assert asked(Checkpoint.locate(str(tmp_path), {}))
+    for value in (whole[name][1:].clone(), whole[name][:, :, 1:].clone(), None):
+        changed = {**whole, name: value}
+        save_file({name: value for name, value in changed.items() if value is not None}, file, {"format": "pt"})
+        assert asked(Checkpoint.locate(str(tmp_path), {})) is None
+
+
+PACKED = [
+    ("fp8 in blocks", "qwen3_moe"),
+    ("gptq 4 bits", "deepseek"),
+    ("awq gemm", "qwen3_moe"),
+    ("bitsandbytes 4 bits", "deepseek"),
+    ("compressed-tensors pack-quantized", "qwen3_moe"),
+    ("mxfp4", "gpt_oss"),
+]
+
+
+@pytest.mark.typed
+@pytest.mark.parametrize(("way", "model_type"), PACKED)
+def test_what_is_packed_is_unpacked_when_it_is_read(way, model_type, tmp_path, monkeypatch):
+    in_mxfp4(tmp_path) if way == "mxfp4" else pack(tmp_path, way, model_type)
+    size = sum(stored.nbytes for stored in Checkpoint.locate(str(tmp_path), {}).tensors.values())
+    monkeypatch.setattr(dispatch, "_new_folder", lambda _: pytest.fail("nothing is written"))
+    whole = HookedMoE.from_pretrained(tmp_path, dtype=torch.bfloat16).requires_grad_(False)
+    model, weights = streamed(tmp_path, {"": "disk"}, dtype=torch.bfloat16)
+    plain, cached = whole.run_with_cache(tokens())
+    logits, cache = model.run_with_cache(tokens())
+    assert torch.equal(logits, plain)
+    assert all(torch.equal(cache[name], cached[name]) for name in cached.keys())  # noqa: SIM118
+    assert torch.equal(model(tokens()), whole(tokens()))
+    read = weights.settled()
+    model(tokens())
+    assert 0.9 * size < weights.settled() - read <= size, "in a pass, what is stored is read once"
+    layer, some = whole.moe_layers[-1], [5, 2, 5]
+    for of in ("W_gate", "W_in", "W_out"):
+        assert torch.equal(getattr(model, of)[layer, some], getattr(whole, of)[layer, some])
+    read = weights.settled()
+    assert torch.equal(model.W_out[layer, 4], whole.W_out[layer, 4])
+    assert way == "mxfp4" or weights.settled() - read < size / 20, "a matrix of its own is read alone"
+    room = {"cpu": sum(p.nbytes for p in whole.original_model.parameters()) - 1}
+    planned = HookedMoE.from_pretrained(tmp_path, dtype=torch.bfloat16, max_memory=room).requires_grad_(False)
+    assert 0 < dispatch.places(planned.original_model)["disk"] <= size, "counted as it is stored"
+    assert torch.equal(planned(tokens()), whole(tokens()))
+    for file in tmp_path.glob("*.safetensors"):
+        os.utime(file, (1, 1))
+    with pytest.raises(CheckpointError, match="has changed since the model was loaded"):
+        model(tokens())
+
+
+def test_what_is_packed_is_proved_finite_when_it_is_read(tmp_path):
+    pack(tmp_path, "fp8 in blocks", "qwen3_moe")
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    name = "model.layers.1.mlp.experts.2.up_proj.weight_scale_inv"
+    whole[name].view(-1)[0] = float("nan")
+    save_file(whole, file, {"format": "pt"})
+    model, _ = streamed(tmp_path, {"": "disk"}, check=False)
+    with pytest.raises(
+        CheckpointError, match=r"model.layers.1.mlp.experts.2.up_proj.weight has \d+ numbers that are NaN"
+    ):
+        model(tokens())
+
+
+def test_what_transformers_writes_down_comes_in_the_dtypes_that_it_loads(tmp_path):
+    """Weights that are no safetensors: they are kept in a folder of their own."""
+    whole = stored("deepseek_v4", tmp_path)
     assert any(p.dtype == torch.float32 for p in whole.original_model.parameters()), "kept so in a model in bfloat16"
-    model = HookedMoE.from_pretrained(tmp_path, check=False, device_map={"": "disk"}).requires_grad_(False)
+    state = {name: value for file in tmp_path.glob("*.safetensors") for name, value in load_file(file).items()}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    for file in tmp_path.glob("*safetensors*"):
+        file.unlink()
+    how: dict[str, Any] = {"use_safetensors": False, "device_map": {"": "disk"}, "check": False}
+    model = HookedMoE.from_pretrained(tmp_path, **how).requires_grad_(False)
     assert streamed_weights(model.original_model) is None
     assert torch.equal(model(tokens()), whole(tokens()))
 
@@ -279,11 +377,3 @@ def test_layers_behind_the_last_are_left_out_and_what_does_not_fit_is_said(tmp_p
         save_file(state, file, {"format": "pt"})
         with pytest.raises(CheckpointError, match=said):
             HookedMoE.from_pretrained(tmp_path, device_map={"": "disk"}, check=False)(tokens())
-
-
-def test_the_page_names_the_families_that_are_converted():
-    page = (Path(__file__).parents[2] / "docs" / "large-models.md").read_text(encoding="utf-8")
-    (named,) = re.findall(r"All families but those below .*? Of (`.*?`), and of packed", page, re.DOTALL)
-    with torch.device("meta"):
-        converted = [name for name in here() if not only_stacks(configs.class_of(name)(configs.config(name)))]
-    assert [name for name in re.findall("`(.*?)`", named) if name in here()] == sorted(converted)

@@ -20,6 +20,7 @@ from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 from moe_lens.model.families.deepseek_config import DeepseekConfig
+from moe_lens.model.families.own_model import OwnModel
 from moe_lens.model.hf_compat import (
     GradientCheckpointingLayer,
     OutputRecorder,
@@ -113,7 +114,7 @@ class DeepseekDecoderLayer(v2.DeepseekV2DecoderLayer):
         self.post_attention_layernorm = DeepseekRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
-class DeepseekPreTrainedModel(v2.DeepseekV2PreTrainedModel):
+class DeepseekPreTrainedModel(OwnModel, v2.DeepseekV2PreTrainedModel):
     """What transformers has to know of the family."""
 
     config_class = DeepseekConfig
@@ -124,16 +125,6 @@ class DeepseekPreTrainedModel(v2.DeepseekV2PreTrainedModel):
         "attentions": LlamaAttention,
         "router_logits": OutputRecorder(DeepseekRouter, index=0),
     }
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        return True  # transformers looks for its decorator in the source of this very module, but it stands in V2's
-
-    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """Transformers' choice, but for float64, which its default `grouped_mm` cannot compute."""
-        if requested_experts is None and torch.get_default_dtype() == torch.float64:
-            requested_experts = "eager"
-        return super().get_correct_experts_implementation(requested_experts)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -3,12 +3,17 @@
 from typing import Any, ClassVar, no_type_check
 
 from huggingface_hub.dataclasses import strict
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from moe_lens.errors import UnsupportedModelError
+from moe_lens.model.families.closed_config import (
+    check_activation,
+    check_rope,
+    check_sizes,
+    original_rope,
+    refuse_unknown,
+)
 from moe_lens.model.hf_compat import RopeParameters
-
-_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 
 # Kinds of rope scaling, and the keys that each has beside rope_theta.
 _ROPE_KEYS: dict[str, set[str]] = {"default": set(), "linear": {"factor"}, "dynamic": {"factor"}}
@@ -30,43 +35,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (None, False),
     "tie_encoder_decoder": (None, False),
 }
-
-# Keys that transformers writes or reads itself, in any family, and that leave the mathematics alone.
-_HOUSEKEEPING = frozenset(
-    {
-        "_attn_implementation_autoset",
-        "_attn_implementation_internal",
-        "_commit_hash",
-        "_experts_implementation_internal",
-        "_from_model_config",
-        "_name_or_path",
-        "attn_implementation",
-        "auto_map",
-        "experts_implementation",
-        "finetuning_task",
-        "gradient_checkpointing",
-        "is_decoder",
-        "model_type",
-        "name_or_path",
-        "num_labels",
-        "num_mtp_layers",
-        "num_nextn_predict_layers",
-        "output_attentions",
-        "prefix",
-        "quantization_config",
-        "rope_scaling",
-        "rope_theta",
-        "sep_token_id",
-        "task_specific_params",
-        "unsloth_fixed",
-        "unsloth_version",
-        "tokenizer_class",
-        "torch_dtype",
-        "torchscript",
-        "use_bfloat16",
-        "use_return_dict",
-    }
-) | frozenset(GenerationConfig._get_default_generation_params())
 
 _POSITIVE = (
     "vocab_size",
@@ -138,27 +106,13 @@ class DeepseekConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         neutral = {**_NEUTRAL, "head_dim": (None, self.hidden_size // max(self.num_attention_heads, 1))}
-        for key in kwargs.keys() - _HOUSEKEEPING:
-            value = kwargs.pop(key)
-            if key not in neutral:
-                raise UnsupportedModelError(
-                    f"The config has {key} = {value!r}, which DeepSeekMoE does not know and which may "
-                    "change its mathematics. Remove the key if it does not, or load the model as what it is."
-                )
-            if value not in neutral[key]:
-                raise UnsupportedModelError(
-                    f"The config has {key} = {value!r}; DeepSeekMoE (model_type deepseek) computes as if it were "
-                    f"{' or '.join(map(repr, neutral[key]))}, so the results would be wrong."
-                )
+        refuse_unknown(kwargs, neutral, "DeepSeekMoE", self.model_type)
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """The config in the original's words, so that whatever reads the hub's checkpoints reads ours."""
         content = super().to_dict()
-        rope = content.pop("rope_parameters", None) or {}
-        kind = rope.get("rope_type", "default")
-        content["rope_theta"] = rope.get("rope_theta", 10000.0)
-        content["rope_scaling"] = None if kind == "default" else {"type": kind, "factor": rope["factor"]}
+        original_rope(content)
         return content
 
     def is_moe_layer(self, layer: int) -> bool:
@@ -171,41 +125,10 @@ class DeepseekConfig(PreTrainedConfig):
             raise UnsupportedModelError(
                 f"The config has scoring_func = {self.scoring_func!r}; DeepSeekMoE scores its experts by 'softmax'."
             )
-        if self.hidden_act not in _ACTIVATIONS:
-            raise UnsupportedModelError(
-                f"The config has hidden_act = {self.hidden_act!r}; expected one of {', '.join(_ACTIVATIONS)}."
-            )
-        for name in _POSITIVE:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
-        for name in ("first_k_dense_replace", "n_shared_experts"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
-        if self.num_experts_per_tok > self.n_routed_experts:
-            raise ValueError(
-                f"num_experts_per_tok is {self.num_experts_per_tok}, but there are {self.n_routed_experts} experts"
-            )
-        if self.hidden_size % (2 * self.num_attention_heads):
+        check_activation(self.hidden_act)
+        if self.num_attention_heads > 0 and self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"hidden_size {self.hidden_size} does not give each of {self.num_attention_heads} heads an even width"
             )
-        if self.num_attention_heads % (self.num_key_value_heads or 1):
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads "
-                f"{self.num_key_value_heads}"
-            )
-        self._validate_rope_scaling()
-
-    def _validate_rope_scaling(self) -> None:
-        rope: dict[str, Any] = dict(self.rope_parameters or {})
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in _ROPE_KEYS:
-            raise UnsupportedModelError(
-                f"The config has rope scaling {kind!r}; DeepSeekMoE knows {', '.join(map(repr, _ROPE_KEYS))}."
-            )
-        if unknown := rope.keys() - _ROPE_KEYS[kind] - {"rope_theta", "type", "rope_type"}:
-            raise UnsupportedModelError(f"The config's rope scaling {kind!r} has unknown keys {sorted(unknown)}.")
-        for key in sorted(_ROPE_KEYS[kind] | {"rope_theta"}):
-            value = rope.get(key, 10000.0 if key == "rope_theta" else None)
-            if not isinstance(value, int | float) or value < 1:
-                raise ValueError(f"rope scaling {kind!r} has {key} = {value!r}; expected a number of at least 1")
+        check_sizes(self, _POSITIVE, ("first_k_dense_replace", "n_shared_experts"), "n_routed_experts")
+        check_rope(dict(self.rope_parameters or {}), _ROPE_KEYS, "DeepSeekMoE")

@@ -29,8 +29,6 @@ REFUSED = {
 
 ABSENT = {
     "arctic": "Snowflake Arctic",
-    "bailing_moe": "Ling and Ring, first generation",
-    "bailing_moe_v2": "Ling and Ring 2",
     "grok-1": "Grok-1",
     "minimax_m1": "MiniMax-M1",
     "minimax_text_01": "MiniMax-Text-01",

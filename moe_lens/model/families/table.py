@@ -66,6 +66,18 @@ FAMILIES = {
         Family("axk2", **V3_SHARED),
         Family("bailing_hybrid", **V3_SHARED),
         Family(
+            "bailing_moe",
+            shared="shared_experts",
+            normalised="config",
+            layout=LLAMA,
+            note="Ling and Ring, first generation; W_U is normed where the checkpoint says so (norm_head)",
+        ),
+        Family(
+            "bailing_moe_v2",
+            **{**V3_SHARED, "normalised": "always"},
+            note="Ling and Ring, second generation: on the hub, bailing_moe with another architecture",
+        ),
+        Family(
             "beam",
             score="sigmoid",
             bias=True,

@@ -61,6 +61,11 @@ class StoredTensor:
         return files.read(self.file, self.name)
 
     @property
+    def files(self) -> set[Path]:
+        """The file that it is in."""
+        return {self.file}
+
+    @property
     def nbytes(self) -> int:
         """Bytes that it takes in the file."""
         width = re.search(r"\d+", self.dtype)  # BOOL alone has no number

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError, a_kind
 from moe_lens.model.families.deepseek import DeepseekConfig, DeepseekForCausalLM
-from moe_lens.model.loading.checkpoint import Checkpoint, OpenFiles, StoredTensor, not_whole
+from moe_lens.model.loading.checkpoint import Checkpoint, OpenFiles, not_whole
 from moe_lens.model.loading.depth import PREDICTING, layer_of, read_depth
 from moe_lens.model.loading.dispatch import Placing
 from moe_lens.model.loading.formats.view import method_of, packing_of
@@ -68,10 +68,9 @@ def load_deepseek(
             state |= {name: lazy_parameter_bits(parameters[name]) for name in kept}
         size = packed_size(unmade, dtype, packing.scheme, packing.widths)
     elif packing is None:
-        as_stored = all(type(stored) is StoredTensor for stored in checkpoint.tensors.values())
         numbers = {name: math.prod(shape) for name, shape in shapes.items()}
-        stored = {name: parameter.stored_bytes for name, parameter in parameters.items()} if as_stored else None
-        size = size_of(numbers, dtype, streamed=as_stored, stored=stored)
+        stored = {name: parameter.stored_bytes for name, parameter in parameters.items()}
+        size = size_of(numbers, dtype, streamed=True, stored=stored)
     with Placing(kwargs, size) as placing:
         if placing.streamed:
             model = load_streamed(DeepseekForCausalLM, config, parameters, dtype, **placing.arguments)

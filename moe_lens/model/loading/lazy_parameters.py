@@ -8,7 +8,7 @@ allocated once, in its final dtype, and filled one stored tensor at a time; tran
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from moe_lens.errors import CheckpointError
 from moe_lens.model.loading.checkpoint import FLOATS, Checkpoint, OpenFiles, StoredTensor
+from moe_lens.model.loading.formats.packed_tensor import PackedTensor
 
 _PACKED = re.compile(r"(?P<experts>.*\.mlp\.experts)\.(?P<matrix>gate_up_proj|down_proj)")
 
@@ -75,8 +76,26 @@ class LazyParameter:
         out = torch.empty(self.shape, dtype=self.dtype)
         files = OpenFiles()  # a few at most: a layer's experts may straddle two shards
         for part in self.parts:
-            out[part.place].copy_(self.checked(part, self.stored(part).read(files)))
+            out[part.place].copy_(self.read(part, files))
         return out
+
+    def read(self, part: StoredPart, files: OpenFiles, experts: Sequence[int] | None = None) -> Tensor:
+        """One of its parts in numbers; where the part is one matrix for each expert, those of some alone.
+
+        Raises:
+            CheckpointError: See `checked`.
+        """
+        stored = self.stored(part)
+        if experts is not None and isinstance(stored, PackedTensor):
+            return self.checked(part, stored.read(files, experts))
+        found = self.checked(part, stored.read(files))
+        return found if experts is None else found[list(experts)]
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether its parts are stored as it has them, neither packed nor to be converted."""
+        stored = map(self.stored, self.parts)
+        return all(type(part) is StoredTensor and part.dtype in FLOATS for part in stored)
 
     def begin(self, part: StoredPart) -> int:
         """The place of a part's first number in the parameter, counted through all axes."""
@@ -97,6 +116,8 @@ class LazyParameter:
     @cached_property
     def stored_bytes(self) -> int:
         """Bytes of all its parts in the checkpoint."""
+        if not self.plain:
+            return sum(self.stored(part).nbytes for part in self.parts)
         return sum(math.prod(part.shape) * FLOATS[self.stored(part).dtype].itemsize for part in self.parts)
 
     def checked(self, part: StoredPart, value: Tensor) -> Tensor:
@@ -110,6 +131,8 @@ class LazyParameter:
 
 def _finite(value: Tensor, name: str, stored: StoredTensor, dtype: torch.dtype) -> Tensor:
     """The tensor itself, unless it has NaN, Inf or numbers that `dtype` cannot hold."""
+    if not value.is_floating_point():
+        return value
     low, high = value.aminmax()
     largest = max(-low.item(), high.item()) if bool(torch.isfinite(low) & torch.isfinite(high)) else float("nan")
     if largest <= torch.finfo(dtype).max:

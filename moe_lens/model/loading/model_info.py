@@ -9,13 +9,19 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+)
 
 from moe_lens.errors import CheckpointError, InputError, MoELensError, UnsupportedModelError
 from moe_lens.model.experts.expert_weights_view import top_k_of
 from moe_lens.model.experts.moe_layers import decoder_layers, experts_by_layer, moe_blocks
 from moe_lens.model.families.table import check_release, family_of
-from moe_lens.model.hf_compat import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from moe_lens.model.loading.checkpoint import read_config
 from moe_lens.model.loading.device_map import Size, gibibytes, plan_memory, slow_dtype
 from moe_lens.model.loading.formats.view import FORMATS, method_of, packing_of
@@ -24,7 +30,6 @@ from moe_lens.model.loading.machine import Machine
 from moe_lens.model.loading.pretrained import resolve_name
 from moe_lens.model.loading.sizes import packed_size, size_of
 from moe_lens.model.loading.sizes_that_fit import check_attention, check_runs
-from moe_lens.model.loading.stored_parts import only_stacks
 from moe_lens.model.loading.stored_view import locate
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -64,8 +69,6 @@ class ModelInfo:
     """How many each parameter has, by name."""
     in_nf4: Size | None = field(repr=False)
     """Bytes in 4 bits; None where the family's matrices cannot be cut into blocks."""
-    streamed: bool = field(repr=False)
-    """Whether what does not fit is read from the checkpoint itself."""
     packed_by: str = ""
     """How the checkpoint is packed, where it is in a way that is read here."""
     stored: Size | str = field(default="", repr=False)
@@ -82,12 +85,12 @@ def here(info: ModelInfo, machine: Machine) -> list[tuple[str, str]]:
     In float32 too, where that is quicker.
     """
     stored = {name: number * info.dtype.itemsize for name, number in info.numbers.items()}
-    ways = [(str(info.dtype).removeprefix("torch."), size_of(info.numbers, info.dtype, streamed=info.streamed))]
+    ways = [(str(info.dtype).removeprefix("torch."), size_of(info.numbers, info.dtype, streamed=True))]
     if info.in_nf4 is not None:
         ways.append(("nf4", info.in_nf4))
     slow = slow_dtype(info.dtype, {gpu: 0 for gpu in machine.gpus} | {"cpu": ways[0][1].total}, machine.slowdown)
     if slow:
-        ways.append(("float32", size_of(info.numbers, torch.float32, streamed=info.streamed, stored=stored)))
+        ways.append(("float32", size_of(info.numbers, torch.float32, streamed=True, stored=stored)))
     found = [(f"in {how}", _where(size, machine)) for how, size in ways]
     if info.packed_by:
         where = info.stored if isinstance(info.stored, str) else _where(info.stored, machine)
@@ -165,10 +168,9 @@ def config_info(
     family = family_of(config)
     # Building a model writes to its config, and quantised parameters are counted as what they stand for.
     config = copy.deepcopy(config)
-    packed = vars(config).pop("quantization_config", None)
+    vars(config).pop("quantization_config", None)
     decoder = family.layout.decoder if family.layout else "model"
-    listed = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.model_type == "deepseek"
-    causal = listed and "language_model" not in decoder
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and "language_model" not in decoder
     with torch.device("meta"):
         model = (AutoModelForCausalLM if causal else AutoModelForImageTextToText).from_config(config)
     layers, blocks, found = decoder_layers(model, family), moe_blocks(model, family), experts_by_layer(model, family)
@@ -212,7 +214,6 @@ def config_info(
         dtype=dtype,
         numbers={name: parameter.numel() for name, parameter in model.named_parameters()},
         in_nf4=_in_nf4(model, dtype),
-        streamed=packed is None and only_stacks(model),
         stored="" if as_stored is None else as_stored(model, dtype),
     )
     check_runs(model, [of_layer.module for of_layer in found.values()], text)

@@ -67,8 +67,7 @@ class StoredFile:
         Raises:
             CheckpointError: The file is not what it was when it was opened.
         """
-        if self._seen() != self._stamp:
-            raise self.changed("has changed")
+        self.check()
         begin, end = self._at[name]
         begin += offset
         assert begin + len(into) <= end
@@ -82,6 +81,11 @@ class StoredFile:
             here = min(here, len(into) - done)
             into[done : done + here] = self._block[skipped : skipped + here]
             done += here
+
+    def check(self) -> None:
+        """Raise a CheckpointError if the file is not what it was when it was opened."""
+        if self._seen() != self._stamp:
+            raise self.changed("has changed")
 
     def _some(self, at: int, count: int) -> int:
         try:

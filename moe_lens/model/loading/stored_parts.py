@@ -1,7 +1,7 @@
-"""The stored tensors that make up each parameter of a model of transformers, where its conversion only stacks matrices.
+"""The stored tensors that make up each parameter of a model of transformers, to be read whenever it is needed.
 
 Most families store one matrix for each expert, which transformers' loader stacks, and joins gate and up projections.
-What is stacked can be read part by part from the checkpoint itself, whenever it is needed.
+What is stacked is read part by part; what is converted in other ways, as the loader does it.
 """
 
 from collections.abc import Collection
@@ -20,6 +20,7 @@ from moe_lens.model.hf_compat import (
     rename_source_key,
 )
 from moe_lens.model.loading.checkpoint import FLOATS, Checkpoint
+from moe_lens.model.loading.converted import converted
 from moe_lens.model.loading.depth import Depth, layer_of, list_of_layers
 from moe_lens.model.loading.lazy_parameters import LazyParameter, StoredPart
 from moe_lens.model.loading.left_on_disk import loaded_dtypes
@@ -30,8 +31,7 @@ def stored_parameters(
 ) -> dict[str, LazyParameter] | None:
     """Every parameter and saved buffer of a model, each to be read from the checkpoint in the dtype that it has here.
 
-    None where transformers' loader does more than to rename, stack and join; where a tensor is missing, is left over or
-    has another shape, too: the loader then says what.
+    None where a tensor is missing, is left over or has another shape: transformers' loader then says what.
 
     Args:
         model: It need hold no numbers.
@@ -44,17 +44,20 @@ def stored_parameters(
     layers, found = list_of_layers(model), sources_of(model, checkpoint.tensors, key_mapping)
     if layers is not None:
         found = {name: of for name, of in found.items() if layer_of(name, layers) not in depth.left_out}
-    if depth.problems or found.keys() != wanted.keys() - model.all_tied_weights_keys.keys():
-        return None
-    dtypes = loaded_dtypes(model, wanted, dtype)
-    parameters = {}
+    parts, tensors = dict[str, list[StoredPart]](), dict(checkpoint.tensors)
     for name, (converter, names) in found.items():
-        shape = tuple(wanted[name].shape)
-        parts = _parts(converter, names, checkpoint, shape)
-        if parts is None:
-            return None
-        parameters[name] = LazyParameter(checkpoint, name, shape, dtypes[name], parts)
-    return parameters
+        stacked = _parts(converter, names, checkpoint, wanted[name]) if name in wanted else None
+        if stacked is not None:
+            parts[name] = stacked
+        elif converter is not None and names.keys() <= set(converter.source_patterns):
+            sources = {pattern: [checkpoint.tensors[each] for each in some] for pattern, some in names.items()}
+            for made, tensor in converted(converter, name, sources, model).items():
+                if made in wanted and wanted[made].shape == tensor.shape:
+                    parts[made], tensors[made] = [StoredPart(made, ..., tensor.shape)], tensor
+    if depth.problems or parts.keys() != wanted.keys() - model.all_tied_weights_keys.keys():
+        return None
+    dtypes, view = loaded_dtypes(model, wanted, dtype), Checkpoint(checkpoint.files, tensors)
+    return {name: LazyParameter(view, name, tuple(wanted[name].shape), dtypes[name], of) for name, of in parts.items()}
 
 
 Sources = tuple[WeightConverter | None, dict[str, list[str]]]
@@ -85,12 +88,13 @@ def sources_of(model: PreTrainedModel, stored: Collection[str], key_mapping: Any
 
 
 def _parts(
-    converter: WeightConverter | None, names: dict[str, list[str]], checkpoint: Checkpoint, shape: tuple[int, ...]
+    converter: WeightConverter | None, names: dict[str, list[str]], checkpoint: Checkpoint, wanted: torch.Tensor
 ) -> list[StoredPart] | None:
-    """The blocks of a parameter of this shape, in the order of their first numbers; None if they do not make it."""
+    """The blocks of a parameter, in the order of their first numbers; None if they are not simply stacked."""
     stored = {name: checkpoint.tensors[name] for some in names.values() for name in some}
-    if any(tensor.dtype not in FLOATS for tensor in stored.values()):
+    if any((tensor.dtype in FLOATS) != wanted.is_floating_point() for tensor in stored.values()):
         return None
+    shape = tuple(wanted.shape)
     shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
     if converter is None:
         (only, *others) = shapes
@@ -116,10 +120,3 @@ def _parts(
 def _stacks(converter: WeightConverter) -> bool:
     operations = [(type(each), getattr(each, "dim", None)) for each in converter.operations]
     return operations in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
-
-
-def only_stacks(model: PreTrainedModel) -> bool:
-    """Whether transformers renames and stacks the numbers that a family's checkpoints hold, and does no more."""
-    transforms = get_model_conversion_mapping(model)
-    numbers = all(value.is_floating_point() for value in model.state_dict().values())
-    return numbers and all(_stacks(each) for each in transforms if isinstance(each, WeightConverter))

@@ -1,13 +1,17 @@
 """A checkpoint as its family stores it: without a trainer's names, and with numbers where it holds packed ones."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_lens.errors import InputError, UnsupportedModelError
+from moe_lens.model.families.bailing import norm_columns
+from moe_lens.model.families.bailing_config import BailingMoeConfig
 from moe_lens.model.loading.checkpoint import Checkpoint, OpenFiles, StoredTensor
+from moe_lens.model.loading.formats.packed_tensor import made_of
 from moe_lens.model.loading.formats.view import method_of, packing_of, unpacked
 from moe_lens.model.loading.kept_bits import INSTEAD
 from moe_lens.model.loading.key_mapping import without_wrappers
@@ -35,7 +39,18 @@ def locate(
     said = packing_of(raw)
     if said is not None and said.get("quant_method") != METHOD:
         seen = unpacked(seen, said, to)
+    if raw["model_type"] == BailingMoeConfig.model_type and raw.get("norm_head"):
+        seen = _with_normed_head(seen, to)
     return seen, seen is not stored
+
+
+def _with_normed_head(checkpoint: Checkpoint, to: torch.dtype) -> Checkpoint:
+    """A view in which the unembedding is what the first Lings compute with, not what they store."""
+    head = checkpoint.tensors.get("lm_head.weight")
+    if head is None:
+        return checkpoint  # the loader says that it is missing
+    normed = made_of(head.name, {"weight": head}, head.shape, lambda parts: norm_columns(parts["weight"].float()))
+    return Checkpoint(checkpoint.files, {**checkpoint.tensors, head.name: replace(normed, to=to)})
 
 
 def read_packing(raw: Mapping[str, Any], kwargs: dict[str, Any]) -> None:

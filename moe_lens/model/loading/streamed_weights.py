@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_lens.model.loading.checkpoint import FLOATS
+from moe_lens.model.loading.checkpoint import FLOATS, OpenFiles
 from moe_lens.model.loading.lazy_parameters import LazyParameter, StoredPart
 from moe_lens.model.loading.stored_file import Bytes, StoredFile, page_block
 
@@ -24,6 +24,8 @@ AHEAD = 2
 
 class StreamedWeights(Mapping[str, Tensor]):
     """By name, parameters in the dtype that a model has them in, each read anew when it is asked for.
+
+    Those that are packed, or that transformers converts, are not read ahead, and are read through safetensors.
 
     What is read has a buffer that serves again when no tensor looks into it any more: the first touch of fresh memory
     costs as much as the reading.
@@ -45,8 +47,10 @@ class StreamedWeights(Mapping[str, Tensor]):
     ):
         self._parameters, self._order = dict(parameters), tuple(order)
         self._tied, self._kept = dict(tied or {}), dict(kept or {})
-        self._next = dict(zip(self._order, self._order[1:] + self._order[:1], strict=True))
-        paths = {parameter.stored(part).file for parameter in parameters.values() for part in parameter.parts}
+        ahead = [name for name in self._order if self._parameters[name].plain]
+        self._next = dict(zip(ahead, ahead[1:] + ahead[:1], strict=True))
+        stored = (parameter.stored(part) for parameter in parameters.values() for part in parameter.parts)
+        paths = set[Path]().union(*(each.files for each in stored))
         block = page_block()
         self._files: dict[Path, StoredFile] = {path: StoredFile(path, block) for path in sorted(paths)}
         self._reader = ThreadPoolExecutor(1, "moe_lens-reader")
@@ -81,8 +85,18 @@ class StreamedWeights(Mapping[str, Tensor]):
         name = self._tied.get(name, name)
         if name in self._kept:
             return self._kept[name]
+        parameter = self._parameters[name]
         if (lease := self._alive.get(name, _gone)()) is not None:  # two that align one module, one inside the other
-            return self._tensor(name, lease, self._parameters[name].dtype)
+            return self._tensor(name, lease, parameter.dtype)
+        if parameter.plain:
+            found = self._numbers(name, self._asked(name))
+        else:
+            found = self._computed(parameter).view(-1).view(torch.uint8).numpy()
+        self._alive[name] = weakref.ref(found)
+        return self._tensor(name, found, parameter.dtype)
+
+    def _asked(self, name: str) -> Bytes:
+        """A parameter as it is stored; from now on, what a pass asks for next is being read."""
         if name not in self._ahead:  # what was read ahead is not what comes: a pass that ended early
             for future in self._ahead.values():
                 future.cancel()
@@ -96,9 +110,7 @@ class StreamedWeights(Mapping[str, Tensor]):
             if following != name and following not in self._ahead:
                 self._ahead[following] = self._reader.submit(self._read, following)
             following = self._next.get(following, name)
-        found = self._numbers(name, asked.result())
-        self._alive[name] = weakref.ref(found)
-        return self._tensor(name, found, self._parameters[name].dtype)
+        return asked.result()
 
     def some(self, name: str, experts: Sequence[int]) -> Tensor:
         """The matrices of some experts [expert, …]; no others are read.
@@ -110,6 +122,8 @@ class StreamedWeights(Mapping[str, Tensor]):
         if name in self._kept:
             return self._kept[name][list(experts)]
         parameter = self._parameters[name]
+        if not parameter.plain:
+            return self._computed(parameter, experts)
         whole, size = parameter.parts[0].place is ..., math.prod(parameter.shape[1:])
         out = torch.empty((len(experts), *parameter.shape[1:]), dtype=parameter.dtype)
         for at, expert in enumerate(experts):
@@ -133,7 +147,29 @@ class StreamedWeights(Mapping[str, Tensor]):
         name = self._tied.get(name, name)
         if name in self._kept:
             return self._kept[name].flatten()[list(at)]
+        if not self._parameters[name].plain:
+            return self._computed(self._parameters[name]).flatten()[list(at)]
         return self._reader.submit(self._sample, self._parameters[name], at).result().to(self._parameters[name].dtype)
+
+    def _computed(self, parameter: LazyParameter, experts: Sequence[int] | None = None) -> Tensor:
+        """A parameter whose parts are no plain numbers, or some of its experts; one part at a time."""
+        files, whole = OpenFiles(), parameter.parts[0].place is ...
+        parts = [part for part in parameter.parts if whole or experts is None or part.place[0] in experts]
+        for stored in map(parameter.stored, parts):
+            for file in stored.files:
+                self._files[file].check()
+            self.bytes_read += stored.nbytes
+        if experts is None:
+            return parameter[...]
+        if whole:
+            return parameter.read(parts[0], files, experts).to(parameter.dtype)
+        out = torch.empty((len(experts), *parameter.shape[1:]), dtype=parameter.dtype)
+        for part in parts:
+            read = parameter.read(part, files)
+            for at, expert in enumerate(experts):
+                if part.place[0] == expert:
+                    out[at, part.place[1]] = read
+        return out
 
     def _numbers(self, name: str, lease: Bytes) -> Bytes:
         """What was read in the model's dtype, proved to be numbers when it is read for the first time."""

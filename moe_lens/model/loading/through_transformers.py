@@ -69,7 +69,7 @@ def load_by_transformers(
         elif packing is None:
             size = _size(checkpoint, dtype, kwargs.get("num_hidden_layers") or math.inf)
             native = raw["model_type"] in CONFIG_MAPPING and not kwargs.get("trust_remote_code")
-            if native and not differs and needs_disk(kwargs, size.total):
+            if native and needs_disk(kwargs, size.total):
                 readable = _readable(loader, source, hub, kwargs, checkpoint, dtype)
                 size = readable.size if readable else size
         kwargs = {**kwargs, "use_safetensors": True}
@@ -214,7 +214,7 @@ def _from_view(
 def _class_and_config(
     loader: Any, source: str, hub: dict[str, Any], kwargs: dict[str, Any]
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """A class of transformers, its config that does not say how numbers were packed, and the arguments left."""
+    """A class of transformers, its config that does not say how numbers are stored, and the arguments left."""
     own = ("dtype", "torch_dtype", "quantization_config", "variant", "use_safetensors", "trust_remote_code")
     plain = {name: value for name, value in kwargs.items() if name not in own}
     loaded: Any = plain.pop("config", None)
@@ -230,6 +230,8 @@ def _class_and_config(
         config = text
     for part in (config, text):
         vars(part).pop("quantization_config", None)
+        if getattr(part, "norm_head", False):
+            part.norm_head = False
     return kind, config, left
 
 

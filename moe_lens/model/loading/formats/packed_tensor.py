@@ -1,8 +1,9 @@
 """A matrix that is stored as several tensors, packed numbers and their scales, and is read as numbers."""
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,14 +32,18 @@ class PackedTensor(StoredTensor):
     said: tuple[StoredTensor, ...] = ()
     """What lies beside the parts, and has been read."""
 
-    def read(self, files: OpenFiles) -> Tensor:
+    def read(self, files: OpenFiles, experts: Sequence[int] | None = None) -> Tensor:
         """Its numbers; of several experts one after the other, so that few are in float32 at a time.
+
+        Args:
+            files: Opened when something of them is first read.
+            experts: Of which to unpack the numbers, where it is one matrix for each; all, if not given.
 
         Raises:
             CheckpointError: the parts do not fit one another.
         """
         with self._named():
-            found = self._whole(files).read(range(self._count))
+            found = self._whole(files).read(range(self._count) if experts is None else experts)
         return found if len(self.shape) == 3 else found[0]
 
     def bits(self, files: OpenFiles) -> StoredBits:
@@ -53,6 +58,16 @@ class PackedTensor(StoredTensor):
         if not all(bool(end.isfinite()) for end in ends):
             raise CheckpointError(f"{self.file}: {self.name} is NaN or infinite in places")
         return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its parts take in their files."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    @property
+    def files(self) -> set[Path]:
+        """The files that its parts are in."""
+        return {file for part in self.parts.values() for file in part.files}
 
     @property
     def _count(self) -> int:
