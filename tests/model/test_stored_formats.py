@@ -369,8 +369,8 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
         seen({"quant_method": "awq", "version": "GEMV"}, a__weight=weight)
     with pytest.raises(UnsupportedModelError, match=r"GPTQ in the layout marlin"):
         seen({**GPTQ, "checkpoint_format": "marlin"}, a__weight=weight)
-    with pytest.raises(UnsupportedModelError, match=r"packed by torchao \(tensors of its own classes.*Read are awq, "):
-        seen({"quant_method": "torchao"}, a__weight=weight)
+    with pytest.raises(UnsupportedModelError, match=r"packed by quanto \(tensors that its own library.*Read are awq, "):
+        seen({"quant_method": "quanto"}, a__weight=weight)
 
 
 def test_another_packing_than_the_stored_one_is_not_taken_for_it(tmp_path: Path) -> None:
@@ -388,6 +388,6 @@ def test_the_page_says_what_happens_with_each_format_and_each_that_is_read_is_tr
     spec.loader.exec_module(script)
     assert script.formats() in page and "| `gptq` | read: 2, 3, 4 and 8 bits" in page
     tried = {method_of(said) for said, _ in WAYS.values()}
-    assert FORMATS.keys() - tried == {"mxfp4", "modelopt_fp4"}, "the one has a test of its own"
+    assert FORMATS.keys() - tried == {"mxfp4", "modelopt_fp4", "torchao"}, "two have tests of their own"
     assert FORMATS["modelopt_fp4"].find is FORMATS["modelopt"].find
     assert not FORMATS.keys() & UNREAD.keys()

@@ -50,6 +50,7 @@ _SHARES = re.compile(r"(\w+_)?(eps|epsilon)")
 """Names of numbers that are at most 1."""
 _TRAINED = re.compile(r"\w*(dropout|pdrop|jitter|aux_loss|aux_alpha|z_loss|initializer)\w*")
 """Names of what training alone reads: whatever it is, transformers loads the model and runs it."""
+_PACKING = "quantization_config"
 _DEEPEST = 50
 """Levels of values inside values, many more than any config has."""
 
@@ -66,7 +67,8 @@ def _believable(path: Path, config: Mapping[str, Any]) -> None:
         if depth > _DEEPEST:
             raise CheckpointError(f"{path}: its values are nested more than {_DEEPEST} deep; it is no model's config.")
         if isinstance(value, Mapping):
-            waiting += [(str(key), inner, depth + 1) for key, inner in value.items()]
+            within = _PACKING if name.startswith(_PACKING) else ""  # its words are those of the library that packed
+            waiting += [(f"{within}{key}", inner, depth + 1) for key, inner in value.items()]
         elif _TRAINED.fullmatch(name):
             continue
         elif isinstance(value, list):

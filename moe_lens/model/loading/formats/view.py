@@ -18,6 +18,7 @@ from moe_lens.model.loading.formats.compressed_tensors import compressed
 from moe_lens.model.loading.formats.fp8_mxfp4 import fp8, modelopt, mxfp4
 from moe_lens.model.loading.formats.gptq_awq import awq, gptq
 from moe_lens.model.loading.formats.packed_tensor import FP8, Found, Tensors
+from moe_lens.model.loading.formats.torchao import torchao
 
 
 class Format(NamedTuple):
@@ -48,6 +49,7 @@ FORMATS = {
     "modelopt_fp4": Format(modelopt, "NVFP4"),
     "mxfp4": Format(mxfp4, "experts in 4 bits in blocks of 32, as gpt-oss's"),
     "mxfp8": Format(fp8, "FP8 in blocks of 32 with powers of two as scales"),
+    "torchao": Format(torchao, "safetensors of all its classes, by torchao itself, which has to be installed"),
 }
 """By `quant_method`. A checkpoint of auto-round says which of them it is packed as."""
 _BESIDE = re.compile(
@@ -70,7 +72,6 @@ UNREAD = {
     "quark": "several layouts under one name",
     "sinq": "a format that only its own library reads",
     "spqr": "sparse outliers that only its own library adds",
-    "torchao": "tensor classes that only its own library can build",
     "vptq": "codebooks that only its own library decodes",
 }
 """Formats that are not read, and what stands in the way."""
