@@ -203,6 +203,7 @@ def read(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.typed
 def test_logits_are_the_original_s(folder):
     stored, config = read(folder), edit(folder)
     assert any(name.endswith("attention.query_key_value.weight") for name in stored), "the names are the original's"
@@ -217,6 +218,7 @@ def test_logits_are_the_original_s(folder):
             assert (logits - original(stored, config, tokens(2, 9), part)).abs().max() > 1e-2 * expected.abs().max()
 
 
+@pytest.mark.typed
 def test_what_is_saved_has_the_original_s_names_and_bits(folder, tmp_path):
     stored, model = read(folder), HookedMoE.from_pretrained(folder)
     model.save_pretrained(tmp_path / "saved")
@@ -227,6 +229,7 @@ def test_what_is_saved_has_the_original_s_names_and_bits(folder, tmp_path):
         assert torch.equal(HookedMoE.from_pretrained(tmp_path / "saved")(tokens()), model(tokens()))
 
 
+@pytest.mark.typed
 def test_an_unembedding_that_is_stored_with_other_norms_is_divided_by_them_once(tmp_path):
     build("bailing_moe").save_pretrained(tmp_path / "stored")
     config, stored = edit(tmp_path / "stored", norm_head=True), read(tmp_path / "stored")
