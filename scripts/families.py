@@ -104,8 +104,8 @@ image encoder of `dots3_note`.
 ## Checkpoints as they lie on disk
 
 Matrices that are stored packed are unpacked one at a time while they are read, in float32, and kept in the requested
-dtype. This needs neither the format's own library (torchao's excepted) nor a GPU. `quantize="stored"` keeps the stored bits in memory
-instead, with the same numbers, and `quantize="nf4"` (or `"int8"`) packs the numbers anew
+dtype. This needs neither the format's own library (torchao's excepted) nor a GPU. `quantize="stored"` keeps the stored
+bits in memory instead, with the same numbers, and `quantize="nf4"` (or `"int8"`) packs the numbers anew
 ([Experts in 4 and 8 bits](quantised.md)). A model that was unpacked is saved unpacked.
 
 | `quant_method` | what happens |

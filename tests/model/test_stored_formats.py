@@ -369,7 +369,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
         seen({"quant_method": "awq", "version": "GEMV"}, a__weight=weight)
     with pytest.raises(UnsupportedModelError, match=r"GPTQ in the layout marlin"):
         seen({**GPTQ, "checkpoint_format": "marlin"}, a__weight=weight)
-    with pytest.raises(UnsupportedModelError, match=r"packed by quanto \(tensors that its own library.*Read are awq, "):
+    with pytest.raises(UnsupportedModelError, match=r"packed by quanto \(tensors that only its own.*Read are awq, "):
         seen({"quant_method": "quanto"}, a__weight=weight)
 
 
