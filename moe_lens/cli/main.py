@@ -68,6 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter is no reason to fail
     with _termination() as terminated, no_interrupt_lost():
         try:
+            if sys.flags.optimize > 1:
+                raise InputError(
+                    "python -OO (PYTHONOPTIMIZE=2) drops docstrings, which transformers reads; -O does not"
+                )
             _readable(arguments)
             _shared(arguments)
             program: Any = typer.main.get_command(app)
@@ -84,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         except (TyperException, MoELensError, OSError) as error:
             said = getattr(error, "format_message", error.__str__)()
+            if isinstance(error, FileNotFoundError) and error.filename is None:  # of Path.cwd: a path has its name
+                said = "the working directory is not there any more; change to another one"
             _say(f"error: {' '.join(said.split())}", patient=isinstance(error, PeerError))
             return 2
         except Exception as error:

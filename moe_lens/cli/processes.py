@@ -90,8 +90,8 @@ def place(device: str) -> "torch.device":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=found).cpu()
+    except (RuntimeError, AssertionError) as error:  # NotImplementedError of meta is one: it holds no numbers
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {device}: {reason}") from None
     return found

@@ -3,14 +3,15 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moe_lens.checked import Natural, Positive, Seed
-from moe_lens.data.files import read_passages
+from moe_lens.data.files import files_in, read_passages
+from moe_lens.data.in_memory import rows_of
 from moe_lens.data.rows import Passage, read_row
 from moe_lens.errors import InputError
 from moe_lens.reprs import Summary
@@ -88,8 +89,8 @@ def from_generator(name: str, generate: Callable[[], Iterable[str | dict[str, An
     from moe_lens.by_value import digest_of  # not before: it imports torch
 
     def rows() -> Iterator[dict[str, Any]]:
-        for number, row in enumerate(generate(), start=1):
-            given = {"text": row} if isinstance(row, str) else row
+        for number, row in enumerate(rows_of(name, generate()), start=1):
+            given = row if isinstance(row, Mapping) else {"text": row}
             yield vars(read_row(given, f"{name}:{number}", name, empty=True))
 
     called = getattr(generate, "__qualname__", type(generate).__qualname__)
@@ -195,11 +196,12 @@ def _told(*, source: str | None, **identity: Any) -> dict[str, Any]:
 def digest(path: Path) -> str:
     """A fingerprint of a file's size, beginning and end, or of every file of a folder: enough to see a change."""
     found = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+    for file in files_in(path) if path.is_dir() else [path]:
         if not file.is_file():
             continue
         size = file.stat().st_size
-        found.update(json.dumps([file.name, size]).encode())
+        name = file.name if file == path else file.relative_to(path).as_posix()  # sources are called so
+        found.update(json.dumps([name, size]).encode())
         with file.open("rb") as content:
             found.update(content.read(2**20))
             content.seek(max(0, size - 2**20))

@@ -60,13 +60,41 @@ def read_objects(path: str | Path, like: str) -> Iterator[tuple[str, dict[str, A
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
+def files_in(folder: Path) -> list[Path]:
+    """Every file of a folder and of the folders in it, by name; what begins with a dot is left out.
+
+    Raises:
+        InputError: A folder cannot be read, or is a link to one that it is in.
+    """
+    found: list[Path] = []
+    waiting: list[tuple[Path, tuple[Path, ...]]] = [(folder, (folder.resolve(),))]
+    while waiting:
+        inside, around = waiting.pop()
+        for path in _listed(inside):
+            if path.name.startswith("."):
+                continue
+            if not path.is_dir():
+                found.append(path)
+                continue
+            if (real := path.resolve()) in around:
+                raise InputError(f"{path}: is a link to a folder that it is in, and would be read without end")
+            waiting.append((path, (*around, real)))
+    return sorted(found)
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror or error})") from None
+
+
 def _read_folder(folder: Path, text: str, source: str | None) -> Iterator[Passage]:
-    """Every file of a folder and the folders in it, by name; what begins with a dot is left out."""
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if any(part.startswith(".") for part in name.parts) or path.is_dir():
-            continue
-        yield from _read_file(path, str(name), text, source)
+    for path in files_in(folder):
+        try:
+            yield from _read_file(path, str(path.relative_to(folder)), text, source)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def _read_file(path: Path, file: str, text: str, source: str | None) -> Iterator[Passage]:
@@ -191,6 +219,8 @@ def _read_csv(path: Path, codec: str | None, delimiter: str) -> Iterator[tuple[s
                     raise InputError(f'{path}:{rows.line_num}: two columns are called "{twice}"')
                 continue
             origin = f"{path}:{rows.line_num}"
+            if row == header or [row[0].removeprefix("\ufeff"), *row[1:]] == header:
+                raise InputError(f"{origin}: names the columns again; were several files put together? Take it out")
             if len(row) != len(header):
                 raise InputError(f"{origin}: {len(row)} cells; the first line names {len(header)} columns")
             yield origin, dict(zip(header, row, strict=True))
@@ -219,6 +249,7 @@ def _split(ended: str) -> list[str]:
 def _read_dataset(path: Path) -> Any:
     """The rows of a parquet file, or of a dataset saved to a folder, through `datasets`; mapped, not loaded."""
     import datasets
+    import pyarrow.parquet
 
     rows: Any
     log = logging.getLogger("datasets")
@@ -228,6 +259,8 @@ def _read_dataset(path: Path) -> Any:
         if path.is_dir():
             rows = datasets.load_from_disk(str(path))
         else:
+            if not pyarrow.parquet.read_metadata(path).num_rows:  # a part of a table may be empty
+                return []
             rows = datasets.IterableDataset.from_parquet(str(path))
             next(iter(rows), None)  # reads nothing before
     except Exception as error:  # datasets and pyarrow raise errors of many kinds for files that are not theirs

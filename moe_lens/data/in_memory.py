@@ -14,7 +14,7 @@ def read_given(name: str, texts: Any, *, text: str, sources: str | Iterable[Any]
     """The passages of texts as `Domain.of` takes them."""
     column = sources if isinstance(sources, str) else None
     _check_index(name, texts, {*([text] if sources is not None else [text, "source"]), column})
-    rows = _rows(name, texts)
+    rows = rows_of(name, texts)
     if sources is None or column is not None:
         for number, row in enumerate(rows):
             yield _passage(name, number, row, text, column)
@@ -41,8 +41,12 @@ def read_given(name: str, texts: Any, *, text: str, sources: str | Iterable[Any]
         yield passage(found.text, source, found.origin, name)
 
 
-def _rows(name: str, texts: Any) -> Iterable[Any]:
-    """Texts or rows, one by one."""
+def rows_of(name: str, texts: Any) -> Iterable[Any]:
+    """Texts or rows, one by one.
+
+    Raises:
+        InputError: They are one text, or of a kind that would be read as something else.
+    """
     if isinstance(texts, io.IOBase):
         raise InputError(f"the texts of domain {name!r} are an open file; load_domain(name, path) reads files")
     if isinstance(texts, str | bytes | Path):
@@ -65,7 +69,7 @@ def _rows(name: str, texts: Any) -> Iterable[Any]:
         if not texts.columns.is_unique:
             raise InputError(f"domain {name!r}: two columns of the frame have one name: {list(texts.columns)}")
         return texts.to_dict("records")
-    if not isinstance(texts, Iterable):
+    if not isinstance(texts, Iterable) or getattr(texts, "ndim", 1) == 0:
         raise InputError(f"the texts of domain {name!r} are {a_kind(texts)}; expected a list, a frame or a dataset")
     return texts
 

@@ -70,7 +70,7 @@ def passage(text: str, source: Any, origin: str, file: str) -> Passage:
     Raises:
         InputError: The source is no plain value, or one of the two holds half of a character.
     """
-    if isinstance(source, Mapping | list | tuple | set):
+    if isinstance(source, Mapping | list | tuple | set) or getattr(source, "ndim", 0):
         raise InputError(f"{origin}: the source is {a_kind(source)}; expected a text or a number")
     if hasattr(source, "requires_grad") and source.ndim == 0:  # of a data set in torch's format; its str is rounded
         source = source.item()

@@ -2,6 +2,7 @@
 
 import fnmatch
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -110,8 +111,8 @@ def collect(
                 watch(domain.name, sum(window.counted for window in shard.windows))
                 done = shard.number + 1
             made += [f"{mine}-{shard:06d}" for shard in range(done)]
-    every = [stem for stems in distributed.gather(made) for stem in stems]
-    agreed(lambda: _assemble(folder, sorted(every), places(model.original_model)))
+        every = [stem for stems in distributed.gather(made) for stem in stems]
+        agreed(lambda: _assemble(folder, sorted(every), places(model.original_model)))
     return Collected.load(out)
 
 
@@ -315,7 +316,11 @@ def _assemble(folder: StudyFolder, stems: Sequence[str], bytes_in: Mapping[Any, 
             counts[key] = counts.get(key, 0) + tokens
     scratch = folder.scratch()
     for note in notes:
-        (scratch / note["file"]).hardlink_to(folder.unfinished / note["file"])
+        made = folder.unfinished / note["file"]
+        try:
+            (scratch / note["file"]).hardlink_to(made)
+        except OSError:  # some file systems have no links
+            shutil.copyfile(made, scratch / note["file"])
     documents = pd.DataFrame(
         [(*key, tokens) for key, tokens in counts.items()], columns=["domain", "document", "source", "tokens"]
     )

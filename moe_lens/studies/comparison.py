@@ -78,16 +78,21 @@ class Comparison(Summary):
 
     @property
     def asked_otherwise(self) -> str | None:
-        """In what the two studies were asked for something else, where that may be part of each difference."""
-        sides = (
-            {key: value for of in ("reading", "settings") for key, value in side["plan"].get(of, {}).items()}
-            for side in (self.first, self.second)
-        )
-        one, other = ({key: value for key, value in side.items() if key not in _HOW_ONLY} for side in sides)
-        keys = [key for key in one.keys() | other.keys() if one.get(key) != other.get(key)]
+        """In what the two studies were asked for something else, where that may be part of each difference.
+
+        The model's precision and hooks are of it, and texts of one name that are not known to be the same.
+        """
+        one, other = (_asked(side["plan"]) for side in (self.first, self.second))
         said = [
-            f"{key} {one.get(key)} in {self.names[0]} and {other.get(key)} in {self.names[1]}" for key in sorted(keys)
+            f"{key} {one.get(key)} in {self.names[0]} and {other.get(key)} in {self.names[1]}"
+            for key in sorted(one.keys() | other.keys())
+            if one.get(key) != other.get(key)
         ]
+        texts, others = (
+            {of["name"]: of for of in side["plan"].get("domains", ())} for side in (self.first, self.second)
+        )
+        read = [name for name in texts if name in others and name in set(self.table["domain"])]
+        said += [f"other texts as {name}" for name in read if texts[name] != others[name]]
         return ", ".join(said) or None
 
     def found(self) -> str:
@@ -170,6 +175,8 @@ def compare(
             f"two studies {first.study!r} cannot be compared: they keep no sums by source of which a difference has an "
             "interval. Their tables can be read side by side: moe-lens show FOLDER"
         )
+    if domains is not None and second is first and domains[0] == domains[1]:
+        raise InputError(f"domain {domains[0]!r} is compared with itself; name two")
     for domain, study in zip(domains or (), (first, second), strict=False):
         if domain not in study.domains:
             there = f"there are {list(study.domains)}{near_miss(domain, study.domains)}"
@@ -218,6 +225,15 @@ def _alone(what: str, sides: Sequence[Sequence[str]], names: tuple[str, str]) ->
             more = f" and {len(lost) - 3:,} more" if len(lost) > 3 else ""
             found.append(f"{what} of {name} alone ({'; '.join(lost[:3])}{more})")
     return found
+
+
+def _asked(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """What a study was asked for, and the precision and hooks of its model."""
+    found = {key: value for of in ("reading", "settings") for key, value in plan.get(of, {}).items()}
+    model = plan.get("model", {})
+    found |= {key: model[key] for key in ("dtype", "quantised") if key in model}
+    found |= {"hooks": len(model["hooks"])} if "hooks" in model else {}
+    return {key: value for key, value in found.items() if key not in _HOW_ONLY}
 
 
 _HOW_ONLY = ("shard_tokens", "seed")

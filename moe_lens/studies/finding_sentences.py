@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from moe_lens.studies.findings import MARGINS, Findings, across, told, too_few, value
+from moe_lens.studies.findings import MARGINS, Findings, across, told, too_few, too_short, value
 from moe_lens.studies.frames import where
 
 MOST = 5
@@ -28,6 +28,9 @@ def findings_of(manifest: Mapping[str, Any], tables: Tables) -> Findings:
     say, then = _RULES.get(study, (_only_tables, ""))
     sources = {str(row["name"]): int(row["sources"]) for row in manifest.get("read", ())}
     warnings = too_few({"all domains": sum(sources.values())} if study in _POOLED else sources)
+    read = {str(row["name"]): int(row["tokens"]) for row in manifest.get("read", ())}
+    if study not in _WHOLE:
+        warnings += too_short(read, plan.get("reading", {}).get("tokens"))
     about = f"{study} of {model.get('name')} on {', '.join(str(one['name']) for one in plan['domains'])}"
     return Findings(tuple(say(tables, model))[:MOST], warnings, then, about)
 
@@ -317,6 +320,8 @@ def _attribution_fidelity(tables: Tables, model: Facts) -> Iterator[str]:  # noq
 
 _POOLED = ("explain", "probe")
 """Studies whose intervals are over the sources of all domains together."""
+_WHOLE = ("contrast",)
+"""Studies that read all of what they are given, and no more: pairs of prompts."""
 _RULES: dict[str, tuple[Callable[[Tables, Facts], Iterator[str]], str]] = {
     "routing": (_routing, "moe-lens localise, whether a domain's experts matter to its loss"),
     "single_expert": (_single_expert, "moe-lens lens, what each expert alone would predict"),

@@ -15,7 +15,7 @@ class Findings(Summary):
     lines: tuple[str, ...]
     """What was found, five at most. "(name)" at the end of a line is the table that has all of it."""
     warnings: tuple[str, ...] = ()
-    """Where no interval could be given."""
+    """Where no interval could be given, and where there were fewer texts than asked for."""
     then: str = ""
     """What to run next."""
     about: str = field(default="", repr=False)
@@ -32,6 +32,14 @@ def too_few(sources: Mapping[str, int]) -> tuple[str, ...]:
     few = [f"{name} ({n})" for name, n in sources.items() if n < MIN_SOURCES]
     said = f"no interval where there are fewer than ten sources: {', '.join(few)}"
     return (f"{said}; read more tokens, or say of each text which document it is from (source)",) if few else ()
+
+
+def too_short(read: Mapping[str, int], asked: int | None) -> tuple[str, ...]:
+    """A warning where domains hold fewer tokens than were asked for."""
+    short = [f"{name} ({n:,})" for name, n in read.items() if asked is not None and n < asked]
+    return (
+        (f"{', '.join(short)}: all of its texts, which are fewer than the {asked:,} tokens asked for",) if short else ()
+    )
 
 
 def value(row: Any, name: str, ends: tuple[str, str] = ("low", "high"), form: str = ".3g") -> str:

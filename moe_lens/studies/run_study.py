@@ -89,33 +89,31 @@ def run(
     def seen(each: str, domain: str, tokens: int) -> None:
         watch(f"{each}: {domain}{whole.seen(part, each, domain, tokens)}", tokens)
 
-    whole.begin()
-    if batch_tokens is None:
-        batch_tokens = batch_sizes.batch_tokens(model, kept=study.keeps)
-    try:
-        with nullcontext() if folder is None else folder.filled():
+    with nullcontext() if folder is None else folder.filled():
+        whole.begin()
+        if batch_tokens is None:
+            batch_tokens = batch_sizes.batch_tokens(model, kept=study.keeps)
+        try:
             earlier = _read(study, model, domains, reading, batch_tokens, folder, seen)
-        results = {domain.name: study.results(earlier[domain.name]) for domain in domains}
-        tables = study.tables(plan["model"], results)
-        tables |= study.read_off(model, results, tables)
-    except (UnfitError, UnsupportedModelError):  # nothing can come of what was done
-        if folder is not None and distributed.rank() == 0:  # if not all have met it, nobody can wait for all
-            folder.discard()
-        raise
-    texts = {domain.name: earlier[domain.name][study.passes[0]][TEXTS].result() for domain in domains}
-    read = [{"name": domain, **of.facts()} for domain, of in texts.items()]
-    manifest = {
-        "plan": plan,
-        "read": read,
-        "bytes_in": {str(place): bytes_ for place, bytes_ in places(model.original_model).items()},
-        "versions": versions(),
-        "command": command or shlex.join(sys.argv),
-    }
-    result = StudyResult(manifest, tables, {domain: study.kept(of) for domain, of in results.items()})
-    if folder is not None and out is not None:
-        agreed(lambda: _finish(folder, result))
-        return StudyResult.load(out)
-    return result
+            results = {domain.name: study.results(earlier[domain.name]) for domain in domains}
+            tables = study.tables(plan["model"], results)
+            tables |= study.read_off(model, results, tables)
+        except (UnfitError, UnsupportedModelError):  # nothing can come of what was done
+            if folder is not None and distributed.rank() == 0:  # if not all have met it, nobody can wait for all
+                folder.discard()
+            raise
+        texts = {domain.name: earlier[domain.name][study.passes[0]][TEXTS].result() for domain in domains}
+        manifest = {
+            "plan": plan,
+            "read": [{"name": domain, **of.facts()} for domain, of in texts.items()],
+            "bytes_in": {str(place): bytes_ for place, bytes_ in places(model.original_model).items()},
+            "versions": versions(),
+            "command": command or shlex.join(sys.argv),
+        }
+        result = StudyResult(manifest, tables, {domain: study.kept(of) for domain, of in results.items()})
+        if folder is not None:
+            agreed(lambda: _finish(folder, result))
+    return result if out is None else StudyResult.load(out)
 
 
 def _read(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from moe_lens import distributed
@@ -35,6 +36,7 @@ class StudyFolder:
             raise InputError(f"{self.path}: is inside of {above}, which holds what a study saved; choose another --out")
         self.plan = json.loads(json.dumps(plan))
         self.unfinished = self.path.with_name(f"{self.path.name}.unfinished")
+        self._lock = FileLock(self.unfinished / ".lock")  # the system releases it, however this process ends
 
     def finished(self) -> bool:
         """Whether the folder holds the result of this very plan.
@@ -49,52 +51,70 @@ class StudyFolder:
         return True
 
     def begin(self, space: int = SPACE) -> None:
-        """Make sure that it can be written, and resume unfinished work.
+        """Make sure that it can be written by this run and no other, and resume unfinished work.
 
         Args:
             space: Bytes that the study will write.
 
         Raises:
-            InputError: The disk is too full or the folder cannot be written, or holds other unfinished work.
+            InputError: The disk is too full or the folder cannot be written, holds other unfinished work, or another
+                run is filling it.
         """
         try:
             self.unfinished.mkdir(parents=True, exist_ok=True)
-            probe = self.unfinished / f".probe-{uuid4().hex}"
-            probe.write_bytes(b"\0" * 2**16)
-            probe.unlink()
-            free = shutil.disk_usage(self.unfinished).free
-            if free < space:
-                self._discard_if_empty()
-                raise InputError(
-                    f"{self.path}: {_size(free)} are free there, and this may need {_size(space)}; free some or choose "
-                    "another --out"
-                )
-            plan = self.unfinished / PLAN
-            # A plan alone is no work, and what begins with a dot was never completed.
-            begun = any(path.name != PLAN and path.name[0] != "." for path in self.unfinished.iterdir())
-            if plan.exists() and begun:
-                found = read_object(plan, "the beginning of a study")
-                known(plan, found.pop("format", None))
-                self._same(found, self.unfinished, "holds the beginning of other work")
-            elif begun:
-                raise InputError(f"{self.unfinished}: is in the way, and is not ours; choose another --out")
-            else:
-                _write(plan, json.dumps({"format": FORMAT, **self.plan}, indent=1, ensure_ascii=False))
+            self._lock.acquire(timeout=0)
+            self._check(space)
+        except Timeout:
+            raise InputError(
+                f"{self.path}: another run is filling it; wait until that has ended, or choose another --out"
+            ) from None
         except OSError as error:
+            self._leave()
             reason = error.strerror or str(error)
             raise InputError(f"{self.path}: cannot be written ({reason}); choose another --out") from None
+        except InputError:
+            self._leave()
+            raise
+
+    def _check(self, space: int) -> None:
+        probe = self.unfinished / f".probe-{uuid4().hex}"
+        probe.write_bytes(b"\0" * 2**16)
+        probe.unlink()
+        free = shutil.disk_usage(self.unfinished).free
+        if free < space:
+            raise InputError(
+                f"{self.path}: {_size(free)} are free there, and this may need {_size(space)}; free some or choose "
+                "another --out"
+            )
+        plan = self.unfinished / PLAN
+        begun = self._begun()
+        if plan.exists() and begun:
+            found = read_object(plan, "the beginning of a study")
+            known(plan, found.pop("format", None))
+            self._same(found, self.unfinished, "holds the beginning of other work")
+        elif begun:
+            raise InputError(f"{self.unfinished}: is in the way, and is not ours; choose another --out")
+        else:
+            _write(plan, json.dumps({"format": FORMAT, **self.plan}, indent=1, ensure_ascii=False))
+
+    def _begun(self) -> bool:
+        """Whether anything was done: a plan alone is no work, and what begins with a dot was never completed."""
+        return any(path.name != PLAN and path.name[0] != "." for path in self.unfinished.iterdir())
+
+    def _leave(self) -> None:
+        """Let others fill it, and leave nothing behind where nothing was done."""
+        with suppress(OSError):
+            if distributed.world_size() == 1 and not self._begun():  # others may be about to keep what they did
+                self.discard()
+        self._lock.release()
 
     @contextmanager
     def filled(self) -> Generator[None]:
-        """Drop the plan if the block fails before anything of it was done."""
+        """The work of this run, from `begin` to `finish`: what it leaves unfinished another run can take up."""
         try:
             yield
-        except BaseException:
-            with suppress(OSError):
-                done = {path.name for path in self.unfinished.iterdir() if path.name[0] != "."}
-                if done <= {PLAN} and distributed.world_size() == 1:  # others may be about to keep what they did
-                    self.discard()
-            raise
+        finally:
+            self._leave()
 
     def discard(self) -> None:
         """Drop what was done."""
@@ -165,10 +185,6 @@ class StudyFolder:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         return folder
-
-    def _discard_if_empty(self) -> None:
-        if not any(self.unfinished.iterdir()):
-            self.unfinished.rmdir()
 
     def _same(self, found: Mapping[str, Any], where: Path, what: str) -> None:
         different = list(_different(found, self.plan))

@@ -177,6 +177,25 @@ def test_progress_needs_a_place_beside_the_result(out, tmp_path, capsys, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_working_directory_that_was_removed_is_said(tmp_path, capsys, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    said = refused(capsys, "routing", "--domain", "english", "--tokens", "50", "--out", "x")
+    assert "the working directory is not there any more" in said
+
+
+def test_devices_without_numbers_and_python_without_docstrings_are_said(tmp_path, capsys):
+    english = ["--domain", "english", "--tokens", "50", "--out", str(tmp_path / "x")]
+    assert "--device meta: Cannot copy out of meta tensor" in refused(capsys, "routing", *english, "--device", "meta")
+    for optimised, code in (("-OO", 2), ("-O", 0)):
+        ran = subprocess.run(
+            [sys.executable, optimised, "-m", "moe_lens", "--version"], capture_output=True, text=True, check=False
+        )
+        assert ran.returncode == code and ("drops docstrings" in ran.stderr) == bool(code), ran
+
+
 def test_arguments_in_another_encoding_are_named(capsys):
     assert "argument 2 (caf\\xe9) is not UTF-8" in refused(capsys, "info", "caf\udce9")
 

@@ -1,7 +1,9 @@
 """Saved results that are broken, changed or of another time: one line and exit 2, by every command that reads them."""
 
 import json
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -151,7 +153,8 @@ def test_progress_that_was_changed_is_said(saved, tmp_path):
     (tmp_path / "out.unfinished" / ".plan.json.cut").write_text("{")  # nor does what was cut short
     folder = StudyFolder(tmp_path / "out", plan)
     folder.begin()
-    folder.save("0", {"state": torch.zeros(1)}, {})
+    with folder.filled():
+        folder.save("0", {"state": torch.zeros(1)}, {})
     with pytest.raises(InputError, match="holds the beginning of other work – settings"):
         StudyFolder(tmp_path / "out", {**plan, "settings": {}}).begin()
     kept = tmp_path / "out.unfinished" / "plan.json"
@@ -185,3 +188,59 @@ def test_progress_of_another_pass_or_study_is_not_taken_for_its_own(saved, tmp_p
     kept.write_bytes(own)
     found = folder.load("0-first")
     assert found is not None and found[1]["shards"] == 3 and found[0]["state"].tolist() == [1]
+
+
+def test_a_folder_is_filled_by_one_run_at_a_time(saved, tmp_path, monkeypatch):
+    plan = json.loads((saved / "routing" / MANIFEST).read_text(encoding="utf-8"))["plan"]
+    out = tmp_path / "out"
+    first, second = StudyFolder(out, plan), StudyFolder(out, plan)
+    first.begin()
+    for other in (second, StudyFolder(out, {**plan, "settings": {}})):
+        with pytest.raises(InputError, match="out: another run is filling it; wait until that has ended"):
+            other.begin()
+    with pytest.raises(KeyboardInterrupt), first.filled():
+        first.save("0", {"state": torch.ones(1)}, {})
+        raise KeyboardInterrupt
+    second.begin()  # takes up what the first has left
+    assert second.load("0") is not None
+    with second.filled():
+        pass
+    killed = os.fork()
+    if not killed:
+        StudyFolder(out, plan).begin()
+        os._exit(0)
+    assert os.waitpid(killed, 0)[1] == 0 and second.load("0") is not None
+    second.begin()  # however the other has ended
+
+
+def test_two_runs_at_once_lose_nothing(tmp_path):
+    """The same study into the same folder, begun by a second run while the first one is reading."""
+    model, out, said = tiny_model(), tmp_path / "out", []
+    how = {"reading": replace(SMALL, shard_tokens=20), "out": out, "name": "tiny", "command": "x"}
+
+    def again(what: str, tokens: int) -> None:  # noqa: ARG001
+        with pytest.raises(InputError, match="another run is filling it") as refused_:
+            run(RoutingStudy(), model, [domain("a")], **how)
+        said.append(str(refused_.value))
+
+    made = run(RoutingStudy(), model, [domain("a")], **how, watch=again)
+    alone = run(RoutingStudy(), model, [domain("a")], **{**how, "out": tmp_path / "alone"})
+    assert len(said) > 1 and not (tmp_path / "out.unfinished").exists()
+    for name, table in alone.tables.items():
+        pd.testing.assert_frame_equal(made.tables[name], table)
+
+
+def test_what_cannot_be_written_leaves_nothing(saved, tmp_path, monkeypatch):
+    plan = json.loads((saved / "routing" / MANIFEST).read_text(encoding="utf-8"))["plan"]
+
+    def full(path: Path, content: bytes) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(Path, "write_bytes", full)
+        with pytest.raises(InputError, match=r"cannot be written \(No space left on device\)"):
+            StudyFolder(tmp_path / "out", plan).begin()
+    assert list(tmp_path.iterdir()) == []
+    StudyFolder(tmp_path / "out", plan).begin()
+    assert (tmp_path / "out.unfinished").exists()

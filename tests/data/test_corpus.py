@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import pandas as pd
 import pytest
 
 from moe_lens.data import (
@@ -240,6 +241,39 @@ def test_a_generator_that_breaks_is_told_with_its_place():
 
     with pytest.raises(InputError, match=r"domain 'd' cannot be read after passage 2: no more"):
         list(shards(from_generator("d", breaks), Encoder(), Reading(tokens=None)))
+
+
+@pytest.mark.parametrize(
+    ("generate", "message"),
+    [
+        (lambda: "one text", "are one str"),
+        (lambda: {"text": ["one"]}, "are a dictionary"),
+        (lambda: {"one", "two"}, "are a set"),
+        (lambda: None, "are None"),
+        (lambda: [3], '"text" must be a text that is not empty, and is int'),
+        (lambda: [["one"]], '"text" must be a text that is not empty, and is list'),
+    ],
+)
+def test_a_generator_of_no_texts_is_said(generate, message):
+    """One text would be read letter by letter, and a frame by the names of its columns."""
+    with pytest.raises(InputError, match=message):
+        list(from_generator("d", generate).passages())
+    table = from_generator("d", lambda: pd.DataFrame({"text": ["one", "two"], "source": [1, 2]}))
+    assert [(p.text, p.source) for _, p in table.passages()] == [("one", "1"), ("two", "2")]
+
+
+def test_files_that_change_places_or_lie_behind_links_are_other_texts(tmp_path):
+    texts, beside = tmp_path / "texts", tmp_path / "beside"
+    for folder, text in ((texts / "a", "one"), (texts / "b", "two"), (beside, "six")):
+        folder.mkdir(parents=True)
+        (folder / "x.txt").write_text(text)
+    (texts / "c").symlink_to(beside)
+    seen = [from_file("d", texts).identity]
+    (beside / "x.txt").write_text("ten")
+    seen.append(from_file("d", texts).identity)
+    (texts / "b").rename(texts / "bb")  # sources are called after their files
+    seen.append(from_file("d", texts).identity)
+    assert len({json.dumps(one) for one in seen}) == 3 and seen[-1] == from_file("d", texts).identity
 
 
 def test_there_is_no_process_behind_the_last():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -17,6 +18,7 @@ import torch
 
 from moe_lens.data import (
     Domain,
+    Passage,
     as_domains,
     embedded_domains,
     files,
@@ -186,6 +188,65 @@ def test_a_folder_of_texts_has_a_source_a_file(tmp_path):
     written(tmp_path, "README.md", "what")
     with pytest.raises(InputError, match="README.md: texts must be"):  # it may be one, so it is not passed over
         load_domain("d", tmp_path)
+
+
+@pytest.mark.parametrize("read", [load_domain, lambda name, path: list(from_file(name, path).passages())])
+def test_no_folder_in_a_folder_is_passed_over(read, tmp_path, monkeypatch):
+    inside, beside = tmp_path / "texts", tmp_path / "beside"
+    for folder in (inside, beside):
+        folder.mkdir()
+        written(folder, "a.txt", folder.name)
+    assert len(getattr(found := read("d", inside), "passages", found)) == 1
+    (inside / "linked").symlink_to(beside)
+    found = read("d", inside)
+    passages = [p if isinstance(p, Passage) else p[1] for p in getattr(found, "passages", found)]
+    assert [(p.text, p.source) for p in passages] == [("texts", "a.txt"), ("beside", "linked/a.txt")]
+    (beside / "round").symlink_to(inside)
+    with pytest.raises(InputError, match="round: is a link to a folder that it is in"):
+        read("d", inside)
+    (beside / "round").unlink()
+    listed = Path.iterdir
+    with monkeypatch.context() as closed:  # whoever runs tests may be allowed to read everything
+
+        def denied(path: Path):
+            if path.name == "linked":
+                raise PermissionError(13, "Permission denied")
+            return listed(path)
+
+        closed.setattr(Path, "iterdir", denied)
+        with pytest.raises(InputError, match=r"linked: cannot be read \(Permission denied\)"):
+            read("d", inside)
+    (inside / "gone.txt").symlink_to(tmp_path / "nothing.txt")
+    with pytest.raises(InputError, match=r"gone.txt: cannot be read \(No such file"):
+        read("d", inside)
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_columns_are_named_once(mark, tmp_path):
+    """As in files that were put together by `cat`: the names would be read as a text and its source."""
+    path = written(tmp_path, "a.csv", f"text,source\none,1\n{mark}text,source\ntwo,2\n")
+    with pytest.raises(InputError, match="a.csv:3: names the columns again"):
+        load_domain("a", path)
+    fine = written(tmp_path, "b.csv", "text,source\none,1\ntext,2\n")
+    assert [p.text for p in load_domain("b", fine).passages] == ["one", "text"]
+
+
+def test_a_part_of_a_table_may_be_empty(tmp_path):
+    frame = pd.DataFrame({"text": ["one", "two"], "source": ["a", "b"]})
+    frame.to_parquet(tmp_path / "part-0.parquet")
+    frame.head(0).to_parquet(tmp_path / "part-1.parquet")
+    assert [p.text for p in load_domain("d", tmp_path).passages] == ["one", "two"]
+    assert len(list(from_file("d", tmp_path).passages())) == 2
+    with pytest.raises(InputError, match="part-1.parquet: domain 'd' holds no text"):
+        load_domain("d", tmp_path / "part-1.parquet")
+
+
+def test_arrays_of_no_axis_or_of_two_are_said():
+    with pytest.raises(InputError, match="the texts of domain 'd' are a numpy array"):
+        Domain.of("d", np.array("one text"))
+    with pytest.raises(InputError, match=r"d\[0\]: the source is a numpy array"):
+        Domain.of("d", ["one"], sources=np.ones((1, 2)))
+    assert Domain.of("d", np.array(["one", "two"]), sources=np.arange(2)).n_sources == 2
 
 
 def test_what_never_ends_is_refused_at_once(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Where parameters go is a function of numbers: machines that nobody here has are tried too."""
 
+import os
 import shutil
 import time
 from dataclasses import replace
@@ -16,7 +17,7 @@ from moe_lens.model.loading import device_map, pretrained
 from moe_lens.model.loading.device_map import SHARE, Place, Size, plan_memory, slow_dtype
 from moe_lens.model.loading.dispatch import places
 from moe_lens.model.loading.key_mapping import WRAPPER
-from moe_lens.model.loading.machine import Machine, free_memory, slowdown
+from moe_lens.model.loading.machine import Machine, free_disk, free_memory, slowdown
 from moe_lens.model.loading.model_info import here, model_info
 from moe_lens.model.loading.quantising import Packer, packed_in
 from moe_lens.model.loading.sizes import size_of
@@ -168,6 +169,20 @@ def test_a_container_has_what_its_groups_leave(tmp_path, version, monkeypatch):
     group(mount, str(8 * GIB), used=2 * GIB, files=0, version=version)
     assert left() == 6 * GIB, "its own group is mounted as the root"
     assert free_memory(tmp_path / "groups", tmp_path / "absent") == 64 * GIB, "no Linux"
+
+
+def test_a_disk_that_is_closed_to_this_process_has_no_room(tmp_path, monkeypatch):
+    """Such as the home of another user, in a container: what fits into memory is loaded all the same."""
+    inside = tmp_path / "home" / "cache" / "offload"
+    assert free_disk(inside) == shutil.disk_usage(tmp_path).free > 0
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # noqa: ARG005  # whoever runs tests may write anywhere
+    assert free_disk(inside) == 0
+
+    def closed(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", closed)  # as Python 3.11 has it
+    assert free_disk(inside) == 0
 
 
 def test_a_model_s_config_tells_how_it_would_be_loaded_on_a_machine(tmp_path):

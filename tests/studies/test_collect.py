@@ -145,6 +145,17 @@ def test_progress_that_vanishes_is_said_and_nothing_is_dropped(model, tmp_path):
     assert collect(model, domain("d"), out, reading=READING).n_tokens == whole
 
 
+def test_a_file_system_without_links_will_do(model, tmp_path, monkeypatch):
+    def no_links(*arguments: object) -> None:  # noqa: ARG001
+        raise PermissionError(1, "Operation not permitted")
+
+    whole = collect(model, domain("d"), tmp_path / "a", reading=READING)
+    monkeypatch.setattr("pathlib.Path.hardlink_to", no_links)
+    other = collect(model, domain("d"), tmp_path / "b", reading=READING)
+    assert [one["digest"] for one in other.manifest["shards"]] == [one["digest"] for one in whole.manifest["shards"]]
+    assert sum(len(shard["token"]) for shard in other.shards()) == whole.n_tokens > 0
+
+
 def test_texts_by_name_are_domains(model, tmp_path):
     texts = [row["text"] for row in passages(n=8)]
     made = collect(model, {"a": texts, "b": texts[:4]}, tmp_path / "c", reading=READING)

@@ -206,3 +206,28 @@ def test_what_one_side_alone_has_is_said_and_what_they_were_asked_otherwise():
     )
     named = compare(one, other, domains=("de", "code"), names=("a", "b"))
     assert [said.split(" ")[0] for said in named.left_out] == ["values"], "those that were not named are not missed"
+    assert named.asked_otherwise == found.asked_otherwise
+    with pytest.raises(InputError, match="'de' is compared with itself"):
+        compare(one, domains=("de", "de"))
+    with pytest.raises(InputError, match="there is no domain 'xx'"):
+        compare(one, domains=("de", "xx"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("model", {"dtype": "bfloat16"}, "dtype float32 in a and bfloat16 in b"),
+        ("model", {"quantised": "nf4"}, "quantised no in a and nf4 in b"),
+        ("model", {"hooks": ["x"]}, "hooks None in a and 1 in b"),
+        ("domains", [{"name": "de", "digest": "1"}, {"name": "fr", "digest": "9"}], "other texts as fr"),
+        ("domains", [{"name": "de", "digest": "1"}, {"name": "fr", "digest": "2"}], None),
+    ],
+)
+def test_other_precision_hooks_and_texts_are_said(key, value, said):
+    one = counted(torch.Generator().manual_seed(0), 10, torch.zeros(EXPERTS))
+    made = study("m", de=one, fr=one)
+    plan = made.manifest["plan"] | {"domains": [{"name": "de", "digest": "1"}, {"name": "fr", "digest": "2"}]}
+    plan["model"] |= {"dtype": "float32", "quantised": "no"}
+    changed = {**plan, key: {**plan["model"], **value} if key == "model" else value}
+    found = compare(replace(made, manifest={"plan": plan}), replace(made, manifest={"plan": changed}), names=("a", "b"))
+    assert found.asked_otherwise == said and ("may be part" in found.found()) == (said is not None)

@@ -193,7 +193,7 @@ def test_a_report_of_two_models_begins_with_their_verdicts_side_by_side(saved):
 
 
 def test_sources_count_together_where_intervals_are_over_all_of_them():
-    read = [{"name": "a", "sources": 6}, {"name": "b", "sources": 6}]
+    read = [{"name": "a", "sources": 6, "tokens": 30}, {"name": "b", "sources": 6, "tokens": 50}]
     layers = pd.DataFrame({"layer": [1], "feature": "token", "explained": 0.5, "explained_low": 0.4,
                            "explained_high": 0.6, "gain": 0.1, "gain_low": 0.0, "gain_high": 0.2,
                            "gain_shuffled": 0.0})  # fmt: skip
@@ -201,6 +201,15 @@ def test_sources_count_together_where_intervals_are_over_all_of_them():
     found = findings_of(manifest, {"layers": layers})
     assert not found.warnings and "0.5 [0.4, 0.6] (layer 1)" in found.lines[0]
     assert findings_of({**manifest, "read": read[:1]}, {"layers": layers}).warnings  # negative control
+
+
+@pytest.mark.parametrize(("asked", "short"), [(None, ""), (30, ""), (31, "a (30)"), (51, "a (30), b (50)")])
+def test_fewer_tokens_than_were_asked_for_are_said(asked, short):
+    read = [{"name": "a", "sources": 16, "tokens": 30}, {"name": "b", "sources": 16, "tokens": 50}]
+    plan = {"study": "another", "domains": [], "model": {"name": "m"}, "reading": {"tokens": asked}}
+    found = findings_of({"plan": plan, "read": read}, {})
+    said = f"{short}: all of its texts, which are fewer than the {asked:,} tokens asked for" if short else None
+    assert found.warnings == ((said,) if said else ())
 
 
 def test_a_single_source_has_no_share_that_was_picked_on_others():

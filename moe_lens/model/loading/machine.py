@@ -69,10 +69,10 @@ class Machine:
 
 
 def free_disk(folder: Path) -> int:
-    """Bytes that are free where a folder is or would be."""
-    while not folder.exists():
+    """Bytes that are free where a folder is or would be; none where this process may not write."""
+    while not os.path.exists(folder):  # noqa: PTH110  # Path's raises where a folder above is closed to this process
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(folder).free if os.access(folder, os.W_OK | os.X_OK) else 0
 
 
 def free_memory(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
