@@ -3,6 +3,8 @@
 import os
 import time
 from contextlib import suppress
+from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +49,18 @@ def speaks(patient: bool = False) -> bool:
     return True
 
 
+_GROUPS = count()
+"""Of this process, one after another; every other process counts the same ones."""
+
+
+@cache
+def _store(*where: str) -> "tuple[torch.distributed.Store, int, int]":  # noqa: ARG001  # told apart by it
+    """Where processes leave their addresses for one another; and the rank of this one, and how many there are."""
+    import torch
+
+    return next(iter(torch.distributed.rendezvous("env://")))
+
+
 def join_processes(device: str) -> None:
     """Under torchrun, let this process find the others; without it, nothing.
 
@@ -62,7 +76,11 @@ def join_processes(device: str) -> None:
         if on_gpu:
             torch.cuda.set_device(place(device))
         try:
-            torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+            store, rank, size = _store(*(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK")))
+            # Torchrun's store outlives a group: another one must not find the addresses that an earlier one left there.
+            own = torch.distributed.PrefixStore(f"moe_lens_{next(_GROUPS)}", store)
+            backend = "nccl" if on_gpu else "gloo"
+            torch.distributed.init_process_group(backend, store=own, rank=rank, world_size=size)
         except (ValueError, RuntimeError) as error:
             raise InputError(
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and the other processes cannot be found "

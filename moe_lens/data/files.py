@@ -60,13 +60,14 @@ def read_objects(path: str | Path, like: str) -> Iterator[tuple[str, dict[str, A
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def files_in(folder: Path) -> list[Path]:
+def files_in(folder: str | Path) -> list[Path]:
     """Every file of a folder and of the folders in it, by name; what begins with a dot is left out.
 
     Raises:
         InputError: A folder cannot be read, or is a link to one that it is in.
     """
     found: list[Path] = []
+    folder = Path(folder)
     waiting: list[tuple[Path, tuple[Path, ...]]] = [(folder, (folder.resolve(),))]
     while waiting:
         inside, around = waiting.pop()

@@ -54,9 +54,15 @@ def windows_of(
         short: Called with a passage of fewer than two tokens and their number; raises if not given.
 
     Raises:
-        InputError: The tokenizer gives tokens that the model does not have; names file and line.
+        InputError: The tokenizer gives tokens that the model does not have; names file and line. Or a window has no
+            room for two tokens of text.
     """
     opening, text = encoder.own_ids(passage.text)
+    if context - len(opening) < 2:
+        raise InputError(
+            f"a window of {context} tokens, {len(opening)} of which open it, has no room for two tokens of text; the "
+            "window that is asked for or the model's own context is too short"
+        )
     if len(text) < 2:
         short(passage, len(text))
         return

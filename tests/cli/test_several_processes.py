@@ -1,10 +1,14 @@
 """What processes of torchrun say when they end: one line in all."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
+from moe_lens import distributed
 from moe_lens.cli import main, processes
+from tests.forked import Forked
 
 
 @pytest.fixture
@@ -59,3 +63,20 @@ def test_processes_that_are_not_there_are_said(rank, capsys, monkeypatch, tmp_pa
     monkeypatch.delenv("RANK")
     said = refused(capsys, "lens", "--tokens", "50", "--out", str(tmp_path / "out"))
     assert "WORLD_SIZE is 2, and the other processes cannot be found" in said and "unset WORLD_SIZE" in said
+
+
+def joined(times: int) -> int:
+    for number in range(times):
+        processes.join_processes("cpu")
+        assert distributed.gather((os.environ["RANK"], number)) == [("0", number), ("1", number)]
+        processes.leave_processes()
+    return 0
+
+
+def test_processes_find_one_another_again(tmp_path):
+    """Two commands, one after the other, in processes of torchrun, whose store keeps what the first has left in it."""
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+    env["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    both = [Forked(joined, 4, said=tmp_path / rank, RANK=rank, LOCAL_RANK=rank, **env) for rank in "01"]
+    assert [process.end()[0] for process in both] == [0, 0]

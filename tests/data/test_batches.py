@@ -61,6 +61,15 @@ def test_with_room_every_letter_is_there_once(texts, bos, context):
     assert tokens.n_tokens == seen.total()
 
 
+@pytest.mark.parametrize(("bos", "room"), [(True, 3), (False, 2)])
+def test_a_window_without_room_for_two_tokens_is_said_of_the_window(bos, room):
+    """And not of the texts, which are long enough."""
+    encoder = Letters(bos=bos)
+    assert tokenize(Domain.of("d", ["abcd"]), encoder, n_tokens=4, context=room).n_tokens == 4
+    with pytest.raises(InputError, match=f"a window of {room - 1} tokens, {int(bos)} of which open it, has no room"):
+        tokenize(Domain.of("d", ["abcd"]), encoder, n_tokens=4, context=room - 1)
+
+
 def test_special_tokens_inside_a_text_are_not_counted():
     (batch,) = tokenize(domain(("ab~c", "x")), Letters(), n_tokens=10, context=16)
     assert batch.counted.tolist() == [[False, True, True, False, True]]
