@@ -22,6 +22,7 @@ TOUCHPOINTS = (
             "_pos_slice_dim",
             "_prepare_loss_attention_mask",
             "_resolve_hook_point",
+            "_scan_existing_hooks",
             "_stack_block_params",
             "_warn_gated_skipped",
             "check_hooks_to_add",

@@ -47,14 +47,22 @@ class OnePlace:
 
 def hold_in_one_place(*models: nn.Module) -> None:
     """Refuse `torch.func.functional_call` to every module in which a parameter is reached by two ways."""
-    for module in {id(part): part for model in models for part in model.modules()}.values():
-        if isinstance(module, TransformerBridge):
-            continue  # refuses it by itself
-        with_numbers = [
-            part for _, part in module.named_modules(remove_duplicate=False) if part._parameters or part._buffers
-        ]
-        if len(with_numbers) > len({id(part) for part in with_numbers}):
-            module.__dict__["named_parameters"] = OnePlace(module)
+    seen: dict[nn.Module, tuple[set[nn.Module], bool]] = {}
+
+    def look(module: nn.Module) -> tuple[set[nn.Module], bool]:
+        """The parts of a module that have numbers, and whether it reaches one of them by two ways."""
+        if module not in seen:
+            found = [({module}, False)] if module._parameters or module._buffers else []
+            found += [look(child) for child in module._modules.values() if child is not None]
+            parts = set[nn.Module]().union(*(each for each, _ in found))
+            twice = any(twice for _, twice in found) or len(parts) < sum(len(each) for each, _ in found)
+            seen[module] = parts, twice
+            if twice and not isinstance(module, TransformerBridge):  # which refuses it by itself
+                module.__dict__["named_parameters"] = OnePlace(module)
+        return seen[module]
+
+    for model in models:
+        look(model)
 
 
 def not_compiled() -> UnsupportedModelError:

@@ -31,6 +31,12 @@ class CheckedPoint(HookPoint):
         handle.user_hook = hook
         return handle
 
+    def has_hooks(self, dir: Any = "both", including_permanent: bool = True, level: int | None = None) -> bool:
+        """As TransformerLens's, which asks every hook; each part of a model asks whether there is any."""
+        if dir == "both" and including_permanent and level is None:
+            return bool(self.fwd_hooks or self.bwd_hooks)
+        return super().has_hooks(dir, including_permanent, level)
+
     def layer(self) -> int:
         """The layer that the point belongs to.
 

@@ -21,6 +21,7 @@ from moe_lens.model.hooks.layer_hooks import LayerHooks
 from moe_lens.model.hooks.moe_block import MoEBlock
 from moe_lens.model.hooks.ownership import Owner
 from moe_lens.model.hooks.refused_methods import RefusedMethods, refuse_methods
+from moe_lens.model.hooks.scanning import scan
 from moe_lens.model.loading.validate import (
     asked_kernel,
     check_kernel,
@@ -70,6 +71,10 @@ class HookTable(RefusedMethods):
         for name in [name for name in self._hook_registry if name.endswith(dead)]:
             del self._hook_registry[name]
         self.__dict__["_all_hooks"] = {n: p for n, p in super().hook_dict.items() if not n.endswith(dead)}
+
+    def _scan_existing_hooks(self, module: Any, prefix: str = "") -> None:  # noqa: ARG002
+        """TransformerLens's, which calls it on the model alone."""
+        scan(module, self._hook_registry)
 
     @property
     def tokenizer(self) -> Any:
