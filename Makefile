@@ -99,7 +99,7 @@ bench:  ## time and memory beside other tools, into docs/performance.md; BENCH_A
 
 .bench: $(VENV)/.installed
 	@$(INSTALL) nnsight bitsandbytes || echo "nnsight could not be installed: its rows are left out"
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.side_by_side --write docs/performance.md $(BENCH_ARGS)
+	@OMP_WAIT_POLICY=passive KINETO_LOG_LEVEL=99 $(BIN)/python -m benchmarks.side_by_side --write docs/performance.md $(BENCH_ARGS)
 
 # The cache of lint-imports does not notice that a module which others import has been added.
 check: $(VENV)/.installed-dev  ## all of `make test` but the tests

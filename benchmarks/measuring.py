@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import itertools
 import os
 import platform
 import statistics
@@ -77,6 +78,22 @@ def peak_memory(run: Run, device: str = "cpu") -> int:
     peak = _status("VmHWM") - before
     del result
     return max(0, peak)
+
+
+def tensor_memory(run: Run) -> tuple[int, int]:
+    """Bytes of tensors on a processor: the most that a run holds at once, and what is left of them with its result.
+
+    Counted by torch's own allocator, to the byte, whatever the C library and the system do with pages.
+    """
+    run()  # what is made once and stays, such as masks and tables of angles
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = run()
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events: list[Any] = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = [0, *itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))]
+    del result
+    return max(held), held[-1]
 
 
 def _status(what: str) -> int:

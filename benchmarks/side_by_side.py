@@ -1,6 +1,6 @@
 """Time and memory of moe_lens beside plain transformers, hooks by hand, nnsight and TransformerLens's own bridge.
 
-python -m benchmarks.side_by_side [--rounds 9] [--threads 1] [--only families growth work start] [--write PAGE]
+python -m benchmarks.side_by_side [--rounds 9] [--threads 1] [--only families memory …] [--write PAGE]
 
 `make bench` runs it where the peers are installed, and fills the tables of docs/performance.md. Families: random models
 of one shape (d_model 256, 8 layers, 64 experts of width 176, top-6; 4 × 128 tokens, float32), whose plain twin computes
@@ -13,7 +13,7 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import moe_lens.model.families.deepseek as _registers  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from benchmarks import peers
-from benchmarks.measuring import Run, interleaved, machine, peak_memory
+from benchmarks.measuring import Run, interleaved, machine, peak_memory, tensor_memory
 from moe_lens import HookedMoE, LogitLens, PartialSum, Selection, names
 from moe_lens.data import TokenBatch, embedded_domains
 from moe_lens.errors import InputError
+from moe_lens.freed_memory import keep_freed_memory
 from moe_lens.interventions import Loss, expert_attribution
 from moe_lens.stats import PairStats, RoutingStats, observe
 
@@ -99,21 +100,45 @@ def family_runs(plain: Any, tokens: Tensor) -> dict[str, Run]:
     return runs
 
 
-def family_tables(rounds: int, tokens: tuple[int, int], **sizes: Any) -> dict[str, Table]:
-    """Time and memory by run and family."""
-    times: dict[str, dict[str, str]] = {}
-    memory: dict[str, dict[str, str]] = {}
+def each_family(tokens: tuple[int, int], **sizes: Any) -> Iterator[tuple[str, dict[str, Run]]]:
+    """Families with their runs, of models that were seen to compute the same."""
     for family in FAMILIES:
         plain = random_model(family, **sizes)
-        given = torch.randint(3, COMMON["vocab_size"], tokens)
-        runs = family_runs(plain, given)
+        runs = family_runs(plain, torch.randint(3, COMMON["vocab_size"], tokens))
         assert torch.equal(runs[PLAIN](), runs["HookedMoE, no hooks"]()), f"{family}: logits differ"
+        yield family, runs
+
+
+def time_table(rounds: int, tokens: tuple[int, int], **sizes: Any) -> Table:
+    """Time by run and family."""
+    times: dict[str, dict[str, str]] = {}
+    for family, runs in each_family(tokens, **sizes):
         for name, timed in interleaved(runs, rounds).items():
             shown = f"{1000 * timed.seconds:.0f} ms" if name == PLAIN else f"{timed.ratio:.2f} ×"
             times.setdefault(name, {})[family] = shown
-            memory.setdefault(name, {})[family] = f"{peak_memory(runs[name]) / 1e6:.0f} MB"
         tell(f"{family}: {', '.join(f'{name} {of[family]}' for name, of in times.items() if family in of)}")
-    return {name: by_family(cells) for name, cells in (("time", times), ("memory", memory))}
+    return by_family(times)
+
+
+def kept_table(rounds: int, tokens: tuple[int, int]) -> dict[str, Table]:
+    """The same in a process whose C library keeps what is freed, for good."""
+    if keep_freed_memory():
+        return {"kept": time_table(rounds, tokens)}
+    tell("this C library, or MALLOC_TRIM_THRESHOLD_, does not let freed memory be kept: no times with it")
+    return {}
+
+
+def memory_tables(tokens: tuple[int, int], **sizes: Any) -> dict[str, Table]:
+    """Memory by run and family: of tensors, to the byte, and of the process."""
+    tensors: dict[str, dict[str, str]] = {}
+    resident: dict[str, dict[str, str]] = {}
+    for family, runs in each_family(tokens, **sizes):
+        for name, run in runs.items():
+            greatest, left = tensor_memory(run)
+            tensors.setdefault(name, {})[family] = f"{greatest / 1e6:.1f} / {left / 1e6:.1f} MB"
+            resident.setdefault(name, {})[family] = f"{peak_memory(run) / 1e6:.0f} MB"
+        tell(f"{family}: {', '.join(f'{name} {of[family]}' for name, of in tensors.items() if family in of)}")
+    return {"tensors": by_family(tensors), "memory": by_family(resident)}
 
 
 def by_family(cells: dict[str, dict[str, str]]) -> Table:
@@ -307,20 +332,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", nargs="+", choices=["families", "growth", "work", "start"])
+    parser.add_argument("--only", nargs="+", choices=["families", "memory", "growth", "work", "start", "kept"])
     parser.add_argument("--write", type=Path, help="a page whose tables are filled")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     parts: dict[str, Callable[[], dict[str, Table]]] = {
-        "families": lambda: family_tables(args.rounds, (4, 128)),
+        "families": lambda: {"time": time_table(args.rounds, (4, 128))},
+        "memory": lambda: memory_tables((4, 128)),
         "growth": lambda: {"growth": growth_table(args.rounds, BASE, SIZES)},
         "work": lambda: {"work": work_table(args.rounds, (4, 128))},
         "start": lambda: {"start": start_table(args.rounds, STARTS)},
+        "kept": lambda: kept_table(args.rounds, (4, 128)),  # the last, because it cannot be undone
     }
     blocks: dict[str, str] = {}
     with torch.no_grad():
         for part in args.only or parts:
-            where = f"Measured on {machine()}; medians of {args.rounds} rounds."
+            where = f"Measured on {machine()}{'' if part == 'memory' else f'; medians of {args.rounds} rounds'}."
             blocks |= {name: f"{markdown(table)}\n\n{where}" for name, table in parts[part]().items()}
     if args.write:
         args.write.write_text(filled(args.write.read_text(encoding="utf-8"), blocks), encoding="utf-8")

@@ -44,10 +44,21 @@ def test_runs_take_turns_and_memory_is_seen() -> None:
     assert 28 * 2**20 <= many <= 64 * 2**20
 
 
+def test_bytes_of_tensors_are_counted_exactly_at_their_greatest_and_as_they_are_left() -> None:
+    """One tensor is returned, one was freed meanwhile; whatever pages the system gave."""
+
+    def run() -> torch.Tensor:
+        passing = torch.empty(3 * 2**20)
+        return passing[: 2**20].clone()
+
+    assert measuring.tensor_memory(run) == (4 * 4 * 2**20, 4 * 2**20)
+    assert measuring.tensor_memory(lambda: run()[:1].clone()) == (4 * 4 * 2**20, 4)
+
+
 def test_every_table_of_the_page_can_be_filled() -> None:
     """Names of blocks and rows in the page are those that the command makes."""
     page = PAGE.read_text(encoding="utf-8")
-    blocks = {name: f"THE {name}" for name in ("time", "memory", "growth", "work", "start")}
+    blocks = {name: f"THE {name}" for name in ("time", "kept", "tensors", "memory", "growth", "work", "start")}
     filled = side_by_side.filled(page, blocks)
     assert all(text in filled for text in blocks.values()) and filled.count("| --- |") == 0
     with pytest.raises(InputError, match="no block speed"):
@@ -64,10 +75,12 @@ def test_the_tables_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(side_by_side, "COMMON", small)
     monkeypatch.setattr(side_by_side, "FAMILIES", {"olmoe": {}})
     with torch.no_grad():
-        tables = side_by_side.family_tables(1, (2, 8), experts=8, k=2, width=16)
+        sizes = {"experts": 8, "k": 2, "width": 16}
+        tables = {"time": side_by_side.time_table(1, (2, 8), **sizes), **side_by_side.memory_tables((2, 8), **sizes)}
         base = {"tokens": 16, "experts": 8, "k": 2, "layers": 1}
         growth = side_by_side.growth_table(1, base, {"tokens": (16, 32)})
     assert [row[0] for row in tables["time"][1]] == [row[0] for row in tables["memory"][1]]
+    assert [row[0] for row in tables["time"][1]] == [row[0] for row in tables["tensors"][1]]
     assert {"plain transformers", "HookedMoE, experts", "by hand, experts"} <= {row[0] for row in tables["time"][1]}
     assert [row[0] for row in growth[1]] == ["16 tokens", "32 tokens"]
     assert growth[1][0][1:3] == ["1.00", "1.00"]

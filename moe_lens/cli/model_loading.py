@@ -6,9 +6,9 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from moe_lens.cli.freed_memory import keep_freed_memory
 from moe_lens.cli.processes import place
 from moe_lens.errors import InputError
+from moe_lens.freed_memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from moe_lens import HookedMoE

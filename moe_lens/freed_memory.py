@@ -12,11 +12,13 @@ OF_A_TENSOR = 2**27
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library keep what is freed, up to `KEPT`; whether it does.
+    """Have the C library keep what is freed, 512 MiB at most, for the rest of the process; whether it does.
 
-    By itself it hands tensors of some MB back to the system, which clears every page anew for the next one, and
+    By itself glibc hands tensors of some MB back to the system, which clears every page anew for the next one, and
     interrupts the other threads of the process to do so: about a fifth of the time of a small model on one thread, and
-    more on several. A process that has set MALLOC_TRIM_THRESHOLD_ itself, and other C libraries, are left as they are.
+    more on several and where much is cached. With models of gigabytes it gains little, and pieces that are freed
+    between others would add up. A process that has set MALLOC_TRIM_THRESHOLD_ itself, and other C libraries, are left
+    as they are.
     """
     if "MALLOC_TRIM_THRESHOLD_" in os.environ or os.name != "posix":
         return False
