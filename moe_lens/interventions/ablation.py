@@ -174,7 +174,7 @@ def keep_top(
         model: the model.
         k: number of experts to keep, 0 to `top_k`.
         by: which to keep: those with the largest weights (`"weight"`), with the smallest (`"last"`), or random ones,
-            drawn for every token (`"random"`).
+            drawn for every token (`"random"`): by its row and position, so with or without a key-value cache the same.
         layers: layers in which experts are dropped; all layers with experts if not given.
         renormalize: multiply the kept weights by (sum of all) / (sum of the kept).
         seed: random seed of `"random"`; 0 if not given.
@@ -211,8 +211,11 @@ def _others(model: HookedModel, layer: int, k: int, by: By, seed: int) -> Choose
             return order >= k
         if by == "random":
             offset = this_pass(model, experts, "by='random'").offset
-            generator = torch.Generator().manual_seed((seed * 1009 + layer) * 1_000_003 + offset)
-            order = torch.rand(experts.shape, generator=generator).argsort(-1).to(experts.device)
+            generator = torch.Generator().manual_seed(seed * 1009 + layer)
+            batch, pos, slots = experts.shape
+            # position by position from the first one on, so that a pass that continues a cache draws what is due there
+            drawn = torch.rand((offset + pos, batch, slots), generator=generator)[offset:].transpose(0, 1)
+            order = drawn.argsort(-1).to(experts.device)
         else:
             order = -order
         empty = experts < 0  # behind a token's number of experts, inside use_experts: there is nothing to keep

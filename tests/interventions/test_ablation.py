@@ -668,3 +668,15 @@ def test_a_cache_gives_the_rows_that_a_selection_means() -> None:
     one = case.model.run_with_cache(case.tokens[:1], remove_batch_dim=True)[1]
     alone = one.select("expert_out", Selection(layers=[2], where=3)).values
     assert deviation(alone, one["expert_out", 2][3]) == 0
+
+
+def test_random_experts_are_drawn_by_row_and_position_with_a_cache_or_without() -> None:
+    model, prompt = wrapped("mixtral").model, tokens(2, 7)
+    how: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "stop_at_eos": False, "verbose": False}
+
+    def continued(seed: int, cached: bool) -> torch.Tensor:
+        made = model.keep_top(1, by="random", seed=seed)
+        return model.generate(prompt, interventions=[made], use_past_kv_cache=cached, **how)
+
+    assert torch.equal(continued(0, True), continued(0, False))
+    assert not torch.equal(continued(0, True), continued(1, True)), "another seed draws others"

@@ -295,9 +295,7 @@ def test_what_is_packed_is_proved_finite_when_it_is_read(tmp_path):
     whole[name].view(-1)[0] = float("nan")
     save_file(whole, file, {"format": "pt"})
     model, _ = streamed(tmp_path, {"": "disk"}, check=False)
-    with pytest.raises(
-        CheckpointError, match=r"model.layers.1.mlp.experts.2.up_proj.weight has \d+ numbers that are NaN"
-    ):
+    with pytest.raises(CheckpointError, match=r"2\.up_proj\.weight is NaN or infinite in places, as is .*_inv"):
         model(tokens())
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils import parametrize, prune
 
 from moe_lens import names
 from moe_lens.errors import InputError, UnsupportedModelError
@@ -137,3 +138,27 @@ def test_what_is_not_supported_is_refused_by_name() -> None:
         HookedMoE.from_hf(LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)))
     with pytest.raises(UnsupportedModelError, match="no layer with experts"):
         HookedMoE.from_hf(build("deepseek", first_k_dense_replace=3))
+
+
+def test_what_is_computed_of_parameters_refuses_to_be_written_to() -> None:
+    hf = build("mixtral")
+    prune.random_unstructured(hf.model.layers[1].mlp.experts, "gate_up_proj", 0.5)
+    parametrize.register_parametrization(hf.model.layers[1].mlp.gate, "weight", torch.nn.Tanh())
+    model = HookedMoE.from_hf(hf)
+    for matrix in (model.W_in, model.W_gate, model.W_router):
+        with pytest.raises(InputError, match="zero_ writes to a copy"), torch.no_grad():
+            matrix[1, 3].zero_()
+    before = model(tokens())
+    with torch.no_grad():
+        for matrix in (model.W_in, model.W_gate, model.W_router):
+            matrix[2, 3].zero_()
+        model.W_out[1, 3].zero_()
+    assert not torch.equal(model(tokens()), before)
+    assert not model.W_in[2, 3].any() and not model.W_out[1, 3].any()
+
+
+def test_an_ellipsis_is_all_experts_and_none_is_no_expert() -> None:
+    model = HookedMoE.from_hf(build("mixtral"))
+    assert model.W_in[2, ...].data_ptr() == model.W_in[2].data_ptr() and len(model.W_in[2, ...]) == model.n_experts
+    with pytest.raises(InputError, match=r"W_in\[2, expert\]: got None; expected a whole number"):
+        model.W_in[2, None]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.utils import parametrize, prune
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config
 from transformers.utils.quantization_config import Mxfp4Config
 
@@ -357,3 +359,41 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "saved").write_text("")
     with pytest.raises(InputError, match="is a file; expected a folder"):
         HookedMoE.from_hf(build("mixtral"), check=False).save_pretrained(tmp_path / "saved")
+
+
+def test_parameters_that_are_computed_are_not_written(tmp_path: Path) -> None:
+    for make, undo in (
+        (partial(prune.random_unstructured, amount=0.5), prune.remove),
+        (
+            partial(parametrize.register_parametrization, parametrization=torch.nn.Tanh()),
+            parametrize.remove_parametrizations,
+        ),
+    ):
+        hf = build("mixtral")
+        model = HookedMoE.from_hf(hf)
+        plain, name = model(ids := matrix_tokens()), "gate_up_proj"
+        experts: Any = hf.model.layers[2].mlp.experts
+        make(experts, name)
+        assert not torch.equal(model(ids), plain), "it is used"
+        with pytest.raises(UnsupportedModelError, match=r"layers\.2\.mlp\.experts\.gate_up_proj is computed from"):
+            model.save_pretrained(tmp_path / "model")
+        assert not (tmp_path / "model").exists()
+        with pytest.raises(UnsupportedModelError, match="make it permanent first"):
+            model.state_dict()
+        undo(experts, name)
+        model.save_pretrained(tmp_path / "permanent")
+        assert torch.equal(HookedMoE.from_pretrained(tmp_path / "permanent")(ids), model(ids))
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "bailing_hybrid"])
+def test_files_that_a_model_is_read_from_are_not_written_over(model_type: str, tmp_path: Path) -> None:
+    matrix_build(model_type).save_pretrained(tmp_path / "model", max_shard_size="60KB")
+    files = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+    ids = matrix_tokens()
+    model = HookedMoE.from_pretrained(tmp_path / "model", device_map={"model": "disk", "lm_head": "disk"})
+    expected = model(ids)
+    with pytest.raises(InputError, match="holds the files that this model reads its parameters from in every pass"):
+        model.save_pretrained(tmp_path / "other" / ".." / "model")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()} == files
+    model.save_pretrained(tmp_path / "copy")
+    assert torch.equal(HookedMoE.from_pretrained(tmp_path / "copy")(ids), expected)

@@ -210,7 +210,7 @@ def test_only_what_is_asked_for_is_unpacked(tmp_path: Path, monkeypatch: pytest.
     asked = list[list[int]]()
 
     def counted(self: Whole, experts: Any) -> Tensor:
-        if len(self.shape) == 3:
+        if self.shape[0] == 8:  # of experts, not of a linear layer
             asked.append(list(experts))
         return read(self, experts)
 

@@ -391,3 +391,49 @@ def test_the_page_says_what_happens_with_each_format_and_each_that_is_read_is_tr
     assert FORMATS.keys() - tried == {"mxfp4", "modelopt_fp4", "torchao"}, "two have tests of their own"
     assert FORMATS["modelopt_fp4"].find is FORMATS["modelopt"].find
     assert not FORMATS.keys() & UNREAD.keys()
+
+
+def test_scales_of_another_form_or_kind_are_refused(tmp_path: Path) -> None:
+    """Negative control: as many scales, along the other side, would give another matrix."""
+
+    def read(said: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
+        save_file({f"a.{name}": value.contiguous() for name, value in tensors.items()}, tmp_path / "model.safetensors")
+        return unpacked(Checkpoint.locate(str(tmp_path), {}), said, torch.float32).tensors["a.weight"].read(OpenFiles())
+
+    block, made = WAYS["fp8 in blocks"][0], fp8_blocks(80, 96, 0)[0]
+    assert torch.equal(read(block, made), torch.from_numpy(fp8_blocks(80, 96, 0)[1]))
+    scale = made["weight_scale_inv"]
+    for wrong, said in (
+        (scale.T, r"need 2 × 4 scales, and there are 4 × 2"),
+        (scale.int(), r"a\.weight_scale_inv is I32, which a\.weight cannot be unpacked with"),
+        (scale.index_fill(0, torch.tensor([1]), torch.inf), r"a\.weight is NaN .*, as is a\.weight_scale_inv"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            read(block, {**made, "weight_scale_inv": wrong})
+    made = nvfp4(16, 32, 0)[0]  # its second scale divides: an infinite one would give zeros
+    with pytest.raises(CheckpointError, match="NaN or infinite in places, as is a.weight_global_scale"):
+        read(compressed("nvfp4-pack-quantized", num_bits=4), {**made, "weight_global_scale": torch.tensor([torch.inf])})
+    with pytest.raises(CheckpointError, match="what is packed is not as compressed-tensors packs it: tuple index"):
+        read(compressed("nvfp4-pack-quantized", num_bits=4), {**made, "weight_packed": made["weight_packed"].flatten()})
+    made = gptq(64, 64, 0)[0]
+    with pytest.raises(CheckpointError, match=r"a\.qweight is F32, which a\.weight cannot be unpacked with"):
+        read(GPTQ, {**made, "qweight": made["qweight"].float()})
+
+
+def test_what_the_config_says_lies_beside_a_matrix_must_lie_there(tmp_path: Path) -> None:
+    def read(said: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
+        save_file({f"a.{name}": value.contiguous() for name, value in tensors.items()}, tmp_path / "model.safetensors")
+        return unpacked(Checkpoint.locate(str(tmp_path), {}), said, torch.float32).tensors["a.weight"].read(OpenFiles())
+
+    made, exact = words4(32, 64, 0, zeros=True, order=True)
+    said = compressed("pack-quantized", num_bits=4, group_size=16, symmetric=False, actorder="group")
+    assert torch.equal(read(said, made), torch.from_numpy(exact))
+    for part in ("weight_zero_point", "weight_g_idx"):
+        with pytest.raises(CheckpointError, match=rf"a\.weight_packed is packed \(I32\), and its {part} is missing"):
+            read(said, {name: value for name, value in made.items() if name != part})
+    plain, exact = words4(32, 64, 0)
+    assert torch.equal(read(compressed("pack-quantized", num_bits=4, group_size=16), plain), torch.from_numpy(exact))
+    made, exact = gptq(64, 64, 0, order=True)
+    assert torch.equal(read({**GPTQ, "desc_act": True}, made), torch.from_numpy(exact))
+    with pytest.raises(CheckpointError, match="its order is missing"):
+        read({**GPTQ, "desc_act": True}, {name: value for name, value in made.items() if name != "g_idx"})

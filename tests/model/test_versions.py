@@ -170,7 +170,14 @@ def test_what_is_below_a_librarys_public_surface_is_imported_in_one_module(libra
 
 OTHERS = {
     *("_asdict", "_DummyThread", "_get_running_loop", "_getframe", "_is_protocol", "_replace"),  # Python's
-    *("_C", "_compiled_call_impl", "_current_graph_task_id", "_version", *vars(torch.nn.Module())),  # torch's
+    *(
+        "_C",
+        "_compiled_call_impl",
+        "_current_graph_task_id",
+        "_tensor_name",
+        "_version",
+        *vars(torch.nn.Module()),
+    ),  # torch's
     *("_hf_hook", "_old_forward"),  # accelerate's
     *("_tensor_data_names", "_type"),  # torchao's, in the headers of files
     *("_all_hooks", "_asked_kernel", "_cfg", "_original_names"),  # our own, in the `__dict__` of a model

@@ -48,13 +48,14 @@ class LayerParameters:
     def __getitem__(self, key: Any) -> Tensor:
         """The parameter of a layer [expert, …], of one expert […], or of several [expert, …]: numbers, a mask, a slice.
 
-        One expert's is a view, so is a slice; that of several numbers, in their order, or of a mask is a copy. Of
-        packed matrices all are copies that refuse to be written to, and only those that are asked for are unpacked.
+        `W[layer, ...]` are all of them; `W[layer, None]`, which would be a new axis in torch, is refused. One expert's
+        is a view, so is a slice; that of several numbers, in their order, or of a mask is a copy. Of packed matrices
+        all are copies that refuse to be written to, and only those that are asked for are unpacked.
 
         Raises:
             InputError: a layer without experts, or experts that do not exist or have no parameters.
         """
-        layer, experts = key if isinstance(key, tuple) and len(key) == 2 else (key, None)
+        layer, experts = key if isinstance(key, tuple) and len(key) == 2 else (key, ...)
         try:
             layer = one_id(f"{self.name}[layer]", layer)
         except InputError:
@@ -64,7 +65,7 @@ class LayerParameters:
         if layer not in self._views:
             raise InputError(f"{self.name}[{layer}]: layer {layer} has none; MoE layers are {list(self._views)}")
         view = self._views[layer]()
-        if experts is None:
+        if experts is ...:
             return view[:] if isinstance(view, Matrices) else view
         what = f"{self.name}[{layer}, expert]"
         if isinstance(experts, slice):

@@ -87,7 +87,10 @@ class ReadOnly(Tensor):
         return out
 
 
-_WHY = "its parameters are packed in 4 or 8 bits, or kept elsewhere and read when they are needed"
+_WHY = (
+    "its parameters are packed in 4 or 8 bits, kept elsewhere and read when they are needed, or computed from others "
+    "(torch's prune, parametrize)"
+)
 
 
 def _shares(one: Tensor, other: Tensor) -> bool:

@@ -180,8 +180,14 @@ class HookTable(RefusedMethods):
         """Warn where transformers has been asked for another kernel since this was last called; see `validate`.
 
         Raises:
-            UnsupportedModelError: an adapter of PEFT was put on it meanwhile.
+            UnsupportedModelError: an adapter of PEFT was put on it meanwhile, or a token is to have more experts than
+                there are.
         """
+        if not 0 < self.top_k <= self.n_experts:
+            raise UnsupportedModelError(
+                f"each token is to have {self.top_k} experts, and a layer has {self.n_experts}: expected 1 to "
+                f"{self.n_experts} in the config"
+            )
         if "peft_config" in vars(self.original_model):
             refuse_adapters(self.original_model)
         experts = self._experts(next(layer for layer, _ in self._layer_hooks())).module

@@ -1,6 +1,8 @@
 """`model.W_*`: parameters in TransformerLens's orientation, wherever they are kept."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from accelerate.utils import align_module_device
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 
 from moe_lens.model.experts.layer_parameters import LayerParameters
 from moe_lens.model.experts.offloaded_experts import is_elsewhere, numbers_of
-from moe_lens.model.experts.packed import ReadOnly
+from moe_lens.model.experts.packed import Matrices, ReadOnly
 from moe_lens.model.hooks.hook_table import HookTable
 
 
@@ -20,9 +22,7 @@ class ParameterViews(HookTable):
         """Router rows, `W_router[layer]` [n_experts, d_model]."""
         path = f"{self.family.router}.{self.family.router_weight}"
         rows = self.n_experts  # behind them are those of shared experts, in families that weigh them too
-        return LayerParameters(
-            "W_router", {at: lambda at=at: _parameter(self._moe(at), path)[:rows] for at in self.moe_layers}
-        )
+        return self._views("W_router", lambda at: _parameter(self._moe(at), path)[:rows])
 
     @property
     def W_gate(self) -> LayerParameters:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -37,30 +37,44 @@ class ParameterViews(HookTable):
     @property
     def W_out(self) -> LayerParameters:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Output matrix of the experts, `W_out[layer, expert]` [d_expert, d_model]."""
-        return LayerParameters("W_out", {at: lambda at=at: self._experts(at).second()[0] for at in self.moe_layers})
+        return self._views("W_out", lambda at: self._experts(at).second()[0])
 
     def _first(self, name: str, branch: int) -> LayerParameters:
-        return LayerParameters(name, {at: lambda at=at: self._experts(at).branch(branch) for at in self.moe_layers})
+        return self._views(name, lambda at: self._experts(at).branch(branch))
+
+    def _views(self, name: str, view: Callable[[int], Tensor | Matrices]) -> LayerParameters:
+        def of(layer: int) -> Tensor | Matrices:
+            found = view(layer)
+            return _own(found, self._moe(layer)) if isinstance(found, Tensor) else found
+
+        return LayerParameters(name, {layer: partial(of, layer) for layer in self.moe_layers})
 
     @property
     def W_U(self) -> Tensor:
         """The unembedding, [d_model, d_vocab]."""
         with _at_hand(self.unembed) as away:
             found = super().W_U
-        return found.as_subclass(ReadOnly) if away else found
+        return found.as_subclass(ReadOnly) if away else _own(found, self.unembed)
 
     @property
     def W_E(self) -> Tensor:
         """The embedding, [d_vocab, d_model]."""
         with _at_hand(self.embed) as away:
             found = super().W_E
-        return found.as_subclass(ReadOnly) if away else found
+        return found.as_subclass(ReadOnly) if away else _own(found, self.embed)
 
     def _stack_block_params(self, attr_path: str, reshape_fn: Any = None) -> Tensor:
         """TransformerLens's, for W_Q and its like: a copy of what all layers have."""
         blocks: Any = self.blocks
         with _at_hand(*(getattr(block, attr_path.partition(".")[0], None) for block in blocks)):
             return super()._stack_block_params(attr_path, reshape_fn)
+
+
+def _own(found: Tensor, module: Any) -> Tensor:
+    """A view of a module's parameters; what is computed of them, as by torch's `prune`, refuses to be written to."""
+    at = found.untyped_storage().data_ptr()
+    own = found.is_meta or any(at == part.untyped_storage().data_ptr() for part in module.parameters())
+    return found if own else found.as_subclass(ReadOnly)
 
 
 def _parameter(module: nn.Module, path: str) -> Tensor:

@@ -14,6 +14,10 @@ from moe_lens.model.torch_transforms import not_compiled
 _EMBEDDINGS = (
     "a wrapped model's embeddings are hook points, and stay: call {0} on the transformers model, and wrap it then"
 )
+_ADAPTERS = (
+    "adapters of PEFT do not go onto a wrapped model: put them on the transformers model, merge them "
+    "(merge_and_unload), and wrap what that returns"
+)
 _OF_TRANSFORMERS = {
     "save_pretrained": "this model is wrapped, and transformers would write the wrapped modules' names: call "
     "save_pretrained of the HookedMoE, which writes the family's own format (a Trainer's checkpoints: "
@@ -22,6 +26,8 @@ _OF_TRANSFORMERS = {
     "resize_token_embeddings": _EMBEDDINGS.format("resize_token_embeddings"),
     "set_input_embeddings": _EMBEDDINGS.format("set_input_embeddings"),
     "set_output_embeddings": _EMBEDDINGS.format("set_output_embeddings"),
+    "add_adapter": _ADAPTERS,
+    "load_adapter": _ADAPTERS,
 }
 """Methods of the transformers model inside that would break, or write, what wrapping made of it."""
 

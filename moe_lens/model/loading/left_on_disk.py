@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from moe_lens.errors import InputError
 from moe_lens.model.families.table import family_of
+from moe_lens.model.loading.streamed_weights import streamed_weights
 
 
 def loaded_dtypes(model: Any, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -46,6 +48,17 @@ def keep_dtypes(model: PreTrainedModel) -> None:
         for name in dtypes.keys() & index.keys():
             if "safetensors_file" in index[name]:
                 index[name]["dtype"] = str(dtypes[name]).removeprefix("torch.")
+
+
+def files_in_use(model: nn.Module) -> set[Path]:
+    """The checkpoint's files that a model reads its parameters from whenever it needs them."""
+    weights = streamed_weights(model)
+    found = set() if weights is None else set(weights.files)
+    for module in model.modules():
+        hook: Any = getattr(module, "_hf_hook", None)
+        index = getattr(getattr(getattr(hook, "weights_map", None), "dataset", None), "index", {})
+        found |= {Path(told["safetensors_file"]) for told in index.values() if "safetensors_file" in told}
+    return found
 
 
 def check_resident(model: PreTrainedModel) -> None:

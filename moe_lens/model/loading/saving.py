@@ -19,8 +19,9 @@ from moe_lens.model.hf_compat import (
     rename_source_key,
     revert_weight_conversion,
 )
+from moe_lens.model.loading.left_on_disk import files_in_use
 from moe_lens.model.loading.quantising import VARIANT, packed_in
-from moe_lens.model.loading.state_dict import check_numbers, original_state
+from moe_lens.model.loading.state_dict import check_numbers, check_own, original_state
 
 _SHARD = "2GB"
 _WORDS = frozenset(
@@ -38,7 +39,8 @@ def save_pretrained(
 
     Raises:
         UnsupportedModelError: what would be written does not load as this model; nothing is written.
-        InputError: the folder is a file, or an argument that transformers' does not have.
+        InputError: the folder is a file, or is what the model is read from in every pass; or an argument that
+            transformers' does not have.
     """
     for word in kwargs.keys() - _WORDS:
         raise InputError(f"save_pretrained has no argument {word!r}; it has {', '.join(sorted(_WORDS))}")
@@ -51,6 +53,11 @@ def save_pretrained(
         raise UnsupportedModelError(
             f"this model has the bits of its checkpoint ({kept[0]}), {model.name_or_path}, which is already what would "
             'be written: copy that folder; or load the model without quantize="stored" to save its numbers'
+        )
+    check_own(model)
+    if folder.resolve() in {file.resolve().parent for file in files_in_use(model)}:
+        raise InputError(
+            f"{folder} holds the files that this model reads its parameters from in every pass: expected another folder"
         )
     state = original_state(model, original_names)
     if packed_in(model):

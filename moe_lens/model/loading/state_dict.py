@@ -7,6 +7,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
@@ -24,9 +28,35 @@ class StateError(MoELensError, RuntimeError):
 def original_state(
     model: PreTrainedModel, original_names: Collection[str], *, keep_vars: bool = False
 ) -> dict[str, Tensor]:
-    """The state of a wrapped model under the names it had before it was wrapped."""
+    """The state of a wrapped model under the names it had before it was wrapped.
+
+    Raises:
+        UnsupportedModelError: a parameter has become one that is computed since then.
+    """
     found = _by_clean_names(model.state_dict(keep_vars=keep_vars))
+    if not found.keys() >= set(original_names):
+        check_own(model)
     return {name: found[name] for name in original_names}
+
+
+def check_own(model: nn.Module) -> None:
+    """Refuse a model of which a parameter is not its own, but computed from others when it is asked for.
+
+    Raises:
+        UnsupportedModelError: torch's `prune`, `parametrize`, `weight_norm` or `spectral_norm` is on it; names it.
+    """
+    for owner, module in model.named_modules():
+        computed = list(getattr(module, "parametrizations", {})) if is_parametrized(module) else []
+        hooks = module._forward_pre_hooks.values()
+        computed += [str(getattr(hook, "_tensor_name", "")) for hook in hooks if isinstance(hook, BasePruningMethod)]
+        computed += [hook.name for hook in hooks if isinstance(hook, SpectralNorm | WeightNorm)]
+        if computed:
+            name = f"{owner}.{computed[0]}".replace(WRAPPER, "")
+            raise UnsupportedModelError(
+                f"{name} is computed from other parameters (by torch.nn.utils' prune, parametrize or a norm), which no "
+                "checkpoint of the family has: make it permanent first (prune.remove, "
+                "parametrize.remove_parametrizations, remove_weight_norm, remove_spectral_norm)"
+            )
 
 
 def check_numbers(model: PreTrainedModel) -> None:

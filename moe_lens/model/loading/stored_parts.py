@@ -22,6 +22,7 @@ from moe_lens.model.hf_compat import (
 from moe_lens.model.loading.checkpoint import FLOATS, Checkpoint
 from moe_lens.model.loading.converted import converted
 from moe_lens.model.loading.depth import Depth, layer_of, list_of_layers
+from moe_lens.model.loading.formats.packed_tensor import FP8
 from moe_lens.model.loading.lazy_parameters import LazyParameter, StoredPart
 from moe_lens.model.loading.left_on_disk import loaded_dtypes
 
@@ -58,6 +59,35 @@ def stored_parameters(
         return None
     dtypes, view = loaded_dtypes(model, wanted, dtype), Checkpoint(checkpoint.files, tensors)
     return {name: LazyParameter(view, name, tuple(wanted[name].shape), dtypes[name], of) for name, of in parts.items()}
+
+
+def misfits(model: PreTrainedModel, checkpoint: Checkpoint, key_mapping: Any = None) -> list[str]:
+    """What is wrong with stored tensors and transformers' loader does not see, a line for each.
+
+    It takes whole numbers for those of a parameter, has matrices of any shape packed, and asks for the shape of what
+    stays on disk only when it is read.
+
+    Args:
+        model: As it was loaded; or as it is to be, on the meta device.
+        checkpoint: What it is loaded from.
+        key_mapping: That of `from_pretrained`.
+    """
+    wanted: dict[str, torch.Tensor] = model.state_dict()
+    found = list[str]()
+    for name, (converter, names) in sources_of(model, checkpoint.tensors, key_mapping).items():
+        here = wanted.get(name)  # None: it was packed while it was loaded
+        if here is not None and not here.is_floating_point():
+            continue
+        stored = [checkpoint.tensors[each] for some in names.values() for each in some]
+        whole = [each for each in stored if each.dtype not in (*FLOATS, *FP8)]
+        found += [f"{each.file.name}: {each.name} is {each.dtype}, expected floating-point numbers" for each in whole]
+        simple = converter is None or _stacks(converter)
+        if here is None or not here.is_meta or not simple or whole:
+            continue
+        if _parts(converter, names, checkpoint, here) is None:
+            shapes = ", ".join(sorted({str(each.shape) for each in stored}))
+            found.append(f"{name} is stored as {shapes}, config.json asks for {tuple(here.shape)}")
+    return found
 
 
 Sources = tuple[WeightConverter | None, dict[str, list[str]]]

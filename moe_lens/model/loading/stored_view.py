@@ -1,7 +1,6 @@
 """A checkpoint as its family stores it: without a trainer's names, and with numbers where it holds packed ones."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from moe_lens.errors import InputError, UnsupportedModelError
 from moe_lens.model.families.bailing import norm_columns
 from moe_lens.model.families.bailing_config import BailingMoeConfig
 from moe_lens.model.loading.checkpoint import Checkpoint, OpenFiles, StoredTensor
-from moe_lens.model.loading.formats.packed_tensor import made_of
+from moe_lens.model.loading.formats.packed_tensor import PackedTensor
 from moe_lens.model.loading.formats.view import method_of, packing_of, unpacked
 from moe_lens.model.loading.kept_bits import INSTEAD
 from moe_lens.model.loading.key_mapping import without_wrappers
@@ -49,8 +48,10 @@ def _with_normed_head(checkpoint: Checkpoint, to: torch.dtype) -> Checkpoint:
     head = checkpoint.tensors.get("lm_head.weight")
     if head is None:
         return checkpoint  # the loader says that it is missing
-    normed = made_of(head.name, {"weight": head}, head.shape, lambda parts: norm_columns(parts["weight"].float()))
-    return Checkpoint(checkpoint.files, {**checkpoint.tensors, head.name: replace(normed, to=to)})
+    normed = PackedTensor(
+        head.file, head.name, head.shape, "BF16", {"weight": head}, lambda of: norm_columns(of["weight"].float()), to
+    )
+    return Checkpoint(checkpoint.files, {**checkpoint.tensors, head.name: normed})
 
 
 def read_packing(raw: Mapping[str, Any], kwargs: dict[str, Any]) -> None:

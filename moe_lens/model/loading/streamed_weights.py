@@ -197,6 +197,11 @@ class StreamedWeights(Mapping[str, Tensor]):
         weakref.finalize(lease, free.append, whole).atexit = False
         return lease
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All that is read."""
+        return tuple(self._files)
+
     def stored_bytes(self, name: str) -> int:
         """Bytes that a parameter takes in the checkpoint."""
         return self._parameters[self._tied.get(name, name)].stored_bytes

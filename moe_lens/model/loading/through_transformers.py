@@ -37,7 +37,7 @@ from moe_lens.model.loading.left_on_disk import check_resident, keep_dtypes
 from moe_lens.model.loading.load_streamed import load_streamed
 from moe_lens.model.loading.quantising import VARIANT, PackingConfig
 from moe_lens.model.loading.sizes import packed_size, size_of, stored_packed_size
-from moe_lens.model.loading.stored_parts import stored_parameters
+from moe_lens.model.loading.stored_parts import misfits, stored_parameters
 from moe_lens.model.loading.stored_view import LazyTensor, locate
 
 UNREADABLE = (ImportError, OSError, ValueError, LookupError, RuntimeError, StrictDataclassError, struct.error)
@@ -52,15 +52,17 @@ def load_by_transformers(
     whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
     own = whole is None or (model_type in CAUSAL and whole not in (raw.get("architectures") or ()))
     loader = AutoModelForCausalLM if own else AutoModelForImageTextToText
-    size, seen, stay, readable = None, None, set[str](), None
+    size, seen, stay, readable, stored = None, None, set[str](), None, None
     if kwargs.get("use_safetensors") is not False and "gguf_file" not in kwargs:
         asked, packing = _asked_dtype(raw, kwargs), kwargs.get("quantization_config")
         checkpoint, differs = locate(source, raw, hub, kwargs.get("variant"), asked or torch.bfloat16)
-        dtype = asked or checkpoint.dtype
+        dtype, stored = asked or checkpoint.dtype, checkpoint
         if kwargs.get("variant") == VARIANT:
+            stored = None  # its whole numbers are as they are meant
             size = stored_packed_size(checkpoint, asked)
         elif isinstance(packing, PackingConfig) and raw["model_type"] in CONFIG_MAPPING:
             model = _unmade(loader, source, hub, kwargs, dtype)
+            _refuse_misfits(source, model, checkpoint, kwargs)
             if packing.scheme == "stored":
                 kept = kept_by_transformers(model, checkpoint, kwargs.get("key_mapping"))
                 packing.method, packing.widths = method_of(packing_of(raw) or {}), widths(model, kept)
@@ -82,6 +84,8 @@ def load_by_transformers(
             read_generation_config(model, source, hub, kwargs)
         else:
             model = load_through_transformers(loader, source, hub, placing.arguments, seen, stay)
+            if stored is not None:
+                _refuse_misfits(source, model, stored, kwargs)
             keep_dtypes(model)
             check_resident(model)
         return placing.keep(model)
@@ -114,6 +118,11 @@ def _size(checkpoint: Checkpoint, dtype: torch.dtype, behind: float) -> Size:
         },
         dtype,
     )
+
+
+def _refuse_misfits(source: str, model: PreTrainedModel, checkpoint: Checkpoint, kwargs: dict[str, Any]) -> None:
+    if problems := misfits(model, checkpoint, kwargs.get("key_mapping")):
+        raise not_whole(source, problems)
 
 
 def _unmade(loader: Any, source: str, hub: dict[str, Any], kwargs: dict[str, Any], dtype: torch.dtype) -> Any:
@@ -188,7 +197,19 @@ def load_through_transformers(
     problems += [f"{name} is NaN or infinite in places" for name, p in model.named_parameters() if not _is_finite(p)]
     if problems:
         raise not_whole(source, problems)
+    own_memory(model)
     return model
+
+
+def own_memory(model: torch.nn.Module) -> None:
+    """Copy what transformers maps from a file, or it would change with the file when that is written to.
+
+    Args:
+        model: As it was loaded. Memory that torch has not allocated itself cannot be resized.
+    """
+    for value in (*model.parameters(), *model.buffers()):
+        if value.device.type == "cpu" and not value.untyped_storage().resizable():
+            value.data = value.data.clone()
 
 
 def read_generation_config(model: Any, source: str, hub: dict[str, Any], kwargs: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from moe_lens.errors import InputError, UnsupportedModelError
 from moe_lens.model.devices import usable_device
+from moe_lens.model.loading.checkpoint import FLOATS
 
 PROCESSING: dict[str, bool] = {
     "fold_ln": True,
@@ -31,7 +32,10 @@ _INSTEAD = {
     "local_path": "a folder is the first argument",
     "state_dict": "model.load_state_dict(…) reads one into a model that is loaded",
     "output_loading_info": "a checkpoint that is not whole is an error here",
+    "ignore_mismatched_sizes": "a tensor of another shape than config.json asks for is an error here",
 }
+_NO_WISH = {"output_loading_info", "ignore_mismatched_sizes"}
+"""Of those, the ones that may be said if they are off."""
 
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -57,7 +61,7 @@ def read_words(kwargs: dict[str, Any]) -> Asked:
     """
     refuse_processing({name: kwargs.pop(name) for name in PROCESSING.keys() & kwargs.keys()})
     for word, instead in _INSTEAD.items():
-        if kwargs.get(word) is not None and (word, kwargs[word]) != ("output_loading_info", False):
+        if kwargs.get(word) is not None and not (word in _NO_WISH and kwargs[word] is False):
             raise InputError(f"from_pretrained: {word}={kwargs[word]!r} is not taken; {instead}")
         kwargs.pop(word, None)
     n_devices = kwargs.pop("n_devices", None)
@@ -67,8 +71,8 @@ def read_words(kwargs: dict[str, Any]) -> Asked:
         raise InputError('from_pretrained: move_to_device=False is not taken; device="cpu" keeps the model where it is')
     _read_device(kwargs)
     for word in ("dtype", "torch_dtype"):
-        if isinstance(kwargs.get(word), str):
-            kwargs[word] = _DTYPES.get(kwargs[word], kwargs[word])
+        if isinstance(kwargs.get(word), str | torch.dtype):
+            kwargs[word] = _read_dtype(word, kwargs[word])
     if (layers := kwargs.pop("first_n_layers", None)) is not None:
         if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
             raise InputError(f"from_pretrained: first_n_layers is {layers!r}; expected a whole number from 1")
@@ -95,6 +99,15 @@ def _read_device(kwargs: dict[str, Any]) -> None:
         raise InputError(f"from_pretrained: got device={device!r} and device_map; expected one of them")
     device = usable_device(device, "from_pretrained: device", meta=True)
     kwargs["device_map"] = None if device.type == "cpu" else {"": device}  # None: transformers' word for the processor
+
+
+def _read_dtype(word: str, asked: str | torch.dtype) -> str | torch.dtype:
+    said = _DTYPES.get(asked, asked) if isinstance(asked, str) else asked
+    meant = getattr(torch, said.removeprefix("torch."), None) if isinstance(said, str) else said
+    if said == "auto" or meant in FLOATS.values():
+        return said if said == "auto" else meant  # pyright: ignore[reportReturnType]
+    known = ", ".join(sorted(str(dtype) for dtype in FLOATS.values()))
+    raise InputError(f"from_pretrained: {word} is {asked!r}; expected 'auto' or one of {known}")
 
 
 def _check_device_map(device_map: Any) -> None:

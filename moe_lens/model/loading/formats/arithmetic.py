@@ -22,14 +22,14 @@ def scaled(
         block: rows and columns of a block.
 
     Raises:
-        ValueError: there are not as many scales as blocks.
+        ValueError: there are not as many scales as blocks along each side.
     """
     numbers, scale = numbers.float(), scale.float()
     if scale.numel() == 1:
         return numbers * scale.reshape(())
     (rows, columns), (height, width) = numbers.shape, block
     blocks = -(-rows // height), -(-columns // width)
-    if scale.numel() != blocks[0] * blocks[1]:
+    if [length for length in scale.shape if length > 1] != [length for length in blocks if length > 1]:
         raise ValueError(
             f"{rows} × {columns} numbers in blocks of {height} × {width} need {blocks[0]} × {blocks[1]} scales, and "
             f"there are {' × '.join(map(str, scale.shape))}"

@@ -32,6 +32,9 @@ _ROLES = {
     "order": ".weight_g_idx",
 }
 
+_BY_ACTIVATIONS = ("group", "dynamic", True)
+"""Words of `actorder` for columns whose groups are told one by one."""
+
 
 def compressed(tensors: Tensors, said: Mapping[str, Any]) -> Found:
     """FP8 or int8 with scales; integers of few bits in words; NVFP4 and MXFP4 in bytes."""
@@ -70,6 +73,10 @@ def _scheme(module: str, groups: list[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 def _one(name: str, stored: StoredTensor, parts: dict[str, StoredTensor], how: Mapping[str, Any]) -> PackedTensor:
     bits, group = int(how.get("num_bits") or 8), how.get("group_size") or 0
+    needed = {"zero": how.get("symmetric") is False, "order": how.get("actorder") in _BY_ACTIVATIONS}
+    for role, wanted in needed.items():
+        if wanted and role not in parts:
+            raise lacks(stored, _ROLES[role].removeprefix("."))
     if "packed" not in parts:
         *_, columns = stored.shape
         block = how.get("block_structure") if how.get("strategy") == "block" else None

@@ -42,7 +42,8 @@ def _quantised_rows(
         parts = beside(
             tensors, module, {"weight": ".qweight", "zeros": ".qzeros", "scale": ".scales", "order": ".g_idx"}
         )
-        if absent := {"zeros", "scale"} - parts.keys():
+        needed = {"zeros", "scale"} | ({"order"} if by_rows and said.get("desc_act") else set())
+        if absent := needed - parts.keys():
             raise lacks(stored, " and ".join(sorted(absent)))
         n_out = parts["scale"].shape[1]
         bits = parts["zeros"].shape[1] * 32 // n_out

@@ -1,6 +1,6 @@
 """A matrix that is stored as several tensors, packed numbers and their scales, and is read as numbers."""
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_lens.errors import CheckpointError
 from moe_lens.model.experts.stored_bits import Parts, StoredBits, Unpack, Whole
-from moe_lens.model.loading.checkpoint import OpenFiles, StoredTensor
+from moe_lens.model.loading.checkpoint import FLOATS, OpenFiles, StoredTensor
 
 Tensors = Mapping[str, StoredTensor]
 FP8 = ("F8_E4M3", "F8_E5M2")
@@ -40,10 +40,11 @@ class PackedTensor(StoredTensor):
             experts: Of which to unpack the numbers, where it is one matrix for each; all, if not given.
 
         Raises:
-            CheckpointError: the parts do not fit one another.
+            CheckpointError: the parts do not fit one another, or stand for numbers that are NaN or infinite.
         """
         with self._named():
             found = self._whole(files).read(range(self._count) if experts is None else experts)
+        self._prove(found.aminmax())
         return found if len(self.shape) == 3 else found[0]
 
     def bits(self, files: OpenFiles) -> StoredBits:
@@ -55,9 +56,12 @@ class PackedTensor(StoredTensor):
         with self._named():
             found = self._whole(files)
             ends = [end for expert in range(self._count) for end in found.read([expert]).aminmax()]
+        self._prove(ends)
+        return found
+
+    def _prove(self, ends: Iterable[Tensor]) -> None:
         if not all(bool(end.isfinite()) for end in ends):
             raise CheckpointError(f"{self.file}: {self.name} is NaN or infinite in places")
-        return found
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +78,13 @@ class PackedTensor(StoredTensor):
         return self.shape[0] if len(self.shape) == 3 else 1
 
     def _whole(self, files: OpenFiles) -> Whole:
-        return Whole.of({role: part.read(files) for role, part in self.parts.items()}, self.unpack, self.shape, self.to)
+        parts = {role: part.read(files) for role, part in self.parts.items()}
+        for role, part in parts.items():  # of one that is divided by, what is infinite would come out as zero
+            if role in _SCALES and part.element_size() > 1 and not bool(part.isfinite().all()):
+                raise CheckpointError(
+                    f"{self.file}: {self.name} is NaN or infinite in places, as is {self.parts[role].name}"
+                )
+        return Whole.of(parts, self.unpack, self.shape, self.to)
 
     @contextmanager
     def _named(self) -> Generator[None]:
@@ -85,12 +95,21 @@ class PackedTensor(StoredTensor):
 
 
 Found = Iterator[PackedTensor]
+_SCALES = ("scale", "second", "global", "absmax", "nested_absmax", "quant_map", "nested_quant_map")
+"""Roles of parts that are numbers: floating point or, in a byte, a power of two or a place in a table."""
 
 
 def made_of(
     name: str, parts: Tensors, shape: tuple[int, ...], unpack: Unpack, said: tuple[StoredTensor, ...] = ()
 ) -> PackedTensor:
-    """The tensor that `parts` are, of which the first says in which file it is."""
+    """The tensor that `parts` are, of which the first says in which file it is.
+
+    Raises:
+        CheckpointError: its numbers are floating point of 16 bits or more, or its scales whole numbers.
+    """
+    for role, part in parts.items():
+        if (part.dtype not in (*FLOATS, *FP8, "F8_E8M0", "U8")) if role in _SCALES else (part.dtype in FLOATS):
+            raise CheckpointError(f"{part.file}: {part.name} is {part.dtype}, which {name} cannot be unpacked with")
     return PackedTensor(next(iter(parts.values())).file, name, shape, "BF16", parts, unpack, said=said)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
 from moe_lens.model.loading.checkpoint import FLOATS
-from moe_lens.model.loading.formats.packed_tensor import Found, Parts, Tensors, beside, lacks, made_of
+from moe_lens.model.loading.formats.packed_tensor import Found, PackedTensor, Parts, Tensors, beside, lacks
 
 _KINDS = FLOATS | {
     "I8": torch.int8,
@@ -49,7 +49,8 @@ def torchao(tensors: Tensors, said: Mapping[str, Any]) -> Found:  # noqa: ARG001
         if absent := roles.keys() - parts.keys():
             raise lacks(next(iter(parts.values())), ", ".join(sorted(absent)))
         empty = {role: torch.empty(part.shape, dtype=_KINDS[part.dtype], device="meta") for role, part in parts.items()}
-        yield made_of(name, parts, tuple(_together(kind, empty).shape), partial(_numbers, kind))
+        shape = tuple(_together(kind, empty).shape)
+        yield PackedTensor(next(iter(parts.values())).file, name, shape, "BF16", parts, partial(_numbers, kind))
 
 
 def _numbers(kind: dict[str, Any], parts: Parts) -> Tensor:

@@ -112,9 +112,15 @@ def unpacked(checkpoint: Checkpoint, said: Mapping[str, Any], to: torch.dtype) -
     if format_ is None:
         raise _unread(method_of(said))
     tensors, used = dict[str, StoredTensor](), set[int]()
-    for packed in format_.find(checkpoint.tensors, said):
-        used |= {id(part) for part in (*packed.parts.values(), *packed.said)}
-        tensors[packed.name] = replace(packed, to=to)
+    try:
+        for packed in format_.find(checkpoint.tensors, said):
+            used |= {id(part) for part in (*packed.parts.values(), *packed.said)}
+            tensors[packed.name] = replace(packed, to=to)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        last = f", behind {next(reversed(tensors))}" if tensors else ""
+        raise CheckpointError(
+            f"{checkpoint.files[0].parent}: what is packed{last} is not as {method_of(said)} packs it: {error}"
+        ) from error
     left = {name: stored for name, stored in checkpoint.tensors.items() if id(stored) not in used}
     plain = {name: stored for name, stored in left.items() if not _BESIDE.fullmatch(name)}
     for name, stored in plain.items():

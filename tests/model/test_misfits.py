@@ -1,0 +1,91 @@
+"""What transformers' loader lets pass: whole numbers, other shapes, files that change, words that it does not know."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
+from moe_lens.hooked_moe import HookedMoE
+from tests.matrix.configs import build, tokens
+
+ON_DISK = {"device_map": {"model": "disk", "lm_head": "disk"}}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    build("mixtral").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(tokens())
+
+
+def change(folder: Path, name: str, value: Tensor) -> None:
+    file = folder / "model.safetensors"
+    save_file({**load_file(file), name: value.contiguous()}, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "deepseek"])
+def test_a_loaded_model_stays_as_it_is_when_its_file_is_written_to(model_type: str, tmp_path: Path) -> None:
+    build(model_type).save_pretrained(tmp_path)
+    model = HookedMoE.from_pretrained(tmp_path)
+    expected = logits(model).clone()
+    file = tmp_path / "model.safetensors"
+    with file.open("r+b") as handle:  # in place, as `cp` and `rsync --inplace` do it
+        size = 8 + int.from_bytes(handle.read(8), "little")
+        handle.seek(size)
+        handle.write(bytes(file.stat().st_size - size))
+    assert torch.equal(logits(model), expected)
+    assert not load_file(file)["lm_head.weight"].any(), "the file itself has changed"
+
+
+@pytest.mark.parametrize("how", [{}, {"quantize": "int8"}, ON_DISK], ids=["memory", "int8", "disk"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.self_attn.q_proj.weight", "model.layers.1.block_sparse_moe.experts.3.w2.weight"]
+)
+def test_stored_tensors_of_another_kind_or_shape_are_refused(name: str, how: dict[str, Any], folder: Path) -> None:
+    whole = load_file(folder / "model.safetensors")[name]
+    asked = "config.json asks for|automatic conversion"  # that of transformers, which stacks experts
+    for value, said in [(whole.int(), f"{name} is I32, expected floating-point"), (whole[:-8], asked)]:
+        change(folder, name, value)
+        with pytest.raises(CheckpointError, match=said):
+            HookedMoE.from_pretrained(folder, check=False, **how)
+    change(folder, name, whole)
+    HookedMoE.from_pretrained(folder, check=False, **how)
+
+
+@pytest.mark.parametrize("how", [{}, ON_DISK], ids=["memory", "disk"])
+def test_a_token_has_as_many_experts_as_there_are_at_most(how: dict[str, Any], folder: Path) -> None:
+    for top_k in (0, 9):
+        with pytest.raises(UnsupportedModelError, match=rf"is to have {top_k} experts, and a layer has 8: expected 1"):
+            HookedMoE.from_pretrained(folder, num_experts_per_tok=top_k, **how)
+    assert HookedMoE.from_pretrained(folder, num_experts_per_tok=8, **how).top_k == 8
+
+
+@pytest.mark.parametrize("asked", ["nonsense", "float8_e4m3fn", torch.int8, torch.float8_e4m3fn])
+def test_a_dtype_that_no_model_computes_in_is_answered_by_those_that_there_are(asked: Any, folder: Path) -> None:
+    for word in ("dtype", "torch_dtype"):
+        with pytest.raises(InputError, match=rf"{word} is .*; expected 'auto' or one of torch.bfloat16, torch.float16"):
+            HookedMoE.from_pretrained(folder, **{word: asked})
+    assert HookedMoE.from_pretrained(folder, dtype="torch.bfloat16").cfg.dtype == torch.bfloat16
+
+
+def test_sizes_that_do_not_match_cannot_be_ignored(folder: Path) -> None:
+    with pytest.raises(InputError, match="ignore_mismatched_sizes=True is not taken; a tensor of another shape"):
+        HookedMoE.from_pretrained(folder, ignore_mismatched_sizes=True)
+    HookedMoE.from_pretrained(folder, ignore_mismatched_sizes=False)
+
+
+def test_adapters_do_not_go_onto_a_wrapped_model(folder: Path) -> None:
+    model: Any = HookedMoE.from_pretrained(folder)
+    for method in (model.load_adapter, model.original_model.load_adapter, model.original_model.add_adapter):
+        with pytest.raises(UnsupportedModelError, match="adapters of PEFT do not go onto a wrapped model"):
+            method("folder")
+    model.save_pretrained(folder / "saved")
+    assert torch.equal(logits(HookedMoE.from_pretrained(folder / "saved")), logits(model))
