@@ -53,6 +53,7 @@ COMMANDS = (
 app.registered_commands.sort(key=lambda registered: COMMANDS.index(registered.name or ""))
 
 
+@processes.leaving()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 

@@ -1,8 +1,10 @@
 """Several processes under torchrun: how they find one another, and which of them says why all of them end."""
 
 import os
+import sys
 import time
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -88,12 +90,18 @@ def join_processes(device: str) -> None:
             ) from None
 
 
-def leave_processes() -> None:
-    """The end of `join_processes`."""
-    import torch
+@contextmanager
+def leaving() -> Generator[None]:
+    """At the end, the end of `join_processes`: not before this process has said why it ends.
 
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    The others notice that one has left, and would otherwise say so before the one that knows why.
+    """
+    try:
+        yield
+    finally:
+        torch = sys.modules.get("torch")  # seconds, where nothing has needed it
+        if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def place(device: str) -> "torch.device":

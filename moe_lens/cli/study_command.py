@@ -14,7 +14,7 @@ import typer
 from moe_lens.cli import options
 from moe_lens.cli.app import app
 from moe_lens.cli.model_loading import load_model, quiet, where_it_is
-from moe_lens.cli.processes import join_processes, leave_processes
+from moe_lens.cli.processes import join_processes
 from moe_lens.cli.show import findings_in
 from moe_lens.data import Reading
 
@@ -139,35 +139,32 @@ def _run(made: "Study | Work", domains: options.Opened, out: Path, given: Argume
     started = time.monotonic()
     work = partial(run, made) if isinstance(made, Study) else made
     join_processes(given.device)
-    try:
-        console = Console(stderr=True, quiet=distributed.rank() > 0)
-        with console.status(Text(f"loading {given.model}")):
-            packing = given.quantize and given.quantize.value
-            trust = given.trust_tokenizer_code
-            model = load_model(given.model, given.dtype.value, given.device, max_memory, packing, trust)
-        if (where := where_it_is(model)) is not None:
-            console.print(Text(where))
-        columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
-        with Progress(*columns, console=console, transient=True) as progress:
-            task, read = progress.add_task("reading"), 0
+    console = Console(stderr=True, quiet=distributed.rank() > 0)
+    with console.status(Text(f"loading {given.model}")):
+        packing = given.quantize and given.quantize.value
+        trust = given.trust_tokenizer_code
+        model = load_model(given.model, given.dtype.value, given.device, max_memory, packing, trust)
+    if (where := where_it_is(model)) is not None:
+        console.print(Text(where))
+    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task, read = progress.add_task("reading"), 0
 
-            def watch(what: str, tokens: int) -> None:
-                nonlocal read
-                read += tokens
-                progress.update(task, description=f"{what} · {read:,} tokens read")
+        def watch(what: str, tokens: int) -> None:
+            nonlocal read
+            read += tokens
+            progress.update(task, description=f"{what} · {read:,} tokens read")
 
-            def say(line: str) -> None:
-                if where is not None:  # small models are quick
-                    console.print(Text(line))
+        def say(line: str) -> None:
+            if where is not None:  # small models are quick
+                console.print(Text(line))
 
-            how = {"reading": given.reading(), "name": given.model, "batch_tokens": given.batch_tokens}
-            found = work(model, domains, out=out, watch=watch, say=say, **how)
-        console.print(f"done in {time.monotonic() - started:.0f} s", highlight=False)
-        if distributed.rank() == 0:
-            said = findings_in(out) if found is None or isinstance(found, Path) else str(found.findings())
-            typed = f"./{out}" if str(out).startswith("-") else str(out)  # and no option
-            more = "" if isinstance(found, Path) else f"\nall of it: moe-lens show {shlex.quote(typed)}"
-            console.print(Text(f"{said}{more}"), soft_wrap=True)
-            print((found if isinstance(found, Path) else out).resolve())
-    finally:
-        leave_processes()
+        how = {"reading": given.reading(), "name": given.model, "batch_tokens": given.batch_tokens}
+        found = work(model, domains, out=out, watch=watch, say=say, **how)
+    console.print(f"done in {time.monotonic() - started:.0f} s", highlight=False)
+    if distributed.rank() == 0:
+        said = findings_in(out) if found is None or isinstance(found, Path) else str(found.findings())
+        typed = f"./{out}" if str(out).startswith("-") else str(out)  # and no option
+        more = "" if isinstance(found, Path) else f"\nall of it: moe-lens show {shlex.quote(typed)}"
+        console.print(Text(f"{said}{more}"), soft_wrap=True)
+        print((found if isinstance(found, Path) else out).resolve())

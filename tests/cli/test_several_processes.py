@@ -67,9 +67,9 @@ def test_processes_that_are_not_there_are_said(rank, capsys, monkeypatch, tmp_pa
 
 def joined(times: int) -> int:
     for number in range(times):
-        processes.join_processes("cpu")
-        assert distributed.gather((os.environ["RANK"], number)) == [("0", number), ("1", number)]
-        processes.leave_processes()
+        with processes.leaving():
+            processes.join_processes("cpu")
+            assert distributed.gather((os.environ["RANK"], number)) == [("0", number), ("1", number)]
     return 0
 
 

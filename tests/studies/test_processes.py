@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_lens.cli import main
+from moe_lens.cli import main, processes
 from moe_lens.studies import StudyResult
 from tests.forked import Forked, group
 from tests.studies.tiny import assert_same, save_checkpoint, write_jsonl
@@ -72,14 +72,14 @@ def agree(out: Path, whole: Path) -> None:
     assert StudyResult.load(out).manifest["read"] == StudyResult.load(whole).manifest["read"]
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("n", [2, 4])
 @pytest.mark.parametrize("streaming", [False, True], ids=["memory", "streaming"])
-def test_processes_count_what_one_counts(arguments, whole, processes, streaming, tmp_path):
+def test_processes_count_what_one_counts(arguments, whole, n, streaming, tmp_path):
     out = tmp_path / "out"
     more = ["--streaming"] if streaming else []
-    started = group(processes, main, [*arguments, *more, "--out", str(out)], said=tmp_path)
+    started = group(n, main, [*arguments, *more, "--out", str(out)], said=tmp_path)
     said = [ended(process).split() for process in started]
-    assert said == [[str(out.resolve())], *[[]] * (processes - 1)], "the first alone says where"
+    assert said == [[str(out.resolve())], *[[]] * (n - 1)], "the first alone says where"
     agree(out, whole)
 
 
@@ -105,9 +105,16 @@ def test_processes_share_the_prompts_of_facts(arguments, tmp_path):
     assert one.tables["experts"].equals(two.tables["experts"])
 
 
+def hasty(arguments: list[str]) -> int:
+    """The command; the first process does not wait for what the other may say."""
+    if os.environ["RANK"] == "0":
+        processes.MOMENT = 0.0
+    return main(arguments)
+
+
 def test_an_error_or_a_signal_of_one_process_ends_all_of_them_with_a_line_and_loses_nothing(arguments, whole, tmp_path):
     out, unfinished = tmp_path / "at" / "out", tmp_path / "at" / "out.unfinished"
-    started = group(2, main, [*arguments, "--out", str(out)], said=tmp_path / "0")
+    started = group(2, hasty, [*arguments, "--out", str(out)], said=tmp_path / "0")
     progress: list[Path] = []
     while started[1].running and not progress:
         time.sleep(0.001)
@@ -117,7 +124,7 @@ def test_an_error_or_a_signal_of_one_process_ends_all_of_them_with_a_line_and_lo
     (broken,) = progress
     content = broken.read_bytes()
     broken.write_bytes(content[:100])
-    line = one_line(group(2, main, [*arguments, "--out", str(out)], said=tmp_path / "1"), [2, 2])
+    line = one_line(group(2, hasty, [*arguments, "--out", str(out)], said=tmp_path / "1"), [2, 2])
     assert line.startswith(f"moe-lens (process 1): error: {broken} cannot be read"), line
     broken.write_bytes(content)
     for process in group(2, main, [*arguments, "--out", str(out)], said=tmp_path / "2"):
@@ -125,9 +132,9 @@ def test_an_error_or_a_signal_of_one_process_ends_all_of_them_with_a_line_and_lo
     agree(out, whole)
 
 
-def one_line(processes: list[Forked], statuses: list[int]) -> str:
+def one_line(started: list[Forked], statuses: list[int]) -> str:
     """All that several processes said when they ended."""
-    ends = [process.end() for process in processes]
+    ends = [process.end() for process in started]
     assert [status for status, _, _ in ends] == statuses, ends
     (line,) = [line for _, _, err in ends for line in err.splitlines() if line.strip()]
     return line
