@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def joined(times: int) -> int:
 def test_processes_find_one_another_again(tmp_path):
     """Two commands, one after the other, in processes of torchrun, whose store keeps what the first has left in it."""
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+    env: dict[str, Any] = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
     env["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     both = [Forked(joined, 4, said=tmp_path / rank, RANK=rank, LOCAL_RANK=rank, **env) for rank in "01"]
     assert [process.end()[0] for process in both] == [0, 0]
