@@ -179,6 +179,7 @@ def test_every_kind_of_file_gives_the_same_passages(tmp_path):
         assert [(p.text, p.source) for p in found.passages] == [(r["text"], r["source"]) for r in ROWS], path.name
 
 
+@pytest.mark.typed
 def test_a_folder_of_texts_has_a_source_a_file(tmp_path):
     (tmp_path / "b").mkdir()
     for name, text in (("a.txt", "one\n\ntwo"), ("b/c.txt", "three"), (".hidden.txt", "never")):

@@ -385,6 +385,7 @@ def test_parameters_that_are_computed_are_not_written(tmp_path: Path) -> None:
         assert torch.equal(HookedMoE.from_pretrained(tmp_path / "permanent")(ids), model(ids))
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize("model_type", ["mixtral", "bailing_hybrid"])
 def test_files_that_a_model_is_read_from_are_not_written_over(model_type: str, tmp_path: Path) -> None:
     matrix_build(model_type).save_pretrained(tmp_path / "model", max_shard_size="60KB")

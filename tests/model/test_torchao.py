@@ -81,6 +81,7 @@ def test_what_is_not_whole_is_refused_by_name(tmp_path: Path) -> None:
         HookedMoE.from_pretrained(tmp_path / "packed")
 
 
+@pytest.mark.typed
 def test_without_torchao_a_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build("qwen3_moe", **SIZES["qwen3_moe"]).save_pretrained(tmp_path)
     write(tmp_path, load_file(tmp_path / "model.safetensors"), SAID)
