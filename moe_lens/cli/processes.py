@@ -116,8 +116,8 @@ def place(device: str) -> "torch.device":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         found = torch.device(device)
-        torch.empty(1, device=found).cpu()
-    except (RuntimeError, AssertionError) as error:  # NotImplementedError of meta is one: it holds no numbers
+        torch.empty(1, device=found).cpu()  # fails where the device is absent, and on meta, which holds no numbers
+    except (RuntimeError, AssertionError) as error:  # the latter: this torch was built without CUDA
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {device}: {reason}") from None
     return found
