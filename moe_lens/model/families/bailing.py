@@ -10,14 +10,14 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.glm4_moe import modeling_glm4_moe as glm
 
 from moe_lens.model.families.bailing_config import BailingMoeConfig, BailingMoeV2Config
+from moe_lens.model.families.deepseek import DeepseekRouter
 from moe_lens.model.families.own_model import OwnModel
 from moe_lens.model.hf_compat import (
     OutputRecorder,
@@ -32,27 +32,12 @@ from moe_lens.model.hf_compat import (
 __all__ = ["BailingMoeForCausalLM", "BailingMoeModel", "BailingMoeV2ForCausalLM", "BailingMoeV2Model", "norm_columns"]
 
 
-class BailingMoeRouter(nn.Module):
-    """Softmax over all experts in float32, then top-k, then, if the config says so, weights that sum to 1."""
+class BailingMoeRouter(DeepseekRouter):
+    """DeepSeekMoE's router, with its softmax in float32."""
 
-    def __init__(self, config: BailingMoeConfig):
-        super().__init__()
-        self.top_k = config.num_experts_per_tok
-        self.num_experts = config.num_experts
-        self.hidden_dim = config.hidden_size
-        self.norm_topk_prob = config.norm_topk_prob
-        self.weight = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim))
-
-    def forward(
-        self, hidden_states: Float[Tensor, "*rows d"]
-    ) -> tuple[Float[Tensor, "tokens n_experts"], Float[Tensor, "tokens top_k"], Int[Tensor, "tokens top_k"]]:
-        """Logits of all experts, routing weights and indices of the selected, in no particular order."""
-        logits = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        weights, indices = logits.softmax(dim=-1, dtype=wide).topk(self.top_k, dim=-1, sorted=False)
-        if self.top_k > 1 and self.norm_topk_prob:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        return logits, weights, indices
+    def affinities(self, logits: Float[Tensor, "tokens n_experts"]) -> Float[Tensor, "tokens n_experts"]:
+        """Softmax over all experts, in float32 or wider."""
+        return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 class BailingMoeDecoderLayer(glm.Glm4MoeDecoderLayer):

@@ -63,7 +63,7 @@ class DeepseekRotaryEmbedding(LlamaRotaryEmbedding):
 class DeepseekRouter(nn.Module):
     """Softmax over all experts in the model's dtype, then top-k, then, if the config says so, weights that sum to 1."""
 
-    def __init__(self, config: DeepseekConfig):
+    def __init__(self, config: Any):  # DeepSeekMoE's, or one of its names
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.num_experts = config.n_routed_experts
@@ -76,10 +76,14 @@ class DeepseekRouter(nn.Module):
     ) -> tuple[Float[Tensor, "tokens n_experts"], Float[Tensor, "tokens top_k"], Int[Tensor, "tokens top_k"]]:
         """Logits of all experts, routing weights and indices of the selected, in no particular order."""
         logits = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
-        weights, indices = logits.softmax(dim=-1).topk(self.top_k, dim=-1, sorted=False)
+        weights, indices = self.affinities(logits).topk(self.top_k, dim=-1, sorted=False)
         if self.top_k > 1 and self.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return logits, weights, indices
+
+    def affinities(self, logits: Float[Tensor, "tokens n_experts"]) -> Float[Tensor, "tokens n_experts"]:
+        """Softmax over all experts."""
+        return logits.softmax(dim=-1)
 
 
 class DeepseekMoE(nn.Module):
