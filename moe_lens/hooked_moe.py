@@ -26,6 +26,7 @@ from moe_lens.model.hooks.layer_hooks import LayerHooks
 from moe_lens.model.hooks.output_capture import capture_once
 from moe_lens.model.hooks.self_check import self_check
 from moe_lens.model.hooks.transaction import undone_on_error
+from moe_lens.model.loading.left_on_disk import watch_files
 from moe_lens.model.loading.pretrained import Trust, load_pretrained, warn_if_slow
 from moe_lens.model.loading.quantising import packed_in, read_quantize
 from moe_lens.model.loading.saving import save_pretrained
@@ -168,6 +169,7 @@ class HookedMoE(Summary, GeneratingBridge):
             hooked._check_model()
             if check and not any(p.is_meta for p in model.parameters()):
                 self_check(hooked)
+            watch_files(model)
             return hooked
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:

@@ -10,7 +10,7 @@ from moe_lens.errors import InputError, a_kind
 from moe_lens.json_files import check_file, read_json
 
 MANIFEST = "manifest.json"
-FORMAT = 3
+FORMAT = 4
 """Of manifests, progress, tables and results: raised by one whenever what is written changes, so that this is said."""
 
 

@@ -10,6 +10,7 @@ import torch
 from moe_lens import HookedMoE, LogitLens, PartialSum
 from moe_lens.errors import InputError
 from moe_lens.model.loading import through_transformers
+from moe_lens.model.loading.checksum import checksum
 from moe_lens.model.loading.streamed_weights import streamed_weights
 from moe_lens.studies.model_facts import parameters_digest
 from tests.families import build, tokens
@@ -94,14 +95,35 @@ def test_a_model_is_known_wherever_it_is_kept(pair):
     known = parameters_digest(whole.original_model)
     assert parameters_digest(away.original_model) == known
     with torch.no_grad():
-        before = whole.W_out[whole.moe_layers[0], 0][0, 0].clone()
-        whole.W_out[whole.moe_layers[0], 0][0, 0] += 1
+        before = whole.W_out[whole.moe_layers[0], 0][5, 7].clone()
+        whole.W_out[whole.moe_layers[0], 0][5, 7] += 1
         assert parameters_digest(whole.original_model) != known
-        whole.W_out[whole.moe_layers[0], 0][0, 0] = before
+        whole.W_out[whole.moe_layers[0], 0][5, 7] = before
+
+
+@pytest.mark.typed
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.uint8, torch.bool])
+def test_any_change_of_a_parameter_changes_its_checksum(dtype):
+    """Negative control: another layout of the same numbers does not."""
+    values = torch.randint(
+        0, 2 if dtype == torch.bool else 200, (3, 700, 31), generator=torch.Generator().manual_seed(0)
+    ).to(dtype)
+    found = [checksum(values)]
+    assert checksum(values.mT.contiguous().mT) == checksum(torch.cat([values, values])[3:]) == found[0]
+    for at in (0, 1, 4095, 4096, 33333, values.numel() - 1):
+        changed = values.clone()
+        changed.view(-1)[at] = 0 if changed.view(-1)[at] else 1
+        found.append(checksum(changed))
+    found += [
+        checksum(values[[0, 2, 1]]),
+        checksum(values[:, torch.arange(700) ^ 1]),
+        checksum(values[..., [1, 0, *range(2, 31)]]),
+    ]
+    assert len(set(found)) == len(found)
+    assert checksum(values[:0]) == checksum(torch.zeros(0)) and checksum(values[0, 0, 0]) != checksum(values[0, 0, 1])
 
 
 def test_a_change_of_any_expert_is_seen_however_many_there_are():
-    """Between 64 numbers of all 200 experts together, a merged expert would go unseen."""
     model: Any = torch.nn.Module()
     model.config = SimpleNamespace(to_dict=dict)
     model.experts = torch.nn.Parameter(torch.zeros(200, 3, 50))

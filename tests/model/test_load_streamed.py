@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from moe_lens import HookedMoE
 from moe_lens.errors import CheckpointError, InputError
 from moe_lens.model.families.table import FAMILIES, here
 from moe_lens.model.loading import dispatch, stored_file, through_transformers
 from moe_lens.model.loading.checkpoint import Checkpoint
+from moe_lens.model.loading.checksum import checksum
 from moe_lens.model.loading.depth import read_depth
 from moe_lens.model.loading.stored_parts import stored_parameters
 from moe_lens.model.loading.streamed_weights import StreamedWeights, streamed_weights
@@ -116,6 +118,46 @@ def test_files_that_change_while_they_are_read_are_an_error(folder, whole, tmp_p
         file.unlink()
     with pytest.raises(CheckpointError, match=r"safetensors has changed since the model was loaded"):
         model(ids)
+
+
+def other_numbers(file: Path) -> bytes:
+    """A file with the same header and size, in which the middle of every tensor holds other numbers."""
+    state = load_file(file)
+    for value in state.values():
+        value.view(-1)[value.numel() // 2] += 1
+    save_file(state, other := file.with_suffix(".other"), {"format": "pt"})
+    content = other.read_bytes()
+    other.unlink()
+    return content
+
+
+@pytest.mark.parametrize("renamed", [True, False], ids=["renamed", "written over"])
+@pytest.mark.parametrize("way", ["", "fp8 in blocks"])
+def test_a_file_in_the_place_of_another_of_equal_size_and_time_is_an_error(way, renamed, tmp_path):
+    """Negative control: name, size and time of change alone are those of the file that was loaded."""
+    if way:
+        pack(tmp_path, way, "deepseek")
+    else:
+        build("deepseek").save_pretrained(tmp_path)
+    model, weights = streamed(tmp_path, {"": "disk"}, check=False)
+    copy, ids = pickle.dumps(weights), tokens(2, 9)
+    plain = model(ids)
+    (file,) = tmp_path.glob("*.safetensors")
+    before, content = file.stat(), other_numbers(file) if not way else file.read_bytes()
+    target = tmp_path / "new" if renamed else file
+    target.write_bytes(content)
+    os.utime(target, ns=(before.st_atime_ns, before.st_mtime_ns))
+    target.replace(file)
+    now = file.stat()
+    assert (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has changed since the model was loaded"):
+        model(ids)
+    with pytest.raises(CheckpointError, match=r"has changed since the model was loaded"):
+        weights.checksums()
+    with pytest.raises(CheckpointError, match=r"has changed since the model was loaded"):
+        pickle.loads(copy)
+    again = streamed(tmp_path, {"": "disk"}, check=False)[0](ids)
+    assert torch.equal(again, plain) == bool(way), "what was there to be overlooked"
 
 
 def test_numbers_are_proved_finite_in_the_first_pass(folder, tmp_path):
@@ -228,8 +270,9 @@ def test_what_transformers_converts_is_converted_when_it_is_read(model_type, tmp
     assert torch.equal(model.W_in[layer, 3], whole.W_in[layer, 3])
     again = pickle.loads(pickle.dumps(weights))
     assert all(torch.equal(again[name], weights[name]) for name in weights)
-    sampled = [name for name in weights if ".experts." in name][-1]
-    assert torch.equal(weights.sampled(sampled, [7, 3]), weights[sampled].flatten()[[7, 3]])
+    sums = weights.checksums()
+    assert all(sums[name] == checksum(weights[name]) for name in sums)
+    assert len(sums) == sum(parameter.is_meta for parameter in model.original_model.parameters())
 
 
 def test_a_conversion_that_these_tensors_do_not_fit_is_left_to_the_loader(tmp_path):
@@ -311,6 +354,37 @@ def test_what_transformers_writes_down_comes_in_the_dtypes_that_it_loads(tmp_pat
     model = HookedMoE.from_pretrained(tmp_path, **how).requires_grad_(False)
     assert streamed_weights(model.original_model) is None
     assert torch.equal(model(tokens()), whole(tokens()))
+
+
+def test_what_transformers_writes_down_is_proved_and_watched_too(tmp_path):
+    """Negative control: a plain model of transformers, with another one in its folder, computes with that one's."""
+    build("deepseek_v3").save_pretrained(tmp_path / "one")
+    build("deepseek_v3", seed=1).save_pretrained(tmp_path / "two")
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    how: dict[str, Any] = {
+        "use_safetensors": False, "device_map": {"": "disk"}, "offload_folder": str(tmp_path / "off"),
+    }  # fmt: skip
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "one", **how)
+    ids, right = tokens(2, 9), HookedMoE.from_pretrained(tmp_path / "one", use_safetensors=False)(tokens(2, 9))
+    wrapped = HookedMoE.from_hf(AutoModelForCausalLM.from_pretrained(tmp_path / "one", **how))
+    assert torch.equal(wrapped(ids), right) and torch.equal(plain(ids).logits, right)
+    model = HookedMoE.from_pretrained(tmp_path / "one", **how)
+    assert torch.equal(model(ids), right)
+    HookedMoE.from_pretrained(tmp_path / "two", **how)
+    for each in (model, wrapped):
+        with pytest.raises(CheckpointError, match=r"off/model\.embed_tokens\..*has changed since the model was loaded"):
+            each(ids)
+    assert not torch.equal(plain(ids).logits, right)
+
+    state = torch.load(tmp_path / "one" / "pytorch_model.bin")
+    state["model.layers.2.self_attn.o_proj.weight"][1, 1] = torch.inf
+    torch.save(state, tmp_path / "one" / "pytorch_model.bin")
+    broken = HookedMoE.from_pretrained(tmp_path / "one", **how)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"model\.layers\.2\.self_attn\.o_proj\.weight is NaN or infinite"):
+            broken(ids)
 
 
 def test_what_a_family_reads_by_itself_stays_in_memory(tmp_path, monkeypatch):

@@ -65,6 +65,7 @@ def test_experts_on_disk_are_read_once_in_a_pass(tmp_path, name):
     assert weights is not None
     passes = []
     away.original_model.get_submodule(MOE).register_forward_pre_hook(lambda *_: passes.append(1))
+    weights.checksums()  # the plan's
     before = weights.settled()
     texts = [domain(each, n=12, sources=12, seed=seed) for seed, each in enumerate(("one", "two"))]
     run(STUDIES[name], away, texts, reading=READING, name="tiny")

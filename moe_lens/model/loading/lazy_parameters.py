@@ -97,13 +97,6 @@ class LazyParameter:
         stored = map(self.stored, self.parts)
         return all(type(part) is StoredTensor and part.dtype in FLOATS for part in stored)
 
-    def begin(self, part: StoredPart) -> int:
-        """The place of a part's first number in the parameter, counted through all axes."""
-        if part.place is ...:
-            return 0
-        _, rows, *rest = self.shape
-        return (part.place[0] * rows + part.place[1].start) * math.prod(rest)
-
     def stored(self, part: StoredPart) -> StoredTensor:
         """Where one of its parts is."""
         return self.checkpoint.tensors[part.name]

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_lens.model.experts.offloaded_experts import is_elsewhere, numbers_of
 from moe_lens.model.families.table import family_of
+from moe_lens.model.loading.checksum import checksum
 from moe_lens.model.loading.dispatch import place_of
 from moe_lens.model.loading.key_mapping import WRAPPER
 from moe_lens.model.loading.lazy_parameters import LazyParameter
@@ -72,7 +73,7 @@ def load_streamed(
         elif place != "disk":
             set_module_tensor_to_device(model, name, place, value=resident[name], dtype=parameters[name].dtype)
     model.tie_weights()
-    weights: Any = StreamedWeights(parameters, elsewhere, tied, kept)
+    weights: Any = StreamedWeights(parameters, elsewhere, tied, kept, resident.stamps)
     # An index that is empty, and not None: accelerate would write what is on disk a second time.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The following device_map keys do not match")  # those of single tensors
@@ -115,20 +116,18 @@ def _places(
     return places
 
 
-def values_at(model: nn.Module, name: str, parameter: Tensor, at: Tensor) -> Tensor:
-    """Single numbers of a parameter, in memory or not.
+def checksum_of(model: nn.Module, name: str, parameter: Tensor) -> bytes:
+    """That of a parameter, in memory or not; see `checksum`.
 
     Args:
         model: Wrapped or not.
         name: Of the parameter in it.
         parameter: It.
-        at: Places in it, counted through all of its axes.
     """
     owner, _, own = name.rpartition(".")
     if parameter.is_meta and is_elsewhere(model.get_submodule(owner), own):
         weights = streamed_weights(model)
-        if weights is not None:
-            return weights.sampled(name.replace(WRAPPER, ""), at.tolist())
+        if weights is not None and (found := weights.checksums().get(name.replace(WRAPPER, ""))) is not None:
+            return found
         parameter = numbers_of(model.get_submodule(owner), own)
-    flat = parameter.detach().flatten()
-    return flat[at.to(flat.device)]
+    return checksum(parameter)

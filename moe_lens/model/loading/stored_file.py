@@ -15,6 +15,20 @@ from moe_lens.errors import CheckpointError
 PAGE, BLOCK = 4096, 8 << 20
 
 Bytes = NDArray[np.uint8]
+Stamp = tuple[int, int, int, int]
+"""Of a file: its number in the file system, its size, and when its contents and its entry were last changed.
+
+A copy that keeps size and time (`cp -p`, `rsync -t`, a renamed shard) has another number, or another time of its entry.
+"""
+
+
+def stamp_of(path: Path) -> Stamp | None:
+    """What tells a file from another one under its name; None if it is not there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def page_block() -> Bytes:
@@ -32,11 +46,13 @@ class StoredFile:
     Args:
         path: Its header has been found in order.
         block: Of `page_block`; files that are read one at a time can share it.
+        stamp: Its own when the model was loaded; that which it has now, if not given.
     """
 
-    def __init__(self, path: Path, block: Bytes):
+    def __init__(self, path: Path, block: Bytes, stamp: Stamp | None = None):
         self.path, self._block = path, block
-        self._stamp = self._seen()
+        self.stamp = stamp or stamp_of(path)
+        self.check()
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
@@ -53,7 +69,7 @@ class StoredFile:
             weakref.finalize(self, self._file.close)
         except OSError as error:
             if not flag or error.errno != errno.EINVAL:  # a file system that knows no other way
-                raise self.changed("is gone") from error
+                raise changed(self.path, "is gone") from error
             self._open(0)
 
     def read(self, name: str, into: Bytes, offset: int = 0) -> None:
@@ -77,15 +93,15 @@ class StoredFile:
             pages = min(-(-(skipped + len(into) - done) // PAGE) * PAGE, BLOCK)
             here = self._some(page * PAGE, pages) - skipped
             if here <= 0:
-                raise self.changed("has become shorter")
+                raise changed(self.path, "has become shorter")
             here = min(here, len(into) - done)
             into[done : done + here] = self._block[skipped : skipped + here]
             done += here
 
     def check(self) -> None:
         """Raise a CheckpointError if the file is not what it was when it was opened."""
-        if self._seen() != self._stamp:
-            raise self.changed("has changed")
+        if (found := stamp_of(self.path)) is None or found != self.stamp:
+            raise changed(self.path, "has changed")
 
     def _some(self, at: int, count: int) -> int:
         try:
@@ -98,16 +114,10 @@ class StoredFile:
         self._file.seek(at)
         return self._file.readinto(self._block[:count].data) or 0
 
-    def _seen(self) -> tuple[int, int] | None:
-        try:
-            found = self.path.stat()
-        except OSError:
-            return None
-        return found.st_mtime_ns, found.st_size
 
-    def changed(self, how: str) -> CheckpointError:
-        """The error where the file is another by now."""
-        return CheckpointError(
-            f"{self.path} {how} since the model was loaded, which reads its parameters from there in every pass. "
-            "Load it again, and leave its files as they are while it is in use"
-        )
+def changed(path: Path, how: str) -> CheckpointError:
+    """The error where a file is another by now."""
+    return CheckpointError(
+        f"{path} {how} since the model was loaded, which reads its parameters from there in every pass. "
+        "Load it again, and leave its files as they are while it is in use"
+    )

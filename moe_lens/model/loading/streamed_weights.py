@@ -3,7 +3,6 @@
 One thread reads, and goes ahead: while a layer computes, the next one comes.
 """
 
-import bisect
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_lens.model.loading.checkpoint import FLOATS, OpenFiles
+from moe_lens.model.loading.checksum import checksum
 from moe_lens.model.loading.lazy_parameters import LazyParameter, StoredPart
-from moe_lens.model.loading.stored_file import Bytes, StoredFile, page_block
+from moe_lens.model.loading.stored_file import Bytes, Stamp, StoredFile, page_block
 
 AHEAD = 2
 """How many parameters are read before they are asked for: those of a layer's experts are two."""
@@ -36,6 +36,7 @@ class StreamedWeights(Mapping[str, Tensor]):
             shows how it does.
         tied: Other names of some of them.
         kept: Those that are in main memory, for a GPU that computes.
+        stamps: Of the files, when the model was loaded; those of now, if not given.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class StreamedWeights(Mapping[str, Tensor]):
         order: Sequence[str] = (),
         tied: Mapping[str, str] | None = None,
         kept: Mapping[str, Tensor] | None = None,
+        stamps: Mapping[Path, Stamp] | None = None,
     ):
         self._parameters, self._order = dict(parameters), tuple(order)
         self._tied, self._kept = dict(tied or {}), dict(kept or {})
@@ -52,19 +54,20 @@ class StreamedWeights(Mapping[str, Tensor]):
         stored = (parameter.stored(part) for parameter in parameters.values() for part in parameter.parts)
         paths = set[Path]().union(*(each.files for each in stored))
         block = page_block()
-        self._files: dict[Path, StoredFile] = {path: StoredFile(path, block) for path in sorted(paths)}
+        self._files = {path: StoredFile(path, block, (stamps or {}).get(path)) for path in sorted(paths)}
         self._reader = ThreadPoolExecutor(1, "moe_lens-reader")
         self._ahead: dict[str, Future[Bytes]] = {}
         self._last: str | None = None
         self._alive: dict[str, Callable[[], Bytes | None]] = {}
         self._free: dict[int, list[Tensor]] = {}
         self._finite = set[str]()
+        self._checksums: dict[str, bytes] | None = None
         self.bytes_read = 0
         """So far, of tensors."""
 
     def __reduce__(self) -> Any:
-        """What it was made of: a copy has its own thread and opens the files itself."""
-        return type(self), (self._parameters, self._order, self._tied, self._kept)
+        """What it was made of: a copy has its own thread and opens the files itself, if they are the same ones."""
+        return type(self), (self._parameters, self._order, self._tied, self._kept, self.stamps)
 
     def __iter__(self) -> Iterator[str]:
         return iter({**self._parameters, **self._tied})
@@ -134,22 +137,17 @@ class StreamedWeights(Mapping[str, Tensor]):
                 rows.copy_(parameter.checked(part, read))
         return out
 
-    def sampled(self, name: str, at: Sequence[int]) -> Tensor:
-        """Single numbers of a parameter, and no others read.
-
-        Args:
-            name: Of the parameter.
-            at: Places in it, counted through all of its axes.
+    def checksums(self) -> dict[str, bytes]:
+        """Of every parameter that is read in every pass, a checksum; that takes as long as reading all of them once.
 
         Raises:
-            CheckpointError: Its file is not what it was when the model was loaded.
+            CheckpointError: A file is not what it was when the model was loaded.
         """
-        name = self._tied.get(name, name)
-        if name in self._kept:
-            return self._kept[name].flatten()[list(at)]
-        if not self._parameters[name].plain:
-            return self._computed(self._parameters[name]).flatten()[list(at)]
-        return self._reader.submit(self._sample, self._parameters[name], at).result().to(self._parameters[name].dtype)
+        for file in self._files.values():
+            file.check()
+        if self._checksums is None:
+            self._checksums = {name: checksum(self[name]) for name in self._order}
+        return self._checksums
 
     def _computed(self, parameter: LazyParameter, experts: Sequence[int] | None = None) -> Tensor:
         """A parameter whose parts are no plain numbers, or some of its experts; one part at a time."""
@@ -202,6 +200,11 @@ class StreamedWeights(Mapping[str, Tensor]):
         """All that is read."""
         return tuple(self._files)
 
+    @property
+    def stamps(self) -> dict[Path, Stamp]:
+        """Of all files, when the model was loaded."""
+        return {path: file.stamp for path, file in self._files.items() if file.stamp is not None}
+
     def stored_bytes(self, name: str) -> int:
         """Bytes that a parameter takes in the checkpoint."""
         return self._parameters[self._tied.get(name, name)].stored_bytes
@@ -220,14 +223,6 @@ class StreamedWeights(Mapping[str, Tensor]):
         for part in parameter.parts:
             self._fill(parameter, part, read[part.place])
         return lease
-
-    def _sample(self, parameter: LazyParameter, at: Sequence[int]) -> Tensor:
-        out = torch.empty(len(at), dtype=parameter.stored_dtype)
-        begins = [parameter.begin(part) for part in parameter.parts]
-        for i, place in enumerate(at):
-            number = bisect.bisect_right(begins, place) - 1
-            self._fill(parameter, parameter.parts[number], out[i : i + 1], place - begins[number])
-        return out
 
     def _fill(self, parameter: LazyParameter, part: StoredPart, out: Tensor, first: int = 0) -> None:
         """Numbers of a part from the first one on, as many as there is room for."""

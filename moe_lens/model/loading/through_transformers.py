@@ -33,7 +33,7 @@ from moe_lens.model.loading.formats.packed_tensor import PackedTensor
 from moe_lens.model.loading.formats.view import method_of, packing_of
 from moe_lens.model.loading.kept_bits import kept_by_transformers, lazy_bits, widths
 from moe_lens.model.loading.lazy_parameters import LazyParameter
-from moe_lens.model.loading.left_on_disk import check_resident, keep_dtypes
+from moe_lens.model.loading.left_on_disk import check_resident, is_finite, keep_dtypes, watch_files
 from moe_lens.model.loading.load_streamed import load_streamed
 from moe_lens.model.loading.quantising import VARIANT, PackingConfig
 from moe_lens.model.loading.sizes import packed_size, size_of, stored_packed_size
@@ -194,10 +194,11 @@ def load_through_transformers(
     ]
     problems += [str(message) for message in info.get("error_msgs", [])]
     problems += getattr(getattr(model, "hf_quantizer", None), "problems", [])
-    problems += [f"{name} is NaN or infinite in places" for name, p in model.named_parameters() if not _is_finite(p)]
+    problems += [f"{name} is NaN or infinite in places" for name, p in model.named_parameters() if not is_finite(p)]
     if problems:
         raise not_whole(source, problems)
     own_memory(model)
+    watch_files(model, prove=True)
     return model
 
 
@@ -254,10 +255,3 @@ def _class_and_config(
         if getattr(part, "norm_head", False):
             part.norm_head = False
     return kind, config, left
-
-
-def _is_finite(parameter: torch.Tensor) -> bool:
-    if parameter.is_meta or not parameter.is_floating_point() or parameter.element_size() < 2 or not parameter.numel():
-        return True  # offloaded or quantised: not readable here
-    low, high = parameter.detach().aminmax()
-    return bool(torch.isfinite(low) & torch.isfinite(high))
