@@ -4,6 +4,7 @@ import functools
 import inspect
 import operator
 import os
+import re
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -116,9 +117,11 @@ def _counts(annotation: Any) -> bool:
 
 def _check_of_union(members: tuple[Any, ...]) -> Check | None:
     """Any member will do; a member that cannot be checked lets values of its class pass."""
-    if Path in members and set(members) <= {str, Path, type(None)}:
-        known: tuple[type, ...] = (str, os.PathLike, *((type(None),) if type(None) in members else ()))
-        return functools.partial(_plain, lambda value: isinstance(value, known), "a path")
+    if {str, Path} <= set(members):
+        others = [member for member in members if member not in (str, Path, type(None))]
+        if all(_is_own(member) or get_origin(member) is Annotated for member in others):  # no text is meant
+            known = [found for found in map(_check_of, others) if found is not None]
+            return functools.partial(_path, known, type(None) in members)
     checks = [(member, None if _is_own(member) else _check_of(member)) for member in members]
     optional = len(members) == 2 and type(None) in members and any(map(_is_own, members))
     if not optional and not any(check for _, check in checks):
@@ -176,6 +179,30 @@ _PLAIN = {int: (_is_whole, "a whole number"), float: (_is_number, "a number"), b
 
 def _plain(fits: Callable[[Any], bool], expected: str, value: Any) -> str | None:
     return None if fits(value) else expected
+
+
+def _path(others: Sequence[Check], optional: bool, value: Any) -> str | None:
+    """What the system can look for: an empty name would be the working directory's, which nobody means by it."""
+    if optional and value is None:
+        return None
+    if not isinstance(value, str | os.PathLike):
+        wanted = [check(value) for check in others]
+        return None if None in wanted else ", or ".join([*map(str, wanted), "a path"])
+    name = os.fspath(value)
+    if not name:
+        return "a path that is not empty"
+    try:
+        encoded = os.fsencode(name)
+    except UnicodeEncodeError:
+        return "a path without half of a character (a lone surrogate)"
+    if b"\0" in encoded:
+        return "a path without a NUL character"
+    longest = max(map(len, re.split(rb"[/\\]", encoded)))
+    return f"a path of names of at most {_LONGEST} bytes" if longest > _LONGEST else None
+
+
+_LONGEST = 255
+"""Bytes that file systems give a name."""
 
 
 def _instance(kind: type, value: Any) -> str | None:

@@ -3,6 +3,7 @@
 torch broadcasts what another shape allows, and counts booleans as numbers, so that a wrong tensor often gives a number.
 """
 
+import os
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -41,7 +42,7 @@ def came(value: Any) -> str:
     """A value, for a message: of arrays, their shapes and not their numbers."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{a_kind(value)} of {str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
-    said = repr(value)
+    said = repr(os.fspath(value) if isinstance(value, os.PathLike) else value)
     return a_kind(value) if "\n" in said else f"{said:.200}"  # a model, a frame
 
 

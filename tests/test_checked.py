@@ -44,6 +44,8 @@ def example(
     selection: Selection | None = None,
     selections: Sequence[Selection] = (),
     model: AnyModel = None,
+    path: str | Path | None = None,
+    several: Iterable[str | Path] = (),
 ) -> str:
     return f"{word} {number} {least} {share} {words} {either} {flag} {texts} {where} {by_layer} {real}"
 
@@ -59,6 +61,8 @@ def test_what_an_annotation_allows_passes() -> None:
     assert example("global", three, real=three)
     assert example("layer", flag=np.bool_(True), texts=["a"], where=range(3), by_layer={3: 2}, real=1)  # pyright: ignore[reportArgumentType]
     assert example("layer", selection=Selection(), selections=(Selection(),), model=Model())
+    assert example("layer", path=None) and example("layer", path=f"a/{'b' * 255}") and example("layer", path=Path())
+    assert example("layer", path="Bücher/\udce9 ", several=["a", Path("b")]), "not UTF-8, as some names are"
     assert example("layer", texts=iter(["a"]), where=[-1], real=np.float32(0.5))  # pyright: ignore[reportArgumentType]
 
 
@@ -117,6 +121,12 @@ def test_studies_and_generators_take_numbers_of_numpy(tmp_path: Path) -> None:
         ({"texts": 3}, "texts is 3; expected several, in a list"),
         ({"where": 1.5}, "where is 1.5; expected a whole number, or several, in a list, or a slice, or None"),
         ({"by_layer": {3: 0}}, "expected a whole number from 1 at 3, not 0, or None"),
+        ({"path": ""}, "path is ''; expected a path that is not empty"),
+        ({"path": Path("a\0b")}, r"path is 'a\x00b'; expected a path without a NUL character"),
+        ({"path": "\ud83d"}, "expected a path without half of a character (a lone surrogate)"),
+        ({"path": f"a/{'b' * 256}"}, "expected a path of names of at most 255 bytes"),
+        ({"path": 3}, "path is 3; expected a path"),
+        ({"several": ["a", ""]}, "expected a path that is not empty in it, not ''"),
         ({"texts": {"a": "b"}}, "expected several, in a list and no dictionary"),
         ({"selection": {"layers": [3]}}, "selection is {'layers': [3]}; expected a Selection, or None"),
         ({"selections": ["x"]}, "selections is ['x']; expected a Selection in it, not 'x'"),
@@ -307,6 +317,8 @@ def wrong_for(annotation: Any, name: str) -> Iterator[Any]:
             base, within = get_args(leaf)[:2]
         if leaf is Sequence and str not in kinds and not text:
             yield "one text"
+        elif leaf is Path and str in kinds and torch.Tensor not in kinds:  # where texts and tokens are none
+            yield from (wrap(path) for path in ("", "a\0b", "b" * 256, Path("a\0b")))
         elif get_origin(leaf) is Literal and str not in kinds:
             yield wrap(f"{get_args(leaf)[0]}_")
         elif base is bool:
@@ -374,5 +386,6 @@ def test_the_law_walks_what_users_call() -> None:
     assert list(wrong_for(Literal["a"] | None, "x")) == ["a_"]
     assert list(wrong_for(tuple[Positive, ...] | None, "x")) == ["one text", (True,), (1.5,), (0,)]
     assert list(wrong_for(str | Sequence[str], "x")) == []
+    assert list(wrong_for(str | Path | None, "x"))[:2] == ["", "a\0b"]
     with pytest.raises(AssertionError, match="n is <class 'int'>: no range"):
         list(wrong_for(int, "n"))
