@@ -102,7 +102,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = INTERRUPTED
     if code == INTERRUPTED:
         what, code = ("terminated", TERMINATED) if terminated else ("interrupted", INTERRUPTED)
-        _say(f"{what}; no result was written. A study keeps its progress: run the same command to resume it")
+        kept = "progress is kept: run the same command to resume it"
+        _say(
+            f"{what}; {kept if _command(arguments) in SHARED else 'no progress is kept: the same command starts anew'}"
+        )
     return code if isinstance(code, int) else 0
 
 
@@ -174,13 +177,17 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
+def _command(arguments: Sequence[str]) -> str | None:
+    return next((argument for argument in arguments if argument in COMMANDS), None)
+
+
 def _shared(arguments: Sequence[str]) -> None:
     """Refuse several processes of a command that does not share its work: each would do all of it.
 
     Raises:
         InputError: It is one, started by a launcher.
     """
-    name = next((argument for argument in arguments if argument in COMMANDS), None)
+    name = _command(arguments)
     if name is not None and name not in SHARED and processes.several():
         raise InputError(f"{name} runs in a single process: start it without torchrun (WORLD_SIZE is set)")
 

@@ -1,5 +1,6 @@
 import json
 import shutil
+import signal
 import sys
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_lens.cli import main
-from moe_lens.pruning import Plan, Scores, speed
+from moe_lens.pruning import Plan, Scores, prune_job, speed
 from tests.forked import Forked
 
 
@@ -77,6 +78,21 @@ def test_what_cannot_be_done_is_one_line_and_leaves_nothing(texts, options, mess
     said = capsys.readouterr().err.strip()
     assert message in said and said.splitlines()[-1].startswith("moe-lens: error: ")
     assert not (tmp_path / "out").exists()
+
+
+def test_ended_in_the_middle_it_promises_nothing_that_it_does_not_keep(texts, tmp_path, capsys, monkeypatch):
+    """A study keeps its progress (see test_report.py), and says so; this does not."""
+    out = tmp_path / "a" / "out"
+
+    def end(*_: Any, **__: Any) -> None:
+        assert list(out.iterdir()), "the work had begun"
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(prune_job, "frontier", end)
+    assert main(["prune", *texts, "--method", "frequency", "--against", "random", "--out", str(out)]) == 143
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said == ["moe-lens: terminated; no progress is kept: the same command starts anew"]
+    assert not out.parent.exists(), "and so it does: there is nothing to go on with"
 
 
 def test_nothing_is_written_into_the_folder_that_is_read(texts, tmp_path, capsys):

@@ -120,7 +120,9 @@ def test_an_error_or_a_signal_of_one_process_ends_all_of_them_with_a_line_and_lo
         time.sleep(0.001)
         progress = list(unfinished.glob("*-1of2.safetensors"))
     started[1].send(signal.SIGTERM)
-    assert one_line(started, [2, 143]).startswith("moe-lens (process 1): terminated; no result was written")
+    assert one_line(started, [2, 143]).startswith(
+        "moe-lens (process 1): terminated; progress is kept: run the same command"
+    )
     (broken,) = progress
     content = broken.read_bytes()
     broken.write_bytes(content[:100])
