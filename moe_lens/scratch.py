@@ -14,6 +14,61 @@ _BEGUN = 3600
 """Seconds after which a folder without a lock is no longer about to get one."""
 
 
+def make_folder(path: Path) -> list[Path]:
+    """Make a folder, and those above it that are missing; which ones were made, for `unmake`.
+
+    Raises:
+        OSError: it cannot be made; nothing is left behind.
+    """
+    made: list[Path] = []
+    try:
+        for folder in reversed([path, *path.parents]):
+            try:
+                if not folder.is_dir():
+                    folder.mkdir()
+                    made.append(folder)
+            except FileExistsError:
+                if not folder.is_dir():  # another process was quicker
+                    raise
+    except BaseException:
+        unmake(made)
+        raise
+    return made
+
+
+def unmake(made: list[Path]) -> None:
+    """Remove the folders again that `make_folder` has made, as long as nothing is in them."""
+    for folder in reversed(made):
+        try:
+            folder.rmdir()
+        except FileNotFoundError:
+            continue
+        except OSError:  # somebody else has put something there
+            return
+
+
+@contextmanager
+def folder_made(path: Path, *, whole: bool = False) -> Generator[None]:
+    """A folder for what is written inside the block; when that fails, folders that were made for it go again.
+
+    Args:
+        path: The folder.
+        whole: Whether a new one goes with all that is in it: for several files that only together are something.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    made = make_folder(path)
+    try:
+        yield
+    except BaseException:
+        if whole and path in made:
+            shutil.rmtree(path, ignore_errors=True)
+            made.remove(path)
+        unmake(made)
+        raise
+
+
 @contextmanager
 def scratch_folder(inside: Path, prefix: str) -> Generator[Path]:
     """An empty folder, removed in the end; its name is the prefix and letters of its own.

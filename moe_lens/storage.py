@@ -17,7 +17,7 @@ from moe_lens.errors import InputError
 from moe_lens.json_files import check_file
 from moe_lens.json_files import parse_json as parse_json
 from moe_lens.json_files import read_json as read_json
-from moe_lens.scratch import scratch_folder
+from moe_lens.scratch import folder_made, scratch_folder
 
 _HEADER = "moe_lens"
 _VERSION = 2
@@ -38,8 +38,7 @@ def written_whole(path: str | Path) -> Generator[Path]:
     try:
         if target.exists() and not target.is_file():
             raise OSError(f"it is {'a folder' if target.is_dir() else 'a pipe or a device'}, and no file")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with scratch_folder(target.parent, f".{target.name}.") as folder:
+        with folder_made(target.parent), scratch_folder(target.parent, f".{target.name}.") as folder:
             yield folder / target.name
             (folder / target.name).replace(target)
     except (SafetensorError, OSError) as error:

@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import shutil
-import tempfile
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -15,6 +13,7 @@ from moe_lens.atlas.asked_knockouts import Expert, load_asked
 from moe_lens.atlas.script_files import script, sharded
 from moe_lens.data import EMBEDDED, embedded_domain
 from moe_lens.errors import InputError, a_kind
+from moe_lens.scratch import folder_made, scratch_folder
 from moe_lens.stats import MIN_SOURCES
 from moe_lens.studies import Atlas, StudyResult
 from moe_lens.studies.atlas_choice import AT_LEAST, RARE, RESAMPLES
@@ -50,9 +49,7 @@ def write_atlas(result: StudyResult | str | Path, out: str | Path) -> Path:
     check_place(out)
     files = files_of(result, load_asked(out, result))
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=out))
-        try:
+        with folder_made(out), scratch_folder(out, ".unfinished-") as scratch:
             (scratch / DATA).mkdir()
             for name, content in files.items():
                 (scratch / name).write_text(content, encoding="utf-8", newline="\n")
@@ -62,8 +59,6 @@ def write_atlas(result: StudyResult | str | Path, out: str | Path) -> Path:
             (scratch / DATA).rename(out / DATA)
             for name in reversed(SHIPPED):
                 (scratch / name).replace(out / name)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror or error}); choose another --out") from None
     return out / PAGE

@@ -23,6 +23,7 @@ from moe_lens.lenses.tuned_training import TrainingSettings, train
 from moe_lens.manifest import file_digest, seal
 from moe_lens.model.loading.dispatch import output_place
 from moe_lens.model.loading.pretrained import EMBEDDED
+from moe_lens.scratch import folder_made
 from moe_lens.storage import believed, load_tensors, save_tensors, written_whole
 
 _CONFIG, _TENSORS, _KIND = "config.json", "lens.safetensors", "TunedLens"
@@ -172,12 +173,16 @@ class TunedLens(TranslatedLens):
             "d_model": self.model.cfg.d_model,
             "tuning": None if self.tuning is None else asdict(self.tuning),
         }
-        save_tensors(target / _TENSORS, _KIND, tensors, {"fingerprint": config["fingerprint"]})
-        config["file"] = self.digest_of(target)
-        config = json.loads(json.dumps(config))
-        config["seal"] = seal(config)
-        with written_whole(target / _CONFIG) as temporary:
-            temporary.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        try:
+            with folder_made(target, whole=True):
+                save_tensors(target / _TENSORS, _KIND, tensors, {"fingerprint": config["fingerprint"]})
+                config["file"] = self.digest_of(target)
+                config = json.loads(json.dumps(config))
+                config["seal"] = seal(config)
+                with written_whole(target / _CONFIG) as temporary:
+                    temporary.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{target} cannot be written: {error}") from error
 
     @classmethod
     def from_pretrained(

@@ -27,7 +27,7 @@ from moe_lens.pruning.checkpoint_formats import format_of, parse_expert, parse_r
 from moe_lens.pruning.merging import StoredMerges
 from moe_lens.pruning.model_card import model_card
 from moe_lens.pruning.plans import Plan
-from moe_lens.scratch import scratch_folder
+from moe_lens.scratch import folder_made, scratch_folder
 
 _WEIGHTS = (
     ".safetensors",
@@ -87,8 +87,7 @@ def export(
         _holds(checkpoint, plan)
         _room(checkpoint, plan, target)
         try:
-            parent.mkdir(parents=True, exist_ok=True)
-            with scratch_folder(parent, f".{target.name}.") as temporary:
+            with folder_made(parent), scratch_folder(parent, f".{target.name}.") as temporary:
                 _write_shards(checkpoint, plan, temporary)
                 config = smaller_config(raw, len(plan.kept[0]), plan.top_k)
                 (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -130,10 +129,12 @@ def _source(model: Any, target: Path, hub: dict[str, Any]) -> Generator[tuple[st
         raise InputError(f"got {sorted(hub)}, which say where a checkpoint comes from, for a model that is loaded")
     format_of(model.original_model.config.model_type)
     parent = target.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
     try:
-        with scratch_folder(parent, f".{target.name}.") as whole:
-            model.save_pretrained(whole)
+        with folder_made(parent), scratch_folder(parent, f".{target.name}.") as whole:
+            try:
+                model.save_pretrained(whole)
+            except InputError as error:  # nobody else knows that place
+                raise InputError(f"{target} cannot be written: {error.__cause__ or error}") from error
             yield str(whole), {}
     except OSError as error:
         raise InputError(f"{target} cannot be written: {error}") from error

@@ -7,7 +7,7 @@ from types import TracebackType
 
 from moe_lens.errors import InputError
 from moe_lens.json_files import check_file
-from moe_lens.scratch import remove_dead, scratch_folder
+from moe_lens.scratch import make_folder, remove_dead, scratch_folder, unmake
 
 PAGE = "report.html"
 REPORT, SMALLER = "MoE report: ", "A smaller "
@@ -58,16 +58,13 @@ class OutputFolder:
 
     def __enter__(self) -> "OutputFolder":
         try:
-            missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-            for folder in reversed(missing):
-                folder.mkdir()
-                self._made.append(folder)
+            self._made = make_folder(self.path)
             self.left = remove_dead(self.path, _UNFINISHED)
             if any(path.name.startswith(_UNFINISHED) for path in self.path.iterdir()):
                 raise OSError("another run is writing there")
             self.scratch = self._stack.enter_context(scratch_folder(self.path, _UNFINISHED))
         except OSError as error:
-            self._unmake()
+            unmake(self._made)
             raise InputError(
                 f"{self.path}: cannot be written ({error.strerror or error}); choose another --out"
             ) from None
@@ -78,14 +75,7 @@ class OutputFolder:
     ) -> None:
         self._stack.close()
         if kind is not None:
-            self._unmake()
-
-    def _unmake(self) -> None:
-        for folder in reversed(self._made):
-            try:
-                folder.rmdir()
-            except OSError:  # somebody else has put something there
-                return
+            unmake(self._made)
 
     def fill(self, write_into: Callable[[Path], None]) -> list[Path]:
         """Let `write_into` write files into an empty folder, then move them all into place.

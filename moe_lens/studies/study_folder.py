@@ -15,6 +15,7 @@ from torch import Tensor
 from moe_lens import distributed
 from moe_lens.errors import InputError
 from moe_lens.manifest import FORMAT, MANIFEST, known, read_manifest, read_object, seal
+from moe_lens.scratch import make_folder, unmake
 from moe_lens.storage import load_tensors, save_tensors
 
 PLAN = "plan.json"
@@ -36,6 +37,7 @@ class StudyFolder:
             raise InputError(f"{self.path}: is inside of {above}, which holds what a study saved; choose another --out")
         self.plan = json.loads(json.dumps(plan))
         self.unfinished = self.path.with_name(f"{self.path.name}.unfinished")
+        self._made: list[Path] = []
         self._lock = FileLock(self.unfinished / ".lock")  # the system releases it, however this process ends
 
     def finished(self) -> bool:
@@ -61,7 +63,7 @@ class StudyFolder:
                 run is filling it.
         """
         try:
-            self.unfinished.mkdir(parents=True, exist_ok=True)
+            self._made = make_folder(self.unfinished)
             self._lock.acquire(timeout=0)
             self._check(space)
         except Timeout:
@@ -119,6 +121,7 @@ class StudyFolder:
     def discard(self) -> None:
         """Drop what was done."""
         shutil.rmtree(self.unfinished, ignore_errors=True)
+        unmake(self._made)
 
     def there(self) -> None:
         """Make sure that the progress so far is still there.

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,6 +23,7 @@ from moe_lens.model.hf_compat import (
 from moe_lens.model.loading.left_on_disk import files_in_use
 from moe_lens.model.loading.quantising import VARIANT, packed_in
 from moe_lens.model.loading.state_dict import check_numbers, check_own, original_state
+from moe_lens.scratch import folder_made
 
 _SHARD = "2GB"
 _WORDS = frozenset(
@@ -39,8 +41,8 @@ def save_pretrained(
 
     Raises:
         UnsupportedModelError: what would be written does not load as this model; nothing is written.
-        InputError: the folder is a file, or is what the model is read from in every pass; or an argument that
-            transformers' does not have.
+        InputError: the folder is a file, is what the model is read from in every pass, or cannot be written; or an
+            argument that transformers' does not have.
     """
     for word in kwargs.keys() - _WORDS:
         raise InputError(f"save_pretrained has no argument {word!r}; it has {', '.join(sorted(_WORDS))}")
@@ -73,9 +75,16 @@ def save_pretrained(
     way_back = _readable(model, state) if kwargs.get("save_original_format", True) else nullcontext()
     with numbers, way_back, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
-        type(model).save_pretrained(model, folder, state_dict=state, **kwargs)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        try:
+            with folder_made(folder, whole=not kwargs.get("push_to_hub")):  # what a hub does not take is still whole
+                type(model).save_pretrained(model, folder, state_dict=state, **kwargs)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(folder)
+        except (SafetensorError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is None:  # of a hub
+                raise
+            left = f"; what {folder} holds is no whole model" if folder.is_dir() else ""
+            raise InputError(f"{folder} cannot be written: {error}{left}") from error
 
 
 @contextmanager
