@@ -34,6 +34,8 @@ class Step:
     """True at real tokens, false at padding, those of earlier steps in front; None when there is no padding."""
     offset: Natural = 0
     """How many columns of earlier steps the model's key-value cache holds."""
+    columns: Int[Tensor, "batch prompt"] | None = None
+    """In generation that moved padding to the left: the column that each of the prompt's had in what was passed."""
 
     @property
     def real(self) -> Bool[Tensor, "batch pos"] | None:
@@ -181,6 +183,8 @@ class Selection:
                 raise InputError(f"where is a mask of shape {tuple(where.shape)}; expected {shape} [batch, pos]")
             if len(where) != step.batch:
                 raise InputError(f"where is a mask for a batch of {len(where)}; this one has {step.batch}")
+            if step.columns is not None and where.shape == step.columns.shape:
+                where = where.gather(1, step.columns.to(where.device))
             chosen = torch.zeros(shape, dtype=torch.bool, device=where.device)
             now = where[:, step.offset : step.offset + step.pos]
             chosen[:, : now.shape[1]] = now

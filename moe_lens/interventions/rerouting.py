@@ -5,7 +5,7 @@ from numbers import Real
 from typing import Annotated, Any, Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from moe_lens import names
@@ -105,12 +105,13 @@ def forbid(model: HookedModel, selection: Selection, layer: int) -> Hook:
 def force_routing(
     model: Hooked, routing: Routing | MoECache, *, layers: Iterable[int] | None = None, what: Replayed = "both"
 ) -> Intervention:
-    """Replay recorded routing, slot by slot, on an input of the same shape.
+    """Replay recorded routing, slot by slot, on texts of the same lengths.
 
     It separates the effect of which experts are used from that of what they read. With `what="indices"` the recorded
     experts are used, with their own affinity for the new input and the family's normalisation; with `"weights"` the
-    new input's own experts are used, and each rank gets its recorded weight. In generation, tokens after the recorded
-    ones are routed freely.
+    new input's own experts are used, and each rank gets its recorded weight. The n-th token of a text gets what was
+    recorded of the n-th one, whichever side padding is on; padding itself, and in generation tokens after the recorded
+    ones, are routed freely.
 
     Args:
         model: the model.
@@ -119,8 +120,7 @@ def force_routing(
         what: `"both"`, `"indices"` or `"weights"`.
 
     Raises:
-        InputError: layers that were not recorded, or another number of experts; when it runs, an input of another
-            shape.
+        InputError: layers that were not recorded, or another number of experts; when it runs, texts of other lengths.
     """
     if what not in get_args(Replayed):
         raise InputError(f"what is {what!r}; expected one of {get_args(Replayed)}")
@@ -141,23 +141,51 @@ def force_routing(
     for layer in chosen:
         recorded = routing.layer(layer)
         if what != "weights":
-            hooks.append((names.mlp(names.EXPERT_INDICES, layer), _replay(model, recorded.indices)))
+            hooks.append((names.mlp(names.EXPERT_INDICES, layer), _replay(model, recorded.indices, recorded.mask)))
         if what != "indices":
-            hooks.append((names.mlp(names.ROUTING_WEIGHTS, layer), _replay(model, recorded.weights)))
+            hooks.append((names.mlp(names.ROUTING_WEIGHTS, layer), _replay(model, recorded.weights, recorded.mask)))
     recipe = Recipe(force_routing, {"routing": routing, "layers": chosen, "what": what})
     return Intervention(model, f"force_routing, layers {list(chosen)}, {what}", tuple(hooks), recipe)
 
 
-def _replay(model: HookedModel, recorded: Tensor) -> Callable[..., Tensor]:
+def _replay(
+    model: HookedModel, recorded: Shaped[Tensor, "batch pos top_k"], mask: Bool[Tensor, "batch pos"] | None
+) -> Callable[..., Tensor]:
+    real = torch.ones(recorded.shape[:2], dtype=torch.bool) if mask is None else mask.cpu()
+    column, lengths = (~real).int().argsort(dim=1, stable=True), real.sum(-1)
+    """Of each text, the recorded columns with padding last; and how many tokens were recorded."""
+
     def replayed(value: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        start = this_pass(model, value, "recorded routing").offset
-        if len(recorded) != len(value) or (start == 0 and recorded.shape != value.shape):
-            came, wanted = tuple(recorded.shape[:2]), (len(value), start + value.shape[1])
-            raise InputError(f"the recorded routing has {came} [batch, pos]; the input has {wanted}")
-        now = recorded[:, start : start + value.shape[1]].to(value)
-        return torch.cat([now, value[:, now.shape[1] :]], 1)
+        step = this_pass(model, value, "recorded routing")
+        now = torch.ones(value.shape[:2], dtype=torch.bool) if step.real is None else step.real.cpu()
+        _check_record(recorded, lengths, value, now, step.offset)
+        place = step.places().cpu().expand(now.shape)
+        known = now & (place < lengths[:, None])
+        at = column.gather(1, place.clamp(0, recorded.shape[1] - 1)).to(recorded.device)
+        found = recorded.gather(1, at[..., None].expand(*at.shape, recorded.shape[-1]))
+        return torch.where(known[..., None].to(value.device), found.to(value), value)
 
     return replayed
+
+
+def _check_record(recorded: Tensor, lengths: Tensor, value: Tensor, real: Tensor, start: int) -> None:
+    """Refuse a record of other texts, or of another number of experts, than those of a pass.
+
+    Raises:
+        InputError: it is one; says what came and what was recorded.
+    """
+    if recorded.shape[-1] != value.shape[-1]:
+        raise InputError(f"the recorded routing has {recorded.shape[-1]} experts a token; this pass {value.shape[-1]}")
+    came, (batch, pos) = tuple(recorded.shape[:2]), value.shape[:2]
+    if len(recorded) == batch and (start or torch.equal(lengths, real.sum(-1))):
+        return
+    if came != (batch, start + pos):
+        raise InputError(f"the recorded routing has {came} [batch, pos]; the input has {(batch, start + pos)}")
+    text = int((lengths != real.sum(-1)).nonzero()[0])
+    raise InputError(
+        f"of text {text}, {int(lengths[text])} tokens were recorded, and {int(real[text].sum())} of this input are no "
+        "padding; expected the same number. Ids without attention_mask are all tokens"
+    )
 
 
 def steer_experts(

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from moe_lens import names
-from moe_lens.errors import InputError
+from moe_lens.errors import HookError, InputError
 from moe_lens.interventions.ablation_values import derangement
 from moe_lens.interventions.expert_means import ExpertMeans
 from moe_lens.interventions.metrics import LogitDifference
@@ -194,6 +195,36 @@ def test_in_generation_positions_count_the_tokens_before() -> None:
             ),
             free,
         )
+
+
+@pytest.mark.typed
+@pytest.mark.parametrize("how", ["generate", "generate_stream", "hf_generate"])
+def test_a_mask_has_the_columns_of_the_prompt_though_generation_moves_padding(how: str) -> None:
+    case = wrapped("deepseek")
+    long, short = case.tokens[:1, :8], case.tokens[1:, :5]
+    padded, real = torch.cat([long, F.pad(short, (0, 3))]), torch.ones(2, 8).long()
+    real[1, 5:] = 0
+    where = torch.zeros(2, 8, dtype=torch.bool)
+    where[0, 6], where[1, [0, 3]] = True, True
+    zeroed: list[list[list[int]]] = []
+
+    def look(weights: Tensor, hook: Any) -> None:  # noqa: ARG001
+        zeroed.append((weights == 0).all(-1).nonzero().tolist())
+
+    name = names.mlp(names.ROUTING_WEIGHTS, 2)
+    made = case.model.ablate(layers=[2], where=where)
+    with untouched(case.model), torch.no_grad(), made, case.model.hooks([(name, look)]):
+        words: Any = {"max_new_tokens": 3, "do_sample": False, "stop_at_eos": False}
+        out = getattr(case.model, how)(padded, attention_mask=real, **words)
+        if how == "generate_stream":
+            next(out)
+            case.model(padded, attention_mask=real)
+            assert zeroed.pop() == where.nonzero().tolist(), "between pieces, columns are those of what is passed"
+            list(out)
+        assert zeroed == [[[0, 6], [1, 3], [1, 6]], [], []], "three columns to the right, and no new token"
+        zeroed.clear()
+        case.model(padded, attention_mask=real)
+        assert zeroed == [where.nonzero().tolist()]
 
 
 def test_transformers_own_generation_tells_which_tokens_pass() -> None:
@@ -668,6 +699,8 @@ def test_a_cache_gives_the_rows_that_a_selection_means() -> None:
     one = case.model.run_with_cache(case.tokens[:1], remove_batch_dim=True)[1]
     alone = one.select("expert_out", Selection(layers=[2], where=3)).values
     assert deviation(alone, one["expert_out", 2][3]) == 0
+    with pytest.raises(HookError, match=r"router_logits of layer 1 is \(2, 12, 8\); select takes what experts have by"):
+        cache.select("router_logits", selection)
 
 
 def test_random_experts_are_drawn_by_row_and_position_with_a_cache_or_without() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -126,6 +127,50 @@ def test_replay_in_generation_ends_with_the_record() -> None:
         out = case.model.generate(prompt, interventions=[other], **options)
     assert all(torch.equal(one, two) for one, two in zip(same.logits, free.logits, strict=True))
     assert all(deviation(one, two) > 1e-3 for one, two in zip(out.logits, free.logits, strict=True))
+
+
+@pytest.mark.typed
+def test_a_record_follows_its_tokens_whichever_side_padding_is_on() -> None:
+    """Own routing changes nothing, and another text's does what it does to each text alone, where padding has moved."""
+    case = wrapped("deepseek")
+    texts, others = ([of[:1, :8], of[1:, :5]] for of in (case.tokens, OTHER))
+    right, left = (torch.cat([texts[0], F.pad(texts[1], side)]) for side in ((0, 3), (3, 0)))
+    mask = {"right": torch.ones(2, 8).long(), "left": torch.ones(2, 8).long()}
+    mask["right"][1, 5:] = mask["left"][1, :3] = 0
+    recorded = case.model.routing(
+        torch.cat([others[0], F.pad(others[1], (0, 3), value=9)]), attention_mask=mask["right"]
+    )
+    options: Any = {"max_new_tokens": 3, "do_sample": False, "stop_at_eos": False, "verbose": False}
+    options["output_logits"] = True
+    with untouched(case.model), torch.no_grad():
+        with case.model.force_routing(recorded):
+            runs = [
+                case.model(given, attention_mask=mask[side])[mask[side].bool()]
+                for given, side in ((right, "right"), (left, "left"))
+            ]
+        alone = []
+        for text, other in zip(texts, others, strict=True):
+            with case.model.force_routing(case.model.routing(other)):
+                alone.append(case.model(text)[0])
+        for found in runs:
+            assert deviation(found, torch.cat(alone)) <= bound(found, LAYERS)
+        plain = torch.cat([case.model(text)[0] for text in texts])
+        assert deviation(runs[0], plain) > 1e-2
+        own = case.model.force_routing(case.model.routing(right, attention_mask=mask["right"]))
+        free, same = (
+            case.model.generate(right, attention_mask=mask["right"], interventions=some, **options)
+            for some in ([], [own])
+        )
+        for one, two in zip(free.logits, same.logits, strict=True):
+            assert deviation(one, two) <= bound(two, LAYERS)
+        with own, pytest.raises(InputError, match="of text 1, 5 tokens were recorded, and 8 of this input are no pad"):
+            case.model(right)
+        with (
+            case.model.force_routing(case.model.routing(right)),
+            case.model.use_experts(2),
+            pytest.raises(InputError, match="the recorded routing has 3 experts a token; this pass 2"),
+        ):
+            case.model(right)
 
 
 # --- steering ---

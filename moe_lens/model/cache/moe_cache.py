@@ -12,6 +12,7 @@ from transformer_lens.utilities import Slice
 
 from moe_lens import names
 from moe_lens.checked import FromEnd, Natural, checked
+from moe_lens.errors import HookError
 from moe_lens.model.cache.hook_cache import Cut
 from moe_lens.model.cache.residual_parts import ResidualPartsCache
 from moe_lens.routing import LayerRouting, affinity
@@ -115,7 +116,7 @@ class MoECache(ResidualPartsCache):
 
         Raises:
             InputError: the model has no such layer, expert or rank.
-            HookError: the activation or the indices were not cached.
+            HookError: the activation or the indices were not cached, or the activation is not by rank.
         """
         selection.check(self.model)
         found = []
@@ -123,6 +124,11 @@ class MoECache(ResidualPartsCache):
             indices, values = self["expert_indices", layer], self[name, layer]
             if not self.has_batch_dim:
                 indices, values = indices[None], values[None]
+            if values.shape[:3] != indices.shape:
+                raise HookError(
+                    f"{name} of layer {layer} is {tuple(values.shape)}; select takes what experts have by rank, "
+                    f"{tuple(indices.shape)} (batch, pos, rank) and more axes, such as expert_out"
+                )
             mask = None if self.mask is None else self.mask.view(indices.shape[:2]).to(indices.device)
             tokens = None if self.tokens is None else self.tokens.view(indices.shape[:2])
             step = Step(*indices.shape[:2], tokens=tokens, seen=mask)

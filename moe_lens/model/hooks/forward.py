@@ -351,7 +351,7 @@ class ExpertBridge(InputReader):
         if running is None:
             return None
         if running.step is None:
-            running.step = self._step(running)
+            running.step = self._step(running, self.owner.columns)
         return running.step
 
     def step(self) -> Step | None:
@@ -360,13 +360,15 @@ class ExpertBridge(InputReader):
         return self.current_tokens()
 
     @staticmethod
-    def _step(running: "_Running") -> Step:
+    def _step(running: "_Running", columns: Tensor | None) -> Step:
         given = running.given
         batch, pos = given.values.shape[:2]
         seen = given.seen
         if seen is not None and seen.shape[1] == pos and running.past:
             seen = torch.cat([seen.new_ones(batch, running.past), seen], 1)
-        return Step(int(batch), int(pos), given.tokens, seen, running.past)
+        if columns is not None:  # beams: as many rows for each prompt
+            columns = columns.repeat_interleave(batch // len(columns), dim=0)
+        return Step(int(batch), int(pos), given.tokens, seen, running.past, columns)
 
     def experts_in_slots(self, layer: Natural) -> Int[Tensor, "batch pos top_k"]:
         """Ids of the experts that the forward pass now running computes in a layer, by rank.

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -43,8 +44,8 @@ class GeneratingBridge(CachedRuns):
         Raises:
             InputError: a prompt that cannot be read, or an argument that is not TransformerLens's.
         """
-        words = self._prompted("generate", input, args, kwargs)
-        with GenerationClaim(self, "generate"):
+        words, columns = self._prompted("generate", input, args, kwargs)
+        with GenerationClaim(self, "generate", columns):
             out = super().generate(**words)
         # On TransformerLens's way around its own loop, for some recurrent models, tokens come back.
         return self._decoded(out, False) if words.get("return_type") == "str" and isinstance(out, Tensor) else out
@@ -60,12 +61,22 @@ class GeneratingBridge(CachedRuns):
         Raises:
             InputError: see `generate`.
         """
-        return self._streamed(super().generate_stream(**self._prompted("generate_stream", input, args, kwargs)))
+        words, columns = self._prompted("generate_stream", input, args, kwargs)
+        return self._streamed(super().generate_stream(**words), columns)
 
-    def _streamed(self, pieces: Generator[Any]) -> Generator[Any]:
+    def _streamed(self, pieces: Generator[Any], columns: Tensor | None) -> Generator[Any]:
         """The pieces; the model belongs to the thread that asks for the first, until the last or until forgotten."""
-        with GenerationClaim(self, "generate_stream"):
-            yield from pieces
+        claim = GenerationClaim(self, "generate_stream", None)
+        with claim, closing(pieces):
+            while True:
+                claim.columns = columns
+                try:
+                    piece = next(pieces)
+                except StopIteration:
+                    return
+                finally:
+                    claim.columns = None
+                yield piece
 
     def hf_generate(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
         """Transformers' own generation, with all it has (beams, constraints, assistants); hooks that are in place fire.
@@ -96,7 +107,7 @@ class GeneratingBridge(CachedRuns):
         self._ensure_generation_supported("hf_generate")
         model: Any = self.original_model
         passes = ModuleHooks(self, "hf_generate")
-        with GenerationClaim(self, "hf_generate"), passes, torch.no_grad():
+        with GenerationClaim(self, "hf_generate", given.columns), passes, torch.no_grad():
             passes.before(model, partial(tell_tokens, given.mask))
             out = model.generate(**further(given.words, words), **words)
         for past in (words.get(PAST), words.get(CACHE), getattr(out, PAST, None), getattr(out, CACHE, None)):
@@ -110,8 +121,10 @@ class GeneratingBridge(CachedRuns):
         texts = [tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
         return texts[0] if len(texts) == 1 and not several else texts
 
-    def _prompted(self, what: str, input: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of one of TransformerLens's generating functions, with the prompt as tokens."""
+    def _prompted(
+        self, what: str, input: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Any], Tensor | None]:
+        """Arguments of one of TransformerLens's generating functions, the prompt as tokens; and its columns."""
         function = getattr(TransformerBridge, what)
         words = _bound(function, input, args, kwargs)
         kind, known = type(self.original_model), named(function) - {"self"}
@@ -128,7 +141,7 @@ class GeneratingBridge(CachedRuns):
             words["attention_mask"] = given.attention_mask
         if given.was_text and words.get("return_type", "input") == "input":
             words["return_type"] = "str"
-        return {"input": given.values, **further(given.words, words), **words}
+        return {"input": given.values, **further(given.words, words), **words}, given.columns
 
     def _ends(self, what: str, words: Mapping[str, Any]) -> list[int] | None:
         """Tokens that end a text: the caller's, or the model's generation config's; None leaves it to TransformerLens.

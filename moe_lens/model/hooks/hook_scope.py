@@ -160,11 +160,13 @@ def remove_lost(modules: Iterable[nn.Module]) -> None:
 class GenerationClaim(Claim):
     """A generation: the claim on the model that it is."""
 
-    __slots__ = ("model",)
+    __slots__ = ("columns", "model")
 
-    def __init__(self, model: Any, what: str):
+    def __init__(self, model: Any, what: str, columns: Tensor | None):
         super().__init__(model.owner, what)
         self.model = model
+        self.columns = columns
+        """What `ModelInput.columns` says of the prompt; None while a stream is paused, too."""
 
     def undo(self) -> None:
         """Forget the key-value cache, as TransformerLens does unless it is interrupted."""

@@ -37,6 +37,8 @@ class ModelInput:
     """Whether it was a text, or a list of texts."""
     words: dict[str, Any] = field(default_factory=dict)
     """What else a tokenizer or processor returned for the model."""
+    columns: Int[Tensor, "batch pos"] | None = None
+    """Where padding was moved: the column that each column had in what came."""
 
     @property
     def tokens(self) -> Tensor | None:
@@ -71,8 +73,14 @@ class ModelInput:
             raise InputError("generation needs a mask [batch, pos], or padding on the left; got padding behind a text")
         order = mask.int().argsort(dim=1, stable=True)
         at = order if self.values.dim() == 2 else order[..., None].expand_as(self.values)
-        mask = mask.gather(1, order)
-        return replace(self, values=self.values.gather(1, at), attention_mask=mask.long(), seen=mask)
+        moved = {
+            name: word.gather(1, order.to(word.device))
+            for name, word in self.words.items()
+            if isinstance(word, Tensor) and word.shape == mask.shape
+        }
+        mask, words = mask.gather(1, order), {**self.words, **moved}
+        values = self.values.gather(1, at)
+        return replace(self, values=values, attention_mask=mask.long(), seen=mask, words=words, columns=order)
 
 
 @dataclass(frozen=True)

@@ -156,6 +156,12 @@ class Owner:
         return None
 
     @property
+    def columns(self) -> torch.Tensor | None:
+        """Of the generation that is running, the column that each of the prompt's had before padding was moved."""
+        found = (getattr(ref(), "columns", None) for ref in reversed(self._claims))
+        return next((columns for columns in found if columns is not None), None)
+
+    @property
     def depth(self) -> int:
         """How many hook contexts are open."""
         return sum(hasattr(ref(), "handles") for ref in self._claims)
