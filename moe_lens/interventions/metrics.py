@@ -21,8 +21,9 @@ Metric = Callable[[Tensor], Tensor]
 """From logits [batch, pos, d_vocab] to a scalar tensor; with a gradient, where an attribution needs one."""
 
 Positions = int | Int[Tensor, " batch"] | Bool[Tensor, "batch pos"]
-"""One position for every item, one for each item, or a mask. Negative ones count from the end: of each text's real
-tokens where the padding of a run is known, as `patch` and `expert_attribution` do, otherwise of the logits."""
+"""One position for every item, one for each item, or a mask. Where the padding of a run is known, as in `patch` and
+`expert_attribution`, negative ones count from the end of each text, and padding is not read; otherwise they count from
+the end of the logits."""
 
 
 class TokenMetric(ABC):
@@ -36,6 +37,12 @@ class TokenMetric(ABC):
         known = copy.copy(self)
         known.real = real
         return known
+
+    def _real(self, where: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+        """`where`, without what is known to be padding."""
+        if self.real is None:
+            return where
+        return where & _same_shape("the run's mask", self.real, tuple(where.shape)).to(where.device)
 
     @abstractmethod
     def reads(self, batch: Natural, pos: Natural) -> Bool[Tensor, "batch pos"]:
@@ -68,20 +75,21 @@ class Loss(TokenMetric):
 
     Args:
         tokens: of the input.
-        mask: true at real tokens; all of them if not given.
+        mask: true at real tokens; all of them if not given, but for what is known to be padding of a run.
     """
 
     def __init__(self, tokens: Int[Tensor, "batch pos"], mask: Tensor | None = None):
         self.tokens = tokens
-        real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool().to(tokens.device)
-        _same_shape("mask", real, tuple(tokens.shape))
-        self._reads = real.clone()
-        self._reads[:, :-1] &= real[:, 1:]
-        self._reads[:, -1] = False
+        self._mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool().to(tokens.device)
+        _same_shape("mask", self._mask, tuple(tokens.shape))
 
     def reads(self, batch: Natural, pos: Natural) -> Bool[Tensor, "batch pos"]:
         """Real positions before a real one."""
-        return _not_empty(_same_shape("tokens", self._reads, (batch, pos)))
+        real = self._real(_same_shape("tokens", self._mask, (batch, pos)))
+        reads = real.clone()
+        reads[:, :-1] &= real[:, 1:]
+        reads[:, -1] = False
+        return _not_empty(reads)
 
     def values(
         self, logits: Float[Tensor, "rows d_vocab"], batch: Int[Tensor, " rows"], pos: Int[Tensor, " rows"]
@@ -108,7 +116,7 @@ class _AtPositions(TokenMetric):
                 )
         where = self.positions
         if isinstance(where, Tensor) and where.dtype == torch.bool:
-            return _not_empty(_same_shape("positions", where, (batch, pos)))
+            return _not_empty(self._real(_same_shape("positions", where, (batch, pos))))
         one = torch.full((batch,), where) if isinstance(where, int) else _same_shape("positions", where, (batch,))
         if int(one.min()) < -pos or int(one.max()) >= pos:
             raise InputError(f"positions go from {one.min()} to {one.max()}; expected {-pos} to {pos - 1}")
@@ -117,9 +125,13 @@ class _AtPositions(TokenMetric):
             return places == (one % pos)[:, None]
         real = _same_shape("the run's mask", self.real, (batch, pos)).to(one.device)
         from_end = -real.long().flip(-1).cumsum(-1).flip(-1)
-        reads = torch.where(one[:, None] < 0, (from_end == one[:, None]) & real, places == one[:, None])
+        reads = torch.where(one[:, None] < 0, from_end == one[:, None], places == one[:, None]) & real
         if not bool(reads.any(-1).all()):
-            raise InputError(f"a text has {int(real.sum(-1).min())} tokens; expected at least {-int(one.min())}")
+            text = int((~reads.any(-1)).nonzero()[0])
+            raise InputError(
+                f"text {text} has {int(real[text].sum())} tokens, and none at position {int(one[text])}; expected a "
+                "position that every text has: negative ones count from the end of each"
+            )
         return reads
 
 
@@ -183,7 +195,7 @@ class KLDivergence(TokenMetric):
 
     Args:
         clean: logits of the clean run.
-        mask: true at positions to read; all of them if not given.
+        mask: true at positions to read; all of them if not given, but for what is known to be padding of a run.
     """
 
     def __init__(
@@ -198,7 +210,7 @@ class KLDivergence(TokenMetric):
 
     def reads(self, batch: Natural, pos: Natural) -> Bool[Tensor, "batch pos"]:
         """The positions of the mask."""
-        return _not_empty(_same_shape("clean logits", self._reads, (batch, pos)))
+        return _not_empty(self._real(_same_shape("clean logits", self._reads, (batch, pos))))
 
     def values(
         self, logits: Float[Tensor, "rows d_vocab"], batch: Int[Tensor, " rows"], pos: Int[Tensor, " rows"]

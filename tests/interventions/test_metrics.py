@@ -99,9 +99,29 @@ def test_the_last_token_is_a_real_one_where_padding_is_known(side: str) -> None:
         found = Logit(3, -back).among(real)(given)
         assert found == torch.stack([row[3] for row in rows]).mean()
         assert (found == Logit(3, -back)(given)) == (side == "left"), "without the mask it is the last column"
-    assert Logit(3, 1).among(real)(given) == given[:, 1, 3].mean(), "positions from 0 are columns"
-    with pytest.raises(InputError, match="a text has 2 tokens; expected at least 3"):
+    column = 1 if side == "right" else 4
+    assert Logit(3, column).among(real)(given) == given[:, column, 3].mean(), "positions from 0 are columns"
+    with pytest.raises(InputError, match="text 2 has 2 tokens, and none at position -3; expected a position that"):
         Logit(3, -3).among(real)(given)
+
+
+@pytest.mark.typed
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_is_not_read_where_it_is_known(side: str) -> None:
+    """As in `patch`: each metric made without a mask, told the run's, is the one that was made with it."""
+    given, tokens, real = logits(), ids(), mask(side).bool()
+    clean, every = given.roll(1, -1), torch.ones(BATCH, POS).bool()
+    pairs = [
+        (Loss(tokens), Loss(tokens, real)),
+        (KLDivergence(clean), KLDivergence(clean, real)),
+        (Logit(3, every), Logit(3, real)),
+    ]
+    for unaware, made_with_it in pairs:
+        assert unaware.among(real)(given) == made_with_it(given) == made_with_it.among(real)(given)
+        assert abs(unaware(given) - made_with_it(given)) > 1e-3, "padding makes a difference"
+    at, short = (4, 1) if side == "right" else (0, 1)
+    with pytest.raises(InputError, match=f"text {short} has 3 tokens, and none at position {at}"):
+        Logit(3, at).among(real)(given)
 
 
 def test_divergence_from_the_clean_run() -> None:
