@@ -103,6 +103,8 @@ class ExpertMeans(Summary):
     def of_cache(cls, cache: MoECache) -> "ExpertMeans":
         """From a cache's `hook_expert_out`, `hook_expert_indices` and `hook_shared_out`; padding is left out.
 
+        So are experts that an intervention left out, as `hook_expert_kept` says, or zeros where it was not cached.
+
         Raises:
             InputError: it holds no layer's outputs and indices.
         """
@@ -113,10 +115,7 @@ class ExpertMeans(Summary):
             wanted = [names.mlp(name, layer) for name in (names.EXPERT_INDICES, names.EXPERT_OUT)]
             if not all(name in cache for name in wanted):
                 continue
-            indices, outputs = (cache[name] for name in wanted)
-            shared = [cache[name] for name in [names.mlp(names.SHARED_OUT, layer)] if name in cache]
-            counted = torch.ones(indices.shape[:-1], dtype=torch.bool) if cache.mask is None else cache.mask.cpu()
-            sums.update(layer, indices, outputs, counted, *shared)
+            sums.count(cache, layer)
         if not sums.seen:
             wanted = [names.EXPERT_INDICES, names.EXPERT_OUT]
             raise InputError(f"the reference cache holds {' and '.join(wanted)} of no layer; cache them")
@@ -141,7 +140,8 @@ class ExpertMeans(Summary):
         """
         require_stream_width(model, "means of their outputs")
         wanted = model.moe_layers if layers is None else tuple(layers)
-        kept = [names.mlp(name, at) for at in wanted for name in (names.EXPERT_INDICES, names.EXPERT_OUT)]
+        hooks = names.EXPERT_INDICES, names.EXPERT_OUT, names.EXPERT_KEPT
+        kept = [names.mlp(name, at) for at in wanted for name in hooks]
         kept += [names.mlp(names.SHARED_OUT, at) for at in wanted if model.has_shared(at)]
         sums = ExpertSums(wanted, model.n_experts, model.cfg.d_model)
         alone = isinstance(input, str | Mapping | PaddedTokens) or (isinstance(input, Tensor) and input.ndim == 1)
@@ -149,10 +149,7 @@ class ExpertMeans(Summary):
         for text in texts:
             _, cache = model.run_with_cache(text, names_filter=kept)
             for layer in wanted:
-                indices, outputs = (cache[names.mlp(n, layer)] for n in (names.EXPERT_INDICES, names.EXPERT_OUT))
-                shared = cache[names.mlp(names.SHARED_OUT, layer)] if model.has_shared(layer) else None
-                real = torch.ones(indices.shape[:-1], dtype=torch.bool) if cache.mask is None else cache.mask.cpu()
-                sums.update(layer, indices, outputs, real, shared)
+                sums.count(cache, layer)
         return sums.result()
 
     def save(self, path: str | Path) -> None:
@@ -198,6 +195,7 @@ class ExpertSums:
         outputs: Float[Tensor, "*tokens top_k d_model"],
         counted: Bool[Tensor, "*tokens"],
         shared: Float[Tensor, "*tokens d_model"] | None = None,
+        kept: Bool[Tensor, "*tokens top_k"] | None = None,
     ) -> "ExpertSums":
         """Count one layer of a batch.
 
@@ -207,16 +205,28 @@ class ExpertSums:
             outputs: Their E(x).
             counted: The tokens to count.
             shared: Output of the shared experts; for every batch or for none.
+            kept: The slots whose expert was computed; all if not given.
         """
         row = self.layers.index(layer)
         counted = counted.to(indices.device)
-        chosen = indices[counted].long().cpu().flatten()
+        slots = counted[..., None].expand(indices.shape) if kept is None else kept & counted[..., None]
+        chosen = indices[slots].long().cpu()
         self._counts[row] += torch.bincount(chosen, minlength=self._counts.shape[1])
-        self._sums[row].index_add_(0, chosen, outputs[counted].double().cpu().flatten(0, -2))
+        self._sums[row].index_add_(0, chosen, outputs[slots].double().cpu())
         if shared is not None:
             self._tokens[row] += int(counted.sum())
             self._shared[row] += shared[counted].double().cpu().sum(0)
         return self
+
+    def count(self, cache: MoECache, layer: int) -> None:
+        """Count one layer of a cache; padding, and experts that an intervention left out, are not counted."""
+        indices, outputs = (cache[names.mlp(name, layer)] for name in (names.EXPERT_INDICES, names.EXPERT_OUT))
+        kept = names.mlp(names.EXPERT_KEPT, layer)
+        shared = [cache[name] for name in [names.mlp(names.SHARED_OUT, layer)] if name in cache]
+        real = torch.ones(indices.shape[:-1], dtype=torch.bool) if cache.mask is None else cache.mask
+        # What was left out is zero; it is the hook that tells it from an expert that gives zero.
+        computed = cache[kept] if kept in cache else outputs.any(-1)
+        self.update(layer, indices, outputs, real, *shared, kept=computed)
 
     def merge(self, other: "ExpertSums") -> "ExpertSums":
         """Add the sums of another accumulator of the same model."""

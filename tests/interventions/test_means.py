@@ -49,6 +49,34 @@ def test_padding_is_not_counted() -> None:
 
 
 @pytest.mark.typed
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_an_intervention_leaves_out_is_no_output(kept: bool) -> None:
+    """An expert that `keep_top` or `use_experts` left out at a token gave nothing there, not zero."""
+    case = wrapped("deepseek")
+    hooks = ["expert_out", "expert_indices", "shared_out"] + ["expert_kept"] * kept
+    hooks = [f"blocks.{layer}.mlp.hook_{name}" for layer in (1, 2) for name in hooks]
+    for made in (case.model.keep_top(2), case.model.use_experts(mass=0.6), case.model.ablate({1: [3]})):
+        with torch.no_grad(), made:
+            _, cache = case.model.run_with_cache(TEXTS)
+            _, few = case.model.run_with_cache(TEXTS, names_filter=hooks)
+            measured = ExpertMeans.measure(case.model, TEXTS)
+        found, dropped = ExpertMeans.of_cache(few), 0
+        for row, layer in enumerate(found.layers):
+            weights = cache["routing_weights", layer]
+            for expert in range(8):
+                chosen = cache["expert_indices", layer] == expert
+                used = chosen & (weights != 0)
+                dropped += int((chosen & ~used).sum())
+                assert int(found.counts[row, expert]) == int(measured.counts[row, expert]) == int(used.sum())
+                if used.any():
+                    expected = cache["expert_out", layer][used].double().mean(0).float()
+                    for means in (found, measured):
+                        assert torch.allclose(means.of(layer)[expert], expected, atol=1e-5)
+        assert torch.allclose(found.shared_of(1), cache["shared_out", 1].flatten(0, 1).mean(0), atol=1e-5)
+        assert dropped or "mass" in repr(made)
+
+
+@pytest.mark.typed
 def test_experts_without_tokens_get_the_layer_s_mean_when_asked() -> None:
     case = wrapped("deepseek")
     means = ExpertMeans.measure(case.model, TEXTS[:1, :2])
