@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, Real
 from torch import Tensor
 
 from moe_lens.checked import Positive, Seed
-from moe_lens.errors import several
+from moe_lens.errors import InputError, a_kind, several
 
 MIN_SOURCES = 10
 """Below this many sources no interval is given: so few say too little of how much sources differ."""
@@ -50,10 +50,15 @@ def bootstrap(
     Returns:
         The interval, or None below `MIN_SOURCES` sources. Resamples in which the value is not finite are left out; None
         if it never is.
+
+    Raises:
+        InputError: The level is not in (0, 1), or the statistic does not give one value for each resample.
     """
     ends = bootstrap_all(statistic, sizes, level=level, resamples=resamples, seed=seed)
     if ends is None or not bool(ends.isfinite().all()):
         return None
+    if ends.ndim > 1:
+        raise InputError(f"the statistic gave {tuple(ends.shape[1:])} values a resample; bootstrap_all takes many")
     return Interval(float(ends[0]), float(ends[1]), level)
 
 
@@ -66,9 +71,15 @@ def bootstrap_all(
     seed: Seed = 0,
 ) -> Float[Tensor, "2 *shape"] | None:
     """`bootstrap` of many values at once, all from the same draws: lower and upper ends, NaN if never finite."""
+    if not 0 < level < 1:
+        raise InputError(f"level is {level}; expected a share in (0, 1), such as 0.95")
     if len(sizes) < MIN_SOURCES:
         return None
-    return ends_of(statistic(times_drawn(len(sizes), resamples, seed)), tail(sizes, level))
+    values: object = statistic(times_drawn(len(sizes), resamples, seed))
+    if not isinstance(values, Tensor) or values.shape[:1] != (resamples,):
+        came = f"a tensor {list(values.shape)}" if isinstance(values, Tensor) else a_kind(values)
+        raise InputError(f"the statistic gave {came}; expected a tensor with a value for each of {resamples} resamples")
+    return ends_of(values, tail(sizes, level))
 
 
 def ends_of(values: Float[Tensor, "resample *shape"], beyond: float) -> Float[Tensor, "2 *shape"]:

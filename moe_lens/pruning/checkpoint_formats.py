@@ -56,12 +56,14 @@ class Format:
     model_type: str
     normalizes: bool | None = None
     """Whether weights of the selected experts are rescaled to a fixed sum; None: config's `norm_topk_prob` says."""
+    normalizes_one: bool = True
+    """Whether the weight of a single one is, too, in a family that rescales."""
 
 
 FORMATS = {
     entry.model_type: entry
     for entry in (
-        Format("deepseek"),
+        Format("deepseek", normalizes_one=False),
         Format("deepseek_v2", normalizes=False),  # transformers' V2 never normalises, whatever the config
         Format("deepseek_v3"),
         Format("gpt_oss", normalizes=True),  # softmax over the selected logits
@@ -106,10 +108,12 @@ def format_of(model_type: str) -> Format:
     )
 
 
-def normalizes(config: Any) -> bool:
-    """Whether a family rescales the weights of the selected experts to a fixed sum."""
-    known = format_of(config.model_type).normalizes
-    return bool(getattr(config, "norm_topk_prob", False)) if known is None else known
+def normalizes(config: Any, top_k: int) -> bool:
+    """Whether a family rescales the weights of `top_k` selected experts to a fixed sum."""
+    format = format_of(config.model_type)
+    if top_k == 1 and not format.normalizes_one:
+        return False
+    return bool(getattr(config, "norm_topk_prob", False)) if format.normalizes is None else format.normalizes
 
 
 def smaller_config(raw: Mapping[str, Any], n_experts: int, top_k: int) -> dict[str, Any]:

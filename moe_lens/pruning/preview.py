@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moe_lens import names
@@ -18,6 +18,7 @@ from moe_lens.model.cache.hook_cache import identity
 from moe_lens.model.families.expert_groups import check_groups
 from moe_lens.pruning.checkpoint_formats import normalizes
 from moe_lens.pruning.weight_matching import Planned, averaged, members, views
+from moe_lens.routing import affinity
 
 
 @contextmanager
@@ -127,14 +128,22 @@ def _without(model: Any, layer: int, gone: Tensor) -> list[Hook]:
 def _fewer(model: Any, layer: int, top_k: int) -> list[Hook]:
     """Hooks that leave the `top_k` experts which the router would choose first."""
     chosen: list[Bool[Tensor, "batch pos top_k"]] = []
+    affinities: list[Float[Tensor, "batch pos top_k"]] = []
 
     def note(indices: Tensor, hook: Any) -> None:  # noqa: ARG001
-        scores = model.selection_state(layer).scores.gather(-1, indices)
+        state = model.selection_state(layer)
+        scores = state.scores.gather(-1, indices)
         first = scores.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
         chosen[:] = [torch.ones_like(indices, dtype=torch.bool).scatter(-1, first, False)]
+        affinities[:] = [affinity(state.logits, model.family.score).gather(-1, indices)]
 
-    others = leave_out(model, layer, lambda: chosen[0], normalizes(model.original_model.config))
-    return [(names.mlp(names.EXPERT_INDICES, layer), note), *others]
+    def as_they_are(weights: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        return affinities[0].to(weights)
+
+    before, after = (normalizes(model.original_model.config, k) for k in (model.top_k, top_k))
+    undone = [(names.mlp(names.ROUTING_WEIGHTS, layer), as_they_are)] if before and not after else []
+    others = leave_out(model, layer, lambda: chosen[0], after)
+    return [(names.mlp(names.EXPERT_INDICES, layer), note), *undone, *others]
 
 
 @contextmanager

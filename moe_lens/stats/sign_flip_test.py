@@ -37,12 +37,14 @@ def sign_test(differences: Float[Tensor, "unit *shape"], draws: Positive = 1000,
         seed: of the draws.
 
     Raises:
-        InputError: no units, a difference that is not finite, or fewer than one draw.
+        InputError: no units or quantities, a difference that is not finite, or fewer than one draw.
     """
     if draws < 1 or not len(differences) or not differences.isfinite().all():
         raise InputError(f"got {len(differences)} units and {draws} draws; expected some of each, and finite numbers")
     n, shape = len(differences), differences.shape[1:]
-    flat = differences.double().flatten(1)
+    if not shape.numel():
+        raise InputError(f"differences have shape {tuple(differences.shape)}; expected a quantity to test")
+    flat = differences.double().reshape(n, -1)
     squares = flat.square().sum(0)
     mean = flat.mean(0)
     t = _studentised(mean, squares, n)

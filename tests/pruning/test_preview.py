@@ -30,7 +30,7 @@ def hooked_and_plan(name, top_k=3):
     return hooked, make_plan(hooked, {layer: STAY[layer] for layer in hooked.moe_layers}, top_k)
 
 
-@pytest.mark.parametrize("top_k", [2, 3])
+@pytest.mark.parametrize("top_k", [1, 2, 3])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_preview_is_the_smaller_model(name, top_k):
     """Against a plain transformers model with slices of the parameters: ≤ 1e-5 of logits of the order of 10."""

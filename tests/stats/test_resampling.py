@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_lens.errors import InputError
 from moe_lens.resampling import tail
 from moe_lens.stats import MIN_SOURCES, bootstrap, halves
 from moe_lens.stats.parallel_sources import resampled_blocks
@@ -44,6 +45,18 @@ def test_level_is_kept_and_wider_is_wider():
     wide, narrow = (bootstrap(mean_of(values), EVEN(20), level=level) for level in (0.99, 0.5))
     assert wide and narrow and wide.low < narrow.low < narrow.high < wide.high
     assert (wide.level, narrow.level) == (0.99, 0.5)
+
+
+def test_another_level_and_another_number_of_values_are_refused():
+    values = torch.arange(20.0, dtype=torch.float64)
+    for level in (95, 1.0, 0.0, math.nan):
+        with pytest.raises(InputError, match=r"expected a share in \(0, 1\)"):
+            bootstrap(mean_of(values), EVEN(20), level=level)
+    for statistic in (lambda times: (times @ values).mean(), lambda times: (times @ values).numpy()):
+        with pytest.raises(InputError, match="expected a tensor with a value for each of 2000 resamples"):
+            bootstrap(statistic, EVEN(20))
+    with pytest.raises(InputError, match="bootstrap_all takes many"):
+        bootstrap(lambda times: times * values, EVEN(20))
 
 
 def test_sources_that_agree_leave_no_doubt_and_the_seed_decides():

@@ -56,5 +56,10 @@ def test_few_units_are_no_test_and_what_is_no_number_is_refused() -> None:
     assert found.p_values.isnan().all()
     assert found.t.isfinite().all()
     assert sign_test(torch.zeros(10, 2)).p_values.tolist() == [1, 1]
+    one, several = sign_test(drawn(1)[:, 0]), sign_test(drawn(1)[:, :1])
+    assert one.p_values.shape == ()
+    assert one.p_values == several.p_values[0]
+    with pytest.raises(InputError, match="expected a quantity to test"):
+        sign_test(torch.zeros(10, 0))
     with pytest.raises(InputError, match="finite"):
         sign_test(torch.full((10, 2), torch.nan))
