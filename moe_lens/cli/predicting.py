@@ -73,7 +73,8 @@ def probe(
             "--k",
             min=1,
             metavar="NUMBER",
-            help="Number of experts or neurons a probe sees; may be repeated.  [1, 2, 4, 8, 16]",
+            help="Number of experts or neurons a probe sees; may be repeated.  [those of 1, 2, 4, 8, 16 "
+            "for which a layer has experts]",
         ),
     ] = None,
     parallel: Parallel = None,
@@ -105,7 +106,10 @@ def probe(
         raise InputError(f"--label {twice[0]} is given {names.count(twice[0])} times; expected each label once")
     find = by_pattern({name: pattern for name, _, pattern in pairs} or PATTERNS)
     own = None if spans is None else read_spans(spans)
-    settings: dict[str, Any] = {"k": tuple(k or Probe.k), "parallel": Probe.parallel if parallel is None else parallel}
+    settings: dict[str, Any] = {
+        "k": tuple(k) if k else None,
+        "parallel": Probe.parallel if parallel is None else parallel,
+    }
 
     def run_probes(model: Any, domains: options.Opened, **how: Any) -> Any:
         if own is None:

@@ -32,6 +32,8 @@ from moe_lens.studies.forward_passes import each_layer, forward, token_places
 from moe_lens.studies.study import TEXTS, Earlier, Gathered, Study
 from moe_lens.studies.token_labels import LabelTable
 
+K = (1, 2, 4, 8, 16)
+"""How many components probes see, as far as there are so many, if nothing else is asked for."""
 LEAST = 20
 """Tokens with a label, and without it, that each half must have."""
 
@@ -53,8 +55,8 @@ class Probe(Study):
 
     labels: pd.DataFrame
     """A row per token, as `label_tokens` gives it: document, position, domain, and a column of truth values each."""
-    k: tuple[Natural, ...] = (1, 2, 4, 8, 16)
-    """How many components a probe sees."""
+    k: tuple[Natural, ...] | None = None
+    """How many components a probe sees; those of `K` for which a layer has experts, if not given."""
     parallel: str = LANGUAGE
     """What may differ in the names of sources that are one document in several domains: they are in one half."""
     seed: Seed = 0
@@ -76,12 +78,16 @@ class Probe(Study):
 
     def check(self, model: Any) -> None:
         """Refuse numbers of components that make no sense, and tables that are none of labels."""
-        if not self.k or min(self.k) < 1 or max(self.k) > model.n_experts:
+        if self.k is not None and not (self.k and 1 <= min(self.k) <= max(self.k) <= model.n_experts):
             raise InputError(
                 f"k is {list(self.k)}; expected numbers from 1 to the {model.n_experts} experts of a layer"
             )
         parallel_blocks({}, self.parallel)
         assert self.table.names
+
+    def numbers(self, model: Any) -> list[int]:
+        """How many components its probes see, ascending."""
+        return sorted(set(self.k)) if self.k is not None else [k for k in K if k <= model.n_experts]
 
     def begin(self, model: Any, name: str) -> Gathered:
         """Empty sums."""
@@ -89,7 +95,7 @@ class Probe(Study):
             return {}
         if name == "score":
             widths = (1, int(model.W_out[model.moe_layers[0]].shape[1]))
-            return {"probes": ProbeScores(model.moe_layers, self.table.names, sorted(set(self.k)), widths)}
+            return {"probes": ProbeScores(model.moe_layers, self.table.names, self.numbers(model), widths)}
         units = [f"{layer} {kind}" for layer in model.moe_layers for kind in KINDS]
         kinds = ("moments", "labelled") if name == "pick" else ("squares", "sums")
         return {"sums": Sums(["n", *(f"{unit} {kind}" for unit in units for kind in kinds)])}
@@ -103,23 +109,23 @@ class Probe(Study):
         prepared = _Prepared(halves[domain], domain)
         if name == "pick":
             return prepared
-        sums = partial(_pooled, earlier, "pick")
+        sums, numbers = partial(_pooled, earlier, "pick"), self.numbers(model)
         n = sums("n").double()  # [half, label, without or with]
         self._enough(n)
         picked = torch.stack([torch.stack([torch.stack([
             pick_components(sums(f"{layer} {kind} moments")[half], sums(f"{layer} {kind} labelled")[half],
-                            float(n[half, 0].sum()), n[half, :, 1], max(self.k))
+                            float(n[half, 0].sum()), n[half, :, 1], numbers[-1])
             for kind in KINDS]) for layer in model.moe_layers]) for half in (0, 1)])  # fmt: skip
         if name == "fit":
             return replace(prepared, picked=picked)
         weights, thresholds = [], []
         fitted = partial(_pooled, earlier, "fit")
-        for k in sorted(set(self.k)):
+        for k in numbers:
             parts = [
                 [discriminant(fitted(f"{at} {kind} squares")[..., :k, :k], fitted(f"{at} {kind} sums")[..., :k], n)
                  for kind in KINDS] for at in model.moe_layers
             ]  # fmt: skip
-            pad = (0, max(self.k) - k)
+            pad = (0, numbers[-1] - k)
             weights.append(torch.stack([torch.stack([torch.nn.functional.pad(w, pad) for w, _ in of]) for of in parts]))
             thresholds.append(torch.stack([torch.stack([t for _, t in of]) for of in parts]))
         order = (2, 0, 1, 3, 4, 5)  # [layer, kind, half, label, k, …] to half first

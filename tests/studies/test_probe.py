@@ -10,17 +10,20 @@ import pandas as pd
 import pytest
 import torch
 
+from moe_lens import HookedMoE
 from moe_lens.cli import main
 from moe_lens.data import Domain, Passage, from_generator
 from moe_lens.data.windows import windows_of
 from moe_lens.errors import InputError
+from moe_lens.model.loading.tokenizer import load_tokenizer
 from moe_lens.stats.sparse_probes import Sums, at_components, component_sums, discriminant, pick_components
 from moe_lens.studies import Probe, StudyResult, by_pattern, label_tokens, read_facts, read_pairs, read_spans, run
+from moe_lens.studies.probe import K
 from moe_lens.studies.study import TEXTS
 from moe_lens.studies.texts_read import TextStats
 from moe_lens.studies.token_labels import ABOUT, LabelTable, Span
 from tests.planted import ATLAS_READING, LAYER, PLANTED, WORDS, planted_domains, planted_model
-from tests.studies.tiny import save_checkpoint
+from tests.studies.tiny import TOKENIZER, domain, save_checkpoint, tiny_hf
 
 F32 = 1e-4  # a few sums of some hundred numbers near 1 in float32
 
@@ -42,6 +45,17 @@ def labels(model) -> pd.DataFrame:
 @pytest.fixture(scope="module")
 def found(model, labels) -> StudyResult:
     return run(Probe(labels, (1, 2)), model, planted_domains(shuffled=True), reading=ATLAS_READING)
+
+
+def test_a_layer_with_few_experts_has_the_numbers_that_it_has_experts_for():
+    small = HookedMoE.from_hf(tiny_hf(n_routed_experts=8), load_tokenizer(str(TOKENIZER)))
+    texts = [domain("a", n=60)]
+    labels = label_tokens(small, texts, by_pattern({"sea": "sea|old|man"}))
+    by_default, asked = (run(Probe(labels, k), small, texts).tables["probes"] for k in (None, (1, 2, 4, 8)))
+    pd.testing.assert_frame_equal(by_default, asked)
+    assert set(by_default["k"]) == {1, 2, 4, 8}
+    with pytest.raises(InputError, match=r"k is \[1, 2, 4, 8, 16\]; expected numbers from 1 to the 8 experts"):
+        run(Probe(labels, K), small, texts)
 
 
 @pytest.mark.typed
