@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_lens.checked import Positive
-from moe_lens.errors import InputError, near_miss
+from moe_lens.errors import InputError, a_kind, near_miss
 from moe_lens.interventions import ExpertAttribution
 from moe_lens.interventions.patch_result import PatchResult
 from moe_lens.interventions.trace_result import TraceResult
@@ -41,6 +41,10 @@ OF_RESULTS: Mapping[type, tuple[str, ...]] = {
     Frontier: ("frontier", "specialists"),
 }
 """Likewise, of other results."""
+INSTEAD: Mapping[str, str] = {
+    "atlas": "its .expert(layer, expert) is the card of an expert, and moe_lens.atlas.write_atlas(it, folder) its pages"
+}
+"""What to look at where a study has no figure and yet is shown."""
 FORMATS = ("pdf", "svg", "png", "html")
 
 
@@ -67,9 +71,12 @@ def figure(result: Any, name: str | None = None, **options: Any) -> "Figure":
         InputError: It has no figure, or none of that name; or options that are not of it.
     """
     known = figures_of(result)
+    if not known and isinstance(result, StudyResult):
+        instead = INSTEAD.get(result.study, f"its numbers are in its tables: {', '.join(result.tables)}")
+        raise InputError(f"there is no figure of a study {result.study!r}; {instead}")
     if not known:
-        what = f"a study {result.study!r}" if isinstance(result, StudyResult) else f"a {type(result).__name__}"
-        raise InputError(f"there is no figure of {what}; its numbers are in its tables")
+        drawn = ", ".join(kind.__name__ for kind in (StudyResult, *OF_RESULTS))
+        raise InputError(f"there is no figure of {a_kind(result)}; there are figures of {drawn}")
     if name is not None and name not in known:
         raise InputError(f"there is no figure {name!r} of it; there are {', '.join(known)}{near_miss(name, known)}")
     name = known[0] if name is None else name

@@ -1,5 +1,6 @@
 """Results know their figures, saved or not; figures and tables become files."""
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -90,9 +91,18 @@ def test_unknown_figures_tables_and_columns_name_the_near_miss(saved):
         result.figure("most_specialized")
     with pytest.raises(InputError, match="specialisation_map: got an unexpected keyword argument 'layer'"):
         result.figure(layer=3)
-    other = StudyResult({"plan": {"study": "facts"}}, {}, {})
-    with pytest.raises(InputError, match="no figure of a study 'facts'"):
-        other.figure()
+    frame = pd.DataFrame({"a": [1]})
+    for study, instead in (
+        ("facts", r"its numbers are in its tables: effects$"),
+        ("atlas", r"its .expert\(layer, expert"),
+    ):
+        other = StudyResult({"plan": {"study": study}}, {"effects": frame}, {})
+        with pytest.raises(InputError, match=f"^there is no figure of a study '{study}'; {instead}"):
+            other.figure()
+    assert all(callable(getattr(other, name)) for name in re.findall(r"its \.(\w+)", figures.INSTEAD["atlas"]))
+    assert not set(figures.INSTEAD) & set(figures.OF_STUDIES), "what has a figure has it"
+    with pytest.raises(InputError, match="no figure of a DataFrame; there are figures of StudyResult, LensResult"):
+        figures.figure(frame)
     with pytest.raises(InputError, match="did you mean 'layers'"):
         result.to_latex("layer")
     with pytest.raises(InputError, match="did you mean 'share'"):
