@@ -196,7 +196,9 @@ def _say(what: str, patient: bool = False) -> None:
     if not processes.speaks(patient):
         return
     rank = os.environ.get("RANK", "0")  # of processes that all speak to the same terminal
-    print(f"moe-lens: {what}" if rank == "0" else f"moe-lens (process {rank}): {what}", file=sys.stderr)
+    line = f"moe-lens: {what}" if rank == "0" else f"moe-lens (process {rank}): {what}"
+    print(line, file=sys.stderr)
+    processes.tell_torchrun(line)
 
 
 def _say_version(wanted: bool) -> bool:

@@ -1,5 +1,6 @@
 """Several processes under torchrun: how they find one another, and which of them says why all of them end."""
 
+import json
 import os
 import sys
 import time
@@ -49,6 +50,14 @@ def speaks(patient: bool = False) -> bool:
     except OSError:  # better twice than not at all
         return True
     return True
+
+
+def tell_torchrun(line: str) -> None:
+    """Let torchrun, which ends with words of its own, say for what reason, where it would speak of a traceback."""
+    if several() and (errors := os.environ.get("TORCHELASTIC_ERROR_FILE")) is not None:
+        about = {"py_callstack": line, "timestamp": str(int(time.time()))}  # as torchelastic reads it
+        with suppress(OSError):
+            Path(errors).write_text(json.dumps({"message": {"message": line, "extraInfo": about}}), encoding="utf-8")
 
 
 _GROUPS = count()

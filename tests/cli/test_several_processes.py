@@ -1,6 +1,8 @@
 """What processes of torchrun say when they end: one line in all."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,24 @@ def test_an_error_that_all_meet_is_said_once(rank, capsys, monkeypatch):
     assert refused(capsys, *wrong) == ""
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
     assert refused(capsys, *wrong).startswith("moe-lens (process 1): error: "), "a control: other launchers"
+
+
+@pytest.mark.slow
+def test_torchrun_itself_ends_with_the_line_that_says_why(tmp_path):
+    """It has lines of its own, and an exit code of 1, of which a process that it started can change no more."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env.pop("TORCHELASTIC_ERROR_FILE", None)
+    for program in (["-m", "moe_lens", "routing", "--tokenz", "5"], [str(tmp_path / "plain.py")]):
+        (tmp_path / "plain.py").write_text("raise SystemExit(2)")
+        said = subprocess.run([*torchrun, *program], capture_output=True, text=True, env=env, check=False)
+        lines = [line for line in said.stderr.splitlines() if "No such option: --tokenz" in line]
+        assert said.returncode == 1
+        if program[0] == "-m":
+            first, last = lines
+            assert first.startswith("moe-lens: error: ") and last == f"  traceback : {first}"
+        else:
+            assert "To enable traceback see" in said.stderr, "a control: a program that does not say why"
 
 
 def test_an_error_that_one_meets_is_said_by_it(rank, tmp_path, capsys):
