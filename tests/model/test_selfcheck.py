@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lens import names
-from moe_lens.errors import SelfCheckError
+from moe_lens.errors import HookError, SelfCheckError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.model.hooks.self_check import TOLERANCE, self_check
 from tests.families import CONFIGS, build, tokens
@@ -112,3 +112,32 @@ def test_a_model_that_cannot_be_run_is_refused_in_a_line_and_want_of_memory_is_l
         monkeypatch.setattr(type(model), "forward", scarce)
         with pytest.raises(type(error), match=str(error)):
             self_check(model)
+
+
+@pytest.mark.typed
+@pytest.mark.parametrize("stray", [{"clip_qkv": 0.3}, {}])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_hooks_that_would_change_attention_are_refused_where_it_is_reconstructed_otherwise(
+    family: str, stray: dict[str, Any]
+) -> None:
+    """transformers reads clip_qkv in OLMoE alone; TransformerLens obeys it in Mixtral, and cannot in Qwen3."""
+    hf = build(family, **stray)
+    with torch.no_grad():
+        plain = hf(tokens()).logits
+        model = HookedMoE.from_hf(hf)
+        logits, cache = model.run_with_cache(tokens(), names_filter=lambda name: ".mlp." in name or "attn_out" in name)
+        assert torch.equal(logits, plain) and names.block(names.ATTN_OUT, 0) in cache
+        if stray:
+            with pytest.raises(HookError, match=r"layer 0: there are hooks inside attention.*remove clip_qkv"):
+                model.run_with_cache(tokens())
+        else:
+            torch.testing.assert_close(model.run_with_cache(tokens())[0], plain, rtol=0, atol=1e-4)
+
+
+def test_a_field_that_the_family_reads_is_no_reason_to_refuse_hooks_inside_attention() -> None:
+    hf = build("olmoe", clip_qkv=0.3)
+    with torch.no_grad():
+        plain = hf(tokens()).logits
+        found, _ = HookedMoE.from_hf(hf).run_with_cache(tokens())
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-4)
+    assert (build("olmoe")(tokens()).logits - plain).abs().max() > 1, "negative control: it is obeyed"

@@ -212,6 +212,24 @@ def test_a_model_in_training_mode_stays_there_and_its_dropout_is_no_reason_to_re
         assert not torch.equal(hooked(tokens()), hooked(tokens())), "dropout is still there"
 
 
+@pytest.mark.typed
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3", "mixtral", "gpt_oss"])
+def test_dropout_is_the_same_with_hooks_inside_attention(model_type: str) -> None:
+    """TransformerLens's attention leaves out that of DeepSeek-V2 and V3."""
+    hf: Any = build(model_type, attention_dropout=0.3).train()
+    with torch.no_grad():
+        torch.manual_seed(1)
+        plain = hf(tokens()).logits
+        model = HookedMoE.from_hf(hf)
+        torch.manual_seed(1)
+        heard, _ = model.run_with_cache(tokens())
+        torch.testing.assert_close(heard, plain, rtol=0, atol=1e-3)
+        model.eval()
+        kept = model(tokens())
+        assert (kept - plain).abs().max() > 0.1, "negative control: dropout matters, and is off here"
+        torch.testing.assert_close(model.run_with_cache(tokens())[0], kept, rtol=0, atol=1e-3)
+
+
 def test_gradient_checkpointing_gives_the_same_gradients_and_hooks_fire() -> None:
     plain, saving = build("mixtral").train(), build("mixtral").train()
     checkpoint_activations(saving)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformers import Cache
 
+from moe_lens.errors import HookError
 from moe_lens.model.hooks.bypassed import refuse_replaced, refuse_torch_hooks
 from moe_lens.model.hooks.head_views import name_conversion, view_as_others
 from moe_lens.model.hooks.latent_cache import check_keys_are_stored, latents_of
@@ -176,8 +177,12 @@ class Norm(GeneralizedComponent):
 class Attention(GeneralizedComponent):
     """Attention by transformers' own forward, unless hooks are on scores, pattern or rotated keys and queries.
 
-    Then TransformerLens's eager reconstruction runs (float32: within 1e-5).
+    Then TransformerLens's eager reconstruction runs (float32: within 1e-5). It reads the config by itself, fields that
+    the family does not read included: the self-check compares the two.
     """
+
+    misread: float = 0.0
+    """By how much of its largest value the reconstruction differs from the model's own attention, if by too much."""
 
     def _setup_qkv_hook_reshaping(self) -> None:
         super()._setup_qkv_hook_reshaping()  # pyright: ignore[reportAttributeAccessIssue]
@@ -201,20 +206,38 @@ class Attention(GeneralizedComponent):
         if self._reconstructs():
             refuse_replaced(component)
             refuse_torch_hooks(component)
-            kwargs.pop("cache", None)
+            if self.misread:
+                raise HookError(
+                    f"layer {component.layer_idx}: there are hooks inside attention, and TransformerLens's "
+                    f"reconstruction, which they need, differs from this model's own attention by {self.misread:.1e} "
+                    "of its largest value: it obeys a field of the config that the family does not read (remove "
+                    "clip_qkv, say), or misses one. Hooks outside work: run_with_cache(…, names_filter=…)"
+                )
             kwargs["attention_mask"] = _mask_of_unfilled(component, past, args, kwargs)
             if not latent:
-                return super().forward(*args, **{**kwargs, "past_key_values": past})
+                return self.reconstructed(*args, past=past, **kwargs)
             points = (self.hook_k, self.hook_v, self.kv_b_proj.hook_in, self.kv_b_proj.hook_out)
             listens = any(point.has_hooks() for point in points)
             with latents_of(component, self.hook_rot_k, past, listens) as view:
-                return super().forward(*args, **{**kwargs, "past_key_values": view})
+                return self.reconstructed(*args, past=view, **kwargs)
         if args:
             args = (self.hook_in(args[0]), *args[1:])
         else:
             kwargs["hidden_states"] = self.hook_in(kwargs["hidden_states"])
         out = component(*args, **kwargs)
         return (self.hook_out(out[0]), *out[1:]) if isinstance(out, tuple) else self.hook_out(out)
+
+    def reconstructed(self, *args: Any, past: Any, **kwargs: Any) -> Any:
+        """What TransformerLens's attention gives, with its hooks, over a key-value cache or None."""
+        kwargs.pop("cache", None)
+        return super().forward(*args, **{**kwargs, "past_key_values": past})
+
+    def _apply_attn_dropout(self, attn_weights: Tensor) -> Tensor:
+        """TransformerLens's, and that of a rate which the module keeps as a number (DeepSeek-V2 and V3)."""
+        rate = getattr(self.original_component, "attention_dropout", None)
+        if isinstance(rate, int | float):
+            return nn.functional.dropout(attn_weights, rate, self.training)
+        return super()._apply_attn_dropout(attn_weights)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _mask_of_unfilled(component: Any, past: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
