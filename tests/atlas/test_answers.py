@@ -204,10 +204,13 @@ def test_a_domain_is_found_by_its_name_with_its_experts(page, folder):
     assert text(page, "th .chosen") == "sea" and not page.complaints
 
 
-@pytest.mark.typed
-def test_numbers_below_0_have_a_minus_and_sources_no_marks(page, folder):
+def test_numbers_below_0_have_a_minus(page, folder):
     show(page, folder, "#about")
     assert page.ask("[number(-80.4), number(1200)]") == ["−80.4", "1,200"]
+
+
+@pytest.mark.typed
+def test_sources_are_shown_without_marks():
     marked = "# Where\n\n| a | b |\n|---|---|\n| `x` of *y* | [CC](https://c.org) |\n\n**bold** text"
     assert plain_text(marked) == "Where\n\n– a; b\n– x of y; CC (https://c.org)\n\nbold text"
 

@@ -170,7 +170,6 @@ def test_texts_are_shown_by_token_with_ranks_and_lens(page, folder):
     assert not page.complaints
 
 
-@pytest.mark.typed
 def test_a_card_by_itself_shows_the_same_in_a_notebook(page, folder, tmp_path):
     card = expert_card(hostile(planted_atlas()[1]), LAYER, PLANTED["sea"])
     assert hostile(planted_atlas()[1]).expert(LAYER, PLANTED["sea"]) == card
@@ -242,6 +241,8 @@ def test_knock_outs_that_are_asked_for_join_a_complete_atlas(page, tmp_path):
     of_model = model.atlas(planted_domains(), tmp_path / "atlas", study=Atlas(), reading=ATLAS_READING)
     assert of_model.page == first and (tmp_path / "atlas" / "study" / "manifest.json").read_bytes() == manifest
     card = of_model.expert(LAYER, expert)
+    card.save(tmp_path / "card.html")
+    assert (tmp_path / "card.html").read_text("utf-8") == card.page
     assert card == expert_card(tmp_path / "atlas" / "study", LAYER, expert) != of_model.result.expert(LAYER, expert)
     assert all(html.escape(line) in of_model._repr_html_() for line in of_model.result.findings().lines)
     with pytest.raises(InputError, match="domain 'sea' holds no text"):

@@ -158,8 +158,7 @@ def test_compare_says_before_the_work_where_it_cannot_write(saved, tmp_path, cap
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.typed
-@pytest.mark.parametrize("kind", ["safetensors", "parquet"])
+@pytest.mark.parametrize("kind", [pytest.param("safetensors", marks=pytest.mark.typed), "parquet"])
 def test_collect_saves_what_the_model_does(saved, kind, tmp_path):
     hooks = ["--hook", "blocks.*.hook_resid_mid", "--hook", "blocks.1.mlp.hook_expert_out", "--shard-tokens", "100"]
     out = tmp_path / "collected"

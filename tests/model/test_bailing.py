@@ -219,7 +219,6 @@ def test_logits_are_the_original_s(folder):
             assert (logits - original(stored, config, tokens(2, 9), part)).abs().max() > 1e-2 * expected.abs().max()
 
 
-@pytest.mark.typed
 def test_what_is_saved_has_the_original_s_names_and_bits(folder, tmp_path):
     stored, model = read(folder), HookedMoE.from_pretrained(folder)
     model.save_pretrained(tmp_path / "saved")

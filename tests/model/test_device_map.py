@@ -219,7 +219,6 @@ def test_a_processor_that_is_slow_in_a_model_s_dtype_is_named_where_it_computes(
     assert slowdown(torch.bfloat16) == 3.0
 
 
-@pytest.mark.typed
 def test_who_loads_a_large_model_is_told_that_its_dtype_is_slow(monkeypatch, caplog):
     monkeypatch.setattr(pretrained, "slowdown", lambda dtype: 10.6 if dtype == torch.bfloat16 else 1.0)
     for large, dtype, told in ((1, "bfloat16", True), (1, "float32", False), (2**40, "bfloat16", False)):

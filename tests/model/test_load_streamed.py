@@ -255,7 +255,6 @@ CONVERTED = ["bailing_hybrid", "deepseek_v4", "ernie4_5_vl_moe", "inkling2_text"
 """Matrices joined, parted by modality, interleaved, transposed; buffers of integers."""
 
 
-@pytest.mark.typed
 @pytest.mark.parametrize("model_type", [name for name in CONVERTED if name in here()])
 def test_what_transformers_converts_is_converted_when_it_is_read(model_type, tmp_path, monkeypatch):
     whole = stored(model_type, tmp_path)
@@ -298,7 +297,6 @@ PACKED = [
 ]
 
 
-@pytest.mark.typed
 @pytest.mark.parametrize(("way", "model_type"), PACKED)
 def test_what_is_packed_is_unpacked_when_it_is_read(way, model_type, tmp_path, monkeypatch):
     in_mxfp4(tmp_path) if way == "mxfp4" else pack(tmp_path, way, model_type)

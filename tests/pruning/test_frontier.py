@@ -194,8 +194,9 @@ def test_a_full_disk_is_noticed_before_experts_are_scored(tmp_path, monkeypatch)
     assert not began
 
 
-@pytest.mark.typed
-@pytest.mark.parametrize(("model_type", "passes"), [("olmoe", 2), ("deepseek_v3", 6)])
+@pytest.mark.parametrize(
+    ("model_type", "passes"), [pytest.param("olmoe", 2, marks=pytest.mark.typed), ("deepseek_v3", 6)]
+)
 def test_plans_that_hide_experts_share_passes_where_those_are_dear(monkeypatch, model_type, passes):
     """Not those of a router with a bias of its own for the choice, which would choose what has no affinity."""
     no_groups: dict[str, Any] = {"n_group": 1, "topk_group": 1} if model_type == "deepseek_v3" else {}

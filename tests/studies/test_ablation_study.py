@@ -41,7 +41,6 @@ def by_hand(model, name: str, experts, how: str, **kwargs) -> float:
     return added / tokens
 
 
-@pytest.mark.typed
 @pytest.mark.parametrize("how", ["reroute", "zero"])
 def test_named_experts_cost_what_ablating_them_by_hand_does(model, made, how):
     table = made.tables["ablation"]

@@ -39,8 +39,7 @@ def test_positions_are_places_among_the_texts_own_ids(model, tmp_path):
     assert torch.equal(shard["position"][after], shard["position"][opened])
 
 
-@pytest.mark.typed
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.typed)])
 def test_single_experts_keep_their_rows_only(model, packed, tmp_path):
     reading = Reading(tokens=None, context=24, shard_tokens=100, packed=packed)
     hooks = ["blocks.1.mlp.experts.*.hook_out", "blocks.1.mlp.experts.2.hook_post", "blocks.1.mlp.hook_expert_out"]

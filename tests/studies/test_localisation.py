@@ -44,7 +44,6 @@ def picked(result: StudyResult) -> dict[tuple[str, int], list[tuple[int, int]]]:
     return found
 
 
-@pytest.mark.typed
 @pytest.mark.parametrize("how", ["reroute", "zero"])
 def test_added_losses_are_those_of_ablating_one_coalition_at_a_time(how):
     model = tiny_model()
@@ -120,8 +119,7 @@ def test_a_control_with_as_great_a_contrast_takes_the_star_away(found):
     assert not rows["starred"].any() and (rows["over_most"] < 0).all() and (rows["beaten"] >= 0.9).all()
 
 
-@pytest.mark.typed
-@pytest.mark.parametrize("by", ["attribution", "knockout"])
+@pytest.mark.parametrize("by", [pytest.param("attribution", marks=pytest.mark.typed), "knockout"])
 def test_experts_can_be_picked_by_what_they_are_worth(model, by):
     study = Localisation(by=by, experts=1, matched=1, how=("zero",))
     result = run(study, model, planted_domains(), reading=READING)

@@ -58,7 +58,6 @@ def test_a_layer_with_few_experts_has_the_numbers_that_it_has_experts_for():
         run(Probe(labels, K), small, texts)
 
 
-@pytest.mark.typed
 def test_one_planted_expert_and_its_neuron_tell_the_words_and_shuffled_ones_are_told_by_nothing(found):
     probes: Any = found.tables["probes"].query(f"layer == {LAYER} and k == 1").set_index(["label", "kind"])
     first: Any = found.tables["components"].query(f"layer == {LAYER} and place == 0").set_index(["label", "kind"])
