@@ -208,10 +208,14 @@ def _read_json(path: Path, codec: str | None) -> Iterator[tuple[str, Any]]:
 def _read_csv(path: Path, codec: str | None, delimiter: str) -> Iterator[tuple[str, Any]]:
     """A row a record of comma- or tab-separated values; the first one names the columns."""
     csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))  # a cell may hold a book
-    rows = csv.reader((line for _, line in _lines(path, codec)), delimiter=delimiter, strict=True)
+    taken: list[str] = []
+    lines = (taken.append(line) or line for _, line in _lines(path, codec))
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] = []
     try:
         for row in rows:
+            of_row = taken.copy()
+            taken.clear()
             if not row:
                 continue
             if not header:
@@ -224,9 +228,22 @@ def _read_csv(path: Path, codec: str | None, delimiter: str) -> Iterator[tuple[s
                 raise InputError(f"{origin}: names the columns again; were several files put together? Take it out")
             if len(row) != len(header):
                 raise InputError(f"{origin}: {len(row)} cells; the first line names {len(header)} columns")
+            if delimiter == "\t" and _looks_unquoted(of_row, len(header)):
+                raise InputError(
+                    f"{origin}: {len(of_row)} lines that would be a row each are one between two quotation marks; if "
+                    "these belong to texts, double them, and put quotation marks around the cells; or write .jsonl"
+                )
             yield origin, dict(zip(header, row, strict=True))
     except csv.Error as error:
         raise InputError(f"{path}:{rows.line_num}: not comma-separated values ({error})") from None
+
+
+def _looks_unquoted(lines: list[str], columns: int) -> bool:
+    """Whether several lines that were read as one row are rows by themselves.
+
+    Many .tsv files quote nothing, and a text that begins with a quotation mark takes in what follows until one ends so.
+    """
+    return len(lines) > 1 < columns and all(line.count("\t") == columns - 1 for line in lines)
 
 
 def _read_txt(path: Path, file: str, codec: str | None) -> Iterator[Passage]:
