@@ -26,7 +26,7 @@ from moe_lens.stats import ActivationMeans, Means, Result, SimilarityResult, Sim
 from moe_lens.studies.forecast import NOTHING, Load
 from moe_lens.studies.forward_passes import Hooks, drawn_by_place, each_layer, forward, input_device, predicted
 from moe_lens.studies.frames import by_domain
-from moe_lens.studies.side_by_side import versions_losses
+from moe_lens.studies.shared_passes import versions_losses
 from moe_lens.studies.study import TEXTS, Earlier, Gathered, Study
 from moe_lens.studies.variant_losses import WHOLE, Variant, VariantLosses, VariantStats
 

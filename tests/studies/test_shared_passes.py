@@ -9,7 +9,7 @@ from moe_lens import HookedMoE
 from moe_lens.data import Reading, batch_windows, shards
 from moe_lens.model.loading import batch_sizes
 from moe_lens.stats import LossStats, observation, observe
-from moe_lens.studies import SingleExpertStudy, run, side_by_side
+from moe_lens.studies import SingleExpertStudy, run, shared_passes
 from moe_lens.studies.forward_passes import losses, token_losses
 from tests.studies.tiny import domain, tiny_model
 
@@ -32,7 +32,7 @@ def test_versions_on_disk_share_passes_and_have_their_own_losses(model, monkeypa
         passes.append(len(batch.tokens))
         return losses(model, batch, hooks)
 
-    monkeypatch.setattr(side_by_side, "losses", counted)
+    monkeypatch.setattr(shared_passes, "losses", counted)
     run(study, model, texts, **how)
     one_by_one = len(passes)
     passes.clear()
@@ -78,7 +78,7 @@ def test_packed_rows_that_are_repeated_are_read_as_the_first(model):
     packed = batch.pack(values)
     assert batch.packing is not None and len(packed) < len(values)
     assert torch.equal(batch.packing.unpack(packed)[batch.mask], values[batch.mask])
-    twice = side_by_side.repeated(batch, 2)
+    twice = shared_passes.repeated(batch, 2)
     assert torch.equal(twice.pack(values.repeat(2, 1)), packed.repeat(2, 1))
     assert torch.allclose(losses(model, twice, []), losses(model, batch, []).repeat(2, 1), atol=1e-5)
 
