@@ -19,11 +19,11 @@ from moe_lens.model.hf_compat import cache_word
 from moe_lens.model.hooks.arguments import further_words, named, refuse_unknown
 from moe_lens.model.hooks.cache_names import CACHE, PAST
 from moe_lens.model.hooks.forward import OF_INPUT, tell_tokens
+from moe_lens.model.hooks.generation_words import words_for_transformers
 from moe_lens.model.hooks.hook_scope import GenerationClaim, ModuleHooks
 from moe_lens.model.hooks.key_value_padding import note_prompts
 from moe_lens.model.hooks.model_input import ModelInput, further
 from moe_lens.model.hooks.run_with_cache import CachedRuns
-from moe_lens.model.hooks.transformers_generation import words_for_transformers
 
 _RETURNED = ("input", "str", "tokens", None)
 
