@@ -208,10 +208,10 @@ class Attention(GeneralizedComponent):
             refuse_torch_hooks(component)
             if self.misread:
                 raise HookError(
-                    f"layer {component.layer_idx}: there are hooks inside attention, and TransformerLens's "
-                    f"reconstruction, which they need, differs from this model's own attention by {self.misread:.1e} "
-                    "of its largest value: it obeys a field of the config that the family does not read (remove "
-                    "clip_qkv, say), or misses one. Hooks outside work: run_with_cache(…, names_filter=…)"
+                    f"layer {component.layer_idx}: there are hooks inside attention, which TransformerLens computes "
+                    f"again for them; that differs from this model's own attention by {self.misread:.1e} of its "
+                    "largest value, since it obeys a field of the config that this family ignores (such as clip_qkv), "
+                    "or ignores one. Leave these hooks out: run_with_cache(…, names_filter=…)"
                 )
             kwargs["attention_mask"] = _mask_of_unfilled(component, past, args, kwargs)
             if not latent:
