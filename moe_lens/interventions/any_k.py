@@ -159,7 +159,8 @@ def by_entropy(
     times: float,
 ) -> Counts:
     """exp(entropy in nats) × `times`, rounded."""
-    return (torch.special.entr(shares).sum(-1).exp() * times).round().long()
+    wanted = (torch.special.entr(shares).sum(-1).exp() * times).round()
+    return wanted.clamp(max=shares.shape[-1]).long()  # no whole number is large enough for some multiples
 
 
 RULES: dict[str, Callable[..., Counts]] = {"mass": by_mass, "threshold": by_threshold, "entropy": by_entropy}

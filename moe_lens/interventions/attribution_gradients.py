@@ -22,6 +22,7 @@ from moe_lens.interventions.clean_run import CleanRun, check_even_slots, check_w
 from moe_lens.interventions.expert_means import ExpertMeans
 from moe_lens.interventions.metrics import KLDivergence, Metric, TokenMetric, among, differentiable, evaluate, finite
 from moe_lens.model.cache.moe_cache import MoECache
+from moe_lens.model.random_numbers import nothing_drawn
 from moe_lens.routing import output_factors
 
 
@@ -100,7 +101,7 @@ def run_with_gradients(
     The gradient is taken at `hook_routed_out`, to which each slot is added: it is that of every slot.
 
     Raises:
-        InputError: the metric is not a finite scalar or has no gradient.
+        InputError: the metric is not a finite scalar or has no gradient, or dropout or jitter is on.
     """
     check_whole_runs(kwargs)
     nodes: dict[int, Tensor] = {}
@@ -115,7 +116,7 @@ def run_with_gradients(
 
     hooks = [(names.mlp(names.ROUTED_OUT, layer), branch(layer)) for layer in layers]
     wanted = Slots.hooks(layers, means is not None)
-    with torch.enable_grad(), model.hooks(fwd_hooks=hooks):
+    with torch.enable_grad(), nothing_drawn(model), model.hooks(fwd_hooks=hooks):
         logits, cache = model.run_with_cache(input, names_filter=wanted, use_cache=False, **kwargs)
         value = evaluate(among(metric, cache.mask), logits)
         found = torch.autograd.grad(_sloping(value, metric), [nodes[layer] for layer in layers])

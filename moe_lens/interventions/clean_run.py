@@ -15,6 +15,7 @@ from moe_lens.checked import AnyModel, Natural
 from moe_lens.errors import InputError, UnsupportedModelError
 from moe_lens.model.cache.moe_cache import MoECache
 from moe_lens.model.hooks.block_replay import Recording, Replay
+from moe_lens.model.random_numbers import nothing_drawn
 from moe_lens.selection import Step
 
 HookFunction = Callable[[Tensor, HookPoint], Tensor | None]
@@ -97,7 +98,7 @@ class CleanRun:
             kwargs: Of `forward`: `attention_mask`, `prepend_bos`, `padding_side`.
 
         Raises:
-            InputError: an argument with which it would not be the whole run of the input.
+            InputError: an argument with which it would not be the whole run of the input, or dropout or jitter in it.
             UnsupportedModelError: the model's logits are not its final norm and unembedding alone.
         """
         check_whole_runs(kwargs)
@@ -112,7 +113,7 @@ class CleanRun:
         pairs = {at: pair for at, pair in pairs.items() if all(name in known for name in pair)}
         both = [name for pair in pairs.values() for name in pair]
         watch = [(name, lambda value, hook, name=name: ends.update({name: value[:, -1].clone()})) for name in both]  # noqa: ARG005
-        with Recording(model) as recorded, model.hooks([*fwd_hooks, *watch]):
+        with nothing_drawn(model), Recording(model) as recorded, model.hooks([*fwd_hooks, *watch]):
             logits, cache = model.run_with_cache(input, names_filter=filtered, use_cache=False, **kwargs)
         run = cls(recorded.replay, cache, logits, frozenset())
         sums = {at: ends[mid] + ends[out] for at, (mid, out) in pairs.items()}

@@ -140,7 +140,8 @@ class TunedLens(TranslatedLens):
             The lens; `lens.tuning` holds its held-out KL before and after training.
 
         Raises:
-            InputError: A corpus that is too short or holds something else, or a checkpoint of another training.
+            InputError: A corpus that is too short or holds something else, a checkpoint of another training, or a
+                training that diverges.
         """
         settings = TrainingSettings(
             steps=steps, batch=batch, context=context or int(model.cfg.n_ctx), lr=lr, seed=seed, mid=mid

@@ -1,6 +1,7 @@
 """Training a TunedLens: KL to the model's own final distribution, over a stream of text, with checkpoints."""
 
 import json
+import math
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -60,7 +61,11 @@ def train(
     every: int = 50,
     progress: bool = True,
 ) -> TrainingSummary:
-    """Train a lens in place; see `TunedLens.fit`."""
+    """Train a lens in place; see `TunedLens.fit`.
+
+    Raises:
+        InputError: nothing to train on, a checkpoint of another training, or a divergence that is not finite.
+    """
     if torch.is_inference_mode_enabled():
         raise InputError("training a lens needs gradients, which torch.inference_mode() forbids: leave it out")
     model = lens.model
@@ -84,6 +89,7 @@ def train(
             streams = Streams(lens, batch)
             with torch.enable_grad():  # also where autograd was switched off for the rest of a notebook
                 loss = _gradients(lens, streams)
+            _check_finite(loss, step, settings)
             for group in optimizer.param_groups:
                 group["lr"] = group["full"] * settings.rate(step)
             optimizer.step()
@@ -92,10 +98,19 @@ def train(
             if checkpoint is not None and (step % every == 0 or step == settings.steps):
                 _save(checkpoint, optimizer, {**run, "step": step, "tokens": tokens})
     after = divergences(lens, evaluation)[0]
+    _check_finite(float(after.sum()), step, settings)
     for site in sites(lens):
         for parameter in site.parameters:
             parameter.requires_grad_(False)
     return _summary(model, settings, tokens, held_out_tokens, before, after)
+
+
+def _check_finite(divergence: float, step: int, settings: TrainingSettings) -> None:
+    if not math.isfinite(divergence):
+        raise InputError(
+            f"training failed: after {step} steps the divergence is {divergence}. Lower lr, which is {settings.lr}; if "
+            "that does not help, the model's dtype may be too narrow"
+        )
 
 
 def _held_out(model: Any, texts: Iterable[Any], context: int) -> tuple[int, list[list[int]]]:

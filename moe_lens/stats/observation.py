@@ -13,6 +13,7 @@ from moe_lens.checked import AnyModel
 from moe_lens.errors import InputError
 from moe_lens.model.loading import dispatch
 from moe_lens.model.loading.batch_sizes import rows_at_once
+from moe_lens.model.random_numbers import nothing_drawn
 from moe_lens.protocols import HookedModel
 from moe_lens.routing import LayerRouting, Routing, affinity
 from moe_lens.stats.routed_batch import RoutedBatch
@@ -119,7 +120,7 @@ def forward(
         blocks_only: Whether to end before the final norm, and give the residual stream instead of logits.
 
     Raises:
-        InputError: They hold NaN; the message names the layer where that begins.
+        InputError: They hold NaN; the message names the layer where that begins. Or dropout or jitter is on.
     """
     device, packing = input_device(model), getattr(batch, "packing", None)
     how: dict[str, Any] = {"use_cache": False}
@@ -129,7 +130,8 @@ def forward(
         # Positions that start again mark windows that must not see one another, if there is no mask and no cache.
         tokens, how["position_ids"] = packing.tokens, packing.positions.to(device)
     run = {**how, "stop_at_layer": model.cfg.n_layers} if blocks_only else how
-    logits = model.run_with_hooks(tokens.to(device), fwd_hooks=hooks, return_type="logits", **run)
+    with nothing_drawn(model):
+        logits = model.run_with_hooks(tokens.to(device), fwd_hooks=hooks, return_type="logits", **run)
     if not logits.sum(-1).isnan().any():
         return logits
     bad = unpacked(batch, logits.isnan().any(-1)).cpu() & batch.mask

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Annotated, Self
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moe_lens.argument_checks import Within
 from moe_lens.checked import Natural, Positive, Seed
 from moe_lens.errors import InputError
 from moe_lens.resampling import Interval, bootstrap, bootstrap_all, halves
@@ -73,12 +74,21 @@ class RoutingResult(Result):
         """Share of the layer's assignments that the expert takes, in [0, 1]; a layer sums to 1."""
         return self.specialisation / self.top_k
 
-    def experts_covering(self, share: float = 0.5) -> Int[Tensor, " layer"]:
+    def experts_covering(self, share: Annotated[float, Within(0, 1)] = 0.5) -> Int[Tensor, " layer"]:
         """The smallest number of experts that together take at least `share` of a layer's assignments."""
         return load_evenness.experts_covering(self.assignments.sum(0), share)
 
     def interval(self, layer: Natural, expert: Natural) -> Interval | None:
-        """95 % interval of an expert's specialisation, resampling sources; None when there are too few."""
+        """95 % interval of an expert's specialisation, resampling sources; None when there are too few.
+
+        Raises:
+            InputError: there is no such layer or expert.
+        """
+        if layer not in self.layers or expert >= self.n_experts:
+            raise InputError(
+                f"there are no counts of expert {expert} of layer {layer}; there are some of layers "
+                f"{list(self.layers)}, with experts 0 to {self.n_experts - 1}"
+            )
         assigned = self.assignments[:, self.layers.index(layer), expert].double()
         return bootstrap(lambda times: (times @ assigned) / (times @ self.tokens.double()), self.tokens)
 

@@ -45,7 +45,13 @@ class VocabularyResult(Result):
         return rest // self.d_vocab, rest % self.d_vocab, layer, expert
 
     def table(self, layer: Natural) -> tuple[Int[Tensor, " token"], Int[Tensor, "2 token n_experts"]]:
-        """The tokens that occur, ascending, and how often each expert of the layer was chosen, and chosen first."""
+        """The tokens that occur, ascending, and how often each expert of the layer was chosen, and chosen first.
+
+        Raises:
+            InputError: there is no such layer.
+        """
+        if layer not in self.layers:
+            raise InputError(f"there are no counts of layer {layer}; there are some of layers {list(self.layers)}")
         _, token, place, expert = self.cells()
         here = place == self.layers.index(layer)
         tokens, row = token[here].unique(return_inverse=True)

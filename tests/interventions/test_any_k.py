@@ -56,6 +56,16 @@ def entropy(shares: list[float], order: list[int], value: float) -> int:
     return round(value * math.exp(-sum(share * math.log(share) for share in shares)))
 
 
+def test_no_multiple_of_the_entropy_is_too_large() -> None:
+    case = wrapped("olmoe")
+    with torch.no_grad():
+        with case.model.use_experts(8):
+            every = case.model(case.tokens)
+        for times in (1e30, math.inf):
+            with case.model.use_experts(entropy=times):
+                assert deviation(case.model(case.tokens), every) == 0, times
+
+
 @pytest.mark.typed
 @pytest.mark.parametrize("family", ["olmoe", "deepseek_v3"])
 @pytest.mark.parametrize(("rule", "value"), [(mass, 0.6), (threshold, 0.13), (entropy, 0.5)])

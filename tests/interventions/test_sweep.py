@@ -1,6 +1,7 @@
 """A sweep's values are those of one full forward pass per variant, whatever the family, padding and stacking."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from moe_lens import HookedMoE, names
 from moe_lens.errors import InputError
 from moe_lens.interventions.attribution import expert_attribution
 from moe_lens.interventions.metrics import KLDivergence, LogitDifference, Loss
+from moe_lens.interventions.patching import patch
 from moe_lens.interventions.sweep import CleanRun, Variant, sweep, token_sweep
-from tests.families import CONFIGS
+from moe_lens.stats import observe
+from tests.families import CONFIGS, build, tokens
 from tests.matrix.configs import build as matrix_build
 from tests.matrix.configs import tokens as matrix_tokens
 from tests.wrapped import deviation, listening, untouched, wrapped
@@ -292,6 +295,35 @@ def test_layers_whose_router_stands_beside_the_experts_are_swept_too() -> None:
         expected = naive(model, run, hooks, metric, routing, 1)
         assert abs(float(sweep(model, run, [variant], metric, routing=routing)[0]) - expected) <= 1e-12
         assert abs(expected - float(metric(run.logits))) > 1e-6, "negative control: something changed"
+
+
+@pytest.mark.typed
+@pytest.mark.parametrize("noise", ["attention_dropout", "router_jitter_noise"])
+def test_runs_that_differ_by_chance_are_not_compared(noise: str) -> None:
+    """In training, dropout and jitter would be measured as effects; training without them is as good as evaluation."""
+    ids = tokens(2, 6)
+    metric = Loss(ids)
+    batch: Any = SimpleNamespace(tokens=ids, mask=ids > 0, counted=ids > 0, sources=("a", "b"))
+    for amount in (0.3, 0.0):
+        changes: dict[str, Any] = {noise: amount}
+        model = HookedMoE.from_hf(build("mixtral", **changes))
+        expected = expert_attribution(model, ids, metric, method="knockout").values
+        model.train()
+        for run in (
+            lambda model: expert_attribution(model, ids, metric, method="knockout").values,
+            lambda model: expert_attribution(model, ids, metric, method="gradient").values,
+            lambda model: patch(model, ids, ids.flip(0), "resid_pre", metric).values,
+            lambda model: observe(model, batch).routing.weights,
+        ):
+            if not amount:
+                assert run(model).isfinite().all()
+                continue
+            with pytest.raises(
+                InputError, match=r"the model is in training, where dropout or jitter .* model.eval\(\)"
+            ):
+                run(model)
+        if not amount:
+            assert torch.equal(expert_attribution(model, ids, metric, method="knockout").values, expected)
 
 
 def test_a_run_that_is_not_whole_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -240,7 +241,15 @@ def test_a_corpus_that_ends_is_read_again_or_refused(model):
         fitted(model, held_out=[])
 
 
-@pytest.mark.parametrize(("change", "message"), [({"steps": 0}, "steps is 0"), ({"lr": -1.0}, "lr is -1.0")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"lr": math.inf}, "training failed: after .* steps the divergence is nan. Lower lr, which is inf"),
+        ({"lr": math.inf, "steps": 1}, "training failed: after 1 steps"),
+    ],
+)
 def test_settings_are_checked(model, change, message):
     with pytest.raises(InputError, match=message):
         fitted(model, **change)

@@ -237,6 +237,15 @@ def test_what_does_not_fit_is_refused():
         routed(torch.full((2, 1, 3, 2), 5), n_experts=EXPERTS)
     with pytest.raises(InputError, match="2 sources for a batch of 1 rows"):
         routed(indices, sources=["a", "b"], n_experts=EXPERTS)
+    counted = RoutingStats(LAYERS, EXPERTS, TOP_K).update(random_batch(torch.Generator().manual_seed(0))).result()
+    for share in (50, -0.1, math.nan):
+        with pytest.raises(InputError, match="share is .*; expected a number from 0 to 1"):
+            counted.experts_covering(share)
+    for layer, expert in ((0, 1), (1, EXPERTS)):
+        with pytest.raises(
+            InputError, match=rf"no counts of expert {expert} of layer {layer}; .* layers \[1, 3\], with"
+        ):
+            counted.interval(layer, expert)
     with pytest.raises(InputError, match=r"tokens has shape \(1, 4\); the routing is of \(1, 3\)"):
         routed(indices, n_experts=EXPERTS, tokens=torch.zeros(1, 4, dtype=torch.long))
 
