@@ -9,10 +9,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
 
 from moe_lens import names
+from moe_lens.errors import InputError
 from moe_lens.hooked_moe import HookedMoE
+from moe_lens.interventions import ExpertMeans
 from tests.families import CONFIGS, build, tokens
 from tests.wrapped import as_hook, deviation, untouched, wrapped
 
@@ -131,6 +133,51 @@ def test_texts_of_different_lengths_equal_each_alone(speaking: HookedMoE, side: 
             assert deviation(together[row, where], alone[0]) <= FP32 * alone.abs().max().item()
             theirs, ours = single["expert_out", 2][0], cache["expert_out", 2][row, where]
             assert deviation(ours, theirs) <= FP32 * theirs.abs().max().item()
+
+
+@families
+def test_a_row_that_is_all_padding_has_no_part_in_anything(family: str) -> None:
+    """Negative control: where the row is real, each of the values is another one."""
+    case = wrapped(family)
+    ids, others = case.tokens[[0, 1, 0]].clone(), [0, 2]
+    ids[2] = ids[2].roll(1)
+    mask = torch.ones_like(ids)
+    mask[2, :3] = 0
+    empty = mask.clone()
+    empty[1] = 0
+
+    def values(ids: Tensor, mask: Tensor) -> list[Tensor]:
+        model, real = case.model, mask.bool()
+        routing = model.routing(ids, attention_mask=mask)
+        means = ExpertMeans.measure(model, {"input_ids": ids, "attention_mask": mask})
+        with model.ablate(ranks=[0], how="mean", reference=means.filled()):
+            ablated = model(ids, attention_mask=mask, return_type="loss")
+        with model.ablate(ranks=[0], how="resample", fallback="mean", reference=means.filled()):
+            resampled = model(ids, attention_mask=mask, return_type="loss")
+        cache = DynamicCache()
+        model(ids, attention_mask=mask, past_key_values=cache)
+        longer = torch.cat([mask, mask[:, -1:].expand(-1, 2)], 1)
+        later = model(ids[:, :2], attention_mask=longer, past_key_values=cache)
+        return [
+            model(ids, attention_mask=mask)[real].mean(),
+            model(ids, attention_mask=mask, return_type="loss"),
+            torch.tensor(routing.to_frame().weight.to_numpy()).sum(),
+            means.counts.float(),
+            ablated,
+            resampled,
+            later[real[:, -1]].mean(),
+        ]
+
+    with torch.no_grad(), untouched(case.model):
+        expected = values(ids[others], mask[others])
+        for found, right, control in zip(values(ids, empty), expected, values(ids, mask), strict=True):
+            assert (found - right).abs().max() <= 1e-4 * (1 + right.abs().max())
+            assert (control - right).abs().max() > 1e-4 * (1 + right.abs().max())
+        assert not case.model(ids, attention_mask=empty).isnan().any()
+        with pytest.raises(InputError, match="no token follows another"):
+            case.model(ids, attention_mask=torch.zeros_like(ids), return_type="loss")
+        with pytest.raises(InputError, match="row 1 of the prompt is all padding"):
+            case.model.generate({"input_ids": ids, "attention_mask": empty})
 
 
 # --- generation ---

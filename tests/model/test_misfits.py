@@ -1,5 +1,6 @@
 """What transformers' loader lets pass: whole numbers, other shapes, files that change, words that it does not know."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig
 
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
 from moe_lens.hooked_moe import HookedMoE
@@ -89,3 +91,83 @@ def test_adapters_do_not_go_onto_a_wrapped_model(folder: Path) -> None:
             method("folder")
     model.save_pretrained(folder / "saved")
     assert torch.equal(logits(HookedMoE.from_pretrained(folder / "saved")), logits(model))
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT reads it
+def test_peft_is_refused_before_it_touches_a_wrapped_model(folder: Path) -> None:
+    """PEFT's tuners ask a model for `peft_config` first; the library itself is tried where it is installed."""
+    model: Any = HookedMoE.from_pretrained(folder).requires_grad_(False)
+    before, modules = logits(model), list(model.modules())
+    with pytest.raises(UnsupportedModelError, match="adapters of PEFT do not go onto a wrapped model: .*merge them"):
+        hasattr(model, "peft_config")
+    peft = pytest.importorskip("peft")
+    for targets in (["q_proj"], "all-linear"):
+        for task in ("CAUSAL_LM", None):
+            with pytest.raises(UnsupportedModelError, match="adapters of PEFT do not go onto a wrapped model"):
+                peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, task_type=task))
+    with pytest.raises(UnsupportedModelError, match="adapters of PEFT do not go onto a wrapped model"):
+        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), model)
+    assert torch.equal(logits(model), before) and list(map(id, model.modules())) == list(map(id, modules))
+    merged = peft.get_peft_model(build("deepseek"), peft.LoraConfig(target_modules=["q_proj"])).merge_and_unload()
+    assert logits(HookedMoE.from_hf(merged)).isfinite().all(), "a control: what the message says to do is done"
+
+
+@pytest.mark.parametrize("family", ["deepseek", "olmoe"])
+@pytest.mark.parametrize("how", [{}, ON_DISK], ids=["memory", "disk"])
+def test_a_config_is_taken_by_folder_file_or_name(family: str, how: dict[str, Any], tmp_path: Path) -> None:
+    """Negative control: without it, the config of the weights' own folder counts."""
+    build(family).save_pretrained(tmp_path / "model")
+    AutoConfig.from_pretrained(tmp_path / "model", num_experts_per_tok=2).save_pretrained(tmp_path / "other")
+
+    def load(config: Any, **words: Any) -> HookedMoE:
+        return HookedMoE.from_pretrained(tmp_path / "model", config=config, **how, **words).requires_grad_(False)
+
+    right, own = logits(load(AutoConfig.from_pretrained(tmp_path / "other"))), logits(load(None))
+    assert not torch.equal(right, own) and load(None).top_k == 3
+    for config in (tmp_path / "other", str(tmp_path / "other"), str(tmp_path / "other" / "config.json")):
+        assert torch.equal(logits(load(config)), right)
+    assert load(str(tmp_path / "other"), num_experts_per_tok=4, dtype="bfloat16").top_k == 4
+    for config, says in (
+        (
+            str(tmp_path / "nothing"),
+            "nothing', which cannot be read .*expected a config of transformers, or",
+        ),
+        (
+            {"num_experts_per_tok": 2},
+            "config is a dict; expected a config of transformers, or the folder",
+        ),
+    ):
+        with pytest.raises(InputError, match=says):
+            load(config)
+    build("mixtral").config.save_pretrained(tmp_path / "mixtral")
+    with pytest.raises(InputError, match=f"mixtral' is of the type mixtral, and .*model holds a {family}"):
+        load(str(tmp_path / "mixtral"))
+    if family == "deepseek":
+        file = tmp_path / "other" / "config.json"
+        said = json.loads(file.read_text())
+        file.write_text(json.dumps({key: value for key, value in said.items() if key != "num_experts_per_tok"}))
+        with pytest.raises(CheckpointError, match="other lacks num_experts_per_tok"):
+            load(str(tmp_path / "other"))
+
+
+def test_tuples_of_transformers_are_refused_in_every_way(folder: Path) -> None:
+    """Negative control: plain transformers gives a tuple for the word, and fails where the config says it."""
+    plain = build("olmoe")
+    assert isinstance(plain(tokens(), return_dict=False), tuple)
+    plain.config.return_dict = False
+    with pytest.raises(AttributeError):
+        plain(tokens())
+    with pytest.raises(UnsupportedModelError, match="return_dict is False in the config"):
+        HookedMoE.from_hf(plain)
+    model: Any = HookedMoE.from_pretrained(folder)
+    right = logits(model)
+    for run in (model, model.run_with_cache, model.run_with_hooks, model.routing):
+        with pytest.raises(InputError, match="no output of transformers: return_dict=False; return_type"):
+            run(tokens(), return_dict=False)
+    assert torch.equal(logits(model), right)
+    model.original_model.config.return_dict = False
+    for run in (model, model.run_with_cache, model.generate, model.hf_generate):
+        with pytest.raises(UnsupportedModelError, match="return_dict is False in the config"):
+            run(tokens())
+    with pytest.raises(UnsupportedModelError, match="return_dict is False in the config"):
+        HookedMoE.from_pretrained(folder, return_dict=False)

@@ -89,6 +89,16 @@ def mxfp8(rows: int, columns: int, seed: int) -> Stored:
     return {"weight": weight, "weight_scale_inv": torch.from_numpy(power.astype(np.uint8))}, numbers
 
 
+def mxfp8_e8m0(rows: int, columns: int, seed: int) -> Stored:
+    stored, numbers = mxfp8(rows, columns, seed)
+    return {"weight": stored["weight"], "weight_scale": stored["weight_scale_inv"].view(torch.float8_e8m0fnu)}, numbers
+
+
+def mxfp8_bytes(rows: int, columns: int, seed: int) -> Stored:
+    stored, numbers = mxfp8(rows, columns, seed)
+    return {"weight": stored["weight"], "weight_scale": stored["weight_scale_inv"]}, numbers
+
+
 def int8_rows(rows: int, columns: int, seed: int) -> Stored:
     weight, scale = random(seed).integers(-127, 128, (rows, columns)), scales(rows, 1, seed=seed) / 64
     stored = {"weight": torch.from_numpy(weight.astype(np.int8)), "weight_scale": torch.from_numpy(scale)}
@@ -208,6 +218,14 @@ WAYS: dict[str, tuple[dict[str, Any], Callable[[int, int, int], Stored]]] = {
     "mxfp8": ({"quant_method": "mxfp8", "weight_block_size": [1, 32]}, mxfp8),
     "modelopt fp8": ({"quant_method": "modelopt", "quant_algo": "FP8"}, fp8_one),
     "modelopt nvfp4": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, modelopt),
+    "modelopt mxfp8": ({"quant_method": "modelopt", "quant_algo": "MXFP8"}, mxfp8_bytes),
+    "modelopt mxfp8, E8M0": ({"quant_method": "modelopt", "quant_algo": "MXFP8"}, mxfp8_e8m0),
+    "compressed-tensors mxfp8-quantized": (
+        compressed("mxfp8-quantized", num_bits=8, type="float", strategy="group", group_size=32), mxfp8_bytes,
+    ),
+    "compressed-tensors mxfp8-quantized, E8M0": (
+        compressed("mxfp8-quantized", num_bits=8, type="float", strategy="group", group_size=32), mxfp8_e8m0,
+    ),
     "compressed-tensors float-quantized": (compressed("float-quantized", num_bits=8, strategy="channel"), fp8_rows),
     "compressed-tensors int-quantized": (compressed("int-quantized", num_bits=8, strategy="channel"), int8_rows),
     "compressed-tensors pack-quantized": (compressed("pack-quantized", num_bits=4, group_size=16), words4),
@@ -415,6 +433,25 @@ def test_scales_of_another_form_or_kind_are_refused(tmp_path: Path) -> None:
         read(compressed("nvfp4-pack-quantized", num_bits=4), {**made, "weight_global_scale": torch.tensor([torch.inf])})
     with pytest.raises(CheckpointError, match="what is packed is not as compressed-tensors packs it: tuple index"):
         read(compressed("nvfp4-pack-quantized", num_bits=4), {**made, "weight_packed": made["weight_packed"].flatten()})
+    for said, made, scale in (  # bytes are exponents, or places in a table, only where the format has them so
+        (GPTQ, gptq(64, 64, 0)[0], "scales"),
+        (WAYS["awq gemm"][0], awq(64, 64, 0)[0], "scales"),
+        (WAYS["bitsandbytes 8 bits"][0], bnb8(64, 64, 0)[0], "SCB"),
+        (WAYS["bitsandbytes 4 bits"][0], bnb4(64, 64, 0, nested=False)[0], "weight.absmax"),
+        (WAYS["modelopt nvfp4"][0], modelopt(64, 64, 0)[0], "weight_scale"),
+        (compressed("nvfp4-pack-quantized", num_bits=4), nvfp4(64, 64, 0)[0], "weight_scale"),
+        (WAYS["compressed-tensors int-quantized"][0], int8_rows(64, 64, 0)[0], "weight_scale"),
+        (WAYS["compressed-tensors pack-quantized"][0], words4(64, 64, 0)[0], "weight_scale"),
+    ):
+        assert read(said, made).shape == (64, 64), "a control: with its own scales it is read"
+        with pytest.raises(CheckpointError, match=rf"a\.{scale} is U8, which a\.weight cannot be unpacked with"):
+            read(said, {**made, scale: made[scale].float().mul(9).to(torch.uint8)})
+    made = mxfp4_pack(16, 32, 0)[0]
+    with pytest.raises(CheckpointError, match=r"its scales are torch\.float8_e4m3fn, and powers of two are expected"):
+        read(
+            WAYS["compressed-tensors mxfp4-pack-quantized"][0],
+            {**made, "weight_scale": torch.ones(16, 1).to(torch.float8_e4m3fn)},
+        )
     made = gptq(64, 64, 0)[0]
     with pytest.raises(CheckpointError, match=r"a\.qweight is F32, which a\.weight cannot be unpacked with"):
         read(GPTQ, {**made, "qweight": made["qweight"].float()})

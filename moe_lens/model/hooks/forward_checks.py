@@ -139,7 +139,7 @@ def check_returned(return_type: Any, words: Mapping[str, Any], given: ModelInput
             transformers' own output answers.
     """
     for word, instead in _OF_TRANSFORMERS.items():
-        if words.get(word):
+        if words.get(word) or (word == "return_dict" and words.get(word) is not None):
             raise InputError(f"forward gives no output of transformers: {word}={words[word]!r}; {instead}")
     labels = words.get("labels")
     if labels is not None and (not isinstance(labels, Tensor) or labels.shape != given.values.shape[:2]):

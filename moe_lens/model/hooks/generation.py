@@ -105,6 +105,7 @@ class GeneratingBridge(CachedRuns):
             words[cache_word(type(self.original_model).forward)] = words.pop(PAST)
         words = words_for_transformers(self.original_model, self.tokenizer, given.values, words)
         self._ensure_generation_supported("hf_generate")
+        self._check_model()
         model: Any = self.original_model
         passes = ModuleHooks(self, "hf_generate")
         with GenerationClaim(self, "hf_generate", given.columns), passes, torch.no_grad():

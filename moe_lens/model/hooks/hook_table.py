@@ -181,8 +181,13 @@ class HookTable(RefusedMethods):
 
         Raises:
             UnsupportedModelError: an adapter of PEFT was put on it meanwhile, or a token is to have more experts than
-                there are.
+                there are, or transformers is to return tuples.
         """
+        if not self._hf_config.get_text_config().return_dict:
+            raise UnsupportedModelError(
+                "return_dict is False in the config, under which transformers' own layers cannot read one another's "
+                "outputs: set it to True; forward returns tensors in any case"
+            )
         if not 0 < self.top_k <= self.n_experts:
             raise UnsupportedModelError(
                 f"each token is to have {self.top_k} experts, and a layer has {self.n_experts}: expected 1 to "

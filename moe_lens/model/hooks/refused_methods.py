@@ -83,6 +83,11 @@ class RefusedMethods(WholeState):
         """What `torch.compile(model)` asks a module for, and nothing else does: refused as `compile` is."""
         return self.compile()
 
+    @property
+    def peft_config(self) -> Any:
+        """What PEFT asks a model for before it puts an adapter into it, and nothing else does: refused."""
+        raise UnsupportedModelError(_ADAPTERS)
+
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
         """Not supported: transformers' own would write the wrapped modules' names.
 

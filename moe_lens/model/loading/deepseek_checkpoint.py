@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,7 @@ def _deepseek_config(path: Path, raw: dict[str, Any], kwargs: dict[str, Any]) ->
         if not isinstance(config, DeepseekConfig):
             raise InputError(f"config is {a_kind(config)}; {path} needs a DeepseekConfig.")
         return config, {key: value for key, value in kwargs.items() if key != "config"}
-    if absent := [key for key in _REQUIRED if raw.get(key) is None]:
-        raise CheckpointError(f"{path} lacks {', '.join(absent)}, without which the model's shape is unknown.")
+    check_sizes(path, raw)
     dtypes = {key: kwargs[key] for key in ("dtype", "torch_dtype") if key in kwargs}
     others = {key: value for key, value in kwargs.items() if key not in (*dtypes, "quantization_config")}
     try:
@@ -104,6 +104,16 @@ def _deepseek_config(path: Path, raw: dict[str, Any], kwargs: dict[str, Any]) ->
     if "quantization_config" in kwargs:
         left["quantization_config"] = kwargs["quantization_config"]
     return config, {**left, **dtypes}
+
+
+def check_sizes(path: str | Path, raw: Mapping[str, Any]) -> None:
+    """Refuse a config.json that leaves open how large the model is.
+
+    Raises:
+        CheckpointError: names the keys that are not there.
+    """
+    if absent := [key for key in _REQUIRED if raw.get(key) is None]:
+        raise CheckpointError(f"{path} lacks {', '.join(absent)}, without which the model's shape is unknown.")
 
 
 def _deepseek_checkpoint(

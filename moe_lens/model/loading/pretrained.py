@@ -2,19 +2,20 @@
 
 import importlib.resources
 import logging
+import os
 import re
 from typing import Any, Literal
 
-from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
+from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError, a_kind
 from moe_lens.model.families.deepseek import DeepseekConfig
 from moe_lens.model.families.refusals import ABSENT
 from moe_lens.model.families.table import check_release
 from moe_lens.model.hf_compat import resolve_revision
 from moe_lens.model.loading.checkpoint import EMBEDDED, HUB_ARGUMENTS, find_file, read_config
 from moe_lens.model.loading.config_json import read_object
-from moe_lens.model.loading.deepseek_checkpoint import load_deepseek
+from moe_lens.model.loading.deepseek_checkpoint import check_sizes, load_deepseek
 from moe_lens.model.loading.device_map import slow_dtype
 from moe_lens.model.loading.dispatch import places
 from moe_lens.model.loading.formats.view import packing_of
@@ -22,7 +23,7 @@ from moe_lens.model.loading.gguf_file import find_gguf, read_gguf_config
 from moe_lens.model.loading.machine import slowdown
 from moe_lens.model.loading.quantising import METHOD, VARIANT
 from moe_lens.model.loading.stored_view import read_packing
-from moe_lens.model.loading.through_transformers import UNREADABLE, load_by_transformers
+from moe_lens.model.loading.through_transformers import OF_LOADING, UNREADABLE, load_by_transformers
 from moe_lens.model.loading.tokenizer import check_vocabulary, has_tokenizer, load_tokenizer
 
 __all__ = ["EMBEDDED", "load_pretrained", "load_tokenizer", "resolve_name"]
@@ -84,6 +85,7 @@ def load_pretrained(
         path, raw, sizes = read_gguf_config(source, gguf, hub, UNREADABLE)
         kwargs |= {name: size for name, size in sizes.items() if name not in kwargs}
     check_release(raw["model_type"])
+    _read_given_config(source, raw["model_type"], hub, kwargs)
     said = packing_of(raw)
     if said is not None and said.get("quant_method") == METHOD:
         kwargs["variant"] = VARIANT
@@ -116,6 +118,42 @@ def load_pretrained(
         raise InputError(f"transformers cannot load {source}: {error}") from error
     model.config.name_or_path = model.name_or_path = str(name_or_path)
     return model, _tokenizer(model, source, hub, trusted=trust_remote_code in (True, "tokenizer"), gguf=gguf)
+
+
+def _read_given_config(source: str, model_type: str, hub: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    """Put the config itself in the place of its folder, file or name; AutoModel would not read it, in silence.
+
+    Args:
+        source: Of the weights.
+        model_type: That its config.json names.
+        hub: See `HUB_ARGUMENTS`; the revision is the weights' own.
+        kwargs: Of `from_pretrained`; what changes a config changes this one. Changed.
+
+    Raises:
+        InputError: It cannot be read, is of another kind of model, or is something else.
+    """
+    given = kwargs.get("config")
+    if given is None:
+        kwargs.pop("config", None)
+    if given is None or isinstance(given, PreTrainedConfig):
+        return
+    wanted = "expected a config of transformers, or the folder, file or name on the hub of one"
+    if not isinstance(given, str | os.PathLike):
+        raise InputError(f"config is {a_kind(given)}; {wanted}")
+    elsewhere = {} if str(given) == source else dict.fromkeys(("revision", "subfolder"))
+    where = {key: value for key, value in (hub | elsewhere).items() if value is not None}
+    words = {key: kwargs.pop(key) for key in sorted(kwargs.keys() - OF_LOADING)}
+    try:
+        said, _ = PreTrainedConfig.get_config_dict(str(given), **where)
+        read: Any = AutoConfig.from_pretrained(str(given), return_unused_kwargs=True, **where, **words)
+    except UNREADABLE as error:
+        raise InputError(f"config is {str(given)!r}, which cannot be read ({error}); {wanted}") from error
+    config, left = read
+    if config.model_type != model_type:
+        raise InputError(f"config {str(given)!r} is of the type {config.model_type}, and {source} holds a {model_type}")
+    if model_type == DeepseekConfig.model_type:
+        check_sizes(str(given), said)
+    kwargs |= {**left, "config": config}
 
 
 def warn_if_slow(model: PreTrainedModel) -> None:

@@ -42,6 +42,10 @@ from moe_lens.model.loading.stored_view import LazyTensor, locate
 
 UNREADABLE = (ImportError, OSError, ValueError, LookupError, RuntimeError, StrictDataclassError, struct.error)
 """What transformers raises of a checkpoint that it cannot read."""
+OF_LOADING = frozenset(
+    {"config", "dtype", "torch_dtype", "quantization_config", "variant", "use_safetensors", "trust_remote_code"}
+)
+"""Arguments of `from_pretrained` that a config would take for its own."""
 
 
 def load_by_transformers(
@@ -237,9 +241,8 @@ def _class_and_config(
     loader: Any, source: str, hub: dict[str, Any], kwargs: dict[str, Any]
 ) -> tuple[Any, Any, dict[str, Any]]:
     """A class of transformers, its config that does not say how numbers are stored, and the arguments left."""
-    own = ("dtype", "torch_dtype", "quantization_config", "variant", "use_safetensors", "trust_remote_code")
-    plain = {name: value for name, value in kwargs.items() if name not in own}
-    loaded: Any = plain.pop("config", None)
+    plain = {name: value for name, value in kwargs.items() if name not in OF_LOADING}
+    loaded: Any = kwargs.get("config")
     if isinstance(loaded, PreTrainedConfig):
         loaded = copy.deepcopy(loaded), plain
     else:

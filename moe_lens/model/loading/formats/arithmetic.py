@@ -9,6 +9,8 @@ from torch import Tensor
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The floats of 4 bits of MXFP4 and NVFP4 (OCP Microscaling Formats, 5.3.3), by their bits."""
+POWERS = (torch.uint8, torch.float8_e8m0fnu)
+"""What powers of two are stored as, by their exponents."""
 
 
 def scaled(
@@ -43,8 +45,21 @@ def scaled(
 
 
 def exponents(scale: Shaped[Tensor, "*blocks"]) -> Float[Tensor, "*blocks"]:
-    """Scales that are stored as powers of two (E8M0, or its bytes): 2^(byte − 127)."""
-    return (scale.view(torch.uint8).float() - 127).exp2() if scale.element_size() == 1 else scale.float()
+    """Scales that are stored as powers of two (E8M0, or its bytes): 2^(byte − 127).
+
+    Raises:
+        ValueError: they are floats of 8 bits of another kind.
+    """
+    if scale.element_size() > 1:
+        return scale.float()
+    if scale.dtype not in POWERS:
+        raise ValueError(f"its scales are {scale.dtype}, and powers of two are expected (E8M0, or its bytes)")
+    return (scale.view(torch.uint8).float() - 127).exp2()
+
+
+def scales(scale: Shaped[Tensor, "*blocks"]) -> Float[Tensor, "*blocks"]:
+    """Scales as numbers: those in E8M0, or in its bytes, are powers of two, and all others what they are."""
+    return exponents(scale) if scale.dtype in POWERS else scale.float()
 
 
 def table(index: Integer[Tensor, "*shape"], values: Float[Tensor, " n"]) -> Float[Tensor, "*shape"]:

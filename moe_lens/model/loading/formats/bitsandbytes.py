@@ -35,7 +35,8 @@ def bitsandbytes(tensors: Tensors, said: Mapping[str, Any]) -> Found:  # noqa: A
             parts = {"weight": stored, **beside(tensors, name, _FOUR_BITS)}
             if absent := {"absmax", "quant_map"} - parts.keys():
                 raise lacks(stored, " and ".join(sorted(absent)))
-            yield made_of(name, parts, tuple(how["shape"]), partial(_four_bits, how), (state,))
+            in_bytes = "absmax" if "nested_absmax" in parts else ""
+            yield made_of(name, parts, tuple(how["shape"]), partial(_four_bits, how), (state,), in_bytes)
 
 
 def _json_of(file: Path, stored: Tensor) -> dict[str, Any]:

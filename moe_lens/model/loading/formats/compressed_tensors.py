@@ -37,7 +37,7 @@ _BY_ACTIVATIONS = ("group", "dynamic", True)
 
 
 def compressed(tensors: Tensors, said: Mapping[str, Any]) -> Found:
-    """FP8 or int8 with scales; integers of few bits in words; NVFP4 and MXFP4 in bytes."""
+    """FP8 or int8 with scales (of MXFP8, powers of two); integers of few bits in words; NVFP4 and MXFP4 in bytes."""
     groups = list((said.get("config_groups") or {}).values())
     if said.get("transform_config"):
         raise UnsupportedModelError("the checkpoint is packed by compressed-tensors after its matrices were rotated")
@@ -82,11 +82,13 @@ def _one(name: str, stored: StoredTensor, parts: dict[str, StoredTensor], how: M
         block = how.get("block_structure") if how.get("strategy") == "block" else None
         width = group if group > 0 else columns
         of = (int(block[0]), int(block[1])) if block else (1, width)
-        return made_of(name, parts, stored.shape, partial(_with_zero, of))
+        in_bytes = "scale" if stored.dtype in FP8 else ""
+        return made_of(name, parts, stored.shape, partial(_with_zero, of), in_bytes=in_bytes)
     parts.pop("weight", None)
     if stored.dtype == "U8":
         rows, columns = stored.shape[0], 2 * stored.shape[1]
-        return made_of(name, parts, (rows, columns), partial(_float4, 16 if "global" in parts else 32))
+        width, in_bytes = (16, "") if "global" in parts else (32, "scale")
+        return made_of(name, parts, (rows, columns), partial(_float4, width), in_bytes=in_bytes)
     if stored.dtype != "I32" or 32 % bits or "shape" not in parts:
         raise UnsupportedModelError(f"{stored.file}: {name} is packed in {bits} bits as {stored.dtype}: not read here")
     said = parts.pop("shape")
@@ -98,7 +100,7 @@ def _with_zero(block: tuple[int, int], parts: Parts) -> Tensor:
     numbers = parts["weight"].float()
     if "zero" in parts:
         numbers = numbers - arithmetic.scaled(torch.ones_like(numbers), parts["zero"], block)
-    return arithmetic.scaled(numbers, parts["scale"], block)
+    return arithmetic.scaled(numbers, arithmetic.scales(parts["scale"]), block)
 
 
 def _float4(width: int, parts: Parts) -> Tensor:

@@ -29,21 +29,22 @@ def fp8(tensors: Tensors, said: Mapping[str, Any]) -> Found:
             shape, size = (*experts, rows, 2 * columns), (1, 32)
         else:
             shape, size = stored.shape, _block(scale, (rows, columns), block)
-        yield made_of(name, {"weight": stored, "scale": scale}, shape, partial(_floats, size, halves))
+        unpack = partial(_floats, size, halves)
+        yield made_of(name, {"weight": stored, "scale": scale}, shape, unpack, in_bytes="scale")
 
 
 def _block(scale: StoredTensor, shape: tuple[int, int], block: Any) -> tuple[int, int]:
-    """Rows and columns that share a scale: what the config says, or else a row, or everything."""
+    """Rows and columns that share a scale: what the config says, or else a row, or everything; 32 share an exponent."""
     if block is not None:
         return int(block[0]), int(block[1])
+    if scale.dtype in ("U8", "F8_E8M0") and scale.shape[-2:] == (shape[0], -(-shape[1] // 32)):
+        return 1, 32
     by_row = scale.shape[-2:] == (shape[0], 1) or scale.shape[-1:] == (shape[0],)
     return (1, shape[1]) if by_row else shape
 
 
 def _floats(block: tuple[int, int], halves: bool, parts: Parts) -> Tensor:
-    scale, weight = parts["scale"], parts["weight"]
-    if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
-        scale = arithmetic.exponents(scale)
+    scale, weight = arithmetic.scales(parts["scale"]), parts["weight"]
     numbers = arithmetic.e2m1(weight.view(torch.uint8)) if halves else weight
     return arithmetic.scaled(numbers, scale, block)
 
@@ -78,7 +79,7 @@ def mxfp4(tensors: Tensors, said: Mapping[str, Any]) -> Found:  # noqa: ARG001
         if "scale" not in parts:
             raise lacks(stored, "_scales")
         experts, rows, blocks, half = stored.shape
-        yield made_of(name, parts, (experts, blocks * half * 2, rows), _mxfp4)
+        yield made_of(name, parts, (experts, blocks * half * 2, rows), _mxfp4, in_bytes="scale")
 
 
 def _mxfp4(parts: Parts) -> Tensor:

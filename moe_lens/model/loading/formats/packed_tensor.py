@@ -100,15 +100,30 @@ _SCALES = ("scale", "second", "global", "absmax", "nested_absmax", "quant_map", 
 
 
 def made_of(
-    name: str, parts: Tensors, shape: tuple[int, ...], unpack: Unpack, said: tuple[StoredTensor, ...] = ()
+    name: str,
+    parts: Tensors,
+    shape: tuple[int, ...],
+    unpack: Unpack,
+    said: tuple[StoredTensor, ...] = (),
+    in_bytes: str = "",
 ) -> PackedTensor:
     """The tensor that `parts` are, of which the first says in which file it is.
+
+    Args:
+        name: That it has.
+        parts: By role.
+        shape: Of its numbers.
+        unpack: See `PackedTensor`.
+        said: See `PackedTensor`.
+        in_bytes: The role of the scales that the format stores in bytes, powers of two or places in a table; the bytes
+            of others are no numbers.
 
     Raises:
         CheckpointError: its numbers are floating point of 16 bits or more, or its scales whole numbers.
     """
     for role, part in parts.items():
-        if (part.dtype not in (*FLOATS, *FP8, "F8_E8M0", "U8")) if role in _SCALES else (part.dtype in FLOATS):
+        scales = (*FLOATS, *FP8, "F8_E8M0", *(["U8"] if role == in_bytes else []))
+        if (part.dtype not in scales) if role in _SCALES else (part.dtype in FLOATS):
             raise CheckpointError(f"{part.file}: {part.name} is {part.dtype}, which {name} cannot be unpacked with")
     return PackedTensor(next(iter(parts.values())).file, name, shape, "BF16", parts, unpack, said=said)
 

@@ -35,8 +35,8 @@ FORMATS = {
     "bitsandbytes": Format(bitsandbytes, "4 bits (nf4, fp4; scales packed or not) and 8 bits"),
     "compressed-tensors": Format(
         compressed,
-        "float-, int-, naive- and pack-quantized, nvfp4- and mxfp4-pack-quantized; marlin, sparse and rotated "
-        "matrices are refused",
+        "float-, int-, naive-, mxfp8- and pack-quantized, nvfp4- and mxfp4-pack-quantized; marlin, sparse and "
+        "rotated matrices are refused",
     ),
     "fbgemm_fp8": Format(fp8, "FP8 with a scale for each row"),
     "fp8": Format(
@@ -45,7 +45,7 @@ FORMATS = {
         "whole matrix; also with other matrices in 4 bits, in blocks of 32",
     ),
     "gptq": Format(gptq, "2, 3, 4 and 8 bits, groups in any order, gptq and gptq_v2; marlin is refused"),
-    "modelopt": Format(modelopt, "FP8 with one scale, NVFP4"),
+    "modelopt": Format(modelopt, "FP8 with one scale, MXFP8, NVFP4"),
     "modelopt_fp4": Format(modelopt, "NVFP4"),
     "mxfp4": Format(mxfp4, "experts in 4 bits in blocks of 32, as gpt-oss's"),
     "mxfp8": Format(fp8, "FP8 in blocks of 32 with powers of two as scales"),
