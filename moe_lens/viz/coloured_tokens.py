@@ -23,7 +23,7 @@ def routing_tokens(
     """A text coloured by routing weight in one layer.
 
     Args:
-        tokens: The texts of the tokens.
+        tokens: The texts of the tokens, with or without padding.
         routing: Of the layer, on these tokens.
         expert: Colour by this expert's weight, 0 where it is not selected. If not given, by the share that the first
             expert has in the weights of all active ones.
@@ -85,17 +85,23 @@ def expert_tokens(tokens: Sequence[str], routing: LayerRouting, *, rank: Natural
 def of_row(
     tokens: Sequence[str], routing: LayerRouting, batch: int
 ) -> tuple[Int[Tensor, "pos top_k"], Float[Tensor, "pos top_k"]]:
-    """Experts and weights of one text.
+    """Experts and weights of one text; none at padding, where the tokens include it.
 
     Raises:
         InputError: One text instead of tokens, tokens of another text, or no such row.
     """
     tokens = several(tokens, "tokens")
-    indices, weights = routing.indices, routing.weights
+    indices, weights, real = routing.indices, routing.weights, routing.mask
     if indices.ndim == 3:
         if not 0 <= batch < len(indices):
             raise InputError(f"there is no row {batch} of the batch; the routing has 0 to {len(indices) - 1}")
-        indices, weights = indices[batch], weights[batch]
+        indices, weights, real = indices[batch], weights[batch], None if real is None else real[batch]
+    if real is not None:
+        real = real.to(indices.device)
+        if len(tokens) == int(real.sum()):
+            indices, weights = indices[real], weights[real]
+        else:
+            indices, weights = indices.masked_fill(~real[:, None], -1), weights.masked_fill(~real[:, None], 0)
     if len(tokens) != len(indices):
         raise InputError(f"{len(tokens)} tokens, and routing of {len(indices)}; pass the tokens that were routed")
     return indices, weights.float()

@@ -23,7 +23,7 @@ def token_log_probs(tokens: Sequence[str], versions: Mapping[str, Float[Tensor, 
             by the difference: red is less likely, blue more.
 
     Raises:
-        InputError: One text instead of tokens, no version, or values of another text.
+        InputError: One text instead of tokens, no version, values of another text, or values above 0, such as losses.
     """
     tokens = several(tokens, "tokens")
     columns = {name: values.detach().cpu().double() for name, values in versions.items()}
@@ -33,6 +33,11 @@ def token_log_probs(tokens: Sequence[str], versions: Mapping[str, Float[Tensor, 
         if tuple(values.shape) != (len(tokens),):
             raise InputError(
                 f"{name}: log-probabilities of shape {tuple(values.shape)}, and {len(tokens)} tokens; expected one each"
+            )
+        if (values > 0.01).any():  # and no rounding of a probability of 1
+            raise InputError(
+                f"{name} holds {values.nan_to_num(-math.inf).max():.3g}; expected log-probabilities, which are 0 at "
+                "most: of losses, their negatives"
             )
     first, *others = columns
     shown = {name: (values.tolist(), _surprise) for name, values in columns.items()}

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,28 @@ def test_log_probabilities_stand_side_by_side_with_their_differences():
     assert "without &lt;3:17&gt; − model" in said and RUNS not in said
     with pytest.raises(InputError, match=r"without: log-probabilities of shape \(3,\), and 4 tokens"):
         viz.token_log_probs(TOKENS, {"without": one[:3]})
+    with pytest.raises(InputError, match="model holds 3; expected log-probabilities, .*: of losses, their negatives"):
+        viz.token_log_probs(TOKENS, {"model": -one})
+
+
+@pytest.mark.typed
+@pytest.mark.parametrize("columns", [[0, 1, 2], [1, 2, 3]])
+def test_padding_is_never_shown_as_routed(columns: list[int]):
+    """Tokens may come with padding or without: what is shown of the real ones is what their text shows alone."""
+    whole, mask = routing(), torch.zeros(1, len(TOKENS), dtype=torch.bool)
+    mask[0, columns] = True
+    padded = replace(whole, mask=mask)
+    alone = replace(whole, indices=whole.indices[:, :, columns], weights=whole.weights[:, :, columns])
+    some = [TOKENS[at] for at in columns]
+    assert viz.expert_tokens(some, padded.layer(1)).body == viz.expert_tokens(some, alone.layer(1)).body
+    assert viz.expert_tokens(TOKENS, padded.layer(1)).body.count("<sub") == 3
+    found, expected = (
+        torch.tensor(props(viz.expert_activations(tokens, of), "activations"))
+        for tokens, of in ((TOKENS, padded), (some, alone))
+    )
+    assert torch.equal(found[columns], expected) and expected.any()
+    assert not found[~mask[0]].any()
+    assert viz.expert_tokens(TOKENS, whole.layer(1)).body.count("<sub") == 4, "without a mask all are tokens"
 
 
 def test_what_does_not_go_together_is_said():
@@ -214,7 +237,7 @@ def test_what_an_untrusted_notebook_leaves_of_a_drawing_says_what_to_do():
 def test_ink_is_legible_whatever_lies_behind_it():
     """A dark notebook is seen through a translucent colour, and JupyterLab removes one in the notation of today."""
     values = torch.tensor([float("nan"), -0.01, -6.0, -20.0])
-    said = viz.token_log_probs(TOKENS, {"one": values, "other": values + 1}).body
+    said = viz.token_log_probs(TOKENS, {"one": values, "other": values - 1}).body
     said += viz.expert_tokens(TOKENS, routing().layer(1)).body
     inked = re.findall(r"color:#10212e;[^\"]*background:([^;\"]*)", said)
     assert len(inked) == 9 + len(TOKENS)
