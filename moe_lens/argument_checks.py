@@ -92,8 +92,8 @@ def _check_of(annotation: Any) -> Check | None:
         if alike and origin in _ABSTRACT and _counts(inner[0]):
             return None  # read by `ids`, which takes arrays and masks too, and says more
         return functools.partial(_each, _check_of(inner[0]) if alike else None, inner[0] if alike else None)
-    if origin is Mapping and (of_values := _check_of(inner[1])) is not None:
-        return functools.partial(_each_value, of_values)
+    if origin is Mapping:
+        return functools.partial(_each_value, _check_of(inner[1]))
     return None
 
 
@@ -122,7 +122,9 @@ def _check_of_union(members: tuple[Any, ...]) -> Check | None:
         if all(_is_own(member) or get_origin(member) is Annotated for member in others):  # no text is meant
             known = [found for found in map(_check_of, others) if found is not None]
             return functools.partial(_path, known, type(None) in members)
-    checks = [(member, None if _is_own(member) else _check_of(member)) for member in members]
+    checks = [
+        (member, None if _is_own(member) or _is_anything_by_key(member) else _check_of(member)) for member in members
+    ]
     optional = len(members) == 2 and type(None) in members and any(map(_is_own, members))
     if not optional and not any(check for _, check in checks):
         return None  # several classes: read by the function itself, which says more
@@ -141,6 +143,11 @@ def _check_of_union(members: tuple[Any, ...]) -> Check | None:
         return ", or ".join([*wanted, *others])
 
     return check
+
+
+def _is_anything_by_key(annotation: Any) -> bool:
+    """Whether it is a dictionary of what cannot be checked: among other classes, its class is all there is to see."""
+    return get_origin(annotation) is Mapping and _check_of(get_args(annotation)[1]) is None
 
 
 def _class_of(annotation: Any) -> type | None:
@@ -252,11 +259,11 @@ def _each(check: Check | None, kind: Any, values: Any) -> str | None:
     return None
 
 
-def _each_value(check: Check, values: Any) -> str | None:
+def _each_value(check: Check | None, values: Any) -> str | None:
     if not isinstance(values, Mapping):
         return "a dictionary"
     for key, value in values.items():
-        wanted = check(value)
+        wanted = None if check is None else check(value)
         if wanted is not None:
             return f"{wanted} at {key!r:.100}, not {value!r:.100}"
     return None

@@ -306,6 +306,8 @@ def leaves(
 
 def wrong_for(annotation: Any, name: str) -> Iterator[Any]:
     """What must be refused of an argument with this annotation."""
+    if get_origin(annotation) is Mapping:
+        yield "one text"
     found = list(leaves(annotation))
     kinds = [leaf for leaf, _ in found]
     text = str in kinds or any(get_origin(leaf) is Literal for leaf in kinds)
@@ -386,6 +388,7 @@ def test_the_law_walks_what_users_call() -> None:
     assert list(wrong_for(Literal["a"] | None, "x")) == ["a_"]
     assert list(wrong_for(tuple[Positive, ...] | None, "x")) == ["one text", (True,), (1.5,), (0,)]
     assert list(wrong_for(str | Sequence[str], "x")) == []
+    assert list(wrong_for(Mapping[str, Any], "x")) == ["one text"]
     assert list(wrong_for(str | Path | None, "x"))[:2] == ["", "a\0b"]
     with pytest.raises(AssertionError, match="n is <class 'int'>: no range"):
         list(wrong_for(int, "n"))

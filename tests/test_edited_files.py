@@ -121,6 +121,8 @@ def double(name: str, dim: int = 0) -> Any:
         (PLAN, lambda h, t: t.update(kept=t["kept"][:1]), "expected one shape"),
         (PLAN, double("values", 1), "expected one shape"),
         (PLAN, put("model", {"n_experts": 5}), "scores of 4 experts a layer; the model has 5"),
+        (PLAN, put("model", {"moe_layers": [0, 1]}), "scores of the layers [1, 2]; the model has experts in [0, 1]"),
+        (SCORES, put("model", {"moe_layers": "12"}), "scores of the layers [1, 2]; the model has experts in '12'"),
         (SCORES, put("model", {"n_experts": 5}), "scores of 4 experts a layer; the model has 5"),
         *(
             (saved, drop(name), f"lacks '{name}'")

@@ -52,7 +52,7 @@ class Plan(Summary):
             )
         if self.values.isnan().any() or (self.shares is not None and self.shares.isnan().any()):
             raise InputError("values or shares hold NaN, and experts cannot be ranked by it")
-        check_sizes(self.model, self.n_experts)
+        check_sizes(self.model, self.layers, self.n_experts)
         if not 1 <= self.top_k <= self.n_experts:
             raise InputError(f"top_k is {self.top_k}; expected 1 to {self.n_experts}, the number of experts")
         for layer, number in self.fewer.items():

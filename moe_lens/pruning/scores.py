@@ -63,7 +63,7 @@ class Scores(Summary):
             )
         if len(self.tokens) != len(self.domains):
             raise InputError(f"tokens are {self.tokens} for the domains {self.domains}; expected a number for each")
-        check_sizes(self.model, shape[-1])
+        check_sizes(self.model, self.layers, shape[-1])
         if not 1 <= self.top_k <= shape[-1]:
             raise InputError(f"top_k is {self.top_k}; expected 1 to {shape[-1]}, the number of experts")
         if self.values.isnan().any():
@@ -114,17 +114,21 @@ class Scores(Summary):
             return cls(**fields, domains=tuple(header["domains"]), values=tensors["values"])
 
 
-def check_sizes(model: Any, n_experts: int) -> None:
-    """Make sure that scores of so many experts can be of a model.
+def check_sizes(model: Any, layers: tuple[int, ...], n_experts: int) -> None:
+    """Make sure that scores of these layers and so many experts can be of a model.
 
     Args:
         model: Its identity.
+        layers: Those with experts, in any order, as the scores have them.
         n_experts: Of a layer, as the scores have it.
 
     Raises:
-        InputError: It is no identity, or that of a model with another number.
+        InputError: It is no identity, or that of a model with other layers or another number.
     """
     if not isinstance(model, Mapping):
         raise InputError(f"model is {model!r:.60}; expected its name and sizes")
     if model.get("n_experts", n_experts) != n_experts:
         raise InputError(f"there are scores of {n_experts} experts a layer; the model has {model['n_experts']!r}")
+    there = model.get("moe_layers", layers)
+    if not isinstance(there, list | tuple) or set(there) != set(layers):
+        raise InputError(f"there are scores of the layers {list(layers)}; the model has experts in {there!r:.200}")
