@@ -41,8 +41,21 @@ def model_facts(model: Any, name: str, *, saved: bool = True) -> dict[str, Any]:
         "shared_experts": int(model.n_shared_experts),
         "d_model": int(model.cfg.d_model),
         "vocabulary": int(model.cfg.d_vocab),
+        "tokenizer": tokenizer_digest(tokenizer),
         "texts_open_with": [] if tokenizer is None else tokenizer.convert_ids_to_tokens(model.own_ids("")[0]),
     }
+
+
+def tokenizer_digest(tokenizer: Any) -> str | None:
+    """A hash of how a tokenizer of transformers cuts texts, whatever it was last asked to pad; None without one."""
+    if tokenizer is None:
+        return None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # in Python, or of sentencepiece
+        of = {"kind": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    else:
+        of = {key: value for key, value in json.loads(backend.to_str()).items() if key not in ("padding", "truncation")}
+    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def model_device(hf: Any) -> str:

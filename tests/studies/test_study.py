@@ -15,6 +15,7 @@ from moe_lens.errors import InputError
 from moe_lens.model.loading.tokenizer import load_tokenizer
 from moe_lens.stats import RoutingResult, observation
 from moe_lens.studies import RoutingStudy, SingleExpertStudy, StudyResult, collect, run
+from moe_lens.studies.model_facts import tokenizer_digest
 from moe_lens.studies.study_folder import SPACE
 from tests.studies.tiny import TOKENIZER, assert_same, domain, passages, tiny_hf, tiny_model
 
@@ -158,6 +159,24 @@ def test_the_plan_names_the_commit_that_was_read(model, tmp_path, monkeypatch):
         run(RoutingStudy(), model, [from_hub("d", "o/d", source="source")], **work)
     again = run(RoutingStudy(), model, [from_hub("d", "o/d", source="source", revision="a" * 40)], **work)
     assert_same(result, again)
+
+
+def test_a_study_does_not_go_on_with_another_tokenizer(tmp_path):
+    """With the same weights and texts: it cuts them otherwise."""
+    plain, other = load_tokenizer(str(TOKENIZER)), load_tokenizer(str(TOKENIZER))
+    other.add_tokens(["the old"])
+    first, second = (HookedMoE.from_hf(tiny_hf(), tokenizer) for tokenizer in (plain, other))
+    texts = [domain("a", n=6)]
+    assert first.own_ids("the old man") != second.own_ids("the old man")
+    found = run(RoutingStudy(), first, texts, reading=SMALL, out=tmp_path / "out")
+    with pytest.raises(InputError, match=r"holds the result of another study \(routing\) – model.tokenizer: "):
+        run(RoutingStudy(), second, texts, reading=SMALL, out=tmp_path / "out")
+    plain(["a", "the old man"], padding=True, truncation=True, max_length=2)  # is remembered, and changes no text
+    assert_same(found, run(RoutingStudy(), first, texts, reading=SMALL, out=tmp_path / "out"))
+    python = SimpleNamespace(get_vocab=lambda: {"a": 0})
+    assert tokenizer_digest(python) == tokenizer_digest(SimpleNamespace(get_vocab=lambda: {"a": 0}))
+    assert tokenizer_digest(python) != tokenizer_digest(SimpleNamespace(get_vocab=lambda: {"b": 0}))
+    assert tokenizer_digest(None) is None
 
 
 def test_folders_of_other_work_are_refused(model, tmp_path):
