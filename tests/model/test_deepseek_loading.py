@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     conversion_mapping,
 )
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
 from moe_lens.model.families import deepseek
@@ -179,6 +180,12 @@ def test_loading_arguments_of_transformers_pass_through(folder: Path, tmp_path: 
         load(folder, config=MixtralConfig())
     with pytest.raises(InputError, match="no argument 'colour'"):
         load(folder, variant="fp32", colour="red")
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="it is installed")
+def test_a_package_that_an_argument_needs_and_that_is_not_installed_is_said_in_a_line(folder: Path) -> None:
+    with pytest.raises(InputError, match="transformers cannot load .*FlashAttention2.* installed"):
+        load(folder, attn_implementation="flash_attention_2")
 
 
 def test_disk_offload_computes_the_same(folder: Path, tmp_path: Path) -> None:

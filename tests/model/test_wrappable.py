@@ -230,6 +230,16 @@ def test_dropout_is_the_same_with_hooks_inside_attention(model_type: str) -> Non
         torch.testing.assert_close(model.run_with_cache(tokens())[0], kept, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_a_number_of_experts_that_the_family_does_not_read_is_refused(top_k: int) -> None:
+    """transformers' PhiMoE takes two experts, whatever its config says."""
+    if top_k == 2:
+        assert HookedMoE.from_hf(build("phimoe", num_experts_per_tok=top_k)).top_k == 2
+    else:
+        with pytest.raises(SelfCheckError, match=rf"layer 0 gives a token 2 experts, and the config says {top_k}"):
+            HookedMoE.from_hf(build("phimoe", num_experts_per_tok=top_k))
+
+
 def test_gradient_checkpointing_gives_the_same_gradients_and_hooks_fire() -> None:
     plain, saving = build("mixtral").train(), build("mixtral").train()
     checkpoint_activations(saving)

@@ -74,7 +74,14 @@ def self_check(model: Any) -> dict[str, float]:
             )
         if layer in model.moe_layers:
             routed, mlp_out = (cache[names.mlp(name, layer)] for name in (names.ROUTED_OUT, names.MLP_OUT))
-            ranks = cache[names.mlp(names.EXPERT_WEIGHTED, layer)].sum(2)
+            weighted = cache[names.mlp(names.EXPERT_WEIGHTED, layer)]
+            ranks = weighted.sum(2)
+            if weighted.shape[2] != model.top_k:
+                raise SelfCheckError(
+                    f"layer {layer} gives a token {weighted.shape[2]} experts, and the config says {model.top_k}: the "
+                    f"family does not read that. Write {weighted.shape[2]} into the config; check=False loads it "
+                    "nevertheless, with a wrong top_k"
+                )
             whole = model.to_model_width(layer, routed)
             whole = whole + cache[names.mlp(names.SHARED_OUT, layer)] if model.has_shared(layer) else whole
             laws += [

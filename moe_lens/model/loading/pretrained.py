@@ -114,7 +114,8 @@ def load_pretrained(
         if word is None or word[1] not in kwargs:
             raise
         raise InputError(f"from_pretrained has no argument {word[1]!r}, and {path} no such setting") from error
-    except ValueError as error:  # of an argument: what is wrong with the checkpoint has been found by then
+    # Of an argument, or of a package that it needs: what is wrong with the checkpoint has been found by then.
+    except (ImportError, ValueError) as error:
         raise InputError(f"transformers cannot load {source}: {error}") from error
     model.config.name_or_path = model.name_or_path = str(name_or_path)
     return model, _tokenizer(model, source, hub, trusted=trust_remote_code in (True, "tokenizer"), gguf=gguf)
