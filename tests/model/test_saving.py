@@ -19,7 +19,7 @@ from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.model.loading import saving
 from moe_lens.pruning import Plan, export
-from tests.families import CONFIGS, build
+from tests.families import CONFIGS, build, tokens
 from tests.matrix.configs import build as matrix_build
 from tests.matrix.configs import tokens as matrix_tokens
 from tests.wrapped import wrapped
@@ -86,6 +86,30 @@ def test_several_shards(tmp_path: Path) -> None:
 
 
 # --- however a model was loaded, what is saved is the whole of it, or nothing is written ---
+
+
+@pytest.mark.typed
+@pytest.mark.parametrize("variant", [None, "fp32"])
+@pytest.mark.parametrize("sizes", [("1MB", "20KB"), ("20KB", "1MB"), ("20KB", "30KB"), ("1MB", "1MB")])
+def test_what_is_saved_takes_the_place_of_what_was(sizes: tuple[str, str], variant: str | None, tmp_path: Path) -> None:
+    """transformers leaves an older model.safetensors beside new shards, and reads that."""
+    model = HookedMoE.from_hf(build("olmoe"))
+    model.save_pretrained(tmp_path, max_shard_size=sizes[0], variant=variant)
+    other = "model.other.safetensors"
+    (tmp_path / other).write_bytes(b"somebody's own")
+    with torch.no_grad():
+        before = model(tokens())
+        model.W_E.mul_(1.5)
+        edited = model(tokens())
+        model.save_pretrained(tmp_path, max_shard_size=sizes[1], variant=variant)
+        for read in (HookedMoE, AutoModelForCausalLM):
+            found = read.from_pretrained(tmp_path, variant=variant)(tokens())
+            assert torch.equal(getattr(found, "logits", found), edited) and not torch.equal(edited, before)
+    model.save_pretrained(tmp_path, max_shard_size=sizes[0], variant=variant, is_main_process=False)
+    assert torch.equal(HookedMoE.from_pretrained(tmp_path, variant=variant)(tokens()), edited), "nothing is written"
+    dot = f".{variant}" if variant else ""
+    ways = {f"model{dot}.safetensors", f"model.safetensors.index{dot}.json"}
+    assert len(ways & {file.name for file in tmp_path.iterdir()}) == 1 and (tmp_path / other).exists()
 
 
 def rewritten(folder: Path, change: Any, **config: Any) -> Path:

@@ -76,7 +76,8 @@ def save_pretrained(
     with numbers, way_back, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
         try:
-            with folder_made(folder, whole=not kwargs.get("push_to_hub")):  # what a hub does not take is still whole
+            made = folder_made(folder, whole=not kwargs.get("push_to_hub"))  # what a hub does not take is still whole
+            with made, _instead_of_older(folder, kwargs.get("variant")):
                 type(model).save_pretrained(model, folder, state_dict=state, **kwargs)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(folder)
@@ -85,6 +86,26 @@ def save_pretrained(
                 raise
             left = f"; what {folder} holds is no whole model" if folder.is_dir() else ""
             raise InputError(f"{folder} cannot be written: {error}{left}") from error
+
+
+@contextmanager
+def _instead_of_older(folder: Path, variant: str | None) -> Generator[None]:
+    """Take weights away that an earlier save left in a folder, and that would be read in place of those written here.
+
+    Transformers removes older shards, but no `model.safetensors` when it writes shards, and reads that one file first.
+    """
+    dot = f".{variant}" if variant else ""
+    ways = [folder / f"model{dot}.safetensors", folder / f"model.safetensors.index{dot}.json"]
+    found = {file: _stamp(file) for file in ways if file.is_file()}
+    yield
+    written = [file for file in ways if file.is_file() and found.get(file) != _stamp(file)]
+    for file in found.keys() - written if written else ():
+        file.unlink(missing_ok=True)
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    stat = file.stat()
+    return stat.st_ino, stat.st_mtime_ns
 
 
 @contextmanager
