@@ -16,14 +16,35 @@ RoutingMode = Literal["free", "frozen"]
 
 
 class Stack:
-    """Variants that begin at the same block, and the items that each of them changes."""
+    """Variants that begin at the same block, and the items that each of them changes.
 
-    def __init__(self, run: CleanRun, variants: Sequence[Variant], changed: Sequence[Bool[Tensor, "batch pos"]]):
+    Args:
+        run: What they depart from.
+        variants: Some of them.
+        changed: Where each of them changes something.
+        whole: Whether the items that a variant does not change are run with the others.
+    """
+
+    def __init__(
+        self,
+        run: CleanRun,
+        variants: Sequence[Variant],
+        changed: Sequence[Bool[Tensor, "batch pos"]],
+        whole: bool = False,
+    ):
         self.run, self.variants = run, variants
+        own = [rows.any(1).nonzero()[:, 0] for rows in changed]
+        if whole:
+            changed = [torch.ones_like(rows) for rows in changed]
         of_each = [rows.any(1).nonzero()[:, 0] for rows in changed]
         starts = [0, *torch.tensor([len(part) for part in of_each]).cumsum(0).tolist()]
         self.parts = [slice(start, end) for start, end in zip(starts, starts[1:], strict=False)]
         """The rows of each variant."""
+        self.own = [
+            torch.isin(items, mine).nonzero()[:, 0] + part.start
+            for items, mine, part in zip(of_each, own, self.parts, strict=True)
+        ]
+        """Those that its hooks see: of the items that it changes."""
         self.items: Int[Tensor, " rows"] = torch.cat(of_each)
         """Item of the clean run's batch that each row stands for."""
         self.changed: Bool[Tensor, "rows pos"] = torch.cat([c[p] for c, p in zip(changed, of_each, strict=True)])
@@ -42,9 +63,12 @@ class Stack:
     def resid(self) -> Float[Tensor, "rows pos d_model"]:
         """The residual stream entering the first block."""
         streams = []
-        for variant, part in zip(self.variants, self.parts, strict=True):
-            clean = self.run.stream(self.first, self.items[part])
-            streams.append(clean if variant.resid is None else variant.resid(self.items[part]).to(clean))
+        for variant, part, own in zip(self.variants, self.parts, self.own, strict=True):
+            stream = self.run.stream(self.first, self.items[part])
+            if variant.resid is not None:
+                rows = (own - part.start).to(stream.device)
+                stream = stream.index_copy(0, rows, variant.resid(self.items[own]).to(stream))
+            streams.append(stream)
         return torch.cat(streams)
 
     @contextmanager
@@ -54,10 +78,10 @@ class Stack:
         if routing == "frozen":
             frozen = [layer for layer in self._layers if layer in model.moe_layers]
             added += [(names.mlp(names.EXPERT_INDICES, layer), self._frozen(layer)) for layer in frozen]
-        functions_at: dict[str, list[tuple[slice, HookFunction]]] = {}
-        for variant, part in zip(self.variants, self.parts, strict=True):
+        functions_at: dict[str, list[tuple[Tensor, HookFunction]]] = {}
+        for variant, own in zip(self.variants, self.own, strict=True):
             for name, function in variant.hooks:
-                functions_at.setdefault(name, []).append((part, function))
+                functions_at.setdefault(name, []).append((own, function))
         added += [(name, _dispatch(name, functions)) for name, functions in functions_at.items()]
         with model.hooks(added):
             yield
@@ -75,16 +99,17 @@ def inside(name: str, layer: int) -> bool:
     return name.startswith(f"blocks.{layer}.")
 
 
-def _dispatch(name: str, functions: Sequence[tuple[slice, HookFunction]]) -> Any:
+def _dispatch(name: str, functions: Sequence[tuple[Int[Tensor, " own"], HookFunction]]) -> Any:
     """One hook for all variants: each function gets a copy of its own rows, which it may change in place."""
     ragged = names.parse_expert(name) is not None
 
     def each(value: Tensor, hook: HookPoint) -> Tensor:
         whole = value.clone()
-        for part, function in functions:
-            where = _rows(part, hook) if ragged else part
-            own = whole[where].clone()
-            with _counted(part, hook) if ragged else nullcontext():
+        for rows, function in functions:
+            items = rows.to(value.device)
+            where = torch.isin(hook.ctx["batch"], items) if ragged else items
+            own = whole[where]
+            with _counted(items, where, hook) if ragged else nullcontext():
                 seen = function(own, hook)
             whole[where] = own if seen is None else seen.to(own)
         return whole
@@ -92,16 +117,12 @@ def _dispatch(name: str, functions: Sequence[tuple[slice, HookFunction]]) -> Any
     return each
 
 
-def _rows(part: slice, hook: HookPoint) -> Bool[Tensor, " rows"]:
-    """Which rows of a single expert belong to a part of the batch."""
-    return (hook.ctx["batch"] >= part.start) & (hook.ctx["batch"] < part.stop)
-
-
 @contextmanager
-def _counted(part: slice, hook: HookPoint) -> Generator[None]:
-    """Let `hook.ctx` describe the rows of a part of the batch alone, counting from its first item."""
-    whole, mine = dict(hook.ctx), _rows(part, hook)
-    hook.ctx.update(batch=whole["batch"][mine] - part.start, pos=whole["pos"][mine], rank=whole["rank"][mine])
+def _counted(items: Int[Tensor, " own"], mine: Bool[Tensor, " tokens"], hook: HookPoint) -> Generator[None]:
+    """Let `hook.ctx` of a single expert describe the tokens of some items alone, counting from the first of these."""
+    whole = dict(hook.ctx)
+    batch = torch.searchsorted(items, whole["batch"][mine])
+    hook.ctx.update(batch=batch, pos=whole["pos"][mine], rank=whole["rank"][mine])
     try:
         yield
     finally:

@@ -19,6 +19,7 @@ from moe_lens.errors import InputError
 from moe_lens.interventions.batched_variants import RoutingMode, Stack, inside
 from moe_lens.interventions.clean_run import CleanRun, Variant, check_even_slots
 from moe_lens.interventions.metrics import Metric, TokenMetric, among, describe, evaluate, finite
+from moe_lens.model.hooks.edits import hooked_by_hand
 from moe_lens.model.loading.batch_sizes import tokens_at_once
 
 __all__ = ["CleanRun", "RoutingMode", "Variant", "sweep", "token_sweep"]
@@ -42,8 +43,8 @@ def sweep(
 ) -> Float[Tensor, " variants"]:
     """The metric of every variant, as if each had been a forward pass of its own.
 
-    Hooks that are on the model already, as inside of `with model.ablate(…)`, act on variants too; they see several
-    variants stacked along the batch, so that a mask [batch, pos] does not fit them.
+    Hooks that are on the model already, as inside of `with model.ablate(…)`, act on variants too. Where some are no
+    intervention's and no cache's, each variant is run by itself, with the whole batch: they may look at several items.
 
     Args:
         model: The `HookedMoE` that made the run.
@@ -134,6 +135,8 @@ class _Sweep:
             check_even_slots([run.indices(layer)], "frozen routing")
         self.reads = reads.to(run.logits.device)
         listened = [name for name, point in model.hook_dict.items() if point.has_hooks()]
+        self.alone = hooked_by_hand(model)
+        """Whether each variant is run by itself, with all items."""
         self.foreign = {layer for layer in range(self.n_layers) if any(inside(name, layer) for name in listened)}
         self.changed = [self._check(number, variant) for number, variant in enumerate(variants)]
         self.queue = [number for number in range(len(variants)) if self._counts(number)]
@@ -160,6 +163,8 @@ class _Sweep:
         """Whether anything that the metric reads can change."""
         changed = self.changed[number]
         reached = changed if self.variants[number].layer == self.n_layers else changed.cumsum(1) > 0
+        if self.alone and bool(changed.any()):
+            reached = torch.ones_like(changed)
         return bool((reached & self.reads).any())
 
     def run(self, read: Read, batch_size: int | None) -> None:
@@ -197,14 +202,16 @@ class _Sweep:
         items = 0
         for number in itertools.islice(self.queue, self.done, None):
             items += int(self.changed[number].any(1).sum())
-            if taken and (items > batch_size or self.variants[number].layer != self.variants[taken[0]].layer):
+            other = taken and self.variants[number].layer != self.variants[taken[0]].layer
+            if taken and (self.alone or other or items > batch_size):
                 break
             taken.append(number)
         return taken
 
     def _run(self, numbers: list[int], read: Read) -> None:
         """Run some variants of one layer, one behind the other along the batch."""
-        stack = Stack(self.clean, [self.variants[n] for n in numbers], [self.changed[n] for n in numbers])
+        variants, changes = [self.variants[n] for n in numbers], [self.changed[n] for n in numbers]
+        stack = Stack(self.clean, variants, changes, self.alone)
         needed, changed, resid = self.reads[stack.items], stack.changed, stack.resid()
         with stack.hooks(self.model, self.routing):
             for layer in range(stack.first, self.n_layers):

@@ -1,6 +1,8 @@
 """A sweep's values are those of one full forward pass per variant, whatever the family, padding and stacking."""
 
+import sys
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -344,3 +346,39 @@ def test_a_run_that_is_not_whole_is_refused() -> None:
     assert deviation(moved.logits, model(ids, position_ids=places + 3)) == 0
     with pytest.raises(InputError, match="position_ids jump: without a cache"):
         CleanRun.of(model, ids, position_ids=places % 5)
+
+
+@pytest.mark.typed
+def test_a_user_s_hook_may_look_at_several_items(monkeypatch):
+    """It sees the batch that it would see in a pass of its own, though a variant changes one item of it."""
+    case = wrapped("deepseek", torch.float64)
+    model, layer = case.model, case.model.moe_layers[0]
+    centre = [(names.block(names.ATTN_OUT, layer + 1), lambda value, hook: value - value.mean(0, keepdim=True))]
+    metric = LogitDifference(5, 6)
+    at = torch.zeros(2, 12, dtype=torch.bool)
+    at[1, 3:] = True
+    expert, mlp_out = names.expert("hook_out", layer, 1), names.mlp(names.MLP_OUT, layer)
+
+    def of_item(rows: Tensor, hook: Any, item: int) -> Tensor:
+        return torch.where((hook.ctx["batch"] == item)[:, None], 3 * rows, rows)
+
+    with model.hooks(centre):
+        run = CleanRun.of(model, case.tokens, keep=[mlp_out])
+        hooks = [(mlp_out, bent(at)), (expert, partial(of_item, item=1)), (mlp_out, bent(at))]
+        expected = [naive(model, run, [hook], metric, "free", layer) for hook in hooks]
+
+        def behind(items: Tensor) -> Tensor:
+            after = run.resid[layer + 1][items]
+            mid = after - run.cache[mlp_out][items]
+            return mid + bent(at[items])(run.cache[mlp_out][items], None)
+
+        variants = [
+            Variant(layer, hooks=[(mlp_out, bent(at[1:]))], changed=at),
+            Variant(layer, hooks=[(expert, partial(of_item, item=0))], changed=at),  # of the one that it changes
+            Variant(layer + 1, behind, changed=at),
+        ]
+        found = sweep(model, run, variants, metric)
+        monkeypatch.setattr(sys.modules[sweep.__module__], "hooked_by_hand", lambda model: False)
+        stacked = sweep(model, run, variants, metric)
+    assert found.tolist() == pytest.approx(expected, rel=1e-9)
+    assert ((stacked - found).abs() > 1e-3).all()  # the control: stacked, the hook sees other items

@@ -7,6 +7,7 @@ from transformer_lens.hook_points import HookPoint
 
 from moe_lens.by_value import digest_of
 from moe_lens.errors import InputError
+from moe_lens.model.cache.caching_hook import CachingHook
 
 _KNOWN = ("moe_lens.", "transformer_lens.", "accelerate.", "transformers.")
 """Packages whose functions torch calls around the modules of every model."""
@@ -25,7 +26,7 @@ def edits(model: Any, exactly: bool = True) -> list[str]:
     Raises:
         InputError: A function holds what cannot be told from something else.
     """
-    recipes = {id(handle): scope.recipe for scope in model.owner.scopes() for handle in scope.handles if scope.recipe}
+    recipes = _recipes(model)
     found = []
     for point in dict.fromkeys(model.hook_dict.values()):
         for direction, handles in (("forward", point.fwd_hooks), ("backward", point.bwd_hooks)):
@@ -39,6 +40,22 @@ def edits(model: Any, exactly: bool = True) -> list[str]:
             if not isinstance(module, HookPoint) and not _home(function).startswith(_KNOWN):
                 found.append(_line(f"module {name}", _name(function), function, exactly))
     return found
+
+
+def hooked_by_hand(model: Any) -> bool:
+    """Whether functions are called at hook points in a forward pass that are neither interventions' nor caches'.
+
+    Args:
+        model: The model.
+    """
+    handles = [handle for point in model.hook_dict.values() for handle in point.fwd_hooks]
+    known = _recipes(model) if handles else {}
+    return any(id(handle) not in known and not isinstance(handle.user_hook, CachingHook) for handle in handles)
+
+
+def _recipes(model: Any) -> dict[int, Any]:
+    """How the interventions are made that handles are of, by the handles' ids."""
+    return {id(handle): scope.recipe for scope in model.owner.scopes() for handle in scope.handles if scope.recipe}
 
 
 def _line(where: str, name: str, what: Any, exactly: bool) -> str:
