@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.checked import Natural, Seed
 from moe_lens.data import TokenBatch
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, UnfitError
 from moe_lens.protocols import require_stream_width
 from moe_lens.resampling import bootstrap_all
 from moe_lens.routing import output_factors
@@ -72,8 +72,10 @@ class Atlas(Study):
     passes: ClassVar[tuple[str, ...]] = ("choice", "outputs", "effects", "costliest")
 
     def check(self, model: Any) -> None:
-        """Refuse experts with outputs narrower than the stream, texts without a token, and knockout_tokens of 0."""
+        """Refuse narrow experts, a router that has no choice, texts without a token, and knockout_tokens of 0."""
         require_stream_width(model, "what they write")
+        if model.top_k == model.n_experts:
+            raise UnfitError(f"this model always chooses all its {model.n_experts} experts: no choice is left to show")
         if self.knockout_tokens < 1:
             raise InputError(f"knockout_tokens is {self.knockout_tokens}; expected at least 1")
         for text in self.texts:

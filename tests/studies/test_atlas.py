@@ -18,7 +18,7 @@ from moe_lens.studies.atlas_knockouts import costliest
 from moe_lens.studies.forward_passes import losses, predicted
 from moe_lens.studies.localisation_effects import FIRST, CoalitionEffects
 from tests.planted import ATLAS_READING, LAYER, OWN_TEXT, PLANTED, WORDS, planted_atlas, planted_domains
-from tests.studies.tiny import assert_same
+from tests.studies.tiny import assert_same, tiny_hf
 from tests.wrapped import untouched
 
 F64 = 1e-12  # sums of few numbers in float64, taken in another order: what rounding there may differ by
@@ -344,5 +344,8 @@ def test_resumed_it_is_the_same_and_what_one_small_domain_cannot_tell_is_missing
 def test_what_cannot_be_done_is_refused(model):
     with pytest.raises(InputError, match="knockout_tokens is 0; expected at least 1"):
         run(Atlas(knockout_tokens=0), model, planted_domains())
+    all_active = HookedMoE.from_hf(tiny_hf(n_routed_experts=4, num_experts_per_tok=4))
+    with pytest.raises(InputError, match="this model always chooses all its 4 experts: no choice is left to show"):
+        run(Atlas(), all_active, planted_domains())
     with pytest.raises(InputError, match="the text '' holds no token"):
         run(Atlas(texts=("",)), model, planted_domains())
