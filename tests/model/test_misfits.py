@@ -171,3 +171,38 @@ def test_tuples_of_transformers_are_refused_in_every_way(folder: Path) -> None:
             run(tokens())
     with pytest.raises(UnsupportedModelError, match="return_dict is False in the config"):
         HookedMoE.from_pretrained(folder, return_dict=False)
+
+
+WRONG: dict[str, tuple[Any, ...]] = {
+    "a string": ({"variant": 3}, {"revision": ["main"]}, {"variant": {}}),
+    "True or False": ({"use_safetensors": "no"}, {"local_files_only": 0}, {"weights_only": "yes"}),
+    "a path": ({"offload_folder": 3}, {"gguf_file": ["a"]}, {"subfolder": {}}, {"cache_dir": 1.5}),
+    "a dtype": ({"dtype": 3.7}, {"torch_dtype": ["float32"]}),
+    "a name": ({"attn_implementation": 3}, {"experts_implementation": ["eager"]}),
+    "a GenerationConfig": ({"generation_config": {"do_sample": True}}, {"generation_config": "greedy"}),
+    "a dictionary": ({"max_memory": 3}, {"max_memory": "9GiB"}, {"key_mapping": ["a"]}, {"key_mapping": {"a": 1}}),
+    "a whole number": ({"num_hidden_layers": "2"}, {"num_hidden_layers": True}, {"num_hidden_layers": [1]}),
+    "a config of transformers": ({"quantization_config": "nf4"}, {"quantization_config": 4}),
+    "no argument is one": tuple(
+        {word: torch.ones(3, 3)} for word in ("device", "dtype", "fold_ln", "n_ctx", "variant", "num_experts_per_tok")
+    ),
+}
+
+
+@pytest.mark.typed
+@pytest.mark.parametrize("family", ["mixtral", "deepseek"])
+def test_a_value_of_another_kind_than_a_loading_word_takes_is_one_line(family: str, tmp_path: Path) -> None:
+    build(family).save_pretrained(tmp_path)
+    for expected, calls in WRONG.items():
+        for words in calls:
+            ((word, value),) = words.items()
+            with pytest.raises(InputError, match=rf"^from_pretrained: {word} (is|holds) .*{expected}") as caught:
+                HookedMoE.from_pretrained(tmp_path, **words)
+            assert "\n" not in str(caught.value) and len(str(caught.value)) < 200, value
+    with pytest.raises(
+        InputError, match=r"^from_pretrained: state_dict=\(a dict\) is not taken; .*load_state_dict"
+    ) as caught:
+        HookedMoE.from_pretrained(tmp_path, state_dict={"a": torch.ones(100, 100)})
+    whole: dict[str, Any] = dict.fromkeys(("variant", "subfolder", "max_memory", "generation_config", "key_mapping"))
+    words = {"use_safetensors": True, "dtype": "float32", "num_hidden_layers": 2, "local_files_only": True}
+    assert HookedMoE.from_pretrained(tmp_path, **whole, **words).cfg.n_layers == 2, "a control: what is meant is taken"

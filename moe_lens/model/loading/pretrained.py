@@ -63,7 +63,8 @@ def load_pretrained(
         InputError: an argument that neither transformers nor the model reads.
     """
     source = find_gguf(resolve_name(str(name_or_path)), kwargs)
-    hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS & kwargs.keys()}
+    given = {key: kwargs.pop(key) for key in HUB_ARGUMENTS & kwargs.keys()}
+    hub = {key: value for key, value in given.items() if value is not None}
     hub["revision"] = resolve_revision(
         source,
         hub.get("revision"),

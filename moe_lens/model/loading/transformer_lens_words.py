@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moe_lens.errors import InputError, UnsupportedModelError
+from moe_lens.errors import InputError, UnsupportedModelError, a_kind
 from moe_lens.model.devices import usable_device
 from moe_lens.model.loading.checkpoint import FLOATS
+from moe_lens.model.loading.loading_words import check_kinds
 
 PROCESSING: dict[str, bool] = {
     "fold_ln": True,
@@ -59,10 +60,12 @@ def read_words(kwargs: dict[str, Any]) -> Asked:
         UnsupportedModelError: Weights are to be processed.
         InputError: A word that has another name here, or a value that it cannot have.
     """
+    check_kinds(kwargs)
     refuse_processing({name: kwargs.pop(name) for name in PROCESSING.keys() & kwargs.keys()})
     for word, instead in _INSTEAD.items():
         if kwargs.get(word) is not None and not (word in _NO_WISH and kwargs[word] is False):
-            raise InputError(f"from_pretrained: {word}={kwargs[word]!r} is not taken; {instead}")
+            shown = repr(kwargs[word]) if isinstance(kwargs[word], str | int | float) else f"({a_kind(kwargs[word])})"
+            raise InputError(f"from_pretrained: {word}={shown} is not taken; {instead}")
         kwargs.pop(word, None)
     n_devices = kwargs.pop("n_devices", None)
     if n_devices not in (None, 1):
