@@ -25,7 +25,7 @@ from moe_lens.model.hooks.generation import GeneratingBridge
 from moe_lens.model.hooks.layer_hooks import LayerHooks
 from moe_lens.model.hooks.output_capture import capture_once
 from moe_lens.model.hooks.self_check import self_check
-from moe_lens.model.hooks.transaction import undone_on_error
+from moe_lens.model.hooks.transaction import modes_kept, undone_on_error
 from moe_lens.model.loading.left_on_disk import watch_files
 from moe_lens.model.loading.pretrained import Trust, load_pretrained, warn_if_slow
 from moe_lens.model.loading.quantising import packed_in, read_quantize
@@ -162,7 +162,7 @@ class HookedMoE(Summary, GeneratingBridge):
             check_tokenizer(tokenizer)
         refuse_shards(model)
         known_as = name or getattr(model.config, "name_or_path", "") or family_name(model)
-        with undone_on_error(model):
+        with undone_on_error(model), modes_kept(model):
             capture_once(model)
             adapter, family = build_adapter(model, known_as)
             hooked = cls(model, adapter, tokenizer, family)

@@ -203,6 +203,17 @@ def test_a_model_without_a_tokenizer_reads_tokens_and_says_what_text_needs() -> 
         hooked("text")
 
 
+@pytest.mark.parametrize("model_type", ["deepseek", "olmoe"])
+def test_modules_that_are_trained_in_a_model_that_is_not_stay_so(model_type: str) -> None:
+    hf: Any = build(model_type).eval()
+    hf.model.layers[1].train()
+    before = {name: module.training for name, module in hf.named_modules()}
+    assert len({*before.values()}) == 2
+    hooked = HookedMoE.from_hf(hf)
+    kept = {name.replace("._original_component", ""): module.training for name, module in hf.named_modules()}
+    assert before.items() <= kept.items() and not hooked.training
+
+
 @pytest.mark.parametrize("model_type", ["olmoe", "phimoe"])
 def test_a_model_in_training_mode_stays_there_and_its_dropout_is_no_reason_to_refuse_it(model_type: str) -> None:
     hf: Any = build(model_type, attention_dropout=0.5).train()

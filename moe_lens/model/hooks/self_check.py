@@ -16,6 +16,7 @@ from moe_lens import names
 from moe_lens.errors import SelfCheckError, UnsupportedModelError
 from moe_lens.model.hooks.bypassed import refuse_replaced, refuse_torch_hooks
 from moe_lens.model.hooks.components import Attention
+from moe_lens.model.hooks.transaction import modes_kept
 
 TOKENS = 8
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -36,15 +37,11 @@ def self_check(model: Any) -> dict[str, float]:
     of_mlp = {names.EXPERT_WEIGHTED, names.ROUTED_OUT, names.SHARED_OUT, names.MLP_OUT}
     wanted = {names.block(name, layer) for name in of_block for layer in range(model.cfg.n_layers)}
     wanted |= {names.mlp(name, layer) for name in of_mlp for layer in model.moe_layers}
-    training = model.training
-    model.eval()  # what dropout and jitter change is not for this to find
-    try:
-        with torch.no_grad():
-            with reconstructing(model):
-                plain = _run(model, tokens)
-            logits, cache = model.run_with_cache(tokens, names_filter=sorted(wanted & model.hook_dict.keys()))
-    finally:
-        model.train(training)
+    with modes_kept(model), torch.no_grad():
+        model.eval()  # what dropout and jitter change is not for this to find
+        with reconstructing(model):
+            plain = _run(model, tokens)
+        logits, cache = model.run_with_cache(tokens, names_filter=sorted(wanted & model.hook_dict.keys()))
     if plain.isnan().any():
         flow = (names.RESID_PRE, names.ATTN_OUT, names.RESID_MID, names.BLOCK_MLP_OUT, names.RESID_POST)
         points = [names.block(name, layer) for layer in range(model.cfg.n_layers) for name in flow]

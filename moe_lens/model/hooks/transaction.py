@@ -30,6 +30,21 @@ def undone_on_error(model: nn.Module) -> Generator[None]:
         raise
 
 
+@contextmanager
+def modes_kept(model: nn.Module) -> Generator[None]:
+    """Leave every module in training or in evaluation mode, as it was: TransformerLens sets all to that of the model.
+
+    What wraps a module has its mode.
+    """
+    before = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            inner = getattr(module, "original_component", None)
+            module.training = before.get(module, before.get(inner, module.training))
+
+
 def _restore(before: list[tuple[Any, type, dict[str, Any], _Contents]]) -> None:
     for each, kind, attributes, contents in before:
         if type(each) is not kind:
