@@ -41,8 +41,8 @@ def modes_kept(model: nn.Module) -> Generator[None]:
         yield
     finally:
         for module in model.modules():
-            inner = getattr(module, "original_component", None)
-            module.training = before.get(module, before.get(inner, module.training))
+            inner: Any = getattr(module, "original_component", None)
+            module.training = before.get(module if module in before else inner, module.training)
 
 
 def _restore(before: list[tuple[Any, type, dict[str, Any], _Contents]]) -> None:
