@@ -305,6 +305,10 @@ def test_models_and_info_on_the_command_line(tmp_path: Path, capsys: pytest.Capt
         ({"n_group": 3}, "n_group is 3, and 8 experts cannot stand in so many groups"),  # three tokens as eight thirds
         ({"n_group": 0}, "n_group is 0"),
         ({"topk_group": 9}, "topk_group is 9, and there are 4 groups"),
+        (
+            {"topk_group": 1, "num_experts_per_tok": 3},
+            "num_experts_per_tok is 3, and a token may choose among 2 experts",
+        ),
     ],
 )
 def test_groups_that_experts_cannot_stand_in_are_refused(changes, said, tmp_path, capsys) -> None:

@@ -503,7 +503,7 @@ def family_of(config: PretrainedConfig) -> Family:
         raise UnsupportedModelError(refusal(str(model_type), here()))
     check_release(model_type)
     family, text = FAMILIES[model_type], config.get_text_config()
-    _check_groups(text)
+    _check_groups(text, family)
     if family.narrow_field is not None and getattr(text, family.narrow_field) is None:
         family = replace(family, narrows=(), widens=None)
     if family.score_field is None:
@@ -516,8 +516,10 @@ def family_of(config: PretrainedConfig) -> Family:
     return replace(family, score=score)
 
 
-def _check_groups(text: PretrainedConfig) -> None:
+def _check_groups(text: PretrainedConfig, family: Family) -> None:
     """Refuse groups that experts cannot stand in: transformers' router would reshape those of one token into the next.
+
+    And those that hold fewer experts than a token takes: it would take some that are masked out.
 
     Raises:
         CheckpointError: There are no such groups.
@@ -529,5 +531,13 @@ def _check_groups(text: PretrainedConfig) -> None:
         return  # greedy has no groups, whatever is said of them
     if groups < 1 or n_experts % groups:
         raise CheckpointError(f"n_group is {groups}, and {n_experts} experts cannot stand in so many groups")
-    if isinstance(chosen, int) and chosen > groups:
+    if not isinstance(chosen, int):
+        return
+    if chosen > groups:
         raise CheckpointError(f"topk_group is {chosen}, and there are {groups} groups (n_group)")
+    taken = getattr(text, "num_experts_per_tok", None)
+    if family.groups and isinstance(taken, int) and taken > (allowed := chosen * n_experts // groups):
+        raise CheckpointError(
+            f"num_experts_per_tok is {taken}, and a token may choose among {allowed} experts: those of {chosen} groups "
+            f"(topk_group) of {n_experts // groups}"
+        )
