@@ -34,9 +34,9 @@ def use_experts(
 
     The family's own rule selects the k best experts and weights them. Where it normalises weights, it does so over
     these k, so that they have the sum that the model was trained with; where it does not, fewer experts add less, and
-    more experts add more. For k = 1, too, though a DeepSeekMoE whose config says one expert does not normalise its weight.
-    (`keep_top` is different: it drops experts after weights were computed.) The axis of slots of all hooks is then k long;
-    `model.top_k` does not change.
+    more experts add more. One expert's weight is normalised, too, unlike in a DeepSeekMoE whose config says one expert.
+    (`keep_top` is different: it drops experts after weights were computed.) The axis of slots of all hooks is then k
+    long; `model.top_k` does not change.
 
     Without k, the number differs between tokens and depends on the experts' shares: affinities divided by their sum
     over all experts. The axis of slots is as long as the largest number in a layer; slots that a token does not use are
