@@ -63,6 +63,18 @@ def test_the_first_layers_load_as_transformers_loads_them(tmp_path: Path, family
     assert not torch.equal(logits(load(tmp_path)), right)
 
 
+def test_longcat_s_layers_are_its_blocks(tmp_path: Path) -> None:
+    """transformers' `num_hidden_layers` counts the two attention layers of each."""
+    theirs: Any = saved(tmp_path, "longcat_flash")
+    right = logits(theirs.from_pretrained(tmp_path, num_layers=2).eval())
+    for words in ({"num_layers": 2}, {"num_hidden_layers": 4}, {"first_n_layers": 2}):
+        hooked = HookedMoE.from_pretrained(tmp_path, **words)
+        assert hooked.cfg.n_layers == 2 and torch.equal(hooked(tokens()), right)
+    assert not torch.equal(logits(load(tmp_path)), right)
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers is 9, but config\.json's model has 4"):
+        load(tmp_path, num_layers=9)
+
+
 def test_a_config_that_is_passed_may_have_fewer_layers(tmp_path: Path) -> None:
     for name, config in (("deepseek", DeepseekConfig), ("mixtral", MixtralConfig)):
         saved(tmp_path / name, name)

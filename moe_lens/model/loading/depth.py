@@ -42,9 +42,15 @@ class Depth(NamedTuple):
 
 def read_depth(config: PreTrainedConfig, own: PreTrainedConfig) -> Depth:
     """How many layers there are of a model of `config`, in a checkpoint whose config.json says what `own` holds."""
-    loaded, text = config.get_text_config().num_hidden_layers, own.get_text_config()
+    loaded, text = blocks_of(config.get_text_config()), own.get_text_config()
     ahead = max(0, *(getattr(text, name, None) or 0 for name in PREDICTING))
-    return Depth(loaded, getattr(text, "num_hidden_layers", loaded), ahead)
+    return Depth(loaded, blocks_of(text) if hasattr(text, "num_hidden_layers") else loaded, ahead)
+
+
+def blocks_of(text: PreTrainedConfig) -> int:
+    """The number of blocks: LongCat's `num_hidden_layers` counts the two attention layers of each, not so `num_layers`."""
+    blocks = getattr(text, "num_layers", None)
+    return blocks if isinstance(blocks, int) else text.num_hidden_layers
 
 
 def layer_of(name: str, blocks: str) -> int:
@@ -56,6 +62,6 @@ def layer_of(name: str, blocks: str) -> int:
 def list_of_layers(model: PreTrainedModel) -> str | None:
     """The name of a language model's list of layers, beside which a vision tower may have one of its own."""
     decoder = model.get_decoder()
-    n_layers = model.config.get_text_config().num_hidden_layers
+    n_layers = blocks_of(model.config.get_text_config())
     lists = [part for part in decoder.modules() if isinstance(part, nn.ModuleList) and len(part) == n_layers]
     return next((name for name, module in model.named_modules() if any(module is part for part in lists)), None)

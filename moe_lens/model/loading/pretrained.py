@@ -85,6 +85,8 @@ def load_pretrained(
     else:
         path, raw, sizes = read_gguf_config(source, gguf, hub, UNREADABLE)
         kwargs |= {name: size for name, size in sizes.items() if name not in kwargs}
+    if (layers := kwargs.pop("first_n_layers", None)) is not None:
+        kwargs["num_layers" if "num_layers" in raw else "num_hidden_layers"] = layers  # see blocks_of
     check_release(raw["model_type"])
     _read_given_config(source, raw["model_type"], hub, kwargs)
     said = packing_of(raw)

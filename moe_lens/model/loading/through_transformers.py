@@ -73,7 +73,8 @@ def load_by_transformers(
                 stay = {stored.name for found in kept.values() for stored in found}
             size = packed_size(model, dtype, packing.scheme, packing.widths)
         elif packing is None:
-            size = _size(checkpoint, dtype, float(kwargs.get("num_hidden_layers") or math.inf))
+            blocks = kwargs.get("num_layers") or kwargs.get("num_hidden_layers") or math.inf
+            size = _size(checkpoint, dtype, float(blocks))
             native = raw["model_type"] in CONFIG_MAPPING and not kwargs.get("trust_remote_code")
             if native and needs_disk(kwargs, size.total):
                 readable = _readable(loader, source, hub, kwargs, checkpoint, dtype)

@@ -76,7 +76,7 @@ def read_words(kwargs: dict[str, Any]) -> Asked:
     for word in ("dtype", "torch_dtype"):
         if isinstance(kwargs.get(word), str | torch.dtype):
             kwargs[word] = _read_dtype(word, kwargs[word])
-    if (layers := kwargs.pop("first_n_layers", None)) is not None:
+    if (layers := kwargs.get("first_n_layers")) is not None:
         if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
             raise InputError(f"from_pretrained: first_n_layers is {layers!r}; expected a whole number from 1")
         if kwargs.get("num_hidden_layers", layers) != layers:
@@ -84,7 +84,6 @@ def read_words(kwargs: dict[str, Any]) -> Asked:
                 f"from_pretrained: got first_n_layers={layers!r} and num_hidden_layers="
                 f"{kwargs['num_hidden_layers']!r}; expected one of them"
             )
-        kwargs["num_hidden_layers"] = layers
     side, bos = kwargs.pop("default_padding_side", None), kwargs.pop("default_prepend_bos", None)
     if side not in (None, "left", "right"):
         raise InputError(f"from_pretrained: default_padding_side is {side!r}; expected 'left' or 'right'")
