@@ -36,7 +36,7 @@ class Corpus(Summary):
 
     name: str
     rows: Callable[[], Any]
-    """Makes a `datasets.IterableDataset` that starts from the beginning, of rows with text, source and origin."""
+    """Makes a `datasets.IterableDataset` that starts from the beginning; a row has number, text, source and origin."""
     identity: dict[str, Any] = field(default_factory=dict)
     """What it is read from, as plain values: two readings of one identity are taken for the same texts."""
     pin: Callable[[str | None], "Corpus"] | None = None
@@ -51,8 +51,8 @@ class Corpus(Summary):
         Args:
             rank: Which of the processes is reading: it gets every `world_size`-th passage.
             world_size: How many processes there are.
-            seed: Draw from a buffer of `SHUFFLED` passages at random, the same way for the same seed; numbers then
-                count in that order. None: in the order of the corpus.
+            seed: Draw from a buffer of `SHUFFLED` passages at random, the same way for the same seed. None: in the
+                order of the corpus, in which numbers count in any case.
 
         Raises:
             InputError: It cannot be read; the message says where. Or there is no such process.
@@ -67,14 +67,13 @@ class Corpus(Summary):
             # Not by files, even where that would be quicker: which passages there are, and their numbers, must not
             # depend on how many processes read them.
             rows = split_dataset_by_node(rows, rank, world_size, strategy="examples")
-        number = -1
+        read = 0
         try:
-            for number, row in enumerate(rows):
-                yield rank + number * world_size, Passage(row["text"], row["source"], row["origin"])
+            for row in rows:
+                read += 1
+                yield row["number"], Passage(row["text"], row["source"], row["origin"])
         except (OSError, ValueError) as error:  # of `datasets` and of what it reads through
-            raise InputError(
-                f"domain {self.name!r} cannot be read after passage {number + 1}: {_line(error)}"
-            ) from None
+            raise InputError(f"domain {self.name!r} cannot be read after passage {read}: {_line(error)}") from None
 
 
 def from_generator(name: str, generate: Callable[[], Iterable[str | dict[str, Any]]]) -> Corpus:
@@ -236,7 +235,11 @@ def _elsewhere(number: int) -> Any:
 def _iterable(generate: Callable[[], Iterator[dict[str, Any]]]) -> Any:
     import datasets
 
-    return datasets.IterableDataset.from_generator(_Generator(generate))
+    def numbered() -> Iterator[dict[str, Any]]:  # before they are shuffled
+        for number, row in enumerate(generate()):
+            yield {**row, "number": number}
+
+    return datasets.IterableDataset.from_generator(_Generator(numbered))
 
 
 def _line(error: Exception) -> str:

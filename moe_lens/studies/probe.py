@@ -225,7 +225,8 @@ class Probe(Study):
         for row, window in enumerate(batch.windows):
             at = batch.counted[row].nonzero()[:, 0]
             if len(at):
-                own = self.table.of(domain, window.document, places["position"][row, at].tolist())
+                positions = places["position"][row, at].tolist()
+                own = self.table.of(domain, window.document, positions, batch.tokens[row, at])
                 key = hashlib.sha256(f"{self.seed} {window.document} {window.start} {window.source}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
                 found[row, at] = torch.cat([own, own[torch.randperm(len(at), generator=generator)]], 1)

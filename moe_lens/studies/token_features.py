@@ -87,7 +87,8 @@ def user_features(frame: pd.DataFrame, samples: Mapping[str, TokenSampleResult])
         samples: Of each domain.
 
     Raises:
-        InputError: A token has no row, or several; a value is missing; or there are too many columns of numbers.
+        InputError: A token has no row, or several, or one of another token; a value is missing; or there are too many
+            columns of numbers.
     """
     check_features(frame)
     if len(samples) > 1 and "domain" not in frame.columns:
@@ -99,7 +100,7 @@ def user_features(frame: pd.DataFrame, samples: Mapping[str, TokenSampleResult])
         raise UnfitError(f"the features have several rows of one token: {_plain(again, keys)}")
     wanted: Any = pd.concat(
         [
-            pd.DataFrame({"domain": name, **{key: of.column(key).numpy() for key in KEYS[1:]}})
+            pd.DataFrame({"domain": name, **{key: of.column(key).numpy() for key in (*KEYS[1:], "token")}})
             for name, of in samples.items()
         ]
     )
@@ -111,6 +112,8 @@ def user_features(frame: pd.DataFrame, samples: Mapping[str, TokenSampleResult])
             f"{_plain(first, keys)}: read the same texts in the same way as for the table"
         )
     found = rows.iloc[place]
+    if "token" in found.columns and found["token"].dtype.kind in "iu":
+        check_tokens("the features", found["token"].to_numpy(), wanted, keys)
     features: dict[str, Feature] = {}
     names: dict[str, tuple[str, ...]] = {}
     numbers = []
@@ -133,6 +136,27 @@ def user_features(frame: pd.DataFrame, samples: Mapping[str, TokenSampleResult])
         features[NUMBERS] = Numbers(torch.tensor(found[numbers].to_numpy(np.float32)))
         names[NUMBERS] = tuple(map(str, numbers))
     return UserFeatures(features, names)
+
+
+def check_tokens(what: str, given: Any, read: pd.DataFrame, keys: list[str]) -> None:
+    """Refuse a table whose rows are of other tokens than those that were read.
+
+    Args:
+        what: The table is called.
+        given: The ids that it has in its column token.
+        read: A row for each of these: `keys` and token.
+        keys: Columns that say which token it is.
+
+    Raises:
+        UnfitError: Names the first that differs.
+    """
+    other = np.flatnonzero(given != read["token"].to_numpy())
+    if len(other):
+        row = read.iloc[int(other[0])]
+        raise UnfitError(
+            f"{what} are of other texts: they have token {int(given[other[0]])} at {_plain(row, keys)}, and token "
+            f"{int(row['token'])} was read there"
+        )
 
 
 def _plain(row: Any, keys: list[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from moe_lens.checked import AnyModel
@@ -37,7 +37,7 @@ class Span(NamedTuple):
 
 
 def label_tokens(model: AnyModel, domains: Domains, find: Callable[[str, int, str], Iterable[Span]]) -> pd.DataFrame:
-    """A row per token of every passage: domain, document, position, and of each label whether a span of it is there.
+    """A row per token of every passage: domain, document, position, its id, and whether spans of each label are there.
 
     A token has the labels of all spans that cover one of its characters. BOS, and whatever else the tokenizer puts
     before a text, has a row only where the text spells it out itself, as a rendered chat template does.
@@ -53,7 +53,7 @@ def label_tokens(model: AnyModel, domains: Domains, find: Callable[[str, int, st
     """
     if model.tokenizer is None or not getattr(model.tokenizer, "is_fast", False):
         raise InputError("this model has no tokenizer that knows its characters: give a table of tokens instead")
-    rows: list[tuple[str, int, int, set[str]]] = []
+    rows: list[tuple[str, int, int, int, set[str]]] = []
     for domain in in_memory(domains):
         for number, one in enumerate(domain.passages):
             encoded = model.tokenizer(one.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -61,15 +61,15 @@ def label_tokens(model: AnyModel, domains: Domains, find: Callable[[str, int, st
             if list(encoded["input_ids"]) not in (own, [*opening, *own]):
                 raise InputError(f"{one.origin}: its tokens are not those of its text alone; give a table of tokens")
             spans = _spans(find(domain.name, number, one.text), one, len(one.text))
-            for position, (start, end) in enumerate(encoded["offset_mapping"]):
-                rows.append(
-                    (domain.name, number, position, {s.label for s in spans if s.start < end and start < s.end})
-                )
-    labels = sorted(set().union(*(row[3] for row in rows)))
+            offsets = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+            for position, (token, (start, end)) in enumerate(offsets):
+                here = {s.label for s in spans if s.start < end and start < s.end}
+                rows.append((domain.name, number, position, token, here))
+    labels = sorted(set().union(*(row[-1] for row in rows)))
     if not labels:
         raise InputError("no token has a label: no span was given, or no expression found anything")
-    frame = pd.DataFrame([row[:3] for row in rows], columns=["domain", "document", "position"])
-    return frame.assign(**{label: [label in row[3] for row in rows] for label in labels})
+    frame = pd.DataFrame([row[:-1] for row in rows], columns=["domain", "document", "position", "token"])
+    return frame.assign(**{label: [label in row[-1] for row in rows] for label in labels})
 
 
 def _spans(found: Any, one: Passage, length: int) -> list[Span]:
@@ -169,24 +169,46 @@ class LabelTable:
             )
         frame = frame[frame["counted"].astype(bool)] if "counted" in frame.columns else frame  # pyright: ignore
         keys = ["domain", "document"] if "domain" in frame.columns else ["document"]
+        known = "token" in frame.columns and frame["token"].dtype.kind in "iu"
         self._rows: dict[tuple[str | None, int], Tensor] = {}
+        self._tokens: dict[tuple[str | None, int], Tensor] = {}
+        """Their ids, where the table has them."""
         for key, rows in frame.groupby(keys, sort=False):
             domain, document = key if len(keys) == 2 else (None, key[0])  # pyright: ignore
             position = torch.tensor(rows["position"].to_numpy())
             found = torch.full((int(position.max()) + 1, len(self.names)), -1, dtype=torch.int8)
             found[position] = torch.tensor(rows[list(self.names)].to_numpy(), dtype=torch.int8)
             self._rows[domain, int(document)] = found
+            if known:
+                ids = torch.full((len(found),), -1)
+                ids[position] = torch.tensor(rows["token"].to_numpy())
+                self._tokens[domain, int(document)] = ids
 
-    def of(self, domain: str, document: int, positions: Sequence[int]) -> Bool[Tensor, "pos label"]:
+    def of(
+        self, domain: str, document: int, positions: Sequence[int], tokens: Int[Tensor, " pos"]
+    ) -> Bool[Tensor, "pos label"]:
         """Labels of some tokens of a passage.
 
+        Args:
+            domain: Its domain.
+            document: Its number.
+            positions: Theirs.
+            tokens: Their ids.
+
         Raises:
-            InputError: The table has no row of one.
+            InputError: The table has no row of one, or has another token there.
         """
-        rows = self._rows.get((domain, document), self._rows.get((None, document)))
+        key = (domain, document) if (domain, document) in self._rows else (None, document)
+        rows, known = self._rows.get(key), self._tokens.get(key)
         at = torch.tensor(list(positions), dtype=torch.long)
         if rows is None or not len(at) or int(at.max()) >= len(rows) or bool((rows[at] < 0).any()):
             raise InputError(
                 f"the labels lack tokens of domain {domain!r}, document {document}; expected all that are read"
+            )
+        if known is not None and not torch.equal(known[at], tokens.cpu().long()):
+            first = int((known[at] != tokens.cpu()).nonzero()[0])
+            raise InputError(
+                f"the labels are of other texts: of domain {domain!r}, document {document}, position {int(at[first])}, "
+                f"they have token {int(known[at][first])}, and token {int(tokens[first])} was read there"
             )
         return rows[at] > 0

@@ -88,6 +88,16 @@ def test_a_seed_decides_the_order_of_a_stream():
     assert read[0] == read[1] != read[2]
 
 
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_a_passage_has_the_number_of_its_place_whatever_the_order_in_which_it_is_read(seed):
+    made = [{"text": f"text {number}"} for number in range(60)]
+    texts = from_generator("d", lambda: made)
+    for rank, world_size in ((0, 1), (1, 3)):
+        read = list(texts.passages(rank=rank, world_size=world_size, seed=seed))
+        assert len(read) == 60 / world_size and all(passage.text == f"text {number}" for number, passage in read)
+        assert (sorted(read) == read) == (seed is None)
+
+
 def test_files_are_streamed_with_the_passages_that_they_have_in_memory(tmp_path):
     lines = "".join(json.dumps({"body": row["text"], "where": row["source"]}) + "\n" for row in rows(9))
     (tmp_path / "d.jsonl").write_text(lines)

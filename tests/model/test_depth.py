@@ -67,12 +67,24 @@ def test_longcat_s_layers_are_its_blocks(tmp_path: Path) -> None:
     """transformers' `num_hidden_layers` counts the two attention layers of each."""
     theirs: Any = saved(tmp_path, "longcat_flash")
     right = logits(theirs.from_pretrained(tmp_path, num_layers=2).eval())
-    for words in ({"num_layers": 2}, {"num_hidden_layers": 4}, {"first_n_layers": 2}):
+    asked: list[dict[str, Any]] = [{"num_layers": 2}, {"num_hidden_layers": 4}, {"first_n_layers": 2}]
+    for words in asked:
         hooked = HookedMoE.from_pretrained(tmp_path, **words)
         assert hooked.cfg.n_layers == 2 and torch.equal(hooked(tokens()), right)
     assert not torch.equal(logits(load(tmp_path)), right)
     with pytest.raises(CheckpointError, match=r"num_hidden_layers is 9, but config\.json's model has 4"):
         load(tmp_path, num_layers=9)
+
+
+@pytest.mark.typed
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v32", "gemma4_text", "jamba", "longcat_flash"])
+def test_a_model_of_the_first_layers_is_saved_as_such(tmp_path: Path, family: str) -> None:
+    """Lists of what each layer is are cut, too, unless the config would make something else of them (Gemma 4)."""
+    saved(tmp_path / "whole", family)
+    first = HookedMoE.from_pretrained(tmp_path / "whole", first_n_layers=3)
+    first.save_pretrained(tmp_path / "first")
+    again = HookedMoE.from_pretrained(tmp_path / "first")
+    assert again.cfg.n_layers == 3 and torch.equal(again(tokens()), first(tokens()))
 
 
 def test_a_config_that_is_passed_may_have_fewer_layers(tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ def test_tables_that_do_not_fit_the_texts_are_refused(model, features, tmp_path)
 
     assert "lack 1 of" in refused(features.drop(features.index[features["position"] == 3][0]))
     assert "several rows" in refused(pd.concat([features, features.iloc[[5]]]))
+    assert "are of other texts: they have token" in refused(features.assign(token=features["token"].to_numpy()[::-1]))
     assert "lack a column domain" in refused(features.drop(columns="domain"))
     assert "'noise' has values that are missing" in refused(features.assign(noise=float("nan")))
     assert "columns document and position" in refused(features[["token", "label"]])

@@ -234,7 +234,10 @@ def test_a_text_that_spells_out_what_opens_it_has_the_labels_of_the_tokens_that_
     for number, passage in enumerate(texts):
         (window,) = windows_of(number, Passage(passage, "s", "o"), model, 64)
         positions = range(window.start, window.start + len(window.ids) - window.opening)
-        found.append(table.of("a", number, positions)[:, 0].tolist())
+        ids = torch.tensor(window.ids[window.opening :])
+        found.append(table.of("a", number, positions, ids)[:, 0].tolist())
+        with pytest.raises(InputError, match=f"document {number}, position {window.start}, they have token "):
+            table.of("a", number, positions, ids.flip(0))
     assert found[0] == found[1] and 1 <= sum(found[0]) < len(found[0])
 
 
@@ -248,6 +251,7 @@ def test_what_cannot_be_probed_is_refused(model, labels, tmp_path: Path, capsys:
     refused("expected numbers from 1 to the 16", labels, (17,))
     refused("these are no labels", labels.assign(sea=1.5))
     refused("the labels lack tokens", labels[labels["position"] != 3])
+    refused("the labels are of other texts", labels.assign(token=labels["token"].to_numpy()[::-1]))
     refused("'rare' is on 1 of", labels[["domain", "document", "position"]].assign(rare=labels.index == 5))
     save_checkpoint(tmp_path / "model")
     rows = [

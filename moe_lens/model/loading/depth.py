@@ -48,9 +48,24 @@ def read_depth(config: PreTrainedConfig, own: PreTrainedConfig) -> Depth:
 
 
 def blocks_of(text: PreTrainedConfig) -> int:
-    """The number of blocks: LongCat's `num_hidden_layers` counts the two attention layers of each, not so `num_layers`."""
+    """The number of blocks. LongCat's `num_hidden_layers` counts two for each, one for each of its attentions."""
     blocks = getattr(text, "num_layers", None)
     return blocks if isinstance(blocks, int) else text.num_hidden_layers
+
+
+def cut_layer_types(config: PreTrainedConfig) -> None:
+    """Take layers that were not loaded out of lists of what each layer is; transformers refuses to save longer ones.
+
+    Not where the config would read them as something else: in a Gemma 4 the last layer is what it makes of it.
+    """
+    text = config.get_text_config()
+    n_layers, held = blocks_of(text), vars(text)
+    long = {name: held[name] for name in ("layer_types", "mlp_layer_types") if len(held.get(name) or ()) > n_layers}
+    fewer = {name: kinds[:n_layers] for name, kinds in long.items()}
+    again = type(text).from_dict({**text.to_dict(), **fewer}) if fewer else text
+    if all(getattr(again, name) == kinds for name, kinds in fewer.items()):
+        for name, kinds in fewer.items():
+            setattr(text, name, kinds)
 
 
 def layer_of(name: str, blocks: str) -> int:

@@ -16,6 +16,7 @@ from moe_lens.model.hf_compat import resolve_revision
 from moe_lens.model.loading.checkpoint import EMBEDDED, HUB_ARGUMENTS, find_file, read_config
 from moe_lens.model.loading.config_json import read_object
 from moe_lens.model.loading.deepseek_checkpoint import check_sizes, load_deepseek
+from moe_lens.model.loading.depth import cut_layer_types
 from moe_lens.model.loading.device_map import slow_dtype
 from moe_lens.model.loading.dispatch import places
 from moe_lens.model.loading.formats.view import packing_of
@@ -120,6 +121,7 @@ def load_pretrained(
     # Of an argument, or of a package that it needs: what is wrong with the checkpoint has been found by then.
     except (ImportError, ValueError) as error:
         raise InputError(f"transformers cannot load {source}: {error}") from error
+    cut_layer_types(model.config)
     model.config.name_or_path = model.name_or_path = str(name_or_path)
     return model, _tokenizer(model, source, hub, trusted=trust_remote_code in (True, "tokenizer"), gguf=gguf)
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -81,6 +82,10 @@ def save_pretrained(
                 type(model).save_pretrained(model, folder, state_dict=state, **kwargs)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(folder)
+        except StrictDataclassError as error:
+            raise UnsupportedModelError(
+                f"transformers does not write this config: {' '.join(str(error).split())}"
+            ) from error
         except (SafetensorError, OSError) as error:
             if isinstance(error, OSError) and error.errno is None:  # of a hub
                 raise
