@@ -100,9 +100,10 @@ class HookedMoE(Summary, GeneratingBridge):
         read_quantize(quantize, kwargs)
         model, tokenizer = load_pretrained(str(name_or_path), trust_remote_code=trust_remote_code, **kwargs)
         warn_if_slow(model)
-        hooked = cls.from_hf(
-            model, tokenizer if asked.tokenizer is None else asked.tokenizer, name=str(name_or_path), check=check
-        )
+        tokenizer = tokenizer if asked.tokenizer is None else asked.tokenizer
+        if asked.prepend_bos and getattr(tokenizer, "bos_token_id", None) is None:
+            raise InputError("from_pretrained: default_prepend_bos=True, and there is no tokenizer with a BOS token")
+        hooked = cls.from_hf(model, tokenizer, name=str(name_or_path), check=check)
         if asked.prepend_bos is not None:
             hooked.cfg.default_prepend_bos = asked.prepend_bos
         hooked.__dict__["default_padding_side"] = asked.padding_side

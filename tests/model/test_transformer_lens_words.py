@@ -1,5 +1,6 @@
 """TransformerLens's words: done as they mean, or answered by what to write; its hook names are answered by ours."""
 
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -57,6 +58,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_loading_words_that_have_another_name_say_it(words: dict[str, Any], match: str) -> None:
     with pytest.raises(InputError, match=match):
         HookedMoE.from_pretrained(EMBEDDED, check=False, **words)
+
+
+def test_a_bos_that_there_is_not_cannot_be_the_default(tmp_path: Path) -> None:
+    build("mixtral").save_pretrained(tmp_path)  # without a tokenizer
+    with pytest.raises(InputError, match="default_prepend_bos=True, and there is no tokenizer with a BOS token"):
+        HookedMoE.from_pretrained(tmp_path, default_prepend_bos=True)
+    assert HookedMoE.from_pretrained(tmp_path, default_prepend_bos=False).tokenizer is None
+    assert HookedMoE.from_pretrained(EMBEDDED, default_prepend_bos=True).to_tokens("a")[0, 0] == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

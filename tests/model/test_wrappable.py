@@ -203,6 +203,23 @@ def test_a_model_without_a_tokenizer_reads_tokens_and_says_what_text_needs() -> 
         hooked("text")
 
 
+@pytest.mark.typed
+@pytest.mark.parametrize("model_type", ["deepseek", "olmoe", "gpt_oss"])
+def test_a_norm_that_was_taken_out_divides_by_1(model_type: str) -> None:
+    hf: Any = build(model_type).eval()
+    hf.model.layers[1].post_attention_layernorm = nn.Identity()
+    with torch.no_grad():
+        right = hf(tokens()).logits
+        model = HookedMoE.from_hf(hf)
+        logits, cache = model.run_with_cache(tokens())
+        halved = model.run_with_hooks(tokens(), fwd_hooks=[("blocks.1.ln2.hook_scale", lambda value, hook: 2 * value)])
+        read = [("blocks.1.ln2.hook_out", lambda value, hook: value / 2)]
+        assert torch.equal(halved, model.run_with_hooks(tokens(), fwd_hooks=read))
+    assert (logits - right).abs().max() <= 1e-5 * right.abs().max() < (halved - right).abs().max()
+    assert (cache["blocks.1.ln2.hook_scale"] == 1).all() and not (cache["blocks.0.ln2.hook_scale"] == 1).any()
+    assert torch.equal(cache["blocks.1.ln2.hook_normalized"], cache["resid_mid", 1])
+
+
 @pytest.mark.parametrize("model_type", ["deepseek", "olmoe"])
 def test_modules_that_are_trained_in_a_model_that_is_not_stay_so(model_type: str) -> None:
     hf: Any = build(model_type).eval()

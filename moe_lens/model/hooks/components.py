@@ -154,9 +154,8 @@ class Norm(GeneralizedComponent):
         if not scale_point.has_hooks() and not normalized_point.has_hooks():
             return self.hook_out(native)
         wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-        centred = wide if self.uses_rms_norm else wide - wide.mean(-1, keepdim=True)
-        eps = component.variance_epsilon if hasattr(component, "variance_epsilon") else component.eps
-        scale, scaled = call_hook(scale_point, (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt())
+        centred, measured = self._centred_and_scale(wide)
+        scale, scaled = call_hook(scale_point, measured)
         normalized, edited = call_hook(normalized_point, centred / scale)
         rebuilt = self._rebuilt(normalized, x.dtype)
         if not (scaled or edited):
@@ -164,12 +163,23 @@ class Norm(GeneralizedComponent):
         if not scale_point.fwd_hooks and not normalized_point.fwd_hooks:
             return self.hook_out(ExactForward.apply(rebuilt, native))
         # Forward and backward hooks together cannot be told from an edit but by the value.
-        unedited = self._rebuilt((centred / (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt()).detach(), x.dtype)
+        unedited = self._rebuilt((centred / measured).detach(), x.dtype)
         same = torch.equal(rebuilt.detach(), unedited)
         return self.hook_out(ExactForward.apply(rebuilt, native) if same else rebuilt)
 
+    def _centred_and_scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the norm divides, and by what: by 1 where its owner has put an Identity in its place."""
+        component: Any = self.original_component
+        if isinstance(component, nn.Identity):
+            return x, torch.ones_like(x[..., :1])
+        centred = x if self.uses_rms_norm else x - x.mean(-1, keepdim=True)
+        eps = component.variance_epsilon if hasattr(component, "variance_epsilon") else component.eps
+        return centred, (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+
     def _rebuilt(self, normalized: Tensor, dtype: torch.dtype) -> Tensor:
         component: Any = self.original_component
+        if isinstance(component, nn.Identity):
+            return normalized.to(dtype)
         with align_module_device(component):  # accelerate keeps the weights of offloaded layers elsewhere
             return self._apply_weight_and_bias(normalized, dtype)
 
