@@ -1,5 +1,6 @@
 """What transformers' loader lets pass: whole numbers, other shapes, files that change, words that it does not know."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,7 @@ def test_peft_is_refused_before_it_touches_a_wrapped_model(folder: Path) -> None
     before, modules = logits(model), list(model.modules())
     with pytest.raises(UnsupportedModelError, match="adapters of PEFT do not go onto a wrapped model: .*merge them"):
         hasattr(model, "peft_config")
+    assert dict(inspect.getmembers(model))["top_k"] == model.top_k  # reads all that `dir` lists
     peft = pytest.importorskip("peft")
     for targets in (["q_proj"], "all-linear"):
         for task in ("CAUSAL_LM", None):

@@ -88,6 +88,10 @@ class RefusedMethods(WholeState):
         """What PEFT asks a model for before it puts an adapter into it, and nothing else does: refused."""
         raise UnsupportedModelError(_ADAPTERS)
 
+    def __dir__(self) -> list[str]:
+        """Without what is asked for only to be refused: `inspect.getmembers` and scans read whatever is listed."""
+        return [name for name in super().__dir__() if name not in ("_initialize_hook", "peft_config")]
+
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
         """Not supported: transformers' own would write the wrapped modules' names.
 
