@@ -200,8 +200,9 @@ class Selection:
         places, from_end = step.places().expand(shape), step.places_from_end().expand(shape)
         if isinstance(where, slice):
             start, stop = where.start or 0, where.stop
-            of_start, of_stop = (from_end if edge is not None and edge < 0 else places for edge in (start, stop))
-            inside = (of_start >= start) & ((of_start - start) % (where.step or 1) == 0)
+            first = places.new_tensor(start) if start >= 0 else (places - from_end + start).clamp(min=0)
+            inside = (places >= first) & ((places - first) % (where.step or 1) == 0)
+            of_stop = from_end if stop is not None and stop < 0 else places
             return inside if stop is None else inside & (of_stop < stop)
         assert isinstance(where, tuple)
         wanted = torch.tensor(where, dtype=torch.long, device=places.device)

@@ -70,6 +70,22 @@ def test_positions_count_real_tokens_and_the_cache(
     assert torch.equal(Selection(where=slice(low, high)).positions(step), inside)
 
 
+@given(
+    length=st.integers(1, 9),
+    padding=st.integers(0, 3),
+    left=st.booleans(),
+    start=st.none() | st.integers(-12, 12),
+    stop=st.none() | st.integers(-12, 12),
+    by=st.none() | st.integers(1, 4),
+)
+def test_a_slice_takes_what_python_s_takes_of_a_text(
+    length: int, padding: int, left: bool, start: int | None, stop: int | None, by: int | None
+) -> None:
+    real = [False] * padding + [True] * length if left else [True] * length + [False] * padding
+    taken = Selection(where=slice(start, stop, by)).positions(Step(1, len(real), seen=torch.tensor([real])))
+    assert taken[0, torch.tensor(real)].nonzero()[:, 0].tolist() == list(range(length))[start:stop:by]
+
+
 @pytest.mark.parametrize(
     ("where", "expected"),
     [

@@ -271,8 +271,8 @@ def _logits(
     model: HookedModel, selection: Selection, added: dict[int, float], on: list[int], off: list[int]
 ) -> Callable[..., Tensor]:
     def pushed(logits: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        new = logits.log_softmax(-1) if on or off else logits.clone()
-        high, low = new.amax(-1, keepdim=True), new.amin(-1, keepdim=True)
+        old = logits.log_softmax(-1) if on or off else logits
+        high, low, new = old.amax(-1, keepdim=True), old.amin(-1, keepdim=True), old.clone()
         for expert, value in added.items():
             new[..., expert] += value
         new[..., on] = high + EPSILON

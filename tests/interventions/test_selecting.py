@@ -193,6 +193,26 @@ def test_a_number_is_added_to_the_router_logit(family: str) -> None:
     assert deviation(ours, case.logits) > 1e-2
 
 
+@pytest.mark.parametrize(
+    ("pushes", "rule"), [({2: 3.0}, "affinity"), ({2: "on", 5: -1.5}, "affinity"), ({2: "on", 6: "off"}, "steermoe")]
+)
+def test_gradients_pass_through_steering(pushes: Any, rule: Any) -> None:
+    case = wrapped("deepseek", torch.float64)
+    point = names.block(names.RESID_MID, case.last)
+
+    def loss(extra: Tensor) -> Tensor:
+        return case.model.run_with_hooks(case.tokens, fwd_hooks=[(point, lambda x, hook: x + extra)]).square().sum()
+
+    with case.model.steer_experts({case.last: pushes}, rule=rule):
+        extra = torch.zeros(case.model.cfg.d_model, dtype=torch.float64, requires_grad=True)
+        (slope,) = torch.autograd.grad(loss(extra), extra)
+        with torch.no_grad():
+            step = 1e-6 * slope / slope.norm()
+            measured = (loss(step) - loss(-step)) / 2e-6
+    (free,) = torch.autograd.grad(loss(extra), extra)
+    assert measured == pytest.approx(float(slope.norm()), rel=1e-5) != pytest.approx(float(free.norm()), rel=1e-3)
+
+
 @families
 def test_experts_are_forced_in_and_out_with_their_own_affinity(family: str) -> None:
     case = wrapped(family)
