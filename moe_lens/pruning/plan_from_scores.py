@@ -84,6 +84,7 @@ def plan(
         values=values,
         method=method,
         fewer={layer: number for layer, number in by_layer.items() if number < active},
+        protected=tuple(protected),
     )
 
 

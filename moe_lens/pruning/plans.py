@@ -41,6 +41,8 @@ class Plan(Summary):
     """Weights of the average in a plan that merges: how often each expert was selected."""
     fewer: Mapping[int, Positive] = field(default_factory=dict)
     """Layers in which fewer than `top_k` experts are active, and how many."""
+    protected: tuple[tuple[Natural, Natural], ...] = ()
+    """(layer, expert) of kept experts that `uniform` keeps, too, whatever their scores."""
 
     def __post_init__(self) -> None:
         if len(set(self.layers)) < len(self.layers):
@@ -68,6 +70,8 @@ class Plan(Summary):
         for (layer, expert), into in (self.merged or {}).items():
             if expert in self.of(layer) or into not in self.of(layer):
                 raise InputError(f"layer {layer} would merge expert {expert} into {into}; expected one that stays")
+        if lost := [pair for pair in self.protected if pair[1] not in self.of(pair[0])]:
+            raise InputError(f"{len(lost)} protected experts would not be kept, such as {lost[0]} (layer, expert)")
         for layer, experts in zip(self.layers, self.kept, strict=True):
             if len(experts) < (needed := self.active(layer)):
                 raise InputError(
@@ -132,21 +136,25 @@ class Plan(Summary):
     def uniform(self, groups: Positive = 1) -> "Plan":
         """The plan of the same size, rounded, that keeps the same number of experts in every layer, by score.
 
-        For formats whose config has one number of experts for all layers.
+        Protected experts stay. For formats whose config has one number of experts for all layers.
 
         Args:
             groups: Of consecutive experts, each of which keeps the same number, too: those that a router chooses
                 from, of which a config has one size.
 
         Raises:
-            InputError: the plan merges: merge after this; or so many groups do not divide the experts.
+            InputError: the plan merges: merge after this; so many groups do not divide the experts; or protected ones
+                would not be kept.
         """
         if self.merged is not None:
             raise InputError("this plan merges experts; make it uniform first, and merge then")
         if self.n_experts % groups:
             raise InputError(f"groups is {groups}; expected a number that divides the {self.n_experts} experts")
         count = round(max(self.top_k, self.share_kept * self.n_experts) / groups)
-        ranked = self.values.unflatten(-1, (groups, -1)).argsort(dim=-1, descending=True, stable=True)
+        values = self.values.clone()
+        for layer, expert in self.protected:
+            values[self._row(layer), expert] = torch.inf
+        ranked = values.unflatten(-1, (groups, -1)).argsort(dim=-1, descending=True, stable=True)
         first = torch.arange(groups)[:, None] * (self.n_experts // groups)
         best = (ranked[..., : max(1, count)] + first).flatten(1).sort(-1).values
         return replace(self, kept=tuple(tuple(row) for row in best.tolist()))
@@ -168,6 +176,7 @@ class Plan(Summary):
             row[list(experts)] = True
         header = {"model": dict(self.model), "layers": self.layers, "top_k": self.top_k, "method": self.method}
         header["fewer"] = list(self.fewer.items())  # JSON's keys are strings
+        header["protected"] = self.protected
         tensors = {"kept": stay, "values": self.values}
         if self.merged is not None and self.shares is not None:
             into = torch.full(self.values.shape, -1)
@@ -189,6 +198,7 @@ class Plan(Summary):
             (top_k,) = whole_numbers("top_k", [header["top_k"]], least=1)
             pairs = [whole_numbers("fewer", pair, least=0) for pair in header["fewer"]]
             fewer = {layer: number for layer, number in pairs}
+            protected = [whole_numbers("protected", pair, least=0) for pair in header.get("protected", [])]
             same = {name: tuple(tensors[name].shape) for name in tensors.keys() & {"kept", "values", "into", "shares"}}
             if len(set(same.values())) > 1:
                 raise InputError(f"tensors have shapes {same}; expected one shape")
@@ -201,6 +211,7 @@ class Plan(Summary):
                 kept=tuple(tuple(row.nonzero()[:, 0].tolist()) for row in tensors["kept"]),
                 top_k=top_k,
                 fewer=fewer,
+                protected=tuple((layer, expert) for layer, expert in protected),
                 values=tensors["values"],
                 method=header["method"],
                 merged=merged,

@@ -60,6 +60,21 @@ def test_a_global_budget_takes_the_best_of_all_layers():
     assert [len(of) for of in least.kept] == [2, 2]
 
 
+@pytest.mark.typed
+def test_protected_experts_stay_where_a_plan_becomes_uniform(tmp_path):
+    worst = [(layer, int(row.argmin())) for layer, row in zip(scores().layers, scores().of(), strict=True)]
+    made = plan(scores(), 2, budget="global", protect=worst)
+    made.save(tmp_path / "plan.safetensors")
+    for each in (made, Plan.load(tmp_path / "plan.safetensors")):
+        assert each.protected == tuple(worst)
+        assert all(expert in each.uniform().of(layer) for layer, expert in worst)
+    free = plan(scores(), 2, budget="global").uniform()
+    assert not any(expert in free.of(layer) for layer, expert in worst)  # the control
+    layer = scores().layers[0]
+    with pytest.raises(InputError, match=rf"1 protected experts would not be kept, such as \({layer}, "):
+        plan(scores(), 2, protect={layer: [0, 1]}).uniform(groups=2)
+
+
 def test_protected_experts_stay():
     made = plan(scores(), 2, protect=[(2, 1)])
     assert made.kept == ((0, 1), (1, 3))
