@@ -292,9 +292,23 @@ def test_what_is_said_of_transformers_generation_counts(model: HookedMoE) -> Non
     hf.generation_config.eos_token_id = [end, hf.generation_config.eos_token_id]
     try:  # a chat model's further ends
         assert torch.equal(model.hf_generate(tokens.repeat(2, 1), pad_token_id=7, **greedy), ended)
+        four = GenerationConfig(max_new_tokens=4, do_sample=False)
+        for words, new in (({"generation_config": four}, 2), ({**greedy, "eos_token_id": None}, 4)):
+            right = hf.generate(tokens, **words)
+            assert torch.equal(model.hf_generate(tokens, **words), right) and right.shape[1] == tokens.shape[1] + new
         assert model.hf_generate(tokens, stop_at_eos=False, **greedy).shape[1] == tokens.shape[1] + 4
     finally:
         hf.generation_config.eos_token_id = hf.generation_config.eos_token_id[1]
+
+
+def test_none_turns_off_what_it_is_said_of(model: HookedMoE) -> None:
+    def sampled(generate: Any, **words: Any) -> torch.Tensor:
+        torch.manual_seed(0)
+        return generate(model.to_tokens("The old"), max_new_tokens=30, do_sample=True, eos_token_id=None, **words)
+
+    for words in ({"top_k": None}, {"top_k": None, "temperature": None, "top_p": None}):
+        assert torch.equal(sampled(model.hf_generate, **words), sampled(model.original_model.generate, **words))
+    assert not torch.equal(sampled(model.hf_generate, top_k=None), sampled(model.hf_generate))  # the control: of 50
 
 
 def test_transformers_generation_goes_on_with_embeddings(model: HookedMoE) -> None:

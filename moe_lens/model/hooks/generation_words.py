@@ -5,8 +5,6 @@ from typing import Any
 
 from torch import Tensor
 
-_NAMED = ("do_sample", "temperature", "top_k", "top_p")
-"""What both libraries call alike; None means that nothing is said."""
 _DEFAULTS = {"max_new_tokens": 10, "do_sample": True, "temperature": 1.0}
 """TransformerLens's, where no `generation_config` is passed."""
 _OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
@@ -15,9 +13,10 @@ _OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidde
 def words_for_transformers(model: Any, tokenizer: Any, values: Tensor, words: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of transformers' `generate`.
 
-    What the caller says by name counts first, then the `generation_config` that is passed. Without one,
-    TransformerLens's defaults count, and of the model's own config what they leave open. (TransformerLens puts its
-    defaults before the config that is passed, and before `max_length`, `use_cache` and `pad_token_id`.)
+    What the caller says by name counts first, None too, which turns off what it is said of; then the
+    `generation_config` that is passed. Without one, TransformerLens's defaults count. What all of these leave open, the
+    model's own config says. (TransformerLens puts its defaults before the config that is passed, and before
+    `max_length`, `use_cache` and `pad_token_id`.)
 
     Args:
         model: Of transformers.
@@ -25,26 +24,28 @@ def words_for_transformers(model: Any, tokenizer: Any, values: Tensor, words: Ma
         values: The prompt: ids, or embeddings.
         words: Keywords of the call.
     """
-    given = {word: value for word, value in words.items() if value is not None or word not in _NAMED}
-    asked = given.get("generation_config")
-    config = model.generation_config if asked is None else asked
+    given = dict(words)
+    asked, own = given.get("generation_config"), model.generation_config
+    said = {
+        word: next((value for config in (asked, own) if (value := getattr(config, word, None)) is not None), None)
+        for word in ("eos_token_id", "pad_token_id", "stop_strings")
+    }
     if asked is None:
         lengths = {"max_new_tokens"} if given.get("max_length") is not None else set()
         given = {word: value for word, value in _DEFAULTS.items() if word not in lengths} | given
     caches = given.pop("use_past_kv_cache", None)
     if caches is not None or asked is None:
         given.setdefault("use_cache", True if caches is None else bool(caches))
-    stop, ends = given.pop("stop_at_eos", True), given.pop("eos_token_id", None)
-    own = None if tokenizer is None else tokenizer.eos_token_id
-    if not stop:
+    end = None if tokenizer is None else tokenizer.eos_token_id
+    if not given.pop("stop_at_eos", True):
         given["eos_token_id"] = None
-    elif ends is not None:
-        given["eos_token_id"] = ends if isinstance(ends, int) else list(ends)
-    elif config.eos_token_id is None and own is not None:
-        given["eos_token_id"] = own
-    if given.get("pad_token_id") is None and config.pad_token_id is None and own is not None:
-        given["pad_token_id"] = own
-    if tokenizer is not None and (given.get("stop_strings") or config.stop_strings):
+    elif given.get("eos_token_id") is not None and not isinstance(given["eos_token_id"], int):
+        given["eos_token_id"] = list(given["eos_token_id"])
+    elif "eos_token_id" not in given and said["eos_token_id"] is None and end is not None:
+        given["eos_token_id"] = end
+    if given.get("pad_token_id") is None and said["pad_token_id"] is None and end is not None:
+        given["pad_token_id"] = end
+    if tokenizer is not None and (given.get("stop_strings") or said["stop_strings"]):
         given.setdefault("tokenizer", tokenizer)
     if any(given.get(word) for word in _OUTPUTS):
         given.setdefault("return_dict_in_generate", True)
