@@ -189,6 +189,7 @@ def compare(
     alone: tuple[list[str], list[str]] = ([], [])  # values that only one side has
     for one, other in couples:
         domain = one if one == other else f"{other} minus {one}"
+        alike = _texts(first, one) == _texts(second, other)
         alone[1].extend(name for name in second.results[other] if name not in first.results[one])
         alone[0].extend(name for name in first.results[one] if name not in second.results[other])
         for name, result in first.results[one].items():
@@ -198,7 +199,7 @@ def compare(
                     for a, b in zip(means(result), means(there), strict=True):
                         for values, index, others in zip(alone, (a.index, b.index), (b.index, a.index), strict=True):
                             values += [" of ".join(value) for value in index[~index.isin(others)]]
-                        frame, null = _differences(*_matched(a, b, key), seed)
+                        frame, null = _differences(*_matched(a, b, key, alike), seed)
                         greatest = torch.maximum(greatest, null)
                         rows.append(frame.assign(domain=domain))
     rows = [frame for frame in rows if len(frame)]
@@ -250,22 +251,31 @@ def _named(first: StudyResult, second: StudyResult, domains: tuple[str, str] | N
     return "first", "second"
 
 
-def _matched(a: Means, b: Means, key: Callable[[str], str] | None) -> tuple[Means, Means, int]:
-    """Both by block of parallel sources, and how many sources are in none; as they are if none are parallel."""
-    if key is None:
-        return a, b, 0
-    both = sorted({key(source) for source in a.sources} & {key(source) for source in b.sources})
-    if not both:
-        return a, b, 0
+def _texts(study: StudyResult, domain: str) -> dict[str, Any]:
+    """What a domain of a study was read from, whatever it is called."""
+    found = next((of for of in study.manifest["plan"].get("domains", ()) if of["name"] == domain), {})
+    return {key: value for key, value in found.items() if key != "name"}
+
+
+def _matched(a: Means, b: Means, key: Callable[[str], str] | None, alike: bool) -> tuple[Means, Means, int, bool]:
+    """Both by block of parallel sources, and how many sources are in none; as they are if none are parallel.
+
+    And whether sources that are called alike are the same ones: those of the same texts, and parallel ones.
+    """
+    both = [] if key is None else sorted({*map(key, a.sources)} & {*map(key, b.sources)})
+    if key is None or not both:
+        return a, b, 0, alike
     dropped = sum(key(source) not in both for source in (*a.sources, *b.sources))
-    return a.blocks(key, both), b.blocks(key, both), dropped
+    return a.blocks(key, both), b.blocks(key, both), dropped, True
 
 
-def _differences(a: Means, b: Means, dropped: int, seed: int) -> tuple[pd.DataFrame, Float[Tensor, " resample"]]:
+def _differences(
+    a: Means, b: Means, dropped: int, alike: bool, seed: int
+) -> tuple[pd.DataFrame, Float[Tensor, " resample"]]:
     """Differences, and the greatest studentised one of each draw in which there are none."""
     common = a.index[a.index.isin(b.index)]
     one, other = a.at(common), b.at(common)
-    paired = one.sources == other.sources
+    paired = alike and one.sources == other.sources
     fewest = min(len(one.sources), len(other.sources))
     drawn = (
         times_drawn(len(one.sources), RESAMPLES, seed),

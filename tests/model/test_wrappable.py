@@ -408,6 +408,18 @@ def test_ctrl_c_leaves_a_model_as_it_was(model_type: str) -> None:
         assert torch.equal(HookedMoE.from_hf(hf)(tokens()), logits)
 
 
+@pytest.mark.parametrize("part", ["gate", "experts", "shared_experts", "mlp"])
+def test_parts_that_two_layers_share_are_refused(part: str) -> None:
+    hf: Any = build("deepseek_v3")
+    of, to = ((layer if part == "mlp" else layer.mlp) for layer in hf.model.layers[1:3])
+    setattr(to, part, getattr(of, part))
+    with pytest.raises(UnsupportedModelError, match="layers 1 and 2 share a module .*give each its own"):
+        HookedMoE.from_hf(hf)
+    setattr(to, part, copy.deepcopy(getattr(of, part)))
+    right = hf(tokens()).logits
+    assert torch.equal(HookedMoE.from_hf(hf)(tokens()), right), "what the message says to do is done"
+
+
 def test_what_cannot_be_wrapped_stays_a_model_of_transformers() -> None:
     hf: Any = build("mixtral")
     hf.model.layers[1].mlp.experts = nn.Identity()  # of no contract

@@ -54,6 +54,19 @@ def test_studentised_is_the_t_of_students_tests():
     assert same.eq(0).all() and none.eq(0).all()
 
 
+@pytest.mark.parametrize(("digests", "parallel", "paired"), [
+    (("x", "x"), None, True), (("x", "y"), None, False), (("x", "y"), r"^", True)
+])  # fmt: skip
+def test_sources_of_other_texts_are_not_paired_by_their_names(digests, parallel, paired):
+    """Numbers, for example, are the names of many sources."""
+    generator = torch.Generator().manual_seed(1)
+    taste = torch.randn(EXPERTS, generator=generator)
+    both = study(a=counted(generator, 14, taste), b=counted(generator, 14, taste))
+    both.manifest["plan"]["domains"] = [{"name": name, "digest": of} for name, of in zip("ab", digests, strict=True)]
+    table = compare(both, domains=("a", "b"), parallel=parallel).table
+    assert set(table["paired"]) == {paired}
+
+
 @pytest.mark.parametrize("paired", [True, False])
 def test_what_chance_gives_does_not_stand_and_what_was_planted_does(paired):
     generator = torch.Generator().manual_seed(1)

@@ -89,7 +89,8 @@ def check_layers(blocks: Any, n_layers: int) -> None:
     """Refuse a model whose layers are not those of its config, each one a module of its own.
 
     Raises:
-        UnsupportedModelError: layers were taken out or added, or one is used twice: hooks could not tell them apart.
+        UnsupportedModelError: layers were taken out or added, or one, or a part of it, is used twice: hooks could not
+            tell them apart.
     """
     if len(blocks) != n_layers:
         raise UnsupportedModelError(
@@ -98,6 +99,14 @@ def check_layers(blocks: Any, n_layers: int) -> None:
         )
     if len({id(block.original_component) for block in blocks}) < n_layers:
         raise UnsupportedModelError("one layer's module is used twice, and hooks could not tell its two places apart")
+    found: dict[nn.Module, int] = {}
+    for layer, block in enumerate(blocks):
+        for module in block.original_component.modules():
+            if module._parameters and (other := found.setdefault(module, layer)) != layer:
+                raise UnsupportedModelError(
+                    f"layers {other} and {layer} share a module ({type(module).__name__}), and hooks could not tell "
+                    "its two places apart: give each its own (copy.deepcopy)"
+                )
 
 
 def check_tokenizer(tokenizer: Any) -> None:
