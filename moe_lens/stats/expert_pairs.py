@@ -88,7 +88,7 @@ class PairResult(Result):
         whole = value(torch.ones(1, len(self.sources), dtype=torch.float64))[0]
         low, high = (torch.full_like(whole, torch.nan),) * 2 if ends is None else ends
         index = pd.MultiIndex.from_product([self.layers, ["overlap", "top1"]], names=["layer", "measure"])
-        columns = {"value": whole, "expected": expected, "low": low, "high": high}
+        columns = {"value": whole, "low": low, "high": high, "expected": expected}
         frame = pd.DataFrame({name: table.flatten().numpy() for name, table in columns.items()}, index=index)
         return frame.reset_index().assign(pairs=int(n), sources=len(self.sources))
 

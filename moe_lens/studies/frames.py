@@ -28,21 +28,47 @@ def latex(frame: pd.DataFrame, columns: Sequence[str] | None = None, digits: int
 
     `x_low` and `x_high` are of `x`; `low` and `high` of the column before them.
 
+    Args:
+        frame: The table.
+        columns: Those to write; all if not given.
+        digits: Of numbers.
+        equal: Only rows that hold this value, or one of several, by column.
+
     Raises:
-        InputError: There is no such column.
+        InputError: There is no such column, or no row that holds a value.
     """
     known = list(frame.columns)
     for name in (*(columns or ()), *equal):
         if name not in known:
             raise InputError(f"there is no column {name!r}; there are {', '.join(known)}{near_miss(name, known)}")
-    rows, ends = where(frame, **equal), _ends(known)
-    kept = [name for name in columns or known if name not in {end for pair in ends.values() for end in pair}]
+    rows = frame.reset_index(drop=True)
+    for name, value in equal.items():
+        several = value if isinstance(value, list | tuple | set | range) else [value]
+        rows = rows[rows.index.isin({at for each in several for at in _holding(rows, name, each).index})]
+    ends = _ends(known)
+    hidden = {end for name in columns or known for end in ends.get(name, ())}
+    kept = [name for name in columns or known if name not in hidden]
     written = pd.DataFrame({name: _cells(rows, name, ends.get(name), digits) for name in kept})
     numbers = "".join("r" if frame[name].dtype.kind in "iuf" else "l" for name in kept)
     body = [" & ".join(row) + r" \\" for row in written.itertuples(index=False)]
     head = " & ".join(map(_escaped, kept)) + r" \\"
     lines = [rf"\begin{{tabular}}{{{numbers}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
     return "\n".join([*lines, r"\end{tabular}"]) + "\n"
+
+
+def _holding(frame: pd.DataFrame, column: str, value: Any) -> pd.DataFrame:
+    """The rows that hold a value.
+
+    Raises:
+        InputError: There is none.
+    """
+    rows = where(frame, **{column: value})
+    if not len(rows):
+        there = list(dict.fromkeys(frame[column].dropna().tolist()))
+        some = ", ".join(map(repr, there[:12])) + (f" and {len(there) - 12:,} more" if len(there) > 12 else "")
+        near = near_miss(value, [each for each in there if isinstance(each, str)]) if isinstance(value, str) else ""
+        raise InputError(f"no row has {column} {value!r}; there are {some}{near}")
+    return rows
 
 
 def _ends(columns: Sequence[str]) -> dict[str, tuple[str, str]]:

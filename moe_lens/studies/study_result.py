@@ -64,10 +64,10 @@ class StudyResult(Drawn):
             table: Its name.
             columns: Which; all if not given. Ends of intervals belong to the column that they are of.
             digits: Significant ones.
-            equal: The rows that have these values, by column: `domain="code"`.
+            equal: The rows that have these values, or one of several, by column: `domain="code", layer=[1, 2]`.
 
         Raises:
-            InputError: There is no such table or column.
+            InputError: There is no such table or column, or no row that has a value.
         """
         if table not in self.tables:
             raise InputError(

@@ -382,3 +382,18 @@ def test_a_user_s_hook_may_look_at_several_items(monkeypatch):
         stacked = sweep(model, run, variants, metric)
     assert found.tolist() == pytest.approx(expected, rel=1e-9)
     assert ((stacked - found).abs() > 1e-3).all()  # the control: stacked, the hook sees other items
+
+
+@pytest.mark.parametrize("family", ["inkling_text", "gemma4_text"])
+def test_what_follows_an_mlp_may_read_earlier_tokens(family: str):
+    """A convolution does in Inkling; a norm does not in Gemma 4."""
+    model = HookedMoE.from_hf(matrix_build(family, dtype=torch.float64))
+    ids, layer = matrix_tokens(1, 12), model.moe_layers[0]
+    at = torch.zeros(1, 12, dtype=torch.bool)
+    at[0, 8:] = True
+    run, metric = CleanRun.of(model, ids), LogitDifference(5, 6)
+    unchanged = Variant(0, hooks=[(names.block(names.RESID_PRE, 0), lambda value, hook: value)], changed=at)
+    hook = names.block(names.RESID_MID, layer), bent(at)
+    found = sweep(model, run, [unchanged, Variant(layer, hooks=[hook], changed=at)], metric)
+    expected = [metric(run.logits).item(), naive(model, run, [hook], metric, "free", layer)]
+    assert found.tolist() == pytest.approx(expected, rel=1e-10) and abs(expected[0] - expected[1]) > 1e-4

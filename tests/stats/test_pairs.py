@@ -85,6 +85,7 @@ def test_planted_pairs_transitions_and_persistence_are_found():
     for expert in range(8):
         assert share[expert, (expert + 1) % 8] == share[expert, (expert + 5) % 8] == 1
     table: Any = result.persistence()
+    assert list(table.columns)[2:5] == ["value", "low", "high"], "an interval stands behind its number"
     assert (table["low"] > table["expected"] + 0.4).all()
     frame: Any = result.to_frame()
     assert len(frame) == 2 * 28 + 64

@@ -121,6 +121,24 @@ def test_latex_has_numbers_with_their_intervals_and_escapes_names():
         r"\bottomrule", r"\end{tabular}",
     ]  # fmt: skip
     assert latex(frame, ["share"], layer=1).splitlines()[4] == r"$0.25$ $[0.125, 0.5]$ \\"
+    assert latex(frame, ["x", "low"]).splitlines()[4] == r"$1$ & $0.125$ \\", "without its number"
+    twice = pd.concat([frame, frame.assign(layer=2)])
+    assert latex(twice, layer=[1, 2], domain="b_%").splitlines()[4:6] == latex(twice, domain="b_%").splitlines()[4:6]
+
+
+@pytest.mark.parametrize(
+    ("equal", "says"),
+    [
+        ({"domain": "bb"}, "no row has domain 'bb'; there are 'b', 'a'"),
+        ({"layer": "1"}, "no row has layer '1'; there are 1"),
+        ({"layer": [1, 99]}, "no row has layer 99; there are 1"),
+        ({"domain": "a", "layer": 1}, "no row has layer 1; there are 2"),
+    ],
+)
+def test_rows_that_there_are_not_are_no_empty_table(equal, says):
+    frame = pd.DataFrame({"domain": ["b", "a"], "layer": [1, 2], "share": [0.5, 0.25]})
+    with pytest.raises(InputError, match=says):
+        latex(frame, **equal)
 
 
 def test_saved_latex_is_the_table(saved):

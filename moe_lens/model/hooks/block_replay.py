@@ -53,8 +53,14 @@ class Replay:
         return out[0] if isinstance(out, tuple) else out
 
     def takes_some(self, layer: int) -> bool:
-        """Whether a block's MLP can be run for some tokens alone: not where its router stands outside."""
-        return not getattr(self.model.blocks[layer]._modules.get("mlp"), "flat", False)
+        """Whether a block's MLP can be run for some tokens alone.
+
+        Not where its router stands outside, or where a convolution reads what it gives earlier tokens (Inkling).
+        """
+        parts = self.model.blocks[layer]._modules
+        behind = parts.get("ln2_post")
+        mixes = behind is not None and any(isinstance(part, nn.Conv1d) for part in behind.modules())
+        return not mixes and not getattr(parts.get("mlp"), "flat", False)
 
     def logits(self, resid: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_vocab"]:
         """Logits of rows of the residual stream that leaves the last block."""
