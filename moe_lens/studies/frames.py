@@ -41,7 +41,7 @@ def latex(frame: pd.DataFrame, columns: Sequence[str] | None = None, digits: int
     for name in (*(columns or ()), *equal):
         if name not in known:
             raise InputError(f"there is no column {name!r}; there are {', '.join(known)}{near_miss(name, known)}")
-    rows = frame.reset_index(drop=True)
+    rows: Any = frame.reset_index(drop=True)
     for name, value in equal.items():
         several = value if isinstance(value, list | tuple | set | range) else [value]
         rows = rows[rows.index.isin({at for each in several for at in _holding(rows, name, each).index})]
