@@ -4,7 +4,7 @@ import json
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -248,6 +248,9 @@ def gguf(folder: Path) -> HookedMoE:
     for file in (*folder.glob("*.safetensors"), folder / "config.json"):
         file.unlink()
     model = HookedMoE.from_pretrained(folder / "model.gguf")
+    for word in ("first_n_layers", "num_hidden_layers"):
+        with pytest.raises(InputError, match=f"reads all layers of a GGUF file: leave {word} out"):
+            HookedMoE.from_pretrained(folder / "model.gguf", **cast(Any, {word: 1}))
     read: Any = model.tokenizer
     assert read.tokenize("the") == ["the"], "its tokenizer is the file's"
     with torch.no_grad():

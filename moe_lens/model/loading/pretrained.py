@@ -84,6 +84,9 @@ def load_pretrained(
     if gguf is None:
         path, raw = read_config(source, hub)
     else:
+        for word in ("first_n_layers", "num_hidden_layers"):
+            if kwargs.get(word) is not None:
+                raise InputError(f"{gguf}: transformers reads all layers of a GGUF file: leave {word} out")
         path, raw, sizes = read_gguf_config(source, gguf, hub, UNREADABLE)
         kwargs |= {name: size for name, size in sizes.items() if name not in kwargs}
     if (layers := kwargs.pop("first_n_layers", None)) is not None:
