@@ -49,8 +49,8 @@ FOUND = {
     "a tokenizer with code of its own": '`trust_remote_code="tokenizer"` or `--trust-tokenizer-code` runs this code '
     "and no other",
     "a tokenizer that cannot be read": "the model is loaded without it, and a message says why",
-    "more layers than you need": "`num_hidden_layers=n` loads the first n; layers for multi-token prediction are left "
-    "out",
+    "more layers than you need": "`first_n_layers=n` loads the first n (transformers' `num_hidden_layers=n`, too, "
+    "where a config has that); layers for multi-token prediction are left out",
 }
 """What lies in folders of checkpoints, and what becomes of it."""
 

@@ -13,7 +13,7 @@ from transformers import MixtralConfig, PreTrainedModel
 from moe_lens import HookedMoE
 from moe_lens.errors import CheckpointError
 from moe_lens.model.families.deepseek import DeepseekConfig
-from moe_lens.model.loading.depth import PREDICTING, list_of_layers
+from moe_lens.model.loading.depth import KINDS, PREDICTING, list_of_layers
 from moe_lens.model.loading.pretrained import load_pretrained
 from tests.matrix.configs import LAYERS, build, tokens
 
@@ -77,7 +77,21 @@ def test_longcat_s_layers_are_its_blocks(tmp_path: Path) -> None:
 
 
 @pytest.mark.typed
-@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v32", "gemma4_text", "jamba", "longcat_flash"])
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "minimax_m3_vl"])
+def test_the_first_layers_of_a_multimodal_model_are_its_language_model_s(tmp_path: Path, family: str) -> None:
+    theirs: Any = saved(tmp_path, family)
+    kinds = {
+        name: of[:2]
+        for name in KINDS
+        if (of := getattr(theirs.config_class.from_pretrained(tmp_path).text_config, name, None))
+    }
+    right = theirs.from_pretrained(tmp_path, text_config={"num_hidden_layers": 2, **kinds}).eval()
+    hooked = HookedMoE.from_pretrained(tmp_path, first_n_layers=2)
+    assert hooked.cfg.n_layers == 2 and torch.equal(hooked(tokens()), logits(right))
+
+
+@pytest.mark.typed
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v32", "gemma4_text", "jamba", "longcat_flash", "qwen3_vl_moe"])
 def test_a_model_of_the_first_layers_is_saved_as_such(tmp_path: Path, family: str) -> None:
     """Lists of what each layer is are cut, too, unless the config would make something else of them (Gemma 4)."""
     saved(tmp_path / "whole", family)

@@ -4,13 +4,17 @@ transformers leaves both out. How many there can be is what config.json itself s
 """
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers")
 """Names that configs have for the number of layers that predict several tokens ahead, behind the last layer."""
+
+
+KINDS = ("layer_types", "mlp_layer_types")
+"""Names that configs have for lists of what each layer is."""
 
 
 class Depth(NamedTuple):
@@ -53,6 +57,20 @@ def blocks_of(text: PreTrainedConfig) -> int:
     return blocks if isinstance(blocks, int) else text.num_hidden_layers
 
 
+def first_layers(raw: dict[str, Any], layers: int, text_config: dict[str, Any] | None) -> dict[str, Any]:
+    """What transformers is told so that it loads the first layers: of a multimodal model, those of the language model.
+
+    Args:
+        raw: What config.json holds.
+        layers: Their number.
+        text_config: What else is changed in the language model's config.
+    """
+    if not isinstance(text := raw.get("text_config"), dict):
+        return {"num_layers" if "num_layers" in raw else "num_hidden_layers": layers}  # see blocks_of
+    kinds = {name: text[name][:layers] for name in KINDS if isinstance(text.get(name), list)}
+    return {"text_config": {**(text_config or {}), **kinds, "num_hidden_layers": layers}}
+
+
 def cut_layer_types(config: PreTrainedConfig) -> None:
     """Take layers that were not loaded out of lists of what each layer is; transformers refuses to save longer ones.
 
@@ -60,7 +78,7 @@ def cut_layer_types(config: PreTrainedConfig) -> None:
     """
     text = config.get_text_config()
     n_layers, held = blocks_of(text), vars(text)
-    long = {name: held[name] for name in ("layer_types", "mlp_layer_types") if len(held.get(name) or ()) > n_layers}
+    long = {name: held[name] for name in KINDS if len(held.get(name) or ()) > n_layers}
     fewer = {name: kinds[:n_layers] for name, kinds in long.items()}
     again = type(text).from_dict({**text.to_dict(), **fewer}) if fewer else text
     if all(getattr(again, name) == kinds for name, kinds in fewer.items()):

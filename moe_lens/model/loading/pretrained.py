@@ -16,7 +16,7 @@ from moe_lens.model.hf_compat import resolve_revision
 from moe_lens.model.loading.checkpoint import EMBEDDED, HUB_ARGUMENTS, find_file, read_config
 from moe_lens.model.loading.config_json import read_object
 from moe_lens.model.loading.deepseek_checkpoint import check_sizes, load_deepseek
-from moe_lens.model.loading.depth import cut_layer_types
+from moe_lens.model.loading.depth import cut_layer_types, first_layers
 from moe_lens.model.loading.device_map import slow_dtype
 from moe_lens.model.loading.dispatch import places
 from moe_lens.model.loading.formats.view import packing_of
@@ -90,7 +90,7 @@ def load_pretrained(
         path, raw, sizes = read_gguf_config(source, gguf, hub, UNREADABLE)
         kwargs |= {name: size for name, size in sizes.items() if name not in kwargs}
     if (layers := kwargs.pop("first_n_layers", None)) is not None:
-        kwargs["num_layers" if "num_layers" in raw else "num_hidden_layers"] = layers  # see blocks_of
+        kwargs |= first_layers(raw, layers, kwargs.get("text_config"))
     check_release(raw["model_type"])
     _read_given_config(source, raw["model_type"], hub, kwargs)
     said = packing_of(raw)
@@ -123,7 +123,7 @@ def load_pretrained(
         raise InputError(f"from_pretrained has no argument {word[1]!r}, and {path} no such setting") from error
     # Of an argument, or of a package that it needs: what is wrong with the checkpoint has been found by then.
     except (ImportError, ValueError) as error:
-        raise InputError(f"transformers cannot load {source}: {error}") from error
+        raise InputError(f"transformers cannot load {source}: {' '.join(str(error).split())}") from error
     cut_layer_types(model.config)
     model.config.name_or_path = model.name_or_path = str(name_or_path)
     return model, _tokenizer(model, source, hub, trusted=trust_remote_code in (True, "tokenizer"), gguf=gguf)

@@ -137,7 +137,7 @@ def _unmade(loader: Any, source: str, hub: dict[str, Any], kwargs: dict[str, Any
         with torch.device("meta"):
             return kind._from_config(copy.deepcopy(config), dtype=dtype)
     except UNREADABLE as error:
-        raise CheckpointError(f"transformers cannot load {source}: {error}") from error
+        raise CheckpointError(f"transformers cannot load {source}: {' '.join(str(error).split())}") from error
 
 
 def _readable(
@@ -185,7 +185,7 @@ def load_through_transformers(
     except torch.OutOfMemoryError:
         raise
     except UNREADABLE as error:
-        raise CheckpointError(f"transformers cannot load {source}: {error}") from error
+        raise CheckpointError(f"transformers cannot load {source}: {' '.join(str(error).split())}") from error
     depth, layers = read_depth(model.config, own), list_of_layers(model)
     problems = [*depth.problems, *(f"{name} is missing" for name in sorted(info["missing_keys"]))]
     problems += [
