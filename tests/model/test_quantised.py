@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config
 from transformers.integrations.accelerate import compute_module_sizes
 
 from moe_lens import names
@@ -342,6 +342,20 @@ def test_weights_that_are_no_numbers_are_refused(stored: Path, tmp_path: Path) -
     broken.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.experts\.down_proj is NaN or infinite in places"):
         HookedMoE.from_pretrained(tmp_path, quantize="nf4")
+
+
+@pytest.mark.parametrize("saved", ["nf4", "fp4", "int8"])
+def test_what_was_saved_packed_is_not_packed_otherwise(saved: Any, stored: Path, tmp_path: Path) -> None:
+    HookedMoE.from_pretrained(stored, quantize=saved).save_pretrained(tmp_path)
+    for wish in ("nf4", "fp4", "int8", "stored"):
+        if wish in (saved, "stored"):
+            assert f"experts in {saved}" in repr(HookedMoE.from_pretrained(tmp_path, quantize=wish))
+            continue
+        with pytest.raises(InputError, match=rf"^{wish} is asked for, and this folder .* saved in {saved}: leave quan"):
+            HookedMoE.from_pretrained(tmp_path, quantize=wish)
+    theirs = FineGrainedFP8Config(dequantize=True)
+    with pytest.raises(InputError, match=f"^fp8 is asked for, and this folder .* saved in {saved}"):
+        HookedMoE.from_pretrained(tmp_path, quantization_config=theirs)
 
 
 def test_two_wishes_are_one_too_many(stored: Path) -> None:

@@ -12,12 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils import parametrize, prune
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config, MixtralForCausalLM
 from transformers.utils.quantization_config import Mxfp4Config
 
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.model.loading import saving
+from moe_lens.model.loading.quantising import quantise
 from moe_lens.pruning import Plan, export
 from tests.families import CONFIGS, build, tokens
 from tests.matrix.configs import build as matrix_build
@@ -380,6 +381,81 @@ def test_a_gguf_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(UnsupportedModelError, match="does not read GGUF files of the architecture 'deepseek2'"):
         HookedMoE.from_pretrained(tmp_path / "v2.gguf")
+
+
+class ByHand(torch.nn.Module):
+    """A low-rank adapter such as people write."""
+
+    def __init__(self, base: torch.nn.Linear):
+        super().__init__()
+        self.base = base
+        self.A = torch.nn.Parameter(torch.randn(2, base.in_features))
+        self.B = torch.nn.Parameter(torch.randn(base.out_features, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.A.T @ self.B.T
+
+
+def with_adapters(hf: Any) -> None:
+    for layer in hf.model.layers:
+        layer.self_attn.q_proj = ByHand(layer.self_attn.q_proj)
+
+
+def with_a_bias(hf: Any) -> None:
+    hf.lm_head = torch.nn.Linear(hf.lm_head.in_features, hf.lm_head.out_features, bias=True)
+
+
+def with_fewer_layers(hf: Any) -> None:
+    hf.model.layers = hf.model.layers[:2]
+
+
+def with_fewer_tokens(hf: Any) -> None:
+    hf.lm_head = torch.nn.Linear(hf.lm_head.in_features, 7, bias=False)
+
+
+NOT_OF_THE_CLASS = [
+    ("mixtral", with_adapters, r"q_proj\.A is \(2, \d+\), and absent in a MixtralForCausalLM .* and \d+ more differ"),
+    ("mixtral", with_a_bias, r"lm_head\.bias is \(\d+,\), and absent in a Mixtral.* config; nothing was written"),
+    ("glm4_moe", with_fewer_layers, r"layers\.2\.\S+ is absent, and \(.* in a Glm4MoeForCausalLM of its config"),
+    ("glm4_moe", with_fewer_tokens, r"lm_head\.weight is \(7, \d+\), and \(\d+, \d+\) in a Glm4MoeForCausalLM"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "change", "says"), NOT_OF_THE_CLASS)
+@pytest.mark.parametrize("scheme", [None, "int8"])
+def test_modules_that_the_family_has_not_are_not_written(
+    model_type: str, change: Any, says: str, scheme: Any, tmp_path: Path
+) -> None:
+    hf = matrix_build(model_type)
+    change(hf)
+    if scheme is not None:
+        quantise(hf, scheme)
+    with pytest.raises(UnsupportedModelError, match=f"^what would be written does not load as this model: .*{says}"):
+        HookedMoE.from_hf(hf, check=False).save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_class_of_one_s_own_is_held_against_the_family_s(tmp_path: Path) -> None:
+    class Mine(MixtralForCausalLM):
+        def __init__(self, config: Any, adapters: bool):
+            super().__init__(config)
+            if adapters:
+                with_adapters(self)
+
+    config = matrix_build("mixtral").config
+    HookedMoE.from_hf(Mine(config, False), check=False).save_pretrained(tmp_path / "plain")
+    HookedMoE.from_pretrained(tmp_path / "plain")
+    with pytest.raises(UnsupportedModelError, match="absent in a MixtralForCausalLM"):
+        HookedMoE.from_hf(Mine(config, True), check=False).save_pretrained(tmp_path / "saved")
+
+
+def test_a_config_that_no_model_has_is_not_written(tmp_path: Path) -> None:
+    model = HookedMoE.from_hf(matrix_build("mixtral"), check=False)
+    hf: Any = model.original_model
+    hf.config.hidden_act = "none"
+    with pytest.raises(UnsupportedModelError, match="^no MixtralForCausalLM can be made of this config: .*none"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import Mxfp4Config
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.model.loading.checkpoint import Checkpoint, OpenFiles
+from moe_lens.model.loading.config_json import believed_config
 from moe_lens.model.loading.formats.view import FORMATS, UNREAD, method_of, unpacked
 from moe_lens.model.loading.pretrained import load_pretrained
 from moe_lens.model.loading.quantising import PackingConfig, packed_in
@@ -105,10 +106,11 @@ def int8_rows(rows: int, columns: int, seed: int) -> Stored:
     return stored, (weight * scale).astype(np.float32)
 
 
-def words4(rows: int, columns: int, seed: int, *, zeros: bool = False, order: bool = False) -> Stored:
-    number, groups = random(seed).integers(-8, 8, (rows, columns)), math.ceil(columns / 16)
+def words4(rows: int, columns: int, seed: int, *, zeros: bool = False, order: bool = False, group: int = 16) -> Stored:
+    group = group if group > 0 else columns
+    number, groups = random(seed).integers(-8, 8, (rows, columns)), math.ceil(columns / group)
     scale, zero = scales(rows, groups, seed=seed) / 4, np.zeros((rows, groups), int)
-    of = np.arange(columns) // 16
+    of = np.arange(columns) // group
     stored = {"weight_packed": bits_of(number + 8, 4), "weight_scale": scale, "weight_shape": np.array([rows, columns])}
     if zeros:
         zero = random(seed + 2).integers(-8, 8, (rows, groups))
@@ -140,11 +142,14 @@ def mxfp4_pack(rows: int, columns: int, seed: int) -> Stored:
     return {name: torch.from_numpy(value) for name, value in packed.items()}, numbers
 
 
-def gptq(rows: int, columns: int, seed: int, *, bits: int = 4, offset: int = 1, order: bool = False) -> Stored:
-    number, groups = random(seed).integers(0, 2**bits, (rows, columns)), columns // 32
+def gptq(
+    rows: int, columns: int, seed: int, *, bits: int = 4, offset: int = 1, order: bool = False, group: int = 32
+) -> Stored:
+    group = group if group > 0 else columns
+    number, groups = random(seed).integers(0, 2**bits, (rows, columns)), columns // group
     zero, scale = random(seed + 1).integers(0, 2**bits, (rows, groups)), scales(rows, groups, seed=seed) / 2**bits
     scale = scale.astype(np.float16)
-    of = np.arange(columns) // 32
+    of = np.arange(columns) // group
     of = random(seed + 2).permutation(of) if order else of
     stored = {
         "qweight": np.ascontiguousarray(bits_of(number, bits).T),
@@ -156,10 +161,10 @@ def gptq(rows: int, columns: int, seed: int, *, bits: int = 4, offset: int = 1, 
     return {name: torch.from_numpy(value) for name, value in stored.items()}, numbers
 
 
-def awq(rows: int, columns: int, seed: int) -> Stored:
-    stored, numbers = gptq(rows, columns, seed, offset=0)
+def awq(rows: int, columns: int, seed: int, *, group: int = 32) -> Stored:
+    stored, numbers = gptq(rows, columns, seed, offset=0, group=group)
     number = random(seed).integers(0, 16, (rows, columns)).T
-    zero = random(seed + 1).integers(0, 16, (rows, columns // 32)).T
+    zero = random(seed + 1).integers(0, 16, (rows, len(stored["scales"]))).T
 
     def words(values: np.ndarray) -> Tensor:
         """Of eight columns, the even ones in the lower half of a word, the odd ones in the upper."""
@@ -229,6 +234,10 @@ WAYS: dict[str, tuple[dict[str, Any], Callable[[int, int, int], Stored]]] = {
     "compressed-tensors float-quantized": (compressed("float-quantized", num_bits=8, strategy="channel"), fp8_rows),
     "compressed-tensors int-quantized": (compressed("int-quantized", num_bits=8, strategy="channel"), int8_rows),
     "compressed-tensors pack-quantized": (compressed("pack-quantized", num_bits=4, group_size=16), words4),
+    "compressed-tensors pack-quantized, one group": (
+        compressed("pack-quantized", num_bits=4, strategy="channel", group_size=-1),
+        lambda *at: words4(*at, zeros=True, group=-1),
+    ),
     "compressed-tensors pack-quantized, zeros": (
         compressed("pack-quantized", num_bits=4, group_size=16),
         lambda *at: words4(*at, zeros=True),
@@ -245,9 +254,14 @@ WAYS: dict[str, tuple[dict[str, Any], Callable[[int, int, int], Stored]]] = {
     "gptq 4 bits": (GPTQ, gptq),
     "gptq 8 bits, in another order": ({**GPTQ, "bits": 8}, lambda *at: gptq(*at, bits=8, order=True)),
     "gptq 3 bits": ({**GPTQ, "bits": 3}, lambda *at: gptq(*at, bits=3)),
+    "gptq, one group": ({**GPTQ, "group_size": -1}, lambda *at: gptq(*at, group=-1)),
     "gptq_v2": ({**GPTQ, "checkpoint_format": "gptq_v2"}, lambda *at: gptq(*at, offset=0)),
     "auto-round as gptq": ({**GPTQ, "quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}, gptq),
     "awq gemm": ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}, awq),
+    "awq gemm, one group": (
+        {"quant_method": "awq", "bits": 4, "group_size": -1, "version": "gemm"},
+        lambda *at: awq(*at, group=-1),
+    ),
 }  # fmt: skip
 """What config.json says, and the tensors of a matrix."""
 
@@ -298,7 +312,14 @@ def test_a_matrix_is_what_a_formula_gives(way: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("way", "model_type"),
-    [("fp8 in blocks", "qwen3_moe"), ("gptq 4 bits", "deepseek"), ("bitsandbytes 4 bits", "qwen3_moe")],
+    [
+        ("fp8 in blocks", "qwen3_moe"),
+        ("gptq 4 bits", "deepseek"),
+        ("bitsandbytes 4 bits", "qwen3_moe"),
+        ("gptq, one group", "qwen3_moe"),
+        ("awq gemm, one group", "qwen3_moe"),
+        ("compressed-tensors pack-quantized, one group", "qwen3_moe"),
+    ],
 )
 def test_a_model_has_the_numbers_that_its_checkpoint_stands_for(way: str, model_type: str, tmp_path: Path) -> None:
     numbers = pack(tmp_path, way, model_type)
@@ -389,6 +410,25 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
         seen({**GPTQ, "checkpoint_format": "marlin"}, a__weight=weight)
     with pytest.raises(UnsupportedModelError, match=r"packed by quanto \(tensors that only its own.*Read are awq, "):
         seen({"quant_method": "quanto"}, a__weight=weight)
+
+
+@pytest.mark.parametrize("within", ["quantization_config", "compression_config"])
+def test_no_group_has_fewer_columns_than_none_but_for_the_one_of_all(within: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+
+    def read(size: int, *nested: str) -> None:
+        said: Any = {"group_size": size}
+        for key in (*nested, within):
+            said = {key: said}
+        file.write_text(json.dumps({"model_type": "olmoe", **said}))
+        believed_config(file)
+
+    read(-1)
+    read(-1, "weights", "group_0", "config_groups")
+    with pytest.raises(CheckpointError, match=rf": {within}\.group_size is -2; expected columns of a group, or -1"):
+        read(-2)
+    with pytest.raises(CheckpointError, match=rf": {within}\.config_groups\.group_0\.weights\.group_size is -2;"):
+        read(-2, "weights", "group_0", "config_groups")
 
 
 def test_another_packing_than_the_stored_one_is_not_taken_for_it(tmp_path: Path) -> None:

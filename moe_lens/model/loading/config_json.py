@@ -46,11 +46,13 @@ _GREATEST = {re.compile(r"(num|n)_(\w+_)?layers?|n_layer|(?!max_)\w+_layers|dept
 """By names of sizes that are built one by one or multiplied, in whatever part of a config: more than any model has."""
 _POSITIVE = re.compile(r"(num|n)_\w+|(\w+_)?(size|eps|epsilon|theta|embeddings|dim|rank|step|top_?k)")
 """Names of what is counted or measured: negative in no model."""
+_GROUPS = re.compile(r"\w+\.([\w.]+\.)?(\w+_)?group_size")
+"""What a library that packs calls the columns that share a scale: -1 where all do."""
 _SHARES = re.compile(r"(\w+_)?(eps|epsilon)")
 """Names of numbers that are at most 1."""
 _TRAINED = re.compile(r"\w*(dropout|pdrop|jitter|aux_loss|aux_alpha|z_loss|initializer)\w*")
 """Names of what training alone reads: whatever it is, transformers loads the model and runs it."""
-_PACKING = "quantization_config"
+_PACKING = ("quantization_config", "compression_config")
 _DEEPEST = 50
 """Levels of values inside values, many more than any config has."""
 
@@ -67,7 +69,7 @@ def _believable(path: Path, config: Mapping[str, Any]) -> None:
         if depth > _DEEPEST:
             raise CheckpointError(f"{path}: its values are nested more than {_DEEPEST} deep; it is no model's config.")
         if isinstance(value, Mapping):
-            within = _PACKING if name.startswith(_PACKING) else ""  # its words are those of the library that packed
+            within = f"{name}." if name.startswith(_PACKING) else ""  # its words are those of the library that packed
             waiting += [(f"{within}{key}", inner, depth + 1) for key, inner in value.items()]
         elif _TRAINED.fullmatch(name):
             continue
@@ -79,6 +81,8 @@ def _believable(path: Path, config: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{path}: {name} is {value}; expected at most 1.")
         elif isinstance(value, int | float) and value < 0 and _POSITIVE.fullmatch(name):
             raise CheckpointError(f"{path}: {name} is {value}, and less than none there cannot be.")
+        elif isinstance(value, int | float) and value < -1 and _GROUPS.fullmatch(name):
+            raise CheckpointError(f"{path}: {name} is {value}; expected columns of a group, or -1 for all of them.")
         elif isinstance(value, int):
             limits = [limit for pattern, limit in _GREATEST.items() if pattern.fullmatch(name)]
             if abs(value) > min([2**63 - 1, *limits]):

@@ -1,5 +1,6 @@
 """Saving a wrapped model under the names that its family's checkpoints have, so that it loads again as it is."""
 
+import copy
 import inspect
 import warnings
 from collections.abc import Collection, Generator, Mapping
@@ -7,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
@@ -22,7 +24,7 @@ from moe_lens.model.hf_compat import (
     revert_weight_conversion,
 )
 from moe_lens.model.loading.left_on_disk import files_in_use
-from moe_lens.model.loading.quantising import VARIANT, packed_in
+from moe_lens.model.loading.quantising import VARIANT, packed_in, quantise
 from moe_lens.model.loading.state_dict import check_numbers, check_own, original_state
 from moe_lens.scratch import folder_made
 
@@ -63,13 +65,16 @@ def save_pretrained(
             f"{folder} holds the files that this model reads its parameters from in every pass: expected another folder"
         )
     state = original_state(model, original_names)
-    if packed_in(model):
+    packed = packed_in(model)
+    if not packed:
+        check_numbers(model)
+    _check_class(model, state, packed[0][1].scheme if packed else None)
+    if packed:
         quantiser: Any = model.hf_quantizer
         quantiser.state = state
         kwargs = {"variant": VARIANT, **kwargs, "save_original_format": False}
         numbers = nullcontext()
     else:
-        check_numbers(model)
         numbers = _as_numbers(model)
     if any(value.is_meta for value in state.values()):
         kwargs.setdefault("max_shard_size", _SHARD)  # transformers reads a whole file's worth before it writes it
@@ -83,14 +88,43 @@ def save_pretrained(
                 if tokenizer is not None:
                     tokenizer.save_pretrained(folder)
         except StrictDataclassError as error:
-            raise UnsupportedModelError(
-                f"transformers does not write this config: {' '.join(str(error).split())}"
-            ) from error
+            raise UnsupportedModelError(f"transformers does not write this config: {_line(error)}") from error
         except (SafetensorError, OSError) as error:
             if isinstance(error, OSError) and error.errno is None:  # of a hub
                 raise
             left = f"; what {folder} holds is no whole model" if folder.is_dir() else ""
             raise InputError(f"{folder} cannot be written: {error}{left}") from error
+
+
+def _check_class(model: PreTrainedModel, state: Mapping[str, Tensor], scheme: Any) -> None:
+    """Refuse a model whose state is not that of its family's class for its config, which is all that loading builds.
+
+    Raises:
+        UnsupportedModelError: a parameter was added, taken out or reshaped; or the config is no model's.
+    """
+    kinds = (kind for kind in type(model).__mro__ if kind.__module__.startswith(("transformers.models.", "moe_lens.")))
+    kind: Any = next(kinds, type(model))
+    try:
+        with torch.device("meta"):
+            made = kind._from_config(copy.deepcopy(model.config))
+        if scheme is not None:
+            quantise(made, scheme)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError, StrictDataclassError) as error:
+        raise UnsupportedModelError(f"no {kind.__name__} can be made of this config: {_line(error)}") from error
+    wanted, own = ({name: tuple(value.shape) for name, value in of.items()} for of in (made.state_dict(), state))
+    differ = [name for name in {**own, **wanted} if own.get(name) != wanted.get(name)]
+    if differ:
+        ours, theirs = (str(of.get(differ[0], "absent")) for of in (own, wanted))
+        more = f", and {len(differ) - 1} more differ" if len(differ) > 1 else ""
+        raise UnsupportedModelError(
+            f"what would be written does not load as this model: {differ[0]} is {ours}, and {theirs} in a "
+            f"{kind.__name__} of its config{more}; nothing was written. Merge adapters and put replaced modules back, "
+            "or say in the config what was changed"
+        )
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 @contextmanager

@@ -62,24 +62,31 @@ def read_packing(raw: Mapping[str, Any], kwargs: dict[str, Any]) -> None:
         kwargs: Arguments of `from_pretrained`; changed.
 
     Raises:
-        InputError: it says something else, and is no wish to pack the numbers anew; or it is to stay packed, and is
-            not.
+        InputError: it says something else, and is no wish to pack the numbers anew (of a folder that was saved packed,
+            they cannot be); or it is to stay packed, and is not.
         UnsupportedModelError: weights that are pickled, and packed.
     """
     said, asked = packing_of(raw), kwargs.get("quantization_config")
+    given = asked if isinstance(asked, Mapping) else getattr(asked, "to_dict", dict)()
+    method = str(getattr(given.get("quant_method", ""), "value", given.get("quant_method", "")))
     if isinstance(asked, PackingConfig) and asked.scheme == "stored":
         if kwargs.get("gguf_file") is not None:
             raise InputError(f'quantize="stored": the matrices of a GGUF file are unpacked when it is read; {INSTEAD}')
         if said is None:
             raise InputError(f'quantize="stored": config.json does not say that this checkpoint is packed; {INSTEAD}')
-        if said.get("quant_method") == METHOD:
-            del kwargs["quantization_config"]  # it comes back as it was saved, without a word
-    if said is None or said.get("quant_method") == METHOD:
+    if said is None:
+        return
+    if said.get("quant_method") == METHOD:
+        if asked is not None and given.get("scheme") not in ("stored", said.get("scheme")):
+            wish = given.get("scheme") or method or "another packing"
+            raise InputError(
+                f"{wish} is asked for, and this folder holds a model that was saved in {said.get('scheme')}: "
+                "leave quantize out, or load what that model was packed from"
+            )
+        kwargs.pop("quantization_config", None)  # it comes back as it was saved, without a word
         return
     if kwargs.get("use_safetensors") is False:
         raise UnsupportedModelError(f"pickled weights that are packed by {method_of(said)} are not read: convert them")
-    given = asked if isinstance(asked, Mapping) else getattr(asked, "to_dict", dict)()
-    method = str(getattr(given.get("quant_method", ""), "value", given.get("quant_method", "")))
     if asked is not None and method != METHOD:
         if method != method_of(said):
             raise InputError(
