@@ -387,3 +387,28 @@ def test_what_transformers_computes_otherwise_behind_a_cache_or_padding_is_refus
         with pytest.raises(InputError, match="padding in front of a text.*padding_side='right'"):
             call()
     assert deviation(model(ROWS, padding_side="right")[1:, :4], right) <= 1e-4
+
+
+@pytest.mark.parametrize("family", ["deepseek", "inkling_text"])
+def test_a_cache_that_is_asked_for_comes_whatever_the_config_says(family: str) -> None:
+    """A config after fine-tuning says that there is to be none, and Inkling's says nothing."""
+    model = HookedMoE.from_hf(configs.build(family, dtype=torch.float64))
+    ids = configs.tokens(1, 9)
+    config: Any = model.original_model.config
+    config.use_cache = False
+    with torch.no_grad():
+        whole = model(ids)
+        _, past = model(ids[:, :5], return_type="logits_and_cache")
+        assert (model(ids[:, 5:], past_key_values=past) - whole[:, 5:]).abs().max() <= 1e-12 * whole.abs().max()
+        assert (model(ids[:, 5:]) - whole[:, 5:]).abs().max() > 1e-3, "the control: without what came before"
+    with pytest.raises(InputError, match="use_cache=False: there would be no cache"):
+        model(ids, return_type="logits_and_cache", use_cache=False)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")  # oldest has no other
+def test_where_transformers_stores_no_cache_it_is_an_error() -> None:
+    hf = configs.build("mixtral").train()
+    hf.gradient_checkpointing_enable()
+    model = HookedMoE.from_hf(hf)
+    with pytest.raises(InputError, match=r"keeps no key-value cache .*model\.eval"):
+        model(configs.tokens(), return_type="logits_and_cache")

@@ -267,6 +267,8 @@ class ExpertBridge(InputReader):
         refuse_unknown("the input, for forward,", words, forward_words(kind))
         check_returned(return_type, {**words, **kwargs}, given)
         check_of_loss(return_type, loss_per_token, {**words, **kwargs}.get("labels"))
+        if return_type == "logits_and_cache" and "use_cache" in forward_words(kind):  # a config may say otherwise
+            kwargs["use_cache"] = True
         check_numbers(asked := {**words, **kwargs}, given, self.cfg.d_vocab)
         if isinstance(asked.get("labels"), Tensor):
             (kwargs if "labels" in kwargs else words)["labels"] = asked["labels"].long()
@@ -304,6 +306,11 @@ class ExpertBridge(InputReader):
                         "with its weights (load_state_dict(…, assign=True) gives parameters alone, and no buffers)"
                     ) from error
                 raise
+            if return_type == "logits_and_cache" and out[1] is None:
+                raise InputError(
+                    "the model keeps no key-value cache in this pass: under gradient checkpointing, in training, "
+                    "transformers stores none (model.eval())"
+                )
             filled = out[1] if past is None and return_type == "logits_and_cache" else past
             note_padding(filled, given, before)
             return None if stop is None and return_type is None else out

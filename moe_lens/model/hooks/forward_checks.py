@@ -149,6 +149,8 @@ def check_returned(return_type: Any, words: Mapping[str, Any], given: ModelInput
         raise InputError(
             "start_at_layer needs a residual stream [batch, pos, d_model], as hook_resid_pre has it; got ids"
         )
+    if return_type == "logits_and_cache" and words.get("use_cache") is False:
+        raise InputError("return_type='logits_and_cache' with use_cache=False: there would be no cache; leave one out")
     keeps = words.get("past_key_values") is not None or return_type == "logits_and_cache"
     if words.get("start_at_layer") and keeps:
         raise InputError(
