@@ -68,7 +68,7 @@ def compare_studies(
 
     Subtracts the first from the second, with 95 % intervals over sources. Two models on the same texts (base and chat,
     before and after pruning) are paired by source. Experts are compared by id, which makes sense only where one model
-    was made from the other.
+    was made from the other; where one has fewer, single experts are left out.
 
     Example: moe-lens compare runs/base runs/chat --out difference.parquet
 

@@ -192,18 +192,29 @@ def _told(*, source: str | None, **identity: Any) -> dict[str, Any]:
     return identity if source is None else {**identity, "source": source}
 
 
+WHOLE = 2**30
+"""Bytes up to which a file is read whole for its digest: a second of work."""
+
+
 def digest(path: Path) -> str:
-    """A fingerprint of a file's size, beginning and end, or of every file of a folder: enough to see a change."""
+    """A fingerprint of a file, or of every file of a folder.
+
+    Of more than `WHOLE` bytes, of the file's size, the time of its last change, and its beginning and end.
+    """
     found = hashlib.sha256()
     for file in files_in(path) if path.is_dir() else [path]:
         if not file.is_file():
             continue
-        size = file.stat().st_size
+        about = file.stat()
+        size, time = about.st_size, about.st_mtime_ns
         name = file.name if file == path else file.relative_to(path).as_posix()  # sources are called so
-        found.update(json.dumps([name, size]).encode())
+        found.update(json.dumps([name, size] if size <= WHOLE else [name, size, time]).encode())
         with file.open("rb") as content:
+            if size <= WHOLE:
+                found.update(hashlib.file_digest(content, "sha256").digest())
+                continue
             found.update(content.read(2**20))
-            content.seek(max(0, size - 2**20))
+            content.seek(size - 2**20)
             found.update(content.read())
     return found.hexdigest()[:16]
 

@@ -143,7 +143,8 @@ def compare(
 ) -> Comparison:
     """Compare what two studies measured alike: the same domains, layers, experts, variants.
 
-    Experts are compared by number, which means something only where one model was made from the other.
+    Experts are compared by number, which means something only where one model was made from the other and has as many;
+    where one has fewer, as after pruning, single experts are left out.
 
     Args:
         first: What is subtracted.
@@ -184,6 +185,8 @@ def compare(
     names = _named(first, second, domains) if names is None else names
     if len({*names, *_COLUMNS}) < len(_COLUMNS) + 2:
         raise InputError(f"got the names {list(names)}; expected two different ones, and none of {list(_COLUMNS)}")
+    counts = [study.manifest["plan"].get("model", {}).get("experts") for study in (first, second)]
+    renumbered = counts[0] != counts[1]  # as pruning does
     couples = [domains] if domains else [(domain, domain) for domain in first.domains if domain in second.results]
     rows, greatest = [], torch.zeros(RESAMPLES, dtype=torch.float64)
     alone: tuple[list[str], list[str]] = ([], [])  # values that only one side has
@@ -196,17 +199,19 @@ def compare(
             for kind, means in COMPARED:
                 there = second.results[other].get(name)
                 if isinstance(result, kind) and isinstance(there, kind):
-                    for a, b in zip(means(result), means(there), strict=True):
+                    for sides in zip(means(result), means(there), strict=True):
+                        a, b = map(_without_experts, sides) if renumbered else sides
                         for values, index, others in zip(alone, (a.index, b.index), (b.index, a.index), strict=True):
                             values += [" of ".join(value) for value in index[~index.isin(others)]]
                         frame, null = _differences(*_matched(a, b, key, alike), seed)
                         greatest = torch.maximum(greatest, null)
                         rows.append(frame.assign(domain=domain))
     rows = [frame for frame in rows if len(frame)]
+    single = f"single experts ({counts[0]} in {names[0]} and {counts[1]} in {names[1]}, with other numbers)"
     if not rows:
         raise InputError(
             f"the two studies {first.study!r} have nothing in common that can be compared: domains "
-            f"{list(first.domains)} and {list(second.domains)}"
+            f"{list(first.domains)} and {list(second.domains)}{', without ' + single if renumbered else ''}"
         )
     table = pd.concat(rows, ignore_index=True)
     adjusted = max_t(torch.tensor(table.pop("t").tolist(), dtype=torch.float64), greatest)
@@ -215,6 +220,7 @@ def compare(
     table = table.rename(columns={"first": names[0], "second": names[1]})
     left_out = [] if domains else _alone("domains", [of.domains for of in (first, second)], names)
     left_out += _alone("values", alone, names)
+    left_out += [single] * renumbered
     return Comparison(first.study, names, first.manifest, second.manifest, table, tuple(left_out))
 
 
@@ -249,6 +255,11 @@ def _named(first: StudyResult, second: StudyResult, domains: tuple[str, str] | N
         if names is not None and len({*names, *_COLUMNS}) == len(_COLUMNS) + 2:
             return names[0], names[1]
     return "first", "second"
+
+
+def _without_experts(means: Means) -> Means:
+    """Those of layers and models alone."""
+    return means.at(means.index[~means.index.get_level_values("of").str.contains(r"\bexpert \d")])
 
 
 def _texts(study: StudyResult, domain: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import threading
 from functools import partial
@@ -19,6 +20,7 @@ from moe_lens.data import (
     DomainSpec,
     Passage,
     Reading,
+    corpus,
     domains_from_table,
     from_file,
     from_generator,
@@ -27,6 +29,7 @@ from moe_lens.data import (
     parse_domains,
     shards,
 )
+from moe_lens.data.corpus import digest
 from moe_lens.errors import InputError
 from tests.data.test_batches import Letters
 
@@ -322,3 +325,24 @@ def test_generators_are_told_apart_by_code_and_values():
     first, again, other = (from_generator("d", Reader(Path(name))).identity for name in "aab")
     assert first == again != other
     assert from_generator("d", partial(over, 1)).identity != from_generator("d", partial(over, 2)).identity
+
+
+def test_a_change_in_the_middle_of_a_file_is_another_corpus(tmp_path, monkeypatch):
+    file = tmp_path / "d.txt"
+    file.write_bytes(b"a" * (3 * 2**20))
+    known, time = digest(file), file.stat().st_mtime_ns
+
+    def change(letter: bytes) -> None:
+        with file.open("r+b") as content:
+            content.seek(3 * 2**19)
+            content.write(letter)
+        os.utime(file, ns=(time, time + ord(letter)))
+
+    change(b"b")
+    assert digest(file) != known
+    change(b"a")
+    assert digest(file) == known, "whatever the time"
+    monkeypatch.setattr(corpus, "WHOLE", 2**20)  # of larger files, ends and times
+    ends = digest(file)
+    change(b"b")
+    assert digest(file) != ends

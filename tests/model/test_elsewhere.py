@@ -137,6 +137,18 @@ def test_a_change_of_any_expert_is_seen_however_many_there_are():
     assert len(set(found)) == 201
 
 
+def test_a_selection_bias_is_part_of_what_a_model_is_known_by():
+    """A buffer that is saved; inverse frequencies are none."""
+    model: Any = build("deepseek_v3")
+    known, gate = parameters_digest(model), model.model.layers[1].mlp.gate
+    before = gate.e_score_correction_bias.clone()
+    gate.e_score_correction_bias[2] += 1
+    assert parameters_digest(model) != known
+    gate.e_score_correction_bias.copy_(before)
+    model.model.rotary_emb.inv_freq.mul_(2)
+    assert parameters_digest(model) == known
+
+
 def test_a_model_on_disk_is_saved_whole(pair, tmp_path):
     whole, away = pair
     away.save_pretrained(tmp_path / "saved")

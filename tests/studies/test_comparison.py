@@ -14,6 +14,7 @@ from moe_lens.stats import RoutingResult
 from moe_lens.stats.parallel_sources import LANGUAGE
 from moe_lens.studies import StudyResult, compare
 from moe_lens.studies.comparison import studentised
+from moe_lens.studies.variant_losses import WHOLE, VariantLosses
 
 F64 = 1e-12
 """Both sides are float64 and of size 1: sums of up to some thousand terms in another order, each rounded by 1e-16."""
@@ -52,6 +53,28 @@ def test_studentised_is_the_t_of_students_tests():
     assert 0.9 < float(null.std()) < 1.3 and 0.9 < float(signs.std()) < 1.3
     same, none = studentised(one, one, True, 0)
     assert same.eq(0).all() and none.eq(0).all()
+
+
+@pytest.mark.parametrize("experts", [EXPERTS, EXPERTS // 2])
+def test_experts_that_have_other_numbers_are_not_compared(experts):
+    """As after pruning, which numbers those that stay anew."""
+    generator = torch.Generator().manual_seed(1)
+    one, other = (study(name, d=counted(generator, 14, torch.randn(EXPERTS, generator=generator))) for name in "ab")
+    for side, count in ((one, EXPERTS), (other, experts)):
+        side.manifest["plan"]["model"]["experts"] = count
+    if experts != EXPERTS:
+        with pytest.raises(InputError, match=rf"without single experts \({EXPERTS} in a and {experts} in b"):
+            compare(one, other)
+    names, two = tuple(f"s{i:02d}" for i in range(14)), torch.full((14,), 2)
+    for side in (one, other):
+        nats = torch.rand(14, 1, generator=generator).double()
+        results: Any = side.results["d"]
+        results["loss"] = VariantLosses(((WHOLE, None, EXPERTS),), names, nats, two, nats, two)
+    found = compare(one, other)
+    single = found.table["of"].str.contains("expert [0-9]")
+    assert single.any() == (experts == EXPERTS) and not single.all()
+    said = f"single experts ({EXPERTS} in a and {experts} in b, with other numbers)"
+    assert found.left_out == ((said,) if experts != EXPERTS else ())
 
 
 @pytest.mark.parametrize(("digests", "parallel", "paired"), [
