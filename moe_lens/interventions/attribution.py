@@ -54,7 +54,8 @@ def expert_attribution(
     - `"gradient"`: ∂metric/∂c · c, one forward and one backward pass for all experts of all layers.
     - `"integrated"`: the mean gradient while all selected contributions of a layer grow together from their baselines,
       times c, by `steps` points of Gauss–Legendre quadrature for each layer (arXiv 1703.01365). With frozen routing the
-      values of a layer sum to `difference`, the metric's change when they are all at their baselines.
+      values of a layer sum to `difference`, the metric's change when they are all at their baselines; far from it where
+      a norm follows the experts' sum (FlexOlmo, Gemma 4), whose changes are all close to the baselines.
     - `"knockout"`: exact; a run without each expert. Values need not sum to anything: experts interact.
     - `"direct_knockout"`: exact removal from the last residual stream only, where no later layer reads it; the norm's
       scale changes accordingly. `"direct"` approximates it.

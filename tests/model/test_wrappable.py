@@ -420,6 +420,20 @@ def test_parts_that_two_layers_share_are_refused(part: str) -> None:
     assert torch.equal(HookedMoE.from_hf(hf)(tokens()), right), "what the message says to do is done"
 
 
+@pytest.mark.parametrize("model_type", ["olmoe", "deepseek", "gpt_oss"])
+@pytest.mark.parametrize("part", ["experts", "router", "mlp"])
+def test_a_part_that_another_wrapped_model_has_is_refused(model_type: str, part: str) -> None:
+    one, other = build(model_type, seed=1), build(model_type, seed=2)
+    of, to = ((layer if part == "mlp" else layer.mlp) for layer in (one.model.layers[1], other.model.layers[1]))
+    name = part if hasattr(of, part) else "gate"
+    setattr(to, name, getattr(of, name))
+    model = HookedMoE.from_hf(one)
+    before, kept = model(tokens()), everything(other)
+    with pytest.raises(UnsupportedModelError, match="wrapped"):
+        HookedMoE.from_hf(other)
+    assert everything(other) == kept and torch.equal(model(tokens()), before)
+
+
 def test_what_cannot_be_wrapped_stays_a_model_of_transformers() -> None:
     hf: Any = build("mixtral")
     hf.model.layers[1].mlp.experts = nn.Identity()  # of no contract

@@ -32,6 +32,13 @@ def check_wrappable(model: Any) -> None:
             "this model is already wrapped: wrapping changes a transformers model in place, and once. "
             "Use the HookedMoE that wraps it, or load the model anew"
         )
+    for module in modules:
+        forward = vars(module).get("forward")
+        if getattr(getattr(forward, "func", forward), "__module__", "").startswith("moe_lens."):
+            raise UnsupportedModelError(
+                f"a part of this model ({type(module).__name__}) is wrapped as a part of another one, and hooks of one "
+                "would act in the other: give it its own (copy.deepcopy, before either is wrapped)"
+            )
     if not isinstance(model, PreTrainedModel):
         inside = next((type(module).__name__ for module in modules if isinstance(module, PreTrainedModel)), None)
         raise InputError(
