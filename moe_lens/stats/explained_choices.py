@@ -68,13 +68,15 @@ class ChoiceExplanation(Result):
         others = self.tokens.double()[:, None, None] - chosen
         above, below = self._of(subset, "above"), self._of(subset, "below")
         value = above.sum(0) / chosen.sum(0)
+        # It differs from `value` by how folds are weighted, and where a fold has no token that chose the expert.
+        others_mean = below.sum(0) / others.sum(0)
 
         def linear(times: Tensor) -> Tensor:
             parts = [
                 torch.tensordot(times, up, 1) / torch.tensordot(times, n, 1)
                 for up, n in ((above, chosen), (below, others))
             ]
-            return parts[0] + parts[1] - value
+            return parts[0] + parts[1] - others_mean
 
         return [value, *self._ends(linear, value)]
 

@@ -174,3 +174,19 @@ def test_folds_deal_parallel_sources_into_one_and_every_domain_evenly():
         assert int(counts.min()) >= n and int(counts.max() - counts.min()) <= 1
     apart = folds(units(sources, domains), domains, 4, seed=1)
     assert not torch.equal(apart[:12], apart[12:24]), "the control: by name alone they are dealt apart"
+
+
+def test_the_interval_of_an_area_holds_it_where_hardly_any_token_chose_the_expert():
+    """Folds in which none did have no area."""
+    samples = {}
+    for name, of in drawn(0, 0.0).items():
+        chosen = of.chosen.clone()
+        first = chosen[..., 0]
+        free = torch.where((chosen == 0).any(-1), torch.where((chosen == 1).any(-1), 2, 1), 0)
+        chosen = torch.where(chosen == 5, free[..., None], chosen)
+        rare = torch.tensor([source in ("s0", "s1") for source in of.source]) & (torch.arange(len(first)) % 10 == 0)
+        chosen[rare, :, 0] = 5
+        samples[name] = TokenSampleResult(of.layers, of.n_experts, of.source, of.about, chosen)
+    frame: Any = explain_choices(samples).to_frame().dropna(subset=["auc", "auc_low"])
+    assert (frame["expert"] == 5).any() and frame[frame["expert"] == 5]["share"].max() < 0.02
+    assert ((frame["auc_low"] <= frame["auc"]) & (frame["auc"] <= frame["auc_high"])).all()
