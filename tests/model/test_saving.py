@@ -249,6 +249,9 @@ def gguf(folder: Path) -> HookedMoE:
     for file in (*folder.glob("*.safetensors"), folder / "config.json"):
         file.unlink()
     model = HookedMoE.from_pretrained(folder / "model.gguf")
+    for scheme in ("int8", "stored"):
+        with pytest.raises(InputError, match=f"quantize='{scheme}': the matrices of a GGUF file are unpacked"):
+            HookedMoE.from_pretrained(folder / "model.gguf", quantize=cast(Any, scheme))
     for word in ("first_n_layers", "num_hidden_layers"):
         with pytest.raises(InputError, match=f"reads all layers of a GGUF file: leave {word} out"):
             HookedMoE.from_pretrained(folder / "model.gguf", **cast(Any, {word: 1}))

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,21 @@ def test_a_model_is_pickled_whole(model_type: str) -> None:
     assert cache.keys() == expected.keys()
     assert all(torch.equal(cache[name], expected[name]) for name in expected)
     assert copy.deepcopy(again).state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_model_on_disk_is_copied_and_not_pickled(tmp_path: Path) -> None:
+    build("mixtral").save_pretrained(tmp_path)
+    model = HookedMoE.from_pretrained(tmp_path, device_map={"": "cpu", "model.layers.1": "disk"})
+    before = logits(model)
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        with pytest.raises(UnsupportedModelError, match=r"^a model that fetches weights .* save_pretrained"):
+            pickle.dumps(model, protocol)
+    with pytest.raises(UnsupportedModelError, match="is not pickled"):
+        torch.save({"model": model}, io.BytesIO())
+    again = copy.deepcopy(model)
+    assert torch.equal(logits(again), before) and torch.equal(logits(model), before)
+    with pytest.raises(UnsupportedModelError, match="is not pickled"):
+        pickle.dumps(again)
 
 
 def test_what_holds_no_numbers_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from moe_lens.checked import Natural
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, UnsupportedModelError
 from moe_lens.model.experts.offloaded_experts import without_numbers
 from moe_lens.model.hooks.arguments import forward_words, further_words, refuse_unknown
 from moe_lens.model.hooks.cache_names import CACHE, PAST, fitting_cache, name_as_transformer_lens
@@ -98,6 +98,19 @@ def tell_tokens(
     claim.running = _Running(ModelInput(values, seen=mask), past)
 
 
+class _Fetches:
+    """In a model that can be copied, and not pickled: what accelerate hangs on modules are functions without a name."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Fetches":
+        return self
+
+    def __reduce__(self) -> Any:
+        raise UnsupportedModelError(
+            "a model that fetches weights from the disk or among devices (device_map) is not pickled: write it with "
+            "save_pretrained, and load that folder where it is needed"
+        )
+
+
 class ExpertBridge(InputReader):
     """The part of `HookedMoE` that runs it with hooks, and tells hook functions what is running."""
 
@@ -105,11 +118,18 @@ class ExpertBridge(InputReader):
         """Without what TransformerLens hangs on blocks in a forward pass, which knows this object and no copy.
 
         The next pass hangs it up again, here and in the copy.
+
+        Raises:
+            UnsupportedModelError: it is pickled, not copied, and fetches weights from the disk or among devices.
         """
         blocks: Any = self.blocks
         for block in blocks:
             block._teardown_capture_hooks()
-        return super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        made, arguments, state, *others = reduced
+        if any(hasattr(module, "_hf_hook") for module in self.modules()):
+            state = {"fetches": _Fetches(), **state}
+        return made, arguments, state, *others
 
     @staticmethod
     def _runs(name: str, first: int, last: int) -> bool:

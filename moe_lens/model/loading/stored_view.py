@@ -69,11 +69,14 @@ def read_packing(raw: Mapping[str, Any], kwargs: dict[str, Any]) -> None:
     said, asked = packing_of(raw), kwargs.get("quantization_config")
     given = asked if isinstance(asked, Mapping) else getattr(asked, "to_dict", dict)()
     method = str(getattr(given.get("quant_method", ""), "value", given.get("quant_method", "")))
-    if isinstance(asked, PackingConfig) and asked.scheme == "stored":
-        if kwargs.get("gguf_file") is not None:
-            raise InputError(f'quantize="stored": the matrices of a GGUF file are unpacked when it is read; {INSTEAD}')
-        if said is None:
-            raise InputError(f'quantize="stored": config.json does not say that this checkpoint is packed; {INSTEAD}')
+    if asked is not None and kwargs.get("gguf_file") is not None:
+        wish = getattr(asked, "scheme", type(asked).__name__)
+        raise InputError(
+            f"quantize={wish!r}: the matrices of a GGUF file are unpacked when it is read, not packed anew; leave it "
+            "out, or load a folder that save_pretrained wrote from the unpacked model"
+        )
+    if isinstance(asked, PackingConfig) and asked.scheme == "stored" and said is None:
+        raise InputError(f'quantize="stored": config.json does not say that this checkpoint is packed; {INSTEAD}')
     if said is None:
         return
     if said.get("quant_method") == METHOD:
