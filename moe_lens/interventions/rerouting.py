@@ -83,7 +83,10 @@ def _wish(
         choice = model.selection_state(layer)
         which, value = wish(indices)
         choice.wishes[which] = value
-        return reselect(layer, indices, choice.scores, choice.wishes)
+        gone = choice.logits.isneginf()  # as inside the preview of a plan: of no affinity, whatever their score
+        if (forced := gone & (choice.wishes > 0)).any():
+            raise UnfitError(f"layer {layer}: expert {int(forced.nonzero()[0, -1])} is forced in, and has no affinity")
+        return reselect(layer, indices, choice.scores.masked_fill(gone, -torch.inf), choice.wishes)
 
     return names.mlp(names.EXPERT_INDICES, layer), choose
 

@@ -337,3 +337,20 @@ def test_merged_experts_are_the_same_in_preview_and_checkpoint(name, tmp_path):
             dropped = hooked(tokens())
     assert (found - expected).abs().max() <= 1e-5
     assert (found - dropped).abs().max() > 0.001
+
+
+@pytest.mark.parametrize("name", ["deepseek", "deepseek_v3", "gpt_oss"])
+def test_what_is_pruned_is_not_selected_by_an_intervention_inside(name):
+    """Three experts of a token; six stay of eight."""
+    hooked, plan = hooked_and_plan(name)
+    layer = hooked.moe_layers[0]
+    stay, gone = plan.of(layer), plan.pruned(layer)
+    with torch.no_grad(), plan.preview(hooked):
+        with hooked.ablate({layer: stay[:3]}, how="reroute"):
+            assert set(hooked.routing(tokens()).layer(layer).indices.unique().tolist()) == set(stay[3:])
+        for made, says in (
+            (hooked.ablate({layer: stay[:4]}, how="reroute"), "fewer than 3 experts are left"),
+            (hooked.steer_experts({layer: {gone[0]: "on"}}), f"expert {gone[0]} is forced in"),
+        ):
+            with pytest.raises(UnfitError, match=says), made:
+                hooked(tokens())
