@@ -99,7 +99,7 @@ def inside(name: str, layer: int) -> bool:
     return name.startswith(f"blocks.{layer}.")
 
 
-def _dispatch(name: str, functions: Sequence[tuple[Int[Tensor, " own"], HookFunction]]) -> Any:
+def _dispatch(name: str, functions: Sequence[tuple[Tensor, HookFunction]]) -> Any:
     """One hook for all variants: each function gets a copy of its own rows, which it may change in place."""
     ragged = names.parse_expert(name) is not None
 

@@ -94,6 +94,7 @@ def test_adapters_do_not_go_onto_a_wrapped_model(folder: Path) -> None:
     assert torch.equal(logits(HookedMoE.from_pretrained(folder / "saved")), logits(model))
 
 
+@pytest.mark.typed
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT reads it
 def test_peft_is_refused_before_it_touches_a_wrapped_model(folder: Path) -> None:
     """PEFT's tuners ask a model for `peft_config` first; the library itself is tried where it is installed."""
