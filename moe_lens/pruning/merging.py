@@ -63,7 +63,7 @@ def merge(plan: Plan, model: AnyModel, domains: Sequence[Tokens], *, on_batch: C
                 logits = of[names.ROUTER_LOGITS][counted.to(of[names.ROUTER_LOGITS].device)].double()
                 products[at] += (logits.T @ logits).cpu()
                 indices = of[names.EXPERT_INDICES].cpu()[counted]
-                chosen[at] += indices.flatten().bincount(minlength=plan.n_experts)
+                chosen[at] += indices[indices >= 0].bincount(minlength=plan.n_experts)
 
             forward(model, batch, each_layer(model, wanted, update), blocks_only=True)
             on_batch()

@@ -13,6 +13,7 @@ from moe_lens.checked import Natural, Positive
 from moe_lens.errors import InputError
 from moe_lens.interventions.expert_means import ExpertMeans
 from moe_lens.stats.accumulator import Accumulator, Result
+from moe_lens.stats.observation import computed_slots
 from moe_lens.stats.sums import Total
 
 
@@ -26,14 +27,14 @@ class Means(Result):
     weighted: Float[Tensor, "layer top_k d_model"]
     """Of the weighted contribution of each rank, g E(x)."""
     experts: Float[Tensor, "layer n_experts d_model"]
-    """Of each expert's output E(x) over the tokens that were routed to it; the layer's mean where there were none."""
+    """Of each expert's output E(x) over the tokens at which it was computed; the layer's mean where there were none."""
     counts: Int[Tensor, "layer n_experts"]
-    """How many tokens were routed to each expert."""
+    """At how many tokens each expert was computed."""
     n_tokens: Natural
 
     @property
     def unseen(self) -> int:
-        """How many experts, over all layers, no token was routed to."""
+        """How many experts, over all layers, were computed at no token."""
         return int((self.counts == 0).sum())
 
     @property
@@ -51,7 +52,7 @@ class ActivationMeans(Accumulator[Means]):
     """Accumulates means of u, of the ranks' contributions and of every expert's output; memory does not grow."""
 
     def __init__(self, layers: Sequence[int], n_experts: Positive, top_k: Positive, d_model: Positive):
-        self.layers, self.n_experts = tuple(layers), n_experts
+        self.layers, self.n_experts, self.top_k = tuple(layers), n_experts, top_k
         self._sums = {name: [Total() for _ in self.layers] for name in _SUMS}
         super().__init__(
             {"layers": self.layers, "n_experts": n_experts, "top_k": top_k, "d_model": d_model},
@@ -78,20 +79,28 @@ class ActivationMeans(Accumulator[Means]):
             resid: The residual stream that the experts' outputs are added to.
             outputs: E(x) of the selected experts, by rank.
             weights: What these are multiplied by, as `output_factors` makes it of routing weights.
-            indices: Which experts they are.
+            indices: Which experts they are; −1 in slots that were left out, which add nothing.
             counted: The tokens to count.
+
+        Raises:
+            InputError: another number of ranks than announced, or ids that no expert has.
         """
+        if indices.shape[-1] != self.top_k:
+            raise InputError(f"{indices.shape[-1]} experts for each token; expected {self.top_k}, as announced")
         if not bool(counted.any()):
             return self
         i = self.layers.index(layer)
-        out, chosen = outputs[counted].double().cpu(), indices[counted].long().cpu()
+        indices, counted = indices.long().cpu(), counted.cpu()
+        slots = computed_slots(indices, counted, self.n_experts)
+        every = outputs.cpu().masked_fill(~slots[..., None], 0)
+        out, chosen = every[counted].double(), indices[slots]
         by_expert = torch.zeros(self.n_experts, out.shape[-1], dtype=torch.float64)
         added = {
             "tokens": torch.tensor(len(out)),
-            "resid": resid[counted].double().cpu().sum(0),
-            "weighted": (out * weights[counted].double().cpu()[..., None]).sum(0),
-            "routed": torch.bincount(chosen.flatten(), minlength=self.n_experts),
-            "experts": by_expert.index_add_(0, chosen.flatten(), out.flatten(0, 1)),
+            "resid": resid.cpu()[counted].double().sum(0),
+            "weighted": (out * weights.cpu()[counted].double()[..., None]).sum(0),
+            "routed": torch.bincount(chosen, minlength=self.n_experts),
+            "experts": by_expert.index_add_(0, chosen, every[slots].double()),
         }
         for name, value in added.items():
             self._sums[name][i].add(value)

@@ -15,7 +15,7 @@ from moe_lens.errors import InputError
 from moe_lens.protocols import require_stream_width
 from moe_lens.routing import output_factors
 from moe_lens.stats.accumulator import Accumulator, Result
-from moe_lens.stats.observation import Hooks, each_layer
+from moe_lens.stats.observation import COMPUTED, Hooks, computed_slots, each_layer
 from moe_lens.stats.sums import Maximum, Total
 
 SCORES = {
@@ -28,14 +28,14 @@ SCORES = {
     "relative_norm": "mean over its tokens of g ‖E(x)‖₂ / ‖u‖₂: its contribution beside the residual stream",
     "max_activation": "greatest |component of E(x)| over tokens: what super experts are found by (arXiv 2507.23279)",
 }
-"""Scores of an expert, and what each is. Sums are over the N_E counted tokens routed to the expert, of N in all.
+"""Scores of an expert, and what each is. Sums are over the N_E counted tokens at which it was computed, of N in all.
 
 In a family that weighs what experts read (Llama 4), E(g x) stands for both E(x) and g E(x)."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImportanceResult(Result):
-    """Sums over the tokens routed to each expert."""
+    """Sums over the tokens at which each expert was computed."""
 
     layers: tuple[Natural, ...]
     n_tokens: Natural
@@ -131,41 +131,43 @@ class ImportanceStats(Accumulator[ImportanceResult]):
             resid: The residual stream between attention and experts, u.
             outputs: E(x) of the selected experts, by rank.
             weights: Their routing weights.
-            indices: Which experts they are.
+            indices: Which experts they are; −1 in slots that were left out, which are not counted.
             counted: The tokens to count.
             factors: What outputs are multiplied by, where that is not their routing weights; see `output_factors`.
 
         Raises:
-            InputError: activations that are not finite.
+            InputError: activations that are not finite, or ids that no expert has.
         """
         i, at = self.layers.index(layer), counted.to(outputs.device)
         if not bool(at.any()):
             return self
-        out, chosen = outputs[at].float(), indices[at.to(indices.device)].to(outputs.device).flatten()
+        indices = indices.to(at.device)
+        slots = computed_slots(indices, at, self.n_experts)
+        out, chosen = outputs[slots].float(), indices[slots]
         norm = out.norm(dim=-1)
-        weight = weights[at.to(weights.device)].float().to(out.device)
-        added = norm * (weight if factors is None else factors[at.to(factors.device)].float().to(out.device))
-        size = resid[at.to(resid.device)].float().to(out.device).norm(dim=-1, keepdim=True)
+        weight = weights.to(at.device)[slots].float()
+        added = norm * (weight if factors is None else factors.to(at.device)[slots].float())
+        size = resid.to(at.device).float().norm(dim=-1, keepdim=True).expand(slots.shape)[slots]
         if not bool(norm.isfinite().all() & size.isfinite().all()):
             raise InputError(f"layer {layer}: activations are not finite")
-        values = torch.stack([weight, norm, added, added / size]).flatten(1).double()
+        values = torch.stack([weight, norm, added, added / size]).double()
         self._tokens[i].add(at.sum())
         self._routed[i].add(torch.bincount(chosen, minlength=self.n_experts))
         self._sums[i].add(values.new_zeros(4, self.n_experts).index_add_(1, chosen, values))
-        greatest = out.abs().amax(-1).flatten().double()
+        greatest = out.abs().amax(-1).double()
         found = torch.full((self.n_experts,), -torch.inf, dtype=torch.float64, device=out.device)
         self._greatest[i].add(found.scatter_reduce_(0, chosen, greatest, "amax"))
         return self
 
     def hooks(self, model: AnyModel, counted: Bool[Tensor, "batch pos"]) -> Hooks:
-        """Hooks for one forward pass that count its tokens.
+        """Hooks for one forward pass that count its tokens; not for experts that an intervention leaves out there.
 
         Args:
             model: A `HookedMoE`.
             counted: The tokens of the pass to count.
         """
         require_stream_width(model, "how large they are beside the residual stream")
-        wanted = [names.RESID_MID, names.EXPERT_OUT, names.ROUTING_WEIGHTS, names.EXPERT_INDICES]
+        wanted = [names.RESID_MID, names.EXPERT_OUT, names.ROUTING_WEIGHTS, COMPUTED]
 
         def consume(layer: int, of: dict[str, Tensor]) -> None:
             resid, outputs, weights, indices = (of[name] for name in wanted)

@@ -12,12 +12,13 @@ from torch import Tensor
 from moe_lens.checked import Natural, Positive
 from moe_lens.errors import InputError
 from moe_lens.stats.accumulator import Accumulator, Result
+from moe_lens.stats.observation import computed_slots
 from moe_lens.stats.sums import Total
 
 
 @dataclass(frozen=True, eq=False)
 class NeuronResult(Result):
-    """Sums over the tokens routed to each expert."""
+    """Sums over the tokens at which each expert was computed."""
 
     layers: tuple[Natural, ...]
     routed: Int[Tensor, "layer n_experts"]
@@ -57,14 +58,18 @@ class NeuronStats(Accumulator[NeuronResult]):
         Args:
             layer: Which layer.
             activations: What the chosen experts' down projections read, by rank.
-            indices: Which experts they are.
+            indices: Which experts they are; −1 in slots that were left out, which are not counted.
             counted: The tokens to count.
+
+        Raises:
+            InputError: ids that no expert has.
         """
         i, at = self.layers.index(layer), counted.to(activations.device)
         if not bool(at.any()):
             return self
-        values = activations[at].flatten(0, 1).double()
-        chosen = indices.to(at.device)[at].flatten()
+        indices = indices.to(at.device)
+        slots = computed_slots(indices, at, self.n_experts)
+        values, chosen = activations[slots].double(), indices[slots]
         empty = values.new_zeros(self.n_experts, values.shape[-1])
         self._sums["routed"][i].add(torch.bincount(chosen, minlength=self.n_experts))
         self._sums["sums"][i].add(empty.index_add(0, chosen, values))

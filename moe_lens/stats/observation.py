@@ -25,6 +25,8 @@ LOGITS = 2**20
 WHOLE = 2**28
 """Greatest number of logits of a batch that are there at once: half a GiB in 16 bits. Of more, the final norm and the
 unembedding are computed a few rows at a time, which changes losses by rounding: less than 1e-5 nats in float32."""
+COMPUTED = "experts_in_slots"
+"""Asked of `each_layer` like a hook: ids of the experts that were computed, by rank, −1 in slots that are left out."""
 
 
 @runtime_checkable
@@ -59,7 +61,7 @@ def each_layer(model: Any, wanted: Sequence[str], consume: Callable[[int, dict[s
 
     Args:
         model: A `HookedMoE`.
-        wanted: Names of hooks of a MoE layer, or of the block.
+        wanted: Names of hooks of a MoE layer, or of the block, or `COMPUTED`.
         consume: Called with the layer and its activations by name.
     """
     held: dict[int, dict[str, Tensor]] = {}
@@ -73,10 +75,31 @@ def each_layer(model: Any, wanted: Sequence[str], consume: Callable[[int, dict[s
     in_block = {hook.name for hook in names.RESIDUAL_HOOKS}
 
     def hook(layer: int, name: str) -> tuple[str, Callable[..., None]]:
+        if name == COMPUTED:  # by then every hook that leaves experts out has run
+            at = names.mlp(names.EXPERT_OUT, layer)
+            return at, lambda value, hook: keep(layer, name, model.experts_in_slots(layer))  # noqa: ARG005
         full = names.block(name, layer) if name in in_block else names.mlp(name, layer)
         return full, lambda value, hook: keep(layer, name, value)  # noqa: ARG005  # TransformerLens passes hook by name
 
     return [hook(layer, name) for layer in model.moe_layers for name in wanted]
+
+
+def computed_slots(
+    indices: Int[Tensor, "batch pos top_k"], counted: Bool[Tensor, "batch pos"], n_experts: int
+) -> Bool[Tensor, "batch pos top_k"]:
+    """Slots of counted tokens whose expert was computed, which are those that do not hold −1.
+
+    Raises:
+        InputError: they hold ids that no expert has.
+    """
+    slots = counted.to(indices.device)[..., None] & (indices != -1)
+    ids = indices[slots]
+    if bool(((ids < 0) | (ids >= n_experts)).any()):
+        low, high = int(ids.min()), int(ids.max())
+        raise InputError(
+            f"expert indices from {low} to {high}; expected 0 to {n_experts - 1}, or −1 where none is computed"
+        )
+    return slots
 
 
 def routing_hooks(model: HookedModel, layers: dict[int, LayerRouting]) -> Hooks:

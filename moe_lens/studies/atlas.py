@@ -39,7 +39,15 @@ from moe_lens.studies import atlas_choice, atlas_knockouts, atlas_reading
 from moe_lens.studies.atlas_contexts import TEXTS as SAMPLE
 from moe_lens.studies.atlas_contexts import context_stats, contexts_table, count_contexts
 from moe_lens.studies.explain import text_of
-from moe_lens.studies.forward_passes import drawn_by_place, each_layer, forward, losses, predicted, token_places
+from moe_lens.studies.forward_passes import (
+    COMPUTED,
+    drawn_by_place,
+    each_layer,
+    forward,
+    losses,
+    predicted,
+    token_places,
+)
 from moe_lens.studies.frames import by_domain
 from moe_lens.studies.localisation_effects import CoalitionEffects, CoalitionStats
 from moe_lens.studies.localisation_scores import ScoreResult, ScoreStats, scores_of
@@ -157,7 +165,7 @@ class Atlas(Study):
     def _outputs(self, model: Any, batch: TokenBatch, into: Gathered, half: Mapping[str, int], rate: float) -> None:
         row_half = torch.tensor([half[source] for source in batch.sources])[:, None]
         sample = batch.counted & (drawn_by_place(batch, f"{self.seed} compared")[0, ..., 0] < rate)
-        wanted = [names.RESID_MID, names.MLP_IN, names.EXPERT_INDICES, names.ROUTING_WEIGHTS]
+        wanted = [names.RESID_MID, names.MLP_IN, COMPUTED, names.ROUTING_WEIGHTS]
         wanted += [names.EXPERT_OUT, names.EXPERT_POST]
 
         def sum_up(layer: int, of: dict[str, Tensor]) -> None:

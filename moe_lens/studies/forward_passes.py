@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from moe_lens.data import TokenBatch
+from moe_lens.stats.observation import COMPUTED as COMPUTED
 from moe_lens.stats.observation import Hooks as Hooks
 from moe_lens.stats.observation import each_layer as each_layer
 from moe_lens.stats.observation import forward as forward

@@ -24,7 +24,15 @@ from moe_lens.protocols import require_stream_width
 from moe_lens.routing import output_factors
 from moe_lens.stats import ActivationMeans, Means, Result, SimilarityResult, SimilarityStats, halves
 from moe_lens.studies.forecast import NOTHING, Load
-from moe_lens.studies.forward_passes import Hooks, drawn_by_place, each_layer, forward, input_device, predicted
+from moe_lens.studies.forward_passes import (
+    COMPUTED,
+    Hooks,
+    drawn_by_place,
+    each_layer,
+    forward,
+    input_device,
+    predicted,
+)
 from moe_lens.studies.frames import by_domain
 from moe_lens.studies.shared_passes import versions_losses
 from moe_lens.studies.study import TEXTS, Earlier, Gathered, Study
@@ -124,7 +132,7 @@ class SingleExpertStudy(Study):
             self._losses(model, batch, into, prepared.of_rows(batch), prepared.means)
 
     def _means(self, model: Any, batch: TokenBatch, into: Gathered, halves: Int[Tensor, " batch"]) -> None:
-        wanted = [names.RESID_MID, names.EXPERT_INDICES, names.ROUTING_WEIGHTS, names.EXPERT_OUT]
+        wanted = [names.RESID_MID, COMPUTED, names.ROUTING_WEIGHTS, names.EXPERT_OUT]
         member = halves[:, None]
 
         def update(layer: int, of: dict[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ import torch
 from moe_lens import HookedMoE, names
 from moe_lens.data import TokenBatch, Tokens
 from moe_lens.errors import InputError
-from moe_lens.pruning import METHODS, score
+from moe_lens.pruning import METHODS, merge, plan, score
 from moe_lens.pruning.scoring import texts_digest
 from tests.families import build, tokens
 
@@ -59,6 +59,28 @@ def by_loops(model, of):
         "reap": g_norm / count.clamp(min=1),
         "selected": (count > 0).double(),
     }
+
+
+def test_with_any_number_of_experts_those_of_each_token_count(model):
+    of = texts()
+    method: Any
+    with model.use_experts(mass=0.3), torch.no_grad():
+        routed = torch.zeros(len(model.moe_layers), model.n_experts, dtype=torch.float64)
+        norm, empty = routed.clone(), 0
+        for batch in of:
+            _, cache = model.run_with_cache(batch.tokens, attention_mask=batch.mask.long())
+            for row, layer in enumerate(model.moe_layers):
+                ids, out = cache["expert_indices", layer][batch.counted], cache["expert_out", layer][batch.counted]
+                empty += int((ids == -1).sum())
+                for expert in range(model.n_experts):
+                    routed[row, expert] += int((ids == expert).sum())
+                    norm[row, expert] += out[ids == expert].double().norm(dim=-1).sum()
+        assert empty  # tokens differ in how many experts they take
+        expected = {"frequency": routed / of.n_tokens, "ean": norm / of.n_tokens, "selected": (routed > 0).double()}
+        for method, values in expected.items():
+            assert torch.allclose(score(model, [of], method).values[0], values, rtol=1e-5), method
+        merged = merge(plan(score(model, [of], "reap"), keep=0.5), model, [of])
+    assert merged.shares is not None and torch.equal(merged.shares.double(), routed)
 
 
 def test_scores_of_routing_and_outputs_are_their_definitions(model):

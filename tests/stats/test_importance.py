@@ -7,14 +7,17 @@ import torch
 
 from moe_lens import names
 from moe_lens.errors import InputError
+from moe_lens.routing import output_factors
 from moe_lens.stats import (
     SCORES,
+    ActivationMeans,
     ImportanceStats,
     NeuronStats,
     OutputSimilarityStats,
     expert_similarity,
     weight_similarity,
 )
+from moe_lens.stats.observation import COMPUTED, each_layer
 from tests.wrapped import wrapped
 
 F64 = 1e-12  # sums of few numbers in float64, taken in another order: what rounding there may differ by
@@ -102,6 +105,112 @@ def test_live_scores_are_those_of_a_cache(name):
         expected = torch.zeros(model.n_experts, dtype=torch.float64).index_add_(0, chosen.flatten(), weighted.flatten())
         assert torch.allclose(result.score("weighted_ean")[i], expected, rtol=1e-5)
         assert torch.equal(result.routed[i], torch.bincount(chosen.flatten(), minlength=model.n_experts))
+
+
+def leaves_out_odd_ranks(value: torch.Tensor, hook: Any) -> torch.Tensor:
+    return value & (torch.arange(value.shape[-1]) % 2 == 0)
+
+
+LEFT_OUT: dict[str, tuple[Any, Any]] = {
+    "keep_top": (lambda model: model.keep_top(1), lambda indices: torch.arange(indices.shape[-1]) < 1),
+    "ablate": (
+        lambda model: model.ablate({layer: [0, 2] for layer in model.moe_layers}),
+        lambda indices: (indices != 0) & (indices != 2),
+    ),
+    "use_experts": (lambda model: model.use_experts(mass=0.8), lambda indices: indices >= 0),
+    "hook": (
+        lambda model: model.hooks(
+            [(names.mlp(names.EXPERT_KEPT, at), leaves_out_odd_ranks) for at in model.moe_layers]
+        ),
+        lambda indices: torch.arange(indices.shape[-1]) % 2 == 0,
+    ),
+    "nothing": (lambda model: model.hooks([]), lambda indices: indices >= 0),
+}
+"""What leaves experts out, and which slots it leaves in."""
+
+
+@pytest.mark.typed
+@pytest.mark.parametrize("how", LEFT_OUT)
+def test_experts_count_where_they_were_computed(how):
+    case = wrapped("deepseek")
+    model, tokens = case.model, case.tokens
+    inside, left_in = LEFT_OUT[how]
+    counted = torch.ones(tokens.shape, dtype=torch.bool)
+    counted[0, :3] = False
+    size = model.moe_layers, model.n_experts
+    stats, neurons = ImportanceStats(*size), NeuronStats(*size)
+    means = ActivationMeans(*size, model.top_k, model.cfg.d_model)
+    wanted = [names.RESID_MID, names.EXPERT_OUT, names.EXPERT_POST, names.ROUTING_WEIGHTS, COMPUTED]
+    refused: list[int] = []
+
+    def note(layer: int, of: dict[str, torch.Tensor]) -> None:
+        resid, outputs, inner, weights, indices = (of[name] for name in wanted)
+        neurons.update(layer, inner, indices, counted)
+        if indices.shape[-1] != model.top_k:  # as many ranks as this batch's hungriest token asks for
+            refused.append(layer)
+            with pytest.raises(InputError, match=f"expected {model.top_k}, as announced"):
+                means.update(layer, resid, outputs, weights, indices, counted)
+        else:
+            means.update(layer, resid, outputs, output_factors(weights, model.family), indices, counted)
+
+    with torch.no_grad(), inside(model):
+        model.run_with_hooks(tokens, fwd_hooks=stats.hooks(model, counted) + each_layer(model, wanted, note))
+        _, cache = model.run_with_cache(tokens)
+    result, by_neuron = stats.result(), neurons.result()
+    assert bool(refused) == (how == "use_experts")
+    own = None if refused else means.result()
+    assert result.n_tokens == int(counted.sum())
+    left_out = 0
+    for i, layer in enumerate(model.moe_layers):
+        read, indices = cache[names.mlp(names.MLP_IN, layer)], cache["expert_indices", layer]
+        slots = (left_in(indices) & (indices >= 0)).expand(indices.shape) & counted[..., None]
+        left_out += int((indices[counted] >= 0).sum() - slots.sum())
+        for expert in range(model.n_experts):
+            at, ranks = ((indices == expert) & slots).any(-1), (indices == expert) & slots
+            n = int(at.sum())
+            assert int(result.routed[i, expert]) == int(by_neuron.routed[i, expert]) == n
+            assert float(result.score("frequency")[i, expert]) == pytest.approx(n / result.n_tokens)
+            if not n:
+                continue
+            with torch.no_grad():
+                outputs = model.expert_outputs(layer, read[at], torch.full((n, 1), expert))[:, 0].double()
+            weights = cache["routing_weights", layer][ranks].double()
+            size = outputs.norm(dim=-1)
+            u = cache[names.block(names.RESID_MID, layer)][at].double().norm(dim=-1)
+            expected = {"mean_norm": size.mean(), "ean": size.sum(), "max_activation": outputs.abs().max()}
+            expected |= {"reap": (weights * size).mean(), "relative_norm": (weights * size / u).mean()}
+            expected |= {"summed_weight": weights.sum(), "weighted_ean": (weights * size).sum()}
+            for name, value in expected.items():
+                assert float(result.score(name)[i, expert]) == pytest.approx(float(value), rel=1e-4), name
+            inner = cache[names.mlp(names.EXPERT_POST, layer)][ranks].double()
+            assert torch.allclose(by_neuron.sizes[i, expert], inner.abs().sum(0), rtol=1e-4)
+            if own is not None:
+                assert int(own.counts[i, expert]) == n
+                assert torch.allclose(own.experts[i, expert].double(), outputs.mean(0), atol=1e-5)
+    assert (left_out > 0) == (how in {"keep_top", "ablate", "hook"})  # chosen, and not computed
+
+
+def test_slots_that_hold_no_expert_are_not_counted_and_other_ids_are_refused():
+    resid, outputs, weights, indices, counted = activations(0)
+    counted[:] = True
+    fewer, means = ImportanceStats([2], EXPERTS), ActivationMeans([2], EXPERTS, K, D)
+    gone = torch.cat([indices[..., :1], torch.full_like(indices[..., 1:], -1)], -1)
+    fewer.update(2, resid, outputs, weights, gone, counted)
+    one = ImportanceStats([2], EXPERTS).update(
+        2, resid, outputs[..., :1, :], weights[..., :1], indices[..., :1], counted
+    )
+    for name in SCORES:
+        assert torch.equal(fewer.result().score(name), one.result().score(name)), name
+    found = means.update(2, resid, outputs, weights, gone, counted).result()
+    assert not found.weighted[0, 1].any() and int(found.counts.sum()) == counted.sum()
+    for wrong in (EXPERTS, -2):
+        gone[0, 0, 0] = wrong
+        with pytest.raises(InputError, match="expected 0 to 4, or −1 where none is computed"):
+            ImportanceStats([2], EXPERTS).update(2, resid, outputs, weights, gone, counted)
+        with pytest.raises(InputError, match="expected 0 to 4"):
+            NeuronStats([2], EXPERTS).update(2, outputs, gone, counted)
+        with pytest.raises(InputError, match="expected 0 to 4"):
+            ActivationMeans([2], EXPERTS, K, D).update(2, resid, outputs, weights, gone, counted)
 
 
 @pytest.mark.typed
