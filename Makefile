@@ -30,20 +30,20 @@ atlas: $(VENV)/.installed  ## a page for every expert of the embedded model, in 
 
 install: $(VENV)/.installed  ## create .venv and install the package there, editable
 
-# Three processes of one thread each, for two cores: some tests wait for others' processes. Each begins with a third of the
-# tests, in order, and takes over some of the others' when it is done: most of what tests share is built once. Threads that
-# wait do not spin: more of them than cores would.
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n 3 --dist worksteal
+# Two processes of one thread each, for two cores: a third one costs more in what it shares with them than it gains while
+# tests wait. Each begins with a half of the tests, in order, and takes over some of the other's when it is done: most of
+# what tests share is built once. Threads that wait do not spin: more of them than cores would.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist worksteal
 
 test: check .plain .typed  ## lint, formatting, types, import layers, tests; PYTEST_ARGS="-m 'not slow'" goes to pytest
 
 .plain: $(VENV)/.installed-dev
 	$(PYTEST) --durations=20 $(PYTEST_ARGS)
 
-# A part of the tests once more, with annotations checked at every call, and with two threads: two processes are enough.
-# It fails with the names of functions that it has not reached.
+# A part of the tests once more, with annotations checked at every call, and with two threads. It fails with the names of
+# functions that it has not reached.
 .typed: $(VENV)/.installed-dev
-	$(PYTEST) -n 2 -m typed --typed --reach --threads 2 --durations=20
+	$(PYTEST) -m typed --typed --reach --threads 2 --durations=20
 
 test-typed: $(VENV)/.installed-dev  ## all tests with annotations, shapes too, checked at every call: slow
 	$(PYTEST) --typed $(PYTEST_ARGS)
