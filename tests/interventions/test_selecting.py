@@ -210,7 +210,9 @@ def test_gradients_pass_through_steering(pushes: Any, rule: Any) -> None:
             step = 1e-6 * slope / slope.norm()
             measured = (loss(step) - loss(-step)) / 2e-6
     (free,) = torch.autograd.grad(loss(extra), extra)
-    assert measured == pytest.approx(float(slope.norm()), rel=1e-5) != pytest.approx(float(free.norm()), rel=1e-3)
+    # Central differences: losses of some 1e3, rounded by 1e-16 of that, over steps of 2e-6; 9e-9 of the slope is found.
+    assert measured == pytest.approx(float(slope.norm()), rel=1e-7)
+    assert abs(float(measured - free.norm())) > 1e-2 * float(free.norm())  # the control: without steering, 1 to 4 % off
 
 
 @families

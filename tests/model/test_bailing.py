@@ -250,13 +250,31 @@ def test_an_unembedding_that_is_stored_with_other_norms_is_divided_by_them_once(
         assert torch.equal(HookedMoE.from_pretrained(tmp_path / "saved")(tokens(2, 9)), model(tokens(2, 9)))
 
 
+def counted(config: dict[str, Any]) -> tuple[int, int]:
+    """Parameters of a config, and those that a token passes: matrix by matrix, as its layers are (biases of routers are
+    buffers)."""
+    width, heads, kv = (config[name] for name in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    head = config.get("head_dim") or width // heads
+    second = "num_nextn_predict_layers" in config
+    attention = (2 * heads + 2 * kv) * head * width + 2 * width + (2 * head if second else 0)
+    expert = 3 * width * config["moe_intermediate_size"]
+    dense = config["first_k_dense_replace"]
+    sparse = config["num_hidden_layers"] - dense
+    always = sparse * (attention + config["num_experts"] * width + config["num_shared_experts"] * expert)
+    always += dense * (attention + 3 * width * config["intermediate_size"])
+    always += 2 * config["vocab_size"] * width + width
+    routed = sparse * expert
+    return always + config["num_experts"] * routed, always + config["num_experts_per_tok"] * routed
+
+
 @pytest.mark.parametrize(
     ("config", "total", "active"), [(LITE, 16.8e9, 2.75e9), (PLUS, 290e9, 28.8e9), (MINI, 16.26e9, 1.44e9)]
 )
 def test_published_configs_give_the_published_sizes(config, total, active, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     info = model_info(tmp_path)
-    # Published are two to four digits: 290 billion stand for 290.6, which is .21 % more.
+    assert (info.parameters, info.active) == counted(config)
+    # And they are what is published, in two to four digits: 290 billion stand for 290.6, which is .21 % more.
     assert info.parameters == pytest.approx(total, rel=0.0025)
     # 28.8 billion stand for 29.0 (.71 %); an embedding too few would be 2.3 (plus), 9 (lite) or 22 % (mini) less.
     assert info.active == pytest.approx(active, rel=0.0075)

@@ -22,7 +22,6 @@ from transformers import (
     PreTrainedModel,
     conversion_mapping,
 )
-from transformers.utils.import_utils import is_flash_attn_2_available
 
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
 from moe_lens.model.families import deepseek
@@ -182,10 +181,24 @@ def test_loading_arguments_of_transformers_pass_through(folder: Path, tmp_path: 
         load(folder, variant="fp32", colour="red")
 
 
-@pytest.mark.skipif(is_flash_attn_2_available(), reason="it is installed")
-def test_a_package_that_an_argument_needs_and_that_is_not_installed_is_said_in_a_line(folder: Path) -> None:
-    with pytest.raises(InputError, match="transformers cannot load .*FlashAttention2.* installed"):
+def test_a_package_that_an_argument_needs_and_that_is_not_installed_is_said_in_a_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the tests run: as if it were not there, or no device for it."""
+    loading = DeepseekForCausalLM._check_and_adjust_attn_implementation
+
+    def lacking(self: Any, asked: str | None, *args: Any, **kwargs: Any) -> Any:
+        if asked == "flash_attention_2":
+            raise ImportError(
+                "FlashAttention2 has been toggled on,\nbut the package for it doesn't seem to be installed."
+            )
+        return loading(self, asked, *args, **kwargs)
+
+    monkeypatch.setattr(DeepseekForCausalLM, "_check_and_adjust_attn_implementation", lacking)
+    with pytest.raises(InputError, match="transformers cannot load .*FlashAttention2.* installed") as error:
         load(folder, attn_implementation="flash_attention_2")
+    assert "\n" not in str(error.value)
+    assert torch.equal(logits(load(folder, attn_implementation="sdpa")), logits(load(folder)))
 
 
 def test_disk_offload_computes_the_same(folder: Path, tmp_path: Path) -> None:

@@ -251,11 +251,12 @@ def test_dropout_is_the_same_with_hooks_inside_attention(model_type: str) -> Non
         model = HookedMoE.from_hf(hf)
         torch.manual_seed(1)
         heard, _ = model.run_with_cache(tokens())
-        torch.testing.assert_close(heard, plain, rtol=0, atol=1e-3)
+        # Attention is computed again, in another order: 3e-7 of its largest value a layer, 9e-6 of logits up to 6 here.
+        torch.testing.assert_close(heard, plain, rtol=0, atol=2e-5)
         model.eval()
         kept = model(tokens())
         assert (kept - plain).abs().max() > 0.1, "negative control: dropout matters, and is off here"
-        torch.testing.assert_close(model.run_with_cache(tokens())[0], kept, rtol=0, atol=1e-3)
+        torch.testing.assert_close(model.run_with_cache(tokens())[0], kept, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
