@@ -26,6 +26,7 @@ from moe_lens.model.hf_compat import (
 from moe_lens.model.loading.left_on_disk import files_in_use
 from moe_lens.model.loading.quantising import VARIANT, packed_in, quantise
 from moe_lens.model.loading.state_dict import check_numbers, check_own, original_state
+from moe_lens.model.loading.stored_file import stamp_of
 from moe_lens.scratch import folder_made
 
 _SHARD = "2GB"
@@ -135,16 +136,11 @@ def _instead_of_older(folder: Path, variant: str | None) -> Generator[None]:
     """
     dot = f".{variant}" if variant else ""
     ways = [folder / f"model{dot}.safetensors", folder / f"model.safetensors.index{dot}.json"]
-    found = {file: _stamp(file) for file in ways if file.is_file()}
+    found = {file: stamp_of(file) for file in ways if file.is_file()}
     yield
-    written = [file for file in ways if file.is_file() and found.get(file) != _stamp(file)]
+    written = [file for file in ways if file.is_file() and found.get(file) != stamp_of(file)]
     for file in found.keys() - written if written else ():
         file.unlink(missing_ok=True)
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    stat = file.stat()
-    return stat.st_ino, stat.st_mtime_ns
 
 
 @contextmanager
