@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import gc
 import os
 import random
 import signal
@@ -411,6 +412,8 @@ def interrupted(times: int, enough: int = 10**9) -> tuple[int, int]:
     came = left = 0
     switch = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)  # or the signal waits for the end of the call
+    gc.collect()
+    gc.disable()  # an interrupt in a callback of the collector, such as hypothesis has, is swallowed by Python
     try:
         for _ in range(times):
             try:
@@ -424,6 +427,7 @@ def interrupted(times: int, enough: int = 10**9) -> tuple[int, int]:
             if left == enough:
                 break
     finally:
+        gc.enable()
         sys.setswitchinterval(switch)
         going = False
         go.release()
