@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float64, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from moe_lens import names
 from moe_lens.checked import AnyModel, Seed
 from moe_lens.errors import InputError
-from moe_lens.routing import LayerRouting, affinity
+from moe_lens.routing import LayerRouting, Routing, affinity
 from moe_lens.stats.observation import Hooks, TextBatch, each_layer, forward, routed
 from moe_lens.stats.routed_batch import RoutedBatch
 from moe_lens.stats.vocabulary_specialisation import VocabularyResult
@@ -24,9 +24,14 @@ def uniform_routing(batch: RoutedBatch, generator: torch.Generator) -> RoutedBat
 
     Weights, logits and affinities move with the ids, so that margins and entropies are the model's own.
     """
+    shape = (*batch.routing.indices.shape[:-1], batch.routing.n_experts)
+    return permuted_experts(batch, torch.rand(shape, generator=generator))
+
+
+def permuted_experts(batch: RoutedBatch, draws: Float[Tensor, "layer batch pos n_experts"]) -> RoutedBatch:
+    """`uniform_routing` from uniform random numbers in [0, 1)."""
     routing = batch.routing
-    shape = (*routing.indices.shape[:-1], routing.n_experts)
-    renamed = torch.rand(shape, generator=generator).argsort(-1).to(routing.indices.device)
+    renamed = draws.argsort(-1).to(routing.indices.device)
 
     def moved(values: Tensor | None) -> Tensor | None:
         return None if values is None else torch.empty_like(values).scatter_(-1, renamed, values)
@@ -52,6 +57,19 @@ def token_unigram_routing(batch: RoutedBatch, counts: VocabularyResult, generato
     Raises:
         InputError: counts by another token than the input, of another model, or in which a token does not occur.
     """
+    shape = (*batch.routing.indices.shape[:-1], n_draws(batch.routing))
+    return experts_of_tokens(batch, counts, torch.rand(shape, generator=generator))
+
+
+def n_draws(routing: Routing) -> int:
+    """Random numbers that `experts_of_tokens` takes for a token and layer: an order, a mark, and ranks."""
+    return routing.n_experts + 1 + routing.top_k
+
+
+def experts_of_tokens(
+    batch: RoutedBatch, counts: VocabularyResult, draws: Float[Tensor, "layer batch pos n_draws"]
+) -> RoutedBatch:
+    """`token_unigram_routing` from uniform random numbers in [0, 1)."""
     routing, tokens = batch.routing, batch.require_tokens()
     if counts.by != "input":
         raise InputError(f"these counts are by {counts.by} token; a token's routing needs those by input token")
@@ -67,22 +85,33 @@ def token_unigram_routing(batch: RoutedBatch, counts: VocabularyResult, generato
             unseen = int(found[seen[row] != found][0])
             raise InputError(f"token {unseen} does not occur in the counts; count the same text, or more")
         chosen = table[0][row].double()
-        drawn = systematic_sample(chosen / table[1][row].sum(-1, keepdim=True), routing.top_k, generator)
+        *sample, ranks = draws[i][mask.cpu()].split([routing.n_experts, 1, routing.top_k], -1)
+        drawn = systematic_sample(chosen / table[1][row].sum(-1, keepdim=True), routing.top_k, *sample)
         first = (table[1][row] / chosen.clamp(min=1)).gather(-1, drawn)
-        noise = -(-torch.rand(drawn.shape, generator=generator).clamp(min=1e-12).log()).log()
+        noise = -(-ranks.clamp(min=1e-12).log()).log()
         order = (first.clamp(min=1e-6).log() + noise).argsort(-1, descending=True)
         indices[i][mask] = drawn.gather(-1, order).to(indices.device)
     return replace(batch, routing=replace(routing, indices=indices, logits=None, probs=None))
 
 
 def systematic_sample(
-    share: Float64[Tensor, "row n_experts"], size: int, generator: torch.Generator
+    share: Float64[Tensor, "row n_experts"],
+    size: int,
+    order: Float[Tensor, "row n_experts"],
+    mark: Float[Tensor, "row 1"],
 ) -> Int[Tensor, "row size"]:
-    """In each row, `size` different columns, column e with probability `share[e]`; rows sum to `size`."""
-    order = torch.rand(share.shape, generator=generator).argsort(-1)
+    """In each row, `size` different columns, column e with probability `share[e]`; rows sum to `size`.
+
+    Args:
+        share: The probabilities.
+        size: How many columns to draw.
+        order: Uniform random numbers in [0, 1), which put the columns in an order.
+        mark: Another such number for each row.
+    """
+    order = order.argsort(-1)
     ends = share.gather(-1, order).cumsum(-1)
     ends = ends * (size / ends[:, -1:])
-    marks = torch.rand(len(share), 1, generator=generator, dtype=torch.float64) + torch.arange(size)
+    marks = mark.double() + torch.arange(size)
     # A column covers an interval no longer than 1, so that no two marks, which are 1 apart, fall into the same.
     place = torch.searchsorted(ends, marks, right=True).clamp(max=share.shape[-1] - 1)
     return order.gather(-1, place)

@@ -1,10 +1,10 @@
 """The study `experts_per_token`: what any number of experts costs, the same for all tokens or as the router says.
 
 Numbers that differ between tokens are held against two things of the same compute: the same numbers shuffled over
-the tokens, and a number that is the same for all. Budgets of experts are from Alloc-MoE (arXiv 2604.08133).
+the tokens of each window, and a number that is the same for all. Budgets of experts are from Alloc-MoE (arXiv
+2604.08133).
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -20,7 +20,7 @@ from moe_lens.data import TokenBatch
 from moe_lens.errors import InputError
 from moe_lens.stats import Accumulator, Result, bootstrap_all
 from moe_lens.stats.sums import BySource
-from moe_lens.studies.forward_passes import Hooks, losses, predicted
+from moe_lens.studies.forward_passes import Hooks, drawn_by_place, losses, predicted
 from moe_lens.studies.frames import by_domain
 from moe_lens.studies.study import Gathered, Study
 from moe_lens.studies.variant_losses import WHOLE, Variant, VariantLosses, VariantStats
@@ -40,7 +40,7 @@ class ExpertsPerToken(Study):
     threshold: tuple[float, ...] = ()
     entropy: tuple[float, ...] = ()
     seed: Seed = 0
-    """Of the numbers that are shuffled over tokens."""
+    """Of the numbers that are shuffled over the tokens of a window."""
 
     name: ClassVar[str] = "experts_per_token"
     passes: ClassVar[tuple[str, ...]] = ("experts",)
@@ -123,21 +123,22 @@ def parts(variant: Variant) -> tuple[str, float, bool]:
 
 
 def shuffle_numbers(model: Any, batch: TokenBatch, seed: int) -> Hooks:
-    """Hooks that give the numbers of experts of a batch's counted tokens to others of them, in each layer anew."""
-    read = batch.pack(batch.counted)
-    where = " ".join(f"{window.document}:{window.start}" for window in batch.windows)
+    """Hooks that give the numbers of experts of a window's counted tokens to others of it, in each layer anew."""
+    drawn = drawn_by_place(batch, f"{seed} numbers", len(model.moe_layers))[..., 0]
+    read = batch.pack(batch.counted)[..., None]
+    last = (~batch.counted).long()
+    places = last.argsort(dim=-1, stable=True)  # the counted ones, in order, and then the others
+    orders = [(each + last).argsort(dim=-1, stable=True) for each in drawn.masked_fill(~batch.counted, 0)]
 
-    def shuffled(counts: Tensor, hook: Any, layer: int) -> Tensor:  # noqa: ARG001
-        key = hashlib.sha256(f"{seed} {layer} {where}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
-        at = read.to(counts.device)
-        numbers = counts[at]
-        order = torch.randperm(len(numbers), generator=generator).to(counts.device)
-        return counts.clone().masked_scatter(at[..., None], numbers[order])
+    def shuffled(counts: Tensor, hook: Any, order: Tensor) -> Tensor:  # noqa: ARG001
+        numbers = batch.unpack(counts)[..., 0]
+        at, order = places.to(counts.device), order.to(counts.device)
+        moved = batch.pack(numbers.scatter(-1, at, numbers.gather(-1, order))[..., None])
+        return torch.where(read.to(counts.device), moved, counts)
 
     return [
-        (names.mlp(names.N_ACTIVE, layer), lambda counts, hook, layer=layer: shuffled(counts, hook, layer))
-        for layer in model.moe_layers
+        (names.mlp(names.N_ACTIVE, layer), lambda counts, hook, order=order: shuffled(counts, hook, order))
+        for layer, order in zip(model.moe_layers, orders, strict=True)
     ]
 
 

@@ -21,7 +21,7 @@ from moe_lens.partial_sum import PartialSum
 from moe_lens.stats import Accumulator, Result, bootstrap_all
 from moe_lens.stats.sums import BySource
 from moe_lens.studies.forecast import Load
-from moe_lens.studies.forward_passes import Hooks, each_layer, input_device
+from moe_lens.studies.forward_passes import Hooks, drawn_by_place, each_layer, input_device
 from moe_lens.studies.frames import by_domain
 from moe_lens.studies.lens_examples import EXAMPLE_TOKENS, ExampleStats, LensExample
 from moe_lens.studies.study import Gathered, Study
@@ -152,13 +152,14 @@ class LensStudy(Study):
     def step(self, model: Any, name: str, batch: TokenBatch, into: Gathered, prepared: Lens) -> None:  # noqa: ARG002
         """One forward pass, and the unembedding of every sum; another pass for a prompt that is an earlier example."""
         sums, device, terms = self.sums(model), input_device(model), {}
-        with model.hooks(fwd_hooks=unselected_hooks(model, sums, terms)):
+        draws = drawn_by_place(batch, f"{self.seed} controls", model.cfg.n_layers)[..., 0]
+        with model.hooks(fwd_hooks=unselected_hooks(model, sums, terms, draws)):
             _, cache = model.run_with_cache(
                 batch.tokens.to(device),
                 names_filter=prepared.hooks(sums=sums),
                 attention_mask=batch.mask.long().to(device),
             )
-        cache.unselected = terms
+        cache.unselected, cache.draws = terms, draws
         into["lens"].update(prepared.decode(cache, sums, top=1), batch.counted, batch.sources)
         into["example"].update(prepared, batch)
 
@@ -178,7 +179,12 @@ class LensStudy(Study):
         }
 
 
-def unselected_hooks(model: Any, sums: Sequence[PartialSum], into: dict[tuple[int, PartialSum], Tensor]) -> Hooks:
+def unselected_hooks(
+    model: Any,
+    sums: Sequence[PartialSum],
+    into: dict[tuple[int, PartialSum], Tensor],
+    draws: Float[Tensor, "layer batch pos"],
+) -> Hooks:
     """Hooks that compute the terms of unselected experts while a layer's weights are there.
 
     After the pass they would have to be read, or unpacked, once more for every chunk of tokens that the lens decodes.
@@ -187,6 +193,7 @@ def unselected_hooks(model: Any, sums: Sequence[PartialSum], into: dict[tuple[in
         model: A `HookedMoE`.
         sums: Those that a lens will read.
         into: Takes the terms [batch, pos, d_model], by layer and sum.
+        draws: Uniform random numbers in [0, 1) that decide which experts they are.
     """
     wanted = [which for which in sums if which.drawn == "unselected"]
 
@@ -194,7 +201,7 @@ def unselected_hooks(model: Any, sums: Sequence[PartialSum], into: dict[tuple[in
         x, indices, weights = (of[name] for name in read)
         for which in wanted:
             with suppress(InputError):  # there is none to draw, as the lens will say
-                expert = unselected_experts(indices, layer, which.seed, model.n_experts)
+                expert = unselected_experts(indices, layer, which.seed, model.n_experts, draws[layer])
                 into[layer, which] = unselected_term(model, layer, which, x, expert, weights)
 
     read = (names.MLP_IN, names.EXPERT_INDICES, names.ROUTING_WEIGHTS)

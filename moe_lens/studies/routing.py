@@ -1,12 +1,10 @@
 """The study `routing`: which experts each domain's tokens are sent to (arXiv 2603.05806, Figure 1)."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import pandas as pd
-import torch
 
 from moe_lens.checked import Positive, Seed
 from moe_lens.data import Reading, TokenBatch
@@ -25,13 +23,12 @@ from moe_lens.stats import (
     conditional_information,
     observe,
     standing_committee,
-    token_unigram_routing,
-    uniform_routing,
 )
-from moe_lens.stats.null_routing import random_router_hooks
+from moe_lens.stats.null_routing import experts_of_tokens, n_draws, permuted_experts, random_router_hooks
 from moe_lens.stats.observation import routed as routing_of
 from moe_lens.stats.parallel_sources import parallel_key
 from moe_lens.studies.forecast import Load
+from moe_lens.studies.forward_passes import drawn_by_place
 from moe_lens.studies.frames import by_domain
 from moe_lens.studies.study import TEXTS, Earlier, Gathered, Study
 
@@ -109,14 +106,15 @@ class RoutingStudy(Study):
             for by in ("next", "predicted"):
                 into[f"{MODEL} {by}"].update(routed)
             return
-        generator = torch.Generator().manual_seed(_seed(self.seed, batch))
         random: dict[int, LayerRouting] = {}
         beside = random_router_hooks(model, random, self.seed) if f"{RANDOM} routing" in into else None
         routed = observe(model, batch, beside=beside)
         if random:
             _count(into, RANDOM, routing_of(model, batch, random))
-        _count(into, "token_unigram", token_unigram_routing(routed, prepared, generator))
-        _count(into, "uniform", uniform_routing(routed, generator))
+        drawn = drawn_by_place(batch, f"{self.seed} token", len(model.moe_layers), n_draws(routed.routing))
+        _count(into, "token_unigram", experts_of_tokens(routed, prepared, drawn))
+        drawn = drawn_by_place(batch, f"{self.seed} uniform", len(model.moe_layers), model.n_experts)
+        _count(into, "uniform", permuted_experts(routed, drawn))
 
     def results(self, earlier: Mapping[str, Gathered]) -> dict[str, Result]:
         """All results; the first word of a name is the routing."""
@@ -210,12 +208,6 @@ def _counters(model: Any, routing: str) -> dict[str, Any]:
 def _count(into: Gathered, routing: str, batch: RoutedBatch) -> None:
     for kind in ("routing", "pairs", "input"):
         into[f"{routing} {kind}"].update(batch)
-
-
-def _seed(seed: int, batch: TokenBatch) -> int:
-    """A seed that belongs to a batch, so that draws do not depend on what was read before."""
-    key = [seed, *((window.source, window.document, window.start) for window in batch.windows)]
-    return int.from_bytes(hashlib.sha256(str(key).encode()).digest()[:7], "big")
 
 
 def _as(kind: type[R], result: Result) -> R:

@@ -242,7 +242,8 @@ def test_uniform_routing_keeps_everything_but_the_names():
 def test_systematic_sampling_has_exact_frequencies():
     generator = torch.Generator().manual_seed(0)
     share = torch.tensor([1.0, 0.7, 0.25, 0.05, 0.0], dtype=torch.float64)
-    drawn = systematic_sample(share.expand(40_000, 5), 2, generator)
+    order, mark = torch.rand(40_000, 6, generator=generator).split([5, 1], -1)
+    drawn = systematic_sample(share.expand(40_000, 5), 2, order, mark)
     assert (drawn[:, 0] != drawn[:, 1]).all()
     found = torch.bincount(drawn.flatten(), minlength=5) / 40_000
     assert found[0] == 1 and found[4] == 0

@@ -54,6 +54,9 @@ class SumCache(AttributionCache):
     unselected: Mapping[tuple[int, PartialSum], Float[Tensor, "*tokens d_model"]] = MappingProxyType({})
     """Outputs of unselected experts that were computed during the cached pass, by layer and sum. For other sums the
     layer's experts run once more, and are read once more if they are kept on disk or on another device."""
+    draws: Float[Tensor, "layer *tokens"] | None = None
+    """Uniform random numbers in [0, 1) that decide which experts a sum draws, for each layer of the model and token.
+    If not given, they come from the seed of the sum and depend on which tokens are cached together."""
 
     def partial_sum(
         self, layer: FromEnd, which: PartialSum | None = None, *, at: At | None = None, **chosen: Any
@@ -183,12 +186,16 @@ class SumCache(AttributionCache):
 
     def _draw(self, layer: int, seed: int, below: int, at: At | None) -> Int[Tensor, "*tokens"]:
         """A number for every token. All tokens draw, so that a token's number does not depend on who else is read."""
-        drawn = drawn_numbers(self[names.mlp(names.EXPERT_INDICES, layer)], layer, seed, below)
+        drawn = drawn_numbers(self[names.mlp(names.EXPERT_INDICES, layer)], layer, seed, below, self._draws(layer))
         return drawn if at is None else drawn[tuple(axis.cpu() for axis in at)]
 
     def _unselected(self, layer: int, seed: int, at: At | None) -> Int[Tensor, "*tokens"]:
-        expert = unselected_experts(self[names.mlp(names.EXPERT_INDICES, layer)], layer, seed, self.model.n_experts)
+        indices = self[names.mlp(names.EXPERT_INDICES, layer)]
+        expert = unselected_experts(indices, layer, seed, self.model.n_experts, self._draws(layer))
         return expert if at is None else expert[at]
+
+    def _draws(self, layer: int) -> Float[Tensor, "*tokens"] | None:
+        return None if self.draws is None else self.draws[layer]
 
     def _unselected_out(self, layer: int, which: PartialSum, at: At | None) -> Float[Tensor, "*tokens d_model"]:
         if (ready := self.unselected.get((layer, which))) is not None:

@@ -12,21 +12,38 @@ from moe_lens.partial_sum import PartialSum
 
 
 def drawn_numbers(
-    indices: Int[Tensor, "*tokens top_k"], layer: Natural, seed: Natural, below: Positive
+    indices: Int[Tensor, "*tokens top_k"],
+    layer: Natural,
+    seed: Natural,
+    below: Positive,
+    draws: Float[Tensor, "*tokens"] | None = None,
 ) -> Int[Tensor, "*tokens"]:
     """A number from 0 to below `below` for every token, on the CPU: all draw, whichever are read.
+
+    Args:
+        indices: Of the experts that each token selected, of all tokens of a run.
+        layer: The layer.
+        seed: Of the draws.
+        below: Of how many numbers.
+        draws: Uniform random numbers in [0, 1) to take them from, instead of the seed.
 
     Raises:
         InputError: Tokens have different numbers of experts.
     """
     if (indices < 0).any():
         raise InputError(f"tokens of layer {layer} have different numbers of experts: there is no random one for all")
+    if draws is not None:
+        return (draws.cpu() * below).long().clamp(max=below - 1)
     generator = torch.Generator().manual_seed(seed * 100_003 + layer)
     return torch.randint(below, indices.shape[:-1], generator=generator)
 
 
 def unselected_experts(
-    indices: Int[Tensor, "*tokens top_k"], layer: Natural, seed: Natural, n_experts: Natural
+    indices: Int[Tensor, "*tokens top_k"],
+    layer: Natural,
+    seed: Natural,
+    n_experts: Natural,
+    draws: Float[Tensor, "*tokens"] | None = None,
 ) -> Int[Tensor, "*tokens"]:
     """For each token, an expert that it did not select; each of them is equally likely.
 
@@ -35,6 +52,7 @@ def unselected_experts(
         layer: The layer.
         seed: Of the draws.
         n_experts: Of the layer.
+        draws: Uniform random numbers in [0, 1) to take them from, instead of the seed.
 
     Raises:
         InputError: All experts are always active, or tokens have different numbers of them.
@@ -42,7 +60,7 @@ def unselected_experts(
     free = n_experts - indices.shape[-1]
     if not free:
         raise InputError(f"all {n_experts} experts are always active: none is left unselected to draw")
-    expert = drawn_numbers(indices, layer, seed, free).to(indices.device)
+    expert = drawn_numbers(indices, layer, seed, free, draws).to(indices.device)
     for selected in indices.sort(-1).values.unbind(-1):  # the n-th of those that are left
         expert = expert + (expert >= selected).long()
     return expert
