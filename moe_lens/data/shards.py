@@ -89,8 +89,11 @@ def shards(
             return
         seed = None if reading.tokens is None else reading.seed
         place = {"rank": rank, "world_size": world_size} if shared else {}
+        from moe_lens.model.loading.tokenizer import special_ids  # not before: it imports transformers
+
+        special = special_ids(encoder.tokenizer)
         for number, passage in domain.passages(seed=seed, **place):
-            yield from windows_of(number, passage, encoder, context, leave_out)
+            yield from windows_of(number, passage, encoder, context, special, leave_out)
 
     found, before = 0, 0
     for number, group in enumerate(_groups(up_to(windows(), reading.tokens), reading.shard_tokens)):

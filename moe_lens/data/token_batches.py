@@ -136,7 +136,9 @@ def batch_windows(
         batch_tokens: Rows × columns of what the model reads at once; a longer window stands alone.
         packed: The length of the packed rows to lay the windows in, or None for one window a row.
     """
-    special = set(encoder.tokenizer.all_special_ids)
+    from moe_lens.model.loading.tokenizer import special_ids  # not before: it imports transformers
+
+    special = special_ids(encoder.tokenizer)
     ordered = sorted(windows, key=lambda window: len(window.ids))
     start = 0
     for end in range(1, len(ordered) + 1):

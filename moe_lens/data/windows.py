@@ -2,7 +2,7 @@
 
 import random
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,7 @@ def windows_of(
     passage: Passage,
     encoder: Any,
     context: int,
+    special: Set[int],
     short: Callable[[Passage, int], None] = too_short,
 ) -> Iterator[Window]:
     """The windows of a passage, in order.
@@ -51,6 +52,7 @@ def windows_of(
         passage: The text.
         encoder: The model that it is tokenised for.
         context: The greatest length of a window, what opens it included.
+        special: Tokens that are not counted as text: `special_ids` of the tokenizer.
         short: Called with a passage of fewer than two tokens and their number; raises if not given.
 
     Raises:
@@ -71,7 +73,6 @@ def windows_of(
             f"{passage.origin}: the tokenizer gives token {unknown}, and the model has {encoder.cfg.d_vocab};"
             " is it the tokenizer of another model?"
         )
-    special = set(encoder.tokenizer.all_special_ids)
     from moe_lens.model.loading.tokenizer import opens_itself  # not before: it imports transformers
 
     written = bool(opening) and opens_itself(encoder.tokenizer, passage.text, opening)
@@ -88,7 +89,9 @@ def in_turns(
     domain: Domain, encoder: Any, context: int, seed: int, short: Callable[[Passage, int], None] = too_short
 ) -> Iterator[Window]:
     """Windows of a domain that is held in memory: sources take turns in a random order, a window each time."""
-    shuffled = random.Random(seed)
+    from moe_lens.model.loading.tokenizer import special_ids  # not before: it imports transformers
+
+    special, shuffled = special_ids(encoder.tokenizer), random.Random(seed)
     by_source: dict[str, list[tuple[int, Passage]]] = defaultdict(list)
     for number, passage in enumerate(domain.passages):
         by_source[passage.source].append((number, passage))
@@ -99,7 +102,7 @@ def in_turns(
 
     def of_source(source: str) -> Iterator[Window]:
         for number, passage in by_source[source]:
-            yield from windows_of(number, passage, encoder, context, short)
+            yield from windows_of(number, passage, encoder, context, special, short)
 
     waiting = deque((source, of_source(source)) for source in order)
     while waiting:

@@ -16,6 +16,7 @@ from moe_lens.errors import HookError, InputError
 from moe_lens.lenses.logit_lens import LogitLens
 from moe_lens.lenses.token_rows import Rows, row_batches, rows
 from moe_lens.model.loading.dispatch import input_device, output_place
+from moe_lens.model.loading.tokenizer import special_ids
 from moe_lens.protocols import require_stream_width
 from moe_lens.reprs import Summary
 from moe_lens.routing import output_factors
@@ -250,10 +251,8 @@ class _Sums:
         self.tokens = self.routed = 0
         self._seen = 0
         self._heap: list[tuple[float, int, _Strong]] = []
-        tokenizer = model.tokenizer
-        self._special = torch.tensor(
-            sorted(tokenizer.all_special_ids) if tokenizer is not None else [], dtype=torch.long
-        )
+        special = set[int]() if model.tokenizer is None else special_ids(model.tokenizer)
+        self._special = torch.tensor(sorted(special), dtype=torch.long)
 
     @property
     def mean_out(self) -> Tensor:

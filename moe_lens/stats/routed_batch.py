@@ -76,7 +76,7 @@ class RoutedBatch:
         return hot.scatter_(-1, indices, self.mask.float()[None, :, :, None].expand(indices.shape))
 
     def without(self, tokens: Collection[int]) -> "RoutedBatch":
-        """The same with further tokens not counted, such as `tokenizer.all_special_ids`.
+        """The same with further tokens not counted, such as special ones.
 
         Raises:
             InputError: the batch does not know its tokens.

@@ -13,6 +13,7 @@ from torch import Tensor
 from moe_lens.data.files import read_objects
 from moe_lens.errors import InputError
 from moe_lens.interventions.trace_prompt import single_token, subject_positions, whole_prompt
+from moe_lens.model.loading.tokenizer import special_ids
 
 EMBEDDED_PAIRS = "german-english"
 """The pairs that ship with the package."""
@@ -91,10 +92,9 @@ def encode(model: Any, prompts: Sequence[str], spans: Sequence[str | None]) -> E
     Raises:
         InputError: A span is not in its prompt, or a prompt is longer than the model's context.
     """
-    special = set(getattr(model.tokenizer, "all_special_ids", ()) or ())
-    rows, kept = [], []
-    for prompt, span in zip(prompts, spans, strict=True):
-        ids = whole_prompt(model, prompt)[0].cpu()
+    rows = [whole_prompt(model, prompt)[0].cpu() for prompt in prompts]
+    special, kept = special_ids(model.tokenizer), []
+    for prompt, span, ids in zip(prompts, spans, rows, strict=True):
         looked_at = torch.tensor([token not in special for token in ids.tolist()])
         if span is not None:
             inside = torch.zeros_like(looked_at)
@@ -102,7 +102,6 @@ def encode(model: Any, prompts: Sequence[str], spans: Sequence[str | None]) -> E
             looked_at &= inside
         if not looked_at.any():
             raise InputError(f"the prompt {prompt!r} has no tokens to look at; expected some beside special ones")
-        rows.append(ids)
         kept.append(looked_at)
     pad = torch.nn.utils.rnn.pad_sequence
     mask = pad([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)

@@ -12,11 +12,13 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from moe_lens.data import Domain, Passage, tokenize
+from moe_lens.data import Domain, Passage, Reading, shards, tokenize
 from moe_lens.errors import CheckpointError, InputError, SelfCheckError, UnsupportedModelError
 from moe_lens.hooked_moe import HookedMoE
+from moe_lens.lenses import expert_vocabulary
 from moe_lens.model.loading.pretrained import load_pretrained, load_tokenizer
 from moe_lens.studies.model_facts import model_facts
+from moe_lens.studies.prompt_pairs import encode
 from tests.matrix.configs import build
 from tests.model.tiny import TINY, random_tensors, write_checkpoint
 
@@ -338,6 +340,26 @@ def test_bos_opens_a_text_where_there_is_one_and_studies_read_as_the_tokenizer_d
     assert model_facts(model, "m")["texts_open_with"] == studied
     model.cfg.default_prepend_bos = False
     assert model.to_tokens(TEXT).tolist() == [plain]
+
+
+def test_what_a_tokenizer_marks_as_special_is_no_text_whatever_its_role() -> None:
+    """As in the chat format of gpt-oss, whose special tokens are in no role; an added token that is none is text."""
+    tokenizer = in_memory()
+    tokenizer.add_tokens(["<think>"])
+    assert tokenizer.all_special_ids == []
+    model, text = holding(tokenizer), "<sop>user[gMASK]<think> a"
+    user, think = ids(tokenizer, "user"), ids(tokenizer, "<think> a")
+    (batch,) = tokenize(Domain.of("chat", [text]), model, n_tokens=100, context=32)
+    assert batch.tokens[batch.counted].tolist() == [*user, *think] and batch.windows[0].counted == len([*user, *think])
+    (shard,) = shards(Domain.of("chat", [text]), model, Reading(tokens=None, context=32))
+    assert shard.windows == batch.windows
+    (encoded,) = encode(model, [text], [None]).looked_at
+    assert encoded.tolist() == batch.counted[0].tolist()
+    assert expert_vocabulary(model, 1, 0, [text]).tokens == batch.windows[0].counted
+    (x,) = ids(tokenizer, "x")  # marked nowhere, but what the tokenizer puts before texts as a special token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="x $A", special_tokens=[("x", x)])
+    (batch,) = tokenize(Domain.of("chat", [text]), model, n_tokens=100, context=32)
+    assert batch.tokens[0, 0] == x and batch.tokens[batch.counted].tolist() == [*user, *think]
 
 
 @pytest.mark.parametrize(("own", "opening", "closing", "opened", "studied"), OPENINGS)

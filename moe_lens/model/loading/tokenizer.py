@@ -88,6 +88,15 @@ def opening_of(tokenizer: Any) -> list[int]:
     return whole[:1] if whole[:1] == [bos] else []
 
 
+def special_ids(tokenizer: Any) -> set[int]:
+    """The tokens that are no text: those of the tokenizer's roles, what else it marks as special, and its opening.
+
+    Chat formats such as gpt-oss' have special tokens in no role, which `all_special_ids` lacks, and decoding skips.
+    """
+    marked = getattr(tokenizer, "added_tokens_decoder", {}).items()
+    return {*tokenizer.all_special_ids, *opening_of(tokenizer), *(number for number, added in marked if added.special)}
+
+
 def own_ids(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
     """A text as the tokenizer itself reads it: what it puts before the text, and the text.
 
