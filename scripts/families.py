@@ -93,7 +93,8 @@ multiplied with all tokens, as in transformers.)
 |---|---|---|---|---|
 {families}
 
-Of a multimodal model the text decoder is hooked; images are processed by transformers.
+Of a multimodal model the text decoder is hooked; images are processed by transformers. *No packed windows*:
+transformers lets texts that are packed into one row reach one another, so `--packed` is refused.
 
 ## Layers that differ
 
@@ -174,6 +175,7 @@ def page(outcome: Outcome, laws: Mapping[str, str]) -> str:
         failed = [law for law, error in outcome.get(name, {}).items() if error]
         green += not failed
         notes = [note for note in (family.releases(), family.note) if note]
+        notes += ["no packed windows"] if family.mixes_packed else []
         notes += [f"**fails: {', '.join(failed)}**"] if failed else []
         adapter = "ours" if family.layout else "TransformerLens"
         shared = "gated" if family.shared_gate else "yes" if family.shared else ""

@@ -12,6 +12,7 @@ from moe_lens.errors import UnfitError, UnsupportedModelError
 from moe_lens.manifest import studies_in
 from moe_lens.report.report_files import REPORT, check_place
 from moe_lens.report.report_page import write_page
+from moe_lens.stats.observation import check_packing
 from moe_lens.studies import LensStudy, Localisation, PruningStudy, RoutingStudy, SingleExpertStudy, Study
 from moe_lens.studies import run as run_study
 from moe_lens.studies.forecast import Forecast
@@ -77,6 +78,8 @@ def run(
     """
     for study in STUDIES.values():
         study.check(model)
+    if reading.packed:
+        check_packing(model)
     agreed(lambda: check_place(out, REPORT))
     domains = pinned(as_domains(domains))
     few = None if reading.tokens is None else max(2, reading.tokens // 4)

@@ -143,7 +143,8 @@ def forward(
         blocks_only: Whether to end before the final norm, and give the residual stream instead of logits.
 
     Raises:
-        InputError: They hold NaN; the message names the layer where that begins. Or dropout or jitter is on.
+        InputError: They hold NaN; the message names the layer where that begins. Or dropout or jitter is on, or they
+            are packed, and the family cannot keep them apart.
     """
     device, packing = input_device(model), getattr(batch, "packing", None)
     how: dict[str, Any] = {"use_cache": False}
@@ -151,6 +152,7 @@ def forward(
         tokens, how["attention_mask"] = batch.tokens, batch.mask.long().to(device)
     else:
         # Positions that start again mark windows that must not see one another, if there is no mask and no cache.
+        check_packing(model)
         tokens, how["position_ids"] = packing.tokens, packing.positions.to(device)
     run = {**how, "stop_at_layer": model.cfg.n_layers} if blocks_only else how
     with nothing_drawn(model):
@@ -166,6 +168,19 @@ def forward(
             "A parameter may be broken, or the dtype too narrow"
         )
     return logits
+
+
+def check_packing(model: Any) -> None:
+    """Refuse to pack windows for a family in which they would reach one another.
+
+    Raises:
+        InputError: It is one.
+    """
+    if model.family.mixes_packed:
+        raise InputError(
+            f"windows cannot be packed into one row for {model.family.model_type}: transformers would let them read "
+            "one another there; leave out --packed (Reading(packed=True), batch_windows(packed=…))"
+        )
 
 
 def read_logits(

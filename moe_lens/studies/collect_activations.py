@@ -21,7 +21,7 @@ from moe_lens.manifest import file_digest
 from moe_lens.model.loading import batch_sizes
 from moe_lens.model.loading.dispatch import places
 from moe_lens.routing import LayerRouting
-from moe_lens.stats.observation import Hooks, routing_hooks
+from moe_lens.stats.observation import Hooks, check_packing, routing_hooks
 from moe_lens.studies.batch_halving import Halving
 from moe_lens.studies.collected import DOCUMENTS, Collected, Format, rows_of, write_shard
 from moe_lens.studies.forward_passes import forward, token_places
@@ -67,6 +67,8 @@ def collect(
     """
     reading = Reading() if reading is None else reading
     out = Path(out)
+    if reading.packed:
+        check_packing(model)
     domains = pinned(as_domains(domains))
     points = hook_points(model, several(hooks, "hooks"))
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:

@@ -22,6 +22,7 @@ from moe_lens.data import Corpus, Domain, Domains, Reading, Shard, as_domains, b
 from moe_lens.errors import InputError, UnfitError, UnsupportedModelError
 from moe_lens.model.loading import batch_sizes
 from moe_lens.model.loading.dispatch import places
+from moe_lens.stats.observation import check_packing
 from moe_lens.studies.batch_halving import Halving
 from moe_lens.studies.forecast import Forecast
 from moe_lens.studies.model_facts import model_facts
@@ -69,6 +70,8 @@ def run(
     reading = Reading() if reading is None else reading
     domains = as_domains(domains)
     study.check(model)
+    if reading.packed:
+        check_packing(model)
     domains = pinned(domains)
     plan = {
         "study": study.name,

@@ -82,7 +82,8 @@ BASE: dict[str, Any] = {
 }
 MLA: dict[str, Any] = {"head_dim": None, "num_key_value_heads": 4}
 LING: dict[str, Any] = {"num_local_experts": None, "n_routed_experts": None, "n_shared_experts": None}
-INDEXED: dict[str, Any] = {"index_head_dim": 8, "index_n_heads": 2, "index_topk": 8}
+# With fewer heads many scores of the indexer are 0, and which of equals is taken depends on the length of a row.
+INDEXED: dict[str, Any] = {"index_head_dim": 8, "index_n_heads": 8, "index_topk": 8}
 DELTA: dict[str, Any] = {
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
@@ -166,6 +167,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "enable_moe_block": True,
         "hidden_size_per_layer_input": 0,
         "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,  # 5.24 refuses first layers that lack a kind
         "global_head_dim": 8,
         "final_logit_softcapping": 5.0,
         "vocab_size_per_layer_input": VOCABULARY,

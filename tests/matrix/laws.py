@@ -440,6 +440,19 @@ def generation(case: Case) -> None:
     assert seen == [(2, 12, case.model.top_k)] + [(2, 1, case.model.top_k)] * 3
 
 
+def packing(case: Case) -> None:
+    """Texts that are packed into one row are read as each by itself, or the family is one for which `--packed` is
+    refused, because transformers mixes them.
+    """
+    first, second = case.longer[:1, :20], case.longer[1:, :27]
+    row, starts = torch.cat([first, second], 1), torch.cat([torch.arange(20), torch.arange(27)])[None]
+    with torch.no_grad():
+        packed = case.model(row, position_ids=starts, use_cache=False)
+        alone = torch.cat([case.model(each, use_cache=False) for each in (first, second)], 1)
+    off = deviation(packed, alone) / alone.abs().max().item()
+    assert (off > FP32) == case.model.family.mixes_packed, f"off by {off:.1e}"
+
+
 def bfloat16(case: Case) -> None:
     """In bfloat16, too, logits equal those of transformers bit for bit, both without hooks and with all hooks read as
     above.
@@ -541,6 +554,7 @@ LAWS: dict[str, Callable[[Case], None]] = {
     "edits": edits,
     "gradients": gradients,
     "generation": generation,
+    "packing": packing,
     "bfloat16": bfloat16,
     "saving": saving,
     "any k": any_k,

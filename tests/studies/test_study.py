@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from moe_lens import HookedMoE
-from moe_lens.data import Domain, Passage, Reading, from_generator, from_hub, token_batches
+from moe_lens.data import Domain, Passage, Reading, batch_windows, from_generator, from_hub, shards, token_batches
 from moe_lens.errors import InputError
 from moe_lens.model.loading.tokenizer import load_tokenizer
 from moe_lens.stats import RoutingResult, observation
 from moe_lens.studies import RoutingStudy, SingleExpertStudy, StudyResult, collect, run
 from moe_lens.studies.model_facts import tokenizer_digest
 from moe_lens.studies.study_folder import SPACE
+from tests.families import build
 from tests.studies.tiny import TOKENIZER, assert_same, domain, passages, tiny_hf, tiny_model
 
 SMALL = Reading(tokens=None, context=24, shard_tokens=100)
@@ -79,6 +80,25 @@ def test_domains_are_compared_and_nulls_stand_beside(model):
         index=["domain", "routing", "layer"], values="share", aggfunc="sum"
     )
     assert ((shares["share"] - model.top_k).abs() < 1e-9).all()
+
+
+@pytest.mark.typed
+def test_packing_is_refused_where_attention_would_reach_across(model, tmp_path):
+    """In gpt-oss, whose mask knows no positions; transformers packs it all the same, as the matrix shows."""
+    sizes = {"vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    mixing = HookedMoE.from_hf(build("gpt_oss", **sizes), model.tokenizer)
+    reading = Reading(**{**vars(SMALL), "packed": True})
+    for call in (run, collect):
+        what = [RoutingStudy(), mixing] if call is run else [mixing]
+        out = tmp_path / call.__name__
+        with pytest.raises(InputError, match="cannot be packed into one row for gpt_oss: .* leave out --packed"):
+            call(*what, [domain("d")], reading=reading, out=out)
+        assert not out.exists() and not list(tmp_path.iterdir())
+    (shard,) = shards(domain("d", n=4), mixing, Reading(tokens=None, context=24))
+    batch = next(iter(batch_windows(shard.windows, mixing, batch_tokens=150, packed=24)))
+    with pytest.raises(InputError, match="cannot be packed"):
+        observation.observe(mixing, batch)
+    assert run(RoutingStudy(), mixing, [domain("d", n=4)], reading=SMALL).tables
 
 
 @pytest.mark.parametrize("study", [RoutingStudy(), SingleExpertStudy(k=(1,), layers="both")], ids=["routing", "single"])

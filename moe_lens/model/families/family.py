@@ -125,6 +125,9 @@ class Family:
     """Whether transformers goes on with a key-value cache by one token alone: several it reads as if it were empty."""
     reads_front: bool = False
     """Whether transformers' attention reads padding in front of a text, whatever the mask."""
+    mixes_packed: bool = False
+    """Whether texts that are packed into one row reach one another in transformers, although positions start again:
+    the mask is made without positions, or a state runs on through the row."""
     resident: tuple[str, ...] = ()
     """Modules, by the ends of their names, whose parameters are read without a call of the module: they are not brought
     from elsewhere, and have to be in memory."""

@@ -471,6 +471,34 @@ FAMILIES |= {
 }
 
 
+# They make the mask without positions, or have a state that runs on: convolutions, recurrences, compressed keys.
+_MIX_PACKED = (
+    "afmoe",
+    "bailing_hybrid",
+    "deepseek_v4",
+    "ernie4_5_vl_moe",
+    "glm4v_moe",
+    "glm5_next",
+    "gpt_oss",
+    "granitemoehybrid",
+    "inkling2",
+    "inkling2_text",
+    "inkling_mm_model",
+    "inkling_text",
+    "jamba",
+    "kimi_linear",
+    "lfm2_moe",
+    "minimax",
+    "nemotron_h",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen3_next",
+    "qwen4_exp",
+    "qwen4_exp_text",
+)
+FAMILIES |= {name: replace(FAMILIES[name], mixes_packed=True) for name in _MIX_PACKED}
+
+
 def here(release: tuple[int, ...] = RELEASE) -> list[str]:
     """The model types that are supported on a release of transformers, the installed one if none is given."""
     return sorted(name for name, family in FAMILIES.items() if family.holds_on(release))
