@@ -85,15 +85,15 @@ def test_domains_are_compared_and_nulls_stand_beside(model):
 @pytest.mark.typed
 def test_packing_is_refused_where_attention_would_reach_across(model, tmp_path):
     """In gpt-oss, whose mask knows no positions; transformers packs it all the same, as the matrix shows."""
-    sizes = {"vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    mixing = HookedMoE.from_hf(build("gpt_oss", **sizes), model.tokenizer)
+    hf = build("gpt_oss", vocab_size=4096, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    mixing, texts = HookedMoE.from_hf(hf, model.tokenizer), [domain("d")]
     reading = Reading(**{**vars(SMALL), "packed": True})
-    for call in (run, collect):
-        what = [RoutingStudy(), mixing] if call is run else [mixing]
-        out = tmp_path / call.__name__
-        with pytest.raises(InputError, match="cannot be packed into one row for gpt_oss: .* leave out --packed"):
-            call(*what, [domain("d")], reading=reading, out=out)
-        assert not out.exists() and not list(tmp_path.iterdir())
+    why = "cannot be packed into one row for gpt_oss: .* leave out --packed"
+    with pytest.raises(InputError, match=why):
+        run(RoutingStudy(), mixing, texts, reading=reading, out=tmp_path / "run")
+    with pytest.raises(InputError, match=why):
+        collect(mixing, texts, tmp_path / "collected", reading=reading)
+    assert not list(tmp_path.iterdir())
     (shard,) = shards(domain("d", n=4), mixing, Reading(tokens=None, context=24))
     batch = next(iter(batch_windows(shard.windows, mixing, batch_tokens=150, packed=24)))
     with pytest.raises(InputError, match="cannot be packed"):
