@@ -20,10 +20,10 @@ from transformers import (
     Qwen3NextModel,
 )
 
-from moe_lens.errors import InputError, SelfCheckError, UnsupportedModelError
+from moe_lens.errors import HookError, InputError, SelfCheckError, UnsupportedModelError
 from moe_lens.hooked_moe import HookedMoE
 from tests.matrix.configs import build, config, tokens
-from tests.wrapped import checkpoint_activations
+from tests.wrapped import checkpoint_activations, wrapped
 
 
 @pytest.mark.untyped
@@ -134,6 +134,80 @@ def test_a_hook_of_torch_on_experts_that_are_not_called_is_refused(model_type: s
     handle.remove()
     right = hf(tokens()).logits
     assert torch.equal(HookedMoE.from_hf(hf)(tokens()), right)
+
+
+def _hooked(holder: Any, name: str) -> Any:
+    return holder.get_submodule(name).register_forward_hook(lambda module, given, out: 2 * out).remove
+
+
+def _hooked_backward(holder: Any, name: str) -> Any:
+    return holder.get_submodule(name).register_full_backward_hook(lambda module, given, out: None).remove
+
+
+def _replaced(holder: Any, name: str) -> Any:
+    module = holder.get_submodule(name)
+    found = vars(module).get("forward")
+    module.forward = _doubled(module.forward)
+    return (
+        functools.partial(vars(module).pop, "forward") if found is None else lambda: vars(module).update(forward=found)
+    )
+
+
+def _exchanged(holder: Any, name: str) -> Any:
+    found = holder.get_submodule(name)
+    setattr(holder, name, nn.Identity())
+    return functools.partial(setattr, holder, name, found)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "part"),
+    [("llama4_text", "experts"), ("dbrx", "experts"), ("jetmoe", "output_linear"), ("granitemoeshared", "shared_mlp")],
+)
+def test_what_changes_modules_that_are_not_called_is_refused_in_the_next_pass(model_type: str, part: str) -> None:
+    model: Any = HookedMoE.from_hf(build(model_type), check=False)
+    block, right = model.blocks[model.moe_layers[-1]].mlp, model(tokens())
+    holder = block.layer if hasattr(block.layer, part) else block.moe
+    for change in (_hooked, _hooked_backward, _replaced, *(() if model_type == "jetmoe" else (_exchanged,))):
+        undo = change(holder, part)
+        with pytest.raises(UnsupportedModelError, match="would not be called|was replaced by _doubled"):
+            model(tokens())
+        undo()
+        assert torch.equal(model(tokens()), right)
+
+
+@pytest.mark.parametrize("part", ["gate", "experts"])
+def test_hooks_on_a_layer_whose_router_or_experts_were_exchanged_are_refused(part: str) -> None:
+    model: Any = wrapped("mixtral").model
+    moe = model.blocks[1].mlp.moe
+    found = getattr(moe, part)
+
+    class Own(type(found)):
+        """Somebody's own."""
+
+    own = copy.copy(found)
+    vars(own).pop("forward")
+    own.__class__ = Own
+    setattr(moe, part, own)
+    try:
+        assert torch.equal(model(tokens()), wrapped("mixtral").logits), "it computes, where nobody listens"
+        with pytest.raises(
+            HookError, match="^hooks of layer 1 cannot run: [^\n]* in the place of its (router|experts)"
+        ):
+            model.run_with_hooks(tokens(), fwd_hooks=[("blocks.1.mlp.hook_expert_out", lambda value, hook: 0 * value)])
+    finally:
+        setattr(moe, part, found)
+
+
+def test_a_hook_of_torch_on_the_gate_of_shared_experts_is_refused_where_it_would_be_lost() -> None:
+    model: Any = wrapped("qwen2_moe").model
+    gate, name = model.blocks[1].mlp.moe.shared_expert_gate, "blocks.1.mlp.hook_shared_out"
+    handle = gate.register_forward_hook(lambda module, given, out: out / 2)
+    try:
+        assert not torch.equal(model(tokens()), wrapped("qwen2_moe").logits), "it is heard"
+        with pytest.raises(UnsupportedModelError, match="would not be called on what it computes"):
+            model.run_with_cache(tokens(), names_filter=name)
+    finally:
+        handle.remove()
 
 
 def test_a_changed_attention_is_not_looked_into() -> None:

@@ -28,18 +28,33 @@ def refuse_replaced(module: nn.Module) -> None:
 
 
 def refuse_torch_hooks(module: nn.Module) -> None:
-    """Refuse a module with a hook of torch, where the module is not called.
+    """Refuse a module with a hook of torch, forward or backward, where the module is not called.
 
     Raises:
         UnsupportedModelError: there is one that is not transformers' own for recording outputs; names it.
     """
-    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+    forward = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    for hook in (*forward, *module._backward_hooks.values(), *module._backward_pre_hooks.values()):
         if not isinstance(hook, OutputCapture):
             name = getattr(hook, "__qualname__", type(hook).__name__)
             raise UnsupportedModelError(
-                f"torch's hook {name} on a {type(module).__name__} would not be called, since hooks are inside what "
-                "that computes: remove it, or do what it does with hooks of the wrapped model"
+                f"torch's hook {name} on a {type(module).__name__} would not be called on what it computes, since "
+                "hooks are inside that: remove it, or do what it does with hooks of the wrapped model"
             )
+
+
+def refuse_exchanged(module: nn.Module, wrapped: nn.Module) -> None:
+    """Refuse another module in the place of one that was wrapped, where neither is called.
+
+    Raises:
+        UnsupportedModelError: it is another; names it.
+    """
+    if module is not wrapped:
+        raise UnsupportedModelError(
+            f"a {type(module).__name__} was put in the place of the {type(wrapped).__name__} that was wrapped, and "
+            "would not be called, since hooks are inside what that computes: put that back, and change its parameters "
+            "in place, or what it computes by hooks"
+        )
 
 
 def _computes(function: Any) -> bool:

@@ -71,6 +71,8 @@ class LayerHooks:
             point.private = True  # pyright: ignore[reportArgumentType]  # hooks get a copy of their own: see run_with_cache
         self.experts: dict[tuple[int, str], HookPoint] = {}
         self.batch = self.pos = 0
+        self.computed = False
+        """Whether its experts have run in this pass."""
         self.owner = Owner()
         """That of the model, once it is wrapped."""
         self._routing: tuple[Tensor, Tensor] | None = None
@@ -91,6 +93,25 @@ class LayerHooks:
     def finish(self) -> None:
         """Let go of the pass's tensors."""
         self._routing = self._slots = self._used = self._kept = self._filled = self._scores = self._choice = None
+        self.computed = False
+
+    def check_ran(self) -> None:
+        """Hooks show what the layer has computed, at the end of a pass.
+
+        Raises:
+            HookError: somebody listens to router or experts, and something else stands in their place.
+        """
+        if self._routing is None or not self.computed:
+            points = [point for name, point in self.points.items() if name != names.SHARED_OUT]
+            if any(point.has_hooks() for point in (*points, *self.experts.values())):
+                raise self._unheard("router" if self._routing is None else "experts")
+
+    def _unheard(self, what: str) -> HookError:
+        return HookError(
+            f"hooks of layer {self.layer} cannot run: something else was put in the place of its {what} after the "
+            "model was wrapped. Put back what was wrapped, and change its parameters in place, or what it computes by "
+            "hooks"
+        )
 
     def check_all_come(self, x: Tensor) -> None:
         """Hooks show every token.
@@ -160,7 +181,8 @@ class LayerHooks:
     def slots(self) -> Int[Tensor, " slots"]:
         """Where, in the model's order of slots, the slot of each (token, rank) is."""
         if self._slots is None:
-            assert self._routing is not None, "experts ran before their router"
+            if self._routing is None:
+                raise self._unheard("router")
             indices, weights = self._routing
             if self._filled is not None:
                 weights = weights.masked_fill(~self._filled, -torch.inf)  # behind all others

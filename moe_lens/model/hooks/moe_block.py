@@ -13,7 +13,7 @@ from moe_lens import names
 from moe_lens.model.experts.expert_weights_view import Experts
 from moe_lens.model.experts.nonstandard_experts import BLOCKS, block_forward, experts_of
 from moe_lens.model.families.table import Family
-from moe_lens.model.hooks.bypassed import refuse_replaced, refuse_torch_hooks
+from moe_lens.model.hooks.bypassed import refuse_exchanged, refuse_replaced, refuse_torch_hooks
 from moe_lens.model.hooks.components import FlatTokens, combined, method_of
 from moe_lens.model.hooks.expert_kernel import experts_forward
 from moe_lens.model.hooks.layer_hooks import LayerHooks
@@ -42,6 +42,8 @@ class MoEBlock(GeneralizedComponent):
     """Whether it is given tokens without their batch axis, beside a router that is not in it."""
     beside: Callable[..., Tensor] | None = None
     """What computes shared experts that are not in the block but beside it."""
+    silenced: nn.Module | None = None
+    """The module of those: the layer still calls it, and gets zero."""
 
     def set_original_component(self, original_component: nn.Module) -> None:
         """Wrap the block and, when it has experts, take the router and the experts apart."""
@@ -62,7 +64,9 @@ class MoEBlock(GeneralizedComponent):
 
     def _open(self, moe: Any, router: Any, experts: Experts) -> None:
         family, block = self.family, self.original_component
-        self._check_bypassed(moe, router, experts.module)
+        for inside in (experts.module, *((moe,) if family.experts in BLOCKS else ())):
+            refuse_replaced(inside)
+        self._check_bypassed()
         shared = getattr(block, family.shared, None) if family.shared else None
         beside = getattr(self.layer, family.shared, None) if family.shared and shared is None else None
         has_shared = shared is not None or beside is not None or family.constant is not None
@@ -90,15 +94,26 @@ class MoEBlock(GeneralizedComponent):
             self._open_shared(block, shared, hooks)
         elif beside is not None:
             # The layer adds it to what the block returns: the block does so itself, and the layer then adds zero.
-            self.__dict__["beside"] = partial(_shared, method_of(beside.forward), None, hooks)
+            self.__dict__.update(silenced=beside, beside=partial(_shared, method_of(beside.forward), None, hooks))
             beside.forward = _nothing
+            self._check_bypassed()
 
-    def _check_bypassed(self, moe: Any, router: Any, experts: Any) -> None:
-        refuse_replaced(experts)
+    def _check_bypassed(self) -> None:
+        """Refuse changes of modules whose part the block does itself: when it is wrapped, and in every pass.
+
+        Raises:
+            UnsupportedModelError: a torch hook, a forward or a module of somebody's own would not be called.
+        """
+        if self.silenced is not None:
+            refuse_exchanged(getattr(self.layer, str(self.family.shared)), self.silenced)
+            refuse_replaced(self.silenced)
+            refuse_torch_hooks(self.silenced)
         if self.family.experts not in BLOCKS:
             return
-        refuse_replaced(moe)
-        called = {id(each) for each in (moe, *router.modules())}
+        moe, experts = self.moe, self.contract.module
+        if experts is not moe:
+            refuse_exchanged(moe.experts, experts)
+        called = {id(each) for each in (moe, *getattr(moe, self.family.router).modules())}
         for part in experts.modules():
             if id(part) not in called and (part is experts or part._parameters):
                 refuse_replaced(part)
@@ -114,7 +129,8 @@ class MoEBlock(GeneralizedComponent):
         if shared_gate is None:
             shared.forward = partial(_shared, method_of(shared.forward), None, hooks)
             return
-        shared.forward = partial(_shared, method_of(shared.forward), method_of(shared_gate.forward), hooks)
+        gate = method_of(shared_gate.forward), shared_gate
+        shared.forward = partial(_shared, method_of(shared.forward), gate, hooks)
         shared_gate.forward = partial(_shared_gate, method_of(shared_gate.forward), hooks)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -131,8 +147,11 @@ class MoEBlock(GeneralizedComponent):
 
         Raises:
             InUseError: another thread uses the model.
+            HookError: somebody listens to router or experts, and something else has computed them.
+            UnsupportedModelError: what its owner has changed since it was wrapped would not be called.
         """
         assert self.hooks is not None
+        self._check_bypassed()
         with self.hooks.owner.passing():
             self.hooks.start(batch, pos)
             for part in self._modules.values():
@@ -140,6 +159,7 @@ class MoEBlock(GeneralizedComponent):
                     part.__dict__["layout"] = batch, pos
             try:
                 yield
+                self.hooks.check_ran()
             finally:
                 self.hooks.finish()
 
@@ -193,14 +213,16 @@ def _nothing(x: Tensor, *_: Any, **__: Any) -> Tensor:
 
 def _shared(
     compute: Callable[..., Tensor],
-    openness: Callable[..., Tensor] | None,
+    gate: tuple[Callable[..., Tensor], nn.Module] | None,
     hooks: LayerHooks,
     x: Tensor,
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
     out = compute(x, *args, **kwargs)
-    if openness is not None and hooks.has_listeners(names.SHARED_OUT):
+    if gate is not None and hooks.has_listeners(names.SHARED_OUT):
+        openness, module = gate
+        refuse_torch_hooks(module)
         out = openness(x).sigmoid() * out
     return hooks.over_tokens(names.SHARED_OUT, out)
 
