@@ -84,6 +84,9 @@ parts of its internals are replaced. `make test-latest` shows what newer version
 and outputs of the parts of the model (embedding, residual stream, norms, attention or the state-space or convolution
 layer in its place, MLP) and on everything inside the experts. **Factors**: where a family multiplies the experts'
 outputs, or what a layer adds, by a factor, hooks show the product, which is what is added to the residual stream.
+**Several streams**: where there is no `hook_resid_pre`, no one tensor says what a layer reads. `stop_at_layer` returns
+what the layer is given (all streams, or the newest in Inkling 2), and `start_at_layer`, patching, tracing and sweeps
+are refused.
 **Blocks of their own**: DBRX, JetMoE, Llama 4, LongCat-Flash and Step 3.7 do not use transformers' experts interface.
 Their experts are computed with the same products in the same order as in transformers, so that the first check holds
 for them too. (The rounding of a matrix product may depend on its number of rows, so each expert of Llama 4 is

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moe_lens.model.hooks.hook_scope import ModuleHooks
 from moe_lens.model.hooks.interrupts import uninterrupted
+from moe_lens.model.hooks.restarts import check_one_stream, check_reads
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,11 +83,17 @@ class Replay:
 
 
 class Recording(ModuleHooks):
-    """Records the forward pass that is made inside `with Recording(model) as recorded`."""
+    """Records the forward pass that is made inside `with Recording(model) as recorded`.
+
+    Raises:
+        InputError: a layer reads more of earlier layers than the residual stream; see `restarts`.
+        UnsupportedModelError: likewise.
+    """
 
     __slots__ = ("_seen", "model")
 
     def __init__(self, model: Any):
+        check_one_stream(model.family)
         super().__init__(model, "a recorded pass")
         self.model = model
         self._seen: dict[int, tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]] = {}
@@ -98,8 +105,9 @@ class Recording(ModuleHooks):
             self.before(block, partial(Recording._note, layer=layer))
         return self
 
-    def _note(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layer: int) -> None:  # noqa: ARG002
+    def _note(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layer: int) -> None:
         stream = args[0] if args else kwargs["hidden_states"]
+        check_reads(block, layer, stream.shape[1])
         rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
         self._seen[layer] = tuple(stream.shape), args[1:], rest
 

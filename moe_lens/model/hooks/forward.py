@@ -32,6 +32,7 @@ from moe_lens.model.hooks.key_value_padding import behind, check_held, n_held, n
 from moe_lens.model.hooks.latent_cache import check_all_stored
 from moe_lens.model.hooks.layer_hooks import SelectionState
 from moe_lens.model.hooks.model_input import ModelInput, further
+from moe_lens.model.hooks.restarts import check_start
 from moe_lens.model.hooks.to_tokens import InputReader
 from moe_lens.model.loading.state_dict import WRAPPER
 from moe_lens.model.tl_compat import BridgeCore
@@ -271,6 +272,7 @@ class ExpertBridge(InputReader):
             InputError: an input that cannot be read, an unknown argument or value of an argument, or the loss of a
                 single token.
             InUseError: another thread uses the model.
+            UnsupportedModelError: `start_at_layer` where layers read more than one residual stream.
         """
         kind = type(self.original_model)
         refuse_unknown("forward", kwargs, forward_words(kind))
@@ -298,7 +300,9 @@ class ExpertBridge(InputReader):
         check_mask(given := behind(past, config, given), past)
         check_family(self.family, given, n_held(past))
         stop = kwargs.get("stop_at_layer")
-        _, last = layer_limits(len(self.blocks), kwargs.get("start_at_layer"), stop)
+        first, last = layer_limits(len(self.blocks), kwargs.get("start_at_layer"), stop)
+        if residual:
+            check_start(self, first, given.values.shape[1])
         mask = given.attention_mask
         if given.tokens is None and self._accepts_derived_position_ids():  # of ids, TransformerLens derives them
             kwargs = {**({} if "position_ids" in asked else given.positions()), **kwargs}

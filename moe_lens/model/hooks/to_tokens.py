@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_lens.errors import InputError, a_kind
 from moe_lens.model.hooks.model_input import ModelInput, Reading
+from moe_lens.model.hooks.restarts import check_one_stream
 from moe_lens.model.hooks.token_words import TokenWords
 from moe_lens.model.loading.tokenizer import encode, own_ids
 
@@ -75,7 +76,10 @@ class InputReader(TokenWords):
 
         Raises:
             InputError: it cannot be read; says what came and what was expected.
+            UnsupportedModelError: a residual stream, where layers read more than one.
         """
+        if residual:
+            check_one_stream(self.family)
         device = self.original_model.get_input_embeddings().weight.device  # pyright: ignore[reportCallIssue]
         reading = self._reading(prepend_bos, padding_side, truncate, None if device.type == "meta" else device)
         given = reading(input, attention_mask, residual=residual)
