@@ -1,5 +1,6 @@
 """Attribution: how much of a metric each expert accounts for."""
 
+import warnings
 from typing import Any, Literal, get_args
 
 import torch
@@ -55,7 +56,8 @@ def expert_attribution(
     - `"integrated"`: the mean gradient while all selected contributions of a layer grow together from their baselines,
       times c, by `steps` points of Gauss–Legendre quadrature for each layer (arXiv 1703.01365). With frozen routing the
       values of a layer sum to `difference`, the metric's change when they are all at their baselines; far from it where
-      a norm follows the experts' sum (FlexOlmo, Gemma 4), whose changes are all close to the baselines.
+      a norm follows the experts' sum (FlexOlmo, Gemma 4), whose changes are all close to the baselines. A warning
+      says so.
     - `"knockout"`: exact; a run without each expert. Values need not sum to anything: experts interact.
     - `"direct_knockout"`: exact removal from the last residual stream only, where no later layer reads it; the norm's
       scale changes accordingly. `"direct"` approximates it.
@@ -97,7 +99,7 @@ def expert_attribution(
     if selection.shared:
         raise InputError("the selection means shared experts; attributed are routed ones: leave shared out")
     layers = selection.layers_of(model)
-    means, difference = _means(model, baseline, reference, selection), None
+    means, difference, held = _means(model, baseline, reference, selection), None, list[int]()
     about: dict[str, Any] = {"method": method, "routing": routing, "baseline": baseline, "unit": unit, "layers": layers}
     about["metric"] = describe(metric)
     if method == "gradient":
@@ -132,11 +134,28 @@ def expert_attribution(
                     frozen=routing == "frozen",
                 )
                 starts.append(start)
+            held = [layer for layer in layers if routing == "frozen" or layer not in run.direct]
             difference = clean - torch.tensor(starts, dtype=torch.float64)
     values, count = slots.by_unit(slots.products(gradients), chosen, unit, model.n_experts)
+    if difference is not None:
+        _warn_if_incomplete(dict(zip(layers, values.flatten(1).sum(-1).tolist(), strict=True)), difference, held)
     if per_position is False:
         values, count = values.flatten(2).sum(-1), count.flatten(2).sum(-1)
     return ExpertAttribution(**about, clean=clean, values=values, count=count, difference=difference)
+
+
+def _warn_if_incomplete(sums: dict[int, float], difference: Tensor, held: list[int]) -> None:
+    """Say it where integrated gradients do not sum to what they should, by a tenth of the greatest difference."""
+    owed = dict(zip(sums, difference.tolist(), strict=True))
+    bound = 0.1 * max(map(abs, owed.values()))
+    off = [layer for layer in held if abs(sums[layer] - owed[layer]) > bound]
+    if off:
+        warnings.warn(
+            f"integrated gradients of layers {off} sum to {', '.join(f'{sums[layer]:.3g}' for layer in off)}, and the "
+            f"metric changes by {', '.join(f'{owed[layer]:.3g}' for layer in off)} (`difference`): take more steps; "
+            'where a norm follows the experts\' sum these do not help, and method="knockout" does',
+            stacklevel=4,
+        )
 
 
 def _means(model: Any, baseline: str, reference: Reference | None, selection: Selection) -> ExpertMeans | None:

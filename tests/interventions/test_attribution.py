@@ -1,5 +1,6 @@
 """Attributions against definitions: full forward passes with plain hooks, finite differences, what they must sum to."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from moe_lens.interventions.expert_means import ExpertMeans
 from moe_lens.selection import Selection
 from tests.families import CONFIGS, build
 from tests.families import tokens as some_tokens
+from tests.matrix import configs as matrix
 from tests.test_docs import DOCS, code_of
 from tests.wrapped import Case, untouched, wrapped
 
@@ -256,8 +258,21 @@ def test_integrated_gradients_of_a_layer_sum_to_the_difference_if_frozen(family:
     gap = (found.total().sum(1) - found.difference).abs()
     # gpt-oss clamps its neurons: quadrature converges slowly across a kink.
     assert gap.max() <= {"gpt_oss": 1e-4}.get(family, 10 * tolerance(family) * found.clean)
-    coarse = expert_attribution(case.model, case.tokens, metric, method="integrated", routing="frozen", steps=1)
+    with warnings.catch_warnings(action="ignore"):
+        coarse = expert_attribution(case.model, case.tokens, metric, method="integrated", routing="frozen", steps=1)
     assert (coarse.total().sum(1) - found.difference).abs().max() > 100 * gap.max(), "one step does not get there"
+
+
+@pytest.mark.parametrize("routing", ["free", "frozen"])
+def test_integrated_gradients_that_do_not_reach_the_difference_are_told(routing: Any) -> None:
+    """A norm follows the experts' sum; elsewhere nothing is said of free routing, which may miss it."""
+    how: dict[str, Any] = {"method": "integrated", "routing": routing}
+    normed, tokens = HookedMoE.from_hf(matrix.build("flex_olmo")), matrix.tokens()
+    with pytest.warns(UserWarning, match=r"of layers \[0, 1, 2, 3\] sum to .* changes by .*method=\"knockout\" does"):
+        expert_attribution(normed, tokens, Loss(tokens), **how)
+    case = wrapped("olmoe")
+    found = expert_attribution(case.model, case.tokens, Loss(case.tokens), **how)
+    assert found.difference is not None
 
 
 def test_integrated_gradients_converge_in_steps() -> None:
