@@ -220,7 +220,6 @@ def test_domains_are_pooled_source_by_source(tmp_path: Path) -> None:
     assert torch.equal(again.effects, both.effects)
 
 
-@pytest.mark.filterwarnings("ignore:integrated gradients")  # of two steps
 @pytest.mark.typed
 def test_the_study_reads_texts_and_keeps_its_result(tmp_path: Path) -> None:
     model = HookedMoE.from_pretrained("tiny-deepseekmoe", dtype=torch.float32)
