@@ -121,7 +121,8 @@ def export_memory() -> None:
         child.join()
         shards = [file.stat().st_size for file in (folder / "whole").glob("*.safetensors")]
         values = torch.rand(8, 64, dtype=torch.float32)
-        scores = Scores("random", {}, tuple(range(1, 9)), 6, ("none",), (0,), "", values[None])
+        model = {"name": "whole", "n_layers": 9, "d_model": 1024, "d_vocab": 8192, "top_k": 6}
+        scores = Scores("random", model, tuple(range(1, 9)), 6, ("none",), (0,), "", values[None])
         made: Plan = plan(scores, 0.5)
         peak, done, before = (0, 0), False, resident()
 

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moe_lens.checked import AnyModel
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
+from moe_lens.model.cache.hook_cache import identity
 from moe_lens.model.families.expert_groups import Groups
 from moe_lens.model.families.table import FAMILIES
 from moe_lens.model.loading.checkpoint import Checkpoint, read_config
@@ -41,6 +42,13 @@ _WEIGHTS = (
     ".h5",
 )
 _INDEX = "model.safetensors.index.json"
+_SIZES = {
+    "n_layers": "num_hidden_layers",
+    "d_model": "hidden_size",
+    "d_vocab": "vocab_size",
+    "top_k": "num_experts_per_tok",
+}
+"""What config.json calls parts of a model's identity; its experts and their layers are counted in the tensors."""
 _SHARD = 2 * 10**9
 """Bytes of a file at most, unless one tensor has more."""
 
@@ -80,8 +88,13 @@ def export(
     parent = target.absolute().parent
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} is not an empty folder; name one that is empty or does not exist")
+    stored = isinstance(model, str | Path)
+    if not stored:
+        plan.check(identity(model))
     with _source(model, target, hub) as (source, hub_):
         path, raw = read_config(source, hub_)
+        if stored:
+            plan.check({"name": PurePath(model).name, **{fact: raw[key] for fact, key in _SIZES.items() if key in raw}})
         expressible(raw, plan)
         checkpoint, ahead = _without_prediction(Checkpoint.locate(source, hub_), raw)
         _holds(checkpoint, plan)

@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import Mxfp4Config
 
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
 from moe_lens.hooked_moe import HookedMoE
+from moe_lens.model.cache.hook_cache import identity
 from moe_lens.model.loading import saving
 from moe_lens.model.loading.quantising import quantise
 from moe_lens.pruning import Plan, export
@@ -306,7 +307,7 @@ def test_a_dequantised_model_can_be_pruned(tmp_path: Path) -> None:
     model = mxfp4(tmp_path / "stored")
     kept = tuple(tuple(range(6)) for _ in model.moe_layers)
     values = torch.zeros(len(kept), model.n_experts)
-    plan = Plan({"name": "gpt-oss"}, model.moe_layers, kept, model.top_k, values, "by hand")
+    plan = Plan(identity(model), model.moe_layers, kept, model.top_k, values, "by hand")
     export(model, plan, tmp_path / "smaller")
     smaller = HookedMoE.from_pretrained(tmp_path / "smaller")
     assert smaller.n_experts == 6

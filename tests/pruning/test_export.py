@@ -210,8 +210,23 @@ def test_groups_must_stay_large_enough_to_be_ranked(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(folder)(tokens()).logits.isfinite().all()
 
 
-def test_plans_of_another_model_and_other_families_are_refused(hooked, tmp_path):
-    build("mixtral", num_local_experts=6).save_pretrained(tmp_path / "six")
+@pytest.mark.parametrize(("what", "changes"), [("name", {}), ("top_k", {"num_experts_per_tok": 2})])
+def test_plans_of_another_model_of_as_many_experts_are_refused(hooked, what, changes, tmp_path):
+    """Of one in memory and of a checkpoint, as the preview refuses them; the plan's own model is written."""
+    own, called = tmp_path / hooked.cfg.model_name, tmp_path / ("other" if what == "name" else hooked.cfg.model_name)
+    plan, other = make_plan(hooked, kept_of(hooked), 2), build("olmoe", **changes)
+    other.save_pretrained(called)
+    for model in (str(called), HookedMoE.from_hf(other, name=str(called), check=False)):
+        with pytest.raises(InputError, match=f"the plan is for a model with {what} .*; this one has"):
+            export(model, plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    build("olmoe").save_pretrained(own)
+    assert export(own, plan, tmp_path / "out").exists()
+
+
+def test_checkpoints_without_the_plan_s_experts_and_other_families_are_refused(hooked, tmp_path):
+    build("olmoe", num_experts=6).save_pretrained(tmp_path / "six")
+    hooked.cfg.model_name = "six"
     plan = make_plan(hooked, kept_of(hooked), 2)
     with pytest.raises(InputError, match=r"8 experts in each of the layers \[0, 1, 2\].*\{0: 6, 1: 6, 2: 6\}"):
         export(str(tmp_path / "six"), plan, tmp_path / "out")
@@ -223,6 +238,7 @@ def test_plans_of_another_model_and_other_families_are_refused(hooked, tmp_path)
 
 
 def test_a_broken_checkpoint_or_a_full_disk_leaves_nothing_behind(hooked, tmp_path, monkeypatch):
+    hooked.cfg.model_name = "whole"
     plan = make_plan(hooked, kept_of(hooked), 2)
     hooked.save_pretrained(tmp_path / "whole")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
