@@ -102,6 +102,11 @@ def near_miss(wrong: str, known: Iterable[object]) -> str:
     return f"; did you mean {folded[close[0]]!r}?" if close else ""
 
 
+def one_line(error: object) -> str:
+    """What an error says, or any text, in one line."""
+    return " ".join(str(error).split())
+
+
 def a_kind(value: Any) -> str:
     """What a value, or a class, is called in a message: "a list", "an int"."""
     kind = value if isinstance(value, type) else type(value)

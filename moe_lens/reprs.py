@@ -6,6 +6,8 @@ from dataclasses import fields, is_dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from moe_lens.errors import one_line
+
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
@@ -82,5 +84,5 @@ def short(value: Any) -> str:
 
 def clipped(text: str) -> str:
     """Text on one line, its end left out if it is long."""
-    line = " ".join(text.split())
+    line = one_line(text)
     return line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…"

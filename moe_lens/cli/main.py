@@ -28,7 +28,7 @@ from moe_lens.cli import studies as _studies
 from moe_lens.cli.app import app
 from moe_lens.cli.config_file import defaults
 from moe_lens.cli.study_command import SHARED
-from moe_lens.errors import InputError, MoELensError, PeerError
+from moe_lens.errors import InputError, MoELensError, PeerError, one_line
 
 __all__ = [
     "_atlas",
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             said = getattr(error, "format_message", error.__str__)()
             if isinstance(error, FileNotFoundError) and error.filename is None:  # of Path.cwd: a path has its name
                 said = "the working directory is not there any more; change to another one"
-            _say(f"error: {' '.join(said.split())}", patient=isinstance(error, PeerError))
+            _say(f"error: {one_line(said)}", patient=isinstance(error, PeerError))
             return 2
         except Exception as error:
             if not _out_of_memory(error):

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lens import names
-from moe_lens.errors import SelfCheckError, UnsupportedModelError
+from moe_lens.errors import SelfCheckError, UnsupportedModelError, one_line
 from moe_lens.model.hooks.bypassed import refuse_replaced, refuse_torch_hooks
 from moe_lens.model.hooks.components import Attention
 from moe_lens.model.hooks.transaction import modes_kept
@@ -139,7 +139,7 @@ def _run(model: Any, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch p
         if _is_of_memory(error):
             raise
         raise SelfCheckError(
-            f"the model cannot be run: {type(error).__name__}: {' '.join(str(error).split())}. Do the sizes in its "
+            f"the model cannot be run: {type(error).__name__}: {one_line(error)}. Do the sizes in its "
             "config fit one another? check=False loads it nevertheless"
         ) from error
 

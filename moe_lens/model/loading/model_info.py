@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from moe_lens.errors import CheckpointError, InputError, MoELensError, UnsupportedModelError
+from moe_lens.errors import CheckpointError, InputError, MoELensError, UnsupportedModelError, one_line
 from moe_lens.model.experts.expert_weights_view import top_k_of
 from moe_lens.model.experts.moe_layers import decoder_layers, experts_by_layer, moe_blocks
 from moe_lens.model.families.table import check_release, family_of
@@ -129,7 +129,7 @@ def model_info(name_or_path: str | Path, **hub: Any) -> ModelInfo:
         raise
     except Exception as error:  # a config can be wrong in as many ways as there are models that read it
         raise CheckpointError(
-            f"{path} is no config that transformers understands: {type(error).__name__}: {' '.join(str(error).split())}"
+            f"{path} is no config that transformers understands: {type(error).__name__}: {one_line(error)}"
         ) from error
 
 

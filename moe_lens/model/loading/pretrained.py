@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError, a_kind
+from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError, a_kind, one_line
 from moe_lens.model.families.deepseek import DeepseekConfig
 from moe_lens.model.families.refusals import ABSENT
 from moe_lens.model.families.table import check_release
@@ -123,7 +123,7 @@ def load_pretrained(
         raise InputError(f"from_pretrained has no argument {word[1]!r}, and {path} no such setting") from error
     # Of an argument, or of a package that it needs: what is wrong with the checkpoint has been found by then.
     except (ImportError, ValueError) as error:
-        raise InputError(f"transformers cannot load {source}: {' '.join(str(error).split())}") from error
+        raise InputError(f"transformers cannot load {source}: {one_line(error)}") from error
     cut_layer_types(model.config)
     model.config.name_or_path = model.name_or_path = str(name_or_path)
     return model, _tokenizer(model, source, hub, trusted=trust_remote_code in (True, "tokenizer"), gguf=gguf)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe_lens.errors import InputError, UnsupportedModelError
+from moe_lens.errors import InputError, UnsupportedModelError, one_line
 from moe_lens.model.experts.stored_bits import KeptMatrices
 from moe_lens.model.hf_compat import (
     WeightConverter,
@@ -89,7 +89,7 @@ def save_pretrained(
                 if tokenizer is not None:
                     tokenizer.save_pretrained(folder)
         except StrictDataclassError as error:
-            raise UnsupportedModelError(f"transformers does not write this config: {_line(error)}") from error
+            raise UnsupportedModelError(f"transformers does not write this config: {one_line(error)}") from error
         except (SafetensorError, OSError) as error:
             if isinstance(error, OSError) and error.errno is None:  # of a hub
                 raise
@@ -111,7 +111,7 @@ def _check_class(model: PreTrainedModel, state: Mapping[str, Tensor], scheme: An
         if scheme is not None:
             quantise(made, scheme)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError, StrictDataclassError) as error:
-        raise UnsupportedModelError(f"no {kind.__name__} can be made of this config: {_line(error)}") from error
+        raise UnsupportedModelError(f"no {kind.__name__} can be made of this config: {one_line(error)}") from error
     wanted, own = ({name: tuple(value.shape) for name, value in of.items()} for of in (made.state_dict(), state))
     differ = [name for name in {**own, **wanted} if own.get(name) != wanted.get(name)]
     if differ:
@@ -122,10 +122,6 @@ def _check_class(model: PreTrainedModel, state: Mapping[str, Tensor], scheme: An
             f"{kind.__name__} of its config{more}; nothing was written. Merge adapters and put replaced modules back, "
             "or say in the config what was changed"
         )
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 @contextmanager

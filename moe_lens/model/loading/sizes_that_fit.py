@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_lens.errors import CheckpointError
+from moe_lens.errors import CheckpointError, one_line
 
 _DECIDING = ("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window", "rope_parameters")
 """Fields that attention's shapes come from, named where a model cannot be run."""
@@ -51,7 +51,7 @@ def check_runs(model: nn.Module, experts: Iterable[nn.Module], config: Any) -> N
     except Exception as error:  # whatever a family's forward makes of sizes that do not fit
         if re.search("meta tensor|register_meta", str(error)):  # what torch says of values that are asked for
             return
-        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        said = f"{type(error).__name__}: {one_line(error)}"
         fields = ", ".join(f"{name} {getattr(config, name)}" for name in _DECIDING if hasattr(config, name))
         raise CheckpointError(f"a model of this config cannot be run: {said}. Its config says {fields}") from error
 

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from moe_lens.errors import CheckpointError
+from moe_lens.errors import CheckpointError, one_line
 from moe_lens.model.hf_compat import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from moe_lens.model.hf_compat import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from moe_lens.model.loading.checkpoint import Checkpoint, not_whole
@@ -137,7 +137,7 @@ def _unmade(loader: Any, source: str, hub: dict[str, Any], kwargs: dict[str, Any
         with torch.device("meta"):
             return kind._from_config(copy.deepcopy(config), dtype=dtype)
     except UNREADABLE as error:
-        raise CheckpointError(f"transformers cannot load {source}: {' '.join(str(error).split())}") from error
+        raise CheckpointError(f"transformers cannot load {source}: {one_line(error)}") from error
 
 
 def _readable(
@@ -185,7 +185,7 @@ def load_through_transformers(
     except torch.OutOfMemoryError:
         raise
     except UNREADABLE as error:
-        raise CheckpointError(f"transformers cannot load {source}: {' '.join(str(error).split())}") from error
+        raise CheckpointError(f"transformers cannot load {source}: {one_line(error)}") from error
     depth, layers = read_depth(model.config, own), list_of_layers(model)
     problems = [*depth.problems, *(f"{name} is missing" for name in sorted(info["missing_keys"]))]
     problems += [
