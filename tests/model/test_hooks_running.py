@@ -9,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_lens import names
+from moe_lens import HookedMoE, names
 from moe_lens.errors import HookError, InputError
+from moe_lens.model.hooks.block_replay import Recording
 from tests.families import CONFIGS, tokens
+from tests.matrix.configs import build
 from tests.wrapped import listening, untouched, wrapped
 
 APART = (
@@ -202,6 +204,61 @@ def test_what_nobody_asks_for_is_not_unembedded(family: str) -> None:
             for module in heads.values():
                 del module.forward
         assert torch.equal(case.model(case.tokens), case.logits), "and the next run goes to the end"
+
+
+@pytest.mark.typed
+@pytest.mark.parametrize("way", ["run_with_hooks", "run_with_cache", "stop_at_layer", "generate", "hf_generate"])
+def test_a_pass_within_a_pass_is_refused(way: str) -> None:
+    """Its activations would go into the other's cache, and the layer at which one stops be forgotten."""
+    model, ids = wrapped("deepseek").model, tokens(2, 8)
+    came: list[str] = []
+
+    def look_up(value: torch.Tensor, hook: Any) -> None:
+        with pytest.raises(HookError, match="a hook function runs the model while a forward pass of it is running"):
+            model(ids[:1])
+        if "generate" in way:
+            with pytest.raises(HookError, match="Run it before, .* or let it run a copy"):
+                model.hf_generate(ids[:1], max_new_tokens=1)
+        came.append(hook.name)
+
+    def outcome() -> torch.Tensor:
+        if "generate" in way:
+            return getattr(model, way)(ids, max_new_tokens=2, do_sample=False)
+        if way == "run_with_cache":
+            return model.run_with_cache(ids)[1]["expert_indices", 2]
+        return model.run_with_hooks(ids, stop_at_layer=2 if way == "stop_at_layer" else None)
+
+    with untouched(model), torch.no_grad():
+        expected = outcome()
+        with model.hooks([("blocks.0.hook_resid_pre", look_up), ("blocks.1.mlp.hook_in", look_up)]):
+            assert torch.equal(outcome(), expected), "the pass goes on"
+        assert came[:2] == ["blocks.0.hook_in", "blocks.1.mlp.hook_in"]
+        assert torch.equal(outcome(), expected)
+
+
+@pytest.mark.parametrize("at", [names.MLP_IN, names.ROUTER_LOGITS, names.EXPERT_INDICES, names.EXPERT_OUT])
+@pytest.mark.parametrize("family", ["deepseek", "gemma4_text"])
+def test_a_hook_function_may_run_a_part_of_the_model(family: str, at: str) -> None:
+    """The layer that runs it, too, for other tokens: it goes on with its own."""
+    case = wrapped(family) if family in CONFIGS else None
+    model = case.model if case else HookedMoE.from_hf(build(family), check=False)
+    layer, ids, busy = model.moe_layers[-1], tokens(2, 8), []
+    later = names.mlp(names.EXPERT_WEIGHTED, layer)
+
+    def run_it(value: torch.Tensor, hook: Any) -> None:
+        if not busy:
+            busy.append(hook)
+            model.blocks[layer](*inner, **words)
+
+    with torch.no_grad():
+        with Recording(model) as recorded:
+            model(ids[:1, :5])
+        (inner, words), stream = recorded.replay.arguments[layer], torch.randn(1, 5, model.cfg.d_model)
+        inner = (stream, *inner)
+        _, expected = model.run_with_cache(ids, names_filter=later)
+        with model.hooks([(names.mlp(at, layer), run_it)]):
+            logits, cache = model.run_with_cache(ids, names_filter=later)
+    assert busy and torch.equal(logits, model(ids)) and torch.equal(cache[later], expected[later])
 
 
 def test_stopping_behind_the_end_is_refused() -> None:

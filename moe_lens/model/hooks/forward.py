@@ -81,10 +81,13 @@ def tell_tokens(
         module: The model.
         args: Its arguments in order; there are none.
         kwargs: Its arguments by name.
+
+    Raises:
+        HookError: a hook function runs the model that runs it.
     """
+    claim.owner.check_between_passes()
     ids = kwargs.get("input_ids")
     values = kwargs.get("inputs_embeds") if ids is None else ids
-    claim.running = None
     if values is None:
         return
     past = n_held(kwargs.get(CACHE) if kwargs.get(PAST) is None else kwargs[PAST])
@@ -97,6 +100,18 @@ def tell_tokens(
     else:
         mask = None
     claim.running = _Running(ModelInput(values, seen=mask), past)
+
+
+def forget_tokens(claim: Any, module: Any, args: Any, out: Any) -> None:  # noqa: ARG001
+    """The pass that `tell_tokens` has told of is over; see `ModuleHooks.after`.
+
+    Args:
+        claim: What has told them.
+        module: The model.
+        args: Its arguments.
+        out: What it gave.
+    """
+    claim.running = None
 
 
 class _Fetches:
@@ -271,6 +286,7 @@ class ExpertBridge(InputReader):
         Raises:
             InputError: an input that cannot be read, an unknown argument or value of an argument, or the loss of a
                 single token.
+            HookError: a hook function runs the model that runs it.
             InUseError: another thread uses the model.
             UnsupportedModelError: `start_at_layer` where layers read more than one residual stream.
         """
@@ -308,6 +324,7 @@ class ExpertBridge(InputReader):
             kwargs = {**({} if "position_ids" in asked else given.positions()), **kwargs}
         if mask is not None and mask.dtype == torch.bool and mask.dim() == 4 and self._attends_eagerly():
             mask = additive(mask, self.original_model.dtype)  # pyright: ignore[reportArgumentType]
+        self.owner.check_between_passes()
         claim = ForwardClaim(self)
         with claim, fitting_cache(past):
             claim.running = _Running(given, before := n_held(past))

@@ -18,7 +18,7 @@ from moe_lens.ids import one_id
 from moe_lens.model.hf_compat import cache_word
 from moe_lens.model.hooks.arguments import further_words, named, refuse_unknown
 from moe_lens.model.hooks.cache_names import CACHE, PAST
-from moe_lens.model.hooks.forward import OF_INPUT, tell_tokens
+from moe_lens.model.hooks.forward import OF_INPUT, forget_tokens, tell_tokens
 from moe_lens.model.hooks.generation_words import words_for_transformers
 from moe_lens.model.hooks.hook_scope import GenerationClaim, ModuleHooks
 from moe_lens.model.hooks.key_value_padding import note_prompts
@@ -110,6 +110,7 @@ class GeneratingBridge(CachedRuns):
         passes = ModuleHooks(self, "hf_generate")
         with GenerationClaim(self, "hf_generate", given.columns), passes, torch.no_grad():
             passes.before(model, partial(tell_tokens, given.mask))
+            passes.after(model, forget_tokens)
             out = model.generate(**further(given.words, words), **words)
         for past in (words.get(PAST), words.get(CACHE), getattr(out, PAST, None), getattr(out, CACHE, None)):
             note_prompts(past, words.get("attention_mask"))

@@ -1,7 +1,7 @@
 """Hook points of a MoE layer, and what its running forward pass tells them: shapes, ranks, choices."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,13 @@ class SelectionState(NamedTuple):
     """Router logits, as hooks have left them."""
 
 
+_OF_PASS = {
+    **{"batch": 0, "pos": 0, "computed": False},
+    **dict.fromkeys(("_routing", "_slots", "_used", "_kept", "_filled", "_scores", "_choice")),
+}
+"""What a layer knows of the pass that is running, before it is told."""
+
+
 class LayerHooks:
     """The hook points of one MoE layer and the layout of the tokens that are passing through it."""
 
@@ -70,11 +77,11 @@ class LayerHooks:
         for point in self.points.values():
             point.private = True  # pyright: ignore[reportArgumentType]  # hooks get a copy of their own: see run_with_cache
         self.experts: dict[tuple[int, str], HookPoint] = {}
+        self.owner = Owner()
+        """That of the model, once it is wrapped."""
         self.batch = self.pos = 0
         self.computed = False
         """Whether its experts have run in this pass."""
-        self.owner = Owner()
-        """That of the model, once it is wrapped."""
         self._routing: tuple[Tensor, Tensor] | None = None
         self._slots: Tensor | None = None
         self._used: Tensor | None = None
@@ -85,15 +92,18 @@ class LayerHooks:
         self.factors: dict[str, float] = {}
         """What the family multiplies by after the experts, by hook; hooks show the product."""
 
-    def start(self, batch: int, pos: int) -> None:
-        """A forward pass enters the layer with `batch` × `pos` tokens."""
-        self.batch, self.pos = batch, pos
-        self.finish()
+    def start(self, batch: int, pos: int) -> dict[str, Any]:
+        """A forward pass enters the layer with `batch` × `pos` tokens.
 
-    def finish(self) -> None:
+        Returns what `finish` takes, to go on with the pass around it where a hook function in the layer runs the layer.
+        """
+        before = {name: self.__dict__[name] for name in _OF_PASS} if self.batch else _OF_PASS
+        self.__dict__.update(_OF_PASS, batch=batch, pos=pos)
+        return before
+
+    def finish(self, before: dict[str, Any]) -> None:
         """Let go of the pass's tensors."""
-        self._routing = self._slots = self._used = self._kept = self._filled = self._scores = self._choice = None
-        self.computed = False
+        self.__dict__.update(before)
 
     def check_ran(self) -> None:
         """Hooks show what the layer has computed, at the end of a pass.

@@ -153,15 +153,17 @@ class MoEBlock(GeneralizedComponent):
         assert self.hooks is not None
         self._check_bypassed()
         with self.hooks.owner.passing():
-            self.hooks.start(batch, pos)
-            for part in self._modules.values():
-                if isinstance(part, FlatTokens):
-                    part.__dict__["layout"] = batch, pos
+            flat = [part for part in self._modules.values() if isinstance(part, FlatTokens)]
+            before, layouts = self.hooks.start(batch, pos), [part.layout for part in flat]
+            for part in flat:
+                part.__dict__["layout"] = batch, pos
             try:
                 yield
                 self.hooks.check_ran()
             finally:
-                self.hooks.finish()
+                self.hooks.finish(before)
+                for part, layout in zip(flat, layouts, strict=True):
+                    part.__dict__["layout"] = layout
 
     def _finish(self, out: Any, x: Tensor) -> Any:
         return out if self.beside is None else out + self.beside(x)

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 
-from moe_lens.errors import InUseError
+from moe_lens.errors import HookError, InUseError
 from moe_lens.model.hooks.interrupts import uninterrupted, unwatch, watch
 
 
@@ -125,6 +125,21 @@ class Owner:
             InUseError: the model belongs to another thread or task.
         """
         self._check([claim for ref in self._claims if (claim := ref()) is not None])
+
+    def check_between_passes(self) -> None:
+        """Nothing, where this thread may use the model, and is not inside a forward pass of it.
+
+        Raises:
+            HookError: it is, because a hook function asks for another pass.
+            InUseError: the model belongs to another thread or task.
+        """
+        self.check()
+        if self.running is not None:
+            raise HookError(
+                "a hook function runs the model while a forward pass of it is running, whose hooks, cache and layer "
+                "limits would be mixed with its own. Run it before, and let the function use what came; or let it run "
+                "a copy made before (copy.deepcopy(model))"
+            )
 
     def give_up(self) -> None:
         """Count as lost what was about to be left, and never was."""
