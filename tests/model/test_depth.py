@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import MixtralConfig, PreTrainedModel
 
 from moe_lens import HookedMoE
-from moe_lens.errors import CheckpointError
+from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
 from moe_lens.model.families.deepseek import DeepseekConfig
 from moe_lens.model.loading.depth import KINDS, PREDICTING, list_of_layers
 from moe_lens.model.loading.pretrained import load_pretrained
@@ -77,7 +77,7 @@ def test_longcat_s_layers_are_its_blocks(tmp_path: Path) -> None:
 
 
 @pytest.mark.typed
-@pytest.mark.parametrize("family", ["qwen3_vl_moe", "minimax_m3_vl"])
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "minimax_m3_vl", "mistral_large4"])
 def test_the_first_layers_of_a_multimodal_model_are_its_language_model_s(tmp_path: Path, family: str) -> None:
     theirs: Any = saved(tmp_path, family)
     kinds = {
@@ -90,10 +90,48 @@ def test_the_first_layers_of_a_multimodal_model_are_its_language_model_s(tmp_pat
     assert hooked.cfg.n_layers == 2 and torch.equal(hooked(tokens()), logits(right))
 
 
+@pytest.mark.parametrize("family", ["gemma4_text", "gemma4"])
+def test_the_last_of_the_first_layers_attends_as_it_does_in_the_whole_model(tmp_path: Path, family: str) -> None:
+    """A Gemma 4 lets its own last layer attend in full, whatever its config says of that."""
+    saved(tmp_path / "whole", family)
+    whole = HookedMoE.from_pretrained(tmp_path / "whole")
+    for layers in (2, 3):
+        first = HookedMoE.from_pretrained(tmp_path / "whole", first_n_layers=layers)
+        with torch.no_grad():
+            right = whole(tokens(), stop_at_layer=layers)
+            assert first.cfg.n_layers == layers and torch.equal(first(tokens(), stop_at_layer=layers), right)
+    hf: Any = first.original_model
+    assert hf.config.get_text_config().layer_types[2] == "sliding_attention"
+    with pytest.raises(UnsupportedModelError, match="can be made of this config: [^\n]* number of `layer_types`"):
+        first.save_pretrained(tmp_path / "first")
+    assert not (tmp_path / "first").exists()
+
+
+def test_layers_are_counted_where_the_config_counts_a_list(tmp_path: Path) -> None:
+    kind: Any = saved(tmp_path, "nemotron_h")
+    kinds = kind.config_class.from_pretrained(tmp_path).layers_block_type
+    right = logits(kind.from_pretrained(tmp_path, layers_block_type=kinds[:3]).eval())
+    hooked = HookedMoE.from_pretrained(tmp_path, first_n_layers=3)
+    assert hooked.cfg.n_layers == 3 and torch.equal(hooked(tokens()), right)
+    with pytest.raises(InputError, match="num_hidden_layers has no effect in a nemotron_h, .*; pass first_n_layers"):
+        HookedMoE.from_pretrained(tmp_path, num_hidden_layers=3)
+    with pytest.raises(CheckpointError, match=r"first_n_layers is 5, but config\.json's model has 4 layers"):
+        HookedMoE.from_pretrained(tmp_path, first_n_layers=5)
+
+
+def test_whole_numbers_of_layers_that_are_left_out_are_none_of_a_model_s(tmp_path: Path) -> None:
+    """DeepSeek-V4's first layers choose experts by the token's id, from a table of whole numbers."""
+    saved(tmp_path, "deepseek_v4")
+    whole = HookedMoE.from_pretrained(tmp_path)
+    with torch.no_grad():
+        first = HookedMoE.from_pretrained(tmp_path, first_n_layers=1)(tokens(), stop_at_layer=1)
+        assert torch.equal(first, whole(tokens(), stop_at_layer=1))
+
+
 @pytest.mark.typed
-@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v32", "gemma4_text", "jamba", "longcat_flash", "qwen3_vl_moe"])
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v32", "laguna", "jamba", "longcat_flash", "qwen3_vl_moe"])
 def test_a_model_of_the_first_layers_is_saved_as_such(tmp_path: Path, family: str) -> None:
-    """Lists of what each layer is are cut, too, unless the config would make something else of them (Gemma 4)."""
+    """Lists of what each layer is are cut, too."""
     saved(tmp_path / "whole", family)
     first = HookedMoE.from_pretrained(tmp_path / "whole", first_n_layers=3)
     first.save_pretrained(tmp_path / "first")

@@ -3,18 +3,22 @@
 transformers leaves both out. How many there can be is what config.json itself says, whatever was asked for.
 """
 
+import copy
 import re
 from typing import Any, NamedTuple
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from moe_lens.errors import CheckpointError
 
 PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers")
 """Names that configs have for the number of layers that predict several tokens ahead, behind the last layer."""
 
 
-KINDS = ("layer_types", "mlp_layer_types")
-"""Names that configs have for lists of what each layer is."""
+KINDS = ("layer_types", "mlp_layer_types", "num_attention_heads_per_layer", "kv_source_layers")
+"""Names that configs have for lists of what each layer is, of which transformers wants as many as there are layers."""
 
 
 class Depth(NamedTuple):
@@ -57,18 +61,39 @@ def blocks_of(text: PreTrainedConfig) -> int:
     return blocks if isinstance(blocks, int) else text.num_hidden_layers
 
 
-def first_layers(raw: dict[str, Any], layers: int, text_config: dict[str, Any] | None) -> dict[str, Any]:
-    """What transformers is told so that it loads the first layers: of a multimodal model, those of the language model.
+def first_layers(raw: dict[str, Any], layers: int) -> dict[str, int] | None:
+    """The word that has transformers load the first layers; None where only a config that is passed says it.
 
     Args:
         raw: What config.json holds.
         layers: Their number.
-        text_config: What else is changed in the language model's config.
     """
-    if not isinstance(text := raw.get("text_config"), dict):
-        return {"num_layers" if "num_layers" in raw else "num_hidden_layers": layers}  # see blocks_of
-    kinds = {name: text[name][:layers] for name in KINDS if isinstance(text.get(name), list)}
-    return {"text_config": {**(text_config or {}), **kinds, "num_hidden_layers": layers}}
+    if isinstance(raw.get("text_config"), dict) or counts_its_list(raw):
+        return None
+    return {"num_layers" if "num_layers" in raw else "num_hidden_layers": layers}  # see blocks_of
+
+
+def counts_its_list(raw: dict[str, Any]) -> bool:
+    """Whether a config takes no number of layers, but counts the list of what each is (Nemotron-H)."""
+    known = raw["model_type"] in CONFIG_MAPPING and "num_layers" not in raw
+    return known and isinstance(getattr(CONFIG_MAPPING[raw["model_type"]], "num_hidden_layers", None), property)
+
+
+def keep_first(config: PreTrainedConfig, layers: int) -> None:
+    """Say in a config that only the first layers are loaded: of a multimodal model, those of the language model.
+
+    Lists of what each layer is stay whole, as where transformers is told the number alone: see `cut_layer_types`.
+
+    Raises:
+        CheckpointError: it has fewer.
+    """
+    text: Any = config.get_text_config()
+    own = blocks_of(text)
+    if not 0 <= layers <= own:
+        raise CheckpointError(f"first_n_layers is {layers}, but config.json's model has {own} layers")
+    text.num_hidden_layers = layers
+    if blocks_of(text) != layers:  # see counts_its_list
+        text.layer_types = text.layer_types[:layers]
 
 
 def cut_layer_types(config: PreTrainedConfig) -> None:
@@ -79,8 +104,13 @@ def cut_layer_types(config: PreTrainedConfig) -> None:
     text = config.get_text_config()
     n_layers, held = blocks_of(text), vars(text)
     long = {name: held[name] for name in KINDS if len(held.get(name) or ()) > n_layers}
+    if not long:
+        return
     fewer = {name: kinds[:n_layers] for name, kinds in long.items()}
-    again = type(text).from_dict({**text.to_dict(), **fewer}) if fewer else text
+    try:
+        again = type(text).from_dict(copy.deepcopy({**text.to_dict(), **fewer}))  # it may write into the lists it gets
+    except (ValueError, StrictDataclassError):
+        return
     if all(getattr(again, name) == kinds for name, kinds in fewer.items()):
         for name, kinds in fewer.items():
             setattr(text, name, kinds)

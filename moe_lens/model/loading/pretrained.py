@@ -1,5 +1,6 @@
 """Models by name or folder: whole, or an error that names file and tensor."""
 
+import copy
 import importlib.resources
 import logging
 import os
@@ -16,7 +17,7 @@ from moe_lens.model.hf_compat import resolve_revision
 from moe_lens.model.loading.checkpoint import EMBEDDED, HUB_ARGUMENTS, find_file, read_config
 from moe_lens.model.loading.config_json import read_object
 from moe_lens.model.loading.deepseek_checkpoint import check_sizes, load_deepseek
-from moe_lens.model.loading.depth import cut_layer_types, first_layers
+from moe_lens.model.loading.depth import counts_its_list, cut_layer_types, first_layers, keep_first
 from moe_lens.model.loading.device_map import slow_dtype
 from moe_lens.model.loading.dispatch import places
 from moe_lens.model.loading.formats.view import packing_of
@@ -89,10 +90,22 @@ def load_pretrained(
                 raise InputError(f"{gguf}: transformers reads all layers of a GGUF file: leave {word} out")
         path, raw, sizes = read_gguf_config(source, gguf, hub, UNREADABLE)
         kwargs |= {name: size for name, size in sizes.items() if name not in kwargs}
-    if (layers := kwargs.pop("first_n_layers", None)) is not None:
-        kwargs |= first_layers(raw, layers, kwargs.get("text_config"))
+    layers = kwargs.pop("first_n_layers", None)
+    if kwargs.get("num_hidden_layers") is not None and counts_its_list(raw):
+        raise InputError(
+            f"num_hidden_layers has no effect in a {raw['model_type']}, whose config counts its list of layers; pass "
+            "first_n_layers"
+        )
+    word = None if layers is None else first_layers(raw, layers)
+    kwargs |= word or {}
     check_release(raw["model_type"])
+    if layers is not None and word is None and kwargs.get("config") is None:
+        kwargs["config"] = source
     _read_given_config(source, raw["model_type"], hub, kwargs)
+    if layers is not None and word is None:
+        config: Any = copy.deepcopy(kwargs["config"])
+        keep_first(config, layers)
+        kwargs["config"] = config
     said = packing_of(raw)
     if said is not None and said.get("quant_method") == METHOD:
         kwargs["variant"] = VARIANT

@@ -107,7 +107,9 @@ def _check_class(model: PreTrainedModel, state: Mapping[str, Tensor], scheme: An
     kind: Any = next(kinds, type(model))
     try:
         with torch.device("meta"):
-            made = kind._from_config(copy.deepcopy(model.config))
+            made = kind._from_config(
+                type(model.config).from_dict(copy.deepcopy(model.config.to_dict()))
+            )  # as it is read
         if scheme is not None:
             quantise(made, scheme)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError, StrictDataclassError) as error:

@@ -21,7 +21,7 @@ from moe_lens.model.hf_compat import (
 )
 from moe_lens.model.loading.checkpoint import FLOATS, Checkpoint
 from moe_lens.model.loading.converted import converted
-from moe_lens.model.loading.depth import Depth, layer_of, list_of_layers
+from moe_lens.model.loading.depth import Depth, blocks_of, layer_of, list_of_layers
 from moe_lens.model.loading.formats.packed_tensor import FP8
 from moe_lens.model.loading.lazy_parameters import LazyParameter, StoredPart
 from moe_lens.model.loading.left_on_disk import loaded_dtypes
@@ -74,9 +74,11 @@ def misfits(model: PreTrainedModel, checkpoint: Checkpoint, key_mapping: Any = N
     """
     wanted: dict[str, torch.Tensor] = model.state_dict()
     found = list[str]()
+    layers, loaded = list_of_layers(model), blocks_of(model.config.get_text_config())
     for name, (converter, names) in sources_of(model, checkpoint.tensors, key_mapping).items():
         here = wanted.get(name)  # None: it was packed while it was loaded
-        if here is not None and not here.is_floating_point():
+        left_out = here is None and layers is not None and layer_of(name, layers) >= loaded
+        if left_out or (here is not None and not here.is_floating_point()):
             continue
         stored = [checkpoint.tensors[each] for some in names.values() for each in some]
         whole = [each for each in stored if each.dtype not in (*FLOATS, *FP8)]
