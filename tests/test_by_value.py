@@ -1,6 +1,8 @@
 """Digests of values: alike for what is alike, in another process too, and different for what differs."""
 
 import functools
+import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -84,6 +87,79 @@ def test_another_process_finds_the_same() -> None:
     code = "from tests.test_by_value import ALIKE, digest_of; print(*[digest_of(make()) for make in ALIKE])"
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert there.stdout.split() == here
+
+
+TEXTS: list[str] = []
+TABLE: Any = None
+PATTERN = re.compile("a")
+other_module: Any = None
+
+
+def helper() -> list[str]:
+    return TEXTS
+
+
+def from_outside() -> Any:
+    return [helper() for _ in range(2)], TABLE, PATTERN, other_module.rows, np.mean
+
+
+class Reader:
+    def __init__(self, texts: Any):
+        self._texts = texts
+
+    def __call__(self) -> Any:
+        return iter(self._texts)
+
+    def read(self) -> Any:
+        return iter(self._texts)
+
+
+@pytest.mark.parametrize("pickled", [True, False])
+def test_what_a_function_reads_by_name_counts(monkeypatch: pytest.MonkeyPatch, pickled: bool, tmp_path: Path) -> None:
+    """As all does in a notebook: lists, tables, other functions, what one's own modules hold; not what libraries do."""
+    (tmp_path / "other_module.py").write_text("rows, unread = [1], [1]\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    other = importlib.import_module("other_module")
+    monkeypatch.setattr(sys.modules[__name__], "other_module", other)
+
+    def digest() -> str:
+        return digest_of(from_outside, pickled=pickled)
+
+    found = [digest()]
+    changes: list[tuple[Any, str, Any]] = [
+        (sys.modules[__name__], "TEXTS", ["one"]),
+        (sys.modules[__name__], "TABLE", pd.DataFrame({"text": ["one"]})),
+        (sys.modules[__name__], "TABLE", pd.DataFrame({"text": ["two"]})),
+        (sys.modules[__name__], "TABLE", {"a": [1]}),
+        (sys.modules[__name__], "TABLE", Reader(["one"])),
+        (sys.modules[__name__], "TABLE", Reader(["two"])),
+        (sys.modules[__name__], "TABLE", np.array(["one"])),
+        (sys.modules[__name__], "TABLE", np.array(["one", None], dtype=object)),
+        (sys.modules[__name__], "PATTERN", re.compile("b")),
+        (sys.modules[__name__], "helper", lambda: TEXTS[:1]),
+        (other, "rows", [2]),
+    ]
+    for module, name, value in changes:
+        monkeypatch.setattr(module, name, value)
+        found.append(digest())
+    assert len(set(found)) == len(found)
+    monkeypatch.setattr(other, "unread", [2])
+    with open(__file__, encoding="utf-8") as file:  # noqa: PTH123
+        monkeypatch.setattr(sys.modules[__name__], "TABLE", file)  # nobody has handed it over: it is not refused
+        assert digest() == digest() != found[-1]
+
+
+@pytest.mark.parametrize("read", [lambda reader: reader, lambda reader: reader.read])
+def test_what_a_reader_holds_counts(read: Callable[[Any], Any]) -> None:
+    for pickled in (False, True):
+        one, same, other = (digest_of(read(Reader(texts)), pickled=pickled) for texts in (["a"], ["a"], ["b"]))
+        assert one == same != other
+
+
+def test_the_code_of_ones_own_classes_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = digest_of(Reader(["a"]), pickled=False)
+    monkeypatch.setattr(Reader, "read", lambda self: iter(self._texts[:1]))
+    assert digest_of(Reader(["a"]), pickled=False) != before
 
 
 def test_circles_end() -> None:

@@ -82,8 +82,8 @@ def from_generator(name: str, generate: Callable[[], Iterable[str | dict[str, An
     Args:
         name: What the domain is called.
         generate: Must generate the same each time: an interrupted study reads it again from the start. Two functions of
-            equal code that hold equal values are taken for the same texts; of objects that one holds, the class and the
-            plain values in their attributes count.
+            equal code that hold and read equal values are taken for the same texts. Lists, tables, tensors and other
+            functions count, those of the module too; of objects of a library, their plain values alone.
     """
     from moe_lens.by_value import digest_of  # not before: it imports torch
 
