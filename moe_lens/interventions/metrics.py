@@ -76,18 +76,21 @@ class Loss(TokenMetric):
     Args:
         tokens: of the input.
         mask: true at real tokens; all of them if not given, but for what is known to be padding of a run.
+        counted: true at tokens whose loss counts, as in `TokenBatch.counted`; all real ones if not given.
     """
 
-    def __init__(self, tokens: Int[Tensor, "batch pos"], mask: Tensor | None = None):
+    def __init__(self, tokens: Int[Tensor, "batch pos"], mask: Tensor | None = None, counted: Tensor | None = None):
         self.tokens = tokens
         self._mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool().to(tokens.device)
         _same_shape("mask", self._mask, tuple(tokens.shape))
+        self._counted = self._mask if counted is None else counted.bool().to(tokens.device)
+        _same_shape("counted", self._counted, tuple(tokens.shape))
 
     def reads(self, batch: Natural, pos: Natural) -> Bool[Tensor, "batch pos"]:
-        """Real positions before a real one."""
+        """Real positions before a real one that counts."""
         real = self._real(_same_shape("tokens", self._mask, (batch, pos)))
         reads = real.clone()
-        reads[:, :-1] &= real[:, 1:]
+        reads[:, :-1] &= (real & self._counted)[:, 1:]
         reads[:, -1] = False
         return _not_empty(reads)
 

@@ -109,11 +109,12 @@ def _added_loss(
     for batch in tokens:
         device = input_device(model)
         ids, mask = batch.tokens.to(device), batch.mask.to(device)
+        if not (n := int(predicted(batch).sum())):
+            continue
         found = expert_attribution(
-            model, ids, Loss(ids, mask), method="gradient" if method == "gradient" else "knockout",
+            model, ids, Loss(ids, mask, batch.counted), method="gradient" if method == "gradient" else "knockout",
             per_position=False, attention_mask=mask.long(),
         )  # fmt: skip
-        n = int(predicted(batch).sum())
         total -= found.values.double().cpu() * n  # an attribution is loss with the expert minus loss without
         count += n
         on_batch()

@@ -19,7 +19,7 @@ from moe_lens.interventions.attribution_knockout import Knockouts
 from moe_lens.interventions.clean_run import CleanRun
 from moe_lens.stats import Result
 from moe_lens.studies.attribution_effects import MEASURES, EffectResult, EffectStats, pooled
-from moe_lens.studies.forward_passes import input_device
+from moe_lens.studies.forward_passes import input_device, predicted
 from moe_lens.studies.frames import by_domain
 from moe_lens.studies.study import Gathered, Study
 
@@ -45,7 +45,8 @@ class AttributionFidelity(Study):
 
     def step(self, model: Any, name: str, batch: TokenBatch, into: Gathered, prepared: Any) -> None:  # noqa: ARG002
         """Attribute a batch's loss to all experts, and take each of them out."""
-        into["effects"].update(*effects(model, batch, self.steps), batch.sources)
+        if predicted(batch).any():
+            into["effects"].update(*effects(model, batch, self.steps), batch.sources)
 
     def results(self, earlier: Mapping[str, Gathered]) -> dict[str, Result]:
         """The sums by source."""
@@ -75,7 +76,7 @@ def effects(
     """
     device = input_device(model)
     tokens, mask = batch.tokens.to(device), batch.mask.to(device)
-    metric, attention_mask = Loss(tokens, mask), mask.long()
+    metric, attention_mask = Loss(tokens, mask, batch.counted), mask.long()
     reads = metric.reads(*tokens.shape).cpu()
     found: dict[str, Tensor] = {}
     methods: tuple[Method, ...] = ("direct", "gradient", "integrated")

@@ -17,7 +17,7 @@ from moe_lens.model.loading.batch_sizes import BATCH_TOKENS, tokens_at_once
 from moe_lens.stats import Accumulator, Result
 from moe_lens.stats.sums import BySource
 from moe_lens.studies.forecast import Load
-from moe_lens.studies.forward_passes import input_device
+from moe_lens.studies.forward_passes import input_device, predicted
 
 FIRST = 4
 """Predicted tokens with which a window begins: where all begin alike, an expert that serves one of them seems to cost
@@ -137,8 +137,8 @@ def read_without(
     Returns:
         Nats and predicted tokens of each text, and nats added without each coalition.
     """
-    nats, predicted, added = read_parts(model, batch, members, half, read, how)
-    return nats, predicted, added[0]
+    nats, count, added = read_parts(model, batch, members, half, read, how)
+    return nats, count, added[0]
 
 
 def read_parts(
@@ -152,7 +152,9 @@ def read_parts(
     """As `read_without`: what is added at all predicted tokens, and at the first `FIRST` of each text."""
     device = input_device(model)
     tokens, mask = batch.tokens.to(device), batch.mask.to(device)
-    metric, run = Loss(tokens, mask), CleanRun.of(model, tokens, attention_mask=mask.long())
+    if not predicted(batch).any():
+        return torch.zeros(len(tokens)), torch.zeros(len(tokens)).long(), torch.zeros(2, *read.shape)
+    metric, run = Loss(tokens, mask, batch.counted), CleanRun.of(model, tokens, attention_mask=mask.long())
     reads = metric.reads(*tokens.shape).to(run.logits.device)
     at = reads.nonzero().unbind(-1)
     nats = torch.zeros(reads.shape, dtype=torch.float64, device=reads.device)

@@ -16,7 +16,7 @@ from moe_lens.interventions.attribution_gradients import Slots
 from moe_lens.interventions.attribution_knockout import Knockouts
 from moe_lens.stats import Accumulator, Result
 from moe_lens.stats.sums import BySource
-from moe_lens.studies.forward_passes import input_device
+from moe_lens.studies.forward_passes import input_device, predicted
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +75,9 @@ def scores_of(model: Any, batch: TokenBatch, by: str) -> tuple[Tensor, Tensor]:
     """Nats that each expert saves each text, and how many tokens were predicted."""
     device = input_device(model)
     tokens, mask = batch.tokens.to(device), batch.mask.to(device)
-    metric = Loss(tokens, mask)
+    if not predicted(batch).any():
+        return torch.zeros(len(tokens), len(model.moe_layers), model.n_experts), torch.zeros(len(tokens)).long()
+    metric = Loss(tokens, mask, batch.counted)
     reads = metric.reads(*tokens.shape).cpu()
     if by == "attribution":
         found = expert_attribution(model, tokens, metric, method="gradient", attention_mask=mask.long())

@@ -58,6 +58,14 @@ def test_loss_is_the_mean_over_real_tokens_after_real_tokens(side: str | None) -
     assert abs(found - torch.stack(nats).mean()) <= F64
     if side is not None:
         assert abs(found - Loss(tokens)(given)) > 1e-3, "padding makes a difference"
+    counted = torch.rand(BATCH, POS, generator=torch.Generator().manual_seed(0)) < 0.5
+    some = [
+        -log_p(given[b, p])[tokens[b, p + 1]]
+        for b in range(BATCH)
+        for p in range(POS - 1)
+        if real[b, p] * real[b, p + 1] * counted[b, p + 1]
+    ]
+    assert abs(Loss(tokens, real.bool(), counted)(given) - torch.stack(some).mean()) <= F64
 
 
 def test_chosen_logits_log_probabilities_and_differences() -> None:

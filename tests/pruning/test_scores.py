@@ -13,7 +13,7 @@ from tests.families import build, tokens
 
 
 def texts(seed=1, batch=3, pos=12, padded=4, name="a"):
-    """Two batches; the last row of each ends in padding, and the first token of a row is not counted."""
+    """Two batches; the last row of each ends in padding; special tokens, a row's first and one within, do not count."""
     batches = []
     for i in range(2):
         ids = tokens(batch, pos, seed=seed + i)
@@ -21,6 +21,7 @@ def texts(seed=1, batch=3, pos=12, padded=4, name="a"):
         mask[-1, pos - padded :] = False
         counted = mask.clone()
         counted[:, 0] = False
+        counted[1:2, 5:6] = False
         batches.append(TokenBatch(ids, mask, counted, tuple(f"{name}{i}{row}" for row in range(batch)), ()))
     return Tokens(name, tuple(batches))
 
@@ -136,7 +137,7 @@ def nats(model, of, hooks):
         loss = torch.nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="none"
         )
-        read = batch.mask[:, 1:].flatten()
+        read = batch.counted[:, 1:].flatten()
         total, n = total + float(loss[read].sum()), n + int(read.sum())
     return total / n
 
@@ -177,7 +178,7 @@ def test_random_scores_follow_the_seed_and_domains_differ(model):
     again = score(model, [texts(), texts(9, name="b")], "random", seed=0)
     assert torch.equal(a.values, again.values) and not torch.equal(a.values, b.values)
     assert not torch.equal(a.values[0], a.values[1])
-    assert a.domains == ("a", "b") and a.tokens == (58, 58)
+    assert a.domains == ("a", "b") and a.tokens == (56, 56)
 
 
 def test_calibration_data_has_a_fingerprint():

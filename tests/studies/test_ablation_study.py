@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from moe_lens.cli import main, options
-from moe_lens.data import tokenize
+from moe_lens.data import Domain, tokenize
 from moe_lens.errors import InputError
 from moe_lens.studies import AblationStudy, run
 from moe_lens.studies.forward_passes import losses, predicted
 from moe_lens.studies.matched_coalitions import TOLERANCE
 from tests.studies.test_study import SMALL
-from tests.studies.tiny import domain, tiny_model
+from tests.studies.tiny import domain, passages, tiny_model
 
 EXPERTS = {2: [3, 1], 1: [5]}
 FLOAT32 = 1e-5
@@ -27,9 +27,9 @@ def made(model):
     return run(AblationStudy(EXPERTS, matched=4), model, [domain("a"), domain("b", seed=1)], reading=SMALL)
 
 
-def by_hand(model, name: str, experts, how: str, **kwargs) -> float:
+def by_hand(model, of: Domain, experts, how: str) -> float:
     """Nats a token that `model.ablate` adds."""
-    texts = tokenize(domain(name, **kwargs), model, n_tokens=10**6, context=SMALL.context, seed=SMALL.seed)
+    texts = tokenize(of, model, n_tokens=10**6, context=SMALL.context, seed=SMALL.seed)
     added, tokens = 0.0, 0
     with torch.no_grad():
         for batch in texts:
@@ -45,10 +45,21 @@ def by_hand(model, name: str, experts, how: str, **kwargs) -> float:
 def test_named_experts_cost_what_ablating_them_by_hand_does(model, made, how):
     table = made.tables["ablation"]
     found = table[(table["how"] == how) & (table["coalition"] == "picked")].set_index("domain")["added"]
-    assert found["a"] == pytest.approx(by_hand(model, "a", EXPERTS, how), abs=FLOAT32)
-    assert found["b"] == pytest.approx(by_hand(model, "b", EXPERTS, how, seed=1), abs=FLOAT32)
-    other = by_hand(model, "a", {2: [0, 2], 1: [4]}, how)
+    assert found["a"] == pytest.approx(by_hand(model, domain("a"), EXPERTS, how), abs=FLOAT32)
+    assert found["b"] == pytest.approx(by_hand(model, domain("b", seed=1), EXPERTS, how), abs=FLOAT32)
+    other = by_hand(model, domain("a"), {2: [0, 2], 1: [4]}, how)
     assert abs(found["a"] - other) > 10 * FLOAT32  # negative control
+
+
+@pytest.mark.parametrize("how", ["reroute", "zero"])
+def test_special_tokens_within_texts_are_read_and_not_counted(model, how):
+    """As in rendered chats."""
+    end = model.tokenizer.eos_token
+    rows = [{"text": row["text"].replace(" ", f"{end} ", 3), "source": row["source"]} for row in passages(n=12)]
+    texts = Domain.of("chats", rows)
+    found = run(AblationStudy(EXPERTS, how=(how,), matched=1), model, [texts], reading=SMALL).tables["ablation"]
+    picked = found[found["coalition"] == "picked"]["added"].item()
+    assert picked == pytest.approx(by_hand(model, texts, EXPERTS, how), abs=FLOAT32)
 
 
 def test_matched_coalitions_carry_the_weight_and_none_of_the_experts(made):
