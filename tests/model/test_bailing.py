@@ -250,6 +250,18 @@ def test_an_unembedding_that_is_stored_with_other_norms_is_divided_by_them_once(
         assert torch.equal(HookedMoE.from_pretrained(tmp_path / "saved")(tokens(2, 9)), model(tokens(2, 9)))
 
 
+def test_an_unembedding_that_is_still_to_be_normed_is_refused() -> None:
+    """A model made from a config computes with it as it is, and what is saved would be read as another."""
+    model = build("bailing_moe", norm_head=True)
+    with pytest.raises(UnsupportedModelError, match=r"config\.norm_head says .* set config\.norm_head = False"):
+        HookedMoE.from_hf(model)
+    model.lm_head.weight.data = norm_columns(model.lm_head.weight.data)
+    model.config.norm_head = False
+    with torch.no_grad():
+        right = model(tokens()).logits
+        assert torch.equal(HookedMoE.from_hf(model)(tokens()), right)
+
+
 def counted(config: dict[str, Any]) -> tuple[int, int]:
     """Parameters of a config, and those that a token passes: matrix by matrix, as its layers are (biases of routers are
     buffers)."""

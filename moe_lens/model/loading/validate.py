@@ -24,7 +24,7 @@ def check_wrappable(model: Any) -> None:
 
     Raises:
         InputError: no model of transformers, or one inside another module.
-        UnsupportedModelError: no head that predicts tokens, or wrapped before.
+        UnsupportedModelError: no head that predicts tokens, or one that is still to be normed; or wrapped before.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     if any(isinstance(module, GeneralizedComponent) for module in modules):
@@ -56,6 +56,13 @@ def check_wrappable(model: Any) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} does not predict tokens: it has no unembedding. Expected the causal language "
             "model of its family, as AutoModelForCausalLM loads it"
+        )
+    if getattr(model.config.get_text_config(), "norm_head", False):
+        raise UnsupportedModelError(
+            "config.norm_head says that the unembedding is still to be divided by the norms of its columns, which "
+            "from_pretrained does and a model made from a config does not: do it (norm_columns of "
+            "moe_lens.model.families.bailing, on lm_head.weight) if the numbers are an original checkpoint's, and set "
+            "config.norm_head = False"
         )
 
 
