@@ -229,6 +229,15 @@ def test_a_changed_attention_is_not_looked_into() -> None:
         model.run_with_cache(tokens(), names_filter=inside)
 
 
+def test_a_norm_has_its_hooks_whatever_its_eps() -> None:
+    model = HookedMoE.from_hf(build("axk1", rms_norm_eps=0.5), check=False)
+    norm, end = "blocks.1.ln1", "blocks.1.mlp.hook_out"  # which A.X-K1's block shows at the norm that it ends with
+    _, cache = model.run_with_cache(tokens(), names_filter=[f"{norm}.hook_in", f"{norm}.hook_scale", end])
+    x = cache[f"{norm}.hook_in"]
+    assert torch.allclose(cache[f"{norm}.hook_scale"], (x.pow(2).mean(-1, keepdim=True) + 0.5).sqrt())
+    assert end in cache
+
+
 class Halved(MixtralForCausalLM):
     """A model of somebody's own."""
 
