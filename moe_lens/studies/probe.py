@@ -31,6 +31,7 @@ from moe_lens.stats.sparse_probes import (
 from moe_lens.studies.forward_passes import each_layer, forward, token_places
 from moe_lens.studies.study import TEXTS, Earlier, Gathered, Study
 from moe_lens.studies.token_labels import LabelTable
+from moe_lens.studies.token_tables import needs_domain
 
 K = (1, 2, 4, 8, 16)
 """How many components probes see, as far as there are so many, if nothing else is asked for."""
@@ -103,6 +104,7 @@ class Probe(Study):
     def prepare(self, model: Any, name: str, domain: str, earlier: Earlier) -> _Prepared | None:
         """Halves of the sources; then what is picked on either; then the probes."""
         if name == "texts":
+            needs_domain(self.labels, "the labels", earlier)
             return None
         sources = {of: passes["texts"][TEXTS].result().sources for of, passes in earlier.items()}
         halves = balanced_halves(parallel_blocks(sources, self.parallel), self.seed)

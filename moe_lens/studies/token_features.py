@@ -13,10 +13,8 @@ from moe_lens.errors import InputError, UnfitError, a_kind
 from moe_lens.json_files import check_file
 from moe_lens.stats.held_out import Categories, Feature, Numbers
 from moe_lens.stats.token_sample import TokenSampleResult
+from moe_lens.studies.token_tables import ABOUT, KEYS, check_tokens, needs_domain, plain, token_rows
 
-KEYS = ("domain", "document", "position")
-ABOUT = (*KEYS, "token", "counted", "source")
-"""Columns that say which token a row is of, and are no features."""
 NUMBERS = "numbers"
 """The feature of all columns of numbers together."""
 MOST = 4096
@@ -58,18 +56,9 @@ def read_features(path: str | Path) -> pd.DataFrame:
 
 def check_features(frame: pd.DataFrame, called: str = "the features") -> pd.DataFrame:
     """Refuse a table that does not say which token a row is of, or has no texts and numbers beside."""
-    if not frame.columns.is_unique:
-        twice = frame.columns[frame.columns.duplicated()][0]
-        raise InputError(f"{called}: two columns are called {twice!r}; expected each name once")
-    missing = [key for key in KEYS[1:] if key not in frame.columns]
-    if missing or not set(frame.columns) - set(ABOUT):
-        raise InputError(
-            f"{called}: expected a row per token with columns document and position, as `collect` has them (domain, "
-            f"too, if there are several), and features beside them; got {list(map(str, frame.columns))[:12]}"
-        )
-    if "counted" in frame.columns and frame["counted"].dtype.kind not in "biu":
-        some = list(frame["counted"].head(3))
-        raise InputError(f"{called}: the column counted holds {some}; expected true or false")
+    token_rows(frame, called)
+    if not set(frame.columns) - set(ABOUT):
+        raise InputError(f"{called}: expected features beside {list(map(str, frame.columns))}; there are none")
     for column in set(frame.columns) - set(ABOUT):
         values = frame[column] if frame[column].dtype.kind == "O" else ()
         if odd := [value for value in values if isinstance(value, list | dict | np.ndarray)]:
@@ -91,13 +80,9 @@ def user_features(frame: pd.DataFrame, samples: Mapping[str, TokenSampleResult])
             columns of numbers.
     """
     check_features(frame)
-    if len(samples) > 1 and "domain" not in frame.columns:
-        raise InputError(f"the features lack a column domain; expected one, as there are several: {list(samples)}")
-    rows: Any = frame[frame["counted"].astype(bool)] if "counted" in frame.columns else frame
+    needs_domain(frame, "the features", samples)
+    rows: Any = token_rows(frame, "the features")
     keys = [key for key in KEYS if key in rows.columns]
-    if rows.duplicated(keys).any():
-        again = rows[rows.duplicated(keys)].iloc[0]
-        raise UnfitError(f"the features have several rows of one token: {_plain(again, keys)}")
     wanted: Any = pd.concat(
         [
             pd.DataFrame({"domain": name, **{key: of.column(key).numpy() for key in (*KEYS[1:], "token")}})
@@ -109,11 +94,11 @@ def user_features(frame: pd.DataFrame, samples: Mapping[str, TokenSampleResult])
         first = wanted.iloc[int(np.flatnonzero(place < 0)[0])]
         raise UnfitError(
             f"the features lack {int((place < 0).sum()):,} of {len(wanted):,} tokens that were read; for example "
-            f"{_plain(first, keys)}: read the same texts in the same way as for the table"
+            f"{plain(first, keys)}: read the same texts in the same way as for the table"
         )
-    found = rows.iloc[place]
-    if "token" in found.columns and found["token"].dtype.kind in "iu":
-        check_tokens("the features", found["token"].to_numpy(), wanted, keys)
+    if "token" in rows.columns:
+        check_tokens("the features", rows["token"].to_numpy()[place], wanted, keys)
+    found: Any = frame.iloc[rows.index[place]]
     features: dict[str, Feature] = {}
     names: dict[str, tuple[str, ...]] = {}
     numbers = []
@@ -136,29 +121,3 @@ def user_features(frame: pd.DataFrame, samples: Mapping[str, TokenSampleResult])
         features[NUMBERS] = Numbers(torch.tensor(found[numbers].to_numpy(np.float32)))
         names[NUMBERS] = tuple(map(str, numbers))
     return UserFeatures(features, names)
-
-
-def check_tokens(what: str, given: Any, read: pd.DataFrame, keys: list[str]) -> None:
-    """Refuse a table whose rows are of other tokens than those that were read.
-
-    Args:
-        what: The table is called.
-        given: The ids that it has in its column token.
-        read: A row for each of these: `keys` and token.
-        keys: Columns that say which token it is.
-
-    Raises:
-        UnfitError: Names the first that differs.
-    """
-    other = np.flatnonzero(given != read["token"].to_numpy())
-    if len(other):
-        row = read.iloc[int(other[0])]
-        raise UnfitError(
-            f"{what} are of other texts: they have token {int(given[other[0]])} at {_plain(row, keys)}, and token "
-            f"{int(row['token'])} was read there"
-        )
-
-
-def _plain(row: Any, keys: list[str]) -> dict[str, Any]:
-    """Some columns of a row, without numpy's names of kinds."""
-    return {key: getattr(row[key], "item", lambda value=row[key]: value)() for key in keys}

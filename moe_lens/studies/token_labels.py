@@ -16,14 +16,13 @@ from moe_lens.data import Domain, Domains, Passage, in_memory
 from moe_lens.data.files import read_objects
 from moe_lens.data.rows import passage
 from moe_lens.errors import InputError, a_kind
+from moe_lens.studies.token_tables import ABOUT, KEYS, token_rows
 
 PATTERNS: dict[str, str] = {"number": r"\d+", "bracket": r"[()\[\]{}]", "capital": r"\b[A-ZÄÖÜÉÈÀ]\w*"}
 """What is labelled where nothing else is asked for: a regular expression for each label."""
 
 
 _ROW = 'an object with "text" and "spans", a list of [start, end, label] in it'
-ABOUT = ("domain", "document", "position", "token", "counted", "source")
-"""Columns of a table of tokens that are no labels."""
 
 
 class Span(NamedTuple):
@@ -160,28 +159,28 @@ class LabelTable:
     """Labels by domain, passage and position."""
 
     def __init__(self, frame: pd.DataFrame):
-        self.names: tuple[str, ...] = tuple(str(name) for name in frame.columns if name not in ABOUT)
-        wrong = [name for name in self.names if frame[name].dtype != bool]
-        if not {"document", "position"} <= set(frame.columns) or not self.names or wrong:
+        """Columns as `token_rows` has them, and one of truth values for each label; raises `InputError`."""
+        rows, labels = token_rows(frame, "the labels"), [name for name in frame.columns if name not in ABOUT]
+        wrong = [name for name in labels if frame[name].dtype != bool]
+        if not labels or wrong:
             raise InputError(
-                "expected a row per token with columns document and position (and domain) and, for each label, one of "
-                f"truth values; got {list(map(str, frame.columns))[:12]}, of which these are no labels: {wrong}"
+                "the labels: expected a column of truth values for each label; "
+                + (f"{wrong} hold others" if labels else f"got {list(map(str, frame.columns))}, of which none is one")
             )
-        frame = frame[frame["counted"].astype(bool)] if "counted" in frame.columns else frame  # pyright: ignore
-        keys = ["domain", "document"] if "domain" in frame.columns else ["document"]
-        known = "token" in frame.columns and frame["token"].dtype.kind in "iu"
+        self.names: tuple[str, ...] = tuple(map(str, labels))
         self._rows: dict[tuple[str | None, int], Tensor] = {}
         self._tokens: dict[tuple[str | None, int], Tensor] = {}
         """Their ids, where the table has them."""
-        for key, rows in frame.groupby(keys, sort=False):
+        truths, keys = frame[labels].to_numpy(), [key for key in KEYS[:2] if key in rows.columns]
+        for key, one in rows.groupby(keys, sort=False, observed=True):
             domain, document = key if len(keys) == 2 else (None, key[0])  # pyright: ignore
-            position = torch.tensor(rows["position"].to_numpy())
-            found = torch.full((int(position.max()) + 1, len(self.names)), -1, dtype=torch.int8)
-            found[position] = torch.tensor(rows[list(self.names)].to_numpy(), dtype=torch.int8)
+            position = torch.tensor(one["position"].to_numpy())
+            found = torch.full((int(position.max()) + 1, len(labels)), -1, dtype=torch.int8)
+            found[position] = torch.tensor(truths[one.index], dtype=torch.int8)
             self._rows[domain, int(document)] = found
-            if known:
+            if "token" in rows.columns:
                 ids = torch.full((len(found),), -1)
-                ids[position] = torch.tensor(rows["token"].to_numpy())
+                ids[position] = torch.tensor(one["token"].to_numpy())
                 self._tokens[domain, int(document)] = ids
 
     def of(

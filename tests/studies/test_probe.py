@@ -21,7 +21,8 @@ from moe_lens.studies import Probe, StudyResult, by_pattern, label_tokens, read_
 from moe_lens.studies.probe import K
 from moe_lens.studies.study import TEXTS
 from moe_lens.studies.texts_read import TextStats
-from moe_lens.studies.token_labels import ABOUT, LabelTable, Span
+from moe_lens.studies.token_labels import LabelTable, Span
+from moe_lens.studies.token_tables import ABOUT
 from tests.planted import ATLAS_READING, LAYER, PLANTED, WORDS, planted_domains, planted_model
 from tests.studies.tiny import TOKENIZER, domain, save_checkpoint, tiny_hf
 
@@ -232,7 +233,7 @@ def test_a_text_that_spells_out_what_opens_it_has_the_labels_of_the_tokens_that_
     table = LabelTable(frame)
     found: list[list[bool]] = []
     for number, passage in enumerate(texts):
-        (window,) = windows_of(number, Passage(passage, "s", "o"), model, 64)
+        (window,) = windows_of(number, Passage(passage, "s", "o"), model, 64, set(opening))
         positions = range(window.start, window.start + len(window.ids) - window.opening)
         ids = torch.tensor(window.ids[window.opening :])
         found.append(table.of("a", number, positions, ids)[:, 0].tolist())
@@ -249,9 +250,18 @@ def test_what_cannot_be_probed_is_refused(model, labels, tmp_path: Path, capsys:
             run(Probe(frame, k), model, domains, reading=ATLAS_READING)
 
     refused("expected numbers from 1 to the 16", labels, (17,))
-    refused("these are no labels", labels.assign(sea=1.5))
+    refused(r"a column of truth values for each label; \['sea'\] hold others", labels.assign(sea=1.5))
+    refused("of which none is one", labels[["document", "position", "domain"]])
+    refused("the labels lack a column domain", labels.drop_duplicates(["document", "position"]).drop(columns="domain"))
+    refused("several rows are of one token: .*; there is no column domain", labels.drop(columns="domain"))
+    again = labels.head(1).assign(sea=~labels["sea"].head(1))
+    refused(r"several rows are of one token: {'domain': 'sea', 'document': 0, 'pos", pd.concat([labels, again]))
+    refused("the column position holds 0.5; expected whole", labels.assign(position=labels["position"] + 0.5))
+    refused("the column position holds -1; expected whole", pd.concat([labels, again.assign(position=-1)]))
+    refused("the column counted holds ", labels.assign(counted="no"))
     refused("the labels lack tokens", labels[labels["position"] != 3])
     refused("the labels are of other texts", labels.assign(token=labels["token"].to_numpy()[::-1]))
+    refused("they have token", labels.assign(token=labels["token"] + 7.0))
     refused("'rare' is on 1 of", labels[["domain", "document", "position"]].assign(rare=labels.index == 5))
     save_checkpoint(tmp_path / "model")
     rows = [
@@ -267,6 +277,18 @@ def test_what_cannot_be_probed_is_refused(model, labels, tmp_path: Path, capsys:
     assert main(["probe", "--label", "x", "--out", f"{tmp_path}/other"]) == 2
     assert main(["probe", "--label", "x=(", "--out", f"{tmp_path}/other"]) == 2
     assert capsys.readouterr().err.count("error: ") == 4
+
+
+def test_labels_are_those_of_their_tokens_whatever_a_join_or_a_file_made_of_the_table(labels):
+    mixed = labels.sample(frac=1, random_state=0)
+    mixed = mixed.assign(domain=mixed["domain"].astype("category"), document=mixed["document"].astype(object))
+    mixed = mixed.assign(position=mixed["position"] + 0.0, token=mixed["token"].astype("Int64"))
+    for made in (mixed, mixed.rename(columns={"noise": 5})):
+        expected, found = LabelTable(labels), LabelTable(made)
+        assert expected._rows.keys() == found._rows.keys()
+        for parts in ("_rows", "_tokens"):
+            ours, theirs = getattr(expected, parts), getattr(found, parts)
+            assert ours and all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
 
 @pytest.mark.typed
