@@ -60,6 +60,31 @@ def ids(name: str, values: Any, *, empty: bool = False, signed: bool = False) ->
     return found
 
 
+def in_order(name: str, values: Any, count: Natural) -> tuple[int, ...]:
+    """Numbers below `count` in the order in which they were given, negative ones counted from the end; or a mask.
+
+    Args:
+        name: what they name, for messages.
+        values: the numbers, each as often as it is meant; or a mask.
+        count: how many there are of what they name.
+
+    Raises:
+        InputError: what `ids` refuses, or a number that is out of range.
+    """
+    if isinstance(values, Tensor | np.ndarray) and torch.as_tensor(values).dtype != torch.bool:
+        values = values.tolist()
+    found = ids(name, values, signed=True)
+    if found.mask is not None:
+        found.check(name, count)
+        return tuple(found)
+    wrong = [number for number in found if not -count <= number < count]
+    if wrong:
+        raise InputError(
+            f"{name}: got {wrong[0]}; expected numbers from 0 to {count - 1}, or from the end {-count} to -1"
+        )
+    return tuple(operator.index(value) % count for value in values)
+
+
 def one_id(name: str, value: Any, count: int | None = None) -> int:
     """A single number from 0, below `count` where that is known.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe_lens import names
 from moe_lens.errors import HookError, InputError, a_kind
+from moe_lens.ids import in_order
 from moe_lens.lenses.lens_result import LensResult, blank
 from moe_lens.lenses.metrics import Distribution, read
 from moe_lens.model.loading.dispatch import output_place
@@ -40,11 +41,11 @@ class Decoding:
                 f"the cache was made by another model ({cache.model.cfg.model_name}); this lens reads that of "
                 f"{model.cfg.model_name} which it was given. Make both of the same HookedMoE"
             )
-        if not sums or any(given is not None and not len(given) for given in (layers, positions)):
-            raise InputError("a lens needs at least one sum, one layer and one position to read")
+        if not sums:
+            raise InputError("a lens needs at least one sum to read")
         self.lens, self.model, self.cache, self.sums = lens, model, cache, tuple(sums)
         count = model.cfg.n_layers
-        self.layers = _counted("layers", range(count) if layers is None else layers, count, "the model")
+        self.layers = in_order("layers", range(count) if layers is None else layers, count)
         self.dense = tuple(layer for layer in self.layers if layer not in model.moe_layers)
         for which in self.sums:
             if not any(self._has(layer, which) for layer in self.layers):
@@ -55,7 +56,7 @@ class Decoding:
         cache.require(lens.hooks(self.layers, self.sums))
         shape = cache[names.block(names.RESID_MID, self.layers[0])].shape
         self.batch, length = shape[0] if cache.has_batch_dim else 1, shape[-2]
-        self.positions = _counted("positions", range(length) if positions is None else positions, length, "the cache")
+        self.positions = in_order("positions", range(length) if positions is None else positions, length)
 
     def run(self, targets: Int[Tensor, "batch pos"] | None, top: int) -> LensResult:
         """Read everything."""
@@ -186,11 +187,3 @@ class Decoding:
             return {}
         occurring = sorted(set(torch.cat([some.unique() for some in tokens]).tolist()) - {-1})
         return dict(zip(occurring, self.model.tokenizer.batch_decode([[token] for token in occurring]), strict=True))
-
-
-def _counted(what: str, numbers: Sequence[int], count: int, where: str) -> tuple[int, ...]:
-    """Numbers from 0 to below `count`, those from the end included."""
-    wrong = [number for number in numbers if not -count <= number < count]
-    if wrong:
-        raise InputError(f"{what} has {wrong[0]}; {where} has 0 to {count - 1}")
-    return tuple(int(number) % count for number in numbers)

@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.checked import AnyModel, Natural, Positive
 from moe_lens.errors import InputError
+from moe_lens.ids import in_order
 from moe_lens.lenses.decoding import Decoding
 from moe_lens.lenses.lens_result import LensResult
 from moe_lens.model.experts.offloaded_experts import every_parameter
@@ -92,7 +93,8 @@ class Lens(Summary, ABC):
         model = self.model
         residual = {which.residual for which in sums or ()} | ({"pre"} if sums is None else set())
         wanted = [names.block(names.RESID_POST, model.cfg.n_layers - 1)]
-        for layer in range(model.cfg.n_layers) if layers is None else layers:
+        count = model.cfg.n_layers
+        for layer in range(count) if layers is None else in_order("layers", layers, count):
             wanted.append(names.block(names.RESID_MID, layer))
             wanted += [names.block(names.RESID_PRE, layer)] if "pre" in residual else []
             if layer not in model.moe_layers:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -347,10 +348,16 @@ def test_bad_input_is_refused(model: HookedMoE, cache: MoECache):
     with pytest.raises(InputError, match="cache is a dict; expected the MoECache"):
         lens.decode(dict(cache.cache_dict), SUMS)
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"sums": SUMS, "positions": [12]}, "positions has 12; the cache has 0 to 11"),
-        ({"sums": SUMS, "layers": [3]}, "layers has 3; the model has 0 to 2"),
-        ({"sums": []}, "at least one sum, one layer and one position"),
-        ({"sums": SUMS, "positions": []}, "at least one sum, one layer and one position"),
+        (
+            {"sums": SUMS, "positions": [12]},
+            "positions: got 12; expected .* 0 to 11, or from the end -12 to -1",
+        ),
+        ({"sums": SUMS, "layers": [3]}, "layers: got 3; expected numbers from 0 to 2"),
+        ({"sums": []}, "at least one sum"),
+        ({"sums": SUMS, "positions": []}, r"positions: got \[\]; expected whole numbers"),
+        ({"sums": SUMS, "positions": [True, False]}, r"positions: got \[True, False\]; expected whole numbers"),
+        ({"sums": SUMS, "layers": 1}, "layers: got 1; expected whole numbers"),
+        ({"sums": SUMS, "layers": np.array([True, False])}, "layers: got a mask of 2; expected one of 3"),
         ({"sums": PartialSum(ranks=[3])}, "there is no rank 3; the model has ranks 0 to 2"),
         ({"sums": PartialSum(experts=[8])}, "there is no expert 8; the model has experts 0 to 7"),
         ({"sums": SUMS, "top": 102}, "top is 102; expected 1 to 101"),
@@ -358,6 +365,17 @@ def test_bad_input_is_refused(model: HookedMoE, cache: MoECache):
     for arguments, message in wrong:
         with pytest.raises(InputError, match=message):
             lens.decode(cache, **arguments)
+
+
+def test_layers_and_positions_are_numbers_in_their_order_or_masks(model: HookedMoE, cache: MoECache):
+    lens = LogitLens(model)
+    there: Any = np.array([False, True, True])
+    expected = lens.decode(cache, SUMS[0], layers=[1, 2], positions=[11, 0])
+    ways: list[Any] = [(there, np.array([11, 0])), (np.array([1, 2]), [-1, 0]), (range(-2, 0), (11, -12))]
+    for layers, positions in ways:
+        found = lens.decode(cache, SUMS[0], layers=layers, positions=positions)
+        assert found.layers == (1, 2) and found.positions == (11, 0) and same(found, expected)
+        assert lens.hooks(layers) == lens.hooks([1, 2])
 
 
 # Tables and files

@@ -8,10 +8,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from transformer_lens.tools.analysis import logit_lens
 
-from moe_lens import HookedMoE, PartialSum
+from moe_lens import HookedMoE, PartialSum, names
+from moe_lens.errors import InputError
+from moe_lens.interventions.sweep import CleanRun
 from moe_lens.lenses import LogitLens
 from moe_lens.model.cache.moe_cache import MoECache
 from tests.families import CONFIGS, build, tokens
+from tests.matrix.configs import build as matrix_build
 from tests.wrapped import plain_transformers
 
 TOKENS = tokens()
@@ -192,3 +195,18 @@ def test_gradients_pass_through_a_lens(model: HookedMoE, cache: MoECache):
     with torch.no_grad():
         change = LogitLens(exact).logits(resid + step, 1)[5] - LogitLens(exact).logits(resid - step, 1)[5]
     assert float(change) == pytest.approx(2 * float(grad @ step), rel=1e-6)
+
+
+def test_tokens_that_pad_the_vocabulary_have_no_logits():
+    """Inkling embeds more tokens than it gives logits: a softmax over all of them would not be the model's."""
+    model, ids = HookedMoE.from_hf(matrix_build("inkling_text", vocab_size=120, unpadded_vocab_size=101)), tokens(2, 8)
+    with torch.no_grad():
+        logits, cache = model.run_with_cache(ids, names_filter=["blocks.3.hook_resid_post", names.FINAL_SCALE])
+        last = cache["blocks.3.hook_resid_post"]
+        assert torch.allclose(LogitLens(model).unembed(last), logits, atol=F32, rtol=0)
+    assert model.unembed(last).shape == (2, 8, 120), "negative control: it embeds so many"
+    run = CleanRun.of(model, ids)
+    assert run.logits.shape == run.replay.logits(last.flatten(0, 1)).unflatten(0, (2, 8)).shape
+    assert cache.logit_attrs(last[None], 100).shape == (1, 2, 8)
+    with pytest.raises(InputError, match="tokens go from 101 to 101; expected ids from 0 to 100"):
+        cache.logit_attrs(last[None], 101)

@@ -76,7 +76,8 @@ class AttributionCache(HookCache):
 
         (component ⊙ gain / scale) · W_U[:, token], with the scale that the run had. Over all components of
         `decompose_experts()` it sums to the logit (without the biases of the final norm and of the unembedding, where a
-        model has them: b_norm · W_U[:, token] + b_U[token], the same for every token of the text).
+        model has them: b_norm · W_U[:, token] + b_U[token], the same for every token of the text). Where a family
+        bounds its logits (Gemma 4, Beam, Muse Spark, Mistral Large 4), it is the logit before the bound that is meant.
         Computed on the stack's device, in float32 at least.
 
         Args:
@@ -140,7 +141,7 @@ class AttributionCache(HookCache):
     def _directions(self, tokens: str | int | Int[Tensor, "..."]) -> Float[Tensor, "... d_model"]:
         """Columns of the unembedding."""
         ids = torch.as_tensor(self.model.to_single_token(tokens) if isinstance(tokens, str) else tokens)
-        d_vocab = self.model.cfg.d_vocab
+        d_vocab = getattr(self.model.adapter, "n_logits", None) or self.model.cfg.d_vocab
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise InputError(f"tokens are {ids.dtype}; expected ids, which are whole numbers")
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < d_vocab:

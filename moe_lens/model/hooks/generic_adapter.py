@@ -172,6 +172,11 @@ class GenericAdapter(ArchitectureAdapter):
         factor = float(getattr(text, layout.logits_multiplier)) if layout.logits_multiplier else 1.0
         return factor / float(getattr(text, layout.logits_divisor)) if layout.logits_divisor else factor
 
+    @property
+    def n_logits(self) -> int | None:
+        """How many tokens have logits; None for all that are embedded."""
+        return getattr(self.text, "unpadded_vocab_size", None)
+
     def apply_output_logits_transform(self, logits: torch.Tensor) -> Tensor:
-        """What the family does to the unembedding's output: scales it, bounds it."""
-        return super().apply_output_logits_transform(logits * self.logits_factor)
+        """What the family does to the unembedding's output: cuts off what pads the vocabulary, scales it, bounds it."""
+        return super().apply_output_logits_transform(logits[..., : self.n_logits] * self.logits_factor)
