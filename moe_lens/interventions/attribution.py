@@ -51,7 +51,8 @@ def expert_attribution(
 
     - `"direct"`: ∂metric/∂logits · (c ⊙ gain / scale) W_U: what c adds directly to the logits, with the final norm's
       scale frozen. Exact for metrics that are linear in the logits (`Logit`, `LogitDifference`), where it sums, with
-      all other components of the stream and the embedding, to the metric; a first-order estimate for others.
+      all other components of the stream and the embedding, to the metric; a first-order estimate for others, and where
+      a family bounds its logits: then it is `cache.logit_attrs` times the slope of the bound.
     - `"gradient"`: ∂metric/∂c · c, one forward and one backward pass for all experts of all layers.
     - `"integrated"`: the mean gradient while all selected contributions of a layer grow together from their baselines,
       times c, by `steps` points of Gauss–Legendre quadrature for each layer (arXiv 1703.01365). With frozen routing the

@@ -161,6 +161,24 @@ def test_direct_attributions_of_everything_are_the_logit(family: str) -> None:
     assert not others.any(), "at other positions nothing is read directly"
 
 
+def test_parts_are_of_the_logit_before_a_bound_and_direct_attributions_go_through_its_slope() -> None:
+    hf: Any = matrix.build("mistral_large4")
+    ids = matrix.tokens(1, 8)
+    cap = hf.config.get_text_config().final_logit_softcapping
+    with torch.no_grad():
+        hf.lm_head.weight.mul_(6)  # logits of the size that trained models have
+        model = HookedMoE.from_hf(hf, check=False)
+        logits, cache = model.run_with_cache(ids)
+    token = int(logits[0, -1].argmax())
+    stack, labels = cache.decompose_experts()
+    parts, bounded = cache.logit_attrs(stack, token)[:, 0, -1], logits[0, -1, token]
+    assert torch.allclose(cap * torch.tanh(parts.sum() / cap), bounded, rtol=1e-5)
+    assert parts.sum() > 1.1 * bounded, "negative control: the bound is felt"
+    direct = expert_attribution(model, ids, Logit(token), method="direct", unit="rank").values[..., 0, -1].sum()
+    ranks = sum(part for part, label in zip(parts, labels, strict=True) if "_rank_" in label)
+    assert torch.allclose(direct.float(), ranks * (1 - (bounded / cap) ** 2), rtol=1e-4)
+
+
 def test_direct_attributions_of_a_logit_difference_are_differences() -> None:
     case = wrapped("deepseek", torch.float64)
     first, second = (
