@@ -213,9 +213,12 @@ class Atlas(Study):
         if self.contexts:
             tables["contexts"] = contexts_table(results, tuple(model["moe_layers"]), int(model["experts"]))
             if (samples := self._explained(results)) is not None:
-                held = {"seed": self.seed, "parallel": parallel_key()}
-                tables["explained"] = explain_choices(samples, **held).to_frame()
+                tables["explained"] = explain_choices(samples, **self._held()).to_frame()
         return tables
+
+    def _held(self) -> dict[str, Any]:
+        """What is held out together: sources of several domains that are one document."""
+        return {"seed": self.seed, "parallel": parallel_key()}
 
     def _explained(self, results: Mapping[str, Mapping[str, Result]]) -> dict[str, TokenSampleResult] | None:
         """The tokens whose choices are explained; None where sources are too few to hold any out."""
@@ -233,7 +236,7 @@ class Atlas(Study):
         """
         found = atlas_reading.tables(model, results)
         if self.contexts and (drawn := self._explained(results)) is not None:
-            found["chosen_for"] = chosen_for(drawn, text_of(model), seed=self.seed)
+            found["chosen_for"] = chosen_for(drawn, text_of(model), **self._held())
         samples = {name: of[SAMPLE] for name, of in results.items()} if self.contexts else {}
         found |= atlas_reading.shown_texts(model, samples, self.texts)
         return {**found, "words": atlas_reading.words(model, {**tables, **found})}

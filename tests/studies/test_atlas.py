@@ -12,7 +12,7 @@ from moe_lens import HookedMoE
 from moe_lens.data import Reading, batch_windows, shards
 from moe_lens.errors import InputError
 from moe_lens.stats import RoutingResult
-from moe_lens.studies import Atlas, StudyResult, atlas_knockouts, atlas_reading, run
+from moe_lens.studies import Atlas, StudyResult, atlas, atlas_knockouts, atlas_reading, run
 from moe_lens.studies.atlas_choice import RARE
 from moe_lens.studies.atlas_knockouts import costliest
 from moe_lens.studies.forward_passes import losses, predicted
@@ -87,6 +87,19 @@ def test_the_token_explains_the_planted_experts_and_nothing_is_left_to_the_domai
         said = here(found, "chosen_for", expert=expert).iloc[0]
         assert said["precision"] > 0.95 and said["recall"] > 0.9
         assert not any(f"{other} texts" in said["sentence"] for other in PLANTED if other != name)
+
+
+def test_sentences_hold_out_parallel_sources_together(model, found, monkeypatch):
+    """As what explains choices does: a document in two languages is not in both halves."""
+    asked: list[Any] = []
+    monkeypatch.setattr(atlas, "chosen_for", lambda samples, text_of, **how: asked.append(how))
+    monkeypatch.setattr(Atlas, "_explained", lambda *_: {})
+    monkeypatch.setattr(atlas_reading, "tables", lambda *_: {})
+    monkeypatch.setattr(atlas_reading, "words", lambda *_: pd.DataFrame())
+    Atlas().read_off(model, found.results, found.tables)
+    (how,) = asked
+    key = how["parallel"]
+    assert key("book/en/3") == key("book/de/3") != key("book/en/4")
 
 
 def test_contexts_are_the_strongest_random_ones_and_those_that_nearly_chose(found, by_hand):
