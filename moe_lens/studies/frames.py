@@ -1,6 +1,7 @@
 """Tables of several domains, and rows of them."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -50,8 +51,7 @@ def latex(frame: pd.DataFrame, columns: Sequence[str] | None = None, digits: int
     kept = [name for name in columns or known if name not in hidden]
     written = pd.DataFrame({name: _cells(rows, name, ends.get(name), digits) for name in kept})
     numbers = "".join("r" if frame[name].dtype.kind in "iuf" else "l" for name in kept)
-    body = [" & ".join(row) + r" \\" for row in written.itertuples(index=False)]
-    head = " & ".join(map(_escaped, kept)) + r" \\"
+    head, *body = map(_row, [map(_escaped, kept), *written.itertuples(index=False)])
     lines = [rf"\begin{{tabular}}{{{numbers}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
     return "\n".join([*lines, r"\end{tabular}"]) + "\n"
 
@@ -96,7 +96,28 @@ def _cells(rows: pd.DataFrame, name: str, ends: tuple[str, str] | None, digits: 
     return [f"{value} $[{start}, {end}]$" if start and value else value for value, start, end in spans]
 
 
+def _row(cells: Iterable[str]) -> str:
+    """A line of the table; `{}` before what the line above would take for its own, a length in brackets or a star."""
+    line = " & ".join(cells) + r" \\"
+    return "{}" + line if line.startswith(("[", "*")) else line
+
+
+_SPECIAL = {one: f"\\{one}" for one in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\texttt{\char34}",
+}
+"""Characters that mean something to LaTeX, or are printed as others in its default encoding (< as an inverted !)."""
+
+
 def _escaped(text: str) -> str:
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    """A text that is printed as it is, in any encoding of LaTeX, and spaces that it would drop as visible ones."""
     shown = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
-    return "".join(special.get(one, f"\\{one}" if one in "&%$#_{}" else one) for one in shown)
+    shown = re.sub(r"(?<=([-,'`]))(?=\1)|(?<=[!?])(?=`)", "\0", shown)  # LaTeX makes one of two: -- a dash, '' a quote
+    shown = re.sub(r"^ +| +$| {2,}", lambda spaces: "\1" * len(spaces[0]), shown)
+    special = _SPECIAL | {"\0": "{}", "\1": r"\textvisiblespace{}"}
+    return "".join(special.get(one, one) for one in shown)

@@ -126,6 +126,26 @@ def test_latex_has_numbers_with_their_intervals_and_escapes_names():
     assert latex(twice, layer=[1, 2], domain="b_%").splitlines()[4:6] == latex(twice, domain="b_%").splitlines()[4:6]
 
 
+def test_latex_prints_tokens_as_they_are():
+    """LaTeX's default encoding prints < > | " as others, its ends of lines take [ and *, and it drops spaces."""
+    said = {
+        "<s>": r"\textless{}s\textgreater{}",
+        '|"': r"\textbar{}\texttt{\char34}",
+        "[": "{}[",
+        "*a": "{}*a",
+        " many": r"\textvisiblespace{}many",
+        "many": "many",
+        "a  b ": r"a\textvisiblespace{}\textvisiblespace{}b\textvisiblespace{}",
+        "--": "-{}-",
+        "?``": "?{}`{}`",
+        "'it's', 'a b'": "'it's', 'a b'",
+    }
+    frame = pd.DataFrame({"text": list(said), "[x": "[", "y": 0.5})
+    body = latex(frame).splitlines()[4:-2]
+    assert body == [rf"{cell} & [ & $0.5$ \\" for cell in said.values()] and len(set(body)) == len(said)
+    assert latex(frame, ["[x", "y"]).splitlines()[2] == r"{}[x & y \\"
+
+
 @pytest.mark.parametrize(
     ("equal", "says"),
     [
