@@ -89,14 +89,14 @@ def test_the_token_explains_the_planted_experts_and_nothing_is_left_to_the_domai
         assert not any(f"{other} texts" in said["sentence"] for other in PLANTED if other != name)
 
 
-def test_sentences_hold_out_parallel_sources_together(model, found, monkeypatch):
+def test_sentences_hold_out_parallel_sources_together(model, monkeypatch):
     """As what explains choices does: a document in two languages is not in both halves."""
     asked: list[Any] = []
     monkeypatch.setattr(atlas, "chosen_for", lambda samples, text_of, **how: asked.append(how))
     monkeypatch.setattr(Atlas, "_explained", lambda *_: {})
     monkeypatch.setattr(atlas_reading, "tables", lambda *_: {})
     monkeypatch.setattr(atlas_reading, "words", lambda *_: pd.DataFrame())
-    Atlas().read_off(model, found.results, found.tables)
+    Atlas().read_off(model, {}, {})
     (how,) = asked
     key = how["parallel"]
     assert key("book/en/3") == key("book/de/3") != key("book/en/4")
