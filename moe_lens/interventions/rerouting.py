@@ -47,9 +47,13 @@ def reselect(
     Slots without an expert, of −1, stay without.
 
     Raises:
-        UnfitError: a token has too few experts left; the message names it.
+        UnfitError: a token has too few experts left, or slots for those that are forced in; the message names it.
     """
     top_k, present = indices.shape[-1], indices >= 0
+    forced = (wishes > 0).sum(-1)
+    if (many := forced > present.sum(-1)).any():
+        came, has = int(forced[many][0]), int(present.sum(-1)[many][0])
+        raise UnfitError(f"layer {layer}, token {first_token(many)}: {came} experts are forced in; it has {has}")
     wanted = torch.arange(top_k, device=indices.device) < present.sum(-1, keepdim=True)
     selected = holders(indices, present, wishes.shape[-1])
     worth = selected.to(torch.int8)
@@ -83,12 +87,22 @@ def _wish(
         choice = model.selection_state(layer)
         which, value = wish(indices)
         choice.wishes[which] = value
-        gone = choice.logits.isneginf()  # as inside the preview of a plan: of no affinity, whatever their score
-        if (forced := gone & (choice.wishes > 0)).any():
-            raise UnfitError(f"layer {layer}: expert {int(forced.nonzero()[0, -1])} is forced in, and has no affinity")
-        return reselect(layer, indices, choice.scores.masked_fill(gone, -torch.inf), choice.wishes)
+        _check_there(layer, choice.logits, choice.wishes > 0)
+        return reselect(layer, indices, choice.scores, choice.wishes)
 
     return names.mlp(names.EXPERT_INDICES, layer), choose
+
+
+def _check_there(
+    layer: int, logits: Float[Tensor, "batch pos n_experts"], forced: Bool[Tensor, "batch pos n_experts"]
+) -> None:
+    """Refuse to force experts in that have no affinity, as those that are pruned inside the preview of a plan.
+
+    Raises:
+        UnfitError: names one.
+    """
+    if (gone := logits.isneginf() & forced).any():
+        raise UnfitError(f"layer {layer}: expert {int(gone.nonzero()[0, -1])} is forced in, and has no affinity")
 
 
 def forbid(model: HookedModel, selection: Selection, layer: int) -> Hook:
@@ -246,7 +260,7 @@ def steer_experts(
         scores = rule == "steermoe" and bool(on or off)
         if added or scores:
             pushed = (on, off) if scores else ([], [])
-            hooks.append((names.mlp(names.ROUTER_LOGITS, layer), _logits(model, selection, added, *pushed)))
+            hooks.append((names.mlp(names.ROUTER_LOGITS, layer), _logits(model, selection, layer, added, *pushed)))
         if not scores:
             hooks += [
                 _wish(model, layer, _everywhere(model, selection, experts, value))
@@ -271,16 +285,20 @@ def _everywhere(
 
 
 def _logits(
-    model: HookedModel, selection: Selection, added: dict[int, float], on: list[int], off: list[int]
+    model: HookedModel, selection: Selection, layer: int, added: dict[int, float], on: list[int], off: list[int]
 ) -> Callable[..., Tensor]:
     def pushed(logits: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        old = logits.log_softmax(-1) if on or off else logits
-        high, low, new = old.amax(-1, keepdim=True), old.amin(-1, keepdim=True), old.clone()
+        old, gone = logits.log_softmax(-1) if on or off else logits, logits.isneginf()
+        high, low = old.amax(-1, keepdim=True), old.masked_fill(gone, torch.inf).amin(-1, keepdim=True)
+        new, forced = old.clone(), torch.zeros_like(gone)
         for expert, value in added.items():
             new[..., expert] += value
         new[..., on] = high + EPSILON
         new[..., off] = low - EPSILON
+        forced[..., on] = True
         where = positions(model, selection, logits)
+        _check_there(layer, logits, forced if where is None else forced & where[..., None])
+        new = new.masked_fill(gone, -torch.inf)
         return new if where is None else torch.where(where[..., None], new, logits)
 
     return pushed

@@ -5,12 +5,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from moe_lens import names
 from moe_lens.errors import UnsupportedModelError
-from moe_lens.interventions.ablation import _leave_out as leave_out
 from moe_lens.interventions.intervention import Hook, Intervention
 from moe_lens.interventions.rerouting import reselect
 from moe_lens.interventions.selection_bias import no_bias, selection_bias
@@ -126,24 +125,19 @@ def _without(model: Any, layer: int, gone: Tensor) -> list[Hook]:
 
 
 def _fewer(model: Any, layer: int, top_k: int) -> list[Hook]:
-    """Hooks that leave the `top_k` experts which the router would choose first."""
-    chosen: list[Bool[Tensor, "batch pos top_k"]] = []
-    affinities: list[Float[Tensor, "batch pos top_k"]] = []
+    """Hooks with which the router chooses `top_k` experts, by the family's own rule, and weighs them as it would."""
 
-    def note(indices: Tensor, hook: Any) -> None:  # noqa: ARG001
-        state = model.selection_state(layer)
-        scores = state.scores.gather(-1, indices)
-        first = scores.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
-        chosen[:] = [torch.ones_like(indices, dtype=torch.bool).scatter(-1, first, False)]
-        affinities[:] = [affinity(state.logits, model.family.score).gather(-1, indices)]
+    def count(counts: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        return torch.full_like(counts, top_k)
 
     def as_they_are(weights: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        return affinities[0].to(weights)
+        experts = model.experts_in_slots(layer)
+        affinities = affinity(model.selection_state(layer).logits, model.family.score)
+        return affinities.gather(-1, experts.clamp(min=0)).masked_fill(experts < 0, 0).to(weights)
 
     before, after = (normalizes(model.original_model.config, k) for k in (model.top_k, top_k))
     undone = [(names.mlp(names.ROUTING_WEIGHTS, layer), as_they_are)] if before and not after else []
-    others = leave_out(model, layer, lambda: chosen[0], after)
-    return [(names.mlp(names.EXPERT_INDICES, layer), note), *undone, *others]
+    return [(names.mlp(names.N_ACTIVE, layer), count), *undone]
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_lens import HookedMoE, names
-from moe_lens.errors import InputError, UnfitError, UnsupportedModelError
+from moe_lens.errors import InputError, MoELensError, UnfitError, UnsupportedModelError
 from moe_lens.interventions import CleanRun, Loss, coalitions
 from moe_lens.interventions.coalitions import added_losses
 from moe_lens.interventions.selection_bias import selection_bias
@@ -354,3 +354,48 @@ def test_what_is_pruned_is_not_selected_by_an_intervention_inside(name):
         ):
             with pytest.raises(UnfitError, match=says), made:
                 hooked(tokens())
+
+
+INSIDE = {
+    "keep_top last": lambda model, new: model.keep_top(1, by="last"),  # noqa: ARG005
+    "keep_top random": lambda model, new: model.keep_top(1, by="random", seed=2),  # noqa: ARG005
+    "reroute": lambda model, new: model.ablate({2: [new(1)]}, how="reroute"),
+    "reroute the first": lambda model, new: model.ablate(ranks=[0], how="reroute"),  # noqa: ARG005
+    "on": lambda model, new: model.steer_experts({2: {new(2): "on"}}),
+    "steermoe": lambda model, new: model.steer_experts({2: {new(2): "off", new(4): "on"}}, rule="steermoe"),
+    "use_experts": lambda model, new: model.use_experts(4),  # noqa: ARG005
+    "mass": lambda model, new: model.use_experts(mass=0.6),  # noqa: ARG005
+    "none": lambda model, new: nullcontext(),  # noqa: ARG005
+}
+
+
+@pytest.mark.parametrize(("name", "top_k"), [("deepseek", 1), ("gpt_oss", 2)])
+def test_interventions_inside_a_preview_are_those_of_the_smaller_model(name, top_k):
+    """Ids mapped, of a token fewer experts than before: ≤ 2e-5 of logits of the order of 10."""
+    hooked, plan = hooked_and_plan(name, top_k)
+    small = HookedMoE.from_hf(by_hand(name, dict(zip(plan.layers, plan.kept, strict=True)), top_k), check=False)
+    found, expected = {}, {}
+    with torch.no_grad():
+        for label, make in INSIDE.items():
+            with make(small, int):
+                expected[label] = small(tokens())
+            with plan.preview(hooked), make(hooked, STAY[2].__getitem__):
+                found[label] = hooked(tokens())
+    idle = {"none", *(label for label in INSIDE if "keep_top" in label and top_k == 1)}
+    for label, logits in found.items():
+        assert (logits - expected[label]).abs().max() <= 2e-5, label
+        assert label in idle or (logits - found["none"]).abs().max() > 0.01, label
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda model, gone: model.use_experts(7), "7 experts are wanted .* may choose among 6 of 8"),  # noqa: ARG005
+        (lambda model, gone: model.steer_experts({1: {gone: "on"}}, rule="steermoe"), "is forced in, and has no"),
+        (lambda model, gone: model.steer_experts(dict.fromkeys([1], dict.fromkeys(STAY[1][:3], "on"))), "it has 2"),  # noqa: ARG005
+    ],
+)
+def test_what_the_smaller_model_has_not_is_refused_inside_a_preview(make, says):
+    hooked, plan = hooked_and_plan("gpt_oss", 2)
+    with plan.preview(hooked), make(hooked, plan.pruned(1)[0]), pytest.raises(MoELensError, match=says):
+        hooked(tokens())

@@ -48,7 +48,8 @@ class SelectionState(NamedTuple):
     """What a layer selects its experts from, in one forward pass."""
 
     scores: Float[Tensor, "batch pos n_experts"]
-    """The family takes the largest: affinities, for most; −inf in expert groups that are left out."""
+    """The family takes the largest: affinities, for most; −inf in expert groups that are left out, and where the logit
+    is −inf, as that of pruned experts is in a preview."""
     wishes: Int[Tensor, "batch pos n_experts"]
     """1 where an expert is to be chosen, −1 where it must not be; interventions of the pass add theirs in place."""
     logits: Float[Tensor, "batch pos n_experts"]
@@ -160,6 +161,7 @@ class LayerHooks:
             if self._scores is None:
                 raise HookError(f"layer {self.layer} is not selecting: ask from a hook on {names.EXPERT_INDICES}")
             logits, scores = (values.view(self.batch, self.pos, -1) for values in self._scores())
+            scores = scores.masked_fill(logits.isneginf(), -torch.inf)
             self._choice = SelectionState(scores, torch.zeros_like(scores, dtype=torch.int8), logits)
         return self._choice
 

@@ -78,7 +78,7 @@ def check_counts(counts: Tensor, hooks: LayerHooks, rule: Rule) -> None:
     """A token can have as many experts as the router lets it have.
 
     Raises:
-        HookError: a number below 1, or above the experts there are, or above those in the groups of a token.
+        HookError: a number below 1, or above the experts there are, or above those that a token may choose from.
     """
     if counts.is_floating_point() or counts.min() < 1 or counts.max() > rule.n_experts:
         came = f"{counts.dtype} {counts.min().item()} to {counts.max().item()}"
@@ -89,8 +89,8 @@ def check_counts(counts: Tensor, hooks: LayerHooks, rule: Rule) -> None:
     if len(short):
         token = int(short[0])
         raise HookError(
-            f"layer {hooks.layer}: {int(counts[token])} experts are wanted for a token, which may choose "
-            f"among {int(allowed[token])} of {rule.n_experts}, those of its best groups"
+            f"layer {hooks.layer}: {int(counts[token])} experts are wanted for a token, which may choose among "
+            f"{int(allowed[token])} of {rule.n_experts}: others are in groups that the router leaves out, or pruned"
         )
 
 
