@@ -45,9 +45,9 @@ SCENARIOS: dict[str, Sizes] = {
 """Tokens of each source, by domain; "of ~40": of unequal sizes, 40 on average."""
 
 
-def routed(generator: torch.Generator, sizes: Sequence[int], logits: Tensor) -> RoutingResult:
+def routed(generator: torch.Generator, sizes: Sequence[int], logits: Tensor, shift: float = SHIFT) -> RoutingResult:
     """Counts of sources of these sizes."""
-    shifted = logits + SHIFT * torch.randn(len(sizes), EXPERTS, generator=generator)
+    shifted = logits + shift * torch.randn(len(sizes), EXPERTS, generator=generator)
     source = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     noise = torch.empty(len(source), EXPERTS).exponential_(generator=generator).log()
     chosen = (shifted[source] - noise).topk(TOP_K).indices

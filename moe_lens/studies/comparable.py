@@ -27,27 +27,30 @@ class Means:
     below: Float[Tensor, "source value"]
     exponential: bool = False
     """Whether a value is exp(above / below), as perplexity is."""
+    times: Float[Tensor, "source value"] | None = None
+    """Of shares: how many of the tokens in `below` have what is counted, which may be few."""
 
     def at(self, wanted: pd.Index) -> "Means":
         """Some of the values."""
         place = torch.as_tensor(self.index.get_indexer(wanted))
-        return Means(wanted, self.sources, self.above[:, place], self.below[:, place], self.exponential)
+        return self._each(lambda sums: sums[:, place], wanted, self.sources)
 
-    def by_source(self) -> Float[Tensor, "source value"]:
-        """Numbers whose mean over sources is the value (its logarithm, if it is one of exp): what each adds to it."""
-        mean = self.above.sum(0) / self.below.sum(0)
-        return mean + (self.above - mean * self.below) / self.below.mean(0)
+    def _each(
+        self,
+        change: Callable[[Float[Tensor, "source value"]], Float[Tensor, "other some"]],
+        index: pd.Index,
+        sources: tuple[str, ...],
+    ) -> "Means":
+        times = None if self.times is None else change(self.times)
+        return Means(index, sources, change(self.above), change(self.below), self.exponential, times)
 
     def blocks(self, key: Callable[[str], str], wanted: Sequence[str]) -> "Means":
         """Of some blocks of sources, in this order: all sources with one key are one."""
         place = {block: at for at, block in enumerate(wanted)}
         kept = [at for at, source in enumerate(self.sources) if key(source) in place]
         into = torch.tensor([place[key(self.sources[at])] for at in kept])
-        above, below = (
-            torch.zeros(len(wanted), of.shape[1], dtype=torch.float64).index_add(0, into, of[kept].double())
-            for of in (self.above, self.below)
-        )
-        return Means(self.index, tuple(wanted), above, below, self.exponential)
+        nothing = torch.zeros(len(wanted), len(self.index), dtype=torch.float64)
+        return self._each(lambda sums: nothing.index_add(0, into, sums[kept].double()), self.index, tuple(wanted))
 
     def of(self, times: Float[Tensor, "resample source"]) -> Float[Tensor, "resample value"]:
         """The values, with each source counted so many times."""
@@ -66,7 +69,11 @@ def _routing(result: Result) -> list[Means]:
     layers = [f"layer {layer}" for layer in result.layers]
     shares = [
         Means(
-            _index([name] * len(cells), cells), result.sources, above.double().flatten(1), tokens.expand(-1, len(cells))
+            _index([name] * len(cells), cells),
+            result.sources,
+            above.double().flatten(1),
+            tokens.expand(-1, len(cells)),
+            times=result.assignments.flatten(1),
         )
         for name, above in (("share", result.assignments), ("weight", result.weights))
     ]
@@ -142,7 +149,8 @@ def _probes(result: Result) -> list[Means]:
         n = result.tokens[:, :, 0, has].double()[:, None, None, :, None].expand_as(said)
         axes = [result.layers, KINDS, result.labels, result.k]
         of = [f"{label}, layer {at}, {kind}, k = {k}" for at, kind, label, k in pd.MultiIndex.from_product(axes)]
-        found.append(Means(_index([quantity] * len(of), of), result.sources, said.flatten(1), n.flatten(1)))
+        index, tokens = _index([quantity] * len(of), of), said.flatten(1)
+        found.append(Means(index, result.sources, tokens, n.flatten(1), times=tokens))
     return found
 
 

@@ -5,8 +5,8 @@ paired by source, both sides being resampled together; otherwise each side is re
 sources are the same documents, in two languages say, are paired by document if it is said what their names differ in.
 
 Of thousands of differences many have an interval that leaves out 0 by chance. Each also has a p-value that counts all
-of them: its studentised difference against the greatest one of the whole table (Westfall and Young's maxT), where each
-source's difference has a random sign, or, if sources are not paired, where sources are assigned to the sides at random.
+of them: its studentised difference against the greatest one of the whole table (Westfall and Young's maxT), where
+sources swap sides at random, or are assigned to sides at random if they are not paired: see `chance_differences`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +28,7 @@ from moe_lens.stats import MIN_SOURCES
 from moe_lens.stats.multiple_tests import max_t
 from moe_lens.stats.parallel_sources import parallel_key
 from moe_lens.storage import written_whole
+from moe_lens.studies import chance_differences as chance
 from moe_lens.studies.comparable import COMPARED, Means
 from moe_lens.studies.study_result import StudyResult
 
@@ -52,7 +53,8 @@ class Comparison(Summary):
 
     Columns: domain, quantity, of (such as "layer 3, expert 17"), a column with each side's name, difference (the second
     minus the first), low, high (its 95 % interval over sources), p_adjusted (counting all rows of the table: the chance
-    of even one below .05 is .05 where nothing differs), all three missing below ten sources on either side; paired
+    of even one below .05 is .05 where nothing differs; missing, too, of shares of which one side, if sources are not
+    paired, expects fewer than ten tokens), all three missing below ten sources on either side; paired
     (whether both read the same sources, or parallel ones), sources (of the side that has fewer), dropped (sources of
     both sides that have no parallel one on the other).
     """
@@ -303,8 +305,8 @@ def _differences(
             spread = there.of(drawn[1]) - here.of(drawn[0])
             beyond = min(tail(side.below.sum(1), LEVEL) for side in (here, there))
             low, high = ends_of(spread, beyond)
-            t, null = studentised(here.by_source(), there.by_source(), paired, seed)
-            greatest = torch.maximum(greatest, null.abs().amax(1))
+            t, by_chance = (chance.paired if paired else chance.unpaired)(here, there, RESAMPLES, seed)
+            greatest = torch.maximum(greatest, by_chance.abs().amax(1))
         columns = {
             "first": values[0],
             "second": values[1],
@@ -318,37 +320,3 @@ def _differences(
         return pd.DataFrame(), greatest
     frame = pd.concat(parts).reset_index()
     return frame[frame["difference"].notna()].assign(paired=paired, sources=fewest, dropped=dropped), greatest
-
-
-def studentised(
-    one: Float[Tensor, "source value"], other: Float[Tensor, "another value"], paired: bool, seed: int
-) -> tuple[Float[Tensor, " value"], Float[Tensor, "resample value"]]:
-    """T of the difference of means over sources, and what it is with random signs, or sources assigned at random.
-
-    Args:
-        one: By source.
-        other: By source.
-        paired: Whether sources are the same.
-        seed: Of the draws.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    n, m = len(one), len(other)
-    if paired:
-        signs = 2.0 * torch.randint(2, (RESAMPLES, n), generator=generator).double() - 1
-        signs = torch.cat([torch.ones(1, n, dtype=torch.float64), signs])
-        difference = other - one
-        mean = signs @ difference / n
-        error = ((difference.square().mean(0) - mean.square()) / (n - 1)).clamp(min=0).sqrt()
-    else:
-        values = torch.cat([one, other])
-        values = values - values.mean(0)  # squares of large numbers would hide small differences
-        order = torch.rand(RESAMPLES, n + m, generator=generator).argsort(-1)
-        member = (torch.cat([torch.arange(n + m)[None], order]) < n).double()  # of the first side
-        moments = [
-            [(of @ power) / size for power in (values, values.square())] for of, size in ((member, n), (1 - member, m))
-        ]
-        mean = moments[1][0] - moments[0][0]
-        squares = [(square - first.square()).clamp(min=0) for first, square in moments]
-        error = (squares[0] / (n - 1) + squares[1] / (m - 1)).sqrt()
-    t = torch.where(mean.abs() > 1e-12 * error, mean / error, 0.0).nan_to_num(0.0, torch.inf, -torch.inf)
-    return t[0], t[1:]
