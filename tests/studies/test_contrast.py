@@ -6,6 +6,7 @@ import os
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from moe_lens import HookedMoE
 from moe_lens.data import Reading
+from moe_lens.data.windows import windows_of
 from moe_lens.errors import InputError
 from moe_lens.studies import Pair, contrast_prompts, read_pairs
 from moe_lens.studies.contrast import ContrastStudy
@@ -134,6 +136,20 @@ def test_sums_are_those_of_the_model_run_pair_by_pair() -> None:
                         steered = model(getattr(pair, side))[0, -1]
                 expected += torch.stack([clean[answer] - clean[foil], steered[answer] - steered[foil]]).double()
             assert (outcomes.sums[at, way, :2] - expected).abs().max() <= 1e-4
+
+
+def test_prompts_that_spell_their_opening_out_are_those_that_the_tokenizer_opens() -> None:
+    model = tiny_model()
+    bos = str(model.tokenizer.bos_token)
+    pairs = [Pair(f"the old man {word}", f"winter comes {word}", template=word) for word in ("sea", "go")]
+    written = [replace(pair, a=bos + pair.a, b=bos + pair.b) for pair in pairs]
+    expected, found = (contrast_prompts(model, each, reading=READING, draws=10) for each in (pairs, written))
+    assert found.tables["experts"].equals(expected.tables["experts"])
+    study = ContrastStudy(tuple(written))
+    (window,) = windows_of(0, study.domain().passages[0], model, 64, set())
+    rest: Any = SimpleNamespace(windows=[replace(window, written=False)])  # as the second window of a long one
+    with pytest.raises(InputError, match="a pair is longer than the window"):
+        study._some(rest)
 
 
 def test_tokens_that_both_have_weigh_the_same_in_both() -> None:
