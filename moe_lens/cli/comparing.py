@@ -1,5 +1,6 @@
 """The commands that compare: two saved studies or domains, and two checkpoints."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -7,8 +8,8 @@ import typer
 
 from moe_lens.cli import options
 from moe_lens.cli.app import app
-from moe_lens.cli.model_loading import load_model, quiet
-from moe_lens.cli.study_command import Work, command
+from moe_lens.cli.model_loading import quiet
+from moe_lens.cli.study_command import Arguments, Work, command
 from moe_lens.errors import InputError
 from moe_lens.manifest import read_manifest
 
@@ -21,6 +22,7 @@ def checkpoints(
     other: Annotated[
         str, typer.Option(metavar="MODEL", help="The other checkpoint, of the same shape and with the same tokenizer.")
     ],
+    arguments: Arguments,
 ) -> Work:
     """Do two checkpoints route the same texts alike?
 
@@ -31,16 +33,21 @@ def checkpoints(
     with its own and with the other's routers, and the first with the other's routers and the other), losses (increase
     of the loss with swapped routers, in nats a token).
 
-    Every text is read four times. Both models are held in memory.
+    Every text is read four times. Both models are held in memory, loaded as the options say.
 
     Example: moe-lens checkpoints --model base --other chat --domain prose=prose.jsonl --out runs/chat
     """
     from moe_lens.studies import Checkpoints, run
 
     def side_by_side(model: Any, domains: Any, **how: Any) -> Any:
-        parameter = next(model.original_model.parameters())
-        dtype, device = str(parameter.dtype).removeprefix("torch."), str(parameter.device)
-        return run(Checkpoints(load_model(other, dtype, device), other), model, domains, **how)
+        first = next(model.original_model.parameters())
+        elsewhere = arguments.max_memory is not None or first.device.type == "meta"  # divided, or on disk
+        like = replace(
+            arguments,
+            dtype=options.Dtype(str(first.dtype).removeprefix("torch.")),
+            device=arguments.device if elsewhere else str(first.device),
+        )
+        return run(Checkpoints(like.load(other), other), model, domains, **how)
 
     return side_by_side
 

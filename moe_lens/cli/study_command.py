@@ -63,6 +63,15 @@ class Arguments:
         names = {"text": self.text_column, "source": self.source_column}
         return options.open_domains(self.domain, self.config, out, **names, split=self.split, streaming=self.streaming)
 
+    def memory(self) -> dict[int | str, int | str] | None:
+        """What bounds an automatic device."""
+        return options.max_memory(self.max_memory, self.device)
+
+    def load(self, name: str) -> Any:
+        """A model, as the options say."""
+        packing = self.quantize and self.quantize.value
+        return load_model(name, self.dtype.value, self.device, self.memory(), packing, self.trust_tokenizer_code)
+
     def reading(self) -> Reading:
         """How they are read."""
         return Reading(
@@ -82,11 +91,15 @@ Make = Callable[..., "Study | Work | None"]
 """From a command's own options to a study, to other work, or to nothing more to do."""
 
 
+_ASKED = ("out", "changed", "arguments")
+
+
 def command(name: str, folder: str, **defaults: Any) -> Callable[[Make], Make]:
     """Make a command of a function from its own options to a study, or to other work on the same arguments.
 
     A function that asks for `out` is given it, and may do everything by itself and give None. One that asks for
-    `changed` is given the options of `Arguments` that are not as they are by default, for what has no use for them.
+    `changed` is given the options of `Arguments` that are not as they are by default, for what has no use for them, and
+    one that asks for `arguments` all of them.
 
     Args:
         name: Of the command.
@@ -100,9 +113,10 @@ def command(name: str, folder: str, **defaults: Any) -> Callable[[Make], Make]:
         def called(**given: Any) -> None:
             out = given["out"]
             changed = [f"--{key.replace('_', '-')}" for key, default in usual.items() if given[key] != default]
-            chosen = {key: changed if key == "changed" else given.pop(key) for key in own}
+            asked = {key: given.pop(key) for key in own if key not in _ASKED}
             given.pop("out", None)
             arguments = Arguments(**given)
+            chosen = asked | {key: of for key, of in zip(_ASKED, (out, changed, arguments), strict=True) if key in own}
             domains = arguments.domains(out)  # before anything that imports torch: what is not there is said at once
             made = make(**chosen)
             if made is not None:
@@ -115,7 +129,7 @@ def command(name: str, folder: str, **defaults: Any) -> Callable[[Make], Make]:
             for field in fields(Arguments)
         ]
         out = inspect.Parameter("out", keyword, default=Path(folder), annotation=Out)
-        every = [*shared, out, *(of.replace(kind=keyword) for of in own.values() if of.name not in ("out", "changed"))]
+        every = [*shared, out, *(of.replace(kind=keyword) for of in own.values() if of.name not in _ASKED)]
         called.__doc__ = make.__doc__
         called.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
         called.__signature__ = inspect.Signature(every)
@@ -134,16 +148,14 @@ def _run(made: "Study | Work", domains: options.Opened, out: Path, given: Argume
     from moe_lens import distributed
     from moe_lens.studies import Study, run
 
-    max_memory = options.max_memory(given.max_memory, given.device)
+    given.memory()  # said before anything is loaded
     quiet()
     started = time.monotonic()
     work = partial(run, made) if isinstance(made, Study) else made
     join_processes(given.device)
     console = Console(stderr=True, quiet=distributed.rank() > 0)
     with console.status(Text(f"loading {given.model}")):
-        packing = given.quantize and given.quantize.value
-        trust = given.trust_tokenizer_code
-        model = load_model(given.model, given.dtype.value, given.device, max_memory, packing, trust)
+        model = given.load(given.model)
     if (where := where_it_is(model)) is not None:
         console.print(Text(where))
     columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()

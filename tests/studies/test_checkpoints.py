@@ -87,9 +87,11 @@ def test_the_command_and_checkpoints_that_do_not_fit(tmp_path: Path, capsys: pyt
     save_checkpoint(tmp_path / "model")
     write_jsonl(tmp_path / "a.jsonl", n=4, sources=4)
     command = ["checkpoints", "--model", f"{tmp_path}/model", "--domain", f"a={tmp_path}/a.jsonl", "--tokens", "60"]
-    assert main([*command, "--other", f"{tmp_path}/model", "--out", f"{tmp_path}/two"]) == 0
-    overlap: Any = StudyResult.load(tmp_path / "two").tables["overlap"]
-    assert (overlap["overlap"] == 1).all()
+    for more in ([], ["--quantize", "int8"], ["--dtype", "bfloat16"]):  # of both alike
+        out = tmp_path / "-".join(["two", *more])
+        assert main([*command, *more, "--other", f"{tmp_path}/model", "--out", str(out)]) == 0
+        overlap: Any = StudyResult.load(out).tables["overlap"]
+        assert (overlap["overlap"] == 1).all()
     capsys.readouterr()
     assert main([*command, "--other", f"{tmp_path}/none", "--out", f"{tmp_path}/three"]) == 2
     assert len([line for line in capsys.readouterr().err.splitlines() if "error" in line]) == 1
