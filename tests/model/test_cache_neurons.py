@@ -1,10 +1,12 @@
 """Neurons of experts as components of the residual stream: each as the equation says, and all sum to the stream."""
 
+import copy
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from transformer_lens import ActivationCache
 
 from moe_lens import HookedMoE, MoECache, names
 from moe_lens.errors import HookError
@@ -130,3 +132,44 @@ def test_streams_in_bfloat16_are_taken_apart_and_edits_are_seen() -> None:
     assert ((stack[1:].sum(0) - kept["resid_post", -1].float()).abs() > bound).any(), "a control: a part is missing"
     with pytest.raises(HookError, match="do not sum to the residual stream"):
         edited.get_full_resid_decomposition(expand_neurons=False)
+
+
+@pytest.mark.parametrize("family", ["deepseek", "deepseek_v3", "mixtral"])
+@pytest.mark.parametrize("expand", [True, False])
+def test_components_are_those_of_transformer_lens_in_its_order(family: str, expand: bool) -> None:
+    model, kept = run(family)
+    onto, wide = model.W_U.detach()[:, :3], {"layer": 2, "mlp_input": True, "apply_ln": True}
+    ways: list[dict[str, Any]] = [{}, {"apply_ln": True}, {**wide, "project_output_onto": onto}]
+    for way in ways:
+        words: dict[str, Any] = {**way, "expand_neurons": expand, "return_labels": True}
+        stack, labels = kept.get_full_resid_decomposition(**words)
+        theirs, names_ = ActivationCache.get_full_resid_decomposition(kept, **words)
+        assert labels == names_ and close(stack, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("family", ["deepseek", "gpt_oss", "dbrx"])
+def test_a_cache_may_be_kept_in_another_dtype_than_the_run_s(family: str, dtype: torch.dtype) -> None:
+    model, plain = run(family)
+    with torch.no_grad():
+        _, kept = model.run_with_cache(plain.tokens, dtype=dtype)
+        onto, bound = model.W_U[:, :3], 1e-5 if dtype == torch.float64 else 0.05
+        ways: list[tuple[str, dict[str, Any]]] = [
+            ("get_full_resid_decomposition", {}),
+            ("get_full_resid_decomposition", {"project_output_onto": onto}),
+            ("get_full_resid_decomposition", {"project_output_onto": onto.double()[:, 0], "apply_ln": True}),
+            ("accumulated_resid", {"apply_ln": True}),
+        ]
+        for read, words in ways:
+            stack, expected = (getattr(each, read)(**words).double() for each in (kept, plain))
+            assert (stack - expected).abs().max() <= bound * expected.abs().max()
+
+
+@pytest.mark.parametrize("family", ["deepseek", "deepseek_v3"])
+def test_results_of_heads_are_copies_as_all_in_a_cache_unless_it_is_a_graph(family: str) -> None:
+    case, name = wrapped(family), "blocks.1.attn.hook_result"
+    _, kept = case.model.run_with_cache(case.tokens)
+    kept.stack_head_results()
+    assert not kept[name].requires_grad and torch.equal(copy.deepcopy(kept)[name], kept[name])
+    _, kept = case.model.run_with_cache(case.tokens, keep_graph=True)
+    assert kept.stack_head_results().requires_grad and kept[name].requires_grad, "the control"

@@ -56,9 +56,14 @@ class AttributionCache(HookCache):
             batched = has_batch_dim or not self.has_batch_dim
             alone = batched and batch_slice is None and cut.shape[:-1] == scale.shape[:-1]
             self._check_tokens(cut[None] if alone else cut, scale.shape[:-1], has_batch_dim)
-        scaled = super().apply_ln_to_stack(residual_stack, layer, mlp_input, where, items, has_batch_dim, recompute_ln)
+        given = residual_stack
         if final and recompute_ln:
-            return scaled  # computed by the norm itself, gain included
+            weight = numbers_of(self.model.ln_final.original_component)
+            if torch.finfo(given.dtype).bits > torch.finfo(weight.dtype).bits:
+                given = given.to(weight.dtype)  # torch's own norms take no wider input than their weights
+        scaled = super().apply_ln_to_stack(given, layer, mlp_input, where, items, has_batch_dim, recompute_ln)
+        if final and recompute_ln:
+            return scaled.to(torch.promote_types(scaled.dtype, residual_stack.dtype))  # by the norm itself, with gain
         block = None if final else self.model.blocks[layer]
         norm = self.model.ln_final if block is None else block.ln2 if mlp_input else block.ln1
         return scaled * gain(norm).to(scaled)

@@ -48,7 +48,8 @@ class NeuronCache(SumCache):
         where, neurons = self._where(pos_slice), as_slice(neuron_slice)
         if layer not in self.model.moe_layers:
             scale = getattr(self.model.blocks[layer].mlp, "multiplier", 1.0)
-            found = super().get_neuron_results(layer, neurons, where, project_output_onto)
+            onto = None if project_output_onto is None else project_output_onto.to(self.model.blocks[layer].mlp.W_out)
+            found = super().get_neuron_results(layer, neurons, where, onto)
             return found if scale == 1.0 else found * scale
         indices, acts = self._weighted_neurons(layer, where)
         acts, matrix = neurons.apply(acts, dim=-1), neurons.apply(self.model.W_out[layer].detach(), dim=1)
@@ -116,23 +117,21 @@ class NeuronCache(SumCache):
             return where.apply(self["resid_mid", end], dim=-2)
         return where.apply(self["resid_post", end - 1] if end else self["resid_pre", 0], dim=-2)
 
-    def _reader(self, end: int, where: Slice, apply_ln: bool, mlp_input: bool, onto: Tensor | None) -> "_Reader":
+    def _reader(self, end: int, where: Slice, apply_ln: bool, mlp_input: bool, onto: Tensor | None) -> "Reader":
         if onto is None:
-            return _Reader(self, end, where, mlp_input) if apply_ln else _Reader()
+            return Reader(self, end, where, mlp_input) if apply_ln else Reader()
         onto = onto[:, None] if onto.ndim == 1 else onto
         if not apply_ln:
-            return _Reader(onto=onto)
+            return Reader(onto=onto)
         # Norm, then projection: (x ⊙ gain / scale) · P = x · (gain ⊙ P) / scale, so that nothing wide is made.
         block = None if end == self.model.cfg.n_layers else self.model.blocks[end]
         norm = self.model.ln_final if block is None else block.ln2 if mlp_input else block.ln1
         onto = gain(norm).to(onto)[:, None] * onto
         if self._uses_ln_centering(end):
             onto = onto - onto.mean(0)
-        return _Reader(onto=onto, scale=self._get_cached_ln_scale(end, mlp_input, where))
+        return Reader(onto=onto, scale=self._get_cached_ln_scale(end, mlp_input, where))
 
-    def _of_layer(
-        self, layer: int, where: Slice, neurons: Slice, read: "_Reader"
-    ) -> Iterator[tuple[list[str], Tensor]]:
+    def _of_layer(self, layer: int, where: Slice, neurons: Slice, read: "Reader") -> Iterator[tuple[list[str], Tensor]]:
         """Labels and components of one layer, [component, *tokens, out]."""
 
         def single(label: str, values: Tensor) -> tuple[list[str], Tensor]:
@@ -189,7 +188,7 @@ class NeuronCache(SumCache):
 
 
 @dataclass(frozen=True)
-class _Reader:
+class Reader:
     """What is made of components: as they are, as the next norm leaves them, or what they give in some directions."""
 
     cache: Any = None
@@ -202,6 +201,7 @@ class _Reader:
     scale: Tensor | None = None
 
     def __call__(self, stack: Float[Tensor, "component *tokens d_model"]) -> Float[Tensor, "component *tokens out"]:
+        """Components of the residual stream, as they are read."""
         return self.projected(stack if self.onto is None else stack @ self.onto.to(stack))
 
     def projected(self, stack: Float[Tensor, "component *tokens out"]) -> Float[Tensor, "component *tokens out"]:

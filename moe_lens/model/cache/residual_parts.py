@@ -1,15 +1,17 @@
 """The whole residual stream as a stack of heads, neurons and the rest: TransformerLens's methods, held to their sum."""
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformer_lens.utilities import Slice
 
 from moe_lens import names
 from moe_lens.checked import FromEnd
 from moe_lens.errors import HookError
 from moe_lens.model.cache.hook_cache import Cut
-from moe_lens.model.cache.neuron_cache import NeuronCache
+from moe_lens.model.cache.neuron_cache import NeuronCache, Reader
 
 
 class ResidualPartsCache(NeuronCache):
@@ -124,19 +126,40 @@ class ResidualPartsCache(NeuronCache):
         self._terms_of_a_sum()
         end = self._end(layer)
         where, onto = self._where(pos_slice), project_output_onto
-        stack, labels = super().get_full_resid_decomposition(
-            end, mlp_input, expand_neurons, apply_ln, where, True, onto
-        )
+        read = self._reader(end, where, apply_ln, mlp_input, onto)
+        at_once = onto is None  # in the widest dtype of the parts; projected ones are never made in full
+        parts = list(self._labelled_parts(end, mlp_input, expand_neurons, where, Reader() if at_once else read))
+        stack, labels = torch.cat([rows for _, rows in parts]), [label for of, _ in parts for label in of]
+        stack = read(stack) if at_once else stack
         stream = self._stream(end, mlp_input, where)
-        whole = self._reader(end, where, apply_ln, mlp_input, onto)(stream[None])[0]
-        off = (stack.sum(0) - (whole.squeeze(-1) if onto is not None and onto.ndim == 1 else whole)).abs().amax().item()
-        rounded = max(torch.finfo(dtype).eps for dtype in (stack.dtype, stream.dtype))  # parts may be in a wider dtype
+        off = (stack.sum(0) - read(stream[None])[0]).abs().amax().item()
+        # Parts, and what was kept, may be in a wider dtype than the run.
+        rounded = max(torch.finfo(dtype).eps for dtype in (stack.dtype, stream.dtype, self.model.cfg.dtype))
         if off > 16 * rounded * stack.abs().sum(0).amax().item():
             raise HookError(
                 f"components do not sum to the residual stream, but miss it by {off:.3g}: a hook edited one "
                 f"after it was cached, or {self.model.family.model_type} adds something that is none of them"
             )
+        stack = stack.squeeze(-1) if onto is not None and onto.ndim == 1 else stack
         return (stack, labels) if return_labels else stack
+
+    def _labelled_parts(
+        self, end: int, mlp_input: bool, expand_neurons: bool, where: Slice, read: Reader
+    ) -> Iterator[tuple[list[str], Tensor]]:
+        """Labels and components of the stream before a layer, [component, *tokens, out], in TransformerLens's order."""
+        heads, labels = self.stack_head_results(end + mlp_input, True, pos_slice=where)
+        yield labels, read(heads)
+        if end and expand_neurons:
+            for layer in range(end):
+                yield from self._of_layer(layer, where, Slice(None), read)
+        elif end:
+            mlps, labels = self.decompose_resid(end, mlp_input, "mlp", False, where, False, True)
+            yield labels, read(mlps)
+        for label, there in (("embed", self.has_embed), ("pos_embed", self.has_pos_embed)):
+            if there:
+                yield [label], read(where.apply(self[label], -2)[None])
+        bias = self.model.accumulated_bias(end, mlp_input, include_mlp_biases=expand_neurons)
+        yield ["bias"], read(bias.to(heads.device).expand(1, *heads.shape[1:]))
 
     def stack_head_results(
         self,
@@ -174,7 +197,18 @@ class ResidualPartsCache(NeuronCache):
         return (stack, [*found, *["remainder"] * incl_remainder]) if return_labels else stack
 
     def _ensure_head_results(self) -> bool:
-        """TransformerLens's, for heads whose values are of another width than their keys (DeepSeek-V2, V3), too."""
+        """TransformerLens's, for heads whose values are of another width than their keys (DeepSeek-V2, V3), too.
+
+        They are in a graph where what they are made of is: a cache holds copies, unless it was made with `keep_graph`.
+        """
+        in_graph = any(
+            ("z", layer, "attn") in self and self["z", layer, "attn"].requires_grad
+            for layer in range(self.model.cfg.n_layers)
+        )
+        with torch.set_grad_enabled(in_graph and torch.is_grad_enabled()):
+            return self._make_head_results()
+
+    def _make_head_results(self) -> bool:
         for layer in range(self.model.cfg.n_layers):
             key, attention = f"blocks.{layer}.attn.hook_result", getattr(self.model.blocks[layer], "attn", None)
             if key in self.cache_dict or attention is None or ("z", layer, "attn") not in self:
