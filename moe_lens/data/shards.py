@@ -43,7 +43,7 @@ class Shard:
     """Among those of the domain that this process reads."""
     windows: tuple[Window, ...]
     short: Natural
-    """Passages of fewer than two tokens that were met and left out on the way."""
+    """Passages of fewer than two tokens, or of special ones alone, that were met and left out on the way."""
 
 
 def shards(

@@ -33,8 +33,9 @@ class Window:
 
 
 def too_short(passage: Passage, length: int) -> None:
-    """Refuse a text of fewer than two tokens."""
-    raise InputError(f"{passage.origin}: a text of {length} token; at least two are needed to predict one from another")
+    """Refuse a text of fewer than two tokens, or of special ones alone, of which `length` is 0."""
+    tokens = "1 token" if length else "0 tokens, special ones not counted"
+    raise InputError(f"{passage.origin}: a text of {tokens}; at least two are needed to predict one from another")
 
 
 def windows_of(
@@ -45,7 +46,7 @@ def windows_of(
     special: Set[int],
     short: Callable[[Passage, int], None] = too_short,
 ) -> Iterator[Window]:
-    """The windows of a passage, in order.
+    """The windows of a passage, in order: those that hold text, and not special tokens alone.
 
     Args:
         number: Of the passage in its domain.
@@ -53,7 +54,8 @@ def windows_of(
         encoder: The model that it is tokenised for.
         context: The greatest length of a window, what opens it included.
         special: Tokens that are not counted as text: `special_ids` of the tokenizer.
-        short: Called with a passage of fewer than two tokens and their number; raises if not given.
+        short: Called with a passage of fewer than two tokens and their number, or of special tokens alone and 0;
+            raises if not given.
 
     Raises:
         InputError: The tokenizer gives tokens that the model does not have; names file and line. Or a window has no
@@ -65,8 +67,8 @@ def windows_of(
             f"a window of {context} tokens, {len(opening)} of which open it, has no room for two tokens of text; the "
             "window that is asked for or the model's own context is too short"
         )
-    if len(text) < 2:
-        short(passage, len(text))
+    if len(text) < 2 or special >= set(text):
+        short(passage, sum(token not in special for token in text))
         return
     if (unknown := max(*opening, *text)) >= encoder.cfg.d_vocab:
         raise InputError(
@@ -79,8 +81,8 @@ def windows_of(
     before = len(opening) if written else 0
     for start, window in pieces(text, context, opening):
         own = window[len(opening) :]
-        if len(own) >= 2:  # a single left-over token predicts nothing
-            counted = sum(token not in special for token in own)
+        counted = sum(token not in special for token in own)
+        if len(own) >= 2 and counted:  # a single left-over token predicts nothing
             first = written and start == 0
             yield Window(tuple(window), passage.source, number, before + start, counted, len(opening), first)
 

@@ -22,7 +22,7 @@ class Texts(Result):
     """Of text, special tokens left out."""
     windows: Int[Tensor, " source"]
     left_out: int
-    """Passages of fewer than two tokens."""
+    """Passages of fewer than two tokens, or of special ones alone."""
 
     def facts(self) -> dict[str, int]:
         """The numbers of the whole domain."""

@@ -75,6 +75,15 @@ def test_special_tokens_inside_a_text_are_not_counted():
     assert batch.counted.tolist() == [[False, True, True, False, True]]
 
 
+def test_windows_of_special_tokens_alone_are_left_out():
+    """They have nothing to measure: a source of them alone would count as one, and has no half of its own."""
+    (batch,) = tokenize(domain(("~~~~abc~", "x")), Letters(), n_tokens=10, context=5)
+    assert [window.start for window in batch.windows] == [4], "four letters of text in a window"
+    assert batch.windows[0].counted == 3
+    with pytest.raises(InputError, match="f:1: a text of 0 tokens, special ones not counted; at least two"):
+        tokenize(domain(("~~~~", "x")), Letters(), n_tokens=10, context=5)
+
+
 def test_budget_is_spread_over_sources():
     texts = [("a" * 10, f"long{i}") for i in range(5) for _ in range(20)]
     tokens = tokenize(domain(*texts), Letters(), n_tokens=50, context=16)
