@@ -67,11 +67,14 @@ def component_sums(
     labels: Bool[Tensor, "token label"],
     n_experts: int,
 ) -> tuple[Float[Tensor, "moment n_experts width"], Float[Tensor, "label n_experts width"]]:
-    """Of every component the sum and the sum of squares; and its sum over the tokens with each label."""
+    """Of every component the sum and the sum of squares; and its sum over the tokens with each label.
+
+    Slots that a token does not use, as with a number of experts of its own, have the index -1 and are left out.
+    """
 
     def total(values: Tensor, indices: Tensor) -> Tensor:
-        empty = values.new_zeros(n_experts, values.shape[-1])
-        return empty.index_add_(0, indices.flatten(), values.flatten(0, 1))
+        empty, used = values.new_zeros(n_experts, values.shape[-1]), indices >= 0
+        return empty.index_add_(0, indices[used], values[used])
 
     moments = torch.stack([total(values, indices), total(values.square(), indices)])
     return moments, torch.stack([total(values[label], indices[label]) for label in labels.T])

@@ -93,6 +93,10 @@ def test_components_and_discriminants_are_those_written_out():
     assert torch.equal(x, dense[:, picked])
     x = x.double()
     sums = torch.stack([x[~y].sum(0), x[y].sum(0)])
+    left = indices.masked_fill(indices == 3, -1)  # slots that are left out, as where tokens use fewer experts
+    less, less_labelled = component_sums(values, left, label, experts)
+    others = torch.arange(experts) != 3
+    assert torch.equal(less, moments * others[:, None]) and torch.equal(less_labelled, labelled * others[:, None])
     weights, threshold = discriminant(x.T @ x, sums, torch.tensor([float((~y).sum()), float(y.sum())]).double())
     within = ((~y).sum() * x[~y].T.cov(correction=0) + y.sum() * x[y].T.cov(correction=0)) / n
     by_hand = torch.linalg.solve(within + 1e-3 * within.trace() / 4 * torch.eye(4), x[y].mean(0) - x[~y].mean(0))
