@@ -97,7 +97,7 @@ def collect(
         for number, domain in enumerate(domains):
             mine = f"{number:02d}-{distributed.rank():03d}"
             done = 0
-            while folder.has(f"{mine}-{done:06d}"):
+            while folder.has(stem := f"{mine}-{done:06d}") and (folder.unfinished / f"{stem}.{kind}").is_file():
                 done += 1
             collector = _Collector(model, points, dtype, reading, at_once)
             processes = {"rank": distributed.rank(), "world_size": distributed.world_size()}
