@@ -4,13 +4,14 @@ import copy
 import itertools
 import pickle
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, PreTrainedConfig, StaticCache
 
 from moe_lens import HookedMoE
 from moe_lens.errors import HookError, InputError
@@ -150,6 +151,20 @@ def test_the_cache_has_the_names_of_both_libraries(family: str, word: str) -> No
     assert deviation(rest, case.logits[:, 7:]) <= FP32 * case.logits.abs().max().item()
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_a_config_that_asks_for_the_balance_loss_generates_the_same(family: str) -> None:
+    """transformers computes that loss in every pass, and cannot with one token behind a cache and a mask of all."""
+    model: Any = wrapped(family).model
+    ids, config = wrapped(family).tokens, model.original_model.config
+    generate = partial(model.generate, ids, max_new_tokens=3, do_sample=False, verbose=False)
+    right = generate()
+    config.output_router_logits = True
+    try:
+        assert torch.equal(generate(), right)
+    finally:
+        config.output_router_logits = False
+
+
 def test_what_is_no_cache_and_two_caches_are_refused() -> None:
     case = wrapped("mixtral")
     past = new_cache(case)
@@ -163,10 +178,14 @@ def test_the_driver_speaks_of_the_cache_as_the_model_does() -> None:
     """Before transformers 5.24 and from then on, without the other name's warning."""
 
     class Model(torch.nn.Module):
+        config = PreTrainedConfig()
+
         def forward(self, ids: Tensor, cache: Any = None) -> Any:
             return SimpleNamespace(logits=ids, cache=cache)
 
     class Former(torch.nn.Module):
+        config = PreTrainedConfig()
+
         def forward(self, ids: Tensor, past_key_values: Any = None) -> Any:
             return SimpleNamespace(logits=ids, past_key_values=past_key_values)
 

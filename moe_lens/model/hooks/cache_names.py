@@ -63,7 +63,10 @@ class Driver(TransformersDriver):
     """TransformerLens's way to the transformers model, with the cache under the name that the model has for it."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model."""
+        """Run the model, without a balance loss, which nothing here returns, and which one new token does not allow."""
+        config: Any = self._model.config
+        if any(getattr(each, "output_router_logits", False) for each in (config, config.get_text_config())):
+            kwargs["output_router_logits"] = False
         word = cache_word(type(self._model).forward)
         if word == PAST:
             return super().forward(*args, **kwargs)
