@@ -34,6 +34,19 @@ def change(folder: Path, name: str, value: Tensor) -> None:
     save_file({**load_file(file), name: value.contiguous()}, file, {"format": "pt"})
 
 
+@pytest.mark.parametrize("said", ["float99", "torch.bfloat16", "auto", 3, True, "float8_e4m3fn", "int8"])
+def test_a_config_s_dtype_that_nothing_is_computed_in_is_refused(said: Any, folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for place in ({"dtype": said}, {"dtype": None, "text_config": {"torch_dtype": said}}):
+        (folder / "config.json").write_text(json.dumps({**config, **place}))
+        with pytest.raises(CheckpointError, match=rf"dtype is {said!r}; expected bfloat16, float16, float32 or float64"):
+            HookedMoE.from_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": said}))
+    if said not in ("float99", "torch.bfloat16", "auto"):
+        model = HookedMoE.from_pretrained(folder, dtype="float32", check=False)  # as transformers
+        assert next(model.parameters()).dtype == torch.float32
+
+
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "deepseek"])
 def test_a_loaded_model_stays_as_it_is_when_its_file_is_written_to(model_type: str, tmp_path: Path) -> None:
     build(model_type).save_pretrained(tmp_path)

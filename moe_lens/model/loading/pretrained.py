@@ -7,6 +7,7 @@ import os
 import re
 from typing import Any, Literal
 
+import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError, a_kind, one_line
@@ -14,7 +15,7 @@ from moe_lens.model.families.deepseek import DeepseekConfig
 from moe_lens.model.families.refusals import ABSENT
 from moe_lens.model.families.table import check_release
 from moe_lens.model.hf_compat import resolve_revision
-from moe_lens.model.loading.checkpoint import EMBEDDED, HUB_ARGUMENTS, find_file, read_config
+from moe_lens.model.loading.checkpoint import EMBEDDED, FLOATS, HUB_ARGUMENTS, find_file, read_config
 from moe_lens.model.loading.config_json import read_object
 from moe_lens.model.loading.deepseek_checkpoint import check_sizes, load_deepseek
 from moe_lens.model.loading.depth import counts_its_list, cut_layer_types, first_layers, keep_first
@@ -96,6 +97,7 @@ def load_pretrained(
             f"num_hidden_layers has no effect in a {raw['model_type']}, whose config counts its list of layers; pass "
             "first_n_layers"
         )
+    _check_dtype(path, raw, kwargs)
     word = None if layers is None else first_layers(raw, layers)
     kwargs |= word or {}
     check_release(raw["model_type"])
@@ -140,6 +142,27 @@ def load_pretrained(
     cut_layer_types(model.config)
     model.config.name_or_path = model.name_or_path = str(name_or_path)
     return model, _tokenizer(model, source, hub, trusted=trust_remote_code in (True, "tokenizer"), gguf=gguf)
+
+
+def _check_dtype(path: Any, raw: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    """Refuse a config.json whose dtype is none that torch has, or none to compute in where no other is asked for.
+
+    Raises:
+        CheckpointError: names it.
+    """
+    asked = next((kwargs[word] for word in ("dtype", "torch_dtype") if kwargs.get(word) is not None), "auto")
+    for part in (raw, raw.get("text_config") or {}):
+        for word in ("dtype", "torch_dtype"):
+            said = part.get(word)
+            if said is None or isinstance(said, dict):  # the second: one for each part
+                continue
+            dtype = getattr(torch, said, None) if isinstance(said, str) else said
+            unknown = isinstance(said, str) and dtype is None
+            if unknown or (asked == "auto" and dtype not in FLOATS.values()):
+                instead = "" if unknown else '; or pass dtype="bfloat16"'
+                raise CheckpointError(
+                    f"{path}: {word} is {said!r}; expected bfloat16, float16, float32 or float64{instead}"
+                )
 
 
 def _read_given_config(source: str, model_type: str, hub: dict[str, Any], kwargs: dict[str, Any]) -> None:
