@@ -462,6 +462,17 @@ def test_a_config_that_no_model_has_is_not_written(tmp_path: Path) -> None:
     assert not (tmp_path / "saved").exists()
 
 
+def test_a_deepseek_is_not_written_under_names_that_are_not_read(tmp_path: Path) -> None:
+    """Of other families, transformers' own names are read too."""
+    with pytest.raises(InputError, match="under the names of its original checkpoint alone; leave save_original_format"):
+        wrapped("deepseek").model.save_pretrained(tmp_path / "deepseek", save_original_format=False)
+    assert not (tmp_path / "deepseek").exists()
+    model = wrapped("mixtral").model
+    model.save_pretrained(tmp_path / "mixtral", save_original_format=False)
+    again = HookedMoE.from_pretrained(tmp_path / "mixtral", check=False)
+    assert torch.equal(again(tokens()), model(tokens()))
+
+
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "saved").write_text("")
     with pytest.raises(InputError, match="is a file; expected a folder"):

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from moe_lens.errors import InputError, UnsupportedModelError, one_line
 from moe_lens.model.experts.stored_bits import KeptMatrices
+from moe_lens.model.families.deepseek_config import DeepseekConfig
 from moe_lens.model.hf_compat import (
     WeightConverter,
     WeightRenaming,
@@ -59,6 +60,11 @@ def save_pretrained(
         raise UnsupportedModelError(
             f"this model has the bits of its checkpoint ({kept[0]}), {model.name_or_path}, which is already what would "
             'be written: copy that folder; or load the model without quantize="stored" to save its numbers'
+        )
+    if isinstance(model.config, DeepseekConfig) and not kwargs.get("save_original_format", True):
+        raise InputError(
+            "save_pretrained: a DeepSeekMoE is read under the names of its original checkpoint alone; leave "
+            "save_original_format out"
         )
     check_own(model)
     if folder.resolve() in {file.resolve().parent for file in files_in_use(model)}:
