@@ -93,6 +93,21 @@ def test_a_plan_that_divides_keeps_all_but_experts_and_is_what_is_really_placed(
     assert torch.equal(model(tokens(2, 9)), whole(tokens(2, 9)))
 
 
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek"])
+def test_words_of_loading_mean_the_same_where_weights_stay_on_disk(model_type: str, tmp_path: Path) -> None:
+    configs.build(model_type).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({f"x.{name}": value for name, value in load_file(file).items()}, file, {"format": "pt"})
+    words: dict[str, Any] = {"key_mapping": {r"^x\.": ""}, "weights_only": True, "adapter_kwargs": {}, "check": False}
+    words |= dict.fromkeys(("quantization_config", "tp_plan", "variant", "generation_config"))
+    whole = HookedMoE.from_pretrained(tmp_path, **words).requires_grad_(False)
+    model = HookedMoE.from_pretrained(tmp_path, device_map={"": "disk"}, **words).requires_grad_(False)
+    assert streamed_weights(model.original_model) is not None
+    assert torch.equal(model(tokens()), whole(tokens()))
+    with pytest.raises(InputError, match="from_pretrained has no argument 'weights'"):
+        HookedMoE.from_pretrained(tmp_path, device_map={"": "disk"}, **words, weights=True)
+
+
 def test_an_error_in_a_pass_of_weights_on_disk_is_not_taken_for_weights_that_are_nowhere(folder):
     model, _ = streamed(folder, ALL)
 

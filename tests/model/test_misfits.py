@@ -39,7 +39,9 @@ def test_a_config_s_dtype_that_nothing_is_computed_in_is_refused(said: Any, fold
     config = json.loads((folder / "config.json").read_text())
     for place in ({"dtype": said}, {"dtype": None, "text_config": {"torch_dtype": said}}):
         (folder / "config.json").write_text(json.dumps({**config, **place}))
-        with pytest.raises(CheckpointError, match=rf"dtype is {said!r}; expected bfloat16, float16, float32 or float64"):
+        with pytest.raises(
+            CheckpointError, match=rf"dtype is {said!r}; expected bfloat16, float16, float32 or float64"
+        ):
             HookedMoE.from_pretrained(folder)
     (folder / "config.json").write_text(json.dumps({**config, "dtype": said}))
     if said not in ("float99", "torch.bfloat16", "auto"):

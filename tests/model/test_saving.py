@@ -464,7 +464,9 @@ def test_a_config_that_no_model_has_is_not_written(tmp_path: Path) -> None:
 
 def test_a_deepseek_is_not_written_under_names_that_are_not_read(tmp_path: Path) -> None:
     """Of other families, transformers' own names are read too."""
-    with pytest.raises(InputError, match="under the names of its original checkpoint alone; leave save_original_format"):
+    with pytest.raises(
+        InputError, match="under the names of its original checkpoint alone; leave save_original_format"
+    ):
         wrapped("deepseek").model.save_pretrained(tmp_path / "deepseek", save_original_format=False)
     assert not (tmp_path / "deepseek").exists()
     model = wrapped("mixtral").model

@@ -49,7 +49,8 @@ def load_deepseek(
     packed = kwargs.get("variant") == VARIANT
     if not packed:
         vars(config).pop("quantization_config", None)
-    if packed or kwargs.get("use_safetensors") is False or _OWN_LOADER & kwargs.keys():
+    others = any(kwargs.get(word) is not None for word in _OWN_LOADER)
+    if packed or kwargs.get("use_safetensors") is False or others:
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
         wide = dtype if isinstance(dtype, torch.dtype) else None
         size = stored_packed_size(Checkpoint.locate(source, hub, VARIANT), wide) if packed else None

@@ -22,8 +22,13 @@ from moe_lens.model.loading.streamed_weights import StreamedWeights, streamed_we
 
 _OF_LOADING = frozenset(
     {"offload_folder", "offload_buffers", "offload_state_dict", "low_cpu_mem_usage", "max_memory", "disable_mmap"}
-)
-"""Arguments of `from_pretrained` that mean nothing where nothing is written and no file is mapped."""
+) | {"key_mapping", "weights_only", "adapter_kwargs", "adapter_name"}
+"""Arguments of `from_pretrained` that mean nothing where nothing is written, no file is mapped and none is a pickle, or
+have been used to find the parameters."""
+_OTHER_WAYS = frozenset(
+    {"quantization_config", "tp_plan", "tp_size", "device_mesh", "distributed_config", "kernel_config", "use_kernels"}
+) | {"allow_all_kernels", "state_dict", "proxies", "tqdm_class", "gguf_file", "variant"}
+"""Arguments that ask for another way of loading, unless they are None or False."""
 
 
 def load_streamed(
@@ -44,14 +49,15 @@ def load_streamed(
         dtype: Of the model; parameters have their own.
         device_map: Places by the names of modules, or one of accelerate's words.
         max_memory: What accelerate may use, where it divides the model.
-        kwargs: The other arguments of `from_pretrained`.
+        kwargs: The other arguments of `from_pretrained`, and what the model itself takes.
 
     Raises:
         CheckpointError: A parameter that is not on disk holds NaN or infinities.
     """
     model_: Any = kind
     generation = kwargs.pop("generation_config", None)
-    wanted = {name: value for name, value in kwargs.items() if name not in _OF_LOADING}
+    idle = _OF_LOADING | {name for name in _OTHER_WAYS & kwargs.keys() if not kwargs[name]}
+    wanted = {name: value for name, value in kwargs.items() if name not in idle}
     with init_empty_weights(include_buffers=False):
         model: Any = model_._from_config(copy.deepcopy(config), dtype=dtype, **wanted)
     retype(model, {name: parameter.dtype for name, parameter in parameters.items()})
