@@ -1,4 +1,4 @@
-"""Numbers that name experts, ranks, layers and positions, as people write them: the one place that reads them."""
+"""Numbers that name experts, ranks, layers and positions, and masks, as people write them: where they are read."""
 
 import operator
 from collections.abc import Iterable, Mapping
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from moe_lens.checked import Natural
@@ -97,6 +98,21 @@ def one_id(name: str, value: Any, count: int | None = None) -> int:
     if count is not None and number >= count:
         raise InputError(f"{name}: got {number}; expected numbers from 0 to {count - 1}")
     return number
+
+
+def as_mask(name: str, values: Tensor) -> Bool[Tensor, "*shape"]:
+    """A mask of booleans, or of numbers that are all 1 and 0, as booleans.
+
+    Args:
+        name: what it is called, for messages.
+        values: the mask.
+
+    Raises:
+        InputError: other numbers, as in a mask that is added to attention's scores, where 0 means what is real.
+    """
+    if values.is_meta or bool(((values == 0) | (values == 1)).all()):
+        return values.bool()
+    raise InputError(f"{name} holds other numbers than 1 (a real token) and 0 (padding)")
 
 
 def _number(value: Any) -> int | None:

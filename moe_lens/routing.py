@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from moe_lens.checked import Natural, Positive, checked
 from moe_lens.errors import InputError
+from moe_lens.ids import as_mask
 from moe_lens.reprs import Summary
 from moe_lens.storage import believed, load_tensors, save_tensors, whole_numbers
 
@@ -249,7 +250,7 @@ class Routing(_RoutedSlots):
             )
         chosen = chosen.long()
         given = given if given.is_floating_point() else given.float()
-        real = None if mask is None else _tensor("mask", mask).bool()
+        real = None if mask is None else as_mask("mask", _tensor("mask", mask))
         if chosen.ndim == 3:
             chosen, given = chosen.transpose(0, 1).unsqueeze(1), given.transpose(0, 1).unsqueeze(1)
             real = None if real is None else real.reshape(1, -1)

@@ -1,5 +1,6 @@
 """Numbers and masks that name experts, ranks, layers and positions."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,10 @@ import torch
 
 from moe_lens import HookedMoE, PartialSum, Selection
 from moe_lens.errors import InputError, MoELensError
-from moe_lens.ids import ids, one_id
+from moe_lens.ids import as_mask, ids, one_id
+from moe_lens.interventions import KLDivergence, Loss
+from moe_lens.routing import Routing
+from moe_lens.stats import RoutedBatch
 from tests.wrapped import wrapped
 
 pytestmark = pytest.mark.untyped
@@ -90,3 +94,38 @@ def test_parameters_of_several_experts_come_in_the_order_asked_for() -> None:
     assert torch.equal(weights[1, [3, 1]], torch.stack([weights[1, 3], weights[1, 1]]))
     assert torch.equal(weights[1, mask], weights[1][1:4:2])
     assert not torch.equal(weights[1, [3, 1]], weights[1, mask])
+
+
+ADDED = torch.tensor([[-1e4, 0.0, 0.0], [0.0, 0.0, 0.0]])
+
+
+@pytest.mark.typed
+def test_a_mask_is_of_booleans_or_of_ones_and_zeros() -> None:
+    expected = torch.tensor([[False, True, True]])
+    for kind in (torch.bool, torch.long, torch.float32):
+        assert torch.equal(as_mask("mask", expected.to(kind)), expected)
+    assert as_mask("mask", ADDED.to("meta")).is_meta
+
+
+@pytest.mark.parametrize("mask", [ADDED, torch.arange(6).view(2, 3)], ids=["added to scores", "numbers"])
+def test_a_mask_of_other_numbers_is_refused_wherever_one_is_taken(mask: torch.Tensor) -> None:
+    text, logits = torch.ones(2, 3, dtype=torch.long), torch.zeros(2, 3, 5)
+    choice = torch.arange(2).expand(1, 2, 3, 2)
+    calls: list[Callable[[], Any]] = [
+        lambda: Loss(text, mask=mask),
+        lambda: Loss(text, counted=mask),
+        lambda: KLDivergence(logits, mask=mask),
+        lambda: Routing.from_arrays(choice, choice.float(), 8, mask=mask),
+    ]
+    for call in calls:
+        with pytest.raises(InputError, match=r"(mask|counted) holds other numbers than 1 \(a real token\)"):
+            call()
+
+
+@pytest.mark.parametrize("tokens", [[True, 1], torch.ones(1, 3, dtype=torch.bool), [0.5]], ids=str)
+def test_tokens_that_do_not_count_are_told_by_their_ids(tokens: Any) -> None:
+    choice = torch.arange(2).expand(1, 1, 3, 2)
+    batch = RoutedBatch(routing=Routing.from_arrays(choice, choice.float(), 8), tokens=torch.tensor([[5, 1, 7]]))
+    assert batch.without([1]).mask.tolist() == [[True, False, True]] and bool(batch.without([]).mask.all())
+    with pytest.raises(InputError, match="tokens: got"):
+        batch.without(tokens)

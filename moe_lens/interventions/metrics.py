@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from moe_lens.checked import Natural
 from moe_lens.errors import InputError
+from moe_lens.ids import as_mask
 
 Metric = Callable[[Tensor], Tensor]
 """From logits [batch, pos, d_vocab] to a scalar tensor; with a gradient, where an attribution needs one."""
@@ -81,9 +82,11 @@ class Loss(TokenMetric):
 
     def __init__(self, tokens: Int[Tensor, "batch pos"], mask: Tensor | None = None, counted: Tensor | None = None):
         self.tokens = tokens
-        self._mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool().to(tokens.device)
+        self._mask = (
+            torch.ones_like(tokens, dtype=torch.bool) if mask is None else as_mask("mask", mask).to(tokens.device)
+        )
         _same_shape("mask", self._mask, tuple(tokens.shape))
-        self._counted = self._mask if counted is None else counted.bool().to(tokens.device)
+        self._counted = self._mask if counted is None else as_mask("counted", counted).to(tokens.device)
         _same_shape("counted", self._counted, tuple(tokens.shape))
 
     def reads(self, batch: Natural, pos: Natural) -> Bool[Tensor, "batch pos"]:
@@ -208,7 +211,7 @@ class KLDivergence(TokenMetric):
     ):
         self.clean = clean.detach()
         shape = tuple(clean.shape[:2])
-        self._reads = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool()
+        self._reads = torch.ones(shape, dtype=torch.bool) if mask is None else as_mask("mask", mask)
         _same_shape("mask", self._reads, shape)
 
     def reads(self, batch: Natural, pos: Natural) -> Bool[Tensor, "batch pos"]:

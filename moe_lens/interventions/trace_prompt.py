@@ -7,6 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from moe_lens.errors import InputError
+from moe_lens.ids import in_order
 
 
 def whole_prompt(model: Any, prompt: str) -> Int[Tensor, "1 pos"]:
@@ -32,10 +33,7 @@ def subject_positions(
         InputError: the subject is not in the prompt, or a position not among the tokens.
     """
     if not isinstance(subject, str):
-        given, last = sorted({subject} if isinstance(subject, int) else set(subject)), len(tokens) - 1
-        if not given or given[0] < -len(tokens) or given[-1] > last:
-            raise InputError(f"positions are {given}; expected some from 0 to {last}, or from {-len(tokens)} to -1")
-        return sorted({place % len(tokens) for place in given})
+        return sorted(set(in_order("positions", [subject] if isinstance(subject, int) else subject, len(tokens))))
     if not subject or subject not in prompt:
         raise InputError(
             f"the subject {subject!r} is not in the prompt {prompt!r}; expected a part of it, letter by letter"

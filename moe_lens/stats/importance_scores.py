@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_lens import names
 from moe_lens.checked import AnyModel, Natural, Positive
 from moe_lens.errors import InputError
+from moe_lens.ids import Ids, ids
 from moe_lens.protocols import require_stream_width
 from moe_lens.routing import output_factors
 from moe_lens.stats.accumulator import Accumulator, Result
@@ -76,9 +77,17 @@ class ImportanceResult(Result):
 
         Args:
             layers: Where super experts are looked for; everywhere if not given. Percentile and maximum are of all.
+
+        Raises:
+            InputError: layers of which there are no scores.
         """
+        chosen = self.layers if layers is None else ids("layers", layers)
+        if isinstance(chosen, Ids):
+            chosen.check("layers", self.layers[-1] + 1)
+        if missing := [layer for layer in chosen if layer not in self.layers]:
+            raise InputError(f"layers: got {missing[0]}; there are scores of layers {list(self.layers)}")
         limit = torch.maximum(self.greatest.quantile(0.995), self.greatest.max() / 10)
-        among = torch.tensor([layers is None or layer in layers for layer in self.layers])
+        among = torch.tensor([layer in chosen for layer in self.layers])
         return (self.greatest > limit) & among[:, None]
 
     def to_frame(self) -> pd.DataFrame:

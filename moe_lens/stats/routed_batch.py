@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens.errors import InputError, several
+from moe_lens.ids import ids
 from moe_lens.routing import Routing
 
 
@@ -79,10 +80,11 @@ class RoutedBatch:
         """The same with further tokens not counted, such as special ones.
 
         Raises:
-            InputError: the batch does not know its tokens.
+            InputError: the batch does not know its tokens, or `tokens` holds something else than ids.
         """
         found = self.require_tokens()
-        excluded = torch.isin(found, torch.tensor(sorted(tokens), dtype=found.dtype, device=found.device))
+        told = torch.tensor(ids("tokens", tokens, empty=True), dtype=found.dtype, device=found.device)
+        excluded = torch.isin(found, told)
         return replace(self, counted=self.mask & ~excluded)
 
     def require_tokens(self) -> Int[Tensor, "batch pos"]:

@@ -80,6 +80,12 @@ def test_super_experts_are_those_far_above_all_others():
     result = stats.result()
     assert result.super_experts().nonzero().tolist() == [[1, 7]]
     assert result.super_experts([1]).sum() == 1 and result.super_experts([0, 2, 3]).sum() == 0
+    mask: Any = torch.tensor([False, True, False, False])
+    assert torch.equal(result.super_experts(mask), result.super_experts([1]))
+    wrongs: list[Any] = [[False, True, False, False], mask[:2], [99], [-1]]
+    for wrong in wrongs:
+        with pytest.raises(InputError, match="layers: got"):
+            result.super_experts(wrong)
     even = ImportanceStats([0], 100)
     even.update(
         0, torch.ones(1, 100, D), torch.ones(1, 100, 1, D), torch.ones(1, 100, 1), indices, torch.ones(1, 100).bool()

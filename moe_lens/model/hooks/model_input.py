@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int, Num, Shaped
 from torch import Tensor
 
 from moe_lens.errors import InputError, a_kind
+from moe_lens.ids import as_mask
 from moe_lens.protocols import PaddedTokens
 
 EXPECTED = (
@@ -273,9 +274,8 @@ class Reading:
                 return {"attention_mask": attention_mask, "seen": self.keep(whole, rows)}
             except ValueError as error:
                 raise InputError(str(error)) from error
-        if not attention_mask.is_meta and not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
-            raise InputError("attention_mask [batch, pos] holds other numbers than 1 (a real token) and 0 (padding)")
-        return {"attention_mask": attention_mask, "seen": attention_mask.bool()}
+        seen = as_mask("attention_mask [batch, pos]", attention_mask)
+        return {"attention_mask": attention_mask, "seen": seen}
 
     def _moved(self, given: ModelInput) -> ModelInput:
         if self.device is None:
