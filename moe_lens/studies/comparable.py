@@ -1,5 +1,6 @@
 """What can be compared of a study's results: means of sums over sources, each with a name."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from moe_lens.stats.sparse_probes import KINDS, ProbeResult
 from moe_lens.studies.checkpoint_overlap import PAIRS, RUNS, Overlap
 from moe_lens.studies.contrast_results import OPPOSITE, PICKED, ContrastResult, SteerResult
 from moe_lens.studies.lens import QUANTITIES, LensTotals
-from moe_lens.studies.variant_losses import VariantLosses
+from moe_lens.studies.variant_losses import WHOLE, Variant, VariantLosses
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +92,7 @@ def _routing(result: Result) -> list[Means]:
 
 def _losses(result: Result) -> list[Means]:
     assert isinstance(result, VariantLosses)
-    of = [f"{what}, k = {k}" + ("" if layer is None else f", layer {layer}") for what, layer, k in result.variants]
+    of = _names(result.variants)
     n = len(of)
     sums = {
         "perplexity": (result.nats, result.tokens),
@@ -103,6 +104,17 @@ def _losses(result: Result) -> list[Means]:
         Means(_index([name] * n, of), result.sources, above, below.double()[:, None].expand(-1, n), exponential=True)
         for name, (above, below) in sums.items()
     ]
+
+
+def _names(variants: Sequence[Variant]) -> list[str]:
+    """A word says what k experts are left of; several ("mass 0.3") say it all, and k tells those of one name apart."""
+    likes, names = Counter(what for what, _, _ in variants), []
+    for what, layer, k in variants:
+        name = f"k = {k}" if what == "k" else f"{what}, k = {k}"
+        if " " in what or (what, k) == (WHOLE, 0):
+            name = what if likes[what] == 1 else f"{what}, {k}"
+        names.append(name if layer is None else f"{name}, layer {layer}")
+    return names
 
 
 def _similarity(result: Result) -> list[Means]:

@@ -110,7 +110,7 @@ class ExpertsPerToken(Study):
 
 def label(rule: str, value: float, shuffled: bool) -> str:
     """The name of a variant."""
-    return f"{rule} {value:g}{' shuffled' if shuffled else ''}"
+    return f"{rule} {repr(float(value)).removesuffix('.0')}{' shuffled' if shuffled else ''}"
 
 
 def parts(variant: Variant) -> tuple[str, float, bool]:

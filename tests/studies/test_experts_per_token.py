@@ -10,8 +10,8 @@ from torch.nn.functional import cross_entropy
 from moe_lens import HookedMoE, names
 from moe_lens.data import Reading, batch_windows, shards
 from moe_lens.errors import InputError
-from moe_lens.studies import ExpertsPerToken, StudyResult, run
-from moe_lens.studies.experts_per_token import Used, label, shuffle_numbers, table
+from moe_lens.studies import ExpertsPerToken, StudyResult, compare, run
+from moe_lens.studies.experts_per_token import Used, label, parts, shuffle_numbers, table
 from moe_lens.studies.variant_losses import WHOLE, VariantLosses
 from tests.studies.tiny import domain, tiny_model
 
@@ -27,6 +27,16 @@ def model() -> HookedMoE:
 @pytest.fixture(scope="module")
 def result(model: HookedMoE) -> StudyResult:
     return run(STUDY, model, [domain("d", n=10, sources=10)], reading=READING, batch_tokens=150)
+
+
+def test_rules_are_called_by_all_digits_of_their_values_and_by_no_number_of_experts(result: StudyResult) -> None:
+    values = (0.1234567, 0.1234568, 1.0)
+    said = [label("mass", value, shuffled) for value in values for shuffled in (False, True)]
+    assert len(set(said)) == 6 and said[4:] == ["mass 1", "mass 1 shuffled"]
+    assert [parts((each, None, 0)) for each in said[::2]] == [("mass", value, False) for value in values]
+    found = compare(result, result).table
+    rules = ("mass 0.5", "entropy 0.4")
+    assert set(found["of"]) == {"whole, k = 3", "k = 1", "k = 6", *rules, *(f"{rule} shuffled" for rule in rules)}
 
 
 @pytest.mark.typed
