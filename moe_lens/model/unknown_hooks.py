@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 
 from moe_lens import names
 
@@ -42,7 +43,7 @@ def instead_of(name: str, known: Collection[str], moe_layers: Iterable[int], not
     n_layers = 1 + max((int(each.split(".")[1]) for each in known if re.match(r"blocks\.\d+\.", each)), default=-1)
     if not 0 <= layer < n_layers:
         return f"the model has layers 0 to {n_layers - 1}"
-    if re.search(rf"\b{re.escape(tail.rpartition('.')[2])}\b", note):
+    if any(fnmatchcase(tail.rpartition(".")[2], named) for named in re.findall(r"\w+\*?", note)):  # hook_resid_*
         return f"of this family: {note}"
     with_experts = sorted(moe_layers)
     for pattern, ours, what in _OURS:

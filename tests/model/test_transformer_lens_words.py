@@ -1,5 +1,6 @@
 """TransformerLens's words: done as they mean, or answered by what to write; its hook names are answered by ours."""
 
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,8 +13,10 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_c
 from moe_lens import HookedMoE
 from moe_lens.errors import HookError, InputError, UnsupportedModelError
 from moe_lens.lenses import LogitLens
+from moe_lens.model.families.table import FAMILIES
 from moe_lens.model.loading.pretrained import load_pretrained
 from moe_lens.model.loading.transformer_lens_words import PROCESSING
+from moe_lens.model.unknown_hooks import instead_of
 from tests.matrix.configs import build
 from tests.wrapped import wrapped
 
@@ -168,6 +171,9 @@ def test_a_hook_that_a_family_lacks_is_answered_by_the_reason() -> None:
         model.run_with_cache(TOKENS, names_filter=LogitLens(model).hooks())
     with pytest.raises(HookError, match=r"did you mean 'blocks\.1\.hook_resid_pre'"):
         cache["resid_prre", 1]
+    why = "of this family: several residual streams.*no hook_resid_"
+    known = ["blocks.0.mlp.hook_shared_out"]
+    assert re.match(why, instead_of("blocks.0.hook_resid_post", known, [0], FAMILIES["hy_v4"].note))
     hybrid = HookedMoE.from_hf(build("nemotron_h"))
     _, cache = hybrid.run_with_cache(TOKENS)
     with pytest.raises(HookError, match="layer 2 has no hook_attn_out.*decompose_experts"):
