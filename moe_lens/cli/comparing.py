@@ -9,6 +9,7 @@ import typer
 from moe_lens.cli import options
 from moe_lens.cli.app import app
 from moe_lens.cli.model_loading import quiet
+from moe_lens.cli.show import visible
 from moe_lens.cli.study_command import Arguments, Work, command
 from moe_lens.errors import InputError
 from moe_lens.manifest import read_manifest
@@ -107,12 +108,12 @@ def compare_studies(
         temporary.touch()  # what cannot be written is said before the work, not after
         found = compare(*studies, domains=two, parallel=parallel, names=names)
         found.table.to_parquet(temporary, index=False)
-    print(found.found())
+    print(visible(found.found()))
     for quantity, rows in found.table.groupby("quantity", sort=False):
         order = (-abs(rows["difference"].to_numpy())).argsort()
         largest = rows.iloc[order[:show]]
         print(f"\n{quantity}, the largest differences:")
-        print(largest.drop(columns=["quantity", "paired", "sources", "dropped"]).to_string(index=False))
+        print(visible(largest.drop(columns=["quantity", "paired", "sources", "dropped"]).to_string(index=False)))
     print(f"\n{out.resolve()}")
 
 

@@ -27,6 +27,7 @@ from moe_lens.cli import show as _show
 from moe_lens.cli import studies as _studies
 from moe_lens.cli.app import app
 from moe_lens.cli.config_file import defaults
+from moe_lens.cli.show import visible
 from moe_lens.cli.study_command import SHARED
 from moe_lens.errors import InputError, MoELensError, PeerError, one_line
 
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = INTERRUPTED
     if code == INTERRUPTED:
         what, code = ("terminated", TERMINATED) if terminated else ("interrupted", INTERRUPTED)
-        kept = "progress is kept: run the same command to resume it"
+        kept = "any progress is kept: run the same command to go on"  # before there is a folder, none was made
         _say(
             f"{what}; {kept if _command(arguments) in SHARED else 'no progress is kept: the same command starts anew'}"
         )
@@ -195,6 +196,7 @@ def _shared(arguments: Sequence[str]) -> None:
 def _say(what: str, patient: bool = False) -> None:
     if not processes.speaks(patient):
         return
+    what = visible(what)
     rank = os.environ.get("RANK", "0")  # of processes that all speak to the same terminal
     line = f"moe-lens: {what}" if rank == "0" else f"moe-lens (process {rank}): {what}"
     print(line, file=sys.stderr)

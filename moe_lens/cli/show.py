@@ -1,5 +1,6 @@
 """`moe-lens show`: saved results in the terminal; and the findings that every command ends with."""
 
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -113,7 +114,7 @@ def _show(console: Any, folder: Path, wanted: list[str] | None, rows: int) -> No
     from moe_lens.studies.verdicts import side_by_side
 
     if (folder / VERDICTS).exists() and not wanted:
-        console.print(Text(findings_in(folder)))
+        console.print(Text(visible(findings_in(folder))))
         _print(console, "verdicts", side_by_side([_verdicts(folder)]), 100)
         console.print(Text("studies: " + ", ".join(str(each) for each in studies_in(folder))))
         return
@@ -126,7 +127,7 @@ def _show(console: Any, folder: Path, wanted: list[str] | None, rows: int) -> No
     for name in wanted or ():
         if name not in tables:
             raise InputError(f"{folder}: has no table {name!r}; there are {', '.join(tables)}{near_miss(name, tables)}")
-    console.print(Text(said))
+    console.print(Text(visible(said)))
     for name in wanted or tables:
         _print(console, name, tables[name], rows)
 
@@ -180,6 +181,11 @@ def _cell(value: Any) -> str:
     if pd.isna(value):
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def visible(text: str) -> str:
+    """A text of several lines with every other control character by its code: names in it may hold any."""
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
 
 
 def _console() -> Any:

@@ -15,7 +15,7 @@ from moe_lens.cli import options
 from moe_lens.cli.app import app
 from moe_lens.cli.model_loading import load_model, quiet, where_it_is
 from moe_lens.cli.processes import join_processes
-from moe_lens.cli.show import findings_in
+from moe_lens.cli.show import findings_in, visible
 from moe_lens.data import Reading
 
 if TYPE_CHECKING:
@@ -165,11 +165,11 @@ def _run(made: "Study | Work", domains: options.Opened, out: Path, given: Argume
         def watch(what: str, tokens: int) -> None:
             nonlocal read
             read += tokens
-            progress.update(task, description=f"{what} · {read:,} tokens read")
+            progress.update(task, description=visible(f"{what} · {read:,} tokens read"))
 
         def say(line: str) -> None:
             if where is not None:  # small models are quick
-                console.print(Text(line))
+                console.print(Text(visible(line)))
 
         how = {"reading": given.reading(), "name": given.model, "batch_tokens": given.batch_tokens}
         found = work(model, domains, out=out, watch=watch, say=say, **how)
@@ -178,5 +178,5 @@ def _run(made: "Study | Work", domains: options.Opened, out: Path, given: Argume
         said = findings_in(out) if found is None or isinstance(found, Path) else str(found.findings())
         typed = f"./{out}" if str(out).startswith("-") else str(out)  # and no option
         more = "" if isinstance(found, Path) else f"\nall of it: moe-lens show {shlex.quote(typed)}"
-        console.print(Text(f"{said}{more}"), soft_wrap=True)
+        console.print(Text(visible(f"{said}{more}")), soft_wrap=True)
         print((found if isinstance(found, Path) else out).resolve())

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from moe_lens.argument_checks import ReadByItself
 from moe_lens.data.corpus import Corpus
-from moe_lens.data.domains import Domain
+from moe_lens.data.domains import Domain, check_name
 from moe_lens.errors import InputError, a_kind
 
 Domains = Annotated[Domain | Corpus | Sequence[Domain | Corpus] | Mapping[str, Any], ReadByItself()]
@@ -37,6 +37,7 @@ def as_domains(given: Domains) -> list[Domain | Corpus]:
     if not names:
         raise InputError("there is no domain; give at least one")
     for name in names:
+        check_name(name)
         if names.count(name) > 1:
             raise InputError(f"two domains are called {name!r}; give each a name of its own")
     return found

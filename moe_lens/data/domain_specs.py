@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lens.data.corpus import Corpus, from_file, from_hub
-from moe_lens.data.domains import EMBEDDED, Domain, embedded_domain, load_domain
+from moe_lens.data.domains import EMBEDDED, Domain, check_name, embedded_domain, load_domain
 from moe_lens.data.paper_presets import PRESETS
 from moe_lens.errors import InputError, near_miss
 
@@ -38,6 +38,7 @@ class DomainSpec:
         Raises:
             InputError: There are none, or they cannot be read. A dataset on the hub is looked for when it is read.
         """
+        check_name(self.name)
         if self.path is not None and self.hub is not None:
             raise InputError(f"domain {self.name!r} has a path and a name on the hub; give one of them")
         place = "path" if self.path is not None else "hub" if self.hub is not None else None

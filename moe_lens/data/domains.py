@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
@@ -16,6 +17,18 @@ from moe_lens.reprs import Summary
 
 EMBEDDED = ("english", "french", "german", "math", "code")
 """The domains that ship with the package; `assets/domains/ATTRIBUTION.md` says where they come from."""
+
+
+def check_name(name: Any) -> None:
+    """Refuse what cannot be the name of a domain, which stands in tables and in the terminal.
+
+    Raises:
+        InputError: It is no text, or empty, or has control characters or ends of lines in it.
+    """
+    if not isinstance(name, str) or not name.strip():
+        raise InputError(f"a domain is called {name!r}; its name must be a text that is not empty")
+    if re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029]", name):
+        raise InputError(f"a domain is called {name!r}; its name must be one line without control characters")
 
 
 @dataclass(frozen=True)
@@ -44,8 +57,7 @@ class Domain(Summary):
             InputError: One is no text, is empty or holds half of a character; there is no such column; there are
                 more or fewer sources than texts; or all texts are names of files. The message says which.
         """
-        if not isinstance(name, str) or not name.strip():
-            raise InputError(f"a domain is called {name!r}; its name must be a text that is not empty")
+        check_name(name)
         passages = tuple(read_given(name, texts, text=text, sources=sources))
         if not passages:
             raise InputError(f"domain {name!r} holds no text")

@@ -210,7 +210,7 @@ def test_termination_is_a_line_and_cleans_up(capsys, monkeypatch):
     assert capsys.readouterr().err.startswith("moe-lens: terminated; no progress is kept")
     assert signal.getsignal(signal.SIGTERM) is before
     assert main(["atlas", "--tokens", "9"]) == 143
-    assert "terminated; progress is kept: run the same command to resume it" in capsys.readouterr().err
+    assert "terminated; any progress is kept: run the same command to go on" in capsys.readouterr().err
     monkeypatch.setattr(command_line, "defaults", lambda *_: signal.raise_signal(signal.SIGINT))
     ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     try:

@@ -236,6 +236,7 @@ def test_tables_that_are_wrong(table, message):
     ("argument", "message"),
     [
         ("few.txt", "expected NAME=FILE"),
+        ("e\x1b[31mz=few.txt", r"'e\\x1b\[31mz'; its name must be one line"),
         ("=few.txt", "expected NAME=FILE"),
         ("a=b.docx", "must be a .jsonl, .json, .csv, .tsv, .txt or .parquet file .*not .docx"),
         ("paper/none", "one of english, french, german, math, code, paper/github"),

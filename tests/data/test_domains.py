@@ -390,6 +390,8 @@ def test_a_dictionary_is_a_set_of_domains():
     assert in_memory({"a": TEXTS}) == [found[0]]
     with pytest.raises(InputError, match="'c' is a stream"):
         in_memory(found)
+    with pytest.raises(InputError, match=r"called 'c\\n'; its name must be one line"):
+        as_domains({"c\n": stream})
 
 
 @pytest.mark.untyped

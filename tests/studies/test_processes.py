@@ -121,7 +121,7 @@ def test_an_error_or_a_signal_of_one_process_ends_all_of_them_with_a_line_and_lo
         progress = list(unfinished.glob("*-1of2.safetensors"))
     started[1].send(signal.SIGTERM)
     assert one_line(started, [2, 143]).startswith(
-        "moe-lens (process 1): terminated; progress is kept: run the same command"
+        "moe-lens (process 1): terminated; any progress is kept: run the same command"
     )
     (broken,) = progress
     content = broken.read_bytes()
