@@ -143,7 +143,7 @@ def _of_object(value: Any) -> list[Any]:
     if package == "pandas":
         return [value.to_dict() if hasattr(value, "to_dict") else repr(value)]
     if package == "datasets":
-        return [getattr(value, "_fingerprint", None)]
+        return [vars(value).get("_fingerprint") or pickle.dumps(value)]
     held = getattr(value, "__dict__", {}).items()
     if _is_users_own(type(value)):
         return [pair for pair in held if isinstance(pair[1], (*_PLAIN, *_HOLDING))]

@@ -78,6 +78,7 @@ TOUCHPOINTS = (
         for name in ("original_component", "set_original_component", "_hook_registry=", "hook_aliases=", "submodules=")
     ),
     f"{_COMPONENTS}.attention:AttentionBridge._apply_attn_dropout",
+    f"{_COMPONENTS}.attention:AttentionBridge._masked_softmax",
     f"{_COMPONENTS}.attention:AttentionBridge._setup_qkv_hook_reshaping",
     f"{_COMPONENTS}.normalization:NormalizationBridge._apply_weight_and_bias",
     "transformer_lens.conversion_utils.conversion_steps.base_tensor_conversion:BaseTensorConversion",

@@ -38,6 +38,18 @@ def padded(side: str) -> tuple[Tensor, Tensor, list[tuple[int, slice]]]:
 
 
 @families
+def test_reading_attention_leaves_texts_that_are_padded_on_the_left_as_they_are_in_float64(family: str) -> None:
+    """Its softmax is in float32, where a mask of float64 is infinite."""
+    case = wrapped(family, torch.float64)
+    ids, mask, _ = padded("left")
+    with torch.no_grad():
+        plain = case.model(ids, attention_mask=mask)[mask.bool()]
+        read, cache = case.model.run_with_cache(ids, attention_mask=mask)
+    assert deviation(read[mask.bool()], plain) <= FP32 * plain.abs().max().item()
+    assert cache["resid_post", case.last].isfinite().all()
+
+
+@families
 @sides
 def test_padding_changes_nothing_on_real_tokens(family: str, side: str) -> None:
     case = wrapped(family)

@@ -179,6 +179,7 @@ OTHERS = {
         *vars(torch.nn.Module()),
     ),  # torch's
     *("_hf_hook", "_old_forward"),  # accelerate's
+    *("_fingerprint",),  # that of datasets, without which they are pickled
     *("_tensor_data_names", "_type"),  # torchao's, in the headers of files
     *("_all_hooks", "_asked_kernel", "_cfg", "_original_names"),  # our own, in the `__dict__` of a model
 }

@@ -242,6 +242,15 @@ class Attention(GeneralizedComponent):
         kwargs.pop("cache", None)
         return super().forward(*args, **{**kwargs, "past_key_values": past})
 
+    def _masked_softmax(self, attn_scores: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """TransformerLens's, in which scores of float64 are masked by what overflows in the softmax's float32.
+
+        Where a query sees no key (padding on the left), nothing would be left of them but NaN, which reaches all rows.
+        """
+        if dtype is not None:
+            attn_scores = attn_scores.clamp(min=torch.finfo(dtype).min)
+        return super()._masked_softmax(attn_scores, dtype)  # pyright: ignore[reportAttributeAccessIssue]
+
     def _apply_attn_dropout(self, attn_weights: Tensor) -> Tensor:
         """TransformerLens's, and that of a rate which the module keeps as a number (DeepSeek-V2 and V3)."""
         rate = getattr(self.original_component, "attention_dropout", None)
