@@ -174,12 +174,20 @@ def test_what_has_no_value_is_refused() -> None:
 
 
 def test_of_this_package_s_functions_what_they_have_seen_does_not_count() -> None:
-    from moe_lens.pruning.preview import _fewer
-    from tests.wrapped import wrapped
+    def noting(what: int) -> Callable[..., None]:
+        seen: list[int] = []
 
-    case = wrapped("deepseek")
-    (_, note), *_ = _fewer(case.model, 2, 1)
-    before = digest_of(note)
-    with case.model.hooks(fwd_hooks=[("blocks.2.mlp.hook_expert_indices", note)]):
-        case.model(case.tokens)
-    assert digest_of(note) == before != digest_of(_fewer(case.model, 2, 2)[0][1])
+        def note(value: Any, hook: Any) -> None:  # noqa: ARG001
+            seen.append(what)
+
+        return note
+
+    for module, alike in (("moe_lens.pruning.preview", True), (__name__, False)):
+        note = noting(1)
+        note.__module__ = module
+        before = digest_of(note)
+        note(None, None)
+        assert (digest_of(note) == before) is alike
+        other = noting(2)
+        other.__module__ = module
+        assert digest_of(other) != before
