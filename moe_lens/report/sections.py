@@ -44,10 +44,11 @@ def texts(studies: Studies) -> Section:
         if name == "single_expert":
             same["whole"] = whole
     readings.sort(key=lambda each: -sum(row["tokens"] for row in each["rows"]))
-    few = dict.fromkeys(row["name"] for each in readings for row in each["rows"] if row["sources"] < MIN_SOURCES)
+    for each in readings:
+        each["few"] = [row["name"] for row in each["rows"] if row["sources"] < MIN_SOURCES]
     names = dict.fromkeys(row["name"] for each in readings for row in each["rows"])
     colours = {name: colour(n) for n, name in enumerate(names)}
-    return section("texts", "Texts", readings=readings, colours=colours, few=list(few), least=MIN_SOURCES)
+    return section("texts", "Texts", readings=readings, colours=colours, least=MIN_SOURCES)
 
 
 def _context(result: StudyResult) -> int | None:
