@@ -172,10 +172,13 @@ def _means(model: Any, baseline: str, reference: Reference | None, selection: Se
 def _chosen(
     selection: Selection, slots: Slots, cache: MoECache, means: ExpertMeans | None
 ) -> Bool[Tensor, "layer batch pos top_k"]:
-    """The slots that are attributed: those selected, and none at padding."""
+    """The slots that are attributed: those selected, and none at padding or left out."""
     batch, pos, _ = next(iter(slots.indices.values())).shape
     positions = selection.positions(Step(batch, pos, cache.tokens, cache.mask))
-    chosen = {layer: selection.slots(layer, indices, positions) for layer, indices in slots.indices.items()}
+    chosen = {
+        layer: selection.slots(layer, indices, positions) & slots.kept[layer]
+        for layer, indices in slots.indices.items()
+    }
     if means is not None:
         for layer, which in chosen.items():
             for expert in slots.indices[layer][which].unique().tolist():

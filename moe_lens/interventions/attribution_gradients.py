@@ -34,11 +34,19 @@ class Slots:
     """Which experts they are, by layer."""
     contributions: Mapping[int, Float[Tensor, "batch pos top_k d_model"]]
     """g E(x) − baseline, by layer."""
+    kept: Mapping[int, Bool[Tensor, "batch pos top_k"]]
+    """Whose expert was computed, and not left out by an intervention, by layer."""
+
+    @property
+    def computed(self) -> Bool[Tensor, "layer batch pos top_k"]:
+        """`kept` of all layers, on the CPU."""
+        return torch.stack([kept.cpu() for kept in self.kept.values()])
 
     @staticmethod
     def hooks(layers: Sequence[int], weights: bool) -> list[str]:
         """What a cache must hold; routing weights if there is a baseline that they multiply."""
-        wanted = [names.EXPERT_INDICES, names.EXPERT_WEIGHTED] + ([names.ROUTING_WEIGHTS] if weights else [])
+        wanted = [names.EXPERT_INDICES, names.EXPERT_KEPT, names.EXPERT_WEIGHTED]
+        wanted += [names.ROUTING_WEIGHTS] if weights else []
         return [names.mlp(name, layer) for layer in layers for name in wanted]
 
     @classmethod
@@ -61,7 +69,7 @@ class Slots:
             weights = output_factors(cache[names.mlp(names.ROUTING_WEIGHTS, layer)], cache.model.family)
             stand_in = means.of(layer).nan_to_num().to(weights)[indices[layer]]
             parts[layer] = parts[layer] - (weights[..., None] * stand_in).to(parts[layer])
-        return cls(indices, parts)
+        return cls(indices, parts, {layer: cache[names.mlp(names.EXPERT_KEPT, layer)] for layer in layers})
 
     def products(self, gradients: Mapping[int, Tensor]) -> Float[Tensor, "layer batch pos top_k"]:
         """Γ · c of every slot, on the CPU, in float32 at least."""

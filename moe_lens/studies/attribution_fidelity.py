@@ -90,7 +90,7 @@ def effects(
     hooks = Slots.hooks(model.moe_layers, weights=False)
     run = CleanRun.of(model, tokens, keep=hooks, attention_mask=attention_mask)
     slots = Slots.of(run.cache, model.moe_layers, None)
-    chosen = mask[None, :, :, None].expand(len(model.moe_layers), -1, -1, model.top_k)
+    chosen = mask[None, :, :, None] & slots.computed.to(mask.device)
     parts = slots.contributions.values()
     norms = torch.stack([torch.linalg.vector_norm(part, dim=-1, dtype=torch.float64).cpu() for part in parts])
     norm, count = slots.by_unit(norms, chosen, "expert", model.n_experts)

@@ -85,6 +85,6 @@ def scores_of(model: Any, batch: TokenBatch, by: str) -> tuple[Tensor, Tensor]:
     hooks = Slots.hooks(model.moe_layers, weights=False)
     run = CleanRun.of(model, tokens, keep=hooks, attention_mask=mask.long())
     slots = Slots.of(run.cache, model.moe_layers, None)
-    every = mask[None, :, :, None].expand(len(model.moe_layers), -1, -1, model.top_k)
+    every = mask[None, :, :, None] & slots.computed.to(mask.device)
     saved = -Knockouts(model, run, slots, every, "expert").by_item(metric, "free")
     return saved.movedim(-1, 0), reads.sum(-1)

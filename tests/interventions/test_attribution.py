@@ -529,3 +529,20 @@ def test_the_guide_runs_as_written(capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(code_of(DOCS / "attribution.md"), "attribution.md", "exec"), values)
     assert "torch.Size([5, 64, 1, 10])" in capsys.readouterr().out
     assert values["exact"].clean == pytest.approx(values["found"].clean)
+
+
+@pytest.mark.typed
+@pytest.mark.parametrize("method", ["gradient", "direct", "knockout"])
+def test_experts_that_an_intervention_left_out_do_not_count(method: Any) -> None:
+    case = wrapped("deepseek")
+    model, tokens = case.model, case.tokens
+    last = model.moe_layers[-1]
+    before = expert_attribution(model, tokens, Logit(5), method=method).used()[-1]
+    with model.ablate({last: [0, 1]}):
+        found = expert_attribution(model, tokens, Logit(5), method=method)
+    assert bool(before[:2].all()) and found.used()[-1].tolist() == [0, 0, *before[2:].tolist()]
+    frame = found.to_frame()
+    assert set(frame[frame.layer == last].expert) == set(before[2:].nonzero()[:, 0].add(2).tolist())
+    with model.keep_top(1):
+        of_ranks = expert_attribution(model, tokens, Logit(5), method=method, unit="rank").used()
+    assert of_ranks.tolist() == [[tokens.numel(), 0, 0]] * len(model.moe_layers)
