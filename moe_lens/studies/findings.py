@@ -34,6 +34,13 @@ def too_few(sources: Mapping[str, int]) -> tuple[str, ...]:
     return (f"{said}; read more tokens, or say of each text which document it is from (source)",) if few else ()
 
 
+def repeated_texts(repeated: Mapping[str, int]) -> tuple[str, ...]:
+    """A warning where sources have the same texts, and so are not independent."""
+    some = [f"{name} ({n:,})" for name, n in repeated.items() if n]
+    said = f"texts that other sources have too, word for word: {', '.join(some)}"
+    return (f"{said}; these sources are not independent, and intervals are too narrow",) if some else ()
+
+
 def too_short(read: Mapping[str, int], asked: int | None) -> tuple[str, ...]:
     """A warning where domains hold fewer tokens than were asked for."""
     short = [f"{name} ({n:,})" for name, n in read.items() if asked is not None and n < asked]

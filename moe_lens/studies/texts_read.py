@@ -1,5 +1,6 @@
 """What was read of a domain."""
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Self
 
@@ -8,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from moe_lens.data import TokenBatch
+from moe_lens.data import Corpus, Domain, TokenBatch
 from moe_lens.stats import Accumulator, Result
 from moe_lens.stats.sums import BySource, Total
 
@@ -36,6 +37,17 @@ class Texts(Result):
     def to_frame(self) -> pd.DataFrame:
         """One row per source."""
         return pd.DataFrame({"source": self.sources, "tokens": self.tokens.numpy(), "windows": self.windows.numpy()})
+
+
+def repeated(domain: Domain | Corpus) -> dict[str, int]:
+    """How many texts of a domain other sources have too, word for word; nothing where none, or it is not in memory."""
+    if not isinstance(domain, Domain):
+        return {}
+    sources: defaultdict[str, set[str]] = defaultdict(set)
+    for passage in domain.passages:
+        sources[passage.text].add(passage.source)
+    n = sum(len(sources[passage.text]) > 1 for passage in domain.passages)
+    return {"repeated": n} if n else {}
 
 
 class TextStats(Accumulator[Texts]):

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from moe_lens.cli import main
 from moe_lens.cli.show import findings_in
+from moe_lens.data import Domain
 from moe_lens.errors import near_miss
 from moe_lens.manifest import seal
 from moe_lens.report.report_page import page_of
@@ -211,6 +212,15 @@ def test_fewer_tokens_than_were_asked_for_are_said(asked, short):
     found = findings_of({"plan": plan, "read": read}, {})
     said = f"{short}: all of its texts, which are fewer than the {asked:,} tokens asked for" if short else None
     assert found.warnings == ((said,) if said else ())
+
+
+def test_sources_with_one_and_the_same_text_are_said_not_to_be_independent():
+    texts = [passage.text for passage in domain("d", n=6, sources=6).passages]
+    model, said = tiny_model(), []
+    for sources in ([*range(6), *range(6)], range(12)):
+        found = run(RoutingStudy(), model, Domain.of("d", texts * 2, sources=sources), reading=SMALL)
+        said.append([line for line in found.findings().warnings if "word for word: d (12); these" in line])
+    assert [len(lines) for lines in said] == [0, 1]
 
 
 def test_a_single_source_has_no_share_that_was_picked_on_others():
