@@ -676,3 +676,11 @@ def test_a_divisor_for_the_loss_of_transformers_is_not_ignored() -> None:
     model = wrapped("olmoe").model
     with pytest.raises(InputError, match="num_items_in_batch.*loss_per_token"):
         model(tokens(), return_type="loss", num_items_in_batch=7)
+
+
+def test_generation_of_several_prompts_keeps_no_cache() -> None:
+    case = wrapped("mixtral")
+    with pytest.raises(UnsupportedModelError, match=r"return_cache=True\) is not supported for batched"):
+        case.model.generate(case.tokens, max_new_tokens=1, return_cache=True, verbose=False)
+    tokens, cache = case.model.generate(case.tokens[:1], max_new_tokens=1, return_cache=True, verbose=False)
+    assert cache["resid_pre", 0].shape[:2] == tokens.shape

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, UnsupportedModelError
 from moe_lens.ids import one_id
 from moe_lens.model.hf_compat import cache_word
 from moe_lens.model.hooks.arguments import further_words, named, refuse_unknown
@@ -43,10 +43,16 @@ class GeneratingBridge(CachedRuns):
 
         Raises:
             InputError: a prompt that cannot be read, or an argument that is not TransformerLens's.
+            UnsupportedModelError: `return_cache` where TransformerLens keeps no cache, as of several prompts.
         """
         words, columns = self._prompted("generate", input, args, kwargs)
         with GenerationClaim(self, "generate", columns):
-            out = super().generate(**words)
+            try:
+                out = super().generate(**words)
+            except NotImplementedError as error:
+                if str(error).startswith("generate(return_cache=True)"):
+                    raise UnsupportedModelError(f"TransformerLens's {error}") from error
+                raise
         # On TransformerLens's way around its own loop, for some recurrent models, tokens come back.
         return self._decoded(out, False) if words.get("return_type") == "str" and isinstance(out, Tensor) else out
 
