@@ -140,7 +140,7 @@ def _check_of_union(members: tuple[Any, ...]) -> Check | None:
         if len(wanted) < sum(one is not None for _, one in checks):
             return None
         others = ["None" if kind is type(None) else a_kind(kind) for kind in others_known]
-        return ", or ".join([*wanted, *others])
+        return ", or ".join(dict.fromkeys([*wanted, *others]))
 
     return check
 

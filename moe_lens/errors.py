@@ -119,6 +119,7 @@ _SAID = {
     "Sequence": "several, in a list",
     "Mapping": "dictionary",
     "ndarray": "numpy array",
+    "integer": "whole number",
     "Domain": "Domain (what Domain.of makes of texts)",
     "Passage": "Passage (what Domain.of makes of a text)",
     "Tokens": "Tokens (what tokenize makes of a domain)",

@@ -118,6 +118,14 @@ def test_positions_and_items(pos_slice: Any):
     assert close(kept.logit_attrs(part, 7, pos_slice=pos_slice), whole[:, :, at])
     assert close(kept.logit_attrs(part, 7, pos_slice=pos_slice, batch_slice=1), whole[:, 1][..., at])
     assert close(kept.logit_attrs(part, 7, pos_slice=pos_slice, batch_slice=(1, 2)), whole[:, 1:2][..., at])
+    item = part[:, 1:2]  # what has been cut is not cut once more
+    for cut in ([1], (1, 2)):
+        with pytest.raises(InputError, match="holds 1 items of the batch, and the cache 2; batch_slice takes"):
+            kept.logit_attrs(item, 7, pos_slice=pos_slice, batch_slice=cut)
+        with pytest.raises(InputError, match="holds 1 items of the batch, and the cache 2; batch_slice takes"):
+            kept.apply_ln_to_stack(item, 1, pos_slice=pos_slice, batch_slice=cut)
+    with pytest.raises(InputError, match="expected a whole number, or several, in a list, or a Slice, or a Tensor"):
+        kept.logit_attrs(part, 7, pos_slice=slice(1, 2))  # pyright: ignore[reportArgumentType]
     one = fresh("deepseek", tokens=case.tokens[:1]).remove_batch_dim()
     stack = one.decompose_experts(return_labels=False)
     assert close(one.logit_attrs(stack, 7, has_batch_dim=False), whole[:, 0])

@@ -51,6 +51,8 @@ class AttributionCache(HookCache):
         final = layer == self.model.cfg.n_layers
         where, items = self._where(pos_slice), as_slice(batch_slice)
         if not (final and recompute_ln):
+            if batch_slice is not None and has_batch_dim:
+                self._check_items(residual_stack, self._get_cached_ln_scale(layer, mlp_input, where, as_slice(None)))
             cut = items.apply(residual_stack, dim=1) if has_batch_dim else residual_stack
             scale = self._get_cached_ln_scale(layer, mlp_input, where, items)
             batched = has_batch_dim or not self.has_batch_dim
@@ -107,6 +109,8 @@ class AttributionCache(HookCache):
             direction = direction - other
         items = as_slice(batch_slice)
         where = self._where(pos_slice)
+        if batch_slice is not None and has_batch_dim:
+            self._check_items(residual_stack, self[names.FINAL_SCALE])
         stack = items.apply(residual_stack, dim=1) if has_batch_dim else residual_stack
         scale = where.apply(self[names.FINAL_SCALE], dim=-2)
         scale = (items.apply(scale) if self.has_batch_dim else scale).squeeze(-1)
@@ -127,6 +131,14 @@ class AttributionCache(HookCache):
         if self._uses_ln_centering(None):
             direction = direction - direction.mean(-1, keepdim=True)
         return torch.stack([(part.to(wide) * direction).sum(-1) / scale for part in stack])
+
+    def _check_items(self, stack: Tensor, scale: Tensor) -> None:
+        """Raise where a stack has been cut along the batch already: items would be taken of it once more."""
+        if self.has_batch_dim and stack.ndim > 2 and stack.shape[1] != len(scale):
+            raise InputError(
+                f"the stack holds {stack.shape[1]} items of the batch, and the cache {len(scale)}; batch_slice takes "
+                "items of the whole stack: do not cut it before"
+            )
 
     def _check_tokens(self, stack: Tensor, scaled: Sequence[int], has_batch_dim: bool) -> None:
         """Raise where components and a norm's scale are of different tokens: a broadcast would mix them up."""
