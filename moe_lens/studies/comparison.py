@@ -223,6 +223,8 @@ def compare(
     left_out = [] if domains else _alone("domains", [of.domains for of in (first, second)], names)
     left_out += _alone("values", alone, names)
     left_out += [single] * renumbered
+    if first.study in _BEYOND:
+        left_out.append(f"what {first.study} measures beyond routing ({_BEYOND[first.study]})")
     return Comparison(first.study, names, first.manifest, second.manifest, table, tuple(left_out))
 
 
@@ -245,6 +247,13 @@ def _asked(plan: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key not in _HOW_ONLY}
 
 
+_BEYOND = {
+    "ablation": "added losses",
+    "atlas": "losses, knock-outs, contexts",
+    "localisation": "contrasts",
+    "pruning": "perplexities of smaller models",
+}
+"""Studies of which routing alone is compared, and what is not."""
 _HOW_ONLY = ("shard_tokens", "seed")
 """What changes how a study works, or which texts it draws, and not what it asks."""
 _COLUMNS = ("domain", "quantity", "of", "difference", "low", "high", "p_adjusted", "paired", "sources", "dropped")

@@ -6,7 +6,7 @@ import torch
 from moe_lens.cli import main, options
 from moe_lens.data import Domain, tokenize
 from moe_lens.errors import InputError
-from moe_lens.studies import AblationStudy, run
+from moe_lens.studies import AblationStudy, compare, run
 from moe_lens.studies.forward_passes import losses, predicted
 from moe_lens.studies.matched_coalitions import TOLERANCE
 from tests.studies.test_study import SMALL
@@ -77,6 +77,12 @@ def test_matched_coalitions_carry_the_weight_and_none_of_the_experts(made):
     beyond = zero.loc[("a", "picked"), "added"] - zero.loc[("a", "random"), "added"]
     assert zero.loc[("a", "random"), "beyond"] == pytest.approx(beyond)
     assert zero.loc[("a", "random"), "beyond_low"] <= beyond <= zero.loc[("a", "random"), "beyond_high"]
+
+
+def test_comparing_says_that_only_routing_is_compared(made):
+    found = compare(made, domains=("a", "b"))
+    assert set(found.table["quantity"]) == {"share", "weight", "router_entropy", "margin"}
+    assert "left out: what ablation measures beyond routing (added losses)" in found.found()
 
 
 def test_each_coalition_is_told_by_itself_and_stars_ask_for_both(made):
