@@ -107,7 +107,7 @@ class Lens(Summary, ABC):
             plain = any(not which.weighted and (which.picks or not which.restricted) for which in sums or ())
             parts += [names.EXPERT_OUT] if sums is None or plain else []
             unselected = any(which.drawn == "unselected" for which in sums or ())
-            parts += [names.MLP_IN] if sums is None or unselected else []
+            parts += [names.MLP_IN, names.ROUTER_LOGITS] if sums is None or unselected else []
             wanted += [names.mlp(name, layer) for name in parts]
         return list(dict.fromkeys(wanted))
 

@@ -183,7 +183,7 @@ def unselected_hooks(
     model: Any,
     sums: Sequence[PartialSum],
     into: dict[tuple[int, PartialSum], Tensor],
-    draws: Float[Tensor, "layer batch pos"],
+    draws: Float[Tensor, "layer batch pos"] | None = None,
 ) -> Hooks:
     """Hooks that compute the terms of unselected experts while a layer's weights are there.
 
@@ -193,18 +193,19 @@ def unselected_hooks(
         model: A `HookedMoE`.
         sums: Those that a lens will read.
         into: Takes the terms [batch, pos, d_model], by layer and sum.
-        draws: Uniform random numbers in [0, 1) that decide which experts they are.
+        draws: Uniform random numbers in [0, 1) that decide which experts they are, as `SumCache.draws`.
     """
     wanted = [which for which in sums if which.drawn == "unselected"]
 
     def keep(layer: int, of: dict[str, Tensor]) -> None:
-        x, indices, weights = (of[name] for name in read)
+        x, indices, weights, logits = (of[name] for name in read)
+        drawn = None if draws is None else draws[layer]
         for which in wanted:
             with suppress(InputError):  # there is none to draw, as the lens will say
-                expert = unselected_experts(indices, layer, which.seed, model.n_experts, draws[layer])
+                expert = unselected_experts(indices, layer, which.seed, model.n_experts, drawn, logits)
                 into[layer, which] = unselected_term(model, layer, which, x, expert, weights)
 
-    read = (names.MLP_IN, names.EXPERT_INDICES, names.ROUTING_WEIGHTS)
+    read = (names.MLP_IN, names.EXPERT_INDICES, names.ROUTING_WEIGHTS, names.ROUTER_LOGITS)
     return each_layer(model, [*read, names.ROUTED_OUT], keep) if wanted else []
 
 

@@ -123,6 +123,31 @@ def test_draws_are_even_seeded_and_each_tokens_own():
         assert close(many.partial_sum(1, which, at=some).values, many.partial_sum(1, which).values[some])
 
 
+def test_experts_that_the_router_is_forbidden_are_not_drawn():
+    """As in the preview of a plan: the smaller model does not have them."""
+    model, gone, name = full("deepseek")[0].model, [1, 4], names.mlp(names.ROUTER_LOGITS, 1)
+    which = PartialSum(drawn="unselected")
+
+    def forbid(logits: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        return logits.index_fill(-1, torch.tensor(gone), -torch.inf)
+
+    with model.hooks([(name, forbid)]), torch.no_grad():
+        _, kept = model.run_with_cache(
+            torch.randint(3, 101, (40, 50)), names_filter=LogitLens(model).hooks(sums=[which])
+        )
+    expert, indices = kept.selected_expert(1, which).expert, kept["expert_indices", 1]
+    assert not torch.isin(expert, torch.tensor(gone)).any() and not (indices == expert[..., None]).any()
+    left = torch.ones(40, 50, 8, dtype=torch.bool).scatter(-1, indices, False)
+    left[..., gone] = False
+    place = (left & (torch.arange(8) < expert[..., None])).sum(-1).flatten().bincount(minlength=3).double()
+    assert float(((place - 2000 / 3) ** 2 / (2000 / 3)).sum()) < 16  # χ² with 2 degrees exceeds 16 in 0.03 %
+    gone[:] = [0, 1, 2, 3, 4]
+    with model.hooks([(name, forbid)]), torch.no_grad():
+        _, kept = model.run_with_cache(TOKENS, names_filter=LogitLens(model).hooks(sums=[which]))
+    with pytest.raises(InputError, match="all 3 experts are always active: none is left unselected"):
+        kept.selected_expert(1, which)
+
+
 def test_where_all_experts_are_active_none_is_left():
     model = HookedMoE.from_hf(build("deepseek", num_experts_per_tok=8))
     _, kept = model.run_with_cache(TOKENS, names_filter=LogitLens(model).hooks())
@@ -310,6 +335,7 @@ def test_what_is_missing_is_named_all_of_it(model: HookedMoE):
     assert {name.rpartition(".")[2] for name in wanted} == {
         "hook_resid_post", "hook_resid_mid", "hook_resid_pre", "hook_expert_indices", "hook_routing_weights",
         "hook_routed_out", "hook_shared_out", "hook_expert_weighted", "hook_expert_out", "hook_in",
+        "hook_router_logits",
     }  # fmt: skip
     made_of_others = {"hook_routed_out", "hook_expert_weighted"}
     for lacking in wanted:

@@ -191,7 +191,9 @@ class SumCache(AttributionCache):
 
     def _unselected(self, layer: int, seed: int, at: At | None) -> Int[Tensor, "*tokens"]:
         indices = self[names.mlp(names.EXPERT_INDICES, layer)]
-        expert = unselected_experts(indices, layer, seed, self.model.n_experts, self._draws(layer))
+        name = names.mlp(names.ROUTER_LOGITS, layer)
+        logits = self[name] if name in self else None  # noqa: SIM401  # a cache has no `get`
+        expert = unselected_experts(indices, layer, seed, self.model.n_experts, self._draws(layer), logits)
         return expert if at is None else expert[at]
 
     def _draws(self, layer: int) -> Float[Tensor, "*tokens"] | None:

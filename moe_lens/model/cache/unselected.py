@@ -44,6 +44,7 @@ def unselected_experts(
     seed: Natural,
     n_experts: Natural,
     draws: Float[Tensor, "*tokens"] | None = None,
+    logits: Float[Tensor, "*tokens n_experts"] | None = None,
 ) -> Int[Tensor, "*tokens"]:
     """For each token, an expert that it did not select; each of them is equally likely.
 
@@ -53,13 +54,20 @@ def unselected_experts(
         seed: Of the draws.
         n_experts: Of the layer.
         draws: Uniform random numbers in [0, 1) to take them from, instead of the seed.
+        logits: Of the router. Experts that it is forbidden (−∞), as in the preview of a plan, are not drawn.
 
     Raises:
-        InputError: All experts are always active, or tokens have different numbers of them.
+        InputError: All experts are always active, but for forbidden ones, or tokens have different numbers of them.
     """
     free = n_experts - indices.shape[-1]
-    if not free:
-        raise InputError(f"all {n_experts} experts are always active: none is left unselected to draw")
+    forbidden = torch.zeros(0) if logits is None else logits.isneginf()
+    if not free or (forbidden.any() and int(forbidden.sum(-1).max()) >= free):
+        allowed = n_experts - (int(forbidden.sum(-1).max()) if forbidden.any() else 0)
+        raise InputError(f"all {allowed} experts are always active: none is left unselected to draw")
+    if forbidden.any():
+        left = ~forbidden.scatter(-1, indices.clamp(min=0), True)
+        numbers = drawn_numbers(indices, layer, seed, 2**24, draws).to(left.device) / 2**24
+        return (left.cumsum(-1) > (numbers * left.sum(-1)).long()[..., None]).long().argmax(-1)
     expert = drawn_numbers(indices, layer, seed, free, draws).to(indices.device)
     for selected in indices.sort(-1).values.unbind(-1):  # the n-th of those that are left
         expert = expert + (expert >= selected).long()
