@@ -19,7 +19,9 @@ from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.model.cache.hook_cache import identity
 from moe_lens.model.loading import saving
+from moe_lens.model.loading.gguf_file import read_gguf_config
 from moe_lens.model.loading.quantising import quantise
+from moe_lens.model.loading.through_transformers import UNREADABLE
 from moe_lens.pruning import Plan, export
 from tests.families import CONFIGS, build, tokens
 from tests.matrix.configs import build as matrix_build
@@ -221,6 +223,9 @@ def gguf(folder: Path) -> HookedMoE:
     writer.add_key_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_string("qwen3moe.rope.scaling.type", config.rope_parameters["rope_type"])
+    writer.add_rope_scaling_factor(config.rope_parameters["factor"])
+    writer.add_rope_scaling_orig_ctx_len(config.rope_parameters["original_max_position_embeddings"])
     writer.add_vocab_size(config.vocab_size)
     writer.add_expert_count(config.num_experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
@@ -249,6 +254,10 @@ def gguf(folder: Path) -> HookedMoE:
     writer.close()
     for file in (*folder.glob("*.safetensors"), folder / "config.json"):
         file.unlink()
+    config.save_pretrained(folder.parent)
+    for given in (config, folder.parent):
+        configured = HookedMoE.from_pretrained(folder / "model.gguf", config=given, check=False)
+        assert torch.equal(configured(matrix_tokens()), logits), "a config beside it counts, and says its sizes"
     model = HookedMoE.from_pretrained(folder / "model.gguf")
     for scheme in ("int8", "stored"):
         with pytest.raises(InputError, match=f"quantize='{scheme}': the matrices of a GGUF file are unpacked"):
@@ -283,7 +292,9 @@ WIDE: dict[str, Any] = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 
 def test_saved_however_it_was_loaded(model_type: str, way: Any, tied: bool, tmp_path: Path) -> None:
     sizes: dict[str, Any] = {} if way is on_disk else WIDE
     if way is gguf:
-        sizes = {**WIDE, "moe_intermediate_size": 96}  # transformers does not read it, and would take 768
+        yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 4}
+        # transformers reads neither: it would take 768, and no scaling
+        sizes = {**WIDE, "moe_intermediate_size": 96, "rope_parameters": yarn}
     matrix_build(model_type, tie_word_embeddings=tied, **sizes).save_pretrained(tmp_path / "stored")
     model = way(tmp_path / "stored")
     with torch.no_grad():
@@ -385,6 +396,42 @@ def test_a_gguf_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(UnsupportedModelError, match="does not read GGUF files of the architecture 'deepseek2'"):
         HookedMoE.from_pretrained(tmp_path / "v2.gguf")
+
+
+YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 8}
+
+
+@pytest.mark.typed
+def test_what_a_gguf_file_says_of_rotary_angles_is_read_or_refused(tmp_path: Path) -> None:
+    library: Any = pytest.importorskip("gguf")
+
+    def read(scaling: dict[str, Any], architecture: str = "qwen3moe", *given: str) -> Any:
+        writer = library.GGUFWriter(tmp_path / "m.gguf", architecture)
+        for key, value in scaling.items():
+            add = writer.add_string if isinstance(value, str) else writer.add_float32
+            add(f"{architecture}.rope.{key}", value)
+        for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.close):
+            write()
+        return read_gguf_config(str(tmp_path), "m.gguf", {}, UNREADABLE, given)[2].get("rope_parameters")
+
+    yarn: dict[str, Any] = {f"scaling.{key}": value for key, value in YARN.items()}
+    assert not read({}) and not read({**yarn, "scaling.type": "none"}), "a control: as nothing is said of it"
+    found = read({**yarn, "scaling.yarn_beta_fast": 16.0, "scaling.finetuned": 1.0})
+    assert {**found, "rope_theta": 0} == {
+        **{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 16.0},
+        "rope_theta": 0,
+    }
+    for linear in ({"scaling.type": "linear", "scaling.factor": 2.0}, {"scale_linear": 2.0}):
+        assert read(linear).items() >= {"rope_type": "linear", "factor": 2.0}.items()
+    for strange, says in (
+        ({"scaling.type": "longrope"}, r"rope\.scaling\.type = 'longrope' is not read .* Pass rope_parameters="),
+        ({"scaling.attn_factor": 2.0}, r"rope\.scaling\.attn_factor = 2\.0 is not read"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=says):
+            read(yarn | strange)
+        assert read(yarn | strange, "qwen3moe", "rope_parameters") is None, "what is passed counts"
+    with pytest.raises(UnsupportedModelError, match=r"misreads rope\.scaling of the architecture 'gpt-oss'"):
+        read(yarn, "gpt-oss")
 
 
 class ByHand(torch.nn.Module):

@@ -2,11 +2,12 @@
 
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
+from transformers.utils import is_gguf_available
 
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
 from moe_lens.model.loading.checkpoint import find_file
@@ -16,6 +17,16 @@ _SIZES = {
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
 """Names in the file, and in configs, of sizes that transformers leaves at the default of another model."""
+_ROTARY = {
+    "factor": "factor",
+    "original_context_length": "original_max_position_embeddings",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+}
+"""Names in the file, and in configs, of what scales rotary angles; transformers leaves them out."""
+_ORIGINAL = "Load the checkpoint in safetensors that the file was made from"
+_OWN_ROTARY = frozenset(("config", "rope_parameters", "rope_scaling"))
+"""Arguments of `from_pretrained` that say how to scale rotary angles, whatever the file says."""
 
 
 def find_gguf(source: str, kwargs: dict[str, Any]) -> str:
@@ -38,21 +49,27 @@ def find_gguf(source: str, kwargs: dict[str, Any]) -> str:
 
 
 def read_gguf_config(
-    source: str, file: str, hub: Mapping[str, Any], unreadable: tuple[type[Exception], ...]
-) -> tuple[Path, dict[str, Any], dict[str, int]]:
-    """Path of a GGUF file, the config that transformers makes of it, and sizes that it leaves out.
+    source: str,
+    file: str,
+    hub: Mapping[str, Any],
+    unreadable: tuple[type[Exception], ...],
+    given: Collection[str] = (),
+) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """Path of a GGUF file, the config that transformers makes of it, and settings that it leaves out.
 
-    A config.json beside the file is not read.
+    These are sizes, and the scaling of rotary angles. A config.json beside the file is not read.
 
     Args:
         source: Folder, or name on the hub.
         file: Name of the file there.
         hub: See `HUB_ARGUMENTS`.
         unreadable: What transformers raises of a file that it cannot read.
+        given: Names of the caller's own arguments; those for rotary embeddings count instead of the file's.
 
     Raises:
         CheckpointError: there is no such file, or it cannot be read.
-        UnsupportedModelError: one of several parts, or an architecture that transformers does not know; names it.
+        UnsupportedModelError: one of several parts, an architecture that transformers does not know, or a scaling of
+            rotary angles that is not read; names it.
     """
     path = find_file(source, file, hub)
     if path is None:
@@ -63,21 +80,56 @@ def read_gguf_config(
             f"{path} is one of {int(parts[1])} parts of a model. Join them: llama-gguf-split --merge {file} whole.gguf"
         )
     try:
-        raw = AutoConfig.from_pretrained(source, gguf_file=file, **hub).to_dict()
-        sizes = {name: size for name, size in _sizes(path).items() if name in raw}
-    except unreadable as error:
-        if architecture := re.search(r"architecture (\S+) is not supported", str(error)):
+        architecture, stated = _stated(path) if is_gguf_available() else ("", {})  # without it, transformers says so
+        if architecture == "gpt-oss" and "rope.scaling.type" in stated:  # read as the length of the key's name
             raise UnsupportedModelError(
-                f"{path}: transformers does not read GGUF files of the architecture {architecture[1]!r}. Load the "
-                "checkpoint in safetensors that the file was made from"
+                f"{path}: transformers misreads rope.scaling of the architecture 'gpt-oss' in GGUF files. {_ORIGINAL}"
+            )
+        raw = AutoConfig.from_pretrained(source, gguf_file=file, **hub).to_dict()
+    except unreadable as error:
+        if unknown := re.search(r"architecture (\S+) is not supported", str(error)):
+            raise UnsupportedModelError(
+                f"{path}: transformers does not read GGUF files of the architecture {unknown[1]!r}. {_ORIGINAL}"
             ) from error
         raise CheckpointError(f"transformers cannot read {path}: {error}") from error
-    return path, {**raw, **sizes}, sizes
+    settings: dict[str, Any] = {
+        ours: int(stated[theirs]) for theirs, ours in _SIZES.items() if theirs in stated and ours in raw
+    }
+    if not _OWN_ROTARY & set(given) and (rotary := _rotary(path, stated)):
+        settings["rope_parameters"] = {**(raw.get("rope_parameters") or {}), **rotary}
+    return path, {**raw, **settings}, settings
 
 
-def _sizes(path: Path) -> dict[str, int]:
-    reader: Any = importlib.import_module("gguf")  # transformers has asked for it by now
+def _stated(path: Path) -> tuple[str, dict[str, Any]]:
+    """The architecture, and what the file says of it: numbers and strings by their names without its own in front."""
+    reader: Any = importlib.import_module("gguf")
     fields = reader.GGUFReader(str(path)).fields
-    name = fields["general.architecture"].contents()
-    found = {ours: fields.get(f"{name}.{theirs}") for theirs, ours in _SIZES.items()}
-    return {ours: int(field.contents()) for ours, field in found.items() if field is not None}
+    name = str(fields["general.architecture"].contents()) if "general.architecture" in fields else ""
+    wanted = {
+        key: key.removeprefix(f"{name}.") for key in fields if key.startswith((f"{name}.expert_", f"{name}.rope."))
+    }
+    return name, {short: fields[key].contents() for key, short in wanted.items()}
+
+
+def _rotary(path: Path, stated: Mapping[str, Any]) -> dict[str, Any]:
+    """How rotary angles are scaled, in words of transformers; empty where they are not. llama.cpp's defaults.
+
+    Raises:
+        UnsupportedModelError: by more than linear scaling or YaRN; names it.
+    """
+    said = {
+        key.removeprefix("rope.scaling."): value for key, value in stated.items() if key.startswith("rope.scaling.")
+    }
+    said.setdefault("factor", stated.get("rope.scale_linear", 0.0))  # its older name; 0 is none
+    kind = said.pop("type", "linear")
+    if kind == "none" or (kind == "linear" and said["factor"] in (0, 1)):
+        return {}
+    strange = [f"{key} = {value}" for key, value in said.items() if key not in _ROTARY and key != "finetuned"]
+    if kind not in ("linear", "yarn") or strange:
+        raise UnsupportedModelError(
+            f"{path}: rope.scaling.{strange[0] if strange else f'type = {kind!r}'} is not read from GGUF files. Pass "
+            "rope_parameters={…} as the config of the original checkpoint has them"
+        )
+    of_kind = ("factor",) if kind == "linear" else tuple(_ROTARY)
+    found = {_ROTARY[key]: value for key, value in said.items() if key in of_kind}
+    return {"rope_type": kind, **found, "factor": found["factor"] or 1.0}

@@ -89,8 +89,10 @@ def load_pretrained(
         for word in ("first_n_layers", "num_hidden_layers"):
             if kwargs.get(word) is not None:
                 raise InputError(f"{gguf}: transformers reads all layers of a GGUF file: leave {word} out")
-        path, raw, sizes = read_gguf_config(source, gguf, hub, UNREADABLE)
-        kwargs |= {name: size for name, size in sizes.items() if name not in kwargs}
+        given_words = {word for word, value in kwargs.items() if value is not None}
+        path, raw, settings = read_gguf_config(source, gguf, hub, UNREADABLE, given_words)
+        if "config" not in given_words:  # which says all of it
+            kwargs |= {name: value for name, value in settings.items() if name not in kwargs}
     layers = kwargs.pop("first_n_layers", None)
     if kwargs.get("num_hidden_layers") is not None and counts_its_list(raw):
         raise InputError(

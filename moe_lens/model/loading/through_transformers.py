@@ -43,7 +43,10 @@ from moe_lens.model.loading.stored_view import LazyTensor, locate
 UNREADABLE = (ImportError, OSError, ValueError, LookupError, RuntimeError, StrictDataclassError, struct.error)
 """What transformers raises of a checkpoint that it cannot read."""
 OF_LOADING = frozenset(
-    {"config", "dtype", "torch_dtype", "quantization_config", "variant", "use_safetensors", "trust_remote_code"}
+    (
+        *("config", "dtype", "torch_dtype", "quantization_config", "variant", "use_safetensors", "trust_remote_code"),
+        "gguf_file",
+    )
 )
 """Arguments of `from_pretrained` that a config would take for its own."""
 
