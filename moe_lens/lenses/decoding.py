@@ -99,7 +99,7 @@ class Decoding:
         pos = torch.tensor(self.positions)[chunk % len(self.positions)]
         at = (chunk // len(self.positions), pos) if self.cache.has_batch_dim else (pos,)
         last = names.block(names.RESID_POST, self.model.cfg.n_layers - 1)
-        final = Distribution.of(self._wide(self.lens.unembed(self._placed(self.cache[last][at]))))
+        final = Distribution.of(self._wide(self.lens.unembed(self.cache[last][at])))
         for i, layer in enumerate(self.layers):
             cells = {name: value[i] for name, value in flat.items()}
             self._read_layer(layer, chunk, at, final, cells, targets, top)
@@ -144,11 +144,7 @@ class Decoding:
 
     def _logits(self, layer: int, which: PartialSum, at: tuple[Tensor, ...]) -> Tensor:
         resid = self.cache.partial_sum(layer, which, at=at).values
-        return self._wide(self.lens.logits(self._placed(resid), layer))
-
-    def _placed(self, resid: Tensor) -> Tensor:
-        """Where the unembedding is, and in its precision: a cache may be elsewhere."""
-        return resid.to(*output_place(self.model.original_model))
+        return self._wide(self.lens.logits(resid, layer))
 
     @staticmethod
     def _wide(logits: Tensor) -> Tensor:

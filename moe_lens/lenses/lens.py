@@ -16,6 +16,7 @@ from moe_lens.ids import in_order
 from moe_lens.lenses.decoding import Decoding
 from moe_lens.lenses.lens_result import LensResult
 from moe_lens.model.experts.offloaded_experts import every_parameter
+from moe_lens.model.loading.dispatch import output_place
 from moe_lens.partial_sum import PartialSum
 from moe_lens.reprs import Summary
 
@@ -55,23 +56,27 @@ class Lens(Summary, ABC):
         """FinalNorm(translate(resid)) W_U; differentiable.
 
         Args:
-            resid: Any points of the residual stream.
+            resid: Any points of the residual stream, of any precision.
             layer: Their layer, 0 to n_layers − 1.
         """
-        return self.unembed(self.translate(resid, layer))
+        return self.unembed(self.translate(self.placed(resid), layer))
+
+    def placed(self, resid: Float[Tensor, "*axes width"]) -> Float[Tensor, "*axes width"]:
+        """Points of the residual stream where the unembedding is, and in its precision: a cache may be elsewhere."""
+        return resid.to(*output_place(self.model.original_model))
 
     def unembed(self, resid: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_vocab"]:
         """FinalNorm(resid) W_U with the family's own scaling: the model's logits, at its last residual stream.
 
         Args:
-            resid: Any points of the residual stream, in the basis of the last layer.
+            resid: Any points of the residual stream, of any precision, in the basis of the last layer.
 
         Raises:
             InputError: A stream of another width.
         """
         if resid.shape[-1] != self.model.cfg.d_model:
             raise InputError(f"got a stream {list(resid.shape)}; expected a last axis of {self.model.cfg.d_model}")
-        logits = self.model.unembed(self.model.ln_final(resid))
+        logits = self.model.unembed(self.model.ln_final(self.placed(resid)))
         return self.model.adapter.apply_output_logits_transform(logits)
 
     def unembedding_digest(self) -> str:

@@ -123,6 +123,21 @@ def test_draws_are_even_seeded_and_each_tokens_own():
         assert close(many.partial_sum(1, which, at=some).values, many.partial_sum(1, which).values[some])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_lens_reads_sums_of_any_precision(dtype: torch.dtype):
+    """Weighted outputs are float32 where routing weights are; decoding reads the same."""
+    case = wrapped("mixtral", dtype)
+    lens, sums = LogitLens(case.model), [PartialSum(ranks=[0]), PartialSum(ranks=[0, 1])]
+    with torch.no_grad():
+        _, kept = case.model.run_with_cache(case.tokens, names_filter=lens.hooks(sums=sums))
+        for which in sums:
+            stream = kept.partial_sum(1, which).values
+            read = lens.logits(stream, 1)
+            assert read.dtype == dtype and torch.equal(read, lens.unembed(stream.to(dtype)))
+            best = lens.decode(kept, which, layers=[1], top=1).top_logits[0, 0]
+            assert torch.equal(best.to(dtype), read.topk(1).values)
+
+
 def test_experts_that_the_router_is_forbidden_are_not_drawn():
     """As in the preview of a plan: the smaller model does not have them."""
     model, gone, name = full("deepseek")[0].model, [1, 4], names.mlp(names.ROUTER_LOGITS, 1)
