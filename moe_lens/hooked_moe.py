@@ -180,6 +180,7 @@ class HookedMoE(Summary, GeneratingBridge):
             folder: where to write it.
             kwargs: of transformers' `save_pretrained`.
         """
+        self._check_places()
         model: Any = self.original_model
         save_pretrained(model, self._original_names, self.tokenizer, Path(folder), **kwargs)
 
@@ -325,6 +326,7 @@ class HookedMoE(Summary, GeneratingBridge):
             raise InputError(f"x is {x.shape[-1]} wide; expected {self.cfg.d_model}, what mlp.hook_in holds")
         if not experts.numel():
             raise InputError(f"no expert is asked for at {tuple(x.shape[:-1])} tokens; expected one at least")
+        self._check_places()
         moe, module = self._moe(layer), self._experts(layer)
         for narrower in self.family.narrows:
             x = moe.get_submodule(narrower)(x)

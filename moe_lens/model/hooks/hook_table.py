@@ -22,12 +22,12 @@ from moe_lens.model.hooks.moe_block import MoEBlock
 from moe_lens.model.hooks.ownership import Owner
 from moe_lens.model.hooks.refused_methods import RefusedMethods, refuse_methods
 from moe_lens.model.hooks.scanning import scan
+from moe_lens.model.loading.places import places_of
 from moe_lens.model.loading.validate import (
     asked_kernel,
     check_kernel,
     check_layers,
     check_tokenizer,
-    refuse_adapters,
 )
 from moe_lens.model.tl_compat import detect_tokenizer_bos_eos
 from moe_lens.model.torch_transforms import hold_in_one_place
@@ -67,6 +67,8 @@ class HookTable(RefusedMethods):
                     if name in hooks.points:
                         object.__setattr__(block, name, hooks.points[name])
                         self._hook_registry[names.block(name, layer)] = hooks.points[name]
+        opened = [mlp.opened() for block in self.blocks if isinstance(mlp := block._modules.get("mlp"), MoEBlock)]
+        self.__dict__["_places"] = places_of(model, [part for parts in opened for part in parts])
         dead = (*names.DEAD, *family.dead)
         for name in [name for name in self._hook_registry if name.endswith(dead)]:
             del self._hook_registry[name]
@@ -180,8 +182,8 @@ class HookTable(RefusedMethods):
         """Warn where transformers has been asked for another kernel since this was last called; see `validate`.
 
         Raises:
-            UnsupportedModelError: an adapter of PEFT was put on it meanwhile, or a token is to have more experts than
-                there are, or transformers is to return tuples.
+            UnsupportedModelError: an adapter of PEFT, or something else in the place of a module, was put on it
+                meanwhile, or a token is to have more experts than there are, or transformers is to return tuples.
         """
         if not self._hf_config.get_text_config().return_dict:
             raise UnsupportedModelError(
@@ -193,8 +195,7 @@ class HookTable(RefusedMethods):
                 f"each token is to have {self.top_k} experts, and a layer has {self.n_experts}: expected 1 to "
                 f"{self.n_experts} in the config"
             )
-        if "peft_config" in vars(self.original_model):
-            refuse_adapters(self.original_model)
+        self._check_places()
         experts = self._experts(next(layer for layer, _ in self._layer_hooks())).module
         asked = asked_kernel(experts)
         if asked != self.__dict__.get("_asked_kernel"):

@@ -98,6 +98,15 @@ class MoEBlock(GeneralizedComponent):
             beside.forward = _nothing
             self._check_bypassed()
 
+    def opened(self) -> list[nn.Module]:
+        """Modules inside, or beside it, that are known by identity; none of a dense layer."""
+        if self.moe is None:
+            return []
+        family, parts = self.family, [self.moe, self.contract.module, self.silenced]
+        parts += [getattr(self.moe, family.router)] if family.experts not in BLOCKS else []
+        parts += [getattr(self.moe, family.shared_gate, None)] if family.shared_gate else []
+        return [part for part in parts if part is not None]
+
     def _check_bypassed(self) -> None:
         """Refuse changes of modules whose part the block does itself: when it is wrapped, and in every pass.
 

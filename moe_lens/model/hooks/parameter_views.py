@@ -44,6 +44,7 @@ class ParameterViews(HookTable):
 
     def _views(self, name: str, view: Callable[[int], Tensor | Matrices]) -> LayerParameters:
         def of(layer: int) -> Tensor | Matrices:
+            self._check_places()
             found = view(layer)
             return _own(found, self._moe(layer)) if isinstance(found, Tensor) else found
 
@@ -52,6 +53,7 @@ class ParameterViews(HookTable):
     @property
     def W_U(self) -> Tensor:
         """The unembedding, [d_model, d_vocab]."""
+        self._check_places()
         with _at_hand(self.unembed) as away:
             found = super().W_U
         return found.as_subclass(ReadOnly) if away else _own(found, self.unembed)
@@ -59,12 +61,14 @@ class ParameterViews(HookTable):
     @property
     def W_E(self) -> Tensor:
         """The embedding, [d_vocab, d_model]."""
+        self._check_places()
         with _at_hand(self.embed) as away:
             found = super().W_E
         return found.as_subclass(ReadOnly) if away else _own(found, self.embed)
 
     def _stack_block_params(self, attr_path: str, reshape_fn: Any = None) -> Tensor:
         """TransformerLens's, for W_Q and its like: a copy of what all layers have."""
+        self._check_places()
         blocks: Any = self.blocks
         with _at_hand(*(getattr(block, attr_path.partition(".")[0], None) for block in blocks)):
             return super()._stack_block_params(attr_path, reshape_fn)

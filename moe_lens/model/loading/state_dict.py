@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 from moe_lens.errors import MoELensError, UnsupportedModelError, a_kind
 from moe_lens.model.devices import usable_device
 from moe_lens.model.loading.key_mapping import WRAPPER
+from moe_lens.model.loading.places import check_places
 from moe_lens.model.loading.quantising import packed_in
+from moe_lens.model.loading.validate import refuse_adapters
 from moe_lens.model.torch_transforms import no_functional_call
 
 
@@ -31,11 +33,16 @@ def original_state(
     """The state of a wrapped model under the names it had before it was wrapped.
 
     Raises:
-        UnsupportedModelError: a parameter has become one that is computed since then.
+        UnsupportedModelError: a parameter is gone, or has become one that is computed, since then.
     """
     found = _by_clean_names(model.state_dict(keep_vars=keep_vars))
-    if not found.keys() >= set(original_names):
+    if lost := [name for name in original_names if name not in found]:
         check_own(model)
+        more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise UnsupportedModelError(
+            f"{lost[0]} is gone since the model was wrapped{more}: put a module with the same "
+            "parameters in that place, or change the transformers model before it is wrapped"
+        )
     return {name: found[name] for name in original_names}
 
 
@@ -104,8 +111,19 @@ def check_readable(model: PreTrainedModel, *, assign: bool = False) -> None:
 class WholeState(TransformerBridge):
     """A TransformerBridge whose `state_dict` holds the whole model: routers and experts, too."""
 
+    def _check_places(self) -> None:
+        """Follow what was exchanged since the model was wrapped; see `places`.
+
+        Raises:
+            UnsupportedModelError: an adapter of PEFT was put on it, or something that cannot be followed.
+        """
+        if "peft_config" in vars(self.original_model):
+            refuse_adapters(self.original_model)
+        check_places(self.__dict__["_places"])
+
     def _own(self) -> dict[str, Tensor]:
         """Every parameter and persistent buffer under its own name; a tied one under the name that it is stored as."""
+        self._check_places()
         model: Any = self.original_model
         state = original_state(model, self.__dict__["_original_names"], keep_vars=True)
         by_identity: dict[int, str] = {}
