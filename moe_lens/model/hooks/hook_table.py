@@ -47,7 +47,7 @@ class HookTable(RefusedMethods):
                 f"this {family.model_type} has no layer with experts; "
                 "dense models belong in TransformerLens's TransformerBridge"
             )
-        self.__dict__.update(family=family, _original_names=tuple(model.state_dict()), owner=Owner())
+        self.__dict__.update(family=family, _original_names=tuple(model.state_dict()), _places=(), owner=Owner())
         super().__init__(model, adapter, tokenizer, driver=Driver(model, adapter, tokenizer))
         self.owner.bind(self)
         hold_in_one_place(self, model)
