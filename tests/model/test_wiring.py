@@ -1,5 +1,7 @@
 """Families whose layers wire experts in ways of their own: what hooks show is what the layer goes on with."""
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_lens import names
-from moe_lens.errors import HookError, InputError
+from moe_lens.errors import HookError, InputError, UnsupportedModelError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.interventions.expert_means import ExpertMeans
 from moe_lens.interventions.patching import patch
@@ -55,6 +57,51 @@ def test_gemma4_adds_the_normed_experts_to_the_normed_dense_mlp_and_rescales(gem
         close(gain * mid / (mid.square().mean(-1, keepdim=True) + 1e-6).sqrt(), read)
         out = gemma.expert_outputs(LAYER, read, cache["expert_indices", LAYER])
     close(out, cache["expert_out", LAYER])
+
+
+@pytest.mark.typed
+@torch.no_grad()
+def test_gemma4_inside_has_transformers_names_and_a_block_those_of_hooks(gemma: HookedMoE) -> None:
+    plain: Any = build("gemma4_text")
+    model: Any = copy.deepcopy(gemma)
+    inside, blocks = model.original_model, model.blocks
+    layers, theirs = inside.model.layers, plain.model.layers
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(inside.get_parameter(name), parameter), name
+    assert blocks[LAYER].mlp.hooks is not None and blocks[LAYER].mlp is layers[LAYER].experts
+    assert blocks[LAYER].dense_mlp is layers[LAYER].mlp, "a control: by the block's names this is another"
+    assert isinstance(layers[LAYER], torch.nn.Module) and layers[LAYER] == layers[-2] == blocks[LAYER]
+    assert list(layers[1:]) == list(blocks[1:]) and copy.deepcopy(layers[LAYER]).mlp is not layers[LAYER].mlp
+
+    def agree(change: str, with_hooks: bool = True) -> None:
+        logits = plain(tokens(), use_cache=False).logits
+        assert torch.equal(model(tokens()), logits), change
+        assert not with_hooks or torch.equal(model.run_with_cache(tokens())[0], logits), change
+
+    called: list[Any] = []
+    for one in (layers, theirs):
+        one[1].mlp.register_forward_hook(lambda *at: called.append(at[2]))
+        one[1].register_forward_hook(lambda *at: called.append(at[2]))
+    agree("torch's hooks", with_hooks=False)
+    mlp, layer = called[:2], called[2:]
+    assert all(torch.equal(one, other) for one, other in zip(mlp, layer, strict=True)), "are called on the same parts"
+    wider = torch.nn.Linear(model.cfg.d_model, theirs[LAYER].mlp.gate_proj.out_features, bias=False)
+    for one in (layers, theirs):
+        one[LAYER].mlp.gate_proj = wider
+        for parameter in one[1].mlp.parameters():
+            parameter.mul_(0.5)
+    agree("a dense layer replaced, another scaled")
+    for one in (layers, theirs):
+        one[LAYER].mlp = copy.deepcopy(one[0].mlp)
+    agree("a dense MLP replaced")
+    layers[0], layers[1] = layers[1], layers[0]
+    assert list(layers) == list(blocks), "there is one list of them"
+    with pytest.raises(UnsupportedModelError, match=r"^model\.layers\.[01]: another"):
+        model(tokens())
+    layers.insert(0, layers[1])
+    del layers[2]
+    agree("layers swapped, and put back")
+    assert torch.equal(pickle.loads(pickle.dumps(gemma))(tokens()), gemma(tokens()))
 
 
 @pytest.mark.typed
