@@ -247,7 +247,7 @@ class Attention(GeneralizedComponent):
 
         Where a query sees no key (padding on the left), nothing would be left of them but NaN, which reaches all rows.
         """
-        if dtype is not None:
+        if dtype is not None and torch.finfo(dtype).bits < torch.finfo(attn_scores.dtype).bits:
             attn_scores = attn_scores.clamp(min=torch.finfo(dtype).min)
         return super()._masked_softmax(attn_scores, dtype)  # pyright: ignore[reportAttributeAccessIssue]
 
