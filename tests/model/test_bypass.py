@@ -291,3 +291,24 @@ def test_weights_of_zero_take_an_expert_out() -> None:
     zero = [(names.mlp(names.ROUTING_WEIGHTS, layer), lambda value, hook: value * 0)]
     nothing = [(names.mlp(names.ROUTED_OUT, layer), lambda value, hook: value * 0)]
     assert torch.equal(run(model, zero), run(model, nothing))
+
+
+@pytest.mark.typed
+def test_a_forward_that_is_put_into_what_it_calls_is_one_line() -> None:
+    model: Any = HookedMoE.from_hf(build("mixtral"), check=False)
+    before = model(tokens())
+    for part in ("self_attn", "self_attn.o_proj", "mlp", "input_layernorm"):
+        module = model.original_model.get_submodule(f"model.layers.2.{part}")
+        own = module.forward
+        module.forward = lambda *args, own=own, **kwargs: own(*args, **kwargs)
+        for run in (model, lambda ids: model.run_with_hooks(ids, fwd_hooks=[("hook_embed", lambda x, hook: x)])):
+            with pytest.raises(UnsupportedModelError, match=rf"^model\.layers\.2\.{part}: its forward was replaced"):
+                run(tokens())
+        del module.original_component.forward
+        assert torch.equal(model(tokens()), before), "as the line says"
+
+    def endless(x: Any, hook: Any) -> Any:
+        return endless(x, hook)
+
+    with pytest.raises(RecursionError):
+        model.run_with_hooks(tokens(), fwd_hooks=[("hook_embed", endless)])

@@ -57,6 +57,29 @@ def refuse_exchanged(module: nn.Module, wrapped: nn.Module) -> None:
         )
 
 
+def refuse_circular(model: nn.Module) -> None:
+    """Refuse a model in which a forward that calls a wrapper's was put, through the wrapper, into what that wraps.
+
+    Args:
+        model: Of transformers, wrapped, of which a pass did not end.
+
+    Raises:
+        UnsupportedModelError: there may be one; names the module.
+    """
+    for path, module in model.named_modules():
+        inner: Any = getattr(module, "original_component", None)
+        if inner is not None and "forward" in vars(inner):
+            try:
+                refuse_replaced(inner)
+            except UnsupportedModelError as error:
+                place = path.replace("_original_component.", "")
+                raise UnsupportedModelError(
+                    f"{place}: its forward was replaced after it was wrapped, by one that calls the wrapper's, which "
+                    "calls it in turn. Take it away (del module.original_component.forward), and change what the "
+                    "module gives by hooks, torch's (register_forward_hook) included"
+                ) from error
+
+
 def _computes(function: Any) -> bool:
     """Whether it is written where experts are known; `functools.wraps` copies the name of its module, not its names."""
     names = getattr(function, "__globals__", {})
