@@ -60,6 +60,7 @@ TOUCHPOINTS = (
     "transformers.quantizers:HfQuantizer.param_needs_quantization",
     "transformers.quantizers.auto:register_quantization_config",
     "transformers.quantizers.auto:register_quantizer",
+    "transformers.utils:is_gguf_available",
     "transformers.utils.generic:TransformersKwargs",
     "transformers.utils.hub:cached_file",
     "transformers.utils.hub:cached_files._raise_exceptions_for_missing_entries=",
@@ -112,6 +113,7 @@ from transformers.models.auto.modeling_auto import (  # noqa: E402
 from transformers.models.auto.tokenization_auto import get_tokenizer_config  # noqa: E402
 from transformers.quantizers import HfQuantizer  # noqa: E402
 from transformers.quantizers.auto import register_quantization_config, register_quantizer  # noqa: E402
+from transformers.utils import is_gguf_available  # noqa: E402
 from transformers.utils.generic import TransformersKwargs  # noqa: E402
 from transformers.utils.hub import cached_file, is_offline_mode, resolve_revision  # noqa: E402
 from transformers.utils.output_capturing import (  # noqa: E402
@@ -150,6 +152,7 @@ __all__ = [
     "get_tokenizer_config",
     "initialization",
     "install_output_capuring_hook",
+    "is_gguf_available",
     "is_offline_mode",
     "maybe_install_capturing_hooks",
     "register_checkpoint_conversion_mapping",

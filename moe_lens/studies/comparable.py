@@ -74,7 +74,7 @@ def _routing(result: Result) -> list[Means]:
             result.sources,
             above.double().flatten(1),
             tokens.expand(-1, len(cells)),
-            times=result.assignments.flatten(1),
+            times=result.assignments.double().flatten(1),
         )
         for name, above in (("share", result.assignments), ("weight", result.weights))
     ]

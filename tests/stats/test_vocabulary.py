@@ -223,6 +223,7 @@ def test_tokens_of_one_domain_say_nothing():
         conditional_information({"a": counted(first, 2), "b": counted(second, 3)})
 
 
+@pytest.mark.typed
 def test_uniform_routing_keeps_everything_but_the_names():
     batch = random_batch(torch.Generator().manual_seed(1), rows=2, width=2000)
     null = uniform_routing(batch, torch.Generator().manual_seed(2))
@@ -250,6 +251,7 @@ def test_systematic_sampling_has_exact_frequencies():
     assert torch.allclose(found.double(), share, atol=0.01)  # standard error 0.0023
 
 
+@pytest.mark.typed
 def test_token_unigram_routing_knows_the_token_and_nothing_else():
     generator = torch.Generator().manual_seed(3)
     batches = texts(generator, "a", 0, sources=40) + texts(generator, "b", 1, sources=40)

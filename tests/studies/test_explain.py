@@ -54,6 +54,7 @@ def test_the_planted_experts_are_chosen_for_their_words_and_nothing_else(found):
         assert not any(f"{name} texts" in own for name in others)
 
 
+@pytest.mark.typed
 def test_tables_that_do_not_fit_the_texts_are_refused(model, features, tmp_path):
     def refused(frame: pd.DataFrame) -> str:
         with pytest.raises(InputError) as error:

@@ -115,7 +115,8 @@ class MoEBlock(GeneralizedComponent):
         """
         if self.silenced is not None:
             refuse_exchanged(getattr(self.layer, str(self.family.shared)), self.silenced)
-            refuse_replaced(self.silenced)
+            if getattr(self.silenced, "_old_forward", self.silenced.forward) is not _nothing:
+                refuse_replaced(self.silenced)
             refuse_torch_hooks(self.silenced)
         if self.family.experts not in BLOCKS:
             return

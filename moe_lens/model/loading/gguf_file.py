@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
-from transformers.utils import is_gguf_available
 
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
+from moe_lens.model.hf_compat import is_gguf_available
 from moe_lens.model.loading.checkpoint import find_file
 
 _SIZES = {
