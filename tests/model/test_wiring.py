@@ -105,6 +105,23 @@ def test_gemma4_inside_has_transformers_names_and_a_block_those_of_hooks(gemma: 
 
 
 @pytest.mark.typed
+def test_gemma4_s_layers_inside_are_the_blocks_in_all_but_names(gemma: HookedMoE) -> None:
+    model: Any = copy.deepcopy(gemma)
+    layers, block = model.original_model.model.layers, model.blocks[LAYER]
+    layer = layers[LAYER]
+    assert (repr(layer), hash(layer), dir(layer)) == (repr(block), hash(block), dir(block))
+    assert copy.copy(layer).experts is block.mlp
+    kind, parts = layer.__reduce_ex__(4)
+    assert kind(*parts) == layer
+    layer.note = 1
+    assert block.note == 1
+    del layer.note
+    assert not hasattr(block, "note")
+    layers.add_module("0", layers[1])
+    assert model.blocks[0] is model.blocks[1]
+
+
+@pytest.mark.typed
 def test_gemma4_lacks_the_hooks_that_could_not_be_true(gemma: HookedMoE) -> None:
     for name in (names.block(names.BLOCK_MLP_OUT, LAYER), names.mlp(names.SHARED_OUT, LAYER)):
         assert name not in gemma.hook_dict
