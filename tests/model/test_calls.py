@@ -16,6 +16,7 @@ from moe_lens import HookedMoE
 from moe_lens.errors import HookError, InputError, MoELensError, TokenError, UnsupportedModelError
 from moe_lens.model.loading.state_dict import StateError
 from tests.families import build, tokens
+from tests.matrix import configs
 from tests.wrapped import deviation, wrapped
 
 TEXT = "The old man looked at the sea."
@@ -680,7 +681,13 @@ def test_a_divisor_for_the_loss_of_transformers_is_not_ignored() -> None:
 
 def test_generation_of_several_prompts_keeps_no_cache() -> None:
     case = wrapped("mixtral")
-    with pytest.raises(UnsupportedModelError, match=r"return_cache=True\) is not supported for batched"):
-        case.model.generate(case.tokens, max_new_tokens=1, return_cache=True, verbose=False)
-    tokens, cache = case.model.generate(case.tokens[:1], max_new_tokens=1, return_cache=True, verbose=False)
-    assert cache["resid_pre", 0].shape[:2] == tokens.shape
+    how: dict[str, Any] = {"max_new_tokens": 1, "return_cache": True, "verbose": False}
+    with pytest.raises(UnsupportedModelError, match="no cache of 2 prompts, which end at different tokens: leave"):
+        case.model.generate(case.tokens, **how)
+    with pytest.raises(UnsupportedModelError, match="no cache of embeddings: leave return_cache=True out"):
+        case.model.generate(case.model.embed(case.tokens[:1]), **how)
+    pictures: Any = HookedMoE.from_hf(configs.build("qwen3_vl_moe"), check=False)
+    with pytest.raises(UnsupportedModelError, match="no cache of a prompt with pixel_values: leave"):
+        pictures.generate(tokens()[:1], pixel_values=torch.zeros(1), **how)
+    out, cache = case.model.generate(case.tokens[:1], **how)
+    assert cache["resid_pre", 0].shape[:2] == out.shape

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -43,16 +43,13 @@ class GeneratingBridge(CachedRuns):
 
         Raises:
             InputError: a prompt that cannot be read, or an argument that is not TransformerLens's.
-            UnsupportedModelError: `return_cache` where TransformerLens keeps no cache, as of several prompts.
+            UnsupportedModelError: `return_cache` of several prompts, of embeddings, or with images.
         """
         words, columns = self._prompted("generate", input, args, kwargs)
+        if words.get("return_cache"):
+            _check_cached(words["input"], further_words(type(self.original_model)) & words.keys())
         with GenerationClaim(self, "generate", columns):
-            try:
-                out = super().generate(**words)
-            except NotImplementedError as error:
-                if str(error).startswith("generate(return_cache=True)"):
-                    raise UnsupportedModelError(f"TransformerLens's {error}") from error
-                raise
+            out = super().generate(**words)
         # On TransformerLens's way around its own loop, for some recurrent models, tokens come back.
         return self._decoded(out, False) if words.get("return_type") == "str" and isinstance(out, Tensor) else out
 
@@ -183,6 +180,22 @@ def _bound(function: Any, input: Any, args: tuple[Any, ...], kwargs: dict[str, A
     if len(args) >= len(order) or placed.keys() & kwargs.keys():
         raise TypeError(f"{function.__name__} got {len(args) + 1} arguments in order and {sorted(kwargs)} by name")
     return {**placed, **kwargs}
+
+
+def _check_cached(prompt: Tensor, further: Collection[str]) -> None:
+    """Refuse a cache of what is generated where it is not one text of tokens alone: TransformerLens caches no other.
+
+    Raises:
+        UnsupportedModelError: of what it would be.
+    """
+    of = f"{len(prompt)} prompts, which end at different tokens" if len(prompt) > 1 else ""
+    of = "embeddings" if prompt.is_floating_point() else of
+    of = f"a prompt with {', '.join(sorted(further))}" if further else of
+    if of:
+        raise UnsupportedModelError(
+            f"generate keeps no cache of {of}: leave return_cache=True out, and let run_with_cache read what was "
+            "generated, with the attention_mask of its real tokens"
+        )
 
 
 def _check_returned(what: str, returned: Any) -> None:
