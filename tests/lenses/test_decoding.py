@@ -133,7 +133,8 @@ def test_a_lens_reads_sums_of_any_precision(dtype: torch.dtype):
         for which in sums:
             stream = kept.partial_sum(1, which).values
             read = lens.logits(stream, 1)
-            assert read.dtype == dtype and torch.equal(read, lens.unembed(stream.to(dtype)))
+            assert read.dtype == dtype and torch.equal(read, lens.unembed(stream))
+            assert torch.equal(read, lens.unembed(stream.to(dtype)))
             best = lens.decode(kept, which, layers=[1], top=1).top_logits[0, 0]
             assert torch.equal(best.to(dtype), read.topk(1).values)
 
