@@ -1,5 +1,6 @@
 """Windows: passages as token ids, cut to the context that a model is given."""
 
+import hashlib
 import random
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Set
@@ -30,6 +31,8 @@ class Window:
     """How many of its first tokens open it, and are not counted as its text."""
     written: bool = False
     """Whether the text itself begins with these tokens, as a rendered chat template does, so that none were added."""
+    text: int = 0
+    """A digest of the whole passage's text, in 64 bits: by it equal texts are known."""
 
 
 def too_short(passage: Passage, length: int) -> None:
@@ -79,12 +82,13 @@ def windows_of(
 
     written = bool(opening) and opens_itself(encoder.tokenizer, passage.text, opening)
     before = len(opening) if written else 0
+    digest = int.from_bytes(hashlib.blake2b(passage.text.encode(), digest_size=8).digest(), signed=True)
     for start, window in pieces(text, context, opening):
         own = window[len(opening) :]
         counted = sum(token not in special for token in own)
         if len(own) >= 2 and counted:  # a single left-over token predicts nothing
             first = written and start == 0
-            yield Window(tuple(window), passage.source, number, before + start, counted, len(opening), first)
+            yield Window(tuple(window), passage.source, number, before + start, counted, len(opening), first, digest)
 
 
 def in_turns(

@@ -194,11 +194,14 @@ class Counts(Aggregate):
     def state_dict(self) -> dict[str, Tensor]:
         """Keys and counts."""
         keys, counts = self.compact()
-        return {"keys": keys, "counts": counts}
+        return {"keys": keys, "counts": counts} if len(keys) else {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take the place of the counts."""
-        self._keys, self._counts, self._waiting = state["keys"].clone(), state["counts"].clone(), []
+        self._waiting = []
+        self._keys, self._counts = (
+            state[name].clone() if state else torch.empty(0, dtype=torch.long) for name in ("keys", "counts")
+        )
 
 
 def _summed(keys: Sequence[Tensor], counts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from moe_lens.studies.model_facts import model_facts
 from moe_lens.studies.study import TEXTS, Gathered, Study
 from moe_lens.studies.study_folder import StudyFolder
 from moe_lens.studies.study_result import StudyResult
-from moe_lens.studies.texts_read import TextStats, repeated
+from moe_lens.studies.texts_read import TextStats
 
 
 def run(
@@ -108,7 +108,7 @@ def run(
         texts = {domain.name: earlier[domain.name][study.passes[0]][TEXTS].result() for domain in domains}
         manifest = {
             "plan": plan,
-            "read": [{"name": one.name, **texts[one.name].facts(), **repeated(one)} for one in domains],
+            "read": [{"name": domain, **of.facts()} for domain, of in texts.items()],
             "bytes_in": {str(place): bytes_ for place, bytes_ in places(model.original_model).items()},
             "versions": versions(),
             "command": command or shlex.join(sys.argv),

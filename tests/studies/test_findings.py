@@ -12,7 +12,7 @@ from rich.console import Console
 
 from moe_lens.cli import main
 from moe_lens.cli.show import findings_in
-from moe_lens.data import Domain
+from moe_lens.data import Domain, batch_windows, from_generator, shards
 from moe_lens.errors import near_miss
 from moe_lens.manifest import seal
 from moe_lens.report.report_page import page_of
@@ -20,6 +20,7 @@ from moe_lens.studies import Checkpoints, Collected, RoutingStudy, SingleExpertS
 from moe_lens.studies.attribution_fidelity import AttributionFidelity
 from moe_lens.studies.finding_sentences import MOST, findings_of
 from moe_lens.studies.findings import Margin, across, told
+from moe_lens.studies.texts_read import TextStats
 from tests.studies.test_checkpoints import perturbed
 from tests.studies.test_study import SMALL
 from tests.studies.tiny import domain, tiny_model
@@ -214,13 +215,31 @@ def test_fewer_tokens_than_were_asked_for_are_said(asked, short):
     assert found.warnings == ((said,) if said else ())
 
 
-def test_sources_with_one_and_the_same_text_are_said_not_to_be_independent():
+@pytest.mark.parametrize("streamed", [False, True])
+def test_sources_with_one_and_the_same_text_are_said_not_to_be_independent(streamed):
     texts = [passage.text for passage in domain("d", n=6, sources=6).passages]
     model, said = tiny_model(), []
-    for sources in ([*range(6), *range(6)], range(12)):
-        found = run(RoutingStudy(), model, Domain.of("d", texts * 2, sources=sources), reading=SMALL)
+    for second in (range(6), range(6, 12)):
+        rows = [
+            {"text": text, "source": source}
+            for of in (range(6), second)
+            for text, source in zip(texts, of, strict=True)
+        ]
+        read = from_generator("d", lambda rows=rows: rows) if streamed else Domain.of("d", rows)
+        found = run(RoutingStudy(), model, read, reading=SMALL)
         said.append([line for line in found.findings().warnings if "word for word: d (12); these" in line])
     assert [len(lines) for lines in said] == [0, 1]
+
+
+def test_equal_texts_are_found_in_parts_that_were_read_apart_and_kept_meanwhile():
+    model, parts = tiny_model(), []
+    for number in range(3):
+        texts = Domain.of("d", ["The old man looked at the sea.", f"Text {number} alone."], sources=[number] * 2)
+        (shard,) = shards(texts, model, SMALL)
+        parts.append(TextStats().update(*batch_windows(shard.windows, model, batch_tokens=2048)))
+    assert [part.result().repeated for part in parts] == [0, 0, 0]  # of one source
+    whole = TextStats().load_state_dict(parts[0].merge(parts[1]).state_dict()).merge(parts[2]).merge(parts[2])
+    assert whole.result().repeated == 3
 
 
 def test_a_single_source_has_no_share_that_was_picked_on_others():
