@@ -293,17 +293,27 @@ def test_weights_of_zero_take_an_expert_out() -> None:
     assert torch.equal(run(model, zero), run(model, nothing))
 
 
+ROUTES: dict[str, Any] = {
+    "forward": lambda model: model(tokens()),
+    "hooks": lambda model: model.run_with_hooks(tokens(), fwd_hooks=[("hook_embed", lambda x, hook: x)]),
+    "transformers' generation": lambda model: model.hf_generate(tokens(), max_new_tokens=1),
+    "transformers' model": lambda model: model.original_model(tokens()),
+}
+
+
 @pytest.mark.typed
-def test_a_forward_that_is_put_into_what_it_calls_is_one_line() -> None:
-    model: Any = HookedMoE.from_hf(build("mixtral"), check=False)
+@pytest.mark.parametrize("model_type", ["mixtral", "axk1"])
+def test_a_forward_that_is_put_into_what_it_calls_is_one_line(model_type: str) -> None:
+    model: Any = HookedMoE.from_hf(build(model_type), check=False)
     before = model(tokens())
-    for part in ("self_attn", "self_attn.o_proj", "mlp", "input_layernorm"):
-        module = model.original_model.get_submodule(f"model.layers.2.{part}")
+    inside = "self_attn", "input_layernorm", "mlp", *(("self_attn.o_proj",) if model_type == "mixtral" else ())
+    for path in (*(f"model.layers.2.{part}" for part in inside), "model.embed_tokens", "model.norm", "lm_head"):
+        module = model.original_model.get_submodule(path)
         own = module.forward
         module.forward = lambda *args, own=own, **kwargs: own(*args, **kwargs)
-        for run in (model, lambda ids: model.run_with_hooks(ids, fwd_hooks=[("hook_embed", lambda x, hook: x)])):
-            with pytest.raises(UnsupportedModelError, match=rf"^model\.layers\.2\.{part}: its forward was replaced"):
-                run(tokens())
+        for run in ROUTES.values():
+            with pytest.raises(UnsupportedModelError, match=rf"^{path}: its forward was replaced"):
+                run(model)
         del module.original_component.forward
         assert torch.equal(model(tokens()), before), "as the line says"
 
@@ -312,3 +322,15 @@ def test_a_forward_that_is_put_into_what_it_calls_is_one_line() -> None:
 
     with pytest.raises(RecursionError):
         model.run_with_hooks(tokens(), fwd_hooks=[("hook_embed", endless)])
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_forwards_that_call_one_another_from_before_wrapping_are_one_line(route: str) -> None:
+    hf: Any = build("mixtral")
+    first, last = (layer.input_layernorm for layer in (hf.model.layers[0], hf.model.layers[2]))
+    first.forward = lambda x: hf.model.layers[2].input_layernorm(x)
+    model = HookedMoE.from_hf(hf, check=False)
+    ROUTES[route](model)  # negative control: this one ends
+    last.forward = lambda x: hf.model.layers[0].input_layernorm(x)
+    with pytest.raises(UnsupportedModelError, match=r"^model\.layers\.0\.input_layernorm: its forward was replaced by"):
+        ROUTES[route](model)

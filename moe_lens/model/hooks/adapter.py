@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from moe_lens.errors import UnsupportedModelError
 from moe_lens.model.families.table import Family, family_of
+from moe_lens.model.hooks.bypassed import Ending
 from moe_lens.model.hooks.components import Attention, FlatTokens, Norm, Unembedding, adapt
 from moe_lens.model.hooks.generic_adapter import GenericAdapter
 from moe_lens.model.hooks.moe_block import MoEBlock
@@ -20,6 +21,7 @@ from moe_lens.model.tl_compat import (
     AttentionBridge,
     BlockBridge,
     EmbeddingBridge,
+    GeneralizedComponent,
     LinearBridge,
     MoEBridge,
     NormalizationBridge,
@@ -99,6 +101,7 @@ def build_adapter(model: PreTrainedModel, name: str) -> tuple[ArchitectureAdapte
         cfg = build_bridge_config_from_hf(model.config, type(model).__name__, name, parameter.dtype)
         adapter = GenericAdapter(cfg, family, model)
         adapter.cfg.device = str(parameter.device)
+        _let_end(adapter)
         return adapter, family
     adapter = _known(model, name, parameter.dtype)
     if adapter is None:
@@ -112,7 +115,14 @@ def build_adapter(model: PreTrainedModel, name: str) -> tuple[ArchitectureAdapte
     if attention is not None and model.config._attn_implementation != attention:
         model.set_attn_implementation(attention)
     _mend(adapter, family)
+    _let_end(adapter)
     return adapter, family
+
+
+def _let_end(adapter: ArchitectureAdapter) -> None:
+    for component in (adapter.component_mapping or {}).values():
+        if isinstance(component, GeneralizedComponent):
+            adapt(component, Ending)
 
 
 def _known(model: PreTrainedModel, name: str, dtype: torch.dtype) -> ArchitectureAdapter | None:

@@ -6,6 +6,7 @@ from torch import nn
 
 from moe_lens.errors import UnsupportedModelError
 from moe_lens.model.hooks.output_capture import OutputCapture
+from moe_lens.model.tl_compat import GeneralizedComponent
 
 
 def refuse_replaced(module: nn.Module) -> None:
@@ -57,27 +58,34 @@ def refuse_exchanged(module: nn.Module, wrapped: nn.Module) -> None:
         )
 
 
-def refuse_circular(model: nn.Module) -> None:
-    """Refuse a model in which a forward that calls a wrapper's was put, through the wrapper, into what that wraps.
+class Ending(GeneralizedComponent):
+    """A component whose pass ends: one that a replaced forward sends back into its own wrapper is refused."""
 
-    Args:
-        model: Of transformers, wrapped, of which a pass did not end.
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As TransformerLens's.
 
-    Raises:
-        UnsupportedModelError: there may be one; names the module.
-    """
-    for path, module in model.named_modules():
-        inner: Any = getattr(module, "original_component", None)
-        if inner is not None and "forward" in vars(inner):
-            try:
-                refuse_replaced(inner)
-            except UnsupportedModelError as error:
-                place = path.replace("_original_component.", "")
-                raise UnsupportedModelError(
-                    f"{place}: its forward was replaced after it was wrapped, by one that calls the wrapper's, which "
-                    "calls it in turn. Take it away (del module.original_component.forward), and change what the "
-                    "module gives by hooks, torch's (register_forward_hook) included"
-                ) from error
+        Raises:
+            UnsupportedModelError: the pass did not end, and a forward was replaced in it; names the module.
+        """
+        try:
+            return super().__call__(*args, **kwargs)
+        except RecursionError:
+            self._refuse_circular()
+            raise
+
+    def _refuse_circular(self) -> None:
+        for path, module in self.named_modules():
+            inner: Any = getattr(module, "original_component", None)
+            if inner is not None and "forward" in vars(inner):
+                try:
+                    refuse_replaced(inner)
+                except UnsupportedModelError as error:
+                    place = f"{self.name}.{path}".replace("_original_component.", "").rstrip(".")
+                    raise UnsupportedModelError(
+                        f"{place}: its forward was replaced by one that calls the wrapper's, which calls it in turn. "
+                        "Take it away (del module.original_component.forward), and change what the module gives by "
+                        "hooks, torch's (register_forward_hook) included"
+                    ) from error
 
 
 def _computes(function: Any) -> bool:

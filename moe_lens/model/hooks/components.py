@@ -38,7 +38,8 @@ class Mended:
 @cache
 def combined(patched: type, original: type) -> type:
     """A class that is both, the patched one first."""
-    bases = (patched, original) if issubclass(patched, Mended) else (Mended, patched, original)
+    mended = issubclass(patched, Mended) or issubclass(original, Mended)
+    bases = (patched, original) if mended else (Mended, patched, original)
     return type(f"{patched.__name__}{original.__name__}", bases, {"mends": (patched, original)})
 
 

@@ -15,7 +15,6 @@ from moe_lens.checked import Natural
 from moe_lens.errors import InputError, UnsupportedModelError
 from moe_lens.model.experts.offloaded_experts import without_numbers
 from moe_lens.model.hooks.arguments import forward_words, further_words, refuse_unknown
-from moe_lens.model.hooks.bypassed import refuse_circular
 from moe_lens.model.hooks.cache_names import CACHE, PAST, fitting_cache, name_as_transformer_lens
 from moe_lens.model.hooks.forward_checks import (
     additive,
@@ -342,8 +341,6 @@ class ExpertBridge(InputReader):
                     **kwargs,
                 )
             except RuntimeError as error:
-                if isinstance(error, RecursionError):
-                    refuse_circular(self.original_model)
                 if (lacking := without_numbers(self.original_model)) is not None:
                     raise InputError(
                         f"{lacking.replace(WRAPPER, '')} is on the meta device and holds no numbers: load the model "
