@@ -23,7 +23,7 @@ from moe_lens.model.loading.checkpoint import Checkpoint
 from moe_lens.pruning.checkpoint_formats import ExpertTensor
 from moe_lens.pruning.plans import Plan
 from moe_lens.pruning.weight_matching import averaged, members
-from moe_lens.studies.forward_passes import each_layer, forward, nothing
+from moe_lens.studies.forward_passes import COMPUTED, each_layer, forward, nothing
 
 _OUTWARD = ("down_proj", "w2")
 """What stored tensors call the matrix whose columns are neurons; in the others neurons are rows."""
@@ -33,7 +33,8 @@ def merge(plan: Plan, model: AnyModel, domains: Sequence[Tokens], *, on_batch: C
     """The same plan with pruned experts merged into kept ones instead of dropped.
 
     Each pruned expert joins the kept expert of its layer whose router logits are most like its own: the greatest cosine
-    over all tokens of the domains. Averages weigh experts by how often they were chosen there.
+    over all tokens of the domains. Averages weigh experts by how often they were computed there: chosen, and not left
+    out by an intervention, as in the scores.
 
     Args:
         plan: A plan that drops experts.
@@ -54,7 +55,7 @@ def merge(plan: Plan, model: AnyModel, domains: Sequence[Tokens], *, on_batch: C
         raise UnsupportedModelError("merging experts that have biases is not supported; drop them instead")
     size = len(plan.layers), plan.n_experts
     products, chosen = torch.zeros(*size, plan.n_experts, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
-    wanted = [names.ROUTER_LOGITS, names.EXPERT_INDICES]
+    wanted = [names.ROUTER_LOGITS, COMPUTED]
     for domain in domains:
         for batch in domain:
 
@@ -62,7 +63,7 @@ def merge(plan: Plan, model: AnyModel, domains: Sequence[Tokens], *, on_batch: C
                 at = plan.layers.index(layer)
                 logits = of[names.ROUTER_LOGITS][counted.to(of[names.ROUTER_LOGITS].device)].double()
                 products[at] += (logits.T @ logits).cpu()
-                indices = of[names.EXPERT_INDICES].cpu()[counted]
+                indices = of[COMPUTED].cpu()[counted]
                 chosen[at] += indices[indices >= 0].bincount(minlength=plan.n_experts)
 
             forward(model, batch, each_layer(model, wanted, update), blocks_only=True)

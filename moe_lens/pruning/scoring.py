@@ -34,6 +34,8 @@ def score(
 ) -> Scores:
     """Score every expert of every layer on each domain; `METHODS` says what each method measures.
 
+    Inside interventions the model is scored as it then is: experts that are left out of a token do not count there.
+
     Args:
         model: A `HookedMoE`.
         domains: Calibration texts.

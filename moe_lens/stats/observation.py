@@ -237,6 +237,8 @@ _STREAM = (names.RESID_PRE, names.RESID_MID, names.RESID_POST)
 def observe(model: AnyModel, batch: TextBatch, *, predicted: bool = False, beside: Hooks | None = None) -> RoutedBatch:
     """Run a model over a batch and note its routing: one forward pass, and nothing else is kept.
 
+    Routing is what the router selects. Slots that an intervention leaves out afterwards (`keep_top`) have weight 0.
+
     Without `predicted` the model ends before its unembedding: routing does not ask for it.
 
     Args:

@@ -59,7 +59,8 @@ class RoutedBatch:
             wrong = indices[outside & counted[None, :, :, None]]
             if wrong.numel():
                 low, high = int(wrong.min()), int(wrong.max())
-                raise InputError(f"expert indices from {low} to {high}; expected ids from 0 to {n_experts - 1}")
+                none = "; −1 is no expert, as in `use_experts`, and every token needs as many here" * (low == -1)
+                raise InputError(f"expert indices from {low} to {high}; expected ids from 0 to {n_experts - 1}{none}")
             inside = indices.masked_fill(outside, 0)  # what does not count may hold anything
             object.__setattr__(self, "routing", replace(self.routing, indices=inside))
 

@@ -39,7 +39,8 @@ class RoutingResult(Result):
     sources: tuple[str, ...]
     tokens: Int[Tensor, " source"]
     assignments: Int[Tensor, "source layer n_experts"]
-    """Tokens whose selected set contains the expert."""
+    """Tokens whose selected set contains the expert: what the router selected, also where an intervention left it out
+    afterwards (`keep_top`), and its weight is 0. `ImportanceStats` counts what was computed."""
     top1: Int[Tensor, "source layer n_experts"]
     """Tokens to which the router gives the expert the greatest weight."""
     weights: Float[Tensor, "source layer n_experts"]

@@ -9,7 +9,17 @@ from typing import Any
 
 import pandas as pd
 
-from moe_lens.studies.findings import MARGINS, Findings, across, repeated_texts, told, too_few, too_short, value
+from moe_lens.studies.findings import (
+    MARGINS,
+    Findings,
+    across,
+    left_out,
+    repeated_texts,
+    told,
+    too_few,
+    too_short,
+    value,
+)
 from moe_lens.studies.frames import where
 
 MOST = 5
@@ -30,6 +40,7 @@ def findings_of(manifest: Mapping[str, Any], tables: Tables) -> Findings:
     warnings = too_few({"all domains": sum(sources.values())} if study in _POOLED else sources)
     read = {str(row["name"]): int(row["tokens"]) for row in manifest.get("read", ())}
     warnings += repeated_texts({str(row["name"]): int(row.get("repeated", 0)) for row in manifest.get("read", ())})
+    warnings += left_out(model.get("hooks", ()))
     if study not in _WHOLE:
         warnings += too_short(read, plan.get("reading", {}).get("tokens"))
     about = f"{study} of {model.get('name')} on {', '.join(str(one['name']) for one in plan['domains'])}"

@@ -1,9 +1,10 @@
 """What a study found, in a few lines, and numbers in words: with their intervals, or across domains."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from moe_lens import names
 from moe_lens.reprs import Summary
 from moe_lens.stats import MIN_SOURCES
 
@@ -15,7 +16,7 @@ class Findings(Summary):
     lines: tuple[str, ...]
     """What was found, five at most. "(name)" at the end of a line is the table that has all of it."""
     warnings: tuple[str, ...] = ()
-    """Where no interval could be given, and where there were fewer texts than asked for."""
+    """Where numbers are less, or something else, than they seem: no interval, fewer texts than asked for, …"""
     then: str = ""
     """What to run next."""
     about: str = field(default="", repr=False)
@@ -32,6 +33,16 @@ def too_few(sources: Mapping[str, int]) -> tuple[str, ...]:
     few = [f"{name} ({n})" for name, n in sources.items() if n < MIN_SOURCES]
     said = f"no interval where there are fewer than ten sources: {', '.join(few)}"
     return (f"{said}; read more tokens, or say of each text which document it is from (source)",) if few else ()
+
+
+def left_out(hooks: Sequence[str]) -> tuple[str, ...]:
+    """A warning where interventions left selected experts out.
+
+    Args:
+        hooks: Those on the model, as the manifest has them.
+    """
+    by = ", ".join(dict.fromkeys(line.split(": ")[1].split()[0] for line in hooks if f".{names.EXPERT_KEPT}," in line))
+    return (f"{by} left experts out that the router selected; shares and loads count these, too",) if by else ()
 
 
 def repeated_texts(repeated: Mapping[str, int]) -> tuple[str, ...]:

@@ -84,6 +84,16 @@ def test_with_any_number_of_experts_those_of_each_token_count(model):
     assert merged.shares is not None and torch.equal(merged.shares.double(), routed)
 
 
+def test_what_an_intervention_leaves_out_counts_neither_in_scores_nor_in_merging(model):
+    of, shares = texts(), []
+    for k in (model.top_k, 1):
+        with model.keep_top(k):
+            scores = score(model, [of], "frequency")
+            shares.append(merge(plan(scores, keep=0.5), model, [of]).shares)
+            assert torch.allclose(shares[-1].double(), scores.values[0] * of.n_tokens)
+    assert [int(of_k.sum(-1)[0]) for of_k in shares] == [model.top_k * of.n_tokens, of.n_tokens]
+
+
 def test_scores_of_routing_and_outputs_are_their_definitions(model):
     of = texts()
     expected = by_loops(model, of)

@@ -235,6 +235,8 @@ def test_what_does_not_fit_is_refused():
         stats.update(routed(indices, n_experts=EXPERTS))
     with pytest.raises(InputError, match="from 5 to 5; expected ids from 0 to 4"):
         routed(torch.full((2, 1, 3, 2), 5), n_experts=EXPERTS)
+    with pytest.raises(InputError, match="from -1 to -1; .*every token needs as many here"):
+        routed(torch.full((2, 1, 3, 2), -1), n_experts=EXPERTS)
     with pytest.raises(InputError, match="2 sources for a batch of 1 rows"):
         routed(indices, sources=["a", "b"], n_experts=EXPERTS)
     counted = RoutingStats(LAYERS, EXPERTS, TOP_K).update(random_batch(torch.Generator().manual_seed(0))).result()

@@ -1,5 +1,6 @@
 """What a study says when it ends: the numbers of its tables, with interval and control; and near misses of names."""
 
+import contextlib
 import copy
 import io
 import json
@@ -240,6 +241,23 @@ def test_equal_texts_are_found_in_parts_that_were_read_apart_and_kept_meanwhile(
     assert [part.result().repeated for part in parts] == [0, 0, 0]  # of one source
     whole = TextStats().load_state_dict(parts[0].merge(parts[1]).state_dict()).merge(parts[2]).merge(parts[2])
     assert whole.result().repeated == 3
+
+
+def test_a_study_under_keep_top_says_that_it_counts_what_was_selected():
+    model, texts = tiny_model(), domain("d")
+    said, shares = [], []
+    for inside in (
+        contextlib.nullcontext(),
+        model.use_experts(model.top_k),
+        model.ablate(ranks=[1]),
+        model.keep_top(1),
+    ):
+        with inside:
+            found = run(RoutingStudy(), model, texts, reading=SMALL)
+        said.append([line.split()[0] for line in found.findings().warnings if "left experts out" in line])
+        result: Any = found.results["d"]["model routing"]
+        shares.append(int(result.assignments.sum()) / result.n_tokens / len(result.layers))
+    assert said == [[], [], ["ablate"], ["keep_top"]] and shares == [model.top_k] * 4
 
 
 def test_a_single_source_has_no_share_that_was_picked_on_others():
