@@ -20,6 +20,10 @@ class UnsupportedModelError(MoELensError):
     """A model, or a feature of its config, whose mathematics moe_lens does not know."""
 
 
+class AbsentParameterError(UnsupportedModelError, AttributeError):
+    """A parameter of TransformerLens's that a model does not have in that form; `hasattr` is then False."""
+
+
 class HookError(MoELensError):
     """A hook was requested where there is none, or returned something that cannot be used."""
 

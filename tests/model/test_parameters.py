@@ -1,6 +1,7 @@
 """Parameters in TransformerLens's orientation are views; copies of a model are independent; a model is wrapped once."""
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -8,10 +9,11 @@ import torch
 from torch.nn.utils import parametrize, prune
 
 from moe_lens import names
-from moe_lens.errors import InputError, UnsupportedModelError
+from moe_lens.errors import AbsentParameterError, InputError, UnsupportedModelError
 from moe_lens.hooked_moe import HookedMoE
 from moe_lens.model.experts.layer_parameters import LayerParameters
 from tests.families import CONFIGS, build, tokens
+from tests.matrix.configs import build as tiny
 from tests.plain_moe import PlainExpert
 from tests.wrapped import as_hook, deviation, listening, wrapped
 
@@ -162,3 +164,94 @@ def test_an_ellipsis_is_all_experts_and_none_is_no_expert() -> None:
     assert model.W_in[2, ...].data_ptr() == model.W_in[2].data_ptr() and len(model.W_in[2, ...]) == model.n_experts
     with pytest.raises(InputError, match=r"W_in\[2, expert\]: got None; expected a whole number"):
         model.W_in[2, None]
+
+
+OF_HEADS = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
+
+
+def by_heads(attention: Any, name: str) -> Any:
+    """TransformerLens's parameter, cut out of that of transformers."""
+    linear = getattr(attention, {"Q": "q_proj", "K": "k_proj", "V": "v_proj", "O": "o_proj"}[name[-1]])
+    if name == "b_O":
+        return linear.bias
+    width = attention.v_head_dim if hasattr(attention, "v_head_dim") else attention.head_dim
+    if name.startswith("b"):
+        return None if linear.bias is None else linear.bias.view(-1, width)
+    return (
+        linear.weight.view(-1, width, linear.in_features).mT
+        if name != "W_O"
+        else linear.weight.T.unflatten(0, (-1, width))
+    )
+
+
+@pytest.mark.parametrize("model_type", ["deepseek", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "gpt_oss"])
+def test_parameters_of_attention_by_heads_are_the_models_own(model_type: str) -> None:
+    model: Any = HookedMoE.from_hf(tiny(model_type), check=False)
+    for name in OF_HEADS:
+        right = [by_heads(block.attn.original_component, name) for block in model.blocks]
+        if right[0] is None:
+            with pytest.raises(AbsentParameterError, match=f"^{name}: a .*Attention has none"):
+                getattr(model, name)
+            assert not hasattr(model, name) and getattr(model.blocks[1].attn, name) is None
+        else:
+            assert torch.equal(getattr(model, name), torch.stack(right))
+            assert torch.equal(getattr(model.blocks[1].attn, name), right[1])
+    q, k, v, o = (model._expand_kv_heads(getattr(model, name)) for name in OF_HEADS[:4])
+    assert torch.allclose(model.QK.AB, q @ k.mT, atol=1e-5) and torch.allclose(model.OV.AB, v @ o, atol=1e-5)
+
+
+@pytest.mark.typed
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3", "dbrx", "qwen3_next", "axk1", "nemotron_h"])
+def test_parameters_that_are_not_divided_into_heads_are_named_in_a_line(model_type: str) -> None:
+    model: Any = HookedMoE.from_hf(tiny(model_type), check=False)
+    block = next(block for block in model.blocks if "attn" in block._modules)
+    latent = model_type.startswith("deepseek")
+    for name in OF_HEADS:
+        if name == "W_O" and latent:
+            right = torch.stack([by_heads(each.attn.original_component, name) for each in model.blocks])
+            assert torch.equal(model.W_O, right) and torch.equal(block.attn.W_O, right[0])
+            continue
+        for owner in (model, block.attn):
+            if name == "b_O" and latent and owner is not model:
+                continue  # None there, as in TransformerLens
+            assert not hasattr(owner, name)
+            with pytest.raises(AbsentParameterError, match=f"^{name}: a \\w+ has none[^\n]*$"):
+                getattr(owner, name)
+    reads = ("QK", "OV", "b_in", "b_out")
+    calls = (model.QK_for_attn_layers, model.OV_for_attn_layers, lambda: model.all_composition_scores("Q"))
+    for read in (*(lambda name=name: getattr(model, name) for name in reads), *calls):
+        with pytest.raises(AbsentParameterError, match="^[^\n]+$"):
+            read()
+    with pytest.raises(AbsentParameterError, match=r"^W_in: .*model.W_gate, W_in and W_out\[layer, expert\]"):
+        model.blocks[-1].mlp.W_in  # noqa: B018
+    assert "embed.W_E" in model.tl_parameters() and dict(inspect.getmembers(model))["top_k"] == model.top_k
+    for flag in ("split_qkv_input", "attn_in", *(() if latent else ("attn_result", "hook_mlp_in"))):
+        with pytest.raises(UnsupportedModelError, match=f"^use_{flag}: .*{model_type}"):
+            getattr(model, f"set_use_{flag}")(True)
+        getattr(model, f"set_use_{flag}")(False)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v2", "deepseek_v3", "gpt_oss"])
+def test_results_of_heads_sum_to_the_output_of_attention(model_type: str) -> None:
+    model: Any = HookedMoE.from_hf(tiny(model_type, attention_bias=True), check=False)
+    model.set_use_attn_result(True)
+    _, cache = model.run_with_cache(tokens(), names_filter=lambda name: name.startswith("blocks.1.attn.hook_"))
+    out, attention = cache["blocks.1.attn.hook_out"], model.blocks[1].attn
+    heads = torch.einsum("bphd,hdm->bphm", cache["blocks.1.attn.hook_z"], attention.W_O)
+    bias = 0 if attention.b_O is None else attention.b_O
+    for summed in (cache["blocks.1.attn.hook_result"].sum(2), heads.sum(2)):
+        torch.testing.assert_close(summed + bias, out, atol=1e-4, rtol=1e-4)
+
+
+def test_biases_of_attention_that_is_shown_whole_are_not_passed_over() -> None:
+    model: Any = HookedMoE.from_hf(tiny("glm4_moe_lite", attention_bias=True), check=False)
+    with pytest.raises(AbsentParameterError, match="^accumulated_bias: a Glm4MoeLiteAttention has none"):
+        model.accumulated_bias(2)
+    _, cache = model.run_with_cache(tokens())
+    stack, labels = cache.get_full_resid_decomposition(expand_neurons=False, return_labels=True)
+    torch.testing.assert_close(stack.sum(0), cache["resid_post", -1], atol=1e-4, rtol=1e-4)
+    assert not stack[labels.index("bias")].any() and "L0attn" in labels, "in which it is"
+    none: Any = HookedMoE.from_hf(tiny("glm4_moe_lite"), check=False)
+    assert not none.accumulated_bias(2).any()
+    heads: Any = HookedMoE.from_hf(tiny("qwen3_moe", attention_bias=True), check=False)
+    assert torch.equal(heads.accumulated_bias(2), heads.b_O[:2].sum(0))

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities import Slice
 
 from moe_lens import names
@@ -158,7 +159,8 @@ class ResidualPartsCache(NeuronCache):
         for label, there in (("embed", self.has_embed), ("pos_embed", self.has_pos_embed)):
             if there:
                 yield [label], read(where.apply(self[label], -2)[None])
-        bias = self.model.accumulated_bias(end, mlp_input, include_mlp_biases=expand_neurons)
+        # of attention that is taken apart: what is one component has its bias in it
+        bias = TransformerBridge.accumulated_bias(self.model, end, mlp_input, include_mlp_biases=expand_neurons)
         yield ["bias"], read(bias.to(heads.device).expand(1, *heads.shape[1:]))
 
     def stack_head_results(

@@ -16,6 +16,7 @@ from transformer_lens.hook_points import HookPoint
 from transformers import Cache
 
 from moe_lens.errors import HookError
+from moe_lens.model.hooks.absent_parameters import NamedParameters
 from moe_lens.model.hooks.bypassed import refuse_replaced, refuse_torch_hooks
 from moe_lens.model.hooks.head_views import name_conversion, view_as_others
 from moe_lens.model.hooks.latent_cache import check_keys_are_stored, latents_of
@@ -82,7 +83,7 @@ def edit_stream(point: HookPoint | None, stream: Tensor) -> None:
         stream.copy_(seen)
 
 
-class LayerPart(GeneralizedComponent):
+class LayerPart(NamedParameters):
     """A part of a layer that transformers computes: hooks at its input and its output, nothing inside.
 
     What it computes is shown as it is added to the residual stream: times the layer's multiplier, where there is one.
@@ -185,7 +186,7 @@ class Norm(GeneralizedComponent):
             return self._apply_weight_and_bias(normalized, dtype)
 
 
-class Attention(GeneralizedComponent):
+class Attention(NamedParameters):
     """Attention by transformers' own forward, unless hooks are on scores, pattern or rotated keys and queries.
 
     Then TransformerLens's eager reconstruction runs (float32: within 1e-5). It reads the config by itself, fields that

@@ -65,6 +65,7 @@ def view_as_others(attention: Any) -> None:
     view = getattr(getattr(getattr(attention, "o", None), "hook_in", None), "hook_conversion", None)
     if isinstance(view, ReshapeForAttentionHeads) and width and view.n_heads * view.d_head == width * heads:
         view.n_heads, view.d_head = heads, width
+        attention.__dict__["_v_head_dim"] = width  # TransformerLens learns it in the first pass; W_O is divided by it
     for point in (getattr(attention, f"hook_{name}", None) for name in "qkv"):
         if isinstance(point, HookPoint) and point.pos_dim == _AFTER_HEADS:
             point.hook_conversion, point.pos_dim = TransposeRotaryHeads(), None

@@ -13,13 +13,13 @@ from moe_lens import names
 from moe_lens.model.experts.expert_weights_view import Experts
 from moe_lens.model.experts.nonstandard_experts import BLOCKS, block_forward, experts_of
 from moe_lens.model.families.table import Family
+from moe_lens.model.hooks.absent_parameters import NamedParameters
 from moe_lens.model.hooks.bypassed import refuse_exchanged, refuse_replaced, refuse_torch_hooks
 from moe_lens.model.hooks.components import FlatTokens, combined, method_of
 from moe_lens.model.hooks.expert_kernel import experts_forward
 from moe_lens.model.hooks.layer_hooks import LayerHooks
 from moe_lens.model.hooks.router import route
 from moe_lens.model.hooks.router_modes import rule_of
-from moe_lens.model.tl_compat import GeneralizedComponent
 
 
 def _on_device(experts: Experts, *arguments: Any) -> Tensor:
@@ -27,7 +27,7 @@ def _on_device(experts: Experts, *arguments: Any) -> Tensor:
         return experts_forward(experts, *arguments)
 
 
-class MoEBlock(GeneralizedComponent):
+class MoEBlock(NamedParameters):
     """The MLP of a block; a layer with experts gets its hook points here, a dense layer keeps those it has."""
 
     family: Family

@@ -8,9 +8,12 @@ from typing import Any
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
+from moe_lens.errors import AbsentParameterError, UnsupportedModelError
 from moe_lens.model.experts.layer_parameters import LayerParameters
 from moe_lens.model.experts.offloaded_experts import is_elsewhere, numbers_of
 from moe_lens.model.experts.packed import Matrices, ReadOnly
+from moe_lens.model.hooks.absent_parameters import absent
+from moe_lens.model.hooks.components import LayerPart
 from moe_lens.model.hooks.hook_table import HookTable
 
 
@@ -70,8 +73,61 @@ class ParameterViews(HookTable):
         """TransformerLens's, for W_Q and its like: a copy of what all layers have."""
         self._check_places()
         blocks: Any = self.blocks
-        with _at_hand(*(getattr(block, attr_path.partition(".")[0], None) for block in blocks)):
-            return super()._stack_block_params(attr_path, reshape_fn)
+        part, _, name = attr_path.partition(".")
+        parts = [found for block in blocks if (found := block._modules.get(part)) is not None]
+        if not parts:
+            raise AbsentParameterError(f"{name}: no layer of this model has {part} hooks")
+        with _at_hand(*parts):
+            try:
+                return super()._stack_block_params(attr_path, reshape_fn)
+            except (AttributeError, ValueError) as error:  # a bias that is not there; layers of several sizes
+                if isinstance(error, AbsentParameterError):
+                    raise
+                raise absent(name, parts[0].original_component) from None
+
+    def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Tensor:
+        """As TransformerLens's: the output biases of attention that the stream before a layer has in it.
+
+        Args:
+            layer: The layer.
+            mlp_input: Whether that layer's own attention is counted.
+            include_mlp_biases: Whether those of dense MLPs are.
+
+        Raises:
+            AbsentParameterError: attention is shown whole, and its output has a bias.
+        """
+        blocks: Any = self.blocks
+        for block in blocks:
+            for part in block.children():
+                inner = part.original_component if isinstance(part, LayerPart) else None
+                if getattr(getattr(inner, "o_proj", None), "bias", None) is not None:
+                    raise absent("accumulated_bias", inner)
+        return super().accumulated_bias(layer, mlp_input, include_mlp_biases)
+
+    def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
+        """As TransformerLens's.
+
+        Args:
+            use_hook_mlp_in: Whether `hook_mlp_in` fires.
+
+        Raises:
+            UnsupportedModelError: the family has no such hook.
+        """
+        if use_hook_mlp_in and not any(name.endswith(".hook_mlp_in") for name in self._all_hooks):
+            raise UnsupportedModelError(
+                f"use_hook_mlp_in: blocks of {self.family.model_type} have no hook_mlp_in; ln2.hook_in, where there is "
+                "a norm, and mlp.hook_in show what the MLP reads"
+            )
+        super().set_use_hook_mlp_in(use_hook_mlp_in)
+
+    def _validate_attention_fork_supported(self, flag_name: str) -> None:
+        try:
+            super()._validate_attention_fork_supported(flag_name)
+        except NotImplementedError:
+            raise UnsupportedModelError(
+                f"{flag_name}: attention of {self.family.model_type} is not computed with hooks there; model.hook_dict "
+                "lists those that it has"
+            ) from None
 
 
 def _own(found: Tensor, module: Any) -> Tensor:

@@ -1,0 +1,40 @@
+"""Parameters that TransformerLens reads of attention and MLPs by name, where a model's parts have none of that form."""
+
+from typing import Any
+
+from moe_lens.errors import AbsentParameterError
+from moe_lens.model.tl_compat import GeneralizedComponent
+
+OF_ATTENTION = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
+OF_MLP = ("W_in", "W_out", "W_gate", "b_in", "b_out", "b_gate")
+
+
+def absent(name: str, part: Any) -> AbsentParameterError:
+    """The error for a parameter that a part of a layer does not have.
+
+    Args:
+        name: TransformerLens's.
+        part: The module of transformers.
+    """
+    kind = type(part).__name__
+    if name in OF_MLP:
+        return AbsentParameterError(
+            f"{name}: a {kind} has none of its own; matrices of experts are model.W_gate, W_in and W_out[layer, "
+            "expert], and model.state_dict() holds all that there is, under transformers' names"
+        )
+    return AbsentParameterError(
+        f"{name}: a {kind} has none, or none that is divided into heads; what it has is in "
+        "model.blocks[layer].attn.original_component and in model.state_dict(), under transformers' names"
+    )
+
+
+class NamedParameters(GeneralizedComponent):
+    """A component that says so where a parameter of TransformerLens's is not there."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except (AttributeError, NotImplementedError):
+            if name in OF_ATTENTION or name in OF_MLP:
+                raise absent(name, self._modules.get("_original_component")) from None
+            raise
