@@ -124,6 +124,11 @@ def swapped_layers(model: Any) -> None:
     layers[1], layers[2] = layers[2], layers[1]
 
 
+def one_more(model: Any) -> None:
+    model.model.layers.append(copy.deepcopy(build(model.config.model_type).model.layers[0]))
+    model.config.num_hidden_layers += 1
+
+
 def shared_norm(model: Any) -> None:
     model.model.layers[2].input_layernorm = model.model.layers[1].input_layernorm
 
@@ -141,6 +146,7 @@ REFUSED: dict[str, tuple[str, Change, str]] = {
     "attention": ("mixtral", swapped("self_attn"), "model.layers.1.self_attn: another MixtralAttention was put in"),
     "layers": ("mixtral", swapped_layers, "model.layers.1: another MixtralDecoderLayer was put in the place of"),
     "a layer less": ("mixtral", deleted, "model.layers.2: nothing is in the place of the MixtralDecoderLayer"),
+    "a layer more": ("mixtral", one_more, "model.layers has 4 modules, and had 3 when the model was wrapped"),
     "a norm twice": ("mixtral", shared_norm, "model.layers.2.input_layernorm: the MixtralRMSNorm there is used in"),
     "a norm": ("mixtral", other_norm, "model.norm: another LayerNorm was put in the place of the MixtralRMSNorm"),
 }
@@ -167,6 +173,19 @@ def test_what_cannot_be_followed_is_refused_wherever_the_old_would_be_used(case:
             use()
         assert "\n" not in str(error.value)
     assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_a_layer_that_is_put_behind_the_blocks_is_refused_until_it_is_taken_out(family: str) -> None:
+    model, plain = wrapped_and_plain(family)
+    blocks: Any = model.blocks
+    blocks.append(plain.model.layers[0])
+    for use in (model.state_dict, lambda: model(tokens()), lambda: model.hf_generate(tokens(), max_new_tokens=1)):
+        with pytest.raises(UnsupportedModelError, match=r"model\.layers has 4 modules, and had 3"):
+            use()
+    del blocks[-1]
+    with torch.no_grad():
+        assert torch.equal(model(tokens()), plain(tokens()).logits)
 
 
 def test_a_block_that_is_put_back_is_taken_up_again() -> None:

@@ -30,6 +30,8 @@ class Place(NamedTuple):
     module: nn.Module
     path: str
     """Its name in the transformers model."""
+    n_beside: int
+    """How many modules its owner has."""
 
 
 def places_of(model: nn.Module, parts: Collection[nn.Module]) -> tuple[Place, ...]:
@@ -47,7 +49,7 @@ def places_of(model: nn.Module, parts: Collection[nn.Module]) -> tuple[Place, ..
         matters = inner is not module or id(inner) in held
         for name, child in inner._modules.items():
             if child is not None and visit(child, where := f"{path}.{name}" if path else name):
-                found.append(Place(inner, name, child, where))
+                found.append(Place(inner, name, child, where, len(inner._modules)))
                 matters = True
         return matters
 
@@ -60,7 +62,16 @@ def check_places(places: Collection[Place]) -> None:
 
     Raises:
         UnsupportedModelError: it cannot, and hooks and parameters would be those of the old module; names the place.
+            Or there are more modules in a list than were wrapped.
     """
+    for place in places:
+        if len(place.owner._modules) > place.n_beside and isinstance(place.owner, nn.ModuleList):
+            raise UnsupportedModelError(
+                f"{place.path.rpartition('.')[0]} has {len(place.owner._modules)} modules, and had {place.n_beside} "
+                "when the model was wrapped: hooks and parameters would be those of the old ones alone. Take the "
+                "others out (del model.blocks[-1]), or put them into the transformers model, and its config, before "
+                "it is wrapped"
+            )
     moved = [place for place in places if place.owner._modules.get(place.name) is not place.module]
     if not moved:
         return
