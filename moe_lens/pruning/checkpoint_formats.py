@@ -49,6 +49,12 @@ def parse_rows(name: str) -> int | None:
     return int(found["n"]) if found else None
 
 
+def parse_router(name: str) -> int | None:
+    """The layer whose router's rows a stored tensor is; None for all others."""
+    found = _ROUTER.fullmatch(name) if name.endswith(".weight") else None
+    return int(found["n"]) if found else None
+
+
 @dataclass(frozen=True)
 class Format:
     """What is particular to the checkpoints of a model type."""

@@ -19,12 +19,19 @@ from torch import Tensor
 
 from moe_lens.checked import AnyModel
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
-from moe_lens.model.cache.hook_cache import identity
+from moe_lens.model.cache.identity import ROUTERS, identity, router_facts
 from moe_lens.model.families.expert_groups import Groups
 from moe_lens.model.families.table import FAMILIES
-from moe_lens.model.loading.checkpoint import Checkpoint, read_config
+from moe_lens.model.loading.checkpoint import Checkpoint, OpenFiles, read_config
 from moe_lens.model.loading.pretrained import resolve_name
-from moe_lens.pruning.checkpoint_formats import format_of, parse_expert, parse_rows, smaller_config, split_prediction
+from moe_lens.pruning.checkpoint_formats import (
+    format_of,
+    parse_expert,
+    parse_router,
+    parse_rows,
+    smaller_config,
+    split_prediction,
+)
 from moe_lens.pruning.merging import StoredMerges
 from moe_lens.pruning.model_card import model_card
 from moe_lens.pruning.plans import Plan
@@ -93,11 +100,14 @@ def export(
         plan.check(identity(model))
     with _source(model, target, hub) as (source, hub_):
         path, raw = read_config(source, hub_)
+        sizes = {"name": PurePath(str(model)).name, **{fact: raw[key] for fact, key in _SIZES.items() if key in raw}}
         if stored:
-            plan.check({"name": PurePath(model).name, **{fact: raw[key] for fact, key in _SIZES.items() if key in raw}})
+            plan.check({**plan.model, **sizes})
         expressible(raw, plan)
         checkpoint, ahead = _without_prediction(Checkpoint.locate(source, hub_), raw)
         _holds(checkpoint, plan)
+        if stored:
+            plan.check({**sizes, ROUTERS: _router_facts(checkpoint)})
         _room(checkpoint, plan, target)
         try:
             with folder_made(parent), scratch_folder(parent, f".{target.name}.") as temporary:
@@ -127,6 +137,21 @@ def _without_prediction(checkpoint: Checkpoint, raw: Mapping[str, Any]) -> tuple
     return replace(
         checkpoint, tensors={name: checkpoint.tensors[name] for name in checkpoint.tensors if name in own}
     ), layers
+
+
+def _router_facts(checkpoint: Checkpoint) -> list[float]:
+    """What is known of the routers of a checkpoint, as `identity` has it of a model.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    found = {
+        router: tensor for name, tensor in checkpoint.tensors.items() if (router := parse_router(name)) is not None
+    }
+    if not found:
+        raise CheckpointError(f"{checkpoint.places}: there is no router in it")
+    files = OpenFiles()
+    return router_facts(tensor.read(files) for _, tensor in sorted(found.items()))
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from moe_lens import names
 from moe_lens.checked import AnyModel
 from moe_lens.data import Tokens
 from moe_lens.errors import InputError, UnsupportedModelError
-from moe_lens.model.cache.hook_cache import identity
+from moe_lens.model.cache.identity import identity
 from moe_lens.model.loading.checkpoint import Checkpoint
 from moe_lens.pruning.checkpoint_formats import ExpertTensor
 from moe_lens.pruning.plans import Plan

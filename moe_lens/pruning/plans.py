@@ -13,6 +13,7 @@ from torch import Tensor
 from moe_lens.checked import AnyModel, Natural, Positive
 from moe_lens.errors import InputError
 from moe_lens.interventions.intervention import Intervention
+from moe_lens.model.cache.identity import difference
 from moe_lens.pruning.preview import preview
 from moe_lens.pruning.scores import check_sizes
 from moe_lens.reprs import Summary
@@ -24,7 +25,7 @@ class Plan(Summary):
     """Which experts a smaller model has. A plan changes nothing by itself: `preview` and `export` apply it."""
 
     model: Mapping[str, Any]
-    """The model's identity: its name and sizes."""
+    """The model's identity: its name, its sizes, and what its routers are like."""
     layers: tuple[Natural, ...]
     """The layers that have experts."""
     kept: tuple[tuple[Natural, ...], ...]
@@ -165,9 +166,8 @@ class Plan(Summary):
         Raises:
             InputError: the plan was made for another model; names what differs.
         """
-        for what, here in model.items():
-            if (there := self.model.get(what)) != here:
-                raise InputError(f"the plan is for a model with {what} {there!r}; this one has {here!r}")
+        if (said := difference(self.model, model)) is not None:
+            raise InputError(f"the plan is for {said}")
 
     def save(self, path: str | Path) -> None:
         """Write to one safetensors file."""

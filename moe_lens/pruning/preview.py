@@ -13,7 +13,7 @@ from moe_lens.errors import UnsupportedModelError
 from moe_lens.interventions.intervention import Hook, Intervention
 from moe_lens.interventions.rerouting import reselect
 from moe_lens.interventions.selection_bias import no_bias, selection_bias
-from moe_lens.model.cache.hook_cache import identity
+from moe_lens.model.cache.identity import identity
 from moe_lens.model.families.expert_groups import check_groups
 from moe_lens.pruning.checkpoint_formats import normalizes
 from moe_lens.pruning.weight_matching import Planned, averaged, members, views

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_lens import names
 from moe_lens.data import Tokens
-from moe_lens.model.cache.hook_cache import identity
+from moe_lens.model.cache.identity import identity
 from moe_lens.pruning.plans import Plan
 from moe_lens.pruning.preview import preview
 from moe_lens.studies.forward_passes import each_layer, forward, nothing

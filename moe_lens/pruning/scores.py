@@ -40,7 +40,7 @@ class Scores(Summary):
 
     method: str
     model: Mapping[str, Any]
-    """The model's identity: its name and sizes."""
+    """The model's identity: its name, its sizes, and what its routers are like."""
     layers: tuple[Natural, ...]
     """The layers that have experts."""
     top_k: Positive

@@ -12,7 +12,7 @@ from moe_lens.checked import AnyModel, Seed
 from moe_lens.data import Tokens
 from moe_lens.errors import InputError
 from moe_lens.interventions import Loss, expert_attribution
-from moe_lens.model.cache.hook_cache import identity
+from moe_lens.model.cache.identity import identity
 from moe_lens.pruning.reconstruction import reconstruction_error
 from moe_lens.pruning.scores import Method, Scores
 from moe_lens.stats import ImportanceResult, ImportanceStats

@@ -146,14 +146,30 @@ def test_a_cache_pickles_by_value_and_is_bound_to_a_model():
         assert torch.equal(copied["hook_embed"], made["hook_embed"])
     copy.deepcopy(made)["hook_embed"].zero_()
     assert made["hook_embed"].any(), "a deep copy has tensors of its own"
-    with pytest.raises(InputError, match=r"the cache was made by a model with name 'deepseek"):
+    with pytest.raises(InputError, match=r"the cache was made by a model with moe_layers \[1, 2\]"):
         came.bind(wrapped("olmoe").model)
+
+
+def test_a_cache_is_read_by_the_same_model_under_another_name_and_by_no_other(tmp_path: Path, monkeypatch):
+    case = wrapped("deepseek", torch.float64)
+    fresh("deepseek", names_filter="hook_embed").to_disk(tmp_path / "cache")
+    monkeypatch.setattr(case.model.cfg, "model_name", "another")
+    assert len(MoECache.from_disk(tmp_path / "cache", case.model)) == 1
+    routers = case.model.W_router
+    with torch.no_grad():
+        kept = routers[2].clone()
+        routers[2].mul_(1.1)
+        try:
+            with pytest.raises(InputError, match="was made by a model with other router weights"):
+                MoECache.from_disk(tmp_path / "cache", case.model)
+        finally:
+            routers[2].copy_(kept)
 
 
 def test_another_models_cache_is_refused(tmp_path: Path):
     case = wrapped("deepseek", torch.float64)
     fresh("deepseek", names_filter="hook_embed").to_disk(tmp_path / "cache")
-    with pytest.raises(InputError, match="was made by a model with name '.*deepseek.*'; this one has '.*mixtral.*'"):
+    with pytest.raises(InputError, match=r"was made by a model with moe_layers \[1, 2\]; this one has \[0, 1, 2\]"):
         MoECache.from_disk(tmp_path / "cache", wrapped("mixtral", torch.float64).model)
 
     def like(**changes: Any) -> Any:

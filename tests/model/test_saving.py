@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import Mxfp4Config
 
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
 from moe_lens.hooked_moe import HookedMoE
-from moe_lens.model.cache.hook_cache import identity
+from moe_lens.model.cache.identity import identity
 from moe_lens.model.loading import saving
 from moe_lens.model.loading.gguf_file import read_gguf_config
 from moe_lens.model.loading.quantising import quantise

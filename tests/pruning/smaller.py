@@ -45,7 +45,7 @@ def by_hand(name: str, kept: Mapping[int, tuple[int, ...]], top_k: int) -> PreTr
 
 def make_plan(model: Any, kept: Mapping[int, tuple[int, ...]], top_k: int) -> Plan:
     """A plan that keeps what it is told."""
-    from moe_lens.model.cache.hook_cache import identity
+    from moe_lens.model.cache.identity import identity
 
     values = torch.zeros(len(kept), model.n_experts)
     for row, experts in zip(values, kept.values(), strict=True):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from moe_lens import HookedMoE
 from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
 from moe_lens.model.loading.tokenizer import load_tokenizer
-from moe_lens.pruning import export, plan
+from moe_lens.pruning import Plan, export, plan
 from moe_lens.pruning.export import disk_needed, folder_size
 from moe_lens.pruning.prune_job import PruneSettings, prune
 from tests.families import CONFIGS, build, tokens
@@ -49,6 +49,33 @@ def test_exported_checkpoints_are_the_smaller_model_in_plain_transformers(name, 
         other = whole(name)(tokens()).logits
     assert torch.equal(found, wanted)
     assert (found - other).abs().max() > 0.01
+
+
+def test_a_model_is_known_by_what_it_is_whatever_it_is_called(hooked, tmp_path):
+    of, other = tmp_path / "of", build("olmoe")
+    hooked.save_pretrained(of)
+    shutil.copytree(of, tmp_path / "called otherwise")
+    found = make_plan(HookedMoE.from_pretrained(of, check=False), kept_of(hooked), 2)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        again = HookedMoE.from_pretrained(tmp_path / "called otherwise", dtype=dtype, check=False)
+        with found.preview(again):
+            pass
+    export(tmp_path / "called otherwise", found, tmp_path / "smaller")
+
+    # Negative controls: of the same name and sizes, trained a little further; and a plan that knows nothing but a name.
+    for parameter in other.parameters():
+        parameter.data += 0.05 * parameter.std() * torch.randn_like(parameter)
+    other.save_pretrained(tmp_path / "elsewhere" / "of")
+    trained = HookedMoE.from_pretrained(tmp_path / "elsewhere" / "of", check=False)
+    with pytest.raises(InputError, match="for a model with other router weights than this one; .* 'of' and 'of'"):
+        found.preview(trained).__enter__()
+    with pytest.raises(InputError, match="for a model with other router weights than this one; .* 'of' and 'of'"):
+        export(tmp_path / "elsewhere" / "of", found, tmp_path / "out")
+    earlier = replace(found, model={key: value for key, value in found.model.items() if key != "routers"})
+    earlier.save(tmp_path / "earlier")
+    Plan.load(tmp_path / "earlier").preview(trained).__enter__()
+    with pytest.raises(InputError, match="for a model with name 'of'; this one has 'called otherwise'"):
+        Plan.load(tmp_path / "earlier").preview(again).__enter__()
 
 
 def test_a_model_in_memory_is_left_as_it_was(hooked, tmp_path):
@@ -210,18 +237,17 @@ def test_groups_must_stay_large_enough_to_be_ranked(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(folder)(tokens()).logits.isfinite().all()
 
 
-@pytest.mark.parametrize(("what", "changes"), [("name", {}), ("top_k", {"num_experts_per_tok": 2})])
-def test_plans_of_another_model_of_as_many_experts_are_refused(hooked, what, changes, tmp_path):
+def test_plans_of_another_model_of_as_many_experts_are_refused(hooked, tmp_path):
     """Of one in memory and of a checkpoint, as the preview refuses them; the plan's own model is written."""
-    own, called = tmp_path / hooked.cfg.model_name, tmp_path / ("other" if what == "name" else hooked.cfg.model_name)
-    plan, other = make_plan(hooked, kept_of(hooked), 2), build("olmoe", **changes)
+    called = tmp_path / hooked.cfg.model_name
+    plan, other = make_plan(hooked, kept_of(hooked), 2), build("olmoe", num_experts_per_tok=2)
     other.save_pretrained(called)
     for model in (str(called), HookedMoE.from_hf(other, name=str(called), check=False)):
-        with pytest.raises(InputError, match=f"the plan is for a model with {what} .*; this one has"):
+        with pytest.raises(InputError, match="the plan is for a model with top_k .*; this one has"):
             export(model, plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    build("olmoe").save_pretrained(own)
-    assert export(own, plan, tmp_path / "out").exists()
+    build("olmoe").save_pretrained(called)
+    assert export(called, plan, tmp_path / "out").exists()
 
 
 def test_checkpoints_without_the_plan_s_experts_and_other_families_are_refused(hooked, tmp_path):

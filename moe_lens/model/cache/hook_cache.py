@@ -2,7 +2,7 @@
 
 import copy
 import operator
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -17,6 +17,7 @@ from moe_lens import names
 from moe_lens.checked import Positive
 from moe_lens.errors import HookError, InputError
 from moe_lens.model.cache.absent_model import AbsentModel
+from moe_lens.model.cache.identity import difference, identity
 from moe_lens.model.devices import check_kept
 from moe_lens.model.unknown_hooks import instead_of
 from moe_lens.protocols import Hooked, HookedModel
@@ -267,7 +268,7 @@ class HookCache(Summary, ActivationCache):
         """The same cache with a model, which a cache needs after unpickling; tensors are shared.
 
         Raises:
-            InputError: the model's name or sizes are not those of the model that made the cache.
+            InputError: the model's sizes or routers are not those of the model that made the cache.
         """
         _same_model("the cache", identity(self.model), model)
         found = copy.copy(self)
@@ -338,19 +339,5 @@ def _ragged(name: str) -> bool:
 
 
 def _same_model(what: str, made_by: dict[str, Any], model: HookedModel) -> None:
-    for fact, here in identity(model).items():
-        there = made_by.get(fact)
-        if there != here:
-            raise InputError(f"{what} was made by a model with {fact} {there!r}; this one has {here!r}")
-
-
-def identity(model: Any) -> dict[str, Any]:
-    """What distinguishes a model from others: the last part of its name, wherever it was loaded from, and its sizes."""
-    sizes = {name: getattr(model.cfg, name) for name in ("n_layers", "d_model", "d_vocab")}
-    return {
-        "name": PurePath(model.cfg.model_name).name,
-        **sizes,
-        "n_experts": model.n_experts,
-        "top_k": model.top_k,
-        "moe_layers": list(model.moe_layers),
-    }
+    if (said := difference(made_by, identity(model))) is not None:
+        raise InputError(f"{what} was made by {said}")
