@@ -155,6 +155,7 @@ def _heads(cache: Any, layer: int) -> tuple[list[str], Tensor]:
     """z_h W_O of each head, and the bias if there is one."""
     model = cache.model
     whole, z = cache[names.block(names.ATTN_OUT, layer)], cache[_z(layer)]
+    model._check_places()
     projection = getattr(getattr(model.blocks[layer].attn, "o", None), "original_component", None)
     n_heads = int(model.cfg.n_heads)
     if z.ndim == whole.ndim + 1:

@@ -13,6 +13,7 @@ from torch import nn
 
 from moe_lens.errors import UnsupportedModelError
 from moe_lens.hooked_moe import HookedMoE
+from moe_lens.lenses.logit_lens import LogitLens
 from tests.families import build, tokens
 from tests.model.test_families import ParamWrapper
 
@@ -99,6 +100,32 @@ def test_the_parameters_of_what_is_exchanged_are_those_of_its_place_before_the_n
     assert torch.equal(model.W_O[2].reshape(weight.T.shape), weight.T)
     layers[2].input_layernorm = nn.Identity()
     assert (model.run_with_cache(tokens())[1]["blocks.2.ln1.hook_scale"] == 1).all()
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_what_is_exchanged_after_a_pass_is_what_its_cache_is_read_with(between: bool) -> None:
+    model, plain = wrapped_and_plain("mixtral")
+    logits, cache = model.run_with_cache(tokens())
+    resid, lens = cache["resid_post", -1], LogitLens(model)
+    digest = lens.unembedding_digest()
+    assert torch.allclose(lens.unembed(resid), logits, atol=1e-5)
+    smaller = type(plain.model.norm)(model.cfg.d_model, eps=plain.config.rms_norm_eps)
+    smaller.weight = nn.Parameter(plain.model.norm.weight.detach() / 3)
+    both: tuple[Any, ...] = (model.original_model, plain)
+    for of in both:
+        scaled_head(of)
+        of.model.norm = smaller
+    if between:
+        model(tokens())  # negative control: the next pass has always followed
+    right = plain.lm_head(plain.model.norm(resid))
+    assert not torch.allclose(right, logits, atol=1e-3)
+    assert torch.allclose(lens.unembed(resid), right, atol=1e-5)
+    assert torch.allclose(model.unembed(model.ln_final(resid)), right, atol=1e-5)
+    assert lens.unembedding_digest() != digest
+    stack, _ = cache.get_full_resid_decomposition(-1, return_labels=True)
+    token = int(tokens()[0, 1])
+    parts = cache.logit_attrs(stack, token)
+    assert torch.allclose(parts.sum(0), right[..., token], atol=1e-3)
 
 
 def swapped(name: str) -> Change:

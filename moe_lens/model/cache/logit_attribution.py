@@ -67,6 +67,7 @@ class AttributionCache(HookCache):
         if final and recompute_ln:
             return scaled.to(torch.promote_types(scaled.dtype, residual_stack.dtype))  # by the norm itself, with gain
         block = None if final else self.model.blocks[layer]
+        self.model._check_places()
         norm = self.model.ln_final if block is None else block.ln2 if mlp_input else block.ln1
         return scaled * gain(norm).to(scaled)
 

@@ -125,6 +125,7 @@ class NeuronCache(SumCache):
             return Reader(onto=onto)
         # Norm, then projection: (x ⊙ gain / scale) · P = x · (gain ⊙ P) / scale, so that nothing wide is made.
         block = None if end == self.model.cfg.n_layers else self.model.blocks[end]
+        self.model._check_places()
         norm = self.model.ln_final if block is None else block.ln2 if mlp_input else block.ln1
         onto = gain(norm).to(onto)[:, None] * onto
         if self._uses_ln_centering(end):

@@ -215,6 +215,7 @@ class ResidualPartsCache(NeuronCache):
             key, attention = f"blocks.{layer}.attn.hook_result", getattr(self.model.blocks[layer], "attn", None)
             if key in self.cache_dict or attention is None or ("z", layer, "attn") not in self:
                 continue
+            self.model._check_places()
             z, weights = self["z", layer, "attn"], attention.W_O
             if tuple(z.shape[-2:]) != tuple(weights.shape[:2]):
                 z = z.flatten(-2).unflatten(-1, weights.shape[:2])

@@ -108,6 +108,10 @@ def check_readable(model: PreTrainedModel, *, assign: bool = False) -> None:
             )
 
 
+_ENDS = frozenset(("embed", "ln_final", "unembed"))
+"""What is used by itself, without a pass that would look for what was exchanged."""
+
+
 class WholeState(TransformerBridge):
     """A TransformerBridge whose `state_dict` holds the whole model: routers and experts, too."""
 
@@ -120,6 +124,13 @@ class WholeState(TransformerBridge):
         if "peft_config" in vars(self.original_model):
             refuse_adapters(self.original_model)
         check_places(self.__dict__["_places"])
+
+    def __getattr__(self, name: str) -> Any:
+        """TransformerLens's; embedding, final norm and head are those of their places, between passes, too."""
+        owner = vars(self).get("owner")
+        if name in _ENDS and owner is not None and owner.running is None:
+            self._check_places()
+        return super().__getattr__(name)
 
     def _own(self) -> dict[str, Tensor]:
         """Every parameter and persistent buffer under its own name; a tied one under the name that it is stored as."""
