@@ -20,6 +20,7 @@ from moe_lens.lenses.token_rows import endless, of_item, padded, row_batches, ro
 from moe_lens.lenses.training_summary import TrainingSummary
 from moe_lens.lenses.tuned_loss import Streams, TranslatedLens, divergences, sites
 from moe_lens.model.hooks.edits import edits
+from moe_lens.model.loading.parameters_digest import parameters_digest
 from moe_lens.storage import load_tensors, save_tensors
 
 HELD_OUT = 32
@@ -80,6 +81,8 @@ def train(
     run = {**asdict(settings), "fingerprint": lens.unembedding_digest(), "held_out_tokens": held_out_tokens}
     run |= {"held_out": digest_of(kept), "hooks": edits(model)}
     step = tokens = 0
+    if checkpoint is not None:  # it takes a reading of all parameters
+        run["model"] = parameters_digest(model.original_model)
     if checkpoint is not None and checkpoint.exists():
         step, tokens = _resume(checkpoint, optimizer, run)
     stream = (row for item in endless(texts, skip) for row in of_item(model, item, settings.context) if row)

@@ -218,6 +218,11 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(model, tmp_path, mon
         pytest.raises(InputError, match=r'it has {"hooks": \[\]}, this one {"hooks": \["blocks'),
     ):
         fitted(model, checkpoint=file)
+    other = build("deepseek")
+    with torch.no_grad():
+        next(one for name, one in other.named_parameters() if ".experts." in name).view(-1)[0] += 0.25
+    with pytest.raises(InputError, match=r'it has {"model": "\w+"}, this one {"model": "\w+"}'):
+        fitted(HookedMoE.from_hf(other), checkpoint=file)
 
 
 def test_rows_are_held_out_of_the_corpus_if_none_are_given(model):

@@ -11,8 +11,8 @@ from moe_lens import HookedMoE, LogitLens, PartialSum
 from moe_lens.errors import InputError
 from moe_lens.model.loading import through_transformers
 from moe_lens.model.loading.checksum import checksum
+from moe_lens.model.loading.parameters_digest import parameters_digest
 from moe_lens.model.loading.streamed_weights import streamed_weights
-from moe_lens.studies.model_facts import parameters_digest
 from tests.families import build, tokens
 
 ALL = {"model": "disk", "lm_head": "disk"}
