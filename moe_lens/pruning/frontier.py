@@ -114,6 +114,8 @@ class Frontier(Drawn, Result):
         lines = [f"perplexity × of each domain by experts kept, of {experts} a layer (frontier.parquet):"]
         for (method, calibrated, treatment), rows in small.groupby(["method", "calibrated", "treatment"], sort=False):
             how = f", {calibrated}'s texts" * (calibrated != ALL) + f", {treatment}" * (treatment != "dropped")
+            active = {*rows["top_k"]} - {self.points[0][4]}
+            how += f", {', '.join(map(str, sorted(active)))} active" * bool(active)
             kept = (f"{n}: {across(where(rows, kept=n), 'ratio', ends)}" for n in sorted(set(rows["kept"])))
             lines.append(f"  {method}{how}  {';  '.join(kept)}")
         about = f"frontier of {experts} experts a layer on {', '.join(self.domains)}"
@@ -223,6 +225,8 @@ def frontier(
     merged: Sequence[Method] = (),
     specialists: Method | None = None,
     top_k: Sequence[int] = (),
+    pruned_top_k: Positive | None = None,
+    seed: Seed = 0,
     on_batch: Callable[[], None] = nothing,
 ) -> Frontier:
     """Perplexity of smaller models, cross-fitted: plans made from one half of the sources are judged on the other.
@@ -235,6 +239,8 @@ def frontier(
         merged: Methods whose plans are also measured with pruned experts merged instead of dropped.
         specialists: The method by which, besides, models for a single domain are made.
         top_k: Numbers of active experts that are measured with all experts kept.
+        pruned_top_k: Active experts of every model with fewer experts: as many as of the whole model if not given.
+        seed: Of the method `"random"`, which draws the same experts for both halves.
         on_batch: Called after every batch of every pass.
 
     Raises:
@@ -254,10 +260,11 @@ def frontier(
     judge = _Judge(names[0])
     for seen, unseen in (texts, texts[::-1]):
         scores: dict[Method, Scores] = {
-            method: score(model, seen, method, on_batch=on_batch) for method in _needed(methods, specialists)
+            method: score(model, seen, method, seed=seed if method == "random" else None, on_batch=on_batch)
+            for method in _needed(methods, specialists)
         }
         made: dict[Point, Plan | None] = {whole: None}
-        made |= _plans(model, scores, seen, methods, keep, merged, specialists, on_batch)
+        made |= _plans(model, scores, seen, methods, keep, merged, specialists, pruned_top_k, on_batch)
         for k in (k for k in dict.fromkeys(top_k) if k != model.top_k):
             made[whole._replace(top_k=k)] = plan(next(iter(scores.values())), top_k=k)
         judge.judge(made, model, unseen, on_batch)
@@ -276,6 +283,7 @@ def _plans(
     keep: Sequence[float | int],
     merged: Sequence[Method],
     specialists: Method | None,
+    top_k: int | None,
     on_batch: Callable[[], None],
 ) -> dict[Point, Plan]:
     """All plans of one half, each once: a model that is judged twice would count its texts twice."""
@@ -284,17 +292,17 @@ def _plans(
 
     def even(method: Method, count: float | int, domain: str | None = None) -> Plan:
         """A plan that the model's config has words for."""
-        chosen = plan(scores[method], count, domain=domain)
+        chosen = plan(scores[method], count, domain=domain, top_k=top_k)
         return chosen if groups is None else chosen.uniform(groups.number)
 
     for method, count in product(methods, keep):
         dropping = even(method, count)
-        point = Point(method, ALL, "dropped", len(dropping.kept[0]), model.top_k)
+        point = Point(method, ALL, "dropped", len(dropping.kept[0]), dropping.top_k)
         made[point] = dropping
         if method in merged and (both := point._replace(treatment="merged")) not in made:
             made[both] = merge(dropping, model, seen, on_batch=on_batch)
     for domain, count in product([tokens.domain for tokens in seen] if specialists else [], keep):
         assert specialists is not None
         special = even(specialists, count, domain)
-        made[Point(specialists, domain, "dropped", len(special.kept[0]), model.top_k)] = special
+        made[Point(specialists, domain, "dropped", len(special.kept[0]), special.top_k)] = special
     return made

@@ -111,10 +111,12 @@ def prune(
         model,
         halves,
         methods,
-        [share for share in shares(settings.keep) if _enough(round(share * model.n_experts), model.top_k, groups)],
+        [share for share in shares(settings.keep) if _enough(round(share * model.n_experts), made.top_k, groups)],
         merged=[settings.method] if settings.merged else [],
         specialists=settings.method if settings.domain else None,
         top_k=[settings.top_k] if settings.top_k and settings.top_k < model.top_k else [],
+        pruned_top_k=settings.top_k,
+        seed=settings.seed,
     )
     watch("writing the smaller model")
     export(settings.model, made, folder, measurements={"Perplexity": _card_table(found, settings, len(made.kept[0]))})

@@ -12,7 +12,7 @@ from moe_lens.data import Tokens
 from moe_lens.model.cache.identity import identity
 from moe_lens.pruning.plans import Plan
 from moe_lens.pruning.preview import preview
-from moe_lens.studies.forward_passes import each_layer, forward, nothing
+from moe_lens.studies.forward_passes import Hooks, each_layer, forward, nothing
 
 
 @torch.no_grad()
@@ -32,22 +32,41 @@ def reconstruction_error(
     size = len(model.moe_layers), model.n_experts
     error = torch.zeros(size, dtype=torch.float64)
     for batch in tokens:
-        inputs: dict[int, Tensor] = {}
-        outputs: dict[int, Tensor] = {}
+        clean: dict[int, dict[str, Tensor]] = {}
 
-        def keep(layer: int, of: dict[str, Tensor], inputs: Any = inputs, outputs: Any = outputs) -> None:
-            inputs[layer], outputs[layer] = of[names.MLP_IN].clone(), of[names.MLP_OUT].clone()
+        def keep(layer: int, of: dict[str, Tensor], clean: Any = clean) -> None:
+            clean[layer] = {name: value.clone() for name, value in of.items()}
 
-        forward(model, batch, each_layer(model, [names.MLP_IN, names.MLP_OUT], keep), blocks_only=True)
+        forward(model, batch, each_layer(model, _OF_LAYER, keep), blocks_only=True)
         for expert in range(model.n_experts):
             with preview(_without(model, expert), model):
-                for row, layer in enumerate(model.moe_layers):
-                    found = model.blocks[layer].mlp(inputs[layer])
-                    moved = (found[0] if isinstance(found, tuple) else found) - outputs[layer]
-                    counted = batch.counted.to(moved.device)
-                    error[row, expert] += float(moved[counted].double().square().sum())
+                forward(model, batch, _layers_moved(clean, expert, batch.counted, error[:, expert]), blocks_only=True)
         on_batch()
     return error / tokens.n_tokens
+
+
+_OF_LAYER = (names.MLP_IN, names.ROUTER_LOGITS, names.MLP_OUT)
+
+
+def _layers_moved(clean: dict[int, dict[str, Tensor]], expert: int, counted: Tensor, error: Tensor) -> Hooks:
+    """Hooks that give every layer what it reads in the whole model, and add how far its output moved to `error`."""
+    hooks: Hooks = []
+    for row, (layer, of) in enumerate(sorted(clean.items())):
+
+        def read(value: Tensor, hook: Any, of: Any = of) -> Tensor:  # noqa: ARG001
+            return of[names.MLP_IN]
+
+        def choose(value: Tensor, hook: Any, of: Any = of) -> Tensor:  # noqa: ARG001
+            # Given again, since a router may read something else than hook_in, as Gemma 4's does.
+            return of[names.ROUTER_LOGITS].index_fill(-1, torch.tensor(expert, device=value.device), -torch.inf)
+
+        def compare(value: Tensor, hook: Any, of: Any = of, row: int = row) -> None:  # noqa: ARG001
+            moved = (value - of[names.MLP_OUT])[counted.to(value.device)]
+            error[row] += float(moved.double().square().sum())
+
+        found = {names.MLP_IN: read, names.ROUTER_LOGITS: choose, names.MLP_OUT: compare}
+        hooks += [(names.mlp(name, layer), of_hook) for name, of_hook in found.items()]
+    return hooks
 
 
 def _without(model: Any, expert: int) -> Plan:

@@ -42,7 +42,7 @@ class ImportanceResult(Result):
     n_tokens: Natural
     routed: Int[Tensor, "layer n_experts"]
     sums: Float[Tensor, "layer 4 n_experts"]
-    """Of g, ‖E(x)‖, g ‖E(x)‖ and g ‖E(x)‖ / ‖u‖."""
+    """Of g, ‖E(x)‖, g ‖E(x)‖ and g ‖E(x)‖ / ‖u‖; the last are NaN where the model has no hook of u."""
     greatest: Float[Tensor, "layer n_experts"]
     """Greatest absolute component of E(x); 0 where no token was routed to the expert."""
 
@@ -50,8 +50,16 @@ class ImportanceResult(Result):
         """One of `SCORES`.
 
         Raises:
-            InputError: there is no such score.
+            InputError: there is no such score, or not in this model.
         """
+        scores = self._scores()
+        if name not in scores:
+            raise InputError(f"there is no score {name!r}; expected one of {list(scores)}")
+        if scores[name].isnan().any():
+            raise InputError(f"the model has no {names.RESID_MID}, beside which {name!r} holds what experts add")
+        return scores[name]
+
+    def _scores(self) -> dict[str, Float[Tensor, "layer n_experts"]]:
         weight, norm, weighted, relative = self.sums.unbind(1)
         n = self.routed.clamp(min=1)
         scores = {
@@ -65,9 +73,7 @@ class ImportanceResult(Result):
             "max_activation": self.greatest,
         }
         assert scores.keys() == SCORES.keys()
-        if name not in scores:
-            raise InputError(f"there is no score {name!r}; expected one of {list(scores)}")
-        return scores[name]
+        return scores
 
     def super_experts(self, layers: Sequence[int] | None = None) -> Bool[Tensor, "layer n_experts"]:
         """Experts whose greatest activation is above the 99.5th percentile of all and above a tenth of the greatest.
@@ -93,7 +99,7 @@ class ImportanceResult(Result):
     def to_frame(self) -> pd.DataFrame:
         """A row per layer and expert: routed (tokens), every one of `SCORES`, super_expert, tokens."""
         index = pd.MultiIndex.from_product([self.layers, range(self.routed.shape[1])], names=["layer", "expert"])
-        columns = {"routed": self.routed, **{name: self.score(name) for name in SCORES}}
+        columns = {"routed": self.routed, **self._scores()}
         columns["super_expert"] = self.super_experts()
         frame = pd.DataFrame({name: table.flatten().numpy() for name, table in columns.items()}, index=index)
         return frame.reset_index().assign(tokens=self.n_tokens)
@@ -126,7 +132,7 @@ class ImportanceStats(Accumulator[ImportanceResult]):
     def update(
         self,
         layer: Natural,
-        resid: Float[Tensor, "batch pos d_model"],
+        resid: Float[Tensor, "batch pos d_model"] | None,
         outputs: Float[Tensor, "batch pos top_k d_model"],
         weights: Float[Tensor, "batch pos top_k"],
         indices: Int[Tensor, "batch pos top_k"],
@@ -137,7 +143,7 @@ class ImportanceStats(Accumulator[ImportanceResult]):
 
         Args:
             layer: Which layer.
-            resid: The residual stream between attention and experts, u.
+            resid: The residual stream between attention and experts, u; None where there is no hook of it.
             outputs: E(x) of the selected experts, by rank.
             weights: Their routing weights.
             indices: Which experts they are; −1 in slots that were left out, which are not counted.
@@ -156,13 +162,18 @@ class ImportanceStats(Accumulator[ImportanceResult]):
         norm = out.norm(dim=-1)
         weight = weights.to(at.device)[slots].float()
         added = norm * (weight if factors is None else factors.to(at.device)[slots].float())
-        size = resid.to(at.device).float().norm(dim=-1, keepdim=True).expand(slots.shape)[slots]
-        if not bool(norm.isfinite().all() & size.isfinite().all()):
+        size = torch.full_like(norm, torch.nan)
+        if resid is not None:
+            size = resid.to(at.device).float().norm(dim=-1, keepdim=True).expand(slots.shape)[slots]
+        if not bool(norm.isfinite().all() and (resid is None or size.isfinite().all())):
             raise InputError(f"layer {layer}: activations are not finite")
         values = torch.stack([weight, norm, added, added / size]).double()
         self._tokens[i].add(at.sum())
         self._routed[i].add(torch.bincount(chosen, minlength=self.n_experts))
-        self._sums[i].add(values.new_zeros(4, self.n_experts).index_add_(1, chosen, values))
+        sums = values.new_zeros(4, self.n_experts).index_add_(1, chosen, values)
+        if resid is None:
+            sums[3] = torch.nan  # of experts without tokens, too
+        self._sums[i].add(sums)
         greatest = out.abs().amax(-1).double()
         found = torch.full((self.n_experts,), -torch.inf, dtype=torch.float64, device=out.device)
         self._greatest[i].add(found.scatter_reduce_(0, chosen, greatest, "amax"))
@@ -176,11 +187,14 @@ class ImportanceStats(Accumulator[ImportanceResult]):
             counted: The tokens of the pass to count.
         """
         require_stream_width(model, "how large they are beside the residual stream")
-        wanted = [names.RESID_MID, names.EXPERT_OUT, names.ROUTING_WEIGHTS, COMPUTED]
+        wanted = [names.EXPERT_OUT, names.ROUTING_WEIGHTS, COMPUTED]
+        if all(names.block(names.RESID_MID, layer) in model.hook_dict for layer in self.layers):
+            wanted.append(names.RESID_MID)
 
         def consume(layer: int, of: dict[str, Tensor]) -> None:
-            resid, outputs, weights, indices = (of[name] for name in wanted)
-            self.update(layer, resid, outputs, weights, indices, counted, output_factors(weights, model.family))
+            outputs, weights, indices = (of[name] for name in wanted[:3])
+            factors = output_factors(weights, model.family)
+            self.update(layer, of.get(names.RESID_MID), outputs, weights, indices, counted, factors)
 
         return each_layer(model, wanted, consume)
 

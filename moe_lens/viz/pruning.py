@@ -62,8 +62,11 @@ def frontier(result: Frontier) -> "Figure":
     from plotly.subplots import make_subplots
 
     frame: Any = result.to_frame()
-    frame = frame[(frame["calibrated"] == ALL) & (frame["top_k"] == result.points[0][4])]
-    whole = frame[frame["method"] == result.points[0][0]]
+    everything, *_, top_k = result.points[0]
+    pruned = frame[(frame["calibrated"] == ALL) & (frame["method"] != everything)]
+    active = int(pruned["top_k"].max())  # lines end at the whole model with as many active experts, if it was measured
+    whole = frame[frame["method"] == everything]
+    whole = whole[whole["top_k"] == (active if active in set(whole["top_k"]) else top_k)]
     figure = make_subplots(
         rows=1,
         cols=len(result.domains),
@@ -71,9 +74,10 @@ def frontier(result: Frontier) -> "Figure":
         subplot_titles=[as_text(name) for name in result.domains],
         horizontal_spacing=0.015,
     )
-    lines = frame[frame["method"] != result.points[0][0]].groupby(["method", "treatment"], sort=False)
+    lines = pruned.groupby(["method", "treatment"], sort=False)
     for number, ((method, treatment), rows) in enumerate(lines):
         label = str(method) if treatment == "dropped" else f"{method}, merged"
+        label += f", {active} active" * (active != top_k)
         for column, domain in enumerate(result.domains, start=1):
             own = rows[rows["domain"] == domain].sort_values("share")
             end = whole[whole["domain"] == domain]

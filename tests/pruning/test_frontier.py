@@ -62,6 +62,32 @@ def test_every_smaller_model_is_judged_where_it_was_not_calibrated(model, found)
     assert set(result.sources) == {source for half in (first, second) for source in half[0].sources}
 
 
+def test_smaller_models_have_the_active_experts_and_the_draw_of_the_one_that_is_written(model):
+    halves = [(texts(1, name="a"),), (texts(11, name="a"),)]
+    made = frontier(model, (halves[0], halves[1]), ["reap", "random"], [0.5], top_k=[2], pruned_top_k=2, seed=5)
+    assert [point[:1] + point[3:] for point in made.points] == [
+        ("all experts", 8, 3), ("reap", 4, 2), ("random", 4, 2), ("all experts", 8, 2)
+    ]  # fmt: skip
+    method: Any
+    for method, seed, other in (("reap", None, {"top_k": 3}), ("random", 5, {"seed": 0})):
+        right, wrong = [], []
+        for seen, unseen in (halves, halves[::-1]):
+            asked = {"seed": seed, "top_k": 2}
+            for said, nats_found in ((asked, right), (asked | other, wrong)):
+                scores = score(model, seen, method, seed=said["seed"])
+                with plan(scores, 0.5, top_k=said["top_k"]).preview(model):
+                    nats_found.append(nats(model, unseen[0], []))
+        loss = made.of(Point(method, ALL, "dropped", 4, 2), "a").loss
+        assert loss == pytest.approx(sum(right) / 2, abs=1e-5) and abs(loss - sum(wrong) / 2) > 1e-4
+    assert "reap, 2 active" in str(made.findings())
+    figure: Any = made.figure()
+    lines = {line.name: line for line in figure.data}
+    assert [*lines] == ["reap, 2 active", "random, 2 active"]
+    table = made.to_frame().query("top_k == 2")
+    shown = sorted(table[table["method"].isin(["reap", "all experts"])]["ratio"])
+    assert sorted(lines["reap, 2 active"].y) == shown
+
+
 def test_findings_are_the_rows_of_the_table(found):
     said, table = str(found[1].findings()), found[1].to_frame()
     for row in table[table["method"] != "all experts"].to_dict("records"):

@@ -8,8 +8,9 @@ from moe_lens import HookedMoE, names
 from moe_lens.data import TokenBatch, Tokens
 from moe_lens.errors import InputError
 from moe_lens.pruning import METHODS, merge, plan, score
-from moe_lens.pruning.scoring import texts_digest
+from moe_lens.pruning.scoring import importance, texts_digest
 from tests.families import build, tokens
+from tests.matrix import configs
 
 
 def texts(seed=1, batch=3, pos=12, padded=4, name="a"):
@@ -137,6 +138,43 @@ def test_naee_is_how_far_a_layer_moves_without_an_expert(model):
             n += len(x)
         assert found[1, expert].item() == pytest.approx(total / n, rel=1e-4)
     assert found[1, 0] != found[1, 5]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["granitemoe", "gemma4_text"])
+def test_naee_is_of_what_the_layer_adds_whatever_is_around_its_experts(model_type):
+    """A family that multiplies the layer's output (Granite), and one whose router reads another input (Gemma 4)."""
+    hooked = HookedMoE.from_hf(configs.build(model_type), check=False)
+    ids = configs.tokens(2, 9)
+    on = torch.ones(2, 9, dtype=torch.bool)
+    of = Tokens("a", (TokenBatch(ids, on, on, ("x", "y"), ()),))
+    found = score(hooked, [of], "naee").values[0]
+    # In the first of the layers what it reads is as in the whole model, so that its output can be compared as it is.
+    layer, expert = hooked.moe_layers[0], 2
+    at = names.mlp(names.MLP_OUT, layer)
+    _, whole = hooked.run_with_cache(ids, names_filter=at)
+
+    def without(logits, hook):  # noqa: ARG001
+        return logits.index_fill(-1, torch.tensor([expert]), -torch.inf)
+
+    with hooked.hooks(fwd_hooks=[(names.mlp(names.ROUTER_LOGITS, layer), without)]):
+        _, cache = hooked.run_with_cache(ids, names_filter=at)
+    moved = (cache[at] - whole[at]).double().square().sum(-1).mean()
+    assert moved > 0 and found[0, expert].item() == pytest.approx(float(moved), rel=1e-6)
+
+
+def test_a_model_without_a_stream_before_its_experts_lacks_the_score_beside_it_alone():
+    hooked = HookedMoE.from_hf(configs.build("cohere2_moe"), check=False)
+    on = torch.ones(2, 16, dtype=torch.bool)
+    of = Tokens("a", (TokenBatch(configs.tokens(2, 16), on, on, ("x", "y"), ()),))
+    expected = by_loops(hooked, of)
+    for method in ("frequency", "reap"):
+        assert torch.allclose(score(hooked, [of], method).values[0], expected[method], rtol=1e-5, atol=1e-7)
+    found = importance(hooked, of)
+    missing = found.to_frame().isna().mean().to_dict()
+    assert missing.pop("relative_norm") == 1 and not any(missing.values())
+    with pytest.raises(InputError, match="no hook_resid_mid"):
+        found.score("relative_norm")
 
 
 @torch.no_grad()
