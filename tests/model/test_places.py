@@ -202,6 +202,25 @@ def test_what_cannot_be_followed_is_refused_wherever_the_old_would_be_used(case:
     assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_head_that_torch_has_packed_is_one_line(family: str, inside: bool) -> None:
+    model, _ = wrapped_and_plain(family)
+    before = model(tokens())
+    quantize: Any = vars(torch.ao.quantization)["quantize_dynamic"]
+    if inside:
+        packed = model
+        quantize(model.original_model, inplace=True)
+    else:
+        packed = quantize(model)
+        assert torch.equal(model(tokens()), before), "only the copy is packed"
+    uses = (lambda: packed(tokens()), packed.state_dict, lambda: packed.W_U, lambda: packed.unembed)
+    for use in uses:
+        with pytest.raises(UnsupportedModelError, match="^lm_head was packed by torch's quantisation[^\n]*quantize="):
+            use()
+
+
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_a_layer_that_is_put_behind_the_blocks_is_refused_until_it_is_taken_out(family: str) -> None:
     model, plain = wrapped_and_plain(family)

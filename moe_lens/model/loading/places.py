@@ -62,9 +62,14 @@ def check_places(places: Collection[Place]) -> None:
 
     Raises:
         UnsupportedModelError: it cannot, and hooks and parameters would be those of the old module; names the place.
-            Or there are more modules in a list than were wrapped.
+            Or there are more modules in a list than were wrapped, or torch has packed a linear layer.
     """
     for place in places:
+        if isinstance(place.module, _CALLED) and type(_wrapped(place.module)).__module__.startswith("torch.ao."):
+            raise UnsupportedModelError(
+                f"{place.path} was packed by torch's quantisation (torch.ao), which leaves experts as they are and "
+                "keeps no matrix that W_U and hooks could read: from_pretrained(…, quantize='int8') packs experts too"
+            )
         if len(place.owner._modules) > place.n_beside and isinstance(place.owner, nn.ModuleList):
             raise UnsupportedModelError(
                 f"{place.path.rpartition('.')[0]} has {len(place.owner._modules)} modules, and had {place.n_beside} "
