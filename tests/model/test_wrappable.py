@@ -20,6 +20,7 @@ from transformers import (
     Qwen3NextModel,
 )
 
+from moe_lens import names
 from moe_lens.errors import HookError, InputError, SelfCheckError, UnsupportedModelError
 from moe_lens.hooked_moe import HookedMoE
 from tests.matrix.configs import build, config, tokens
@@ -332,6 +333,37 @@ def test_dropout_is_the_same_with_hooks_inside_attention(model_type: str) -> Non
         kept = model(tokens())
         assert (kept - plain).abs().max() > 0.1, "negative control: dropout matters, and is off here"
         torch.testing.assert_close(model.run_with_cache(tokens())[0], kept, rtol=0, atol=2e-5)
+
+
+JITTER: dict[str, dict[str, Any]] = {
+    "mixtral": {"router_jitter_noise": 0.3},
+    "minimax": {"router_jitter_noise": 0.3},
+    "minimax_m2": {"router_jitter_noise": 0.3},
+    "phimoe": {"router_jitter_noise": 0.4, "input_jitter_noise": 0.3},
+    "dbrx": {"ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 8, "moe_top_k": 3, "moe_jitter_eps": 0.3}},
+}
+
+
+@pytest.mark.parametrize("model_type", JITTER)
+def test_jitter_is_the_same_with_hooks_in_the_block(model_type: str) -> None:
+    def seeded(call: Any, seed: int = 1) -> Any:
+        torch.manual_seed(seed)
+        return call(tokens())
+
+    hf: Any = build(model_type, **JITTER[model_type]).train()
+    with torch.no_grad():
+        plain, other = seeded(hf).logits, seeded(hf, 2).logits
+        model = HookedMoE.from_hf(hf)
+        assert torch.equal(seeded(model), plain)
+        heard, cache = seeded(lambda ids: model.run_with_cache(ids, names_filter=lambda name: ".mlp." in name))
+        hooks = [(name, lambda value, hook: None) for name in cache]
+        assert torch.equal(heard, plain)
+        assert torch.equal(seeded(lambda ids: model.run_with_hooks(ids, fwd_hooks=hooks)), plain)
+    assert (plain - other).abs().max() > 0.1, "negative control: it matters"
+    layer = model.moe_layers[-1]
+    kept = {name: cache[names.mlp(name, layer)] for name in (names.ROUTING_WEIGHTS, names.EXPERT_OUT, names.ROUTED_OUT)}
+    summed = (kept[names.EXPERT_OUT] * kept[names.ROUTING_WEIGHTS][..., None]).sum(2)
+    torch.testing.assert_close(summed, kept[names.ROUTED_OUT])
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])

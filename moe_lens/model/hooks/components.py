@@ -101,7 +101,10 @@ class LayerPart(NamedParameters):
         x = kwargs["hidden_states"] if named else args[0]
         edit_stream(self.residual_point, x)
         if self.hook_in.has_hooks():
-            x = self.hook_in(x.clone())  # a copy: a change in place is not one of the stream, which others read too
+            # A copy: a change in place is not one of the stream, which others read too. Unless it was changed, the part
+            # reads the stream itself, which MiniMax's jitter changes for others, too.
+            seen, edited = call_hook(self.hook_in, x.clone())
+            x = seen if edited else x
         component: Any = self.original_component
         out = component(**{**kwargs, "hidden_states": x}) if named else component(x, *args[1:], **kwargs)
         out = self._finish(out, x)
