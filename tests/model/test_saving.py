@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy
 import pytest
 import torch
 from safetensors import safe_open
@@ -408,9 +409,13 @@ def test_what_a_gguf_file_says_of_rotary_angles_is_read_or_refused(tmp_path: Pat
     def read(scaling: dict[str, Any], architecture: str = "qwen3moe", *given: str) -> Any:
         writer = library.GGUFWriter(tmp_path / "m.gguf", architecture)
         for key, value in scaling.items():
+            if key.startswith("rope_"):
+                writer.add_tensor(f"{key}.weight", numpy.ones(4, dtype=numpy.float32))
+                continue
             add = writer.add_string if isinstance(value, str) else writer.add_float32
             add(f"{architecture}.rope.{key}", value)
-        for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.close):
+        parts = writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file
+        for write in (*parts, writer.close):
             write()
         return read_gguf_config(str(tmp_path), "m.gguf", {}, UNREADABLE, given)[2].get("rope_parameters")
 
@@ -426,9 +431,12 @@ def test_what_a_gguf_file_says_of_rotary_angles_is_read_or_refused(tmp_path: Pat
     for strange, says in (
         ({"scaling.type": "longrope"}, r"rope\.scaling\.type = 'longrope' is not read .* Pass rope_parameters="),
         ({"scaling.attn_factor": 2.0}, r"rope\.scaling\.attn_factor = 2\.0 is not read"),
+        ({"rope_freqs": 1}, r"the scaling in rope_freqs\.weight is not read"),
     ):
-        with pytest.raises(UnsupportedModelError, match=says):
-            read(yarn | strange)
+        for others in (yarn, {}):
+            with pytest.raises(UnsupportedModelError, match=says) as refused:
+                read(others | strange)
+            assert "\n" not in str(refused.value)
         assert read(yarn | strange, "qwen3moe", "rope_parameters") is None, "what is passed counts"
     with pytest.raises(UnsupportedModelError, match=r"misreads rope\.scaling of the architecture 'gpt-oss'"):
         read(yarn, "gpt-oss")

@@ -24,6 +24,8 @@ _ROTARY = {
     "yarn_beta_slow": "beta_slow",
 }
 """Names in the file, and in configs, of what scales rotary angles; transformers leaves them out."""
+_FACTORS = "rope.factors"
+"""Among what is said of a file: the name of a tensor by which rotary frequencies are divided."""
 _ORIGINAL = "Load the checkpoint in safetensors that the file was made from"
 _OWN_ROTARY = frozenset(("config", "rope_parameters", "rope_scaling"))
 """Arguments of `from_pretrained` that say how to scale rotary angles, whatever the file says."""
@@ -102,13 +104,19 @@ def read_gguf_config(
 
 def _stated(path: Path) -> tuple[str, dict[str, Any]]:
     """The architecture, and what the file says of it: numbers and strings by their names without its own in front."""
-    reader: Any = importlib.import_module("gguf")
-    fields = reader.GGUFReader(str(path)).fields
+    library: Any = importlib.import_module("gguf")
+    reader = library.GGUFReader(str(path))
+    fields = reader.fields
     name = str(fields["general.architecture"].contents()) if "general.architecture" in fields else ""
     wanted = {
         key: key.removeprefix(f"{name}.") for key in fields if key.startswith((f"{name}.expert_", f"{name}.rope."))
     }
-    return name, {short: fields[key].contents() for key, short in wanted.items()}
+    stated = {short: fields[key].contents() for key, short in wanted.items()}
+    # Llama 3's scaling and longrope are tensors of factors, often without a word of it among the keys
+    for tensor in reader.tensors:
+        if str(tensor.name).startswith(("rope_freqs", "rope_factors")):
+            stated[_FACTORS] = str(tensor.name)
+    return name, stated
 
 
 def _rotary(path: Path, stated: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,14 +130,20 @@ def _rotary(path: Path, stated: Mapping[str, Any]) -> dict[str, Any]:
     }
     said.setdefault("factor", stated.get("rope.scale_linear", 0.0))  # its older name; 0 is none
     kind = said.pop("type", "linear")
-    if kind == "none" or (kind == "linear" and said["factor"] in (0, 1)):
+    if kind == "none":
         return {}
-    strange = [f"{key} = {value}" for key, value in said.items() if key not in _ROTARY and key != "finetuned"]
-    if kind not in ("linear", "yarn") or strange:
+    strange = [f"rope.scaling.type = {kind!r}"] * (kind not in ("linear", "yarn"))
+    strange += [f"the scaling in {stated[name]}" for name in stated if name == _FACTORS]
+    strange += [
+        f"rope.scaling.{key} = {value}" for key, value in said.items() if key not in _ROTARY and key != "finetuned"
+    ]
+    if strange:
         raise UnsupportedModelError(
-            f"{path}: rope.scaling.{strange[0] if strange else f'type = {kind!r}'} is not read from GGUF files. Pass "
-            "rope_parameters={…} as the config of the original checkpoint has them"
+            f"{path}: {strange[0]} is not read from GGUF files. Pass rope_parameters={{…}} as the config of the "
+            "original checkpoint has them"
         )
+    if kind == "linear" and said["factor"] in (0, 1):
+        return {}
     of_kind = ("factor",) if kind == "linear" else tuple(_ROTARY)
     found = {_ROTARY[key]: value for key, value in said.items() if key in of_kind}
     return {"rope_type": kind, **found, "factor": found["factor"] or 1.0}
