@@ -25,9 +25,10 @@ from moe_lens.pruning.scoring import score
 from moe_lens.reprs import Drawn
 from moe_lens.stats import LossResult, LossStats, Result
 from moe_lens.stats.parallel_sources import balanced_halves, parallel_blocks
-from moe_lens.studies.findings import Findings, across, too_few
+from moe_lens.studies.findings import Findings, across, repeated_texts, too_few
 from moe_lens.studies.forward_passes import Hooks, input_device, losses, nothing, predicted
 from moe_lens.studies.frames import where
+from moe_lens.studies.texts_read import TextStats
 
 ALL = "all"
 """Calibrated on all domains, each counting the same."""
@@ -61,6 +62,8 @@ class Frontier(Drawn, Result):
     tokens: Int[Tensor, " source"]
     row_losses: Float[Tensor, "point source"]
     rows: Int[Tensor, " source"]
+    repeated: tuple[int, ...] = ()
+    """Texts of each domain that several sources have: plans may have been judged on what they were made from."""
 
     def of(self, point: Point | tuple[str, str, str, int, int], domain: str) -> LossResult:
         """The loss of a smaller model in a domain.
@@ -121,7 +124,8 @@ class Frontier(Drawn, Result):
         about = f"frontier of {experts} experts a layer on {', '.join(self.domains)}"
         then = "moe-lens report --model FOLDER/model, the same studies of the smaller model"
         sources = {name: len(of) for name, of in zip(self.domains, self.sources, strict=True)}
-        return Findings(tuple(lines), too_few(sources), then, about)
+        warnings = too_few(sources) + repeated_texts(dict(zip(self.domains, self.repeated, strict=False)))
+        return Findings(tuple(lines), warnings, then, about)
 
 
 def halved(
@@ -268,7 +272,11 @@ def frontier(
         for k in (k for k in dict.fromkeys(top_k) if k != model.top_k):
             made[whole._replace(top_k=k)] = plan(next(iter(scores.values())), top_k=k)
         judge.judge(made, model, unseen, on_batch)
-    return judge.frontier(model.n_experts)
+    read = {domain: TextStats() for domain in judge.domains}
+    for tokens in (*texts[0], *texts[1]):
+        for batch in tokens:
+            read[tokens.domain].update(batch)
+    return replace(judge.frontier(model.n_experts), repeated=tuple(of.result().repeated for of in read.values()))
 
 
 def _needed(methods: Sequence[Method], specialists: Method | None) -> list[Method]:

@@ -18,6 +18,7 @@ from moe_lens.pruning.speed import SPEED
 from moe_lens.report.pruning_page import _page as page_of
 from tests.families import build
 from tests.pruning.test_scores import nats, texts
+from tests.studies.tiny import domain, tiny_model
 
 frontier_module = importlib.import_module("moe_lens.pruning.frontier")  # its name in the package is the function
 
@@ -95,6 +96,18 @@ def test_findings_are_the_rows_of_the_table(found):
         others = table[(table["method"] == row["method"]) & (table["kept"] == row["kept"])]["ratio"]
         if row["ratio"] in (others.min(), others.max()) and row["treatment"] == "dropped" and row["calibrated"] == ALL:
             assert f"{row['ratio']:.3g} [" in line and f"({row['domain']})" in line
+
+
+def test_texts_that_several_sources_have_are_said_in_the_findings(tmp_path):
+    model, said = tiny_model(), []
+    lines = [passage.text for passage in domain("d", n=6, sources=6).passages]
+    for repeated in (False, True):
+        sources = [*range(6), *([0, 1, 2, 9, 9, 9] if repeated else range(6))]
+        halves = halved(Domain.of("d", lines * 2, sources=sources), model, n_tokens=10_000, context=24)
+        frontier(model, halves, ["random"], [0.5]).save(tmp_path / "frontier")
+        found = Frontier.load(tmp_path / "frontier")
+        said.append([line for line in found.findings().warnings if "word for word: d (6); these" in line])
+    assert [len(of) for of in said] == [0, 1]
 
 
 def test_tables_pair_each_model_with_the_whole_one(found, tmp_path):
