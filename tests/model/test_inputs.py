@@ -14,6 +14,8 @@ from moe_lens.data import Domain, Passage, TokenBatch, tokenize
 from moe_lens.errors import InputError
 from moe_lens.interventions.expert_means import ExpertMeans
 from tests.families import build, tokens
+from tests.matrix.configs import build as tiny
+from tests.matrix.configs import tokens as of_matrix
 
 TEXTS = ["The old man looked at the sea and thought of the fish.", "Der Hund", "Le chat dort sur la table."]
 GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "verbose": False}
@@ -486,3 +488,42 @@ def test_generation_from_embeddings_with_padding_is_that_of_transformers() -> No
     assert torch.equal(found, wanted[:, -4:])
     whole = hooked.generate(embeddings, attention_mask=torch.ones_like(ids), stop_at_eos=False, verbose=False, **greedy)
     assert torch.equal(whole, hooked.generate(ids, stop_at_eos=False, verbose=False, **greedy)[:, -4:])
+
+
+@pytest.mark.typed
+def test_embeddings_are_refused_where_experts_are_chosen_by_ids() -> None:
+    model: Any = HookedMoE.from_hf(tiny("deepseek_v4"), check=False)
+    embedded = model.embed(of_matrix()[:1])
+    uses = (
+        lambda: model(embedded),
+        lambda: model.generate(embedded, max_new_tokens=1, verbose=False),
+        lambda: model.hf_generate(embedded, max_new_tokens=1),
+        lambda: model.original_model(inputs_embeds=embedded),
+    )
+    for use in uses:
+        with pytest.raises(InputError, match="^layer 0 chooses experts by the ids of tokens, and embeddings came"):
+            use()
+    moved = [("hook_embed", lambda value, hook: embedded)]
+    assert torch.equal(model.run_with_hooks(of_matrix()[:1], fwd_hooks=moved), model(of_matrix()[:1]))
+    none: Any = HookedMoE.from_hf(tiny("deepseek_v4", mlp_layer_types=["moe"] * 4), check=False)
+    torch.testing.assert_close(none(none.embed(of_matrix()[:1])), none(of_matrix()[:1]))  # negative control
+
+
+@pytest.mark.typed
+def test_the_loss_of_ids_that_are_embedded_and_not_predicted_is_one_line() -> None:
+    """Inkling's vocabulary is padded, and its unembedding is not."""
+    model: Any = HookedMoE.from_hf(tiny("inkling_text", unpadded_vocab_size=90), check=False)
+    ids = of_matrix(2, 7) % 90
+    odd = ids.clone()
+    odd[1, 4:] = 95
+    with pytest.raises(InputError, match="expected ids from 0 to 89, or -100"):
+        model(ids, return_type="loss", labels=odd)
+    for words in ({}, {"loss_per_token": True}):
+        with pytest.raises(InputError, match="^the loss of token 95: the model predicts ids from 0 to 89"):
+            model(odd, return_type="loss", **words)
+    mask = torch.ones_like(odd)
+    mask[1, 4:] = 0
+    per_token = model(odd, return_type="loss", attention_mask=mask, loss_per_token=True)
+    assert not per_token[1, 3:].any()
+    torch.testing.assert_close(per_token[0], model(ids[:1], return_type="loss", loss_per_token=True)[0])
+    torch.testing.assert_close(per_token[1, :3], model(ids[1:, :4], return_type="loss", loss_per_token=True)[0])

@@ -224,3 +224,32 @@ def test_a_value_of_another_kind_than_a_loading_word_takes_is_one_line(family: s
     whole: dict[str, Any] = dict.fromkeys(("variant", "subfolder", "max_memory", "generation_config", "key_mapping"))
     words = {"use_safetensors": True, "dtype": "float32", "num_hidden_layers": 2, "local_files_only": True}
     assert HookedMoE.from_pretrained(tmp_path, **whole, **words).cfg.n_layers == 2, "a control: what is meant is taken"
+
+
+@pytest.mark.typed
+@pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated:FutureWarning")
+@pytest.mark.parametrize("word", ["rope_scaling", "rope_parameters"])
+def test_rotary_angles_that_transformers_cannot_make_are_one_line(word: str, folder: Path) -> None:
+    load: Any = HookedMoE.from_pretrained
+    whole = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    odd: list[Any] = [
+        {**whole, "rope_type": "nonsense"},
+        {**whole, "rope_type": ["linear"]},
+        {**whole, "rope_theta": "many"},
+        {name: value for name, value in whole.items() if name != "rope_theta"},
+        {name: value for name, value in whole.items() if name != "factor"},
+    ]
+    for value in odd:
+        with pytest.raises(
+            InputError, match="^transformers makes no rotary angles of rope_parameters[^\n]*expected all"
+        ):
+            load(folder, **{word: value})
+    assert not torch.equal(logits(load(folder, **{word: whole})), logits(load(folder)))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rope_parameters": odd[2]}))
+    with pytest.raises(InputError, match="rotary angles of rope_parameters"):
+        load(folder)
+    config["hidden_act"] = "nonsense"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="transformers cannot load .*nonsense"):  # negative control
+        load(folder)

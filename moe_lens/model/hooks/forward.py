@@ -307,7 +307,7 @@ class ExpertBridge(InputReader):
         check_of_loss(return_type, loss_per_token, {**words, **kwargs}.get("labels"))
         if return_type == "logits_and_cache" and "use_cache" in forward_words(kind):  # a config may say otherwise
             kwargs["use_cache"] = True
-        check_numbers(asked := {**words, **kwargs}, given, self.cfg.d_vocab)
+        check_numbers(asked := {**words, **kwargs}, given, self._predicted())
         if isinstance(asked.get("labels"), Tensor):
             (kwargs if "labels" in kwargs else words)["labels"] = asked["labels"].long()
         check_all_stored(past)

@@ -167,13 +167,13 @@ def check_returned(return_type: Any, words: Mapping[str, Any], given: ModelInput
         raise InputError(f"return_type={return_type!r} of embeddings or a residual stream needs the ids: pass labels=")
 
 
-def check_numbers(words: Mapping[str, Any], given: ModelInput, d_vocab: int) -> None:
+def check_numbers(words: Mapping[str, Any], given: ModelInput, n_logits: int) -> None:
     """Nothing, where labels and positions are numbers that can be meant.
 
     Args:
         words: Keywords of `forward`, and what the input brings.
         given: What is read.
-        d_vocab: How many ids there are.
+        n_logits: How many ids are predicted.
 
     Raises:
         InputError: Labels that are no ids, or positions of another number than the tokens.
@@ -182,10 +182,10 @@ def check_numbers(words: Mapping[str, Any], given: ModelInput, d_vocab: int) -> 
     if isinstance(labels, Tensor) and labels.numel():
         ids = labels[labels != -100]
         whole = not (labels.is_floating_point() or labels.dtype == torch.bool)
-        if not whole or (ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < d_vocab):
+        if not whole or (ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < n_logits):
             raise InputError(
                 f"labels are {labels.dtype}, from {labels.min().item()} to {labels.max().item()}; expected ids from 0 "
-                f"to {d_vocab - 1}, or -100 where none is meant"
+                f"to {n_logits - 1}, or -100 where none is meant"
             )
     if places is not None and not isinstance(places, Tensor):
         raise InputError(f"position_ids are {a_kind(places)}; expected a tensor [batch, {pos}]")

@@ -17,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from moe_lens import names
-from moe_lens.errors import HookError
+from moe_lens.errors import HookError, InputError
 from moe_lens.model.hooks.layer_hooks import LayerHooks
 from moe_lens.model.hooks.router_modes import Count, EditLogits, ForceIndices, Rule, Selecting
 
@@ -149,6 +149,11 @@ def _forced(again: Callable[[], Any], rule: Rule, logits: Tensor, top_k: int, fo
 def route(router: Callable[..., Any], hooks: LayerHooks, rule: Rule, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Run a router of transformers' contract, `(logits, weights, indices, …)`, with its four hooks."""
     hooks.check_all_come(x)
+    if rule.select == "token" and args and args[0] is None:
+        raise InputError(
+            f"layer {hooks.layer} chooses experts by the ids of tokens, and embeddings came without: pass ids; hooks "
+            "(hook_embed) can replace what is embedded"
+        )
     forcing, counting = hooks.has_listeners(names.EXPERT_INDICES), hooks.has_listeners(names.N_ACTIVE)
     watch = EditLogits(rule, hooks) if forcing or counting or hooks.has_listeners(names.ROUTER_LOGITS) else None
     with watch or nullcontext():

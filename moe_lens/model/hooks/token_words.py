@@ -161,14 +161,29 @@ class TokenWords(ParameterViews):
             per_token: at every token but the first, instead of the mean.
 
         Raises:
-            InputError: the shapes do not belong together; torch would leave out what one has more than the other.
+            InputError: the shapes do not belong together; torch would leave out what one has more than the other. Or a
+                real token has no logit, in a family that embeds more than it predicts.
         """
         if tuple(logits.shape[:-1]) != tuple(tokens.shape):
             raise InputError(
                 f"the loss needs logits at every token: got logits of shape {tuple(logits.shape)} and tokens of shape "
                 f"{tuple(tokens.shape)}"
             )
+        if (beyond := tokens >= logits.shape[-1]).any():
+            real = beyond[:, 1:] & (
+                True if attention_mask is None else attention_mask[:, -tokens.shape[1] :].bool()[:, 1:]
+            )
+            if real.any():
+                raise InputError(
+                    f"the loss of token {int(tokens[:, 1:][real][0])}: the model predicts ids from 0 to "
+                    f"{logits.shape[-1] - 1}; with an attention_mask padding has no part in the loss"
+                )
+            tokens = tokens.masked_fill(beyond, 0)
         return super().loss_fn(logits, tokens, attention_mask, per_token)
+
+    def _predicted(self) -> int:
+        """How many ids have logits."""
+        return getattr(self.adapter, "n_logits", None) or self._embedded()
 
     def _embedded(self) -> int:
         return len(self.original_model.get_input_embeddings().weight)  # pyright: ignore[reportCallIssue]

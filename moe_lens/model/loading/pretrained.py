@@ -5,6 +5,7 @@ import importlib.resources
 import logging
 import os
 import re
+import traceback
 from typing import Any, Literal
 
 import torch
@@ -133,7 +134,13 @@ def load_pretrained(
             model = load_deepseek(source, path, raw, hub, kwargs)
         else:
             model = load_by_transformers(source, raw, hub, {**kwargs, "trust_remote_code": trust_remote_code is True})
+    except CheckpointError as error:
+        if _of_angles(error.__cause__):
+            raise _no_angles(source, error.__cause__) from error
+        raise
     except TypeError as error:  # transformers hands what it does not read to the model's own __init__
+        if _of_angles(error):
+            raise _no_angles(source, error) from error
         word = re.search(r"got an unexpected keyword argument '(\w+)'", str(error))
         if word is None or word[1] not in kwargs:
             raise
@@ -144,6 +151,20 @@ def load_pretrained(
     cut_layer_types(model.config)
     model.config.name_or_path = model.name_or_path = str(name_or_path)
     return model, _tokenizer(model, source, hub, trusted=trust_remote_code in (True, "tokenizer"), gguf=gguf)
+
+
+def _of_angles(error: BaseException | None) -> bool:
+    """Whether it was raised where a config's rotary angles are read."""
+    frames = traceback.walk_tb(error.__traceback__) if isinstance(error, TypeError | LookupError) else ()
+    return any(re.search("rope|rotary", frame.f_code.co_qualname, re.IGNORECASE) for frame, _ in frames)
+
+
+def _no_angles(source: str, error: BaseException | None) -> InputError:
+    return InputError(
+        f"transformers makes no rotary angles of rope_parameters (rope_scaling) in {source} or in these arguments "
+        f"({type(error).__name__}: {error}); expected all of them, as {{'rope_type': 'yarn', 'rope_theta': 1e4, "
+        "'factor': 2.0}: an argument replaces what config.json has"
+    )
 
 
 def _check_dtype(path: Any, raw: dict[str, Any], kwargs: dict[str, Any]) -> None:
