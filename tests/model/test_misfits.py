@@ -177,11 +177,17 @@ def test_tuples_of_transformers_are_refused_in_every_way(folder: Path) -> None:
         plain(tokens())
     with pytest.raises(UnsupportedModelError, match="return_dict is False in the config"):
         HookedMoE.from_hf(plain)
+    around = build("kimi_k25")  # multimodal: the config around the text part's says it, too
+    around.config.return_dict = False
+    with pytest.raises(UnsupportedModelError, match="return_dict is False in the config"):
+        HookedMoE.from_hf(around)
     model: Any = HookedMoE.from_pretrained(folder)
     right = logits(model)
     for run in (model, model.run_with_cache, model.run_with_hooks, model.routing):
         with pytest.raises(InputError, match="no output of transformers: return_dict=False; return_type"):
             run(tokens(), return_dict=False)
+    with pytest.raises(InputError, match="^hf_generate takes no return_dict; return_dict_in_generate says"):
+        model.hf_generate(tokens(), max_new_tokens=1, return_dict=False)
     assert torch.equal(logits(model), right)
     model.original_model.config.return_dict = False
     for run in (model, model.run_with_cache, model.generate, model.hf_generate):

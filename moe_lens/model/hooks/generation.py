@@ -98,6 +98,8 @@ class GeneratingBridge(CachedRuns):
         """
         words = _bound(TransformerBridge.hf_generate, input, args, kwargs)
         refuse_unknown("hf_generate", dict.fromkeys(words.keys() & {"input_ids", "inputs", "inputs_embeds"}), ())
+        if "return_dict" in words:
+            raise InputError("hf_generate takes no return_dict; return_dict_in_generate says what comes back")
         given, returned = self._prompt(words), words.pop("return_type", "input")
         _check_returned("hf_generate", returned)
         if given.attention_mask is not None:

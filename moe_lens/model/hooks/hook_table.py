@@ -187,7 +187,7 @@ class HookTable(RefusedMethods):
             UnsupportedModelError: an adapter of PEFT, or something else in the place of a module, was put on it
                 meanwhile, or a token is to have more experts than there are, or transformers is to return tuples.
         """
-        if not self._hf_config.get_text_config().return_dict:
+        if not (self._hf_config.return_dict and self._hf_config.get_text_config().return_dict):
             raise UnsupportedModelError(
                 "return_dict is False in the config, under which transformers' own layers cannot read one another's "
                 "outputs: set it to True; forward returns tensors in any case"
