@@ -36,7 +36,7 @@ const h = (tag, given = {}, ...children) => {
 };
 
 const percent = (value, digits = 1) => (value === null ? "–" : `${(100 * value).toFixed(digits).replace(/^-(?=[0.]*$)/, "").replace("-", "−")} %`);
-const number = (value, digits = 3) => (value === null ? "–" : Number(value.toPrecision(digits)).toLocaleString("en").replace("-", "−"));
+const number = (value, digits = 3) => (value === null ? "–" : value.toLocaleString("en", { maximumSignificantDigits: digits }).replace("-", "−"));
 const times = (value, digits) => `×\u00a0${number(value, digits)}`; // never at the end of a line
 const whole = (value) => (value === null ? "–" : value.toLocaleString("en"));
 const span = (low, high, shown) => (low === null || high === null ? "no interval" : `${shown(low)} to ${shown(high)}`);

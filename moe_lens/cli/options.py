@@ -144,7 +144,7 @@ TextColumn = Annotated[
 SourceColumn = Annotated[
     str | None,
     typer.Option(
-        metavar="COLUMN", help="Column or key with the document that a text is from.  [source, where there is one]"
+        metavar="COLUMN", help="Column or key with the document that a text is from.  [source, in files that have one]"
     ),
 ]
 Split = Annotated[str, typer.Option(help="Split of a dataset on the hub.")]

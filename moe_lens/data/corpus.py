@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -166,6 +167,13 @@ def from_hub(
 
         def read() -> Iterator[dict[str, Any]]:
             for number, row in enumerate(rows, start=1):
+                if number == 1 and source is None and "source" in row and not hint:
+                    warnings.warn(
+                        f'domain {name!r}: {repository} has a column "source", which on the hub mostly names a corpus: '
+                        'each row counts as a source of its own. If it names documents, say so: source = "source" '
+                        "(--source-column source)",
+                        stacklevel=2,
+                    )
                 origin = f"{repository}:{number}"
                 found = read_row(row, origin, origin, text=text, source=source, implied=False, empty=True)
                 yield vars(found)

@@ -28,7 +28,8 @@ class DomainSpec:
     text: str = "text"
     """The column with the text."""
     source: str | None = None
-    """The column that says which document a text was taken from. If not given: `source`, in files that have it."""
+    """The column that says which document a text was taken from. If not given: `source`, in files that have it; on
+    the hub each row is then a source of its own, since `source` mostly names a corpus there."""
     streaming: bool = False
     """Read a file as it comes, instead of holding it in memory, where sources can take turns."""
 

@@ -211,7 +211,7 @@ def _others(model: HookedModel, layer: int, k: int, by: By, seed: int) -> Choose
             return order >= k
         if by == "random":
             offset = this_pass(model, experts, "by='random'").offset
-            generator = torch.Generator().manual_seed(seed * 1009 + layer)
+            generator = torch.Generator().manual_seed((seed * 1009 + layer) % 2**63)
             batch, pos, slots = experts.shape
             # position by position from the first one on, so that a pass that continues a cache draws what is due there
             drawn = torch.rand((offset + pos, batch, slots), generator=generator)[offset:].transpose(0, 1)

@@ -114,7 +114,7 @@ def derangement(
 
     No row of a group of two or more is given itself; each is given to exactly one.
     """
-    generator = torch.Generator().manual_seed(seed * 1009 + layer)
+    generator = torch.Generator().manual_seed((seed * 1009 + layer) % 2**63)
     shuffled = torch.randperm(len(groups), generator=generator).to(groups.device)
     order = shuffled[groups[shuffled].argsort(stable=True)]
     _, inverse, counts = groups[order].unique_consecutive(return_inverse=True, return_counts=True)

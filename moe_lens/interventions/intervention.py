@@ -10,7 +10,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from moe_lens.errors import InputError, a_kind
-from moe_lens.model.hooks.hook_scope import OpensScope
+from moe_lens.model.hooks.hook_scope import OpensScope, TakesBatch
 from moe_lens.protocols import Hooked, HookedModel
 from moe_lens.selection import Selection, Step
 
@@ -77,7 +77,7 @@ class Intervention(OpensScope):
             InputError: it was unpickled and not bound to a model yet.
         """
         self._model()
-        return list(self.hooks)
+        return [(name, TakesBatch(function)) for name, function in self.hooks]
 
     def scope(self) -> Any:
         """Its hooks, in place."""

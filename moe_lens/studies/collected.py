@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
+import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
@@ -158,7 +159,13 @@ def _read(folder: Path, shard: Mapping[str, Any]) -> dict[str, Tensor]:
     import datasets
 
     rows: Any = datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
-    return dict(rows.with_format("torch")[:])
+    found: dict[str, Tensor] = {}
+    for name, feature in rows.features.items():
+        while hasattr(feature, "feature"):
+            feature = feature.feature
+        # Without a dtype, `datasets` makes every float float32 and every integer int64.
+        found |= rows.select_columns(name).with_format("torch", dtype=getattr(torch, feature.dtype))[:]
+    return found
 
 
 def _whole(path: Path, digest: str) -> Path:

@@ -204,6 +204,13 @@ def test_a_domain_is_found_by_its_name_with_its_experts(page, folder):
     assert text(page, "th .chosen") == "sea" and not page.complaints
 
 
+def test_numbers_have_their_digits_whatever_their_size(page, folder):
+    show(page, folder, "#about")
+    assert page.ask("[number(.0003407), number(.0332), number(.9999), number(1234.5)]") == [
+        "0.000341", "0.0332", "1", "1,230"
+    ]  # fmt: skip
+
+
 def test_numbers_below_0_have_a_minus(page, folder):
     show(page, folder, "#about")
     assert page.ask("[number(-80.4), number(1200)]") == ["−80.4", "1,200"]

@@ -198,6 +198,16 @@ def test_a_dataset_on_the_hub_is_pinned_to_a_commit(hub):
     assert isinstance(named, Corpus) and named.pin is None  # nothing to ask the hub for
 
 
+def test_a_column_that_mostly_names_a_corpus_is_no_source_unless_it_is_named(monkeypatch, recwarn):
+    rows = [{"text": f"text {i}", "source": "a"} for i in range(3)]
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: iter(rows))
+    with pytest.warns(UserWarning, match="each row counts as a source of its own"):
+        assert len({passage.source for _, passage in from_hub("d", "o/d").passages()}) == 3
+    recwarn.clear()
+    assert {passage.source for _, passage in from_hub("d", "o/d", source="source").passages()} == {"a"}
+    assert not recwarn
+
+
 @pytest.mark.typed
 def test_presets_are_the_papers_seven_domains(hub):
     assert set(PRESETS) == {

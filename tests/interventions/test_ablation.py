@@ -334,6 +334,20 @@ def test_means_whose_layers_were_edited_are_refused(tmp_path: Path) -> None:
 # --- resample ---
 
 
+def test_any_seed_draws() -> None:
+    case, most = wrapped("deepseek"), 2**63 - 1
+    for made in (
+        lambda seed: case.model.keep_top(1, by="random", seed=seed),
+        lambda seed: case.model.ablate(ranks=[0], how="resample", seed=seed),
+    ):
+        largest, another = run(case, made(most)), run(case, made(most - 1))
+        assert torch.equal(largest, run(case, made(most))) and deviation(largest, another) > 1e-4
+    cache = case.model.run_with_cache(case.tokens)[1]
+    for drawn in ("active", "unselected"):
+        largest, another = (cache.partial_sum(case.last, drawn=drawn, seed=seed) for seed in (most, most - 1))
+        assert not torch.equal(largest.values, another.values)
+
+
 @families
 def test_resampling_takes_the_expert_s_output_at_another_token(family: str) -> None:
     case = wrapped(family)

@@ -45,6 +45,21 @@ def every(case: Case) -> list[Any]:
     return made + ([model.ablate(shared=True)] if model.has_shared(layers[-1]) else [])
 
 
+def test_hooks_without_a_batch_axis_change_nothing_about_interventions() -> None:
+    case, seen = wrapped("deepseek"), []
+    tokens_of_one = case.tokens[:1]
+    point = names.mlp(names.EXPERT_OUT, case.last)
+    own: Any = [(point, lambda value, hook: seen.append(value.dim()))]  # noqa: ARG005
+    recorded = case.model.force_routing(case.model.routing(tokens_of_one))
+    for made in [recorded, *(one for one in every(case) if one.label != recorded.label)]:
+        found = [
+            case.model.run_with_hooks(tokens_of_one, fwd_hooks=made.fwd_hooks + own, remove_batch_dim=without)
+            for without in (False, True)
+        ]
+        assert torch.equal(*found), made
+    assert set(seen[::2]) == {4} and set(seen[1::2]) == {3}  # the user's own is shown none
+
+
 def test_one_value_acts_the_same_in_all_three_ways() -> None:
     case = wrapped("deepseek")
     for made in every(case):

@@ -84,6 +84,9 @@ def test_processing_is_refused_at_loading(word: str) -> None:
         HookedMoE.from_pretrained(EMBEDDED, **cast(Any, {word: True}))
     with pytest.raises(InputError, match=r"HookedMoE\.from_pretrained"):
         HookedMoE.boot_transformers(EMBEDDED)
+    for argument in (None, EMBEDDED, build("olmoe")):
+        with pytest.raises(InputError, match=r"HookedMoE.from_hf\(model, tokenizer\)"):
+            HookedMoE(argument)
 
 
 # --- compatibility mode ---

@@ -90,6 +90,19 @@ def test_layers_are_labelled(model, kind, tmp_path):
     assert f'"layers": {list(model.moe_layers)}' in told
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_both_formats_hold_the_same_bits(model, dtype, tmp_path):
+    hooks = ["blocks.1.mlp.hook_expert_out", "blocks.1.mlp.hook_expert_indices"]
+    how: Any = {"reading": READING, "hooks": hooks, "dtype": dtype}
+    one, other = (
+        next(collect(model, domain("d"), tmp_path / kind, kind=kind, **how).shards())
+        for kind in ("safetensors", "parquet")
+    )
+    assert one.keys() == other.keys() and one[hooks[0]].dtype == dtype
+    for name, value in one.items():
+        assert other[name].dtype == value.dtype and torch.equal(other[name], value), name
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "parquet"])
 def test_what_was_changed_since_is_not_read(model, kind, tmp_path):
     out = tmp_path / "c"

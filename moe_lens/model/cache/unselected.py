@@ -34,7 +34,7 @@ def drawn_numbers(
         raise InputError(f"tokens of layer {layer} have different numbers of experts: there is no random one for all")
     if draws is not None:
         return (draws.cpu() * below).long().clamp(max=below - 1)
-    generator = torch.Generator().manual_seed(seed * 100_003 + layer)
+    generator = torch.Generator().manual_seed((seed * 100_003 + layer) % 2**63)
     return torch.randint(below, indices.shape[:-1], generator=generator)
 
 

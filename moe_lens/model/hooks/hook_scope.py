@@ -4,6 +4,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from torch import Tensor, nn
@@ -185,8 +186,21 @@ def run_all_blocks(model: Any) -> None:
             state.update(_stop_at_layer_idx=None, _start_at_layer_idx=None, _start_residual=None)
 
 
+@dataclass(frozen=True, slots=True)
+class TakesBatch:
+    """A hook function that needs the batch axis, whatever the others in its run are shown."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, value: Any, hook: Any) -> Any:
+        """What the function returns."""
+        return self.function(value, hook)
+
+
 def without_batch(function: Callable[..., Any]) -> Callable[..., Any]:
     """A hook function that is shown activations of a batch of one without their batch axis."""
+    if isinstance(function, TakesBatch):
+        return function
 
     def inner(value: Any, hook: Any) -> Any:
         if value.shape[0] != 1:

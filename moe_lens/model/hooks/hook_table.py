@@ -6,11 +6,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
-from transformers import PreTrainedModel
 
 from moe_lens import names
 from moe_lens.checked import Natural
-from moe_lens.errors import HookError, UnsupportedModelError
+from moe_lens.errors import HookError, InputError, UnsupportedModelError
 from moe_lens.model.experts.expert_weights_view import Experts, top_k_of
 from moe_lens.model.families.table import Family
 from moe_lens.model.hooks.cache_names import Driver
@@ -42,7 +41,12 @@ class HookTable(RefusedMethods):
     owner: Owner
     """Which thread the model belongs to at the moment."""
 
-    def __init__(self, model: PreTrainedModel, adapter: Any, tokenizer: Any, family: Family):
+    def __init__(self, model: Any = None, adapter: Any = None, tokenizer: Any = None, family: Family | None = None):
+        if family is None:
+            raise InputError(
+                "HookedMoE is not made by calling it: write HookedMoE.from_pretrained(name_or_path), or "
+                "HookedMoE.from_hf(model, tokenizer) for a model of transformers"
+            )
         if not any(name.endswith(".experts") for name, _ in model.named_modules()):
             raise UnsupportedModelError(
                 f"this {family.model_type} has no layer with experts; "
