@@ -13,7 +13,9 @@ _BIAS = "e_score_correction_bias"
 
 
 def selection_bias(model: Any, layer: int) -> Tensor | None:
-    """That of a layer's router; None where it has none, or another family keeps it elsewhere."""
+    """That of a layer's router, if it chooses among groups; None where hooks decide all that a bias could."""
+    if not model.family.groups:
+        return None
     return getattr(getattr(model._moe(layer), model.family.router), _BIAS, None)
 
 

@@ -219,6 +219,27 @@ def test_no_bias_for_the_choice_brings_a_pruned_expert_back_wherever_it_lies(mod
     assert (whole - wanted).abs().max() > 0.01
 
 
+def test_pruned_coalitions_are_previews_where_a_bias_ranks_all_experts():
+    """LongCat's router, which chooses among no groups, takes no bias of each token's own."""
+    hooked = HookedMoE.from_hf(configs.build("longcat_flash"), check=False)
+    layer = hooked.moe_layers[-1]
+    hooked._moe(layer).router.e_score_correction_bias.data[2] = 100.0
+    x, gone = configs.tokens(1, 9), torch.zeros(2, len(hooked.moe_layers), hooked.n_experts, dtype=torch.bool)
+    gone[0, -1, 2], gone[1, -1, 0] = True, True
+    run = CleanRun.of(hooked, x)
+    added = added_losses(hooked, run, Loss(x), gone, torch.tensor([[0, 0], [1, 0]]), "prune")
+    everyone = tuple(range(hooked.n_experts))
+    with torch.no_grad():
+        clean = hooked(x, return_type="loss")
+        for found, out in zip(added, (2, 0), strict=True):
+            stay = dict.fromkeys(hooked.moe_layers, everyone) | {layer: tuple(e for e in everyone if e != out)}
+            with make_plan(hooked, stay, hooked.top_k).preview(hooked):
+                assert not (hooked.routing(x).layer(layer).indices == out).any()
+                expected = float((hooked(x, return_type="loss") - clean) * (x.shape[1] - 1))
+            assert float(found) == pytest.approx(expected, abs=1e-4)
+    assert abs(float(added[0])) > 1e-2
+
+
 def test_families_that_choose_among_groups_hold_their_bias_where_a_preview_looks_for_it():
     """It decides on the groups, before experts can be forbidden one by one."""
     for name, family in FAMILIES.items():
