@@ -198,7 +198,8 @@ _LOSS = ("loss", "low", "high", "uniform")
 def without_folders(command: str) -> str:
     """A command that tells of no folder: of every path the last part alone, whichever system it is of.
 
-    Names on the Hub, two words with a slash between them, stay whole after `--model`; and texts after `--text`.
+    Names on the Hub, two words with a slash between them, stay whole after `--model`; so do data sets, `hub:…` and
+    `paper/…`, after `--domain`, texts after `--text`, and columns.
     """
     try:
         words = shlex.split(command)
@@ -206,13 +207,22 @@ def without_folders(command: str) -> str:
         words = command.split()
     found = []
     for before, word in zip(["", *words], words, strict=False):
-        option, _, value = word.partition("=")
-        named = (before == "--model" and _HUB.fullmatch(word)) or (option == "--model" and _HUB.fullmatch(value))
-        found.append(word if named or before == "--text" else _FOLDERS.sub(r"\1", word))
+        option, _, value = word.partition("=") if word.startswith("--") else (before, "", word)
+        named = option in _NO_FOLDERS and _NO_FOLDERS[option].fullmatch(value)
+        found.append(word if named else _FOLDERS.sub(r"\1", word))
     return shlex.join(found)
 
 
 _HUB = re.compile(r"[\w-]+/[\w.-]+")
+_ANY = re.compile(r".*", re.DOTALL)
+_NO_FOLDERS = {
+    "--model": _HUB,
+    "--domain": re.compile(r"([^/\\]+=)?hub:.*|paper/[\w@.-]+"),
+    "--text": _ANY,
+    "--text-column": _ANY,
+    "--source-column": _ANY,
+}
+"""What stays whole after an option."""
 _FOLDERS = re.compile(r"(^|=)[^=]*[/\\]")
 
 

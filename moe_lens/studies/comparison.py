@@ -240,11 +240,10 @@ def _alone(what: str, sides: Sequence[Sequence[str]], names: tuple[str, str]) ->
 
 def _asked(plan: Mapping[str, Any]) -> dict[str, Any]:
     """What a study was asked for, and the precision and hooks of its model."""
-    found = {key: value for of in ("reading", "settings") for key, value in plan.get(of, {}).items()}
+    found = {key: plan[of][key] for of, leave in _HOW_ONLY.items() for key in plan.get(of, {}) if key not in leave}
     model = plan.get("model", {})
     found |= {key: model[key] for key in ("dtype", "quantised") if key in model}
-    found |= {"hooks": len(model["hooks"])} if "hooks" in model else {}
-    return {key: value for key, value in found.items() if key not in _HOW_ONLY}
+    return found | ({"hooks": len(model["hooks"])} if "hooks" in model else {})
 
 
 _BEYOND = {
@@ -254,8 +253,8 @@ _BEYOND = {
     "pruning": "perplexities of smaller models",
 }
 """Studies of which routing alone is compared, and what is not."""
-_HOW_ONLY = ("shard_tokens", "seed")
-"""What changes how a study works, or which texts it draws, and not what it asks."""
+_HOW_ONLY = {"reading": ("shard_tokens",), "settings": ("seed",)}
+"""What changes how a study works or what its controls draw, and not what is measured or read."""
 _COLUMNS = ("domain", "quantity", "of", "difference", "low", "high", "p_adjusted", "paired", "sources", "dropped")
 
 

@@ -299,10 +299,15 @@ def test_about_says_how_good_the_model_is_and_no_folder_of_the_users(page, folde
         "/home/me/env/bin/moe-lens atlas --model /home/me/secret/m --domain 'a=/home/me/my texts/a.jsonl' --out ../x/y"
     )
     assert without_folders(command) == "moe-lens atlas --model m --domain a=a.jsonl --out y"
-    kept = "moe-lens atlas --model allenai/OLMoE-1B-7B-0924 --text and/or"
-    assert (
-        without_folders(kept) == kept and without_folders(r"'C:\Users\me\moe-lens.exe' atlas") == "moe-lens.exe atlas"
+    for kept in (
+        "moe-lens atlas --model allenai/OLMoE-1B-7B-0924 --text and/or '--text=either/or it was'",
+        "moe-lens atlas --domain code=hub:OWNER/DATA@abc --domain=hub:o/d --domain paper/gsm8k --source-column meta/id",
+    ):
+        assert without_folders(kept) == kept
+    assert without_folders("moe-lens atlas --domain a=x/hub:y/z --domain paper/b/c") == (
+        "moe-lens atlas --domain a=z --domain c"
     )
+    assert without_folders(r"'C:\Users\me\moe-lens.exe' atlas") == "moe-lens.exe atlas"
 
 
 def test_a_study_of_an_earlier_version_is_refused_in_one_line(tmp_path):

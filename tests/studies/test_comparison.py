@@ -308,6 +308,8 @@ def test_what_one_side_alone_has_is_said_and_what_they_were_asked_otherwise():
         ("model", {"dtype": "bfloat16"}, "dtype float32 in a and bfloat16 in b"),
         ("model", {"quantised": "nf4"}, "quantised no in a and nf4 in b"),
         ("model", {"hooks": ["x"]}, "hooks None in a and 1 in b"),
+        ("reading", {"seed": 1}, "seed 0 in a and 1 in b"),
+        ("settings", {"seed": 1}, None),  # of controls
         ("domains", [{"name": "de", "digest": "1"}, {"name": "fr", "digest": "9"}], "other texts as fr"),
         ("domains", [{"name": "de", "digest": "1"}, {"name": "fr", "digest": "2"}], None),
     ],
@@ -317,6 +319,7 @@ def test_other_precision_hooks_and_texts_are_said(key, value, said):
     made = study("m", de=one, fr=one)
     plan = made.manifest["plan"] | {"domains": [{"name": "de", "digest": "1"}, {"name": "fr", "digest": "2"}]}
     plan["model"] |= {"dtype": "float32", "quantised": "no"}
-    changed = {**plan, key: {**plan["model"], **value} if key == "model" else value}
+    plan |= {of: {**plan.get(of, {}), "seed": 0} for of in ("reading", "settings")}
+    changed = {**plan, key: value if isinstance(value, list) else {**plan[key], **value}}
     found = compare(replace(made, manifest={"plan": plan}), replace(made, manifest={"plan": changed}), names=("a", "b"))
     assert found.asked_otherwise == said and ("may be part" in found.found()) == (said is not None)
