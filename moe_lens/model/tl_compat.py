@@ -24,6 +24,7 @@ TOUCHPOINTS = (
             "_resolve_hook_point",
             "_scan_existing_hooks",
             "_stack_block_params",
+            "_validate_attention_fork_supported",
             "_warn_gated_skipped",
             "check_hooks_to_add",
             "get_hook_point",
@@ -80,6 +81,7 @@ TOUCHPOINTS = (
     f"{_COMPONENTS}.attention:AttentionBridge._apply_attn_dropout",
     f"{_COMPONENTS}.attention:AttentionBridge._masked_softmax",
     f"{_COMPONENTS}.attention:AttentionBridge._setup_qkv_hook_reshaping",
+    f"{_COMPONENTS}.mla_attention:MLAAttentionBridge._v_head_dim=",
     f"{_COMPONENTS}.normalization:NormalizationBridge._apply_weight_and_bias",
     "transformer_lens.conversion_utils.conversion_steps.base_tensor_conversion:BaseTensorConversion",
     # the cache

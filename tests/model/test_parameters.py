@@ -243,6 +243,7 @@ def test_results_of_heads_sum_to_the_output_of_attention(model_type: str) -> Non
         torch.testing.assert_close(summed + bias, out, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.typed
 def test_biases_of_attention_that_is_shown_whole_are_not_passed_over() -> None:
     model: Any = HookedMoE.from_hf(tiny("glm4_moe_lite", attention_bias=True), check=False)
     with pytest.raises(AbsentParameterError, match="^accumulated_bias: a Glm4MoeLiteAttention has none"):

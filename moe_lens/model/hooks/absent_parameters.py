@@ -36,5 +36,5 @@ class NamedParameters(GeneralizedComponent):
             return super().__getattr__(name)
         except (AttributeError, NotImplementedError):
             if name in OF_ATTENTION or name in OF_MLP:
-                raise absent(name, self._modules.get("_original_component")) from None
+                raise absent(name, self.original_component) from None
             raise
