@@ -14,6 +14,8 @@ from moe_lens.errors import InputError
 def swapped_routers(model: Any, other: Any) -> Generator[None]:
     """Give a model the routers of another one, all their parameters and buffers, as long as the context lasts.
 
+    The bias for the choice is one of them, wherever a family keeps it.
+
     Args:
         model: A `HookedMoE`.
         other: One of the same shape; it is left as it is.
@@ -39,8 +41,11 @@ def swapped_routers(model: Any, other: Any) -> Generator[None]:
 
 
 def _tensors(model: Any, layer: int) -> dict[str, Tensor]:
-    router = getattr(model._moe(layer), model.family.router)
+    moe = model._moe(layer)
+    router = getattr(moe, model.family.router)
     found = {**dict(router.named_parameters()), **dict(router.named_buffers())}
+    if model.family.bias:  # which some blocks hold themselves, beside the router (LFM2, MiniMax-M2)
+        found |= {**dict(moe.named_parameters(recurse=False)), **dict(moe.named_buffers(recurse=False))}
     if any(value.is_meta for value in found.values()):
         raise InputError(f"the router of layer {layer} is kept on the disk; load the model into memory to swap it")
     return found

@@ -14,6 +14,7 @@ from moe_lens.interventions.router_swap import swapped_routers
 from moe_lens.model.loading.tokenizer import load_tokenizer
 from moe_lens.studies import Checkpoints, StudyResult, run
 from tests.families import build
+from tests.matrix import configs
 from tests.studies.tiny import TOKENIZER, domain, save_checkpoint, tiny_hf, tiny_model, write_jsonl
 
 READING = Reading(tokens=None, context=48)
@@ -80,6 +81,33 @@ def test_overlap_is_that_counted_by_hand_and_the_swap_is_undone():
         assert not torch.equal(model.W_router[model.moe_layers[0]], own)
         raise ZeroDivisionError
     assert torch.equal(model.W_router[model.moe_layers[0]], own)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["afmoe", "hy_v3", "lfm2_moe", "minimax_m2", "ernie4_5_moe", "deepseek_v3"])
+def test_a_swap_brings_the_bias_for_the_choice_wherever_a_family_keeps_it(model_type):
+    """On one input, swapped routers choose as the other model's own; with its rows alone they do not."""
+    model, other = (HookedMoE.from_hf(configs.build(model_type, seed=seed)) for seed in (0, 1))
+    layer, tokens = model.moe_layers[0], configs.tokens(3, 10)
+    read, chosen = (f"blocks.{layer}.mlp.{name}" for name in ("hook_in", "hook_expert_indices"))
+    before = {name: value.clone() for name, value in model.original_model.state_dict().items()}
+    with swapped_routers(model, other):
+        _, got = model.run_with_cache(tokens, names_filter=[read, chosen])
+
+    def same() -> bool:
+        with other.hooks([(read, lambda value, hook: got[read])]):
+            _, right = other.run_with_cache(tokens, names_filter=chosen)
+        return torch.equal(got[chosen].sort(-1).values, right[chosen].sort(-1).values)
+
+    assert same() and all(torch.equal(value, before[name]) for name, value in model.original_model.state_dict().items())
+    biases = [
+        (value, model.original_model.state_dict()[name])
+        for name, value in other.original_model.state_dict().items()
+        if name.endswith(("expert_bias", "e_score_correction_bias"))
+    ]
+    for value, own in biases:
+        value.copy_(own)
+    assert biases and not same()
 
 
 @pytest.mark.typed
