@@ -21,10 +21,11 @@ def refuse_replaced(module: nn.Module) -> None:
         function = function.__wrapped__
     if not _computes(function):
         code = getattr(function, "__code__", None)
-        name = type(function).__name__ if code is None else code.co_qualname
+        name, own = type(function).__name__ if code is None else code.co_qualname, f"{type(module).__name__}.forward"
         raise UnsupportedModelError(
-            f"{type(module).__name__}.forward was replaced by {name}, and hooks are inside what it replaces. Wrap the "
-            "model as transformers builds it, and change what it computes by hooks or by its parameters"
+            (f"{own} is not transformers'" if name == own else f"{own} was replaced by {name}")
+            + ", and hooks are inside what it replaces. Wrap the model as transformers builds it, and change what it "
+            "computes by hooks or by its parameters"
         )
 
 

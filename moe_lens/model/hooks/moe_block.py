@@ -64,7 +64,7 @@ class MoEBlock(NamedParameters):
 
     def _open(self, moe: Any, router: Any, experts: Experts) -> None:
         family, block = self.family, self.original_component
-        for inside in (experts.module, *((moe,) if family.experts in BLOCKS else ())):
+        for inside in (experts.module, *self._routing_parts(router), *((moe,) if family.experts in BLOCKS else ())):
             refuse_replaced(inside)
         self._check_bypassed()
         shared = getattr(block, family.shared, None) if family.shared else None
@@ -142,6 +142,11 @@ class MoEBlock(NamedParameters):
         gate = method_of(shared_gate.forward), shared_gate
         shared.forward = partial(_shared, method_of(shared.forward), gate, hooks)
         shared_gate.forward = partial(_shared_gate, method_of(shared_gate.forward), hooks)
+
+    def _routing_parts(self, router: nn.Module) -> list[nn.Module]:
+        """The router, and the module in it that makes its logits, where there is one."""
+        inner = router._modules.get(self.family.router_weight.partition(".")[0])
+        return [router] if inner is None else [router, inner]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block, having told its hooks how many tokens come."""
