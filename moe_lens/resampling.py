@@ -105,20 +105,29 @@ def tail(sizes: Real[Tensor, " source"], level: float = 0.95) -> float:
 
     Percentiles of few resampled sources are too narrow, as a normal interval is with the variance divided by n; the
     share that makes up for both is Φ(−√(n / (n − 1)) t), t the quantile of Student's distribution with n − 1 degrees of
-    freedom (Hesterberg 2015, The American Statistician 69). Sources of unequal sizes tell as much as fewer of one size,
-    n = (Σ size)² / Σ size² (Kish 1965).
+    freedom (Hesterberg 2015, The American Statistician 69), n the `effective` number of sources.
     """
     from scipy.special import ndtr, stdtrit
 
-    size = sizes.double()
-    n = max(2.0, float(size.sum() ** 2 / size.square().sum()))
+    n = effective(sizes)
     return float(ndtr(-((n / (n - 1)) ** 0.5) * stdtrit(n - 1, (1 + level) / 2)))
+
+
+def effective(sizes: Real[Tensor, "source *domain"]) -> float:
+    """How many sources of one size tell as much as these: (Σ size)² / Σ size² (Kish 1965), at least 2.
+
+    Of sources that have text in several domains, the least of them.
+    """
+    size = sizes.double()
+    n = size.sum(0).square() / size.square().sum(0)
+    return max(2.0, float(n.nan_to_num(len(size)).min()))  # no text at all: nothing to tell
 
 
 def jackknife_interval(
     values: Float[Tensor, "*value"],
     without: Float[Tensor, "source *value"],
     strata: Int[Tensor, " source"],
+    sizes: Real[Tensor, "source *domain"],
     *,
     corrected: bool = False,
     level: float = 0.95,
@@ -126,13 +135,17 @@ def jackknife_interval(
     """Intervals of statistics that resampling would bias, as it pairs sources with themselves; NaN if there are none.
 
     The variance is that of the statistic without each source (Arvesen 1969, Annals of Mathematical Statistics 40), of
-    each stratum by itself; t is Student's, with the degrees of freedom of Welch and Satterthwaite.
+    each stratum by itself; t is Student's, with the degrees of freedom of Welch and Satterthwaite, those of a stratum
+    being one less than its `effective` number of sources. Where few sources hold most of the text, the variance is too
+    large rather than too small.
 
     Args:
         values: Of all sources.
         without: Of all but one.
         strata: Such as the source's domain; below `MIN_SOURCES` in any of them there is no interval.
-        corrected: Whether the interval is that of the value less its bias, as the jackknife estimates it.
+        sizes: Of each source, in tokens; where a source has text in several domains, in each of them.
+        corrected: Whether the interval is that of the value less its bias, as the jackknife of sources of unequal sizes
+            estimates it (Busing, Meijer and van der Leeden 1999, Statistics and Computing 9).
         level: Of confidence, in (0, 1).
     """
     from scipy.special import stdtrit
@@ -140,18 +153,28 @@ def jackknife_interval(
     names, n = strata.unique(return_counts=True)
     if not len(n) or int(n.min()) < MIN_SOURCES:
         return torch.full_like(values, torch.nan), torch.full_like(values, torch.nan)
-    centre, parts = values, []
+    parts, less = [], []
     for name, size in zip(names, n.tolist(), strict=True):
         of = without[strata == name]
         parts.append((of - of.mean(0)).square().sum(0) * (size - 1) / size)
-        if corrected:
-            centre = centre + (size - 1) * (values - of.mean(0))
+        less.append(effective(sizes[strata == name]) - 1)
     variances = torch.stack(parts)
     variance = variances.sum(0)
-    less = (n - 1).view(-1, *[1] * values.ndim)
-    freedom = (variance.square() / (variances.square() / less).sum(0)).nan_to_num(1)
+    each = torch.tensor(less, dtype=torch.float64).view(-1, *[1] * values.ndim)
+    freedom = (variance.square() / (variances.square() / each).sum(0)).nan_to_num(1)
     reach = variance.sqrt() * torch.as_tensor(stdtrit(freedom.numpy(), (1 + level) / 2))
+    centre = values
+    if corrected:
+        # so weighted, what is proportional to the deviations of sources from their mean adds nothing
+        rest = 1 - _shares(sizes)
+        centre = values - (rest.view(-1, *[1] * values.ndim) * (without - values)).sum(0)
     return centre - reach, centre + reach
+
+
+def _shares(sizes: Real[Tensor, "source *domain"]) -> Float[Tensor, " source"]:
+    """Of each source in the text of its domain; in several, the mean."""
+    of = (sizes.double() / sizes.sum(0)).reshape(len(sizes), -1)
+    return of.nansum(1) / (of > 0).sum(1).clamp(min=1)
 
 
 def halves(sources: Iterable[str], seed: Seed = 0) -> dict[str, int]:

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -74,6 +74,11 @@ class Units:
     def n_sources(self) -> int:
         """Of all domains."""
         return len(self.domain_of)
+
+    @property
+    def tokens(self) -> Float[Tensor, " source"]:
+        """Of each source."""
+        return torch.from_numpy(np.bincount(self.source, self.size, self.n_sources))
 
     def counts(self, layer: int) -> Any:
         """Sparse counts, [unit, expert], of the layer in this place."""

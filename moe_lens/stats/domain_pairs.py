@@ -62,14 +62,18 @@ class Rows:
         found[self.unit, self.domain] = True
         return found
 
+    def tokens_of_units(self) -> Float[Tensor, "unit domain"]:
+        """How much text a unit has in each domain."""
+        found = torch.zeros(self.n_units, int(self.domain.max()) + 1, dtype=torch.float64)
+        found[self.unit, self.domain] = self.tokens
+        return found
+
     def without_units(self) -> Float[Tensor, "unit domain layer n_experts"]:
         """Loads of all domains without each unit."""
         sums, tokens = self._sums(self.counts), self._sums(self.tokens)
         gone = torch.zeros(self.n_units, len(sums), *sums.shape[1:], dtype=torch.float64)
         gone[self.unit, self.domain] = self.counts
-        lost = torch.zeros(self.n_units, len(sums), dtype=torch.float64)
-        lost[self.unit, self.domain] = self.tokens
-        return normalised((sums - gone) / (tokens - lost)[..., None, None])
+        return normalised((sums - gone) / (tokens - self.tokens_of_units())[..., None, None])
 
     def _sums(self, values: Float[Tensor, "row *shape"]) -> Float[Tensor, "domain *shape"]:
         total = torch.zeros(int(self.domain.max()) + 1, *values.shape[1:], dtype=torch.float64)

@@ -6,14 +6,14 @@ sources' routing is distributed alike in all domains, whatever their sizes: see 
 Domains whose sources differ more from one another than those of others are not alike, and may be found so.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moe_lens.checked import Natural, Positive, Seed
@@ -69,6 +69,8 @@ class DomainComparison(Result):
     """Of each pair: how many sources were left out, as the other domain has none that is parallel to them."""
     unit_domains: Bool[Tensor, "unit domain"]
     """Which domains a unit has text in: a source, or, with a key, all sources that share it."""
+    unit_tokens: Float[Tensor, "unit domain"]
+    """How much."""
     pair_units: Bool[Tensor, "pair unit"]
     """Which units a pair was measured with."""
     mi_without: Float[Tensor, "unit layer"]
@@ -109,8 +111,8 @@ class DomainComparison(Result):
 
         low and high are the 95 % interval over sources of the mutual information minus what few sources add to it.
         """
-        strata = self._strata(torch.ones(len(self.unit_domains), dtype=torch.bool))
-        low, high = jackknife_interval(self.mi, self.mi_without, strata, corrected=True)
+        all_units, all_domains = torch.ones(len(self.unit_domains), dtype=torch.bool), range(len(self.domains))
+        low, high = self._interval(self.mi, self.mi_without, all_units, all_domains)
         columns = {
             "mi": self.mi,
             "low": low.clamp(min=0),
@@ -131,8 +133,8 @@ class DomainComparison(Result):
         other_sources, dropped (sources that have no parallel one in the other domain).
         """
         ends = [
-            jackknife_interval(self.jsd[:, i], self.jsd_without[units][..., i], self._strata(units), corrected=True)
-            for i, units in enumerate(self.pair_units)
+            self._interval(self.jsd[:, i], self.jsd_without[..., i], units, [self.domains.index(d) for d in pair])
+            for i, (units, pair) in enumerate(zip(self.pair_units, self.pairs, strict=True))
         ]
         low, high = (torch.stack(of, -1).clamp(min=0) for of in zip(*ends, strict=True))
         columns = {
@@ -170,7 +172,8 @@ class DomainComparison(Result):
         values, left = (torch.cat([of, of.mean(-2, keepdim=True)], -2) for of in (both, without))
         difference, left_difference = values[..., 0] - values[..., 1], left[..., 0] - left[..., 1]
         units = self.pair_units[places].any(0)
-        low, high = jackknife_interval(difference, left_difference[units], self._strata(units), corrected=True)
+        domains = [self.domains.index(name) for name in (domain, one, other)]
+        low, high = self._interval(difference, left_difference, units, domains)
         columns = {"to_one": values[:, 0], "to_other": values[:, 1], "difference": difference, "low": low, "high": high}
         layers = pd.array([*self.layers, None], dtype="Int64")
         return pd.DataFrame({"layer": layers, **{name: value.numpy() for name, value in columns.items()}})
@@ -191,9 +194,17 @@ class DomainComparison(Result):
                     parts[-1].insert(at, column, name)
         return pd.concat(parts, ignore_index=True)
 
-    def _strata(self, units: Bool[Tensor, " unit"]) -> Int[Tensor, " some"]:
-        """Units that have text in the same domains."""
-        return self.unit_domains[units].long().unique(dim=0, return_inverse=True)[1]
+    def _interval(
+        self,
+        values: Float[Tensor, "*value"],
+        without: Float[Tensor, "unit *value"],
+        units: Bool[Tensor, " unit"],
+        domains: Sequence[int],
+    ) -> tuple[Float[Tensor, "*value"], Float[Tensor, "*value"]]:
+        """Of some units and domains; those that have text in the same ones are a stratum."""
+        strata = self.unit_domains[units].long().unique(dim=0, return_inverse=True)[1]
+        sizes = self.unit_tokens[units][:, list(domains)]
+        return jackknife_interval(values, without[units], strata, sizes, corrected=True)
 
 
 def compare_domains(
@@ -281,6 +292,7 @@ def compare_domains(
         pair_sources=tuple(test.sources for test in tests),
         pair_dropped=tuple(dropped),
         unit_domains=unit_domains,
+        unit_tokens=units.tokens_of_units(),
         pair_units=torch.stack(members),
         mi_without=mi_without,
         jsd_without=jsd_without,

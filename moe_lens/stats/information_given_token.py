@@ -163,7 +163,7 @@ def conditional_information(
     low, high = _intervals(excess, without, units, couples)
     tested = [pair.testable for pair in pairs]
     mean, mean_without = _mean(excess, tested), _mean(np.where(np.isnan(without), excess[..., None], without), tested)
-    mean_low, mean_high = jackknife_interval(_tensor(mean), _tensor(mean_without).mT, units.domain_of)
+    mean_low, mean_high = jackknife_interval(_tensor(mean), _tensor(mean_without).mT, units.domain_of, units.tokens)
     return ConditionalInformation(
         domains=domains,
         layers=first.layers,
@@ -193,7 +193,7 @@ def _intervals(
     for j, couple in enumerate(couples):
         of_pair = torch.isin(units.domain_of, torch.tensor(couple))
         left = _tensor(without[:, j])[:, of_pair].mT
-        ends.append(jackknife_interval(_tensor(excess[:, j]), left, units.domain_of[of_pair]))
+        ends.append(jackknife_interval(_tensor(excess[:, j]), left, units.domain_of[of_pair], units.tokens[of_pair]))
     low, high = zip(*ends, strict=True)
     return torch.stack(low, 1), torch.stack(high, 1)
 

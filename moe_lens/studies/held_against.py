@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from torch import Tensor
 
 from moe_lens.resampling import jackknife_interval
@@ -66,7 +66,7 @@ def against_controls(
     sums = torch.cat([own.double()[:, None], each], 1)
     value = sums.sum(0) / n.sum()
     without = (sums.sum(0) - sums) / (n.sum() - n)[:, None]
-    found = over_each(value, without, torch.zeros(len(n), dtype=torch.long), tests)
+    found = over_each(value, without, torch.zeros(len(n), dtype=torch.long), n, tests)
     return {"controls": k, "control_added": float(value[1:].mean()), **found}
 
 
@@ -74,6 +74,7 @@ def over_each(
     values: Float[Tensor, " coalition"],
     without: Float[Tensor, "source coalition"],
     strata: Int[Tensor, " source"],
+    sizes: Real[Tensor, "source *domain"],
     tests: int,
 ) -> dict[str, Any]:
     """The same of any statistic of experts, which stands first, and of their controls: at least one.
@@ -82,6 +83,7 @@ def over_each(
         values: Of all sources.
         without: Of all sources but one.
         strata: Such as the source's domain.
+        sizes: Of each source, in tokens; where a source has text in several domains, in each of them.
         tests: Comparisons of the family.
 
     Returns:
@@ -89,8 +91,8 @@ def over_each(
     """
     beyond, chance = values[:1] - values[1:], (1 - LEVEL) / tests
     both = torch.cat([values[:1], beyond]), torch.cat([without[:, :1], without[:, :1] - without[:, 1:]], 1)
-    low, high = jackknife_interval(*both, strata, level=1 - chance)
-    upper = jackknife_interval(*both, strata, level=1 - chance / len(beyond))[1]
+    low, high = jackknife_interval(*both, strata, sizes, level=1 - chance)
+    upper = jackknife_interval(*both, strata, sizes, level=1 - chance / len(beyond))[1]
     found = {"control_least": float(values[1:].min()), "control_most": float(values[1:].max())}
     found |= {"over_most": float(beyond.min()), "over_most_low": float(low[1:].min())}
     found |= {"over_most_high": float(upper[1:].min()), "all_low": float(low[0]), "all_high": float(high[0])}

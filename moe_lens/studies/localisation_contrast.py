@@ -114,6 +114,12 @@ class Contrasts:
         """How often each source counts where a block is left out, and the stratum of each block."""
         return blocks_left_out({d: {s: self.blocks[d][s] for s in of.sources} for d, of in self.effects.items()})
 
+    @cached_property
+    def _block_tokens(self) -> Float[Tensor, "block domain"]:
+        """Of each block, in each domain; in the order of `_but_one`."""
+        but_one = self._but_one[0]
+        return torch.stack([(1 - but_one[d]) @ of.predicted.double() for d, of in self.effects.items()], 1)
+
     def _rows(self, domain: str, how: str, level: float) -> Iterator[dict[str, Any]]:
         deltas = self._deltas(domain, how)
         own, others = _own_and_others(deltas, domain)
@@ -176,7 +182,7 @@ class Contrasts:
         """
         theirs = contrasts[:, list(controls)]
         two = torch.stack([contrasts[:, picked], theirs.nanmean(1)], 1)
-        found = over_each(two[0], two[1:], self._but_one[1], len(self.effects) * len(self._how))
+        found = over_each(two[0], two[1:], self._but_one[1], self._block_tokens, len(self.effects) * len(self._how))
         held = {"beyond_low": found["over_most_low"], "beyond_high": found["over_most_high"]}
         held |= {"all_low": found["all_low"], "all_high": found["all_high"]}
         each = theirs[0][theirs[0].isfinite()]

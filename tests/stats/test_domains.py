@@ -271,9 +271,26 @@ def test_intervals_of_divergences_cover_the_truth():
         compare_domains({name: draws[0][name] for name in "ab"}, permutations=1).nearest()
 
 
-def scattered(generator: torch.Generator, load: torch.Tensor) -> RoutingResult:
+def test_intervals_of_divergences_cover_the_truth_where_one_source_holds_nearly_all_of_the_text():
+    generator = torch.Generator().manual_seed(9)
+    loads = torch.tensor([[1.0, 1, 1, 1, 2, 2, 4, 4], [4, 4, 2, 2, 1, 1, 1, 1]]).double() / 16
+    truth, sizes = float(information(loads[:, None])[0]), torch.tensor([4000] + [60] * 11)
+    for parallel in (None, str):
+        held = equal = 0
+        for _ in range(30):
+            draw = {name: scattered(generator, load, sizes) for name, load in zip("ab", loads, strict=True)}
+            found = compare_domains(draw, permutations=1, parallel=parallel)
+            alike = replace(found, unit_tokens=found.unit_domains.double())  # negative control: as if of one size
+            for n, table in enumerate((found.per_pair(), alike.per_pair())):
+                hit = bool(table["low"][0] <= truth <= table["high"][0])
+                held, equal = (held + hit, equal) if n == 0 else (held, equal + hit)
+        assert held >= 27 and equal <= 25
+
+
+def scattered(generator: torch.Generator, load: torch.Tensor, sizes: torch.Tensor | None = None) -> RoutingResult:
     """Counts of 12 sources, of one layer, whose shares are Dirichlet draws about `load`."""
-    sizes = (40 * (0.7 * torch.randn(12, generator=generator)).exp()).long().clamp(min=8)
+    if sizes is None:
+        sizes = (40 * (0.7 * torch.randn(12, generator=generator)).exp()).long().clamp(min=8)
     shares = torch._sample_dirichlet((40 * load).expand(12, EXPERTS).contiguous(), generator=generator)
     chosen = [
         share.multinomial(int(n) * TOP_K, True, generator=generator) for share, n in zip(shares, sizes, strict=True)

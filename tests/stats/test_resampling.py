@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import t as student
 
 from moe_lens.errors import InputError
-from moe_lens.resampling import tail
+from moe_lens.resampling import effective, jackknife_interval, tail
 from moe_lens.stats import MIN_SOURCES, bootstrap, halves
 from moe_lens.stats.parallel_sources import resampled_blocks
 
@@ -112,3 +113,75 @@ def test_blocks_are_drawn_whole_and_domains_without_common_ones_each_by_itself()
     of_both = torch.corrcoef(torch.stack([times["de"][:, 0], times["code"][:, 0]]))[0, 1]
     assert abs(float(of_both)) < 0.2  # 500 pairs of independent numbers: 0 ± .045
     assert torch.equal(times["de"], resampled_blocks(twins | alone, resamples=500, seed=3)["de"])
+
+
+BOOKS = torch.tensor([5000.0] * 2 + [100] * 8, dtype=torch.float64)
+"""Two sources hold nearly all of the text."""
+
+
+def ratios(effects: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means over the text, of all sources and without each one; many draws at a time."""
+    sums = sizes[:, None] * effects
+    return sums.sum(0) / sizes.sum(), (sums.sum(0) - sums) / (sizes.sum() - sizes)[:, None]
+
+
+@pytest.mark.typed
+def test_the_jackknife_of_equal_sources_is_the_interval_of_a_mean_and_unequal_ones_have_fewer_degrees_of_freedom():
+    generator, one = torch.Generator().manual_seed(0), torch.zeros(10, dtype=torch.long)
+    effects = torch.randn(10, 3, generator=generator, dtype=torch.float64)
+    for sizes, freedom in (
+        (7 * EVEN(10), 9),
+        (torch.tensor([1.0] * 5 + [0.0] * 5), 4),
+        (BOOKS, 10_800**2 / 5008e4 - 1),
+    ):
+        value, without = ratios(effects, sizes)
+        error = ((without - without.mean(0)).square().sum(0) * 9 / 10).sqrt()
+        low, high = jackknife_interval(value, without, one, sizes)
+        assert torch.allclose((high - low) / 2, float(student.ppf(0.975, freedom)) * error) and torch.allclose(
+            (high + low) / 2, value
+        )
+        if sizes.unique().numel() == 1:
+            assert torch.allclose(error, effects.std(0) / 10**0.5)
+    assert effective(torch.stack([EVEN(10).double(), BOOKS], 1)) == effective(BOOKS) < 2.4  # the least of two domains
+    assert (
+        effective(torch.stack([EVEN(10), torch.zeros(10)], 1)) == 10
+    )  # a domain of which nothing is there says nothing
+
+
+def test_jackknife_intervals_hold_the_truth_though_two_sources_hold_the_text_and_parallel_ones_are_in_two_domains():
+    generator, draws = torch.Generator().manual_seed(1), 4000
+    strata, other = torch.zeros(10, dtype=torch.long), torch.arange(20) // 10
+    effects = torch.randn(2, 10, draws, generator=generator, dtype=torch.float64)
+    (value, without), (against, left) = ratios(effects[0], BOOKS), ratios(effects[1], BOOKS.flip(0))
+    apart = torch.cat([without - against, value - left])
+    cases = [
+        (value, without, strata, BOOKS),
+        (value - against, without - left, strata, torch.stack([BOOKS, BOOKS.flip(0)], 1)),
+        (value - against, apart, other, torch.cat([BOOKS, BOOKS.flip(0)])),
+    ]
+    for of, left_out, at, sizes in cases:
+        low, high = jackknife_interval(of, left_out, at, sizes)
+        near, far = jackknife_interval(of, left_out, at, torch.ones_like(sizes))
+        assert ((low <= 0) & (high >= 0)).double().mean() > 0.94  # a standard error is .003
+        # negative control: nine degrees of freedom, or eighteen, as if sources were of one size
+        assert ((near <= 0) & (far >= 0)).double().mean() < 0.92
+
+
+@pytest.mark.typed
+def test_a_mean_has_no_bias_to_correct_and_a_square_of_one_has_its_variance():
+    generator, one = torch.Generator().manual_seed(2), torch.zeros(10, dtype=torch.long)
+    effects = torch.randn(10, 2000, generator=generator, dtype=torch.float64)
+    book = torch.tensor([5000.0] + [50] * 9, dtype=torch.float64)
+    for sizes in (EVEN(10).double(), book, torch.stack([BOOKS, 3 * BOOKS], 1)):
+        value, without = ratios(effects, sizes.view(10, -1)[:, 0])
+        low, high = jackknife_interval(value, without, one, sizes, corrected=True)
+        assert torch.allclose((low + high) / 2, value, atol=1e-12)
+        if sizes is not book:
+            continue
+        equal = torch.stack(jackknife_interval(value, without, one, torch.ones(10), corrected=True)).mean(0)
+        assert (equal - value).std() > 0.5 * value.std()  # negative control: as if they were of one size
+    sizes = EVEN(10).double()
+    value, without = ratios(effects, sizes)
+    low, high = jackknife_interval(value.square(), without.square(), one, sizes, corrected=True)
+    expected = value.square() - effects.var(0) / 10
+    assert torch.allclose((low + high) / 2, expected)

@@ -183,6 +183,11 @@ def test_what_the_domain_decides_beyond_the_token_is_found():
     two = conditional_information(dict(zip("ab", results, strict=True)), permutations=99)
     assert float(two.p_values[0]) == 0.01 and float(two.low[0]) > 0
     assert list(two.to_frame()["finding"]) == ["depends on the domain"]
+    # whose interval has the degrees of freedom that sources of their sizes have
+    sizes = [torch.bincount(of.cells()[0], of.top1.double()) for of in results]  # of the only layer
+    assert torch.equal(Units.of(results).tokens, torch.cat(sizes)) and sum(map(sum, sizes)) == sum(
+        of.n_tokens for of in results
+    )
     # a third domain changes nothing about the first two
     third = draw(np.random.default_rng(9), 300, 20, effect)[0]
     three = conditional_information({**dict(zip("ab", results, strict=True)), "c": third}, permutations=99)

@@ -90,6 +90,15 @@ def test_the_costliest_of_many_alike_are_not_starred_though_they_were_chosen_on_
         assert uncorrected > FAMILIES / 2
 
 
+def test_no_more_experts_are_starred_by_chance_where_two_sources_hold_nearly_all_of_the_text():
+    generator, draws = torch.Generator().manual_seed(0), 200
+    tokens = torch.tensor([5000.0] * 2 + [100] * 8)
+    own, token = (sd * torch.randn(draws, 10, generator=generator) for sd in (0.1, 0.3))
+    costs = tokens * own + tokens.sqrt() * token  # nothing on average, and the control saves half a nat a token
+    false = sum(against_controls(cost, -0.5 * tokens[:, None], tokens, 1)["starred"] for cost in costs)
+    assert false <= 10  # 5 ± 2.2 are claimed; with nine degrees of freedom there were 20
+
+
 def test_what_cannot_be_told_is_missing():
     few = against_controls(torch.ones(9), torch.zeros(9, 2), torch.ones(9), 1)
     assert few["starred"] is None and math.isnan(few["over_most_low"]) and few["over_most"] == 1

@@ -109,6 +109,13 @@ def test_a_control_with_as_great_a_contrast_takes_the_star_away(found):
     assert ends["starred"].all() and (ends["over_most"] > 0).all()
     assert (ends["over_most"] == ends["contrast"] - ends["control_most"]).all()
     assert (ends["beyond_low"] < ends["estimate"]).all() and (ends["estimate"] < ends["beyond_high"]).all()
+    # the same sums of sources of which two hold nearly all of the text say less
+    first = next(iter(parts.effects))
+    books = {name: of.predicted.clone() for name, of in parts.effects.items()}
+    books[first][:2] *= 100
+    few = {name: replace(of, predicted=books[name]) for name, of in parts.effects.items()}
+    wide: Any = replace(parts, effects=few).contrast().query("control == 'matched'")
+    assert (wide["all_low"] < ends["all_low"]).all() and (wide["beyond_high"] > ends["beyond_high"]).all()
     at = next(iter(parts.effects.values())).kinds.index("matched")
     odd = {}
     for number, (name, of) in enumerate(parts.effects.items()):
