@@ -195,16 +195,20 @@ def _through_router(
 def _constant(model: Any, layer: int) -> Float[Tensor, " n_experts"]:
     """What no component wrote: the router's bias, and the norm's."""
     rows = model.W_router[layer].detach()
-    router = getattr(model._moe(layer), model.family.router)
     found = torch.zeros(rows.shape[0], dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
-    for bias, through in ((getattr(router, "bias", None), None), (_norm_bias(model, layer), rows)):
+    for bias, through in ((router_bias(model, layer), None), (_bias(model.blocks[layer].ln2.original_component), rows)):
         if bias is not None:
             found += bias.detach().to(found) if through is None else through.to(found) @ bias.detach().to(found)
     return found
 
 
-def _norm_bias(model: Any, layer: int) -> Tensor | None:
-    return getattr(model.blocks[layer].ln2.original_component, "bias", None)
+def router_bias(model: Any, layer: int) -> Float[Tensor, " n_experts"] | None:
+    """What a router adds to its product to make logits, not the bias for the choice; None where it adds nothing."""
+    return _bias(getattr(model._moe(layer), model.family.router))
+
+
+def _bias(module: Any) -> Tensor | None:
+    return None if getattr(module, "bias", None) is None else numbers_of(module, "bias")
 
 
 def _by_expert(cache: Any, labels: list[str], values: Tensor) -> tuple[list[str], Tensor]:

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize, pad
 from moe_lens import names
 from moe_lens.checked import AnyModel, Natural, Positive
 from moe_lens.errors import HookError, InputError
+from moe_lens.lenses.router_attribution import router_bias
 from moe_lens.lenses.token_rows import row_batches, rows
 from moe_lens.model.loading.dispatch import input_device
 from moe_lens.reprs import Summary
@@ -81,9 +82,8 @@ def router_geometry(
         )
     wide = torch.promote_types(model.W_router[layer].dtype, torch.float32)
     whole = model.W_router[layer].detach().to(wide)
-    centred = whole - whole.mean(0)
-    tokens, attraction = _attraction(model, layer, centred, top)
-    directions = normalize(centred, dim=-1)
+    tokens, attraction = _attraction(model, layer, whole, top)
+    directions = normalize(whole - whole.mean(0), dim=-1)
     branches = [model.W_gate[layer]] + ([model.W_in[layer]] if model.W_in[layer] is not model.W_gate[layer] else [])
     squares = [(directions @ normalize(branch.detach().to(wide), dim=1)).square().mean(-1) for branch in branches]
     neurons = torch.stack(squares).mean(0).sqrt().T  # [expert, row] so far
@@ -92,23 +92,27 @@ def router_geometry(
     return RouterGeometry(layer, tokens, attraction, neurons.cpu(), model.cfg.d_model**-0.5, found)
 
 
-def _attraction(model: Any, layer: int, centred: Tensor, top: int) -> tuple[Tensor, Tensor]:
+def _attraction(model: Any, layer: int, router: Tensor, top: int) -> tuple[Tensor, Tensor]:
     """Tokens whose embedding, alone and normed as the layer norms its stream, gives an expert the largest logits."""
-    embedding = model.W_E.detach()
-    norm, place = getattr(model.blocks[layer], "ln2", None), centred.device
+    matrix, norm = model.W_E, getattr(model.blocks[layer], "ln2", None)
     if norm is None:
         raise InputError(
             f"layer {layer} has no norm of its own before its experts: embeddings cannot be read through it"
         )
-    best, which = torch.full((2, len(centred), 0), 0.0, device=place)
+    bias, place = router_bias(model, layer), router.device
+    factor = model.family.logits_factor  # Laguna's bound: who multiplies by one (Muse Spark) has narrower experts
+    bound = float(getattr(getattr(model._moe(layer), model.family.router), factor)) if factor else 0.0
+    best, which = torch.full((2, len(router), 0), 0.0, device=place)
     which = which.long()
-    for start in range(0, len(embedding), _CHUNK):
-        part = embedding[start : start + _CHUNK]
+    for ids in torch.arange(len(matrix), device=matrix.device).split(_CHUNK):
+        part = model.embed(ids[None])  # and not the matrix: Inkling norms its rows
         unit = part / part.float().square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30).to(part)
-        logits = centred @ norm(unit[None].to(place)).to(centred)[0].T
-        ids = torch.arange(start, start + len(part), device=place).expand_as(logits)
-        best, order = torch.cat([best, logits], -1).topk(min(top, best.shape[-1] + len(part)), dim=-1)
-        which = torch.cat([which, ids], -1).gather(-1, order)
+        logits = router @ norm(unit.to(place)).to(router)[0].T
+        logits = logits if bias is None else logits + bias.detach().to(logits)[:, None]
+        logits = (logits / bound).tanh() * bound if bound > 0 else logits
+        logits = logits - logits.mean(0)
+        best, order = torch.cat([best, logits], -1).topk(min(top, best.shape[-1] + len(ids)), dim=-1)
+        which = torch.cat([which, ids.to(place).expand_as(logits)], -1).gather(-1, order)
     return which.cpu(), best.float().cpu()
 
 

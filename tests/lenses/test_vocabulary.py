@@ -11,6 +11,7 @@ from moe_lens.errors import HookError, InputError
 from moe_lens.lenses import expert_vocabulary, router_geometry
 from moe_lens.lenses.expert_writing import writes
 from tests.families import build, tokens
+from tests.matrix import configs
 
 TOKENS = tokens(batch=7, pos=9)
 LAYER, EXPERT = 2, 5
@@ -185,6 +186,27 @@ def test_geometry_is_what_loops_say(model, cache, monkeypatch):
             cosines = cosine_similarity(rows[row], torch.cat([gates[expert], ups[expert]]), dim=-1)
             assert found.neurons[row, expert] == pytest.approx(cosines.square().mean().sqrt().item(), abs=1e-5)
     assert found.random == 32**-0.5
+
+
+@torch.no_grad()
+@pytest.mark.typed
+@pytest.mark.parametrize("model_type", ["gpt_oss", "inkling_text", "laguna", "mixtral"])
+def test_attraction_is_the_router_logit_of_a_stream_that_holds_an_embedding_alone(model_type):
+    """Biases, bounds of logits, and embeddings that are normed before the first layer count; Mixtral has none."""
+    model = HookedMoE.from_hf(configs.build(model_type))
+    layer, every = model.moe_layers[-1], torch.arange(configs.VOCABULARY)[:, None]
+    found = router_geometry(model, layer, top=4)
+    mid, read = f"blocks.{layer}.hook_resid_mid", f"blocks.{layer}.mlp.hook_router_logits"
+    alone = model.run_with_cache(every, names_filter="blocks.0.hook_resid_pre")[1]["resid_pre", 0]
+    with model.hooks([(mid, lambda value, hook: alone)]):
+        logits = model.run_with_cache(every, names_filter=read)[1][read][:, 0]
+    expected = (logits - logits.mean(-1, keepdim=True)).T.topk(4)
+    assert torch.equal(found.tokens, expected.indices)
+    assert torch.allclose(found.attraction, expected.values, atol=2e-3, rtol=0)
+    rows = model.W_router[layer] - model.W_router[layer].mean(0)
+    plain = rows @ model.blocks[layer].ln2(model.W_E[None])[0].T
+    agree = torch.allclose(found.attraction, plain.topk(4).values, atol=2e-3, rtol=0)
+    assert agree == (model_type == "mixtral")
 
 
 def test_rows_point_at_the_inputs_of_their_experts_and_others_do_not(model):

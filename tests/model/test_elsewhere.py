@@ -9,6 +9,7 @@ import torch
 
 from moe_lens import HookedMoE, LogitLens, PartialSum
 from moe_lens.errors import InputError
+from moe_lens.lenses import router_attrs, router_geometry
 from moe_lens.model.loading import through_transformers
 from moe_lens.model.loading.checksum import checksum
 from moe_lens.model.loading.parameters_digest import parameters_digest
@@ -74,6 +75,7 @@ def test_lenses_attribution_and_single_experts_compute_as_in_memory(pair):
     found: list[Any] = []
     for model in pair:
         _, cache = model.run_with_cache(ids)
+        geometry = router_geometry(model, layer)
         sums = [PartialSum(ranks=[0]), PartialSum()]
         stack, _ = cache.decompose_resid(return_labels=True)
         found.append(
@@ -81,6 +83,7 @@ def test_lenses_attribution_and_single_experts_compute_as_in_memory(pair):
                 *vars(LogitLens(model).decode(cache, sums)).values(),
                 cache.logit_attrs(stack, 7),
                 model.expert_outputs(layer, cache[f"blocks.{layer}.mlp.hook_in"], torch.ones(8, dtype=torch.bool)),
+                *(geometry.tokens, geometry.attraction, router_attrs(cache, layer).values),
             )
         )
     for mine, theirs in zip(*found, strict=True):
