@@ -11,8 +11,21 @@ from torch.nn.utils import parametrize
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from moe_lens import HookedMoE
-from moe_lens.errors import UnsupportedModelError
+from moe_lens.errors import HookError, MoELensError, UnsupportedModelError
 from tests.matrix.configs import build, tokens
+
+INSIDE = [  # how a family's own block calls its router is in `nonstandard_experts`
+    ("mixtral", "mlp.gate"),
+    ("deepseek_v3", "mlp.gate"),
+    ("gpt_oss", "mlp.router"),
+    ("gemma4_text", "router"),
+    ("mixtral", "mlp.experts"),
+    ("deepseek_v3", "mlp.shared_experts"),
+    ("qwen2_moe", "mlp.shared_expert"),
+]
+OF_PRODUCTS = [("hunyuan_v1_moe", "gate.wg"), ("gemma4_text", "router.proj")]
+READ = [("mixtral", "mlp.gate"), ("llama4_text", "router"), ("dbrx", "router.layer")]
+OF_OWN_BLOCKS = [("llama4_text", "router"), ("jetmoe", "mlp.router"), ("dbrx", "ffn.router"), ("dbrx", "router.layer")]
 
 
 def last(model: Any, name: str) -> Any:
@@ -23,6 +36,94 @@ def last(model: Any, name: str) -> Any:
 def listened(model: Any, layer: int = -1) -> Any:
     layer = model.moe_layers[layer]
     return model.run_with_cache(tokens(), names_filter=lambda name: name.startswith(f"blocks.{layer}.mlp.hook_"))[1]
+
+
+def rolled(module: nn.Module, args: Any, out: Any) -> Any:
+    """Each token's values are another's."""
+    return tuple(map(roll, out)) if isinstance(out, tuple) else roll(out)
+
+
+def roll(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.flatten(0, -2).roll(1, 0).view_as(value) if value.dim() > 1 else value.roll(1)
+
+
+def in_place(module: nn.Module, args: Any, out: Any) -> None:
+    for value in out if isinstance(out, tuple) else (out,):
+        if isinstance(value, Tensor):
+            value.data.copy_(roll(value))  # past torch's count of changes
+
+
+@pytest.mark.parametrize("hook", [rolled, in_place])
+@pytest.mark.parametrize(("model_type", "part"), [*INSIDE, *OF_PRODUCTS, *OF_OWN_BLOCKS])
+def test_a_hook_of_torch_that_changes_what_hooks_have_shown_is_refused(
+    model_type: str, part: str, hook: Callable[..., Any]
+) -> None:
+    hf: Any = build(model_type)
+    right = hf(tokens()).logits
+    handle = last(hf, part).register_forward_hook(hook)
+    with torch.inference_mode():
+        changed = hf(tokens()).logits
+        assert not torch.equal(changed, right), "it is heard"
+        with pytest.raises(HookError, match=rf"^layer \d+: torch's hook {hook.__name__} changes [^\n]*wrapped model$"):
+            HookedMoE.from_hf(hf)
+        assert torch.equal(hf(tokens()).logits, changed), "the model is as it was"
+        model: Any = HookedMoE.from_hf(hf, check=False)
+        if (model_type, part) in OF_OWN_BLOCKS:
+            with pytest.raises(HookError, match="torch's hook"):
+                model(tokens())
+        else:
+            assert torch.equal(model(tokens()), changed), "nobody listens, and it computes as its owner wants"
+        with pytest.raises(HookError, match="torch's hook"):
+            listened(model)
+        handle.remove()
+        assert torch.equal(model(tokens()), right)
+        listened(model)
+
+
+@pytest.mark.parametrize(("model_type", "part"), READ)
+def test_a_hook_of_torch_that_reads_a_router_sees_what_hooks_show(model_type: str, part: str) -> None:
+    hf: Any = build(model_type)
+    seen: list[Any] = []
+    last(hf, part).register_forward_hook(lambda module, args, out: seen.append(out) or out)
+    model: Any = HookedMoE.from_hf(hf)
+    seen.clear()
+    cache = listened(model)
+    out = {"mixtral": lambda: seen[-1][0], "llama4_text": lambda: seen[-1][1], "dbrx": lambda: seen[-1]}[model_type]()
+    assert torch.equal(cache["router_logits", model.moe_layers[-1]].flatten(0, 1), out)
+    if model_type == "mixtral":
+        routing = cache.routing(model.moe_layers[-1])
+        assert torch.equal(routing.indices.sort(-1).values.flatten(0, 1), seen[-1][2].sort(-1).values)
+
+
+@pytest.mark.parametrize("what", ["ids", "weights"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_experts_compute_with_the_routing_that_is_shown(what: str, in_place: bool) -> None:
+    model: Any = HookedMoE.from_hf(build("mixtral"))
+    right, place = model(tokens()), ["ids", "weights"].index(what) + 1
+
+    def between(module: nn.Module, args: Any) -> Any:
+        changed = list(args)
+        if in_place:
+            args[place].copy_(roll(args[place]))
+        else:
+            changed[place] = roll(args[place])
+        return tuple(changed)
+
+    def copied(module: nn.Module, args: Any) -> Any:
+        return tuple(value.clone() for value in args)
+
+    experts = model.blocks[model.moe_layers[-1]].mlp.moe.experts
+    with torch.no_grad():
+        handle = experts.register_forward_pre_hook(between)
+        assert not torch.equal(model(tokens()), right), "nobody listens, and it is heard"
+        with pytest.raises(HookError, match=rf"^hooks of layer \d+ would not show [^\n]*: {what} of experts"):
+            listened(model)
+        handle.remove()
+        handle = experts.register_forward_pre_hook(copied)
+        listened(model)  # the same values in other tensors
+        handle.remove()
 
 
 class LowRank(MixtralTopKRouter):
@@ -74,6 +175,12 @@ def test_a_router_that_is_not_transformers_own_is_refused(change: str) -> None:
     with pytest.raises(UnsupportedModelError, match=f"^{said}[^\n]*Wrap the model as transformers builds it"):
         HookedMoE.from_hf(hf, check=False)
     assert torch.equal(hf(tokens()).logits, right), "the model is as it was"
+    if make is low_rank:  # a class is read when the model is wrapped
+        return
+    model: Any = HookedMoE.from_hf(build(model_type))
+    make(getattr(model.blocks[-1].mlp.moe, model.family.router))
+    with pytest.raises(MoELensError, match=rf"{said}|something else was put in the place of its router"):
+        listened(model)
 
 
 class Added(nn.Module):
@@ -100,3 +207,15 @@ def test_logits_of_a_parametrised_router_are_those_that_it_chooses_by() -> None:
     assert torch.allclose(shown, x @ (own + added.B @ added.A).T, atol=1e-4)
     assert not torch.allclose(shown, x @ own.T, atol=1e-1), "a control"
     assert torch.equal(cache["expert_indices", layer], shown.topk(model.top_k).indices)
+
+
+@pytest.mark.parametrize(("model_type", "part"), [("mixtral", "experts"), ("qwen2_moe", "shared_expert_gate")])
+def test_a_forward_that_is_put_around_one_with_hooks_inside_is_refused(model_type: str, part: str) -> None:
+    model: Any = HookedMoE.from_hf(build(model_type))
+    module: Any = getattr(model.blocks[model.moe_layers[-1]].mlp.moe, part)
+    forward = module.forward
+    module.forward = lambda *args: 2 * forward(*args)
+    with pytest.raises(HookError, match=r"something else was put in the place of its (experts|shared gate)"):
+        listened(model)
+    module.forward = forward
+    listened(model)

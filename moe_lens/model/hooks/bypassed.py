@@ -85,7 +85,7 @@ class Ending(GeneralizedComponent):
                     raise UnsupportedModelError(
                         f"{place}: its forward was replaced by one that calls the wrapper's, which calls it in turn. "
                         "Take it away (del module.original_component.forward), and change what the module gives by "
-                        "hooks, torch's (register_forward_hook) included"
+                        "hooks of the wrapped model"
                     ) from error
 
 

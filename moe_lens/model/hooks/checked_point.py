@@ -107,12 +107,12 @@ class _Checking:
         # A copy: others hold the tensor (the stream, sibling layers, the caller, a gradient's other summand); a change
         # in place is one of what passes here alone.
         value = _copied(tensor)
-        before, version = _layout(value), _changes_of(value)
+        before, version = _layout(value), changes_of(value)
         seen = self.hook(value, hook=hook)
         if seen is None or seen is value:
             if _layout(value) != before:
                 raise HookError(f"a hook on {hook.name} changed {_words(before)} in place to {_words(_layout(value))}")
-            return value if _changes_of(value) != version or _must_replace(value, tensor, self.backward) else None
+            return value if changes_of(value) != version or _must_replace(value, tensor, self.backward) else None
         if self.backward and isinstance(seen, tuple) and len(seen) == 1:
             seen = seen[0]
         return _fitting(seen, value, hook.name)
@@ -124,10 +124,10 @@ def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _changes_of(value: Any) -> Any:
+def changes_of(value: Any) -> Any:
     """What tells whether a tensor was changed in place; None of what does not count its changes."""
     if isinstance(value, tuple):
-        return tuple(map(_changes_of, value))
+        return tuple(map(changes_of, value))
     return value._version if isinstance(value, Tensor) and not value.is_inference() else None
 
 

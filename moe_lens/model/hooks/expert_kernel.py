@@ -39,6 +39,7 @@ def experts_forward(
     """
     tokens, top_k = indices.shape
     hooks.computed = True
+    hooks.check_handed(indices, weights)
     kept = hooks.keep(tokens, top_k, indices.device)
     # A slot that is left out goes behind all experts, as transformers sorts those of experts on other devices.
     flat = indices if kept is None else indices.masked_fill(~kept.view_as(indices), experts.n_experts)

@@ -12,7 +12,7 @@ from transformer_lens.hook_points import HookPoint
 from moe_lens import names
 from moe_lens.errors import HookError
 from moe_lens.model.cache.caching_hook import CachingHook
-from moe_lens.model.hooks.checked_point import CheckedPoint
+from moe_lens.model.hooks.checked_point import CheckedPoint, changes_of
 from moe_lens.model.hooks.ownership import Owner
 from moe_lens.model.hooks.scaling import unscaled
 
@@ -32,7 +32,7 @@ def call_hook(point: HookPoint, value: Tensor) -> tuple[Tensor, bool]:
     An edit is a returned tensor or a change in place. Backward hooks need the result in the graph, edited or not, and
     so does a hook function that may have kept it, to ask for its gradient later.
     """
-    version = None if value.is_inference() else value._version
+    version = changes_of(value)
     seen = point(value)
     unchanged = seen is value and version is not None and value._version == version
     if unchanged and not point.bwd_hooks and not (seen.requires_grad and _may_be_kept(point)):
@@ -58,7 +58,7 @@ class SelectionState(NamedTuple):
 
 _OF_PASS = {
     **{"batch": 0, "pos": 0, "computed": False},
-    **dict.fromkeys(("_routing", "_slots", "_used", "_kept", "_filled", "_scores", "_choice")),
+    **dict.fromkeys(("_routing", "_handed", "_slots", "_used", "_kept", "_filled", "_scores", "_choice")),
 }
 """What a layer knows of the pass that is running, before it is told."""
 
@@ -84,6 +84,7 @@ class LayerHooks:
         self.computed = False
         """Whether its experts have run in this pass."""
         self._routing: tuple[Tensor, Tensor] | None = None
+        self._handed: tuple[tuple[Tensor, int | None], ...] | None = None
         self._slots: Tensor | None = None
         self._used: Tensor | None = None
         self._kept: Tensor | None = None
@@ -112,12 +113,16 @@ class LayerHooks:
         Raises:
             HookError: somebody listens to router or experts, and something else stands in their place.
         """
-        if self._routing is None or not self.computed:
-            points = [point for name, point in self.points.items() if name != names.SHARED_OUT]
-            if any(point.has_hooks() for point in (*points, *self.experts.values())):
-                raise self._unheard("router" if self._routing is None else "experts")
+        if (self._routing is None or not self.computed) and self.heard(names.SHARED_OUT):
+            raise self.unheard("router" if self._routing is None else "experts")
 
-    def _unheard(self, what: str) -> HookError:
+    def heard(self, without: str = "") -> bool:
+        """Whether anybody listens to any of the hooks, but for one."""
+        points = (point for name, point in self.points.items() if name != without)
+        return any(point.has_hooks() for point in (*points, *self.experts.values()))
+
+    def unheard(self, what: str) -> HookError:
+        """What is said to those who listen to a part that something else computes."""
         return HookError(
             f"hooks of layer {self.layer} cannot run: something else was put in the place of its {what} after the "
             "model was wrapped. Put back what was wrapped, and change its parameters in place, or what it computes by "
@@ -130,8 +135,8 @@ class LayerHooks:
         Raises:
             HookError: somebody listens, and only some of the tokens come to this layer's router.
         """
-        came, points = x.numel() // x.shape[-1], (*self.points.values(), *self.experts.values())
-        if came != self.batch * self.pos and any(point.has_hooks() for point in points):
+        came = x.numel() // x.shape[-1]
+        if came != self.batch * self.pos and self.heard():
             raise HookError(
                 f"{came} of {self.batch * self.pos} tokens come to the experts of layer {self.layer}: those of images "
                 "have experts of their own. Give it text alone, or remove the hooks on routing and experts"
@@ -146,6 +151,28 @@ class LayerHooks:
             filled: true in slots that hold a chosen expert; None if all do.
         """
         self._routing, self._used, self._filled = (indices, weights), indices, filled
+
+    def hand_on(self, indices: Tensor, weights: Tensor) -> None:
+        """Note what the router returns, as hooks have left it."""
+        self._handed = tuple((each, changes_of(each)) for each in (indices, weights))
+
+    def check_handed(self, indices: Tensor, weights: Tensor) -> None:
+        """Experts compute with the routing that hooks have shown; in every family it is the same tensors that come.
+
+        Raises:
+            HookError: somebody listens, and it was changed on the way.
+        """
+        came = {"ids": indices, "weights": weights}.items()
+        for (what, value), (shown, changes) in zip(came, self._handed or (), strict=False):
+            unchanged = changes_of(shown) == changes
+            if (unchanged and value is shown) or not self.heard():
+                continue
+            if not (unchanged and torch.equal(shown.to(value), value)):
+                raise HookError(
+                    f"hooks of layer {self.layer} would not show what is computed: {what} of experts were changed "
+                    "between the router and the experts. Remove what changes them (a hook of torch, or a forward of "
+                    "somebody's own), and do what it does with hooks of the wrapped model"
+                )
 
     def selecting(self, logits: Tensor, scores: Callable[[], Tensor]) -> None:
         """Note from which logits the router selects, and how to find the scores of which it takes its largest."""
@@ -194,7 +221,7 @@ class LayerHooks:
         """Where, in the model's order of slots, the slot of each (token, rank) is."""
         if self._slots is None:
             if self._routing is None:
-                raise self._unheard("router")
+                raise self.unheard("router")
             indices, weights = self._routing
             if self._filled is not None:
                 weights = weights.masked_fill(~self._filled, -torch.inf)  # behind all others

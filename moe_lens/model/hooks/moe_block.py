@@ -1,7 +1,7 @@
 """The MoE block as a component: its router and experts are opened, its hooks are those of `names.MLP_HOOKS`."""
 
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from moe_lens.model.hooks.expert_kernel import experts_forward
 from moe_lens.model.hooks.layer_hooks import LayerHooks
 from moe_lens.model.hooks.router import route
 from moe_lens.model.hooks.router_modes import rule_of
+from moe_lens.model.hooks.torch_hooks import hooks_of_torch, unchanged
 
 
 def _on_device(experts: Experts, *arguments: Any) -> Tensor:
@@ -44,6 +45,8 @@ class MoEBlock(NamedParameters):
     """What computes shared experts that are not in the block but beside it."""
     silenced: nn.Module | None = None
     """The module of those: the layer still calls it, and gets zero."""
+    given: tuple[tuple[str, nn.Module, Callable[..., Any]], ...] = ()
+    """Modules that have a forward with hooks inside, with it and what they are called."""
 
     def set_original_component(self, original_component: nn.Module) -> None:
         """Wrap the block and, when it has experts, take the router and the experts apart."""
@@ -88,8 +91,8 @@ class MoEBlock(NamedParameters):
             others = partial(_constant, moe, family.constant, hooks) if family.constant else shared
             moe.forward = partial(block_forward, select, compute, others, own.returns_logits)
         else:
-            router.forward = partial(route, method_of(router.forward), hooks, rule)
-            experts.module.forward = compute
+            self._give("router", router, partial(route, method_of(router.forward), hooks, rule))
+            self._give("experts", experts.module, compute)
         if shared is not None:
             self._open_shared(block, shared, hooks)
         elif beside is not None:
@@ -137,16 +140,42 @@ class MoEBlock(NamedParameters):
         """
         shared_gate = getattr(moe, self.family.shared_gate, None) if self.family.shared_gate else None
         if shared_gate is None:
-            shared.forward = partial(_shared, method_of(shared.forward), None, hooks)
+            self._give("shared experts", shared, partial(_shared, method_of(shared.forward), None, hooks))
             return
         gate = method_of(shared_gate.forward), shared_gate
-        shared.forward = partial(_shared, method_of(shared.forward), gate, hooks)
-        shared_gate.forward = partial(_shared_gate, method_of(shared_gate.forward), hooks)
+        self._give("shared experts", shared, partial(_shared, method_of(shared.forward), gate, hooks))
+        self._give("shared gate", shared_gate, partial(_shared_gate, method_of(shared_gate.forward), hooks))
+
+    def _give(self, what: str, module: nn.Module, forward: Callable[..., Any]) -> None:
+        module.forward = forward
+        self.__dict__["given"] = (*self.given, (what, module, forward))
 
     def _routing_parts(self, router: nn.Module) -> list[nn.Module]:
         """The router, and the module in it that makes its logits, where there is one."""
         inner = router._modules.get(self.family.router_weight.partition(".")[0])
         return [router] if inner is None else [router, inner]
+
+    def _with_hooks_inside(self) -> list[nn.Module]:
+        """Modules whose outputs hooks have shown when torch's hooks come to see them; none where it is no matter.
+
+        Raises:
+            HookError: somebody listens, and a forward was put in the place of one with hooks inside.
+            UnsupportedModelError: somebody listens, and a part of the router is not transformers' own.
+        """
+        assert self.hooks is not None
+        heard, parts = self.hooks.heard(), []
+        # A block that hands routing on in its own way may not compute with what its router returns.
+        if heard or self.family.experts in BLOCKS:
+            parts += self._routing_parts(getattr(self.moe, self.family.router))
+        if heard:
+            for part in parts:
+                refuse_replaced(part)
+            for what, module, forward in self.given:
+                if forward not in (module.forward, getattr(module, "_old_forward", None)):  # accelerate's around it
+                    raise self.hooks.unheard(what)
+                parts += [module] if what in ("experts", "shared experts") else []
+            parts += [part for part in self._modules.values() if isinstance(part, FlatTokens)]
+        return [part for part in parts if hooks_of_torch(part)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block, having told its hooks how many tokens come."""
@@ -162,12 +191,13 @@ class MoEBlock(NamedParameters):
 
         Raises:
             InUseError: another thread uses the model.
-            HookError: somebody listens to router or experts, and something else has computed them.
+            HookError: somebody listens to router or experts, and something else has computed or changed them.
             UnsupportedModelError: what its owner has changed since it was wrapped would not be called.
         """
         assert self.hooks is not None
         self._check_bypassed()
-        with self.hooks.owner.passing():
+        hooked = self._with_hooks_inside()
+        with self.hooks.owner.passing(), unchanged(hooked, self.hooks.layer) if hooked else nullcontext():
             flat = [part for part in self._modules.values() if isinstance(part, FlatTokens)]
             before, layouts = self.hooks.start(batch, pos), [part.layout for part in flat]
             for part in flat:

@@ -160,7 +160,9 @@ def route(router: Callable[..., Any], hooks: LayerHooks, rule: Rule, x: Tensor, 
         logits, weights, indices, *rest = router(x, *args, **kwargs)
     if watch is None or not (forcing or counting):
         hooks.routed(indices, weights)
-        return (logits, hooks.over_slots(names.ROUTING_WEIGHTS, weights), indices, *rest)
+        weights = hooks.over_slots(names.ROUTING_WEIGHTS, weights)
+        hooks.hand_on(indices, weights)
+        return (logits, weights, indices, *rest)
     made, again, top_k, filled = watch.logits, partial(router, x, *args, **kwargs), indices.shape[-1], None
     assert made is not None, "the router made no logits by a linear product"
     hooks.selecting(made[..., : rule.n_experts], partial(selection_scores, again, rule, made, top_k))
@@ -184,4 +186,6 @@ def route(router: Callable[..., Any], hooks: LayerHooks, rule: Rule, x: Tensor, 
         indices = forced
         hooks.forced(indices)
     weights = hooks.over_slots(names.ROUTING_WEIGHTS, weights)
-    return (logits, weights, indices if filled is None else fill(indices, rule.n_experts), *rest)
+    indices = indices if filled is None else fill(indices, rule.n_experts)
+    hooks.hand_on(indices, weights)
+    return (logits, weights, indices, *rest)
