@@ -257,3 +257,30 @@ def test_parameters_that_are_gone_are_named() -> None:
     inside.peft_config = {}
     with pytest.raises(UnsupportedModelError, match=r"PEFT lies on model\.layers\.1\.mlp\.experts"):
         model.state_dict()
+
+
+class Around(nn.Module):
+    """A linear layer with an addition, around the one at whose place it is put."""
+
+    def __init__(self, base: Any):
+        super().__init__()
+        self.base, self.more = base, nn.Linear(*reversed(base.weight.shape), bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.more(x)
+
+
+@pytest.mark.parametrize("place", ["layers.1.self_attn.q_proj", "lm_head"])
+def test_what_is_put_around_a_wrapped_module_is_refused_until_that_is_put_back(place: str) -> None:
+    model: Any = HookedMoE.from_hf(build("mixtral"), check=False)
+    inside = model.original_model
+    right = model(tokens())
+    owner = inside if place == "lm_head" else inside.model.get_submodule(place.rpartition(".")[0])
+    name = place.rpartition(".")[2]
+    old = getattr(owner, name)
+    setattr(owner, name, Around(old))
+    for ask in (lambda: model(tokens()), model.state_dict, lambda: model(tokens())):
+        with pytest.raises(UnsupportedModelError, match=rf"^[a-z.1_]*{name}: another Around was put in the place"):
+            ask()
+    setattr(owner, name, old)
+    assert torch.equal(model(tokens()), right)

@@ -113,6 +113,8 @@ def _is_followed(wrapper: nn.Module, old: nn.Module, now: nn.Module) -> bool:
     """Whether a wrapper does around the new module all that it did around the old one."""
     if wrapper is old or getattr(wrapper, "hooks", None) is not None or len(_wrappers(wrapper)) > 1:
         return False
+    if any(each is wrapper for each in now.modules()):  # it calls the wrapper, which would call it
+        return False
     identity = isinstance(wrapper, NormalizationBridge) and isinstance(now, nn.Identity)
     return type(now) is type(old) or isinstance(wrapper, _CALLED) or identity
 
