@@ -35,7 +35,7 @@ class Step:
     offset: Natural = 0
     """How many columns of earlier steps the model's key-value cache holds."""
     columns: Int[Tensor, "batch prompt"] | None = None
-    """In generation that moved padding to the left: the column that each of the prompt's had in what was passed."""
+    """In generation: the column that each of the prompt's had in what was passed, before padding was moved."""
 
     @property
     def real(self) -> Bool[Tensor, "batch pos"] | None:
@@ -179,11 +179,12 @@ class Selection:
         if where is None:
             return torch.ones(shape, dtype=torch.bool)
         if isinstance(where, Tensor):
-            if step.offset == 0 and tuple(where.shape) != shape:
+            of_prompt = step.columns is not None and where.shape == step.columns.shape
+            if step.offset == 0 and not of_prompt and tuple(where.shape) != shape:
                 raise InputError(f"where is a mask of shape {tuple(where.shape)}; expected {shape} [batch, pos]")
             if len(where) != step.batch:
                 raise InputError(f"where is a mask for a batch of {len(where)}; this one has {step.batch}")
-            if step.columns is not None and where.shape == step.columns.shape:
+            if step.columns is not None and of_prompt:
                 where = where.gather(1, step.columns.to(where.device))
             chosen = torch.zeros(shape, dtype=torch.bool, device=where.device)
             now = where[:, step.offset : step.offset + step.pos]

@@ -175,7 +175,8 @@ def _replay(
     def replayed(value: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
         step = this_pass(model, value, "recorded routing")
         now = torch.ones(value.shape[:2], dtype=torch.bool) if step.real is None else step.real.cpu()
-        _check_record(recorded, lengths, value, now, step.offset)
+        prompt = now if step.columns is None else now[:, : step.columns.shape[1]]  # without a cache, with new tokens
+        _check_record(recorded, lengths, value, prompt, step.offset)
         place = step.places().cpu().expand(now.shape)
         known = now & (place < lengths[:, None])
         at = column.gather(1, place.clamp(0, recorded.shape[1] - 1)).to(recorded.device)
@@ -193,7 +194,7 @@ def _check_record(recorded: Tensor, lengths: Tensor, value: Tensor, real: Tensor
     """
     if recorded.shape[-1] != value.shape[-1]:
         raise InputError(f"the recorded routing has {recorded.shape[-1]} experts a token; this pass {value.shape[-1]}")
-    came, (batch, pos) = tuple(recorded.shape[:2]), value.shape[:2]
+    came, (batch, pos) = tuple(recorded.shape[:2]), real.shape
     if len(recorded) == batch and (start or torch.equal(lengths, real.sum(-1))):
         return
     if came != (batch, start + pos):

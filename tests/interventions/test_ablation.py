@@ -199,7 +199,8 @@ def test_in_generation_positions_count_the_tokens_before() -> None:
 
 @pytest.mark.typed
 @pytest.mark.parametrize("how", ["generate", "generate_stream", "hf_generate"])
-def test_a_mask_has_the_columns_of_the_prompt_though_generation_moves_padding(how: str) -> None:
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_mask_has_the_columns_of_the_prompt_though_generation_moves_padding(how: str, cached: bool) -> None:
     case = wrapped("deepseek")
     long, short = case.tokens[:1, :8], case.tokens[1:, :5]
     padded, real = torch.cat([long, F.pad(short, (0, 3))]), torch.ones(2, 8).long()
@@ -214,14 +215,19 @@ def test_a_mask_has_the_columns_of_the_prompt_though_generation_moves_padding(ho
     name = names.mlp(names.ROUTING_WEIGHTS, 2)
     made = case.model.ablate(layers=[2], where=where)
     with untouched(case.model), torch.no_grad(), made, case.model.hooks([(name, look)]):
-        words: Any = {"max_new_tokens": 3, "do_sample": False, "stop_at_eos": False}
+        words: Any = {"max_new_tokens": 3, "do_sample": False, "stop_at_eos": False, "use_past_kv_cache": cached}
         out = getattr(case.model, how)(padded, attention_mask=real, **words)
         if how == "generate_stream":
             next(out)
             case.model(padded, attention_mask=real)
             assert zeroed.pop() == where.nonzero().tolist(), "between pieces, columns are those of what is passed"
             list(out)
-        assert zeroed == [[[0, 6], [1, 3], [1, 6]], [], []], "three columns to the right, and no new token"
+        moved = [[0, 6], [1, 3], [1, 6]]
+        later = [] if cached else moved
+        assert zeroed == [moved, later, later], "three columns to the right, and no new token"
+        zeroed.clear()
+        with pytest.raises(InputError, match=r"where is a mask of shape \(2, 8\); expected \(2, 7\) \[batch, pos\]"):
+            getattr(case.model, how)(padded[:, :7], **words) if how != "generate_stream" else case.model(padded[:, :7])
         zeroed.clear()
         case.model(padded, attention_mask=real)
         assert zeroed == [where.nonzero().tolist()]

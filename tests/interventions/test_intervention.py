@@ -104,11 +104,29 @@ def test_generation_works_inside_every_kind(family: str) -> None:
 def test_cached_and_uncached_generation_agree_inside_an_intervention() -> None:
     case = wrapped("deepseek")
     prompt = case.tokens[:2, :5]
-    for made in (case.model.keep_top(1), case.model.ablate(ranks=[0], how="reroute"), case.model.ablate(shared=True)):
-        cached = case.model.generate(prompt, interventions=[made], **OPTIONS)
-        assert torch.equal(
-            case.model.generate(prompt, interventions=[made], use_past_kv_cache=False, **OPTIONS), cached
+    some = torch.ones(2, 5, dtype=torch.bool)
+    some[0, 1] = False
+    kinds = (
+        case.model.keep_top(1),
+        case.model.ablate(ranks=[0], how="reroute"),
+        case.model.ablate(shared=True),
+        case.model.ablate(ranks=[0], where=some),
+        case.model.force_routing(case.model.routing(case.tokens[:2, 5:10])),
+    )
+    options: Any = {**OPTIONS, "output_logits": True}
+    free = case.model.generate(prompt, **options).logits
+    for made in kinds:
+        cached, whole = (
+            case.model.generate(prompt, interventions=[made], use_past_kv_cache=use, **options).logits
+            for use in (True, False)
         )
+        for mine, theirs, plain in zip(whole, cached, free, strict=True):
+            assert deviation(mine, theirs) <= bound(theirs, LAYERS), made
+            assert deviation(mine, plain) > 1e-3
+    with kinds[-1], pytest.raises(InputError, match=r"routing has \(2, 5\) \[batch, pos\]; the input has \(2, 4\)"):
+        case.model.generate(prompt[:, :4], use_past_kv_cache=False, **OPTIONS)
+    with kinds[-1], pytest.raises(InputError, match=r"routing has \(2, 5\) \[batch, pos\]; the input has \(2, 6\)"):
+        case.model(case.tokens[:2, :6])
 
 
 # --- nesting ---

@@ -415,7 +415,8 @@ class ExpertBridge(InputReader):
         if seen is not None and seen.shape[1] == pos and running.past:
             seen = torch.cat([seen.new_ones(batch, running.past), seen], 1)
         if columns is not None:  # beams: as many rows for each prompt
-            columns = columns.repeat_interleave(batch // len(columns), dim=0)
+            each, rest = divmod(batch, len(columns))
+            columns = None if rest or not each else columns.repeat_interleave(each, dim=0)
         return Step(int(batch), int(pos), given.tokens, seen, running.past, columns)
 
     def experts_in_slots(self, layer: Natural) -> Int[Tensor, "batch pos top_k"]:

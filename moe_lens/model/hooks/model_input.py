@@ -39,7 +39,7 @@ class ModelInput:
     words: dict[str, Any] = field(default_factory=dict)
     """What else a tokenizer or processor returned for the model."""
     columns: Int[Tensor, "batch pos"] | None = None
-    """Where padding was moved: the column that each column had in what came."""
+    """Of a prompt: the column that each column had in what came, before padding was moved."""
 
     @property
     def tokens(self) -> Tensor | None:
@@ -69,7 +69,8 @@ class ModelInput:
         """The same with padding in front, as generation needs it, which continues what stands last."""
         mask = self.mask
         if mask is None or bool(mask[:, -1].all()):
-            return self
+            batch, pos = self.values.shape[:2]
+            return replace(self, columns=torch.arange(pos, device=self.values.device).expand(batch, pos))
         if self.attention_mask is not None and self.attention_mask.dim() != 2:
             raise InputError("generation needs a mask [batch, pos], or padding on the left; got padding behind a text")
         order = mask.int().argsort(dim=1, stable=True)
