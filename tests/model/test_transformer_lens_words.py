@@ -1,5 +1,6 @@
 """TransformerLens's words: done as they mean, or answered by what to write; its hook names are answered by ours."""
 
+import copy
 import re
 from pathlib import Path
 from typing import Any, cast
@@ -109,11 +110,14 @@ def test_no_processing_is_no_processing() -> None:
         model.enable_compatibility_mode(fold_lm=False)
 
 
+def plain_bridge(hf: Any, tokenizer: Any = None) -> Any:
+    config = build_bridge_config_from_hf(hf.config, type(hf).__name__, "tiny", torch.float32)
+    return TransformerBridge(hf, ArchitectureAdapterFactory.select_architecture_adapter(config), tokenizer)
+
+
 @pytest.mark.typed
 def test_a_plain_bridge_refuses_to_process_deepseek() -> None:
-    hf, tokenizer = load_pretrained(EMBEDDED, dtype=torch.float32)
-    config = build_bridge_config_from_hf(hf.config, type(hf).__name__, EMBEDDED, torch.float32)
-    bridge: Any = TransformerBridge(hf, ArchitectureAdapterFactory.select_architecture_adapter(config), tokenizer)
+    bridge = plain_bridge(*load_pretrained(EMBEDDED, dtype=torch.float32))
     before = bridge(TOKENS)
     for process in (bridge.enable_compatibility_mode, bridge.process_weights):
         with pytest.raises(UnsupportedModelError, match="fold_ln"):
@@ -122,6 +126,42 @@ def test_a_plain_bridge_refuses_to_process_deepseek() -> None:
     assert torch.equal(bridge(TOKENS), before)
     bridge.enable_compatibility_mode(no_processing=True)
     assert torch.equal(bridge(TOKENS), before)
+
+
+# --- hooks that stay ---
+
+
+@torch.no_grad()
+def test_a_hook_that_stays_has_the_level_of_its_context_as_in_transformer_lens() -> None:
+    """Added at level 1, at level 2, and by `add_hook`, which has none; a context and a copy leave all three alone."""
+    fired: dict[str, list[list[str]]] = {"ours": [], "theirs": []}
+    seen: list[str] = []
+
+    def run(model: Any, of: str) -> None:
+        seen.clear()
+        model(TOKENS)
+        fired[of].append(sorted(seen))
+
+    def note(what: str) -> tuple[str, Any]:
+        return "hook_embed", lambda value, hook: seen.append(what)
+
+    for of, model in (("ours", wrapped("mixtral").model), ("theirs", plain_bridge(build("mixtral")))):
+        model.add_hook(*note("added"))
+        with model.hooks([note("outer")], reset_hooks_end=False):
+            model.run_with_hooks(TOKENS, fwd_hooks=[note("inner")], reset_hooks_end=False)
+        with model.hooks([note("gone")]):
+            pass
+        run(model, of)
+        if of == "ours":
+            copied = copy.deepcopy(model)
+            copied.reset_hooks(level=2)
+            run(copied, of)
+            assert fired[of].pop() == ["added", "outer"]
+        for level in (3, 1, 2, None):
+            model.reset_hooks(level=level)
+            run(model, of)
+    expected = [["added", "inner", "outer"], ["added", "inner", "outer"], ["added", "inner"], ["added"], []]
+    assert fired["ours"] == fired["theirs"] == expected
 
 
 # --- hooks that are not there ---

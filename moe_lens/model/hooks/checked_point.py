@@ -16,6 +16,10 @@ _ADDED = f"{HookPoint.add_hook.__qualname__}.<locals>"
 """Part of the names of the functions that TransformerLens gives to torch."""
 
 
+class StayingLevel(int):
+    """The level of a hook that stays when the context that added it has been left, for `reset_hooks(level=…)`."""
+
+
 class CheckedPoint(HookPoint):
     """A hook point whose hooks return a tensor of the shape, kind and device that they were given, or None.
 
@@ -59,16 +63,16 @@ class CheckedPoint(HookPoint):
 
     def temporary(self) -> list[LensHandle]:
         """Hooks that some `with` is to remove."""
-        return [h for h in (*self.fwd_hooks, *self.bwd_hooks) if h.context_level is not None and not h.is_permanent]
+        return [handle for handle in (*self.fwd_hooks, *self.bwd_hooks) if not _lasts(handle)]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the functions that torch calls: they hold the point that they were added to."""
         state = {key: value for key, value in self.__dict__.items() if key not in ("fwd_hooks", "bwd_hooks")}
         lasting = [
-            (direction, handle.user_hook, handle.is_permanent)
+            (direction, handle.user_hook, handle.is_permanent, handle.context_level)
             for direction, handles in (("fwd", self.fwd_hooks), ("bwd", self.bwd_hooks))
             for handle in handles
-            if handle.context_level is None or handle.is_permanent
+            if _lasts(handle)
         ]
         empty = {key: type(value)() for key, value in state.items() if key.endswith("_hooks") and value}
         return {**state, **empty, "lasting": lasting}
@@ -78,8 +82,13 @@ class CheckedPoint(HookPoint):
         lasting = state.pop("lasting")
         super().__setstate__(state)
         self.fwd_hooks, self.bwd_hooks = [], []
-        for direction, hook, is_permanent in lasting:
-            self.add_hook(hook, dir=direction, is_permanent=is_permanent)
+        for direction, hook, is_permanent, level in lasting:
+            self.add_hook(hook, dir=direction, is_permanent=is_permanent, level=level)
+
+
+def _lasts(handle: LensHandle) -> bool:
+    level = handle.context_level
+    return level is None or isinstance(level, StayingLevel) or handle.is_permanent
 
 
 def check_points(module: nn.Module, owner: "Owner") -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import LensHandle
 
 from moe_lens.argument_checks import ReadByItself
-from moe_lens.model.hooks.checked_point import CheckedPoint
+from moe_lens.model.hooks.checked_point import CheckedPoint, StayingLevel
 from moe_lens.model.hooks.interrupts import uninterrupted
 from moe_lens.model.hooks.ownership import Claim
 from moe_lens.model.tl_compat import StopAtLayerException
@@ -74,7 +74,7 @@ class HookScope(Claim):
                 point.clear_context()
         if not self.remove:
             for handle in self.handles:
-                handle.context_level = None  # it stays, as one of `add_hook` does
+                handle.context_level = StayingLevel(handle.context_level or 0)
 
     @uninterrupted
     def __exit__(self, *error: object) -> None:
