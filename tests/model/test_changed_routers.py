@@ -1,5 +1,7 @@
 """Routers, experts and shared experts whose outputs somebody changes: hooks show what is computed with, or refuse."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any, no_type_check
 
@@ -13,6 +15,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from moe_lens import HookedMoE
 from moe_lens.errors import HookError, MoELensError, UnsupportedModelError
 from tests.matrix.configs import build, tokens
+from tests.wrapped import GATED, INNER
 
 INSIDE = [  # how a family's own block calls its router is in `nonstandard_experts`
     ("mixtral", "mlp.gate"),
@@ -219,3 +222,35 @@ def test_a_forward_that_is_put_around_one_with_hooks_inside_is_refused(model_typ
         listened(model)
     module.forward = forward
     listened(model)
+
+
+WRAPPED = {  # the second adapter is ours
+    "mixtral": ("model.layers.1", "model.layers.1.self_attn", "model.layers.1.mlp", "model.norm", "lm_head"),
+    "glm4_moe": ("model.layers.1",),
+}
+SHOWN = {
+    "model.layers.1": "blocks.1.hook_resid_post",
+    "model.layers.1.self_attn": "blocks.1.attn.hook_out",
+    "model.layers.1.mlp": "blocks.1.mlp.hook_out",
+    "model.norm": "ln_final.hook_out",
+    "lm_head": "unembed.hook_out",
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("model_type", "part"), [(kind, part) for kind, parts in WRAPPED.items() for part in parts])
+def test_a_hook_of_torch_acts_before_hook_points_whenever_it_was_put_on(model_type: str, part: str) -> None:
+    plain, before, after = build(model_type), build(model_type), build(model_type)
+    for hf in (plain, before):
+        hf.get_submodule(part).register_forward_hook(rolled)
+    seen: list[Any] = []
+    plain.get_submodule(part).register_forward_hook(lambda module, args, out: seen.append(out))
+    logits = plain(tokens()).logits
+    early, late = HookedMoE.from_hf(before, check=False), HookedMoE.from_hf(after, check=False)
+    late.original_model.get_submodule(part).register_forward_hook(rolled)
+    late = pickle.loads(pickle.dumps(copy.deepcopy(late)))
+    fires = [name for name in late.hook_dict if not INNER.search(name) and not name.endswith(GATED)]
+    (_, of_early), (own, of_late) = (model.run_with_cache(tokens(), names_filter=fires) for model in (early, late))
+    assert torch.equal(own, logits)
+    assert all(torch.equal(of_late[name], of_early[name]) for name in of_early)
+    assert torch.equal(of_late[SHOWN[part]], seen[-1][0] if isinstance(seen[-1], tuple) else seen[-1])

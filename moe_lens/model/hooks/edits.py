@@ -38,7 +38,8 @@ def edits(model: Any, exactly: bool = True) -> list[str]:
     for name, module in model.original_model.named_modules():
         for function in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
             if not isinstance(module, HookPoint) and not _home(function).startswith(_KNOWN):
-                found.append(_line(f"module {name}", _name(function), function, exactly))
+                place = name.replace("._original_component", "")
+                found.append(_line(f"module {place}", _name(function), function, exactly))
     return found
 
 

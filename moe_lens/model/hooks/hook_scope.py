@@ -97,7 +97,7 @@ class ForwardClaim(Claim):
 
     def end_after_blocks(self) -> None:
         """Let the pass end with the last block's output: final norm and unembedding are not called."""
-        self.model.blocks[-1].register_forward_hook(_end_here)
+        nn.Module.register_forward_hook(self.model.blocks[-1], _end_here)
 
 
 def _end_here(block: Any, args: Any, output: Any) -> None:  # noqa: ARG001
@@ -125,7 +125,7 @@ class ModuleHooks(Claim):
     def after(self, module: nn.Module, function: Callable[..., Any]) -> None:
         """Let `function(claim, module, args, out)` be called after a module: it gives another output, or None."""
         self.modules.append(module)
-        module.register_forward_hook(_WhileHeld(self, function))
+        nn.Module.register_forward_hook(module, _WhileHeld(self, function))
 
     def undo(self) -> None:
         """Take them out."""

@@ -21,6 +21,7 @@ from moe_lens.model.hooks.moe_block import MoEBlock
 from moe_lens.model.hooks.ownership import Owner
 from moe_lens.model.hooks.refused_methods import RefusedMethods, refuse_methods
 from moe_lens.model.hooks.scanning import scan
+from moe_lens.model.hooks.torch_hooks import hook_inside
 from moe_lens.model.hooks.transformers_names import show_by_their_names
 from moe_lens.model.loading.places import places_of
 from moe_lens.model.loading.validate import (
@@ -73,6 +74,7 @@ class HookTable(RefusedMethods):
                         object.__setattr__(block, name, hooks.points[name])
                         self._hook_registry[names.block(name, layer)] = hooks.points[name]
         show_by_their_names(model, adapter.component_mapping["blocks"].name)
+        hook_inside(self)
         opened = [mlp.opened() for block in self.blocks if isinstance(mlp := block._modules.get("mlp"), MoEBlock)]
         self.__dict__["_places"] = places_of(model, [part for parts in opened for part in parts])
         dead = (*names.DEAD, *family.dead)

@@ -174,7 +174,6 @@ class MoEBlock(NamedParameters):
                 if forward not in (module.forward, getattr(module, "_old_forward", None)):  # accelerate's around it
                     raise self.hooks.unheard(what)
                 parts += [module] if what in ("experts", "shared experts") else []
-            parts += [part for part in self._modules.values() if isinstance(part, FlatTokens)]
         return [part for part in parts if hooks_of_torch(part)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_lens import names
 from moe_lens.errors import SelfCheckError, UnsupportedModelError, one_line
@@ -128,7 +128,7 @@ def reconstructing(model: Any) -> Generator[None]:
     with ExitStack() as stack:
         for part in model.modules():
             if isinstance(part, Attention):
-                stack.callback(part.register_forward_hook(compare, with_kwargs=True).remove)
+                stack.callback(nn.Module.register_forward_hook(part, compare, with_kwargs=True).remove)
         yield
 
 

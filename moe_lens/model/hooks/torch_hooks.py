@@ -1,4 +1,8 @@
-"""Hooks of torch on modules whose forward has hooks inside: they may read what is returned, and not change it."""
+"""Hooks of torch beside hook points.
+
+On what a wrapper wraps they act before its hook points, which show what they have made of it. On modules whose forward
+has hooks inside they may read what is returned, and not change it.
+"""
 
 from collections.abc import Generator, Iterable
 from contextlib import ExitStack, contextmanager
@@ -7,9 +11,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from moe_lens.errors import HookError
 from moe_lens.model.hooks.output_capture import OutputCapture
+from moe_lens.model.tl_compat import GeneralizedComponent
+
+
+def hook_inside(model: nn.Module) -> None:
+    """Have hooks of torch that are put on a wrapper act on what it wraps, as those that were there before it do."""
+    for module in model.modules():
+        if isinstance(module, GeneralizedComponent) and module.original_component is not None:
+            module.__dict__["register_forward_hook"] = partial(_register_inside, module)
+
+
+def _register_inside(wrapper: Any, hook: Any, **how: Any) -> RemovableHandle:
+    return wrapper.original_component.register_forward_hook(hook, **how)
 
 
 def hooks_of_torch(module: nn.Module) -> list[Any]:
@@ -28,8 +45,7 @@ def unchanged(modules: Iterable[nn.Module], layer: int) -> Generator[None]:
         for module in modules:
             made: list[list[Tensor]] = []
             by = ", ".join(getattr(hook, "__qualname__", type(hook).__name__) for hook in hooks_of_torch(module))
-            of = type(getattr(module, "original_component", module)).__name__
-            said = f"layer {layer}: torch's hook {by} changes what a {of} returns"
+            said = f"layer {layer}: torch's hook {by} changes what a {type(module).__name__} returns"
             stack.callback(module.register_forward_hook(partial(_note, made), prepend=True).remove)
             stack.callback(module.register_forward_hook(partial(_compare, made, said)).remove)
         yield
