@@ -64,13 +64,17 @@ def bootstrap(
 
 def bootstrap_all(
     statistic: Callable[[Float[Tensor, "resample source"]], Float[Tensor, "resample *shape"]],
-    sizes: Real[Tensor, " source"],
+    sizes: Real[Tensor, "source *#shape"],
     *,
     level: float = 0.95,
     resamples: Positive = 2000,
     seed: Seed = 0,
 ) -> Float[Tensor, "2 *shape"] | None:
-    """`bootstrap` of many values at once, all from the same draws: lower and upper ends, NaN if never finite."""
+    """`bootstrap` of many values at once, all from the same draws: lower and upper ends, NaN if never finite.
+
+    Sizes of one dimension are those of all values. Where values are ratios with denominators of their own, such as the
+    tokens that have a label, these are the sizes: few sources may hold most of them.
+    """
     if not 0 < level < 1:
         raise InputError(f"level is {level}; expected a share in (0, 1), such as 0.95")
     if len(sizes) < MIN_SOURCES:
@@ -82,14 +86,18 @@ def bootstrap_all(
     return ends_of(values, tail(sizes, level))
 
 
-def ends_of(values: Float[Tensor, "resample *shape"], beyond: float) -> Float[Tensor, "2 *shape"]:
+def ends_of(values: Float[Tensor, "resample *shape"], beyond: Float[Tensor, "*#shape"]) -> Float[Tensor, "2 *shape"]:
     """Lower and upper ends that leave out a share of resamples at either side; what is not finite does not count."""
     values = values.double()
     values = values.masked_fill(~values.isfinite(), torch.nan)
-    at = torch.tensor([beyond, 1 - beyond], dtype=torch.float64)
-    # torch refuses quantiles of more than 2²⁴ numbers at a time
-    columns = values.flatten(1).split(2**23 // len(values), 1) if values.ndim > 1 else (values[:, None],)
-    return torch.cat([column.nanquantile(at, dim=0) for column in columns], 1).view(2, *values.shape[1:])
+    columns, share = values.reshape(len(values), -1), beyond.expand(values.shape[1:]).reshape(-1)
+    parts = []
+    for some, left in zip(columns.split(2**22 // len(values), 1), share.split(2**22 // len(values)), strict=True):
+        ordered, last = some.sort(0).values, (some.isfinite().sum(0) - 1).clamp(min=0)  # NaN comes last
+        at = torch.stack([left, 1 - left]) * last
+        below, above = at.floor(), at.ceil()
+        parts.append(torch.lerp(ordered.gather(0, below.long()), ordered.gather(0, above.long()), at - below))
+    return torch.cat(parts, 1).view(2, *values.shape[1:])
 
 
 def times_drawn(n_sources: int, resamples: int, seed: int | torch.Generator) -> Float[Tensor, "resample source"]:
@@ -100,27 +108,25 @@ def times_drawn(n_sources: int, resamples: int, seed: int | torch.Generator) -> 
     return times.scatter_add_(1, drawn, torch.ones(1, dtype=torch.float64).expand(resamples, n_sources))
 
 
-def tail(sizes: Real[Tensor, " source"], level: float = 0.95) -> float:
+def tail(sizes: Real[Tensor, "source *value"], level: float = 0.95) -> Float[Tensor, "*value"]:
     """Share of resamples beyond either end of an interval of this level: less than (1 − level) / 2.
 
     Percentiles of few resampled sources are too narrow, as a normal interval is with the variance divided by n; the
     share that makes up for both is Φ(−√(n / (n − 1)) t), t the quantile of Student's distribution with n − 1 degrees of
     freedom (Hesterberg 2015, The American Statistician 69), n the `effective` number of sources.
     """
-    from scipy.special import ndtr, stdtrit
+    from scipy.special import stdtrit
 
     n = effective(sizes)
-    return float(ndtr(-((n / (n - 1)) ** 0.5) * stdtrit(n - 1, (1 + level) / 2)))
+    t = torch.as_tensor(stdtrit((n - 1).numpy(), (1 + level) / 2))
+    return torch.special.ndtr(-(n / (n - 1)).sqrt() * t)
 
 
-def effective(sizes: Real[Tensor, "source *domain"]) -> float:
-    """How many sources of one size tell as much as these: (Σ size)² / Σ size² (Kish 1965), at least 2.
-
-    Of sources that have text in several domains, the least of them.
-    """
+def effective(sizes: Real[Tensor, "source *value"]) -> Float[Tensor, "*value"]:
+    """How many sources of one size tell as much as these: (Σ size)² / Σ size² (Kish 1965), at least 2."""
     size = sizes.double()
     n = size.sum(0).square() / size.square().sum(0)
-    return max(2.0, float(n.nan_to_num(len(size)).min()))  # no text at all: nothing to tell
+    return n.nan_to_num(len(size)).clamp(min=2)  # no text at all: nothing to tell
 
 
 def jackknife_interval(
@@ -136,8 +142,8 @@ def jackknife_interval(
 
     The variance is that of the statistic without each source (Arvesen 1969, Annals of Mathematical Statistics 40), of
     each stratum by itself; t is Student's, with the degrees of freedom of Welch and Satterthwaite, those of a stratum
-    being one less than its `effective` number of sources. Where few sources hold most of the text, the variance is too
-    large rather than too small.
+    being one less than its `effective` number of sources, the least of several domains. Where few sources hold most of
+    the text, the variance is too large rather than too small.
 
     Args:
         values: Of all sources.
@@ -157,7 +163,7 @@ def jackknife_interval(
     for name, size in zip(names, n.tolist(), strict=True):
         of = without[strata == name]
         parts.append((of - of.mean(0)).square().sum(0) * (size - 1) / size)
-        less.append(effective(sizes[strata == name]) - 1)
+        less.append(float(effective(sizes[strata == name]).min()) - 1)
     variances = torch.stack(parts)
     variance = variances.sum(0)
     each = torch.tensor(less, dtype=torch.float64).view(-1, *[1] * values.ndim)

@@ -106,8 +106,7 @@ def chosen_for(
     frame = pd.DataFrame(rows)
     sums = torch.stack(held, 1)
     precision = sums[..., 1].sum(0) / sums[..., 0].sum(0)
-    tokens = torch.bincount(source, minlength=len(place))
-    ends = bootstrap_all(lambda times: (times @ sums[..., 1]) / (times @ sums[..., 0]), tokens, resamples=1000)
+    ends = bootstrap_all(lambda times: (times @ sums[..., 1]) / (times @ sums[..., 0]), sums[..., 0], resamples=1000)
     low, high = torch.full((2, len(frame)), torch.nan) if ends is None else ends
     for at, (name, value) in enumerate((("precision", precision), ("low", low), ("high", high)), start=3):
         frame.insert(at, name, value.numpy())

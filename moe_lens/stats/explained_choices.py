@@ -51,10 +51,11 @@ class ChoiceExplanation(Result):
         def ratio(times: Tensor) -> Tensor:
             return torch.tensordot(times, above, 1) / torch.tensordot(times, below, 1)
 
-        return [value, *self._ends(ratio, value)]
+        # of all experts of a layer together, every token counts alike
+        return [value, *self._ends(ratio, value, below if below.ndim == 3 else self.tokens)]
 
-    def _ends(self, statistic: Callable[[Tensor], Tensor], value: Tensor) -> list[Tensor]:
-        ends = bootstrap_all(statistic, self.tokens, resamples=RESAMPLES)
+    def _ends(self, statistic: Callable[[Tensor], Tensor], value: Tensor, sizes: Tensor) -> list[Tensor]:
+        ends = bootstrap_all(statistic, sizes, resamples=RESAMPLES)
         return [torch.full_like(value, torch.nan)] * 2 if ends is None else list(ends)
 
     def _explained(self, subset: str, less: str | None, experts: bool) -> list[Tensor]:
@@ -78,7 +79,7 @@ class ChoiceExplanation(Result):
             ]
             return parts[0] + parts[1] - others_mean
 
-        return [value, *self._ends(linear, value)]
+        return [value, *self._ends(linear, value, chosen)]
 
     def to_frame(self) -> pd.DataFrame:
         """A row per layer, expert and feature ("all": every feature together), on sources held out.

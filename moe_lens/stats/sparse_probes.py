@@ -163,7 +163,10 @@ class ProbeResult(Result):
             value = accuracy(times)
             return value[..., 0, :] - value[..., 1, :]
 
-        once, size = torch.ones(1, len(n), dtype=torch.float64), n[:, 0, 0].sum(-1)
+        once = torch.ones(1, len(n), dtype=torch.float64)
+        without, labelled = n[:, :, 0].unbind(-1)
+        # of the two shares, the one of fewer tokens varies more
+        size = torch.where(labelled.sum(0) < without.sum(0), labelled, without)[:, None, None, :, None]
         value, more = accuracy(once)[0], beyond(once)[0]
         ends = [
             torch.full((2, *of.shape), torch.nan) if (found := bootstrap_all(statistic, size)) is None else found
@@ -178,9 +181,9 @@ class ProbeResult(Result):
             [self.layers, KINDS, self.labels, self.k], names=["layer", "kind", "label", "k"]
         )
         frame = pd.DataFrame({name: column.flatten().numpy() for name, column in columns.items()}, index=index)
-        labelled = dict(zip(self.labels, self.tokens[:, :, 0, 1].sum(0).tolist(), strict=True))
-        frame = frame.reset_index().assign(tokens=int(size.sum()), sources=len(self.sources))
-        return frame.assign(labelled=[labelled[label] for label in frame["label"]])
+        tokens = dict(zip(self.labels, self.tokens[:, :, 0, 1].sum(0).tolist(), strict=True))
+        frame = frame.reset_index().assign(tokens=int(n[:, 0, 0].sum()), sources=len(self.sources))
+        return frame.assign(labelled=[tokens[label] for label in frame["label"]])
 
     def components(self) -> pd.DataFrame:
         """A row per label, layer, kind and place: expert, neuron (missing of experts), both (picked on both halves).

@@ -282,7 +282,7 @@ class _Effects:
         assert isinstance(result, CoalitionEffects)
         added, tokens = (value.double() for value in result.of(HOW))
         flat = added.flatten(1), tokens.flatten(1)
-        ends = bootstrap_all(lambda times: (times @ flat[0]) / (times @ flat[1]), result.predicted)
+        ends = bootstrap_all(lambda times: (times @ flat[0]) / (times @ flat[1]), flat[1])
         ends = torch.full((2, flat[0].shape[1]), torch.nan) if ends is None else ends
         return cls(result, members, added, tokens, ends.unflatten(1, added.shape[1:]))
 

@@ -311,7 +311,7 @@ def _differences(
         low = high = t = torch.full_like(values[0], torch.nan)
         if fewest >= MIN_SOURCES:
             spread = there.of(drawn[1]) - here.of(drawn[0])
-            beyond = min(tail(side.below.sum(1), LEVEL) for side in (here, there))
+            beyond = torch.minimum(*(tail(side.below, LEVEL) for side in (here, there)))
             low, high = ends_of(spread, beyond)
             t, by_chance = (chance.paired if paired else chance.unpaired)(here, there, RESAMPLES, seed)
             greatest = torch.maximum(greatest, by_chance.abs().amax(1))

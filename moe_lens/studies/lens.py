@@ -63,7 +63,7 @@ class LensTotals(Result):
     def to_frame(self) -> pd.DataFrame:
         """One row per layer, sum and quantity: mean over tokens, its 95 % interval over sources, tokens, sources."""
         value = self.mean(torch.ones(1, len(self.sources), dtype=torch.float64))[0]
-        ends = bootstrap_all(self.mean, self.tokens.sum((1, 2, 3)))
+        ends = bootstrap_all(self.mean, self.tokens)
         low, high = (torch.full_like(value, torch.nan),) * 2 if ends is None else ends
         axes = [self.layers, self.sums, QUANTITIES]
         index = pd.MultiIndex.from_product(axes, names=["layer", "sum", "quantity"])

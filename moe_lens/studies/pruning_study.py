@@ -147,7 +147,7 @@ class PruningStudy(Study):
                 return ((times @ values) / (times @ weights)).exp()
 
             found = ratios(torch.ones(1, len(values), dtype=torch.float64))[0].view(added.shape[1:])
-            ends = bootstrap_all(ratios, effects.predicted)
+            ends = bootstrap_all(ratios, weights)
             low, high = (torch.full_like(found, torch.nan),) * 2 if ends is None else ends.view(2, *found.shape)
             own = list(results).index(domain)
             first = effects.kinds.index(RANDOM)

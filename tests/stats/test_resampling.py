@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy.stats import t as student
 
 from moe_lens.errors import InputError
-from moe_lens.resampling import effective, jackknife_interval, tail
-from moe_lens.stats import MIN_SOURCES, bootstrap, halves
+from moe_lens.resampling import effective, jackknife_interval, tail, times_drawn
+from moe_lens.stats import MIN_SOURCES, bootstrap, bootstrap_all, halves
 from moe_lens.stats.parallel_sources import resampled_blocks
 
 EVEN = torch.ones
@@ -97,6 +97,40 @@ def test_intervals_hold_the_truth_as_often_as_they_claim():
     assert held[0] / 600 >= 0.95 - 2 * 0.009 and held[1] / 600 < 0.92
 
 
+@pytest.mark.typed
+def test_values_with_sizes_of_their_own_have_the_intervals_that_each_has_alone():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(20, 2, 3, generator=generator, dtype=torch.float64)
+    sizes = torch.rand(20, 1, 3, generator=generator).square()
+    values[:15, 1, 2] = torch.nan
+
+    def weighted(times: torch.Tensor) -> torch.Tensor:
+        return torch.tensordot(times, values * sizes, 1) / torch.tensordot(times, sizes.double(), 1)
+
+    together = bootstrap_all(weighted, sizes, resamples=100)
+    assert together is not None and together[:, 1, 2].isnan().all()  # never finite
+    for i, j in ((0, 0), (1, 0), (0, 1), (0, 2)):
+        alone = bootstrap_all(lambda times, at=(i, j): weighted(times)[:, *at], sizes[:, 0, j], resamples=100)
+        drawn = weighted(times_drawn(20, 100, 0))[:, i, j]
+        beyond = float(tail(sizes[:, 0, j]))
+        expected = drawn.nanquantile(torch.tensor([beyond, 1 - beyond], dtype=torch.float64))
+        assert alone is not None and torch.equal(together[:, i, j], alone) and torch.allclose(alone, expected)
+
+
+def test_ratios_of_what_few_sources_hold_are_covered_as_often_as_is_claimed():
+    generator = torch.Generator().manual_seed(0)
+    held = torch.tensor([100.0] * 3 + [2] * 17, dtype=torch.float64)[:, None].expand(20, 40)
+    covered = torch.zeros(2)
+    for seed in range(25):
+        share = torch.rand(20, 40, generator=generator, dtype=torch.float64)
+        hits = torch.binomial(held, share, generator=generator)
+        for n, sizes in enumerate((held, EVEN(20))):  # negative control: sources have as much text
+            ends = bootstrap_all(lambda times: (times @ hits) / (times @ held), sizes, resamples=300, seed=seed)  # noqa: B023
+            assert ends is not None
+            covered[n] += float(((ends[0] <= 0.5) & (ends[1] >= 0.5)).double().mean()) / 25
+    assert covered[0] > 0.95 and covered[1] < 0.93
+
+
 @given(st.lists(st.text(max_size=3), min_size=1, max_size=20), st.integers(0, 5))
 def test_halves_are_even_and_do_not_depend_on_order(sources, seed):
     half = halves(sources, seed)
@@ -142,10 +176,11 @@ def test_the_jackknife_of_equal_sources_is_the_interval_of_a_mean_and_unequal_on
         )
         if sizes.unique().numel() == 1:
             assert torch.allclose(error, effects.std(0) / 10**0.5)
-    assert effective(torch.stack([EVEN(10).double(), BOOKS], 1)) == effective(BOOKS) < 2.4  # the least of two domains
-    assert (
-        effective(torch.stack([EVEN(10), torch.zeros(10)], 1)) == 10
-    )  # a domain of which nothing is there says nothing
+    assert effective(torch.stack([EVEN(10), BOOKS, torch.zeros(10)], 1)).tolist() == [10, float(effective(BOOKS)), 10]
+    both = torch.stack([EVEN(10).double(), BOOKS], 1)  # of two domains, the one that fewer sources have
+    value, without = ratios(effects, BOOKS)
+    ends = jackknife_interval(value, without, one, both), jackknife_interval(value, without, one, BOOKS)
+    assert torch.equal(torch.stack(ends[0]), torch.stack(ends[1]))
 
 
 def test_jackknife_intervals_hold_the_truth_though_two_sources_hold_the_text_and_parallel_ones_are_in_two_domains():

@@ -16,7 +16,8 @@ from moe_lens.data import Domain, Passage, from_generator
 from moe_lens.data.windows import windows_of
 from moe_lens.errors import InputError
 from moe_lens.model.loading.tokenizer import load_tokenizer
-from moe_lens.stats.sparse_probes import Sums, at_components, component_sums, discriminant, pick_components
+from moe_lens.resampling import bootstrap_all
+from moe_lens.stats.sparse_probes import ProbeResult, Sums, at_components, component_sums, discriminant, pick_components
 from moe_lens.studies import Probe, StudyResult, by_pattern, label_tokens, read_facts, read_pairs, read_spans, run
 from moe_lens.studies.probe import K
 from moe_lens.studies.study import TEXTS
@@ -316,3 +317,24 @@ def test_parallel_sources_are_in_one_half_and_are_one_in_intervals(model, labels
     assert any(other != first for other in others)
     with pytest.raises(InputError, match="no regular expression"):
         run(Probe(labels, (1,), parallel="("), model, domains, reading=ATLAS_READING)
+
+
+def test_intervals_are_those_of_the_sources_that_have_the_label():
+    """The denominators of recall are labelled tokens: where three sources hold most of them, these decide."""
+    generator = torch.Generator().manual_seed(0)
+    labelled = torch.tensor([100] * 3 + [2] * 17)
+    tokens = torch.stack([300 - labelled, labelled], -1)[:, None, None].expand(20, 1, 2, 2)
+    rates = torch.rand(20, 1, 2, 1, 2, 1, 2, generator=generator)
+    said = torch.binomial(tokens[:, None, None, :, :, None].expand(rates.shape).float(), rates, generator=generator)
+    found = ProbeResult(
+        (1,), ("x",), (1,), tuple(map(str, range(20))), tokens, said.long(), torch.zeros(2, 1, 2, 1, 1).long(), (4, 4)
+    )
+
+    def accuracy(times: torch.Tensor) -> torch.Tensor:
+        false, true = (times @ said[:, 0, 0, 0, 0, 0].double() / (times @ tokens[:, 0, 0].double())).unbind(-1)
+        return (true + 1 - false) / 2
+
+    own, every = bootstrap_all(accuracy, labelled), bootstrap_all(accuracy, torch.full((20,), 300))
+    assert own is not None and every is not None and (own[1] - own[0]) > 1.3 * (every[1] - every[0])
+    row: Any = found.to_frame().iloc[0]
+    assert (row["low"], row["high"]) == pytest.approx(own.tolist()) and row["labelled"] == 334 and row["tokens"] == 6000
