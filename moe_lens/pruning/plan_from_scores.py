@@ -34,7 +34,8 @@ def plan(
         keep: The share of experts to keep, in (0, 1); or their number in each layer; `"selected"`: all with a score
             above 0, whatever their number; None: all (to reduce `top_k` alone).
         budget: Of a share or a number: `"layer"`, the same number in every layer, if not given; or `"global"`, the best
-            of all layers together, with scores divided by their layer's sum, and at least `top_k` in each.
+            of all layers together, with scores divided by the sum of their layer's positive ones, and at least `top_k`
+            in each.
         domain: Keep what this domain needs (a specialist); all domains, each counting the same, if not given.
         protect: Experts that stay whatever their score, such as super experts: `[(layer, expert), …]`, one such pair,
             `{layer: [expert, …]}`, or a `Selection` of experts or of layers.
