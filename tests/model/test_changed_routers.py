@@ -3,11 +3,13 @@
 import copy
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, no_type_check
 
 import pytest
 import torch
 import torch.nn.functional as F
+from jaxtyping import jaxtyped
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
@@ -184,6 +186,16 @@ def test_a_router_that_is_not_transformers_own_is_refused(change: str) -> None:
     make(getattr(model.blocks[-1].mlp.moe, model.family.router))
     with pytest.raises(MoELensError, match=rf"{said}|something else was put in the place of its router"):
         listened(model)
+
+
+@pytest.mark.typed
+def test_a_check_of_shapes_around_a_forward_is_looked_through() -> None:
+    for inner, said in ((MixtralTopKRouter.forward, None), (LowRank.forward, "MixtralTopKRouter.forward was replaced")):
+        hf: Any = build("mixtral")
+        router = last(hf, "mlp.gate")
+        router.forward = jaxtyped(typechecker=None)(inner).__get__(router)
+        with pytest.raises(UnsupportedModelError, match=said) if said else nullcontext():
+            HookedMoE.from_hf(hf, check=False)
 
 
 class Added(nn.Module):

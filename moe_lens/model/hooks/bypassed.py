@@ -90,6 +90,6 @@ class Ending(GeneralizedComponent):
 
 
 def _computes(function: Any) -> bool:
-    """Whether it is written where experts are known; `functools.wraps` copies the name of its module, not its names."""
+    """Whether it is written where experts are known, or checks shapes; `functools.wraps` copies no global names."""
     names = getattr(function, "__globals__", {})
-    return names.get("__name__", "").partition(".")[0] in ("transformers", "moe_lens", "torch")
+    return names.get("__name__", "").partition(".")[0] in ("transformers", "moe_lens", "torch", "jaxtyping")
