@@ -44,6 +44,7 @@ TOUCHPOINTS = (
     "transformers.modeling_layers:GradientCheckpointingLayer",
     "transformers.modeling_rope_utils:RopeParameters",
     "transformers.modeling_rope_utils:dynamic_rope_update",
+    "transformers.modeling_utils:PreTrainedModel._adjust_missing_and_unexpected_keys",
     "transformers.modeling_utils:PreTrainedModel._from_config",
     "transformers.modeling_utils:PreTrainedModel._get_dtype_plan",
     "transformers.modeling_utils:PreTrainedModel._is_hf_initialized=",

@@ -444,6 +444,33 @@ def test_a_tensor_that_a_conversion_leaves_is_not_passed_over(tmp_path):
     assert stored_parameters(hf, Checkpoint.locate(str(tmp_path), {}), torch.float32, depth) is None
 
 
+def test_a_tensor_without_a_place_is_refused_on_disk_as_in_memory(tmp_path, monkeypatch):
+    """Not one that transformers passes over; nor layers that are left out because fewer were asked for."""
+    hf = configs.build("qwen3_moe")
+    hf.save_pretrained(tmp_path)
+    (file,), right = tmp_path.glob("*.safetensors"), hf(tokens()).logits
+    state = load_file(file)
+    ways: list[dict[str, Any]] = [{}, {"device_map": {"": "disk"}}, {"max_memory": {"cpu": "130KB"}}]
+    for name in ("model.layers.0.self_attn.q_proj.bias", "model.layers.1.mlp.gate.e_score_correction_bias"):
+        save_file({**state, name: torch.ones(8)}, file, {"format": "pt"})
+        for how in ways:
+            with pytest.raises(CheckpointError, match=rf"{name} is unexpected"):
+                HookedMoE.from_pretrained(tmp_path, check=False, **how)
+    save_file({**state, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, file, {"format": "pt"})
+    monkeypatch.setattr(dispatch, "_new_folder", lambda _: pytest.fail("nothing is written"))
+    assert torch.equal(streamed(tmp_path, {"": "disk"}, check=False)[0](tokens()), right)
+
+
+def test_a_tied_embedding_that_is_stored_as_the_head_is_read(tmp_path):
+    configs.build("qwen3_moe", tie_word_embeddings=True).save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    state = load_file(file)
+    state["lm_head.weight"] = state.pop("model.embed_tokens.weight")
+    save_file(state, file, {"format": "pt"})
+    model, _ = streamed(tmp_path, {"": "disk"}, check=False)
+    assert torch.equal(model(tokens()), HookedMoE.from_pretrained(tmp_path, check=False)(tokens()))
+
+
 def test_layers_behind_the_last_are_left_out_and_what_does_not_fit_is_said(tmp_path):
     stored("qwen3_moe", tmp_path)
     how: dict[str, Any] = {"num_hidden_layers": 2, "check": False}

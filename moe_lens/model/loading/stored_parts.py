@@ -5,6 +5,7 @@ What is stacked is read part by part; what is converted in other ways, as the lo
 """
 
 from collections.abc import Collection
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -45,7 +46,10 @@ def stored_parameters(
     layers, found = list_of_layers(model), sources_of(model, checkpoint.tensors, key_mapping)
     if layers is not None:
         found = {name: of for name, of in found.items() if layer_of(name, layers) not in depth.left_out}
-    parts, tensors = dict[str, list[StoredPart]](), dict(checkpoint.tensors)
+    for name, source in model.all_tied_weights_keys.items():
+        if name in found and source not in found:
+            found[source] = found.pop(name)
+    parts, tensors, left = dict[str, list[StoredPart]](), dict(checkpoint.tensors), set[str]()
     for name, (converter, names) in found.items():
         stacked = _parts(converter, names, checkpoint, wanted[name]) if name in wanted else None
         if stacked is not None:
@@ -55,7 +59,11 @@ def stored_parameters(
             for made, tensor in converted(converter, name, sources, model).items():
                 if made in wanted and wanted[made].shape == tensor.shape:
                     parts[made], tensors[made] = [StoredPart(made, ..., tensor.shape)], tensor
-    if depth.problems or parts.keys() != wanted.keys() - model.all_tied_weights_keys.keys():
+                else:
+                    left.add(made)
+        else:
+            left.add(name)
+    if depth.problems or parts.keys() != wanted.keys() - model.all_tied_weights_keys.keys() or _refused(model, left):
         return None
     dtypes, view = loaded_dtypes(model, wanted, dtype), Checkpoint(checkpoint.files, tensors)
     return {name: LazyParameter(view, name, tuple(wanted[name].shape), dtypes[name], of) for name, of in parts.items()}
@@ -147,6 +155,13 @@ def _parts(
         if row != n_rows:
             return None
     return parts
+
+
+def _refused(model: PreTrainedModel, left: Collection[str]) -> set[str]:
+    """Of names that are left over, those that transformers' loader does not pass over."""
+    told: Any = SimpleNamespace(missing_keys=set(), unexpected_keys=set(left))
+    model._adjust_missing_and_unexpected_keys(told)
+    return told.unexpected_keys
 
 
 def _stacks(converter: WeightConverter) -> bool:
