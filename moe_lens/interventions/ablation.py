@@ -29,7 +29,8 @@ from moe_lens.selection import Experts, Selection, Where
 How = Literal["zero", "mean", "resample", "reroute"]
 By = Literal["weight", "random", "last"]
 Fallback = Literal["error", "mean"]
-Chooser = Callable[[], Bool[Tensor, "batch pos top_k"]]
+Chooser = Callable[[Tensor], Bool[Tensor, "batch pos top_k"]]
+"""The slots to take out, of routing weights [batch, pos, top_k] as outer interventions left them."""
 
 
 def ablate(
@@ -121,7 +122,12 @@ def ablate(
     return Intervention(model, f"ablate {selection}, {', '.join(options)}", tuple(hooks), recipe)
 
 
-def _meant(model: HookedModel, selection: Selection, layer: int) -> Bool[Tensor, "batch pos top_k"]:
+def _meant(
+    model: HookedModel,
+    selection: Selection,
+    layer: int,
+    weights: Tensor,  # noqa: ARG001
+) -> Bool[Tensor, "batch pos top_k"]:
     return computed(model, layer, selection)[1]
 
 
@@ -134,9 +140,11 @@ def _reroute(model: HookedModel, selection: Selection, layer: int) -> Hook:
 
 def _leave_out(model: HookedModel, layer: int, chosen: Chooser, renormalize: bool) -> list[Hook]:
     """Hooks which take slots out: their weight is 0, and they are not computed."""
+    out = torch.zeros(0, dtype=torch.bool)
 
     def weigh(weights: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        out = chosen()
+        nonlocal out
+        out = chosen(weights)
         kept = weights.masked_fill(out, 0)
         if not renormalize:
             return kept
@@ -149,7 +157,7 @@ def _leave_out(model: HookedModel, layer: int, chosen: Chooser, renormalize: boo
         return kept * torch.where(out.any(-1, keepdim=True), whole / rest.masked_fill(rest == 0, 1), 1)
 
     def keep(kept: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        return kept & ~chosen()
+        return kept & ~out
 
     return [(names.mlp(names.ROUTING_WEIGHTS, layer), weigh), (names.mlp(names.EXPERT_KEPT, layer), keep)]
 
@@ -204,11 +212,10 @@ def keep_top(
 def _others(model: HookedModel, layer: int, k: int, by: By, seed: int) -> Chooser:
     """The slots that are not kept."""
 
-    def others() -> Bool[Tensor, "batch pos top_k"]:
+    def others(weights: Tensor) -> Bool[Tensor, "batch pos top_k"]:
         experts = model.experts_in_slots(layer)
-        order = torch.arange(experts.shape[-1], device=experts.device).expand(experts.shape)
-        if by == "weight":
-            return order >= k
+        # not the slots' own order: an outer intervention may have changed the weights, or the experts
+        order = weights.argsort(dim=-1, descending=True, stable=True).argsort(-1)
         if by == "random":
             offset = this_pass(model, experts, "by='random'").offset
             generator = torch.Generator().manual_seed((seed * 1009 + layer) % 2**63)
@@ -216,9 +223,9 @@ def _others(model: HookedModel, layer: int, k: int, by: By, seed: int) -> Choose
             # position by position from the first one on, so that a pass that continues a cache draws what is due there
             drawn = torch.rand((offset + pos, batch, slots), generator=generator)[offset:].transpose(0, 1)
             order = drawn.argsort(-1).to(experts.device)
-        else:
+        elif by == "last":
             order = -order
-        empty = experts < 0  # behind a token's number of experts, inside use_experts: there is nothing to keep
+        empty = (experts < 0) | (weights == 0)  # behind a token's number of experts, or ablated: nothing to keep
         return order.masked_fill(empty, order.shape[-1]).argsort(-1).argsort(-1) >= k
 
     return others

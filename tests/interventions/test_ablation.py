@@ -532,6 +532,27 @@ def test_keeping_all_changes_nothing_and_layers_restrict() -> None:
     assert deviation(ours, plain) <= bound(plain)
 
 
+@pytest.mark.parametrize("by", ["weight", "last", "random"])
+def test_what_is_kept_is_chosen_by_the_weights_that_an_outer_intervention_left(by: Any) -> None:
+    """A re-route puts the newcomer, of the smallest weight, into slot 0; and what is ablated cannot be kept."""
+    model, layer, text = wrapped("deepseek").model, 2, wrapped("deepseek").tokens
+    weights, kept = names.mlp(names.ROUTING_WEIGHTS, layer), names.mlp(names.EXPERT_KEPT, layer)
+    for outer in ({"ranks": [0], "how": "reroute"}, {"ranks": [0]}, {"ranks": [2], "renormalize": True}):
+        with torch.no_grad(), model.ablate(**outer):
+            _, seen = model.run_with_cache(text, names_filter=[weights, kept])
+            with model.keep_top(1, by=by, layers=[layer], renormalize=True):
+                _, left = model.run_with_cache(text, names_filter=[weights, kept])
+        was, slot = seen[weights], left[kept].int().argmax(-1)
+        there = seen[kept]
+        assert (left[kept].sum(-1) == 1).all() and there.gather(-1, slot[..., None]).all()
+        if by != "random":
+            largest, smallest = was.argmax(-1), was.masked_fill(~there, torch.inf).argmin(-1)
+            assert torch.equal(slot, largest if by == "weight" else smallest)
+        assert torch.allclose(left[weights].sum(-1), was.sum(-1))
+        if outer.get("how") == "reroute":
+            assert not was.argmax(-1).eq(0).any(), "or slots would be in the order of weights"
+
+
 # --- gradients ---
 
 
