@@ -103,7 +103,7 @@ def lens_text(result: LensResult, position: int, *, batch: Natural = 0) -> Table
 
     Args:
         result: What a lens's `decode` gave.
-        position: Counted in the text; −1 is its last real token.
+        position: One of `result.positions`, along the cache with its padding, which is empty; −1 is the last of them.
         batch: The row of the batch.
 
     Raises:

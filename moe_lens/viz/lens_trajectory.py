@@ -32,7 +32,7 @@ PANELS = (
     _Panel("KL(final ‖ lens), nats", "kl_final", ".3f"),
     _Panel("KL(ensemble ‖ lens), nats", "kl_ensemble", ".3f"),
     _Panel("entropy, nats", "entropy", ".3f"),
-    _Panel("rank of the target", "target_rank", ".0f"),
+    _Panel("rank of the target", "target_rank", ".1~f"),
 )
 
 
@@ -95,7 +95,8 @@ def _middle(
     """Mean over the tokens that have a value, or median of ranks, and how many they are."""
     there = values >= 0 if ranks else ~values.isnan()
     wide = values.double().where(there, torch.nan)
-    return wide.nanmedian(-1).values if ranks else wide.nanmean(-1), there.sum(-1).double()
+    lower, upper = wide.nanmedian(-1).values, -(-wide).nanmedian(-1).values  # torch takes the lower of two
+    return (lower + upper) / 2 if ranks else wide.nanmean(-1), there.sum(-1).double()
 
 
 def _looks(result: LensResult) -> list[dict[str, Any]]:

@@ -537,7 +537,9 @@ def test_what_is_kept_is_chosen_by_the_weights_that_an_outer_intervention_left(b
     """A re-route puts the newcomer, of the smallest weight, into slot 0; and what is ablated cannot be kept."""
     model, layer, text = wrapped("deepseek").model, 2, wrapped("deepseek").tokens
     weights, kept = names.mlp(names.ROUTING_WEIGHTS, layer), names.mlp(names.EXPERT_KEPT, layer)
-    for outer in ({"ranks": [0], "how": "reroute"}, {"ranks": [0]}, {"ranks": [2], "renormalize": True}):
+    outer: Any
+    rerouted = {"ranks": [0], "how": "reroute"}
+    for outer in (rerouted, {"ranks": [0]}, {"ranks": [2], "renormalize": True}):
         with torch.no_grad(), model.ablate(**outer):
             _, seen = model.run_with_cache(text, names_filter=[weights, kept])
             with model.keep_top(1, by=by, layers=[layer], renormalize=True):
@@ -549,7 +551,7 @@ def test_what_is_kept_is_chosen_by_the_weights_that_an_outer_intervention_left(b
             largest, smallest = was.argmax(-1), was.masked_fill(~there, torch.inf).argmin(-1)
             assert torch.equal(slot, largest if by == "weight" else smallest)
         assert torch.allclose(left[weights].sum(-1), was.sum(-1))
-        if outer.get("how") == "reroute":
+        if outer is rerouted:
             assert not was.argmax(-1).eq(0).any(), "or slots would be in the order of weights"
 
 

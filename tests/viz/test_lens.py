@@ -136,5 +136,5 @@ def test_several_tokens_are_averaged():
     figure: Any = viz.lens_trajectory(result)
     traces = {(trace.yaxis, trace.name): trace for trace in figure.data}
     assert traces["y", "u + routed + shared"].y[1] == 4
-    assert traces["y4", "u + routed + shared"].y[1] == 2 + 1  # the lower median, plus one for the logarithm
+    assert traces["y4", "u + routed + shared"].y[1] == 4 + 1  # between both, plus one for the logarithm
     assert list(traces["y4", "u + routed"].customdata[1]) == [8, 1]  # what has no target does not count
