@@ -58,9 +58,10 @@ def test_a_model_is_known_by_what_it_is_whatever_it_is_called(hooked, tmp_path):
     found = make_plan(HookedMoE.from_pretrained(of, check=False), kept_of(hooked), 2)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         again = HookedMoE.from_pretrained(tmp_path / "called otherwise", dtype=dtype, check=False)
-        with found.preview(again):
+        with pytest.warns(UserWarning, match="made of 'of' is used with 'called otherwise'"), found.preview(again):
             pass
-    export(tmp_path / "called otherwise", found, tmp_path / "smaller")
+    with pytest.warns(UserWarning, match="a fine-tune may differ elsewhere"):
+        export(tmp_path / "called otherwise", found, tmp_path / "smaller")
 
     # Negative controls: of the same name and sizes, trained a little further; and a plan that knows nothing but a name.
     for parameter in other.parameters():

@@ -1,6 +1,7 @@
 """What a model is known by where something was saved of it: sizes, and what its routers are like, not its name."""
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any
@@ -62,6 +63,8 @@ def _waves(length: int) -> Float[Tensor, "8 length"]:
 def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
     """In what two models differ, as in `is for {difference}`; None where they are one.
 
+    Where the two are called otherwise, a warning says so: a fine-tune that left its routers alone has the same facts.
+
     Args:
         there: What `identity` said of the model then.
         here: What it says now, or a part of that. Where one of the two says nothing of routers, names are compared.
@@ -74,7 +77,13 @@ def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
     if None in routers:
         return None
     then, now = (torch.tensor(of, dtype=torch.float64) for of in routers)
-    if then.shape == now.shape and torch.allclose(then, now, rtol=0, atol=_TOLERANCE, equal_nan=True):
-        return None
-    names = " and ".join(repr(of.get("name")) for of in (there, here))
-    return f"a model with other router weights than this one; they are called {names}"
+    names = there.get("name"), here.get("name")
+    if then.shape != now.shape or not torch.allclose(then, now, rtol=0, atol=_TOLERANCE, equal_nan=True):
+        return f"a model with other router weights than this one; they are called {names[0]!r} and {names[1]!r}"
+    if all(names) and names[0] != names[1]:
+        warnings.warn(
+            f"what was made of {names[0]!r} is used with {names[1]!r}: sizes and routers are alike, so that the two "
+            "are taken for one model; a fine-tune may differ elsewhere",
+            stacklevel=3,
+        )
+    return None
