@@ -174,7 +174,7 @@ def integrated_gradient(
 
     def at(alpha: float) -> tuple[Tensor, Tensor]:
         added = ((alpha - 1) * removed).requires_grad_(torch.is_grad_enabled())
-        start = run.adding(layer, lambda items: added, everywhere)  # noqa: ARG005
+        start = run.adding(layer, names.EXPERT_WEIGHTED, lambda items: added, everywhere)  # noqa: ARG005
         resid = run.resid[start.layer] if start.resid is None else start.resid(items)
         with model.hooks(fwd_hooks=list(start.hooks)):
             for block in range(start.layer, model.cfg.n_layers):

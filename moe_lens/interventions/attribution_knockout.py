@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moe_lens import names
 from moe_lens.interventions.attribution_gradients import Slots
 from moe_lens.interventions.attribution_result import Unit
 from moe_lens.interventions.clean_run import CleanRun, Variant
@@ -58,8 +59,8 @@ class Knockouts:
         """The slots that are taken out."""
         row = knockout.place[0]
         indices = self.slots.indices[knockout.layer]
-        names = indices if self.unit == "expert" else torch.arange(self.chosen.shape[-1], device=indices.device)
-        mask = self.chosen[row] & (names == knockout.unit)
+        units = indices if self.unit == "expert" else torch.arange(self.chosen.shape[-1], device=indices.device)
+        mask = self.chosen[row] & (units == knockout.unit)
         if knockout.at is None:
             return mask
         alone = torch.zeros_like(mask)
@@ -83,7 +84,7 @@ class Knockouts:
 
         changed = taken.any(-1)
         if not direct:
-            return self.run.adding(knockout.layer, delta, changed)
+            return self.run.adding(knockout.layer, names.EXPERT_WEIGHTED, delta, changed)
         last = self.model.cfg.n_layers
         return Variant(last, lambda items: self.run.stream(last, items) + delta(items), changed=changed)
 

@@ -1,8 +1,8 @@
 """A forward pass that can be started again at any block, and the variants that depart from it."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,7 +72,9 @@ class CleanRun:
 
     replay: Replay
     cache: MoECache
-    """Residual streams, routing, and whatever else was asked for; its `tokens` and `mask` are those of the run."""
+    """Routing, and whatever else was asked for; its `tokens` and `mask` are those of the run."""
+    resid: tuple[Float[Tensor, "batch pos d_model"], ...]
+    """The residual stream entering each block, before hooks at `hook_resid_pre`, and the one leaving the last."""
     logits: Float[Tensor, "batch pos d_vocab"]
     direct: frozenset[Natural]
     """Layers whose MLP's output is added to the residual stream as it is, by no further norm or factor."""
@@ -103,23 +105,35 @@ class CleanRun:
         """
         check_whole_runs(kwargs)
         n_layers = model.cfg.n_layers
-        wanted = [names.block(names.RESID_PRE, layer) for layer in range(n_layers)]
-        wanted += [names.block(names.RESID_POST, n_layers - 1)]
+        end = names.block(names.RESID_POST, n_layers - 1)
+        wanted = [end]
         wanted += [names.mlp(n, at) for at in model.moe_layers for n in (names.EXPERT_INDICES, names.ROUTING_WEIGHTS)]
         filtered = list(dict.fromkeys([*wanted, *keep]))
-        ends: dict[str, Tensor] = {}
         pairs = {at: (names.block(names.RESID_MID, at), names.mlp(names.MLP_OUT, at)) for at in range(n_layers)}
         known = model.hook_dict  # where experts stand beside attention, for example, there is no stream between them
         pairs = {at: pair for at, pair in pairs.items() if all(name in known for name in pair)}
-        both = [name for pair in pairs.values() for name in pair]
-        watch = [(name, lambda value, hook, name=name: ends.update({name: value[:, -1].clone()})) for name in both]  # noqa: ARG005
+        whole: dict[int, Tensor] = {}
+        direct = set(model.moe_layers) if getattr(model.family, "adds_last", False) else set[int]()
+
+        def hold(value: Tensor, hook: Any, layer: int) -> None:  # noqa: ARG001
+            whole[layer] = value.clone()
+
+        def add(value: Tensor, hook: Any, layer: int) -> None:  # noqa: ARG001
+            whole[layer] = whole[layer] + value
+
+        def compare(value: Tensor, hook: Any, layer: int) -> None:  # noqa: ARG001
+            if layer in whole and torch.equal(whole.pop(layer), value):
+                direct.add(layer)
+
+        watch = [
+            (name, partial(of, layer=layer))
+            for layer, (mid, out) in pairs.items()
+            for name, of in ((mid, hold), (out, add), (names.block(names.RESID_POST, layer), compare))
+        ]
         with nothing_drawn(model), Recording(model) as recorded, model.hooks([*fwd_hooks, *watch]):
             logits, cache = model.run_with_cache(input, names_filter=filtered, use_cache=False, **kwargs)
-        run = cls(recorded.replay, cache, logits, frozenset())
-        sums = {at: ends[mid] + ends[out] for at, (mid, out) in pairs.items()}
-        last = set(model.moe_layers) if getattr(model.family, "adds_last", False) else set()
-        direct = last | {at for at, whole in sums.items() if torch.equal(whole, run.resid[at + 1][:, -1])}
-        run = replace(run, direct=frozenset(direct))
+        entering = (recorded.entering[layer] for layer in range(n_layers))
+        run = cls(recorded.replay, cache, (*entering, cache[end]), logits, frozenset(direct))
         again = run.replay.logits(run.resid[-1][:, -1].to(logits.device)).to(logits.device)
         if (again - logits[:, -1]).abs().max() > 0.02 * logits[:, -1].abs().max():
             raise UnsupportedModelError(
@@ -136,13 +150,6 @@ class CleanRun:
     def pos(self) -> int:
         """Positions, padding included."""
         return self.logits.shape[1]
-
-    @cached_property
-    def resid(self) -> tuple[Float[Tensor, "batch pos d_model"], ...]:
-        """The residual stream entering each block, and the one leaving the last."""
-        n_layers = len(self.replay.arguments)
-        entering = [self.cache[names.block(names.RESID_PRE, layer)] for layer in range(n_layers)]
-        return (*entering, self.cache[names.block(names.RESID_POST, n_layers - 1)])
 
     def stream(self, layer: Natural, items: Int[Tensor, " rows"]) -> Float[Tensor, "rows pos d_model"]:
         """`resid[layer]` of some items."""
@@ -165,6 +172,7 @@ class CleanRun:
     def adding(
         self,
         layer: Natural,
+        site: str,
         delta: Callable[[Int[Tensor, " items"]], Float[Tensor, "items pos d_model"]],
         changed: Bool[Tensor, "batch pos"],
     ) -> "Variant":
@@ -172,9 +180,20 @@ class CleanRun:
 
         Args:
             layer: The layer.
+            site: The hook of what changes: an expert's weighted output, a part of the MLP's sum, or the sum.
             delta: From items to what is added to the MLP's output there.
             changed: Where that is not zero.
+
+        Raises:
+            InputError: there are hooks between the two, which would not run on what changes.
         """
+        points = self.cache.model.hook_dict
+        for behind in (names.mlp(name, layer) for name in _BEHIND[site]):
+            if behind in points and points[behind].fwd_hooks:
+                raise InputError(
+                    f"there is a hook at {behind}, and a sweep adds to its output what changes at {site}, without "
+                    f"running it: take it out, or patch by a hook of your own in run_with_hooks"
+                )
         if layer in self.direct:
             return Variant(layer + 1, lambda items: _sum(self.stream(layer + 1, items), delta(items)), changed=changed)
         items = changed.any(1).nonzero()[:, 0]
@@ -205,6 +224,15 @@ class Variant:
 
     Later positions of the same item may change behind the first block. Items without any keep their clean result.
     """
+
+
+_BEHIND = {
+    names.EXPERT_WEIGHTED: (names.ROUTED_OUT, names.MLP_OUT),
+    names.ROUTED_OUT: (names.MLP_OUT,),
+    names.SHARED_OUT: (names.MLP_OUT,),
+    names.MLP_OUT: (),
+}
+"""What an MLP's parts go through on their way into its output."""
 
 
 def _sum(value: Tensor, delta: Tensor) -> Tensor:

@@ -94,7 +94,11 @@ class Parts:
 
     def variant(self, base: CleanRun, layer: int, slots: Bool[Tensor, "batch pos slot"]) -> Variant:
         """The base run with some slots patched."""
-        return base.adding(layer, lambda items: (self.values[items] * slots[items][..., None]).sum(2), slots.any(-1))
+
+        def delta(items: Int[Tensor, " items"]) -> Float[Tensor, "items pos d_model"]:
+            return (self.values[items] * slots[items][..., None]).sum(2)
+
+        return base.adding(layer, names.EXPERT_WEIGHTED, delta, slots.any(-1))
 
 
 def differing(site: str, base: CleanRun, source: CleanRun, layer: int) -> Places:
@@ -119,7 +123,7 @@ def stream_variant(site: str, base: CleanRun, source: CleanRun, layer: int, plac
         def delta(items: Int[Tensor, " items"]) -> Float[Tensor, "items pos d_model"]:
             return _where(places[items], theirs[items] - ours[items], torch.zeros_like(ours[items]))
 
-        return base.adding(layer, delta, places)
+        return base.adding(layer, SITES[site].hooks[0], delta, places)
     return Variant(layer, hooks=[(name, replace_at(places, source.cache[name])) for name in hooks], changed=places)
 
 

@@ -370,3 +370,56 @@ def test_bad_input_is_named(changes: dict[str, Any], message: str):
     call: dict[str, Any] = {"corrupted": corrupted, "site": "resid_post", "metric": METRIC, **changes}
     with untouched(model), pytest.raises(InputError, match=message):
         patch(model, clean, **call)
+
+
+EDITED = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "mlp.hook_routed_out", "mlp.hook_out", "hook_resid_post")
+ADDED = ("routed_out", "mlp_out")
+"""Sites from which a sweep adds to what the layer adds."""
+
+
+@pytest.mark.parametrize("edited", [*EDITED, "next"])
+@pytest.mark.parametrize("site", ["resid_pre", "attn_out", *ADDED, "resid_post"])
+def test_edits_that_are_in_place_act_once_and_on_what_is_patched(edited: str, site: str) -> None:
+    """A steering vector at one position, and a factor at all: neither may act twice, nor be bypassed."""
+    model, clean, corrupted = pair("deepseek")
+    layer, pos = model.moe_layers[0], 4
+    edit = names.block(names.RESID_PRE, layer + 1) if edited == "next" else f"blocks.{layer}.{edited}"
+
+    def steer(value: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        value = 1.5 * value
+        value[:, pos] = -value[:, pos]
+        return value
+
+    with untouched(model), model.hooks(fwd_hooks=[(edit, steer)]), torch.no_grad():
+        if site == "routed_out" and edited == "mlp.hook_out":
+            with pytest.raises(InputError, match="hook at blocks.1.mlp.hook_out, and .* at hook_routed_out"):
+                patch(model, clean, corrupted, site, METRIC)
+            return
+        found = patch(model, clean, corrupted, site, METRIC)
+        naive = Naive(model, corrupted, clean)
+        right = naive.run([naive.put(SITES[site].names(layer)[0], pos)])
+    value = found.values[found.axes["layer"].index(layer), found.axes["pos"].index(pos)].item()
+    assert abs(value - right) <= F64 * naive.scale
+    unpatched = naive.value
+    with torch.no_grad():
+        plain = METRIC(model(corrupted)).item()
+    assert abs(plain - unpatched) > 1e-6  # the edit acts
+
+
+def test_what_an_edit_takes_away_an_expert_cannot_give() -> None:
+    model, clean, _ = pair("deepseek")
+    layer = model.moe_layers[0]
+    only = Selection(layers=[layer])
+
+    def gone(value: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        value = value.clone()
+        value[:, 2] = 0
+        return value
+
+    with model.hooks(fwd_hooks=[(names.block(names.RESID_POST, layer), gone)]):
+        found = expert_attribution(model, clean, METRIC, method="knockout", per_position=True, selection=only)
+        with pytest.raises(InputError, match="a sweep adds to its output what changes at hook_expert_weighted"), \
+             model.hooks(fwd_hooks=[(names.mlp(names.ROUTED_OUT, layer), gone)]):  # fmt: skip
+            expert_attribution(model, clean, METRIC, method="knockout", selection=only)
+    values = found.values.flatten(0, 1)
+    assert values[..., 1].any() and values[..., 2].abs().max() <= F64

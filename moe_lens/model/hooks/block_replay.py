@@ -90,12 +90,14 @@ class Recording(ModuleHooks):
         UnsupportedModelError: likewise.
     """
 
-    __slots__ = ("_seen", "model")
+    __slots__ = ("_seen", "entering", "model")
 
     def __init__(self, model: Any):
         check_one_stream(model.family)
         super().__init__(model, "a recorded pass")
         self.model = model
+        self.entering: dict[int, Tensor] = {}
+        """By layer, what enters the block: before hooks at its `hook_resid_pre`, which a replay runs again."""
         self._seen: dict[int, tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]] = {}
 
     @uninterrupted
@@ -110,6 +112,7 @@ class Recording(ModuleHooks):
         check_reads(block, layer, stream.shape[1])
         rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
         self._seen[layer] = tuple(stream.shape), args[1:], rest
+        self.entering[layer] = stream.detach().clone()
 
     @property
     def replay(self) -> Replay:
