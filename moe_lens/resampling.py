@@ -148,7 +148,7 @@ def jackknife_interval(
     Args:
         values: Of all sources.
         without: Of all but one.
-        strata: Such as the source's domain; below `MIN_SOURCES` in any of them there is no interval.
+        strata: Such as the source's domain; below `MIN_SOURCES` in any of them, or in a domain, there is no interval.
         sizes: Of each source, in tokens; where a source has text in several domains, in each of them.
         corrected: Whether the interval is that of the value less its bias, as the jackknife of sources of unequal sizes
             estimates it (Busing, Meijer and van der Leeden 1999, Statistics and Computing 9).
@@ -157,7 +157,9 @@ def jackknife_interval(
     from scipy.special import stdtrit
 
     names, n = strata.unique(return_counts=True)
-    if not len(n) or int(n.min()) < MIN_SOURCES:
+    # Of domains that share sources, and so are one stratum, one may have fewer by itself.
+    in_each = (sizes > 0).sum(0) if sizes.ndim > 1 else n
+    if not len(n) or int(torch.cat([n, in_each[in_each > 0]]).min()) < MIN_SOURCES:
         return torch.full_like(values, torch.nan), torch.full_like(values, torch.nan)
     parts, less = [], []
     for name, size in zip(names, n.tolist(), strict=True):

@@ -158,18 +158,19 @@ class _Collector:
                 **{name: _narrowed(name, value[batch.mask], self.dtype) for name, value in kept.items()},
             }
             for rows in experts.values():
-                wide = {name: value for name, value in rows.items() if value.is_floating_point()}
-                rows.update({name: _narrowed(name, value, self.dtype) for name, value in wide.items()})
+                rows.update({name: _narrowed(name, value, self.dtype) for name, value in rows.items()})
             found.append((batch, tensors, experts))
         return found
 
 
 def _narrowed(name: str, value: Shaped[Tensor, "*axes"], dtype: torch.dtype) -> Shaped[Tensor, "*axes"]:
-    """A tensor in the dtype that it is saved in.
+    """A tensor in the dtype that it is saved in; truth values and whole numbers, such as ids, as they are.
 
     Raises:
         InputError: A number is too large for that.
     """
+    if not value.is_floating_point():
+        return value
     found, most = value.to(dtype), torch.finfo(dtype).max
     # Beyond the greatest number some dtypes have infinity, and some that number again.
     beyond = ~found.float().isfinite() | (value.abs() > most * (1 + torch.finfo(dtype).eps / 2))

@@ -72,7 +72,9 @@ class ContrastResult(Result):
             row: dict[str, Any] = {"tokens": tokens, "units": len(values), "pairs": int(n.sum())}
             if len(values) < 10:
                 few = {"experts_found": pd.NA, "shuffled": float("nan"), "smallest_p": float("nan")}
-                rows.append({**row, **few, "finding": f"no test: {len(values)} units, ten are needed"})
+                rows.append(
+                    {**row, **few, "finding": f"no test: {len(values)} unit{'s' * (len(values) != 1)}, ten are needed"}
+                )
                 continue
             found = sign_test(values, draws, seed)
             generator = torch.Generator().manual_seed(seed + 1)

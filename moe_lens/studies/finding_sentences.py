@@ -37,7 +37,8 @@ def findings_of(manifest: Mapping[str, Any], tables: Tables) -> Findings:
     study, model = str(plan["study"]), plan.get("model", {})
     say, then = _RULES.get(study, (_only_tables, ""))
     sources = {str(row["name"]): int(row["sources"]) for row in manifest.get("read", ())}
-    warnings = too_few({"all domains": sum(sources.values())} if study in _POOLED else sources)
+    pooled = {"all domains": sum(sources.values())} if study in _POOLED else sources
+    warnings = () if study == "contrast" else too_few(pooled)  # of which the test's own finding says so, by units
     read = {str(row["name"]): int(row["tokens"]) for row in manifest.get("read", ())}
     warnings += repeated_texts({str(row["name"]): int(row.get("repeated", 0)) for row in manifest.get("read", ())})
     warnings += left_out(model.get("hooks", ()))
@@ -222,10 +223,13 @@ def _facts(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: ARG001
 def _contrast(tables: Tables, model: Facts) -> Iterator[str]:
     test = _where(tables["test"], tokens="all").iloc[0]
     every = len(model["moe_layers"]) * int(model["experts"])
-    yield (
-        f"{test['finding']}: {test['experts_found']} of {every} experts, over {test['units']} units; any is found in "
-        f"{test['shuffled']:.0%} of draws that swap A and B at random (test, experts)"
-    )
+    if pd.isna(test["experts_found"]):
+        yield f"{test['finding']} (test)"
+    else:
+        yield (
+            f"{test['finding']}: {test['experts_found']} of {every} experts, over {test['units']} units; any is found "
+            f"in {test['shuffled']:.0%} of draws that swap A and B at random (test, experts)"
+        )
     steering: Any = tables.get("steering", pd.DataFrame())
     for way in steering["way"].unique() if len(steering) else ():
         row = _where(steering, way=way, kind="picked").iloc[0]

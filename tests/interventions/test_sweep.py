@@ -104,7 +104,7 @@ def removals(run: CleanRun, layer: int, n_experts: int) -> list[Variant]:
         def delta(items: Tensor, mask: Tensor = mask) -> Tensor:
             return -(parts[items] * mask[items][..., None]).sum(2)
 
-        made.append(run.adding(layer, delta, mask.any(-1)))
+        made.append(run.adding(layer, names.EXPERT_WEIGHTED, delta, mask.any(-1)))
     return made
 
 

@@ -181,6 +181,11 @@ def test_the_jackknife_of_equal_sources_is_the_interval_of_a_mean_and_unequal_on
     value, without = ratios(effects, BOOKS)
     ends = jackknife_interval(value, without, one, both), jackknife_interval(value, without, one, BOOKS)
     assert torch.equal(torch.stack(ends[0]), torch.stack(ends[1]))
+    shared = torch.stack([EVEN(12), torch.cat([EVEN(8), torch.zeros(4)])], 1)
+    of, but_one = ratios(torch.randn(12, 3, generator=generator, dtype=torch.float64), EVEN(12))
+    for sizes, known in ((shared, False), (shared[:, :1], True), (shared * torch.tensor([1, 0]), True)):
+        low, high = jackknife_interval(of, but_one, torch.zeros(12, dtype=torch.long), sizes)
+        assert (low < high).all() if known else low.isnan().all()  # one of two domains that share sources has eight
 
 
 def test_jackknife_intervals_hold_the_truth_though_two_sources_hold_the_text_and_parallel_ones_are_in_two_domains():

@@ -13,6 +13,7 @@ from moe_lens import HookedMoE
 from moe_lens.data import Domain, Reading
 from moe_lens.errors import InputError
 from moe_lens.studies import Collected, RoutingStudy, collect, run
+from moe_lens.studies.collect_activations import _narrowed as narrowed
 from moe_lens.studies.collect_activations import hook_points
 from tests.studies.tiny import domain, passages, tiny_model
 
@@ -88,6 +89,19 @@ def test_layers_are_labelled(model, kind, tmp_path):
         with safe_open(path, "pt") as file:
             told = file.metadata()["moe_lens"]
     assert f'"layers": {list(model.moe_layers)}' in told
+
+
+def test_ids_and_truth_values_are_kept_as_they_are(model, tmp_path):
+    hooks, point = ["blocks.1.mlp.hook_*"], "blocks.1.mlp.hook_expert_indices"
+    how: Any = {"reading": READING, "dtype": torch.bfloat16}
+
+    plain = next(collect(model, domain("d"), tmp_path / "a", hooks=hooks, **how).shards())
+    assert plain["blocks.1.mlp.hook_expert_kept"].dtype == torch.bool
+    row = model.moe_layers.index(1)
+    assert torch.equal(plain[point], plain["indices"][:, row].to(plain[point].dtype))
+    # As of a model with more experts than bfloat16 tells apart.
+    found = narrowed("ids", plain[point] + 1001, torch.bfloat16)
+    assert torch.equal(found - 1001, plain[point]) and not torch.equal(found.bfloat16().long(), found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -203,6 +204,12 @@ def test_pairs_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         outcome_tokens(model, [same])
     with pytest.raises(InputError, match="'nowhere' is not in the prompt"):
         contrast_prompts(model, [Pair("the sea", "the man", span_a="nowhere")], reading=READING)
+
+
+def test_what_few_units_cannot_tell_is_one_sentence(planted: HookedMoE) -> None:
+    said = str(contrast_prompts(planted, [Pair("the old man", "the old men")]).findings())
+    assert "no test: 1 unit, ten are needed (test)" in said
+    assert not {"nan", "NA", "source"} & set(re.findall(r"\w+", said))
 
 
 def test_experts_that_few_units_show_are_not_tested() -> None:
