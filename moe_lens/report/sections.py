@@ -107,6 +107,8 @@ def perplexity(studies: Studies) -> Section | None:
     if result is None:
         return None
     frame = where(result.tables["perplexity"], layer=None)
+    if not set(frame["treatment"]) - {WHOLE}:
+        return None  # of each layer by itself
     by_domain: dict[str, dict[str, dict[int, Any]]] = {}
     for row in frame.to_dict("records"):
         by_domain.setdefault(row["domain"], {}).setdefault(row["treatment"], {})[row["k"]] = row

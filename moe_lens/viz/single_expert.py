@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from moe_lens.errors import InputError
 from moe_lens.studies import StudyResult
 from moe_lens.studies.frames import where
 from moe_lens.studies.variant_losses import WHOLE
@@ -70,8 +71,13 @@ def perplexity_by_k(result: StudyResult) -> "Figure":
 
     Args:
         result: Of a `SingleExpertStudy`; what was done in all layers at once is shown.
+
+    Raises:
+        InputError: Each layer was treated by itself alone.
     """
     frame = where(table_of(result, "single_expert", "perplexity"), layer=None)
+    if not set(frame["treatment"]) - {WHOLE}:
+        raise InputError("the study left experts out of one layer at a time (layers='each'): see its table perplexity")
     figure = panels(result.domains, "active experts k", "perplexity ÷ that with all experts")
     for column, domain in enumerate(result.domains, start=1):
         whole = where(frame, domain=domain, treatment=WHOLE)

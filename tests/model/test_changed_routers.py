@@ -266,3 +266,28 @@ def test_a_hook_of_torch_acts_before_hook_points_whenever_it_was_put_on(model_ty
     assert torch.equal(own, logits)
     assert all(torch.equal(of_late[name], of_early[name]) for name in of_early)
     assert torch.equal(of_late[SHOWN[part]], seen[-1][0] if isinstance(seen[-1], tuple) else seen[-1])
+
+
+@pytest.mark.parametrize(
+    ("family", "word"), [("granitemoe", "residual_multiplier"), ("step3p7", "routed_scaling_factor")]
+)
+def test_hooks_show_the_product_with_the_factor_that_the_model_has_now(family, word):
+    """What MLPs add is in the stream, whatever was set after wrapping."""
+    hooked = HookedMoE.from_hf(build(family), check=False)
+    layer, before = hooked.moe_layers[-1], {}
+    wanted = [f"blocks.{layer}.{name}" for name in ("hook_resid_mid", "hook_mlp_out", "hook_resid_post")]
+    parts = [f"blocks.{layer}.mlp.{name}" for name in ("hook_routed_out", "hook_shared_out", "hook_out")]
+    parts = [name for name in parts if name in hooked.hook_dict]
+    for factor in (None, 0.25):
+        if factor is not None:
+            for module in hooked.original_model.modules():
+                if word in vars(module):
+                    setattr(module, word, factor)
+        _, cache = hooked.run_with_cache(tokens(2, 9), names_filter=wanted + parts)
+        mid, out, post = (cache[name] for name in wanted)
+        assert (mid + out - post).abs().max() <= 1e-6 * post.abs().max()
+        *added, whole = (cache[name] for name in parts)
+        assert (sum(added) - whole).abs().max() <= 1e-5 * whole.abs().max()
+        expert = cache[f"blocks.{layer}.mlp.hook_routed_out"]
+        before.setdefault("routed", expert)
+    assert (before["routed"] - expert).abs().max() > 0.1 * expert.abs().max()  # the factor acts

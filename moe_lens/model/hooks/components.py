@@ -91,7 +91,8 @@ class LayerPart(NamedParameters):
 
     residual_point: HookPoint | None = None
     """`hook_resid_mid` of the block, on the part that reads the stream after attention."""
-    multiplier: float = 1.0
+    multiplied: tuple[Any, str] | None = None
+    """The layer, and the name of its multiplier, where there is one."""
     shows_output: bool = True
     """Whether its output is shown here, and not at the input of a norm that it ends with."""
 
@@ -118,10 +119,11 @@ class LayerPart(NamedParameters):
         point = self.hook_out
         if not point.has_hooks() or not self.shows_output:
             return out
-        if self.multiplier == 1.0:
+        factor = 1.0 if self.multiplied is None else float(getattr(*self.multiplied))
+        if factor == 1.0:
             return point(out)
-        seen, edited = call_hook(point, out * self.multiplier)
-        return unscaled(seen, out, self.multiplier) if edited else out
+        seen, edited = call_hook(point, out * factor)
+        return unscaled(seen, out, factor) if edited else out
 
 
 class FlatTokens(GeneralizedComponent):

@@ -105,7 +105,7 @@ class Layer(KeptWhileHooked, BlockBridge):
         if layout.multiplier is not None:
             for key in (*MIXERS.values(), "mlp"):
                 if key in parts:
-                    parts[key].__dict__["multiplier"] = float(getattr(layer, layout.multiplier))
+                    parts[key].__dict__["multiplied"] = layer, layout.multiplier
         if "mlp" in parts and "ln2_post" in parts and str(layout.ln2_post).startswith(f"{layout.mlp}."):
             parts["mlp"].__dict__["shows_output"] = False
             parts["ln2_post"].__dict__["summed_point"] = parts["mlp"].hook_out

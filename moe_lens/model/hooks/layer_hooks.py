@@ -91,8 +91,8 @@ class LayerHooks:
         self._filled: Tensor | None = None
         self._scores: Callable[[], tuple[Tensor, Tensor]] | None = None
         self._choice: SelectionState | None = None
-        self.factors: dict[str, float] = {}
-        """What the family multiplies by after the experts, by hook; hooks show the product."""
+        self.factors: Callable[[], dict[str, float]] = dict
+        """What the family multiplies by after the experts at this moment, by hook; hooks show the product."""
 
     def start(self, batch: int, pos: int) -> dict[str, Any]:
         """A forward pass enters the layer with `batch` × `pos` tokens.
@@ -234,7 +234,7 @@ class LayerHooks:
         """Pass [tokens, …] through a hook that sees [batch, pos, …]."""
         if not self.has_listeners(name):
             return value
-        factor = self.factors.get(name, 1.0)
+        factor = self.factors().get(name, 1.0)
         view = value.reshape(self.batch, self.pos, value.shape[-1])
         seen, edited = call_hook(self.points[name], view.clone() if factor == 1.0 else view * factor)
         if not edited:
@@ -253,7 +253,7 @@ class LayerHooks:
         flat = value if place is not None else value.reshape(rows.numel(), *value.shape[2:])
         view = flat if len(flat) == len(rows) else F.pad(flat, (0, 0) * (flat.dim() - 1) + (0, 1))
         view = view.index_select(0, rows).view(self.batch, self.pos, -1, *flat.shape[1:])
-        factor = self.factors.get(name, 1.0)
+        factor = self.factors().get(name, 1.0)
         shown = view if factor == 1.0 else view * factor
         seen, edited = call_hook(self.points[name], shown)
         if not edited:

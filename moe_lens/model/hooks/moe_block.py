@@ -76,7 +76,7 @@ class MoEBlock(NamedParameters):
         rule = rule_of(family, router, experts.n_experts)
         hooks = LayerHooks(-1, linear_branch=experts.has_gate, shared=has_shared, counts=rule.counts)
         self.__dict__["hooks"] = hooks
-        hooks.factors = _factors(family, moe, router, self.layer)
+        hooks.factors = partial(_factors, family, moe, router, self.layer)
         if isinstance(self._modules.get("hook_router_scores"), HookPoint):
             self._hook_registry.pop("hook_router_scores")
             del self.hook_router_scores
