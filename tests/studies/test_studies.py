@@ -11,10 +11,12 @@ from moe_lens.data import Reading, TokenBatch
 from moe_lens.errors import InputError
 from moe_lens.stats import compare_domains
 from moe_lens.stats.parallel_sources import LANGUAGE
-from moe_lens.studies import RoutingStudy, run
+from moe_lens.report import sections
+from moe_lens.studies import RoutingStudy, SingleExpertStudy, run
 from moe_lens.studies.forward_passes import each_layer, losses, token_losses
 from tests.families import build, tokens
 from tests.planted import planted_domains, planted_model
+from tests.studies.tiny import domain, tiny_model
 
 LENGTHS = (12, 9, 12, 5, 11, 7)
 SOURCES = ("a", "b", "c", "a", "d", "b")
@@ -80,3 +82,12 @@ def test_parallel_sources_are_compared_as_such():
     assert all(f"{domain} to " in said for domain in found.domains) and "domain_nearer" in said
     with pytest.raises(InputError, match="no regular expression"):
         run(RoutingStudy(parallel="("), planted_model(), texts)
+
+
+def test_what_was_done_layer_by_layer_has_no_picture_of_all_layers():
+    study = SingleExpertStudy(k=(2,), layers="each")
+    found = run(study, tiny_model(), [domain("d")], reading=Reading(tokens=60, context=12))
+    assert found.tables["perplexity"]["layer"].notna().any()
+    with pytest.raises(InputError, match="one layer at a time"):
+        found.figure("perplexity_by_k")
+    assert sections.perplexity({"single_expert": found}) is None
