@@ -60,13 +60,15 @@ def of_item(model: Any, item: Any, length: int) -> Iterator[list[int]]:
         try:
             tokens = torch.as_tensor(item)
         except (TypeError, ValueError, RuntimeError):
-            tokens = torch.empty(0)
+            tokens = torch.tensor(torch.nan)  # no tokens: refused below
+        if tokens.numel() == 0 and tokens.ndim in (1, 2):  # of no dtype that says anything: [] is floating-point
+            return
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool or tokens.ndim not in (1, 2):
             raise InputError(
                 f"a corpus holds {a_kind(item)}; expected texts, token ids [pos] or [batch, pos], or batches "
                 "with `tokens` and `mask`"
             )
-        for row in tokens.view(-1, tokens.shape[-1]).tolist():
+        for row in (tokens if tokens.ndim == 2 else tokens[None]).tolist():
             yield from _cut(model, row, length, [])
 
 
@@ -80,8 +82,8 @@ def _cut(model: Any, ids: list[int], length: int, opening: list[int]) -> Iterato
         yield piece
 
 
-def endless(texts: Texts, skip: int = 0) -> Iterator[Any]:
-    """The items of a corpus but the first `skip`, over and over.
+def endless(model: Any, texts: Texts, context: int, skip: int = 0) -> Iterator[list[int]]:
+    """The rows of a corpus but those of its first `skip` items, over and over; empty ones are left out.
 
     Raises:
         InputError: It has ended and cannot be read again, or holds nothing.
@@ -90,9 +92,10 @@ def endless(texts: Texts, skip: int = 0) -> Iterator[Any]:
     while True:
         found = False
         for number, item in enumerate(texts):
-            if number >= skip:
-                found = True
-                yield item
+            for row in of_item(model, item, context) if number >= skip else ():
+                if row:
+                    found = True
+                    yield row
         if not found:
             raise InputError(
                 "the corpus holds nothing to train on"

@@ -140,8 +140,8 @@ class TunedLens(TranslatedLens):
             The lens; `lens.tuning` holds its held-out KL before and after training.
 
         Raises:
-            InputError: A corpus that is too short or holds something else, a checkpoint of another training, or a
-                training that diverges.
+            InputError: A corpus that is too short or holds something else, a checkpoint of another training or of
+                other texts, a training that diverges, or a model with nothing to train.
         """
         settings = TrainingSettings(
             steps=steps, batch=batch, context=context or int(model.cfg.n_ctx), lr=lr, seed=seed, mid=mid

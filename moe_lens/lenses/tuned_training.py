@@ -1,8 +1,9 @@
 """Training a TunedLens: KL to the model's own final distribution, over a stream of text, with checkpoints."""
 
+import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from moe_lens.by_value import digest_of
 from moe_lens.errors import InputError, several
-from moe_lens.lenses.token_rows import endless, of_item, padded, row_batches, rows, shuffled
+from moe_lens.lenses.token_rows import Rows, endless, of_item, padded, row_batches, rows, shuffled
 from moe_lens.lenses.training_summary import TrainingSummary
 from moe_lens.lenses.tuned_loss import Streams, TranslatedLens, divergences, sites
 from moe_lens.model.hooks.edits import edits
@@ -65,10 +66,16 @@ def train(
     """Train a lens in place; see `TunedLens.fit`.
 
     Raises:
-        InputError: nothing to train on, a checkpoint of another training, or a divergence that is not finite.
+        InputError: nothing to train or to train on, a checkpoint of another training, or a divergence that is not
+            finite.
     """
     if torch.is_inference_mode_enabled():
         raise InputError("training a lens needs gradients, which torch.inference_mode() forbids: leave it out")
+    if not sites(lens):
+        raise InputError(
+            "the model has one layer, and the stream that leaves the last one needs no translator: there is nothing to "
+            "train. Pass mid=True, or read with a LogitLens"
+        )
     model = lens.model
     texts = several(texts, "texts")
     skip, kept = (
@@ -83,12 +90,14 @@ def train(
     step = tokens = 0
     if checkpoint is not None:  # it takes a reading of all parameters
         run["model"] = parameters_digest(model.original_model)
+    stream = endless(model, texts, settings.context, skip)
+    batches = islice(row_batches(shuffled(stream, settings.seed), settings.batch), settings.steps)
+    trained = hashlib.sha256()
     if checkpoint is not None and checkpoint.exists():
-        step, tokens = _resume(checkpoint, optimizer, run)
-    stream = (row for item in endless(texts, skip) for row in of_item(model, item, settings.context) if row)
-    batches = islice(row_batches(shuffled(stream, settings.seed), settings.batch), step, settings.steps)
+        step, tokens = _resume(checkpoint, optimizer, run, batches, trained)
     with _bar(progress, step, settings.steps) as show:
         for batch in batches:
+            _note(trained, batch)
             streams = Streams(lens, batch)
             with torch.enable_grad():  # also where autograd was switched off for the rest of a notebook
                 loss = _gradients(lens, streams)
@@ -99,7 +108,7 @@ def train(
             step, tokens = step + 1, tokens + streams.tokens
             show(loss)
             if checkpoint is not None and (step % every == 0 or step == settings.steps):
-                _save(checkpoint, optimizer, {**run, "step": step, "tokens": tokens})
+                _save(checkpoint, optimizer, {**run, "step": step, "tokens": tokens, "texts": trained.hexdigest()})
     after = divergences(lens, evaluation)[0]
     _check_finite(float(after.sum()), step, settings)
     for site in sites(lens):
@@ -194,14 +203,29 @@ def _save(file: Path, optimizer: torch.optim.Adam, header: dict[str, Any]) -> No
     save_tensors(file, _KIND, tensors, header)
 
 
-def _resume(file: Path, optimizer: torch.optim.Adam, run: dict[str, Any]) -> tuple[int, int]:
-    """Take up a checkpoint: the steps and tokens that are done."""
+def _note(trained: Any, batch: Rows) -> None:
+    """Count a batch into the digest of what was trained on."""
+    for part in (batch.tokens, batch.mask):
+        trained.update(f"{tuple(part.shape)}".encode() + part.cpu().numpy().tobytes())
+
+
+def _resume(
+    file: Path, optimizer: torch.optim.Adam, run: dict[str, Any], batches: Iterator[Rows], trained: Any
+) -> tuple[int, int]:
+    """Take up a checkpoint, and pass over the batches that it has trained on: the steps and tokens that are done."""
     tensors, header = load_tensors(file, _KIND)
     other = {name: header.get(name) for name, value in run.items() if header.get(name) != value}
     if other:
         raise InputError(
             f"{file} is of another training: it has {json.dumps(other)}, this one "
             f"{json.dumps({name: run[name] for name in other})}. Call with the same arguments, or delete it"
+        )
+    for batch in islice(batches, int(header["step"])):
+        _note(trained, batch)
+    if header.get("texts") != trained.hexdigest():
+        raise InputError(
+            f"{file} is of another training: the texts of its {header['step']} steps are others than these. Call with "
+            "the same texts in the same order, or delete it"
         )
     for i, group in enumerate(optimizer.param_groups):
         (parameter,) = group["params"]

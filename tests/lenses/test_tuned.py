@@ -211,6 +211,11 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(model, tmp_path, mon
     assert not torch.equal(fitted(model, steps=2).weights[0], whole.weights[0])
     with pytest.raises(InputError, match=r'another training: it has \{"seed": 0\}, this one \{"seed": 5\}'):
         fitted(model, checkpoint=file, seed=5)
+    others = tokens(batch=40, pos=10, seed=7)
+    for corpus in (others, torch.cat([TOKENS[:20], others[:20]]), TOKENS.flip(0)):
+        with pytest.raises(InputError, match="texts of its 6 steps are others than these"):
+            fitted(model, corpus, checkpoint=file)
+    assert torch.equal(fitted(model, list(TOKENS), checkpoint=file).weights[0], whole.weights[0]), "the same, otherwise"
     with pytest.raises(InputError, match='it has {"held_out": '):  # evaluated on other texts of the same length
         fitted(model, checkpoint=file, held_out=tokens(batch=6, pos=10, seed=3))
     with (
@@ -240,10 +245,18 @@ def test_a_corpus_that_ends_is_read_again_or_refused(model):
         fitted(model, iter(TOKENS), held_out=None)
     with pytest.raises(InputError, match="has 7 rows, too few"):
         fitted(model, TOKENS[:7], held_out=None)
-    with pytest.raises(InputError, match="nothing to train on"):
-        fitted(model, [])
+    for nothing in ([], [torch.zeros(0).long()], [*TOKENS[:32], torch.zeros(2, 0), []]):
+        with pytest.raises(InputError, match="nothing to train on"):
+            fitted(model, nothing, held_out=None if len(nothing) > 32 else HELD_OUT)
     with pytest.raises(InputError, match="no held-out tokens"):
         fitted(model, held_out=[])
+
+
+def test_a_single_layer_has_nothing_to_train_but_in_its_middle():
+    one = HookedMoE.from_hf(build("mixtral", num_hidden_layers=1))
+    with pytest.raises(InputError, match="one layer, .* nothing to train. Pass mid=True"):
+        fitted(one, mid=False)
+    assert fitted(one, steps=1).mid is not None
 
 
 @pytest.mark.parametrize(
@@ -537,7 +550,8 @@ def test_texts_become_windows_each_opened_by_bos(embedded):
 def test_tokens_are_taken_as_they_are(model):
     batch = padded([[5, 6, 7], [8, 9]])
     for corpus in ([[5, 6, 7], [8, 9]], [torch.tensor([5, 6, 7]), torch.tensor([[8, 9]])], [batch]):
-        assert list(rows(model, corpus)) == [[5, 6, 7], [8, 9]]
+        for empty in ([], [torch.tensor([]), torch.zeros(2, 0).long(), []]):
+            assert list(rows(model, [*corpus, *empty])) == [[5, 6, 7], [8, 9]]
     assert list(rows(model, TOKENS[:1], context=4)) == [
         TOKENS[0, :4].tolist(),
         TOKENS[0, 4:8].tolist(),
@@ -551,6 +565,8 @@ def test_tokens_are_taken_as_they_are(model):
         ("a text", "put it in a list"),
         ([{"text": "a"}], "holds a dict"),
         ([torch.zeros(3)], "holds a Tensor"),
+        ([torch.zeros(1, 1, 0)], "holds a Tensor"),
+        ([object()], "holds an? object"),
         ([[5, 101]], "tokens from 5 to 101, and the model has 0 to 100"),
     ],
 )
