@@ -18,6 +18,7 @@ from moe_lens.ids import ids
 from moe_lens.interventions import ablation, any_k, rerouting
 from moe_lens.interventions.intervention import Intervention, check_interventions
 from moe_lens.model.experts.expert_weights_view import grouped_product
+from moe_lens.model.experts.offloaded_experts import check_unwritten, renew_placeholders
 from moe_lens.model.experts.quantised import Wish
 from moe_lens.model.hooks.adapter import build_adapter
 from moe_lens.model.hooks.expert_kernel import experts_forward
@@ -165,6 +166,7 @@ class HookedMoE(Summary, GeneratingBridge):
         known_as = name or getattr(model.config, "name_or_path", "") or family_name(model)
         with undone_on_error(model), modes_kept(model):
             capture_once(model)
+            renew_placeholders(model)
             adapter, family = build_adapter(model, known_as)
             hooked = cls(model, adapter, tokenizer, family)
             hooked._check_model()
@@ -182,6 +184,7 @@ class HookedMoE(Summary, GeneratingBridge):
         """
         self._check_places()
         model: Any = self.original_model
+        check_unwritten(model)
         save_pretrained(model, self._original_names, self.tokenizer, Path(folder), **kwargs)
 
     # --- what the model is ---

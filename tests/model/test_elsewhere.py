@@ -152,6 +152,35 @@ def test_a_selection_bias_is_part_of_what_a_model_is_known_by():
     assert parameters_digest(model) == known
 
 
+WRITES = {
+    "experts.down_proj": lambda model: model.original_model.model.layers[2].mlp.experts.down_proj[:].zero_(),
+    "model.norm.w": lambda model: model.ln_final.w.mul_(2),
+    "layers.0.mlp": lambda model: model.blocks[0].mlp.W_in.mul_(2),
+    "q_proj.weight": lambda model: model.blocks[2].attn.q.weight.mul_(2),
+    "1.input_layernorm.weight": lambda model: setattr(
+        model.original_model.model.layers[1].input_layernorm, "weight", torch.nn.Parameter(torch.full((32,), 3.0))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+@pytest.mark.parametrize("ran", [False, True], ids=["before a pass", "after one"])
+def test_what_is_written_to_a_parameter_on_disk_is_not_lost_in_silence(name, ran, tmp_path):
+    build("deepseek").save_pretrained(tmp_path / "model")
+    whole = HookedMoE.from_pretrained(tmp_path / "model", check=False)
+    away = HookedMoE.from_pretrained(tmp_path / "model", check=False, device_map=ALL)
+    ids = tokens(1, 5)
+    with torch.no_grad():
+        before = whole(ids)
+        assert not ran or torch.equal(away(ids), before)
+        for model in (whole, away):
+            WRITES[name](model)
+        assert not torch.equal(whole(ids), before)
+        for refused in (lambda: away(ids), lambda: away.generate(ids, max_new_tokens=1), away.save_pretrained):
+            with pytest.raises(InputError, match=rf"{name}[.\w]* was written to and is kept elsewhere"):
+                refused(*([tmp_path / "new"] if refused == away.save_pretrained else []))
+
+
 def test_a_model_on_disk_is_saved_whole(pair, tmp_path):
     whole, away = pair
     away.save_pretrained(tmp_path / "saved")

@@ -12,6 +12,7 @@ from accelerate.utils import has_offloaded_params
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moe_lens.errors import InputError
 from moe_lens.model.experts.packed import ReadOnly
 
 
@@ -50,6 +51,48 @@ def without_numbers(module: nn.Module) -> str | None:
             if value.is_meta and not is_elsewhere(part, name):
                 return f"{owner}.{name}".lstrip(".")
     return None
+
+
+def renew_placeholders(model: nn.Module) -> None:
+    """Put new parameters in the places of those that are kept elsewhere, so that `check_unwritten` counts from now.
+
+    transformers has initialised the old ones, which counts as writing, before it put them away.
+    """
+    renewed: dict[int, nn.Parameter] = {}
+    for module, name, old in _put_away(model):
+        if old.is_meta:
+            made = renewed.setdefault(id(old), nn.Parameter(torch.empty_like(old), old.requires_grad))
+            module._parameters[name] = made
+
+
+def check_unwritten(model: nn.Module) -> None:
+    """Nothing, where no parameter that is kept elsewhere was written to since the last pass, which would be lost.
+
+    Raises:
+        InputError: one was, or another one was put in its place; names it.
+    """
+    for module, name, parameter in _put_away(model):
+        if not parameter.is_meta or (not parameter.is_inference() and parameter._version):
+            path = next(path for path, part in model.named_modules() if part is module)
+            found = f"{path}.{name}".replace("_original_component.", "")
+            raise InputError(
+                f"{found} was written to and is kept elsewhere (on disk, or in main memory for a GPU): every "
+                "pass reads it from there, and what was written is lost. Load the model again, with this part in "
+                "memory (device_map, max_memory or quantize), to write to it; or edit what it computes with hooks"
+            )
+
+
+def _put_away(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Modules with parameters that accelerate puts away after each pass, with their names.
+
+    And what a wrapper calls by another name (`ln_final.w`): still the placeholder that was there when it was made.
+    """
+    for module in model.modules() if getattr(model, "hf_device_map", None) else ():
+        aliases = ((n, value) for n, value in vars(module).items() if isinstance(value, nn.Parameter) and value.is_meta)
+        own = module._parameters.items() if has_offloaded_params(module) else ()
+        for name, parameter in (*own, *aliases):
+            if parameter is not None:
+                yield module, name, parameter
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_lens.checked import Natural
 from moe_lens.errors import InputError, UnsupportedModelError
-from moe_lens.model.experts.offloaded_experts import without_numbers
+from moe_lens.model.experts.offloaded_experts import check_unwritten, without_numbers
 from moe_lens.model.hooks.arguments import forward_words, further_words, refuse_unknown
 from moe_lens.model.hooks.cache_names import CACHE, PAST, fitting_cache, name_as_transformer_lens
 from moe_lens.model.hooks.forward_checks import (
@@ -69,7 +69,7 @@ class _Running:
 def tell_tokens(
     prompt: Tensor | None,
     claim: Any,
-    module: Any,  # noqa: ARG001
+    module: Any,
     args: Any,  # noqa: ARG001
     kwargs: dict[str, Any],
 ) -> None:
@@ -86,6 +86,7 @@ def tell_tokens(
         HookError: a hook function runs the model that runs it.
     """
     claim.owner.check_between_passes()
+    check_unwritten(module)
     ids = kwargs.get("input_ids")
     values = kwargs.get("inputs_embeds") if ids is None else ids
     if values is None:
@@ -325,6 +326,7 @@ class ExpertBridge(InputReader):
         if mask is not None and mask.dtype == torch.bool and mask.dim() == 4 and self._attends_eagerly():
             mask = additive(mask, self.original_model.dtype)  # pyright: ignore[reportArgumentType]
         self.owner.check_between_passes()
+        check_unwritten(self.original_model)
         claim = ForwardClaim(self)
         with claim, fitting_cache(past):
             claim.running = _Running(given, before := n_held(past))
