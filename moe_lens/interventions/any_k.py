@@ -47,7 +47,8 @@ def use_experts(
         k: number of experts of every token, 1 to all.
         mass: the fewest experts, in the order of selection, whose shares sum to at least this: top-p routing
             (arXiv 2403.07652); above 0 and at most 1.
-        threshold: the experts whose share is at least this, above 0 and at most 1.
+        threshold: as many experts as have a share of at least this, above 0 and at most 1, in the order of selection:
+            where a bias or groups decide the choice, they need not be those.
         entropy: this number times exp(entropy of the shares in nats), rounded; exp(entropy) is the effective number of
             experts; above 0.
         least: no token has fewer; for mass, threshold and entropy.

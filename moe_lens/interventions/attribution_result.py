@@ -1,11 +1,13 @@
 """What an attribution gives: a value for each expert or rank of each layer, and for each position."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -93,6 +95,12 @@ class ExpertAttribution(Drawn):
             raise InputError(
                 f"got routing {self.routing!r} {tuple(self.values.shape)} and {frozen.routing!r} "
                 f"{tuple(frozen.values.shape)}; expected 'free' and 'frozen' of one shape"
+            )
+        if not math.isclose(self.clean, frozen.clean, rel_tol=1e-5) or not torch.equal(self.count, frozen.count):
+            slots = int(self.count.sum()), int(frozen.count.sum())
+            raise InputError(
+                f"the two are of other inputs or selections: the metric is {self.clean:.6g} here and "
+                f"{frozen.clean:.6g} there, on {slots[0]} and {slots[1]} slots; expected the same"
             )
         return replace(self, routing="free − frozen", values=self.values - frozen.values, difference=None)
 

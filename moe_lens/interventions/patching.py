@@ -66,6 +66,7 @@ def patch(
         InputError: inputs of different lengths, an unknown site or axis, a selection that does not fit, a metric that
             is not a finite scalar, or experts' outputs or routing where tokens have different numbers of experts.
     """
+    over = tuple(several(over, "axes"))
     chosen = _check(model, site, over, direction, selection or Selection())
     layers = _layers(model, site, chosen)
     keep = [name for layer in layers for name in SITES[site].names(layer)]
@@ -179,7 +180,7 @@ def _layers(model: Any, site: str, chosen: Selection) -> tuple[int, ...]:
     return layers
 
 
-def _check(model: Any, site: str, over: Sequence[str], direction: str, chosen: Selection) -> Selection:
+def _check(model: Any, site: str, over: tuple[str, ...], direction: str, chosen: Selection) -> Selection:
     """The selection, if everything fits together.
 
     Raises:
@@ -189,8 +190,8 @@ def _check(model: Any, site: str, over: Sequence[str], direction: str, chosen: S
         raise InputError(f"there is no site {site!r}; expected one of {', '.join(SITES)}")
     units = SITES[site].units
     valid = [("layer", *unit, *pos) for unit in ((), *((u,) for u in units)) for pos in ((), ("pos",))]
-    if tuple(several(over, "axes")) not in valid:
-        raise InputError(f"{site} cannot be swept over {tuple(over)}; expected one of {', '.join(map(str, valid))}")
+    if over not in valid:
+        raise InputError(f"{site} cannot be swept over {over}; expected one of {', '.join(map(str, valid))}")
     if direction not in get_args(Direction):
         raise InputError(f'direction is {direction!r}; expected "denoising" or "noising"')
     if chosen.shared:

@@ -37,7 +37,8 @@ def expert_activations(
     """
     from circuitsvis.activations import text_neuron_activations
 
-    chosen, values = _weights(tokens, routing, layers, batch)
+    chosen, exact = _weights(tokens, routing, layers, batch)
+    values = _rounded(exact)
     rendered = text_neuron_activations(
         as_html(tokens), values, "Layer", "Expert", first_dimension_labels=[str(layer) for layer in chosen]
     )
@@ -69,7 +70,7 @@ def top_expert_tokens(
 
     made = [_weights(tokens, routing, layers, 0) for tokens, routing in _pairs(texts, routings)]
     shown = [as_html(tokens) for tokens in texts]
-    values = [of.permute(1, 0, 2).contiguous().numpy() for _, of in made]
+    values = [_rounded(of, 2 * DIGITS).permute(1, 0, 2).contiguous().numpy() for _, of in made]  # sorted by these
     labels = [str(layer) for layer in made[0][0]]
     rendered = topk_tokens(shown, values, max_k=most, third_dimension_name="Expert", first_dimension_labels=labels)
     return drawn(rendered, f"the tokens of {len(texts)} texts", f"{_FEWER}, or most=")
@@ -116,14 +117,17 @@ def top_expert_contexts(
         values.append([])
         for expert in numbers:
             column = every[:, row, expert]
-            best = [at for at in column.argsort(descending=True, stable=True)[:most].tolist() if column[at] > 0]
+            order = column.nan_to_num(-1).argsort(descending=True, stable=True)[:most].tolist()
+            best = [at for at in order if not column[at].isnan()]
             spans = []
             for at in best:
                 number = int(text_of[at])
                 place = at - int(starts[number])
                 spans.append((number, max(0, place - around), min(len(shown[number]), place + around + 1)))
             words[-1].append([shown[text][low:high] for text, low, high in spans] or [[NOBODY]])
-            values[-1].append([made[text][1][low:high, row, expert].tolist() for text, low, high in spans] or [[0.0]])
+            values[-1].append(
+                [made[text][1][low:high, row, expert].nan_to_num(0).tolist() for text, low, high in spans] or [[0.0]]
+            )
     rendered = topk_samples(
         words,
         [[[[round(value, DIGITS) for value in one] for one in of] for of in layer] for layer in values],
@@ -177,7 +181,7 @@ def _pairs(texts: Sequence[Sequence[str]], routings: Sequence[Routing]) -> list[
 def _weights(
     tokens: Sequence[str], routing: Routing, layers: Iterable[int] | None, batch: int
 ) -> tuple[list[int], Float[Tensor, "pos layer n_experts"]]:
-    """Layers, and the weight that each token gives each expert, rounded."""
+    """Layers, and the weight that each token gives each expert; NaN where it has not selected it."""
     chosen = list(routing.layers if layers is None else ids("layers", layers))
     of = [of_row(tokens, routing.layer(layer), batch) for layer in chosen]
     count = len(tokens) * len(chosen) * routing.n_experts
@@ -185,11 +189,16 @@ def _weights(
         too_much(
             count * SMALLEST, f"{len(tokens):,} tokens × {len(chosen)} layers × {routing.n_experts} experts", _FEWER
         )
-    dense = torch.zeros(len(tokens), len(chosen), routing.n_experts + 1, dtype=torch.float64)  # one for empty slots
+    shape = len(tokens), len(chosen), routing.n_experts + 1  # one for empty slots
+    dense = torch.full(shape, torch.nan, dtype=torch.float64)
     for row, (indices, weights) in enumerate(of):
         at = indices.cpu().long().masked_fill(indices.cpu() < 0, routing.n_experts)
         dense[:, row].scatter_(1, at, weights.detach().cpu().double())
-    return chosen, dense[..., :-1].mul(10**DIGITS).round().div(10**DIGITS)
+    return chosen, dense[..., :-1]
+
+
+def _rounded(values: Float[Tensor, "*axes"], digits: int = DIGITS) -> Float[Tensor, "*axes"]:
+    return values.nan_to_num(0).mul(10**digits).round().div(10**digits)
 
 
 def _said(values: Tensor) -> str:

@@ -521,6 +521,9 @@ def test_re_routing_needs_a_pair() -> None:
     direct = expert_attribution(case.model, case.tokens, Loss(case.tokens), method="direct", routing="frozen")
     with pytest.raises(InputError, match="method is 'gradient' here and 'direct' there"):
         free.rerouting(direct)
+    other = expert_attribution(case.model, case.tokens.flip(1), Loss(case.tokens), routing="frozen")
+    with pytest.raises(InputError, match="the two are of other inputs or selections"):
+        free.rerouting(other)
 
 
 @pytest.mark.slow

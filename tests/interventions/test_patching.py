@@ -356,7 +356,7 @@ def test_results_go_to_frames_and_files(tmp_path: Path):
         ({"selection": Selection(shared=True)}, "shared_out"),
         ({"site": "expert_out", "selection": Selection(layers=[0])}, "layer 0 is dense"),
         (
-            {"site": "expert_out", "over": ("layer", "rank"), "selection": Selection(experts={1: [0]})},
+            {"site": "expert_out", "over": ["layer", "rank"], "selection": Selection(experts={1: [0]})},
             "the selection names experts, and the sweep goes over ranks",
         ),
         ({"metric": lambda logits: logits.sum(-1)}, "expected a floating-point scalar"),

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -85,6 +86,16 @@ def test_contexts_are_around_the_largest_weights():
     assert [max(one) for one in values] == pytest.approx([weight for weight, _ in best], abs=5e-4)
     assert [of[one.index(max(one))] for of, one in zip(words, values, strict=True)] == [word for _, word in best]
     assert all(len(of) <= 5 for of in words)
+
+
+def test_small_weights_are_told_apart_and_their_tokens_have_selected():
+    indices, weights = np.array([[[[0, 1]] * 3]]), np.array([[[[0.9, 0.00041], [0.9, 0.00039], [0.8, 0.00045]]]])
+    given = Routing.from_arrays(indices, weights, 4)
+    words = props(viz.top_expert_contexts([["a", "b", "c"]], [given], most=1, around=1), "tokens")[0]
+    assert words[1] == [["b", "c"]]
+    assert words[2] == [["no token selected this expert"]]  # the control
+    order = props(viz.top_expert_tokens([["a", "b", "c"]], [given], most=3), "topkIdxs")[0][0]
+    assert [row[1] for row in order] == [2, 0, 1]
 
 
 def test_log_probabilities_stand_side_by_side_with_their_differences():
