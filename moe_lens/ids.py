@@ -10,7 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from moe_lens.checked import Natural
-from moe_lens.errors import InputError
+from moe_lens.errors import InputError, a_kind
 
 
 class Ids(tuple[int, ...]):
@@ -108,8 +108,11 @@ def as_mask(name: str, values: Tensor) -> Bool[Tensor, "*shape"]:
         values: the mask.
 
     Raises:
-        InputError: other numbers, as in a mask that is added to attention's scores, where 0 means what is real.
+        InputError: no tensor, or other numbers, as in a mask that is added to attention's scores, where 0 means what is
+            real.
     """
+    if not isinstance(values, Tensor):
+        raise InputError(f"{name} is {a_kind(values)}; expected a tensor of ones and zeros, or of booleans")
     if values.is_meta or bool(((values == 0) | (values == 1)).all()):
         return values.bool()
     raise InputError(f"{name} holds other numbers than 1 (a real token) and 0 (padding)")

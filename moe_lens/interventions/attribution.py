@@ -154,7 +154,8 @@ def _warn_if_incomplete(sums: dict[int, float], difference: Tensor, held: list[i
         warnings.warn(
             f"integrated gradients of layers {off} sum to {', '.join(f'{sums[layer]:.3g}' for layer in off)}, and the "
             f"metric changes by {', '.join(f'{owed[layer]:.3g}' for layer in off)} (`difference`): take more steps; "
-            'where a norm follows the experts\' sum these do not help, and method="knockout" does',
+            "where a norm follows the experts' sum, or routing jumps on the way (PhiMoE, JetMoE), "
+            'these do not help, and method="knockout" does',
             stacklevel=4,
         )
 

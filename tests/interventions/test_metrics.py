@@ -198,6 +198,16 @@ def test_what_cannot_be_a_metric_is_refused(metric: Callable[[Tensor], Any], say
         evaluate(metric, logits())
 
 
+@pytest.mark.untyped
+def test_a_mask_that_is_no_tensor_is_refused_at_once() -> None:
+    words: Any = [[1, 1, 1]]
+    tokens = torch.zeros(1, 3, dtype=torch.long)
+    for name in ("mask", "counted"):
+        with pytest.raises(InputError, match=f"{name} is a list; expected a tensor of ones and zeros"):
+            Loss(tokens, **{name: words})
+    assert Loss(tokens, torch.tensor(words)).reads(1, 3).tolist() == [[True, True, False]]
+
+
 def test_a_mask_of_another_shape_is_refused_at_once() -> None:
     with pytest.raises(InputError, match=r"mask of shape \(3, 4\); expected \(3, 5\)"):
         Loss(ids(), torch.ones(3, 4))
