@@ -152,6 +152,30 @@ def test_a_selection_bias_is_part_of_what_a_model_is_known_by():
     assert parameters_digest(model) == known
 
 
+def test_heads_neurons_and_parameters_by_name_are_those_in_memory(pair):
+    """TransformerLens leaves out of `get_params` what it cannot read."""
+    found: list[dict[str, Any]] = []
+    for model in pair:
+        _, cache = model.run_with_cache(tokens(2, 9))
+        resid = cache.get_full_resid_decomposition(expand_neurons=model.family.model_type != "gpt_oss")
+        found.append(
+            {
+                **model.get_params(),
+                "heads": cache.stack_head_results(layer=3),
+                "neurons": cache.stack_neuron_results(3),
+                "resid": resid,
+                "bias": model.accumulated_bias(3),
+            }
+        )
+        assert model.cfg.device == "cpu", "where tokens go"
+    mine, theirs = found[1], found[0]
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert all(p.is_meta for p in pair[1].original_model.parameters()), "nothing stays"
+    with pytest.raises(InputError, match="writes to a copy"):
+        mine["ln_final.w"].mul_(2)
+
+
 WRITES = {
     "experts.down_proj": lambda model: model.original_model.model.layers[2].mlp.experts.down_proj[:].zero_(),
     "model.norm.w": lambda model: model.ln_final.w.mul_(2),

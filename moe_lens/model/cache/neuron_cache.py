@@ -15,6 +15,7 @@ from moe_lens.errors import HookError
 from moe_lens.model.cache.hook_cache import Cut, as_slice
 from moe_lens.model.cache.logit_attribution import gain
 from moe_lens.model.cache.sum_cache import SumCache
+from moe_lens.model.experts.offloaded_experts import at_hand
 from moe_lens.routing import output_factors
 
 
@@ -47,9 +48,11 @@ class NeuronCache(SumCache):
         layer = self._layer(layer)
         where, neurons = self._where(pos_slice), as_slice(neuron_slice)
         if layer not in self.model.moe_layers:
-            scale = getattr(self.model.blocks[layer].mlp, "multiplier", 1.0)
-            onto = None if project_output_onto is None else project_output_onto.to(self.model.blocks[layer].mlp.W_out)
-            found = super().get_neuron_results(layer, neurons, where, onto)
+            mlp = self.model.blocks[layer].mlp
+            scale, onto = getattr(mlp, "multiplier", 1.0), project_output_onto
+            with at_hand(mlp):
+                onto = None if onto is None else onto.to(mlp.W_out)
+                found = super().get_neuron_results(layer, neurons, where, onto)
             return found if scale == 1.0 else found * scale
         indices, acts = self._weighted_neurons(layer, where)
         acts, matrix = neurons.apply(acts, dim=-1), neurons.apply(self.model.W_out[layer].detach(), dim=1)
@@ -157,6 +160,7 @@ class NeuronCache(SumCache):
             yield single("shared", taken(names.mlp(names.SHARED_OUT, layer)))
         indices = taken(names.mlp(names.EXPERT_INDICES, layer))
         if (bias := self.model._experts(layer).second()[1]) is not None:
+            bias = bias if isinstance(bias, Tensor) else bias.read(range(bias.shape[0]))
             weights = output_factors(taken(names.mlp(names.ROUTING_WEIGHTS, layer)), self.model.family)
             weights = weights * taken(names.mlp(names.EXPERT_KEPT, layer))
             yield single("bias", (weights[..., None] * bias.detach()[indices.to(bias.device)].to(weights)).sum(-2))

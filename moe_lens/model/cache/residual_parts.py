@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities import Slice
 
 from moe_lens import names
@@ -13,6 +12,7 @@ from moe_lens.checked import FromEnd
 from moe_lens.errors import HookError
 from moe_lens.model.cache.hook_cache import Cut
 from moe_lens.model.cache.neuron_cache import NeuronCache, Reader
+from moe_lens.model.experts.offloaded_experts import at_hand
 
 
 class ResidualPartsCache(NeuronCache):
@@ -160,7 +160,7 @@ class ResidualPartsCache(NeuronCache):
             if there:
                 yield [label], read(where.apply(self[label], -2)[None])
         # of attention that is taken apart: what is one component has its bias in it
-        bias = TransformerBridge.accumulated_bias(self.model, end, mlp_input, include_mlp_biases=expand_neurons)
+        bias = self.model._accumulated_bias(end, mlp_input, include_mlp_biases=expand_neurons)
         yield ["bias"], read(bias.to(heads.device).expand(1, *heads.shape[1:]))
 
     def stack_head_results(
@@ -208,7 +208,9 @@ class ResidualPartsCache(NeuronCache):
             for layer in range(self.model.cfg.n_layers)
         )
         with torch.set_grad_enabled(in_graph and torch.is_grad_enabled()):
-            return self._make_head_results()
+            wanted = [at for at in range(self.model.cfg.n_layers) if f"blocks.{at}.attn.hook_result" not in self]
+            with at_hand(*(self.model.blocks[at]._modules.get("attn") for at in wanted)):
+                return self._make_head_results()
 
     def _make_head_results(self) -> bool:
         for layer in range(self.model.cfg.n_layers):

@@ -4,11 +4,13 @@ In a pass they come by themselves. Outside one, a parameter is on the meta devic
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
-from accelerate.utils import has_offloaded_params
+from accelerate.utils import align_module_device, has_offloaded_params
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -93,6 +95,31 @@ def _put_away(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
         for name, parameter in (*own, *aliases):
             if parameter is not None:
                 yield module, name, parameter
+
+
+class at_hand(ExitStack):  # noqa: N801  # used as a function is
+    """While parameters of some modules that are kept elsewhere are in memory; what is entered are those modules.
+
+    Names that TransformerLens gives them (`mlp.W_out`) are those of what is in memory meanwhile.
+    """
+
+    def __init__(self, *modules: Any):
+        super().__init__()
+        self.inside = [part for module in modules if isinstance(module, nn.Module) for part in module.modules()]
+        self.away = [
+            part for part in self.inside if any(is_elsewhere(part, n) for n, _ in part.named_parameters(recurse=False))
+        ]
+
+    def __enter__(self) -> Any:
+        for module in self.away:
+            self.enter_context(align_module_device(module))
+        for module in self.inside if self.away else ():
+            held = vars(module)
+            for alias, path in getattr(type(module), "property_aliases", {}).items():
+                if isinstance(old := held.get(alias), Tensor) and old.is_meta:
+                    self.callback(held.__setitem__, alias, old)
+                    held[alias] = attrgetter(path)(module)
+        return self.away
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from moe_lens import names
 from moe_lens.checked import Natural
 from moe_lens.errors import HookError, InputError, UnsupportedModelError
 from moe_lens.model.experts.expert_weights_view import Experts, top_k_of
+from moe_lens.model.experts.offloaded_experts import device_of
 from moe_lens.model.families.table import Family
 from moe_lens.model.hooks.cache_names import Driver
 from moe_lens.model.hooks.checked_point import CheckedPoint, check_points
@@ -113,6 +114,8 @@ class HookTable(RefusedMethods):
             alone = place.type != "meta" and getattr(cfg, "n_devices", 1) == 1 and not hasattr(model, "hf_device_map")
             if alone and cfg.device is not None and torch.device(cfg.device).type != place.type:
                 cfg.device = str(place)
+            elif cfg.device == "meta":  # on disk: where it comes to
+                cfg.device = str(device_of(model.get_input_embeddings()))
         return cfg
 
     @cfg.setter

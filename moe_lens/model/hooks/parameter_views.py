@@ -1,16 +1,14 @@
 """`model.W_*`: parameters in TransformerLens's orientation, wherever they are kept."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from moe_lens.errors import AbsentParameterError, UnsupportedModelError
 from moe_lens.model.experts.layer_parameters import LayerParameters
-from moe_lens.model.experts.offloaded_experts import is_elsewhere, numbers_of
+from moe_lens.model.experts.offloaded_experts import at_hand, numbers_of
 from moe_lens.model.experts.packed import Matrices, ReadOnly
 from moe_lens.model.hooks.absent_parameters import absent
 from moe_lens.model.hooks.components import LayerPart
@@ -57,7 +55,7 @@ class ParameterViews(HookTable):
     def W_U(self) -> Tensor:
         """The unembedding, [d_model, d_vocab]."""
         self._check_places()
-        with _at_hand(self.unembed) as away:
+        with at_hand(self.unembed) as away:
             found = super().W_U
         return found.as_subclass(ReadOnly) if away else _own(found, self.unembed)
 
@@ -65,9 +63,26 @@ class ParameterViews(HookTable):
     def W_E(self) -> Tensor:
         """The embedding, [d_vocab, d_model]."""
         self._check_places()
-        with _at_hand(self.embed) as away:
+        with at_hand(self.embed) as away:
             found = super().W_E
         return found.as_subclass(ReadOnly) if away else _own(found, self.embed)
+
+    def get_params(self) -> dict[str, Tensor]:
+        """TransformerLens's: parameters outside experts, by its names; read-only copies where some are not in memory.
+
+        TransformerLens would leave out those that are not.
+        """
+        self._check_places()
+        blocks: Any = self.blocks
+        parts = [
+            part
+            for at, block in enumerate(blocks)
+            for name, part in block._modules.items()
+            if name != "mlp" or at not in self.moe_layers
+        ]
+        with at_hand(self.embed, self.unembed, self.ln_final, *parts) as away:
+            found = super().get_params()
+        return {name: value.as_subclass(ReadOnly) for name, value in found.items()} if away else found
 
     def _stack_block_params(self, attr_path: str, reshape_fn: Any = None) -> Tensor:
         """TransformerLens's, for W_Q and its like: a copy of what all layers have."""
@@ -77,7 +92,7 @@ class ParameterViews(HookTable):
         parts = [found for block in blocks if (found := block._modules.get(part)) is not None]
         if not parts:
             raise AbsentParameterError(f"{name}: no layer of this model has {part} hooks")
-        with _at_hand(*parts):
+        with at_hand(*parts):
             try:
                 return super()._stack_block_params(attr_path, reshape_fn)
             except (AttributeError, ValueError) as error:  # a bias that is not there; layers of several sizes
@@ -102,7 +117,14 @@ class ParameterViews(HookTable):
                 inner = part.original_component if isinstance(part, LayerPart) else None
                 if getattr(getattr(inner, "o_proj", None), "bias", None) is not None:
                     raise absent("accumulated_bias", inner)
-        return super().accumulated_bias(layer, mlp_input, include_mlp_biases)
+        return self._accumulated_bias(layer, mlp_input, include_mlp_biases)
+
+    def _accumulated_bias(self, layer: int, mlp_input: bool, include_mlp_biases: bool) -> Tensor:
+        """The same of those parts of layers that TransformerLens takes apart."""
+        blocks: Any = self.blocks
+        dense = [block.mlp for at, block in enumerate(blocks) if include_mlp_biases and at not in self.moe_layers]
+        with at_hand(*(block._modules.get("attn") for block in blocks), *dense):
+            return super().accumulated_bias(layer, mlp_input, include_mlp_biases)
 
     def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
         """As TransformerLens's.
@@ -140,17 +162,3 @@ def _own(found: Tensor, module: Any) -> Tensor:
 def _parameter(module: nn.Module, path: str) -> Tensor:
     owner, _, name = path.rpartition(".")
     return numbers_of(module.get_submodule(owner), name)
-
-
-class _at_hand(ExitStack):  # noqa: N801  # used as a function is
-    """While parameters of some modules that are kept elsewhere are in memory; what is entered are those modules."""
-
-    def __init__(self, *modules: Any):
-        super().__init__()
-        inside = (part for module in modules if isinstance(module, nn.Module) for part in module.modules())
-        self.away = [m for m in inside if any(is_elsewhere(m, name) for name, _ in m.named_parameters(recurse=False))]
-
-    def __enter__(self) -> Any:
-        for module in self.away:
-            self.enter_context(align_module_device(module))
-        return self.away
