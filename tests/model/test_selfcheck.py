@@ -141,3 +141,15 @@ def test_a_field_that_the_family_reads_is_no_reason_to_refuse_hooks_inside_atten
         found, _ = HookedMoE.from_hf(hf).run_with_cache(tokens())
     torch.testing.assert_close(found, plain, rtol=0, atol=1e-4)
     assert (build("olmoe")(tokens()).logits - plain).abs().max() > 1, "negative control: it is obeyed"
+
+
+def test_attention_that_is_made_bidirectional_later_is_not_shown_as_causal() -> None:
+    model = HookedMoE.from_hf(hf := build("qwen3_moe"))
+    with torch.no_grad():
+        causal = model(tokens())
+        hf.config.is_causal = False
+        assert (model(tokens()) - causal).abs().max() > 0.1, "negative control: it is obeyed"
+        with pytest.raises(HookError, match="layer 0: is_causal is False, so that tokens attend to later ones"):
+            model.run_with_cache(tokens())
+        hf.config.is_causal = True
+        torch.testing.assert_close(model.run_with_cache(tokens())[0], causal, rtol=0, atol=1e-4)

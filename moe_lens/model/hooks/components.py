@@ -230,6 +230,13 @@ class Attention(NamedParameters):
                     "largest value, since it obeys a field of the config that this family ignores (such as clip_qkv), "
                     "or ignores one. Leave these hooks out: run_with_cache(…, names_filter=…)"
                 )
+            causal = all(getattr(of, "is_causal", True) for of in (component, component.config))
+            if not causal and kwargs.get("attention_mask") is None:
+                raise HookError(
+                    f"layer {component.layer_idx}: is_causal is False, so that tokens attend to later ones, and there "
+                    "are hooks inside attention, which TransformerLens computes again for them, and causal. Leave "
+                    "these hooks out: run_with_cache(…, names_filter=…)"
+                )
             kwargs["attention_mask"] = _mask_of_unfilled(component, past, args, kwargs)
             if not latent:
                 return self.reconstructed(*args, past=past, **kwargs)
