@@ -184,8 +184,12 @@ def _cell(value: Any) -> str:
 
 
 def visible(text: str) -> str:
-    """A text of several lines with every other control character by its code: names in it may hold any."""
-    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
+    """A text of several lines with every other control character by its code, those of direction, too."""
+    return re.sub(
+        r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]",
+        lambda found: repr(found[0])[1:-1],
+        text,
+    )
 
 
 def _console() -> Any:

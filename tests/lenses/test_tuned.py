@@ -196,6 +196,7 @@ class Interrupted:
             yield row
 
 
+@pytest.mark.typed
 def test_an_interrupted_training_ends_as_if_it_had_not_been(model, tmp_path, monkeypatch):
     whole = fitted(model, checkpoint=tmp_path / "whole")
     file = tmp_path / "run" / "state.safetensors"

@@ -87,6 +87,7 @@ def test_a_hook_of_torch_that_changes_what_hooks_have_shown_is_refused(
         listened(model)
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize(("model_type", "part"), READ)
 def test_a_hook_of_torch_that_reads_a_router_sees_what_hooks_show(model_type: str, part: str) -> None:
     hf: Any = build(model_type)
@@ -224,6 +225,7 @@ def test_logits_of_a_parametrised_router_are_those_that_it_chooses_by() -> None:
     assert torch.equal(cache["expert_indices", layer], shown.topk(model.top_k).indices)
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize(("model_type", "part"), [("mixtral", "experts"), ("qwen2_moe", "shared_expert_gate")])
 def test_a_forward_that_is_put_around_one_with_hooks_inside_is_refused(model_type: str, part: str) -> None:
     model: Any = HookedMoE.from_hf(build(model_type))

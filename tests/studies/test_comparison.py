@@ -48,6 +48,19 @@ def means(above: Any, below: Any, times: Any = None) -> Means:
     return Means(pd.RangeIndex(above.shape[1]), tuple(map(str, range(len(above)))), above, below, times=times)
 
 
+def test_what_is_the_same_in_every_source_differs_nowhere_whatever_is_rounded():
+    """Sources of sizes whose shares do not sum to 1 in floating point: a difference of 1e-17 has an error of 0."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [torch.randint(7, 900, (11, 40), generator=generator).double() for _ in range(2)]
+    noise = 3 * torch.randn(11, 1, generator=generator).double().expand(11, 40)
+    for value in (1.0, 0.3, 1e-6):
+        a, b = (means(value * size, size) for size in sizes)
+        for found in (unpaired(a, b, 200, 0), paired(a, b, 200, 0)):
+            assert not found.t.any() and not found.by_chance.any()
+        differing = unpaired(means(value * sizes[0] + value * noise, sizes[0]), b, 200, 0)
+        assert differing.t.all() and differing.by_chance.any()
+
+
 @pytest.mark.typed
 def test_with_sources_of_one_size_differences_are_those_of_students_tests():
     """Paired ones, and those of two samples with one variance; permuted, the latter are those of permuted sources."""

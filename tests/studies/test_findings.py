@@ -112,6 +112,7 @@ def test_markup_and_control_characters_of_names_stay_text(saved, capsys):
     show._print(show._console(), "[blink]t", frame, 5)
     said = capsys.readouterr().out
     assert "[bold]x[/bold]" in said and "[red]a[/red]" in said and "[blink]t" in said and "\x1b[31m" not in said
+    assert show.visible("o\u202eo") == r"o\u202eo"
     assert show.visible("é: \x1b[31m\r\x9b\n") == r"é: \x1b[31m\r\x9b" + "\n"
 
 
