@@ -22,7 +22,7 @@ def another_weight(case: Case) -> None:
 
 
 def forgotten_factor(case: Case) -> None:
-    case.model.blocks[case.layer].mlp.hooks.factors.clear()
+    case.model.blocks[case.layer].mlp.hooks.factors = dict
 
 
 def wrong_row(**changes: Any) -> Callable[[Case], None]:

@@ -93,3 +93,7 @@ def test_what_was_done_layer_by_layer_has_no_picture_of_all_layers():
     with pytest.raises(InputError, match="one layer at a time"):
         found.figure("perplexity_by_k")
     assert sections.perplexity({"single_expert": found}) is None
+    one = SingleExpertStudy(k=(1,), treatments=("renormalised",))
+    found = run(one, tiny_model(), [tiny_domain("d")], reading=Reading(tokens=60, context=12))
+    shown = sections.perplexity({"single_expert": found})
+    assert shown is not None and "weights rescaled" in shown.body and "<td>perplexity, others dropped" not in shown.body
