@@ -31,8 +31,8 @@ class Window:
     """How many of its first tokens open it, and are not counted as its text."""
     written: bool = False
     """Whether the text itself begins with these tokens, as a rendered chat template does, so that none were added."""
-    text: int = 0
-    """A digest of the whole passage's text, in 64 bits: by it equal texts are known."""
+    text: Natural = 0
+    """A digest of the whole passage's text, in 63 bits: by it equal texts are known."""
 
 
 def too_short(passage: Passage, length: int) -> None:
@@ -82,7 +82,7 @@ def windows_of(
 
     written = bool(opening) and opens_itself(encoder.tokenizer, passage.text, opening)
     before = len(opening) if written else 0
-    digest = int.from_bytes(hashlib.blake2b(passage.text.encode(), digest_size=8).digest(), signed=True)
+    digest = int.from_bytes(hashlib.blake2b(passage.text.encode(), digest_size=8).digest()) >> 1
     for start, window in pieces(text, context, opening):
         own = window[len(opening) :]
         counted = sum(token not in special for token in own)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moe_lens.checked import AnyModel, Positive, Seed
+from moe_lens.checked import AnyModel, Natural, Positive, Seed
 from moe_lens.data import Domains, TokenBatch, Tokens, in_memory, tokenize
 from moe_lens.errors import InputError
 from moe_lens.model.families.expert_groups import Groups
@@ -62,7 +62,7 @@ class Frontier(Drawn, Result):
     tokens: Int[Tensor, " source"]
     row_losses: Float[Tensor, "point source"]
     rows: Int[Tensor, " source"]
-    repeated: tuple[int, ...] = ()
+    repeated: tuple[Natural, ...] = ()
     """Texts of each domain that several sources have: plans may have been judged on what they were made from."""
 
     def of(self, point: Point | tuple[str, str, str, int, int], domain: str) -> LossResult:

@@ -49,7 +49,7 @@ class TextStats(Accumulator[Texts]):
         self._read, self._left_out = BySource(), Total()
         self._left_out.add(torch.zeros((), dtype=torch.long))
         self._texts = Counts()
-        """By 48 bits of the text's digest and 16 of the source's: texts are told apart among millions, and of two
+        """By 47 bits of the text's digest and 16 of the source's: texts are told apart among millions, and of two
         sources of one text one in 65,536 is missed."""
         super().__init__({}, {"read": self._read, "left_out": self._left_out, "texts": self._texts})
 

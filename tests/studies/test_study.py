@@ -170,7 +170,7 @@ def test_the_plan_names_the_commit_that_was_read(model, tmp_path, monkeypatch):
     studied = tmp_path / "studied"
     work = {"reading": SMALL, "out": studied}
     result = run(RoutingStudy(), model, [from_hub("d", "o/d", source="source")], **work)
-    collect(model, [from_hub("d", "o/d")], tmp_path / "collected", reading=SMALL)
+    collect(model, [from_hub("d", "o/d", source="source")], tmp_path / "collected", reading=SMALL)
     for folder in (studied, tmp_path / "collected"):
         (domain_,) = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["plan"]["domains"]
         assert (domain_["hub"], domain_["revision"]) == ("o/d", "a" * 40)

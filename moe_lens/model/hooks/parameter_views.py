@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moe_lens.checked import Natural
 from moe_lens.errors import AbsentParameterError, UnsupportedModelError
 from moe_lens.model.experts.layer_parameters import LayerParameters
 from moe_lens.model.experts.offloaded_experts import at_hand, numbers_of
@@ -100,7 +101,7 @@ class ParameterViews(HookTable):
                     raise
                 raise absent(name, parts[0].original_component) from None
 
-    def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Tensor:
+    def accumulated_bias(self, layer: Natural, mlp_input: bool = False, include_mlp_biases: bool = True) -> Tensor:
         """As TransformerLens's: the output biases of attention that the stream before a layer has in it.
 
         Args:
