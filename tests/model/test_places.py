@@ -118,14 +118,14 @@ def test_what_is_exchanged_after_a_pass_is_what_its_cache_is_read_with(between: 
     if between:
         model(tokens())  # negative control: the next pass has always followed
     right = plain.lm_head(plain.model.norm(resid))
-    assert not torch.allclose(right, logits, atol=1e-3)
-    assert torch.allclose(lens.unembed(resid), right, atol=1e-5)
+    assert (right - logits).abs().max() > 1, "a control"
+    assert torch.allclose(lens.unembed(resid), right, atol=5e-6, rtol=0)  # float32, of logits of about 1
     assert torch.allclose(model.unembed(model.ln_final(resid)), right, atol=1e-5)
     assert lens.unembedding_digest() != digest
     stack, _ = cache.get_full_resid_decomposition(-1, return_labels=True)
     token = int(tokens()[0, 1])
     parts = cache.logit_attrs(stack, token)
-    assert torch.allclose(parts.sum(0), right[..., token], atol=1e-3)
+    assert torch.allclose(parts.sum(0), right[..., token], atol=1e-4)  # float32, sums of parts
 
 
 def swapped(name: str) -> Change:

@@ -89,7 +89,10 @@ def _put_away(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
     And what a wrapper calls by another name (`ln_final.w`): still the placeholder that was there when it was made.
     """
-    for module in model.modules() if getattr(model, "hf_device_map", None) else ():
+    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    if "disk" not in places and not ("cpu" in places and len(places) > 1):
+        return  # asked before every pass
+    for module in model.modules():
         aliases = ((n, value) for n, value in vars(module).items() if isinstance(value, nn.Parameter) and value.is_meta)
         own = module._parameters.items() if has_offloaded_params(module) else ()
         for name, parameter in (*own, *aliases):

@@ -32,9 +32,6 @@ class NamedParameters(GeneralizedComponent):
     """A component that says so where a parameter of TransformerLens's is not there."""
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except (AttributeError, NotImplementedError):
-            if name in OF_ATTENTION or name in OF_MLP:
-                raise absent(name, self.original_component) from None
-            raise
+        if name in OF_ATTENTION or name in OF_MLP:  # what there is of them are properties, and not asked for here
+            raise absent(name, self.original_component)
+        return super().__getattr__(name)

@@ -96,6 +96,11 @@ class LayerPart(NamedParameters):
     shows_output: bool = True
     """Whether its output is shown here, and not at the input of a norm that it ends with."""
 
+    @property
+    def multiplier(self) -> float:
+        """What its output is multiplied by, at the moment, where it is added to the residual stream."""
+        return 1.0 if self.multiplied is None else float(getattr(*self.multiplied))
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the part between its two hooks."""
         named = not args
@@ -119,7 +124,7 @@ class LayerPart(NamedParameters):
         point = self.hook_out
         if not point.has_hooks() or not self.shows_output:
             return out
-        factor = 1.0 if self.multiplied is None else float(getattr(*self.multiplied))
+        factor = self.multiplier
         if factor == 1.0:
             return point(out)
         seen, edited = call_hook(point, out * factor)

@@ -15,6 +15,13 @@ from moe_lens.model.hooks.absent_parameters import absent
 from moe_lens.model.hooks.components import LayerPart
 from moe_lens.model.hooks.hook_table import HookTable
 
+_SWITCHED_ON = {
+    "use_attn_result": "hook_result",
+    "use_split_qkv_input": "hook_q_input",
+    "use_attn_in": "hook_attn_in",
+    "use_hook_mlp_in": "hook_mlp_in",
+}
+
 
 class ParameterViews(HookTable):
     """Views of parameters that are in memory, and read-only copies of those that are not."""
@@ -136,21 +143,19 @@ class ParameterViews(HookTable):
         Raises:
             UnsupportedModelError: the family has no such hook.
         """
-        if use_hook_mlp_in and not any(name.endswith(".hook_mlp_in") for name in self._all_hooks):
-            raise UnsupportedModelError(
-                f"use_hook_mlp_in: blocks of {self.family.model_type} have no hook_mlp_in; ln2.hook_in, where there is "
-                "a norm, and mlp.hook_in show what the MLP reads"
-            )
+        if use_hook_mlp_in:
+            self._check_has("use_hook_mlp_in", "mlp.hook_in shows what MLPs read, ln2.hook_in what norms do")
         super().set_use_hook_mlp_in(use_hook_mlp_in)
 
     def _validate_attention_fork_supported(self, flag_name: str) -> None:
-        try:
-            super()._validate_attention_fork_supported(flag_name)
-        except NotImplementedError:
-            raise UnsupportedModelError(
-                f"{flag_name}: attention of {self.family.model_type} is not computed with hooks there; model.hook_dict "
-                "lists those that it has"
-            ) from None
+        self._check_has(flag_name, "model.hook_dict lists those that it has")
+        super()._validate_attention_fork_supported(flag_name)
+
+    def _check_has(self, flag: str, instead: str) -> None:
+        """Nothing, where the model has hooks that one of TransformerLens's flags switches on."""
+        hook = _SWITCHED_ON[flag]
+        if not any(name.endswith(f".{hook}") for name in self._all_hooks):
+            raise UnsupportedModelError(f"{flag}: layers of {self.family.model_type} have no {hook}; {instead}")
 
 
 def _own(found: Tensor, module: Any) -> Tensor:
