@@ -50,8 +50,15 @@ def test_every_matrix_is_the_plain_model_s(pair):
                 mine[layer, experts].mul_(2)
     for name in ("W_U", "W_E", "W_Q", "W_O"):
         assert torch.equal(getattr(away, name), getattr(whole, name)), name
-    with pytest.raises(InputError, match="kept elsewhere and read when they are needed"):
-        away.W_U[0] = 1
+    parts = [(f"blocks[1].attn.{name}", model.blocks[1].attn) for model in pair for name in ("W_Q", "W_O", "b_Q")]
+    parts += [("unembed.W_U", model.unembed) for model in pair] + [("embed.W_E", model.embed) for model in pair]
+    read: dict[str, list[Any]] = {}
+    for path, part in parts:
+        read.setdefault(path, []).append(getattr(part, path.rpartition(".")[2]))
+    assert all(mine is theirs is None or torch.equal(mine, theirs) for mine, theirs in read.values())
+    for written in (away.W_U, away.blocks[1].attn.W_Q):
+        with pytest.raises(InputError, match="kept elsewhere and read when they are needed"):
+            written[0] = 1
     assert all(p.is_meta for p in away.original_model.parameters()), "nothing stays"
     assert away._experts(layer).sizes()[1] == whole._experts(layer).sizes()[1]
 
@@ -67,6 +74,18 @@ def test_one_expert_is_read_alone(pair):
     read = weights.settled()
     found = away.W_out[away.moe_layers[0], 3]
     assert weights.settled() - read == found.numel() * found.element_size()
+
+
+@pytest.mark.parametrize("flag", ["attn_result", "split_qkv_input", "attn_in"])
+def test_heads_are_computed_by_weights_that_are_on_disk(pair, flag):
+    found: list[Any] = []
+    for model in pair:
+        getattr(model, f"set_use_{flag}")(True)
+        found.append(model.run_with_cache(tokens(2, 9))[1])
+        getattr(model, f"set_use_{flag}")(False)
+    whole, away = found
+    assert all(torch.equal(away[name], whole[name]) for name in whole)
+    assert all(p.is_meta for p in pair[1].original_model.parameters()), "nothing stays"
 
 
 def test_lenses_attribution_and_single_experts_compute_as_in_memory(pair):
@@ -179,7 +198,7 @@ def test_heads_neurons_and_parameters_by_name_are_those_in_memory(pair):
 WRITES = {
     "experts.down_proj": lambda model: model.original_model.model.layers[2].mlp.experts.down_proj[:].zero_(),
     "model.norm.w": lambda model: model.ln_final.w.mul_(2),
-    "layers.0.mlp": lambda model: model.blocks[0].mlp.W_in.mul_(2),
+    "layers.0.mlp": lambda model: model.original_model.model.layers[0].mlp.up_proj.weight.mul_(2),
     "q_proj.weight": lambda model: model.blocks[2].attn.q.weight.mul_(2),
     "1.input_layernorm.weight": lambda model: setattr(
         model.original_model.model.layers[1].input_layernorm, "weight", torch.nn.Parameter(torch.full((32,), 3.0))

@@ -1,8 +1,10 @@
 """Parameters that TransformerLens reads of attention and MLPs by name, where a model's parts have none of that form."""
 
+from functools import partial
 from typing import Any
 
 from moe_lens.errors import AbsentParameterError
+from moe_lens.model.hooks.readable_weight import reading
 from moe_lens.model.tl_compat import GeneralizedComponent
 
 OF_ATTENTION = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
@@ -29,9 +31,18 @@ def absent(name: str, part: Any) -> AbsentParameterError:
 
 
 class NamedParameters(GeneralizedComponent):
-    """A component that says so where a parameter of TransformerLens's is not there."""
+    """A component that reads TransformerLens's parameters wherever they are kept, and names absent ones."""
 
     def __getattr__(self, name: str) -> Any:
         if name in OF_ATTENTION or name in OF_MLP:  # what there is of them are properties, and not asked for here
             raise absent(name, self.original_component)
         return super().__getattr__(name)
+
+
+def _read(name: str, part: NamedParameters) -> Any:
+    with reading():
+        return getattr(super(NamedParameters, part), name)
+
+
+for _name in (*OF_ATTENTION, *(name for name in OF_MLP if name.startswith("W"))):
+    setattr(NamedParameters, _name, property(partial(_read, _name)))

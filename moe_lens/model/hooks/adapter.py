@@ -13,6 +13,7 @@ from moe_lens.model.hooks.bypassed import Ending
 from moe_lens.model.hooks.components import Attention, FlatTokens, Norm, Unembedding, adapt
 from moe_lens.model.hooks.generic_adapter import GenericAdapter
 from moe_lens.model.hooks.moe_block import MoEBlock
+from moe_lens.model.hooks.readable_weight import ReadableTable, ReadableWeight
 from moe_lens.model.hooks.recomputing import KeptWhileHooked
 from moe_lens.model.loading.transformer_lens_words import PROCESSING, refuse_processing
 from moe_lens.model.tl_compat import (
@@ -101,7 +102,7 @@ def build_adapter(model: PreTrainedModel, name: str) -> tuple[ArchitectureAdapte
         cfg = build_bridge_config_from_hf(model.config, type(model).__name__, name, parameter.dtype)
         adapter = GenericAdapter(cfg, family, model)
         adapter.cfg.device = str(parameter.device)
-        _let_end(adapter)
+        _mend_all(adapter)
         return adapter, family
     adapter = _known(model, name, parameter.dtype)
     if adapter is None:
@@ -115,14 +116,17 @@ def build_adapter(model: PreTrainedModel, name: str) -> tuple[ArchitectureAdapte
     if attention is not None and model.config._attn_implementation != attention:
         model.set_attn_implementation(attention)
     _mend(adapter, family)
-    _let_end(adapter)
+    _mend_all(adapter)
     return adapter, family
 
 
-def _let_end(adapter: ArchitectureAdapter) -> None:
+def _mend_all(adapter: ArchitectureAdapter) -> None:
+    """What the components of all adapters need: passes that end, and an embedding that is what is computed with."""
     for component in (adapter.component_mapping or {}).values():
         if isinstance(component, GeneralizedComponent):
             adapt(component, Ending)
+        if isinstance(component, EmbeddingBridge):
+            adapt(component, ReadableTable)
 
 
 def _known(model: PreTrainedModel, name: str, dtype: torch.dtype) -> ArchitectureAdapter | None:
@@ -139,11 +143,14 @@ def _mend(adapter: ArchitectureAdapter, family: Family) -> None:
     blocks = mapping["blocks"]
     attention = [c for c in blocks.submodules.values() if isinstance(c, AttentionBridge)]
     within = [component for part in attention for component in part.submodules.values()]  # norms of queries and keys
-    for component in (*mapping.values(), *blocks.submodules.values(), *within):
+    dense = blocks.submodules["mlp"].submodules.values()
+    for component in (*mapping.values(), *blocks.submodules.values(), *within, *dense):
         if isinstance(component, NormalizationBridge):
             adapt(component, Norm)
         elif isinstance(component, AttentionBridge):
             adapt(component, Attention)
+        elif isinstance(component, LinearBridge):
+            adapt(component, ReadableWeight)
     adapt(mapping["unembed"], Unembedding)
     adapt(blocks, KeptWhileHooked)
     blocks.hook_aliases = {key: value for key, value in blocks.hook_aliases.items() if key != "hook_resid_mid"}

@@ -15,18 +15,29 @@ def refuse_replaced(module: nn.Module) -> None:
     Raises:
         UnsupportedModelError: it is another function, on the module or on its class; names it.
     """
+    if (changed := replaced(module)) is not None:
+        raise UnsupportedModelError(
+            f"{changed}, and hooks are inside what it replaces. Wrap the model as transformers builds it, and change "
+            "what it computes by hooks or by its parameters"
+        )
+
+
+def replaced(module: nn.Module, *known: str) -> str | None:
+    """What somebody has put in the place of a module's forward, on the module or on its class; None for nothing.
+
+    Args:
+        module: The module.
+        known: Packages, beside torch and transformers, whose forwards are nobody's own.
+    """
     forward = getattr(module, "_old_forward", module.forward)  # where accelerate has put its own around it
     function: Any = getattr(forward, "__func__", getattr(forward, "func", forward))  # a method; a partial of ours
-    while _computes(function) and hasattr(function, "__wrapped__"):
+    while _computes(function, known) and hasattr(function, "__wrapped__"):
         function = function.__wrapped__
-    if not _computes(function):
-        code = getattr(function, "__code__", None)
-        name, own = type(function).__name__ if code is None else code.co_qualname, f"{type(module).__name__}.forward"
-        raise UnsupportedModelError(
-            (f"{own} is not transformers'" if name == own else f"{own} was replaced by {name}")
-            + ", and hooks are inside what it replaces. Wrap the model as transformers builds it, and change what it "
-            "computes by hooks or by its parameters"
-        )
+    if _computes(function, known):
+        return None
+    code = getattr(function, "__code__", None)
+    name, own = type(function).__name__ if code is None else code.co_qualname, f"{type(module).__name__}.forward"
+    return f"{own} is not transformers'" if name == own else f"{own} was replaced by {name}"
 
 
 def refuse_torch_hooks(module: nn.Module) -> None:
@@ -89,7 +100,7 @@ class Ending(GeneralizedComponent):
                     ) from error
 
 
-def _computes(function: Any) -> bool:
+def _computes(function: Any, known: tuple[str, ...] = ()) -> bool:
     """Whether it is written where experts are known, or checks shapes; `functools.wraps` copies no global names."""
     names = getattr(function, "__globals__", {})
-    return names.get("__name__", "").partition(".")[0] in ("transformers", "moe_lens", "torch", "jaxtyping")
+    return names.get("__name__", "").partition(".")[0] in ("transformers", "moe_lens", "torch", "jaxtyping", *known)

@@ -7,7 +7,7 @@ transformers' own forward unless somebody listens inside them; `hook_resid_mid` 
 from collections.abc import Callable
 from functools import cache, partial
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import align_module_device
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformers import Cache
 
-from moe_lens.errors import HookError
+from moe_lens.errors import HookError, UnsupportedModelError
+from moe_lens.model.experts.offloaded_experts import at_hand
 from moe_lens.model.hooks.absent_parameters import NamedParameters
 from moe_lens.model.hooks.bypassed import refuse_replaced, refuse_torch_hooks
 from moe_lens.model.hooks.head_views import name_conversion, view_as_others
 from moe_lens.model.hooks.latent_cache import check_keys_are_stored, latents_of
 from moe_lens.model.hooks.layer_hooks import call_hook
+from moe_lens.model.hooks.readable_weight import refuse_own_forward, weight_of
 from moe_lens.model.hooks.scaling import ExactForward, unscaled
 from moe_lens.model.tl_compat import GeneralizedComponent
 
@@ -203,6 +205,8 @@ class Attention(NamedParameters):
     the family does not read included: the self-check compares the two.
     """
 
+    property_aliases: ClassVar[dict[str, str]] = {}  # pyright: ignore[reportIncompatibleVariableOverride]
+    """None: W_Q and its like are properties, and nothing is read of them when a model is wrapped."""
     misread: float = 0.0
     """By how much of its largest value the reconstruction differs from the model's own attention, if by too much."""
 
@@ -259,7 +263,24 @@ class Attention(NamedParameters):
     def reconstructed(self, *args: Any, past: Any, **kwargs: Any) -> Any:
         """What TransformerLens's attention gives, with its hooks, over a key-value cache or None."""
         kwargs.pop("cache", None)
-        return super().forward(*args, **{**kwargs, "past_key_values": past})
+        with at_hand(*self._multiplied_by_weight()):
+            return super().forward(*args, **{**kwargs, "past_key_values": past})
+
+    def _multiplied_by_weight(self) -> list[nn.Module]:
+        """Linear layers that TransformerLens does not call, but multiplies by their weights, head by head."""
+        on = partial(getattr, self.config)
+        names = "o" if on("use_attn_result", False) else ""
+        names += "qkv" if on("use_split_qkv_input", False) or on("use_attn_in", False) else ""
+        inner: Any = self._modules
+        found: list[Any] = [inner[name].original_component for name in names if name in inner]
+        for linear in found:
+            refuse_own_forward(linear)
+            if not linear.weight.is_floating_point():
+                raise UnsupportedModelError(
+                    f"a {type(linear).__name__} multiplies by a packed weight: use_attn_result, use_attn_in and "
+                    "use_split_qkv_input want numbers; cache.stack_head_results and W_O unpack it"
+                )
+        return found
 
     def _masked_softmax(self, attn_scores: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """TransformerLens's, in which scores of float64 are masked by what overflows in the softmax's float32.
@@ -300,3 +321,8 @@ class Unembedding(GeneralizedComponent):
     def set_original_component(self, original_component: nn.Module) -> None:
         """Wrap the module as it is."""
         GeneralizedComponent.set_original_component(self, original_component)
+
+    @property
+    def W_U(self) -> Tensor:
+        """[d_model, d_vocab]."""
+        return weight_of(self.original_component).T

@@ -63,17 +63,13 @@ class ParameterViews(HookTable):
     def W_U(self) -> Tensor:
         """The unembedding, [d_model, d_vocab]."""
         self._check_places()
-        with at_hand(self.unembed) as away:
-            found = super().W_U
-        return found.as_subclass(ReadOnly) if away else _own(found, self.unembed)
+        return _own(super().W_U, self.unembed)
 
     @property
     def W_E(self) -> Tensor:
         """The embedding, [d_vocab, d_model]."""
         self._check_places()
-        with at_hand(self.embed) as away:
-            found = super().W_E
-        return found.as_subclass(ReadOnly) if away else _own(found, self.embed)
+        return _own(super().W_E, self.embed)
 
     def get_params(self) -> dict[str, Tensor]:
         """TransformerLens's: parameters outside experts, by its names; read-only copies where some are not in memory.
@@ -100,13 +96,12 @@ class ParameterViews(HookTable):
         parts = [found for block in blocks if (found := block._modules.get(part)) is not None]
         if not parts:
             raise AbsentParameterError(f"{name}: no layer of this model has {part} hooks")
-        with at_hand(*parts):
-            try:
-                return super()._stack_block_params(attr_path, reshape_fn)
-            except (AttributeError, ValueError) as error:  # a bias that is not there; layers of several sizes
-                if isinstance(error, AbsentParameterError):
-                    raise
-                raise absent(name, parts[0].original_component) from None
+        try:
+            return super()._stack_block_params(attr_path, reshape_fn)
+        except (AttributeError, ValueError) as error:  # a bias that is not there; layers of several sizes
+            if isinstance(error, AbsentParameterError):
+                raise
+            raise absent(name, parts[0].original_component) from None
 
     def accumulated_bias(self, layer: Natural, mlp_input: bool = False, include_mlp_biases: bool = True) -> Tensor:
         """As TransformerLens's: the output biases of attention that the stream before a layer has in it.

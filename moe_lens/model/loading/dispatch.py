@@ -185,4 +185,7 @@ def input_device(model: Any) -> torch.device:
 def output_place(model: Any) -> tuple[torch.device, torch.dtype]:
     """Where a transformers model's unembedding is, or comes to when it is kept elsewhere, and in which dtype."""
     head = model.get_output_embeddings()
+    if not hasattr(head, "weight"):  # somebody's own, around a linear layer
+        parameter = next(head.parameters())
+        return parameter.device, parameter.dtype
     return device_of(head), head.weight.dtype
