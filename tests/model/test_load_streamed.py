@@ -108,6 +108,17 @@ def test_words_of_loading_mean_the_same_where_weights_stay_on_disk(model_type: s
         HookedMoE.from_pretrained(tmp_path, device_map={"": "disk"}, **words, weights=True)
 
 
+@pytest.mark.parametrize("wrong", ["model.layer.1", "model.layers.99", "model.layers.1."])
+def test_a_place_for_what_is_not_there_is_refused(folder: Path, wrong: str) -> None:
+    """accelerate would leave it all in memory."""
+    with pytest.raises(
+        InputError, match=rf"device_map: '{wrong}' is no module .* such as 'model' or 'model\.layers\.0'"
+    ):
+        HookedMoE.from_pretrained(folder, device_map={"": "cpu", wrong: "disk"})
+    one = {"": "cpu", "model.layers.1": "disk", "model.layers.2.input_layernorm.weight": "disk"}  # a control
+    assert any(p.is_meta for p in HookedMoE.from_pretrained(folder, device_map=one).original_model.parameters())
+
+
 def test_an_error_in_a_pass_of_weights_on_disk_is_not_taken_for_weights_that_are_nowhere(folder):
     model, _ = streamed(folder, ALL)
 

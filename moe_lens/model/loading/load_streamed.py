@@ -11,9 +11,11 @@ from accelerate.utils import get_balanced_memory, set_module_tensor_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from moe_lens.errors import InputError
 from moe_lens.model.experts.offloaded_experts import is_elsewhere, numbers_of
 from moe_lens.model.families.table import family_of
 from moe_lens.model.loading.checksum import checksum
+from moe_lens.model.loading.depth import list_of_layers
 from moe_lens.model.loading.dispatch import place_of
 from moe_lens.model.loading.key_mapping import WRAPPER
 from moe_lens.model.loading.lazy_parameters import LazyParameter
@@ -53,6 +55,7 @@ def load_streamed(
 
     Raises:
         CheckpointError: A parameter that is not on disk holds NaN or infinities.
+        InputError: The map has a name that is none of the model's.
     """
     model_: Any = kind
     generation = kwargs.pop("generation_config", None)
@@ -100,6 +103,11 @@ def _places(
         room = get_balanced_memory(model, max_memory, no_split_module_classes=apart, low_zero=low)
         return dict(infer_auto_device_map(model, room, no_split_module_classes=apart))
     computes: Any = next((place for place in device_map.values() if place not in ("cpu", "disk")), "cpu")
+    if unknown := device_map.keys() - {"", *(name for name, _ in (*model.named_modules(), *model.named_parameters()))}:
+        raise InputError(
+            f"device_map: {', '.join(map(repr, sorted(unknown)))} is no module or parameter of the model; expected names "
+            f"such as {next(iter(model._modules))!r} or '{list_of_layers(model)}.0'"
+        )
     owned = {name: [own for own, _ in module.named_parameters(recurse=False)] for name, module in model.named_modules()}
     wanted = {
         name: place_of(tied.get(first := f"{name}.{own[0]}".lstrip("."), first), device_map)
