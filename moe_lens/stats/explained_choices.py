@@ -19,7 +19,8 @@ from moe_lens.stats.token_sample import TokenSampleResult
 TOKEN, ALL, SHUFFLED = "token", "all", " shuffled"
 MEASURES = ("chosen", "predicted", "hits", "error", "base_error", "above", "below")
 """Sums over a source's tokens, of each expert: times chosen, predicted, both; squared errors of the prediction and of
-the expert's share; and placements (see `held_out.placements`) of tokens that chose it and of those that did not."""
+the expert's share; and placements (see `held_out.placements`) of tokens that chose it and of those that did not, NaN
+where the source's fold has tokens of one of the two kinds only."""
 RESAMPLES = 1000
 CHUNK = 2**22
 """Numbers of a chunk of layers."""
@@ -65,11 +66,14 @@ class ChoiceExplanation(Result):
         return self._ratio(saved, base) if experts else self._ratio(saved.sum(-1), base.sum(-1))
 
     def _auc(self, subset: str) -> list[Tensor]:
-        chosen = self._of(subset, "chosen")
+        chosen, above, below = (self._of(subset, measure) for measure in ("chosen", "above", "below"))
         others = self.tokens.double()[:, None, None] - chosen
-        above, below = self._of(subset, "above"), self._of(subset, "below")
+        # Folds in which all tokens chose the expert, or none did, have no area.
+        chosen, others, above, below = (
+            torch.where(above.isfinite(), each, 0) for each in (chosen, others, above, below)
+        )
         value = above.sum(0) / chosen.sum(0)
-        # It differs from `value` by how folds are weighted, and where a fold has no token that chose the expert.
+        # It differs from `value` by how folds are weighted.
         others_mean = below.sum(0) / others.sum(0)
 
         def linear(times: Tensor) -> Tensor:
@@ -261,7 +265,8 @@ def _sums(
 ) -> Float[Tensor, "subset source measure layer n_experts"]:
     found = torch.zeros(len(subsets), n_sources, len(MEASURES), target.shape[1], dtype=torch.float64)
     for part in parts:
-        chosen, of = target[part.rows], torch.nn.functional.one_hot(source[part.rows], n_sources).float().mT
+        chosen, (here, own) = target[part.rows], source[part.rows].unique(return_inverse=True)
+        of = torch.nn.functional.one_hot(own).float().mT  # a source is in one fold with all of its tokens
         base, predictions = part.predictions(target, list(subsets.values()))
         same = of @ chosen, of @ (chosen - base).square()
         for place, (name, scores) in enumerate(zip(subsets, predictions, strict=True)):
@@ -269,10 +274,10 @@ def _sums(
             predicted = torch.zeros_like(scores).unflatten(1, (-1, n_experts)).scatter_(-1, best, 1.0).flatten(1)
             values = {"predicted": predicted, "hits": predicted * chosen, "error": (chosen - scores).square()}
             if "+" not in name and SHUFFLED not in name:
-                placed = placements(scores, chosen).nan_to_num()
+                placed = placements(scores, chosen)
                 values |= {"above": placed * chosen, "below": placed * (1 - chosen)}
             sums = dict(zip(("chosen", "base_error"), same, strict=True))
             sums |= {measure: of @ value for measure, value in values.items()}
             for measure, value in sums.items():
-                found[place, :, MEASURES.index(measure)] += value
+                found[place, here, MEASURES.index(measure)] = value.double()
     return found.unflatten(-1, (-1, n_experts))

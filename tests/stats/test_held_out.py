@@ -190,3 +190,27 @@ def test_the_interval_of_an_area_holds_it_where_hardly_any_token_chose_the_exper
     frame: Any = explain_choices(samples).to_frame().dropna(subset=["auc", "auc_low"])
     assert (frame["expert"] == 5).any() and frame[frame["expert"] == 5]["share"].max() < 0.02
     assert ((frame["auc_low"] <= frame["auc"]) & (frame["auc"] <= frame["auc_high"])).all()
+
+
+def test_folds_that_all_or_none_chose_have_no_area_and_leave_that_of_the_others_as_it_is():
+    n, generator = 1200, torch.Generator().manual_seed(0)
+    names = tuple(f"s{number // 60}" for number in range(n))
+    fold = folds(units(names, ["a"] * n), ["a"] * n, 5)
+    miss = (fold < 3) & (torch.rand(n, generator=generator) < 0.1)
+    about = torch.zeros(n, 5, dtype=torch.long)
+    about[:, 3] = about[:, 4] = torch.arange(n) % 60
+    for few in (miss, torch.zeros_like(miss)):
+        chosen = torch.stack([torch.where(few, 4, 0), torch.randint(1, 4, (n,), generator=generator)], 1)[:, None]
+        sample = {"a": TokenSampleResult((0,), 6, names, about, chosen)}
+        known = {"known": Categories.of(few), "noise": Categories.of(few[torch.randperm(n, generator=generator)])}
+        found: Any = (
+            explain_choices(sample, known).to_frame().set_index(["feature", "expert"])[["share", "auc", "auc_low"]]
+        )
+        assert found.loc["known", 5].isna().tolist() == [False, True, True], "nobody chose it"
+        if few.any():
+            assert 0.9 < found.loc["known", 0]["share"] < 1
+            for expert in (0, 4):
+                assert (found.loc["known", expert][["auc", "auc_low"]] > 1 - F32).all()
+                assert 0.3 < found.loc["noise", expert]["auc"] < 0.7, "the control"
+        else:
+            assert found.loc["known", 0].isna().tolist() == [False, True, True], "all chose it"
