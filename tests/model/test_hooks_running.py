@@ -288,6 +288,21 @@ def test_batch_of_one_device_and_dtype() -> None:
     assert seen == [whole["expert_out", 1].shape[1:]]
 
 
+def test_the_rows_of_an_expert_have_no_batch_axis_to_drop() -> None:
+    case = wrapped("deepseek")
+    one, seen = case.tokens[:1, :1], dict[str, torch.Size]()
+
+    def keep(value: torch.Tensor, hook: Any) -> None:
+        seen[hook.name] = value.shape
+
+    with torch.no_grad():
+        expert = int(case.model.routing(one).layer(1).indices[0, 0, 0])
+        row, out = f"blocks.1.mlp.experts.{expert}.hook_out", "blocks.1.mlp.hook_out"
+        case.model.run_with_hooks(one, fwd_hooks=[(row, keep), (out, keep)], remove_batch_dim=True)
+    d_model = case.model.cfg.d_model
+    assert seen == {row: (1, d_model), out: (1, d_model)}, "one row, and one position of a batch of one"
+
+
 def test_a_plain_dictionary_on_request() -> None:
     case = wrapped("deepseek")
     with torch.no_grad():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from torch import Tensor, nn
 from transformer_lens.hook_points import LensHandle
 
+from moe_lens import names
 from moe_lens.argument_checks import ReadByItself
 from moe_lens.model.hooks.checked_point import CheckedPoint, StayingLevel
 from moe_lens.model.hooks.interrupts import uninterrupted
@@ -198,12 +199,15 @@ class TakesBatch:
 
 
 def without_batch(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook function that is shown activations of a batch of one without their batch axis."""
+    """A hook function that is shown activations of a batch of one without their batch axis.
+
+    Rows of an expert have none.
+    """
     if isinstance(function, TakesBatch):
         return function
 
     def inner(value: Any, hook: Any) -> Any:
-        if value.shape[0] != 1:
+        if value.shape[0] != 1 or names.parse_expert(hook.name) is not None:
             return function(value, hook)
         one = value.squeeze(0)
         seen = function(one, hook)
