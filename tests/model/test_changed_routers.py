@@ -239,6 +239,31 @@ def test_a_forward_that_is_put_around_one_with_hooks_inside_is_refused(model_typ
     listened(model)
 
 
+@pytest.mark.parametrize(("model_type", "part"), [("mixtral", "gate"), ("mixtral", "experts"), ("llama4_text", "")])
+def test_a_class_that_gets_another_forward_after_wrapping_is_refused(
+    model_type: str, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = HookedMoE.from_hf(build(model_type))
+    before = model(tokens())
+    module: Any = model.blocks[model.moe_layers[-1]].mlp.moe.get_submodule(part)
+
+    class Twice(type(module)):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    kind = type(module)
+    module.__class__ = Twice
+    with pytest.raises(UnsupportedModelError, match=r"Twice\.forward would not be called"):
+        model(tokens())
+    module.__class__ = kind
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "forward", Twice.forward)
+        with pytest.raises(UnsupportedModelError, match=r"Twice\.forward would not be called"):
+            model(tokens())
+    module.__class__ = type(kind.__name__, (kind,), {})  # as torch's parametrize makes one: the same forward
+    assert torch.equal(model(tokens()), before)
+
+
 WRAPPED = {  # the second adapter is ours
     "mixtral": ("model.layers.1", "model.layers.1.self_attn", "model.layers.1.mlp", "model.norm", "lm_head"),
     "glm4_moe": ("model.layers.1",),

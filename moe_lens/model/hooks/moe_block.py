@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from moe_lens import names
+from moe_lens.errors import UnsupportedModelError
 from moe_lens.model.experts.expert_weights_view import Experts
 from moe_lens.model.experts.nonstandard_experts import BLOCKS, block_forward, experts_of
 from moe_lens.model.families.table import Family
@@ -47,6 +48,8 @@ class MoEBlock(NamedParameters):
     """The module of those: the layer still calls it, and gets zero."""
     given: tuple[tuple[str, nn.Module, Callable[..., Any]], ...] = ()
     """Modules that have a forward with hooks inside, with it and what they are called."""
+    own: tuple[tuple[nn.Module, Callable[..., Any]], ...] = ()
+    """Modules whose forward is not called, since another one is in its place, with that of their class."""
 
     def set_original_component(self, original_component: nn.Module) -> None:
         """Wrap the block and, when it has experts, take the router and the experts apart."""
@@ -100,6 +103,8 @@ class MoEBlock(NamedParameters):
             self.__dict__.update(silenced=beside, beside=partial(_shared, method_of(beside.forward), None, hooks))
             beside.forward = _nothing
             self._check_bypassed()
+        replaced = [module for _, module, _ in self.given] + ([moe] if family.experts in BLOCKS else [])
+        self.__dict__["own"] = tuple((module, type(module).forward) for module in replaced)
 
     def opened(self) -> list[nn.Module]:
         """Modules inside, or beside it, that are known by identity; none of a dense layer."""
@@ -116,6 +121,12 @@ class MoEBlock(NamedParameters):
         Raises:
             UnsupportedModelError: a torch hook, a forward or a module of somebody's own would not be called.
         """
+        for module, forward in self.own:
+            if type(module).forward is not forward:
+                raise UnsupportedModelError(
+                    f"{type(module).forward.__qualname__} would not be called: it has come into the class of a module "
+                    "with hooks inside since the model was wrapped. Change what it computes by hooks or parameters"
+                )
         if self.silenced is not None:
             refuse_exchanged(getattr(self.layer, str(self.family.shared)), self.silenced)
             if getattr(self.silenced, "_old_forward", self.silenced.forward) is not _nothing:

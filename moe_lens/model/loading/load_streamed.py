@@ -103,10 +103,11 @@ def _places(
         room = get_balanced_memory(model, max_memory, no_split_module_classes=apart, low_zero=low)
         return dict(infer_auto_device_map(model, room, no_split_module_classes=apart))
     computes: Any = next((place for place in device_map.values() if place not in ("cpu", "disk")), "cpu")
-    if unknown := device_map.keys() - {"", *(name for name, _ in (*model.named_modules(), *model.named_parameters()))}:
+    known = {"", *dict(model.named_modules()), *dict(model.named_parameters())}
+    if unknown := ", ".join(map(repr, sorted(device_map.keys() - known))):
         raise InputError(
-            f"device_map: {', '.join(map(repr, sorted(unknown)))} is no module or parameter of the model; expected names "
-            f"such as {next(iter(model._modules))!r} or '{list_of_layers(model)}.0'"
+            f"device_map: {unknown} is no module or parameter of the model; expected names such as "
+            f"{next(iter(model._modules))!r} or '{list_of_layers(model)}.0'"
         )
     owned = {name: [own for own, _ in module.named_parameters(recurse=False)] for name, module in model.named_modules()}
     wanted = {
