@@ -115,9 +115,13 @@ def tail(sizes: Real[Tensor, "source *value"], level: float = 0.95) -> Float[Ten
     share that makes up for both is Φ(−√(n / (n − 1)) t), t the quantile of Student's distribution with n − 1 degrees of
     freedom (Hesterberg 2015, The American Statistician 69), n the `effective` number of sources.
     """
+    return tail_of(effective(sizes), level)
+
+
+def tail_of(n: Float[Tensor, "*value"], level: float = 0.95) -> Float[Tensor, "*value"]:
+    """`tail` of so many sources of one size; of a statistic of several domains, 1 + its degrees of freedom."""
     from scipy.special import stdtrit
 
-    n = effective(sizes)
     t = torch.as_tensor(stdtrit((n - 1).numpy(), (1 + level) / 2))
     return torch.special.ndtr(-(n / (n - 1)).sqrt() * t)
 
@@ -140,9 +144,7 @@ def jackknife_interval(
 ) -> tuple[Float[Tensor, "*value"], Float[Tensor, "*value"]]:
     """Intervals of statistics that resampling would bias, as it pairs sources with themselves; NaN if there are none.
 
-    The variance is that of the statistic without each source (Arvesen 1969, Annals of Mathematical Statistics 40), of
-    each stratum by itself; t is Student's, with the degrees of freedom of Welch and Satterthwaite, those of a stratum
-    being one less than its `effective` number of sources, the least of several domains. Where few sources hold most of
+    Variance and degrees of freedom, of Student's t, are those of `jackknife_variance`. Where few sources hold most of
     the text, the variance is too large rather than too small.
 
     Args:
@@ -156,20 +158,12 @@ def jackknife_interval(
     """
     from scipy.special import stdtrit
 
-    names, n = strata.unique(return_counts=True)
+    n = strata.unique(return_counts=True)[1]
     # Of domains that share sources, and so are one stratum, one may have fewer by itself.
     in_each = (sizes > 0).sum(0) if sizes.ndim > 1 else n
     if not len(n) or int(torch.cat([n, in_each[in_each > 0]]).min()) < MIN_SOURCES:
         return torch.full_like(values, torch.nan), torch.full_like(values, torch.nan)
-    parts, less = [], []
-    for name, size in zip(names, n.tolist(), strict=True):
-        of = without[strata == name]
-        parts.append((of - of.mean(0)).square().sum(0) * (size - 1) / size)
-        less.append(float(effective(sizes[strata == name]).min()) - 1)
-    variances = torch.stack(parts)
-    variance = variances.sum(0)
-    each = torch.tensor(less, dtype=torch.float64).view(-1, *[1] * values.ndim)
-    freedom = (variance.square() / (variances.square() / each).sum(0)).nan_to_num(1)
+    variance, freedom = jackknife_variance(without, strata, sizes)
     reach = variance.sqrt() * torch.as_tensor(stdtrit(freedom.numpy(), (1 + level) / 2))
     centre = values
     if corrected:
@@ -177,6 +171,31 @@ def jackknife_interval(
         rest = 1 - _shares(sizes)
         centre = values - (rest.view(-1, *[1] * values.ndim) * (without - values)).sum(0)
     return centre - reach, centre + reach
+
+
+def jackknife_variance(
+    without: Float[Tensor, "source *value"], strata: Int[Tensor, " source"], sizes: Real[Tensor, "source *domain"]
+) -> tuple[Float[Tensor, "*value"], Float[Tensor, "*value"]]:
+    """Variances of statistics, from the statistic without each source, and their degrees of freedom.
+
+    The variance is the sum over strata of that of each by itself (Arvesen 1969, Annals of Mathematical Statistics 40).
+    The degrees of freedom are those of Welch and Satterthwaite, those of a stratum being one less than its `effective`
+    number of sources, the least of several domains.
+
+    Args:
+        without: Of all sources but one.
+        strata: Such as the source's domain.
+        sizes: Of each source, in tokens; where a source has text in several domains, in each of them.
+    """
+    parts, less = [], []
+    for name in strata.unique():
+        of = without[strata == name]
+        parts.append((of - of.mean(0)).square().sum(0) * (len(of) - 1) / len(of))
+        less.append(float(effective(sizes[strata == name]).min()) - 1)
+    variances = torch.stack(parts)
+    variance = variances.sum(0)
+    each = torch.tensor(less, dtype=torch.float64).view(-1, *[1] * variance.ndim)
+    return variance, (variance.square() / (variances.square() / each).sum(0)).nan_to_num(1)
 
 
 def _shares(sizes: Real[Tensor, "source *domain"]) -> Float[Tensor, " source"]:

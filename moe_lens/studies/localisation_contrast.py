@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moe_lens.resampling import ends_of, tail
+from moe_lens.resampling import ends_of, jackknife_variance, tail, tail_of
 from moe_lens.stats import MIN_SOURCES
 from moe_lens.stats.parallel_sources import blocks_left_out, resampled_blocks
 from moe_lens.studies.held_against import over_each
@@ -60,13 +60,13 @@ class Contrasts:
         kinds = next(iter(self.effects.values())).kinds
         for how in self._how:
             for domain in self.effects:
-                for read, values in self._deltas(domain, how).items():
+                for read, values in self._weighed(domain, how, self._times).items():
                     for kind in KINDS:
                         at = [i for i, k in enumerate(kinds) if k == kind and self._there(domain)[i]]
                         if not at:
                             continue
                         mean = values[:, at].nanmean(1)
-                        low, high = self._interval(mean, read, level)
+                        low, high = self._interval(mean, tail(self.effects[read].predicted, level))
                         tokens = self.effects[read].of(how)[1][:, self._number(domain)][:, at].sum(0).max()
                         if int(tokens) == 0:
                             continue
@@ -90,14 +90,10 @@ class Contrasts:
             self.coalitions[domain][0].members.any((1, 2)) & self.coalitions[domain][1].members.any((1, 2))
         ).tolist()
 
-    def _deltas(self, domain: str, how: str) -> dict[str, Float[Tensor, "resample variant"]]:
-        """Δ of each of a domain's coalitions in every domain: of all sources first, then of each resample."""
-        return self._weighed(domain, how, self._times)
-
     def _weighed(
         self, domain: str, how: str, times: Mapping[str, Float[Tensor, "resample source"]]
     ) -> dict[str, Float[Tensor, "all_and_resample variant"]]:
-        """The same where each source counts so many times; of all sources first."""
+        """Δ of each of a domain's coalitions in every domain: of all sources, then where each counts so many times."""
         found = {}
         for read, effects in self.effects.items():
             added, tokens = (value[:, self._number(domain)].double() for value in effects.of(how))
@@ -121,8 +117,7 @@ class Contrasts:
         return torch.stack([(1 - but_one[d]) @ of.predicted.double() for d, of in self.effects.items()], 1)
 
     def _rows(self, domain: str, how: str, level: float) -> Iterator[dict[str, Any]]:
-        deltas = self._deltas(domain, how)
-        own, others = _own_and_others(deltas, domain)
+        own, others = _own_and_others(self._weighed(domain, how, self._times), domain)
         but_one = torch.sub(*_own_and_others(self._weighed(domain, how, self._but_one[0]), domain))[1:]
         kinds = next(iter(self.effects.values())).kinds
         picked = kinds.index(PICKED)
@@ -135,11 +130,11 @@ class Contrasts:
             if control != MATCHED and not at:
                 continue
             contrasts = (own - others)[:, at]
-            mine = (own - others)[:, picked]
-            difference = mine - contrasts.nanmean(1) if at else torch.full_like(mine, torch.nan)
-            low, high = self._interval(difference, domain, level)
+            mine, mine_but_one = (own - others)[:, picked], but_one[:, picked]
+            difference = mine - contrasts.nanmean(1)  # from no controls, missing
+            low, high = self._interval(difference, self._tail(mine_but_one - but_one[:, at].nanmean(1), level))
             held = self._held(torch.cat([(own - others)[:1], but_one]), picked, at) if at else {}
-            mine_low, mine_high = self._interval(mine, domain, level)
+            mine_low, mine_high = self._interval(mine, self._tail(mine_but_one, level))
             yield {
                 "domain": domain,
                 "how": how,
@@ -197,11 +192,15 @@ class Contrasts:
         size = torch.stack([c.members.sum((1, 2)).double() for c in of]).mean(0)
         return size, torch.stack([c.mass for c in of]).mean(0)
 
-    def _interval(self, values: Float[Tensor, " resample"], domain: str, level: float) -> tuple[float, float]:
+    def _tail(self, without: Float[Tensor, " block"], level: float) -> Float[Tensor, ""]:
+        """See `tail`; as many sources count as the domains have in which the statistic varies."""
+        return tail_of(1 + jackknife_variance(without, self._but_one[1], self._block_tokens)[1], level)
+
+    def _interval(self, values: Float[Tensor, " all_and_resample"], beyond: Float[Tensor, ""]) -> tuple[float, float]:
         """Ends over the resamples, which follow the value of all sources; missing with too few sources somewhere."""
         if min(len(of.sources) for of in self.effects.values()) < MIN_SOURCES or not bool(values.isfinite().any()):
             return float("nan"), float("nan")
-        low, high = ends_of(values[1:], tail(self.effects[domain].predicted, level)).tolist()
+        low, high = ends_of(values[1:], beyond).tolist()
         return low, high
 
 

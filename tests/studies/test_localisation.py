@@ -126,6 +126,31 @@ def test_a_control_with_as_great_a_contrast_takes_the_star_away(found):
     assert not rows["starred"].any() and (rows["over_most"] < 0).all() and (rows["beaten"] >= 0.9).all()
 
 
+@pytest.mark.parametrize("varies", [0, 1])
+def test_the_interval_of_a_contrast_is_that_of_the_one_domain_that_varies(found, varies):
+    """Whether that is the domain itself or another, of which two sources hold most of the text."""
+    settings = dict(found.manifest["plan"]["settings"])
+    parts = Localisation(**{**settings, "how": tuple(settings["how"])}).contrasts(found.results)
+    noise = torch.randn(12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    odd = {}
+    for number, (name, of) in enumerate(parts.effects.items()):
+        times = torch.tensor([20, 20, *[1] * 10] if number == 1 else [1] * 12)
+        rate = (1 + number + noise * (number == varies))[:, None, None, None]
+        tokens = of.tokens * times[:, None, None, None]
+        odd[name] = replace(of, predicted=of.predicted * times, tokens=tokens, added=rate * tokens)
+    apart = {name: {source: f"{name}: {source}" for source in of.sources} for name, of in odd.items()}
+    parts = replace(parts, effects=odd, blocks=apart)
+    row: Any = parts.contrast().query("control == 'matched'").iloc[0]
+    read = list(odd)[varies]
+    shown: Any = parts.by_domain_read().query(f"coalition == 'picked' and read == '{read}'").iloc[0]
+    assert shown["low"] < shown["added"] < shown["high"] and row["domain"] == shown["domain"]
+    ends = [shown["added"] - shown["low"], shown["high"] - shown["added"]]
+    if varies:  # one of two others, whose mean is taken away
+        ends = [end / 2 for end in reversed(ends)]
+    theirs = [row["contrast"] - row["contrast_low"], row["contrast_high"] - row["contrast"]]
+    assert theirs == pytest.approx(ends, rel=1e-6)  # sums in float64
+
+
 @pytest.mark.parametrize("by", [pytest.param("attribution", marks=pytest.mark.typed), "knockout"])
 def test_experts_can_be_picked_by_what_they_are_worth(model, by):
     study = Localisation(by=by, experts=1, matched=1, how=("zero",))
