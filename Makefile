@@ -40,11 +40,12 @@ test: $(VENV)/.installed-dev  ## lint, formatting, types, import layers, tests; 
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line check .typed
 	@$(MAKE) --no-print-directory .plain
 
+# All tests but those that run typed; a `-m` in PYTEST_ARGS takes the place of this one.
 .plain: $(VENV)/.installed-dev
-	$(PYTEST) --durations=20 $(PYTEST_ARGS)
+	$(PYTEST) -m "not typed" --durations=20 $(PYTEST_ARGS)
 
-# A part of the tests once more, with annotations checked at every call, and with two threads. It fails with the names of
-# functions that it has not reached.
+# A part of the tests, with annotations checked at every call, and with two threads. It fails with the names of functions
+# that it has not reached.
 .typed: $(VENV)/.installed-dev
 	$(PYTEST) -m typed --typed --reach --threads 2 --durations=20
 
