@@ -207,6 +207,24 @@ def test_a_last_position_that_is_padding_is_refused():
     assert first.decompose_resid(pos_slice=-1).shape[-2:] == (1, 32)
 
 
+def test_the_embedding_is_a_component_of_a_pass_from_embeddings():
+    case, _, kept = full("deepseek")
+    embedded = case.model(case.tokens, stop_at_layer=0)
+    _, given = case.model.run_with_cache(embedded)
+    assert "hook_embed" in kept and "hook_embed" not in given
+    near = 1e-6  # everything is listened to, so that attention is eager, where angles are in float32
+    assert close(given.decompose_resid(), kept.decompose_resid(), near)
+    assert close(given.get_full_resid_decomposition().sum(0), given["resid_post", -1], F64)
+    assert close(given.decompose_resid().sum(0), given["resid_post", -1], F64)
+    assert not close(given.decompose_resid(incl_embeds=False).sum(0), given["resid_post", -1], 0.01)
+    poor = fresh("deepseek", names_filter=lambda name: name.endswith(("hook_attn_out", "hook_mlp_out")))
+    assert close(poor.decompose_resid(incl_embeds=False), kept.decompose_resid()[1:], F64)
+    with pytest.raises(HookError, match=r"names_filter=\['blocks.0.hook_resid_pre'\]"):
+        poor.decompose_resid()
+    with pytest.raises(HookError, match="without the embedding there is no component before layer 0"):
+        poor.decompose_resid(0, incl_embeds=False)
+
+
 def test_half_precision_is_summed_in_float32():
     _, _, kept = full("deepseek")
     stack, _ = kept.decompose_experts()

@@ -510,6 +510,23 @@ def test_embeddings_are_refused_where_experts_are_chosen_by_ids() -> None:
 
 
 @pytest.mark.typed
+def test_placeholders_that_are_looked_up_are_no_embeddings_of_the_text() -> None:
+    """Given embeddings, Gemma 4 looks for those of its placeholders, which it asks its embedding for."""
+    hf: Any = tiny("gemma4")
+    config = hf.config
+    config.image_token_id, config.video_token_id, config.audio_token_id = 90, 91, 92
+    model, ids = HookedMoE.from_hf(hf, check=False), of_matrix(2, 7) % 90
+    seen: list[Any] = []
+    watch = [(name, lambda value, hook: seen.append(tuple(value.shape))) for name in ("embed.hook_in", "hook_embed")]
+    embedded = model(ids, stop_at_layer=0)
+    found = model.run_with_hooks(embedded, fwd_hooks=watch)
+    assert not seen, "as in every other family"
+    expected = model.run_with_hooks(ids, fwd_hooks=watch)
+    assert seen == [(2, 7), (2, 7, model.cfg.d_model)]  # negative control
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)  # float32
+
+
+@pytest.mark.typed
 def test_the_loss_of_ids_that_are_embedded_and_not_predicted_is_one_line() -> None:
     """Inkling's vocabulary is padded, and its unembedding is not."""
     model: Any = HookedMoE.from_hf(tiny("inkling_text", unpadded_vocab_size=90), check=False)

@@ -36,11 +36,12 @@ class ResidualPartsCache(NeuronCache):
             mode: sublayers of which kind.
             apply_ln: divide by the cached scale of the norm that follows and multiply by its gain.
             pos_slice: positions to take.
-            incl_embeds: whether the embedding is a component.
+            incl_embeds: whether what enters the first block, the embedding, is a component.
             return_labels: whether to return the labels, too.
 
         Raises:
-            HookError: something was not cached, there is no such layer, or the family's layers are made otherwise.
+            HookError: something was not cached, there is nothing to stack or no such layer, or the family's layers are
+                made otherwise.
             InputError: another mode.
         """
         where, end = self._where(pos_slice), self._end(layer)
@@ -51,7 +52,23 @@ class ResidualPartsCache(NeuronCache):
                     f"in {self.model.family.model_type}, layer {lacking[0]} has no {name}: not every layer adds "
                     "attention, and then an MLP. decompose_experts() gives the components that there are"
                 )
-        return super().decompose_resid(end, mlp_input, mode, apply_ln, where, incl_embeds, return_labels)
+        found = {"embed": self._embedded()} if incl_embeds else {}
+        for at in range(end + mlp_input):
+            if mode != "mlp":
+                found[f"{at}_attn_out"] = self["attn_out", at]
+            if mode != "attn" and at < end:
+                found[f"{at}_mlp_out"] = self["mlp_out", at]
+        if not found:
+            raise HookError("without the embedding there is no component before layer 0")
+        stack = self._reader(end, where, apply_ln, mlp_input, None)(
+            torch.stack([where.apply(part, dim=-2) for part in found.values()])
+        )
+        return (stack, [*found]) if return_labels else stack
+
+    def _embedded(self) -> Tensor:
+        """What enters the first block: the embedding, also where a pass began with embeddings."""
+        entering = names.block(names.RESID_PRE, 0)
+        return self["hook_embed"] if self.has_embed and entering not in self else self[entering]
 
     def accumulated_resid(
         self,
@@ -156,9 +173,7 @@ class ResidualPartsCache(NeuronCache):
         elif end:
             mlps, labels = self.decompose_resid(end, mlp_input, "mlp", False, where, False, True)
             yield labels, read(mlps)
-        for label, there in (("embed", self.has_embed), ("pos_embed", self.has_pos_embed)):
-            if there:
-                yield [label], read(where.apply(self[label], -2)[None])
+        yield ["embed"], read(where.apply(self._embedded(), -2)[None])
         # of attention that is taken apart: what is one component has its bias in it
         bias = self.model._accumulated_bias(end, mlp_input, include_mlp_biases=expand_neurons)
         yield ["bias"], read(bias.to(heads.device).expand(1, *heads.shape[1:]))

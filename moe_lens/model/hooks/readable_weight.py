@@ -76,6 +76,11 @@ class ReadableTable(GeneralizedComponent):
         """[d_vocab, d_model]."""
         return weight_of(self.original_component)
 
+    def forward(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As TransformerLens's; hooks do not see a single id, as which multimodal models look a placeholder up."""
+        table: Any = self.original_component
+        return super().forward(input_ids, *args, **kwargs) if input_ids.dim() else table(input_ids)
+
 
 @contextmanager
 def reading() -> Generator[None]:
