@@ -56,7 +56,7 @@ def probe(
         typer.Option(
             metavar="NAME=REGEX",
             help="Label the tokens of what a regular expression finds; may be repeated. Without it: number, bracket "
-            "and capital (a word that begins with one).",
+            "and capital (a word that begins with one), those that are found.",
         ),
     ] = None,
     spans: Annotated[
@@ -113,7 +113,9 @@ def probe(
 
     def run_probes(model: Any, domains: options.Opened, **how: Any) -> Any:
         if own is None:
-            return run(Probe(label_tokens(model, domains, find), **settings), model, domains, **how)
+            labels = label_tokens(model, domains, find)
+            labels = labels.drop(columns=[] if label else [name for name in PATTERNS if True not in set(labels[name])])
+            return run(Probe(labels, **settings), model, domains, **how)
         if tuple(domain.name for domain in domains) != EMBEDDED:
             raise InputError("--spans has texts of its own: leave --domain out, or --spans")
         return run(Probe(label_tokens(model, own[:1], own[1]), **settings), model, own[:1], **how)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +40,8 @@ def label_tokens(model: AnyModel, domains: Domains, find: Callable[[str, int, st
     """A row per token of every passage: domain, document, position, its id, and whether spans of each label are there.
 
     A token has the labels of all spans that cover one of its characters. BOS, and whatever else the tokenizer puts
-    before a text, has a row only where the text spells it out itself, as a rendered chat template does.
+    before a text, has a row only where the text spells it out itself, as a rendered chat template does. A label of an
+    expression that finds nothing, or of spans that cover no token, has a column, too.
 
     Args:
         model: Whose tokenizer reads the texts.
@@ -53,6 +55,7 @@ def label_tokens(model: AnyModel, domains: Domains, find: Callable[[str, int, st
     if model.tokenizer is None or not getattr(model.tokenizer, "is_fast", False):
         raise InputError("this model has no tokenizer that knows its characters: give a table of tokens instead")
     rows: list[tuple[str, int, int, int, set[str]]] = []
+    labels = set(find.expressions) if isinstance(find, ByPattern) else set[str]()
     for domain in in_memory(domains):
         for number, one in enumerate(domain.passages):
             encoded = model.tokenizer(one.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -60,15 +63,15 @@ def label_tokens(model: AnyModel, domains: Domains, find: Callable[[str, int, st
             if list(encoded["input_ids"]) not in (own, [*opening, *own]):
                 raise InputError(f"{one.origin}: its tokens are not those of its text alone; give a table of tokens")
             spans = _spans(find(domain.name, number, one.text), one, len(one.text))
+            labels.update(span.label for span in spans)
             offsets = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
             for position, (token, (start, end)) in enumerate(offsets):
                 here = {s.label for s in spans if s.start < end and start < s.end}
                 rows.append((domain.name, number, position, token, here))
-    labels = sorted(set().union(*(row[-1] for row in rows)))
-    if not labels:
+    if not any(row[-1] for row in rows):
         raise InputError("no token has a label: no span was given, or no expression found anything")
     frame = pd.DataFrame([row[:-1] for row in rows], columns=["domain", "document", "position", "token"])
-    return frame.assign(**{label: [label in row[-1] for row in rows] for label in labels})
+    return frame.assign(**{label: [label in row[-1] for row in rows] for label in sorted(labels)})
 
 
 def _spans(found: Any, one: Passage, length: int) -> list[Span]:
@@ -104,8 +107,21 @@ def _wrong_label(label: Any) -> str:
     return ""
 
 
-def by_pattern(patterns: Mapping[str, str]) -> Callable[[str, int, str], Iterable[Span]]:
-    """Spans that regular expressions find, each with the name of its expression; empty matches are left out.
+@dataclass(frozen=True)
+class ByPattern:
+    """Spans that regular expressions find, each with the name of its expression; empty matches are left out."""
+
+    expressions: Mapping[str, re.Pattern[str]]
+
+    def __call__(self, domain: str, number: int, text: str) -> list[Span]:  # noqa: ARG002
+        """Those of a text."""
+        found = [(label, match) for label, of in self.expressions.items() for match in of.finditer(text)]
+        # `x*` is found between all letters, too
+        return [Span(match.start(), match.end(), label) for label, match in found if match.group()]
+
+
+def by_pattern(patterns: Mapping[str, str]) -> ByPattern:
+    """Regular expressions by the label of what they find, for `label_tokens`; empty matches are left out.
 
     Raises:
         InputError: One is no regular expression.
@@ -118,14 +134,7 @@ def by_pattern(patterns: Mapping[str, str]) -> Callable[[str, int, str], Iterabl
             compiled[label] = re.compile(pattern)
         except (re.error, TypeError) as error:
             raise InputError(f"{label}: {pattern!r} is no regular expression ({error})") from None
-
-    def find(domain: str, number: int, text: str) -> Iterable[Span]:  # noqa: ARG001
-        found = [(label, m) for label, pattern in compiled.items() for m in pattern.finditer(text)]
-        return [
-            Span(m.start(), m.end(), label) for label, m in found if m.group()
-        ]  # `x*` is found between all letters, too
-
-    return find
+    return ByPattern(compiled)
 
 
 def read_spans(path: str | Path) -> tuple[Domain, Callable[[str, int, str], Iterable[Span]]]:

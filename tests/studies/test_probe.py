@@ -214,6 +214,20 @@ def test_labels_that_are_too_rare_leave_nothing_behind(model, tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_label_that_nothing_has_is_not_left_out_in_silence(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    save_checkpoint(tmp_path / "model")
+    rows = [{"text": "the old man and 1 sea " * 8, "source": str(number)} for number in range(8)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = ["--domain", f"a={tmp_path}/a.jsonl", "--tokens", "0", "--k", "1", "--out"]
+    command = ["probe", "--model", f"{tmp_path}/model", *texts]
+    assert main([*command, f"{tmp_path}/typo", "--label", "old=old", "--label", "typo=oold"]) == 2
+    assert "the label 'typo' is on 0 of " in capsys.readouterr().err
+    assert main([*command, f"{tmp_path}/old", "--label", "old=old"]) == 0
+    assert main([*command, f"{tmp_path}/default"]) == 0  # of those that nobody asked for by name, what is there
+    for out, label in (("old", "old"), ("default", "number")):
+        assert set(StudyResult.load(tmp_path / out).tables["probes"]["label"]) == {label}
+
+
 def test_labels_are_found_in_domains_however_they_are_given(model):
     find, text = by_pattern({"ship": "ship"}), "the ship and the judge"
     expected = label_tokens(model, [Domain.of("a", [text])], find)
