@@ -514,3 +514,39 @@ def test_what_the_config_says_lies_beside_a_matrix_must_lie_there(tmp_path: Path
     assert torch.equal(read({**GPTQ, "desc_act": True}, made), torch.from_numpy(exact))
     with pytest.raises(CheckpointError, match="its order is missing"):
         read({**GPTQ, "desc_act": True}, {name: value for name, value in made.items() if name != "g_idx"})
+
+
+@pytest.mark.parametrize("make", [gptq, awq])
+def test_groups_of_another_size_than_the_config_says_are_those_of_the_scales(make: Any, tmp_path: Path) -> None:
+    """auto-round packs some layers in other groups (`extra_config`)."""
+
+    def read(said: int, group: int, columns: int = 96) -> tuple[Tensor, Tensor]:
+        tensors, exact = make(64, columns, 0, group=group)
+        tensors = {f"a.{name}": value for name, value in tensors.items() if name != "g_idx"}
+        save_file(tensors, tmp_path / "model.safetensors")
+        how = {**GPTQ, "quant_method": make.__name__, "group_size": said}
+        found = unpacked(Checkpoint.locate(str(tmp_path), {}), how, torch.float32).tensors["a.weight"]
+        return found.read(OpenFiles()), torch.from_numpy(exact)
+
+    for said, group in ((32, 32), (32, 16), (16, 32), (32, -1), (-1, 32), (48, 48)):
+        found, exact = read(said, group)
+        assert torch.equal(found, exact), (said, group)
+    with pytest.raises(CheckpointError, match=r"160 columns in groups of 32 need 5 scales, and there are 4"):
+        read(32, 40, 160)
+
+
+def test_a_matrix_in_other_bits_than_the_rest_is_read_as_its_own_name_says(tmp_path: Path) -> None:
+    made, exact = words4(32, 64, 0)
+    save_file({f"l.3.{name}": value for name, value in made.items()}, tmp_path / "model.safetensors")
+
+    def read(targets: list[str], bits: int, others: int) -> Tensor:
+        said = compressed("pack-quantized", num_bits=others, group_size=16)
+        said["config_groups"]["group_0"]["targets"] = ["re:l.*", "Linear"]
+        said["config_groups"]["group_1"] = {"targets": targets, "weights": {"num_bits": bits, "group_size": 16}}
+        view = unpacked(Checkpoint.locate(str(tmp_path), {}), said, torch.float32)
+        return view.tensors["l.3.weight"].read(OpenFiles())
+
+    assert torch.equal(read(["l.3"], 4, 8), torch.from_numpy(exact)), "a name comes before a pattern"
+    for bits, words in ((8, 16), (2, 4)):
+        with pytest.raises(CheckpointError, match=rf"64 numbers of {bits} bits take {words} words, and there are 8"):
+            read(["l.4"], 4, bits)

@@ -89,7 +89,12 @@ def bit_stream(words: Integer[Tensor, "rows words"], bits: int, count: int) -> I
         words: as they are stored.
         bits: of a number, 1 to 8.
         count: how many numbers a row has.
+
+    Raises:
+        ValueError: there are not as many words as that takes.
     """
+    if words.shape[1] != (needed := -(-count * bits // 32)):
+        raise ValueError(f"{count} numbers of {bits} bits take {needed} words, and there are {words.shape[1]}")
     start = torch.arange(count, device=words.device) * bits
     wide = torch.nn.functional.pad(words.long() & 0xFFFFFFFF, (0, 1))
     low = wide[:, start // 32] >> (start % 32)

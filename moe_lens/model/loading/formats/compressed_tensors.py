@@ -59,11 +59,11 @@ def compressed(tensors: Tensors, said: Mapping[str, Any]) -> Found:
 
 
 def _scheme(module: str, groups: list[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """How a module's weights were packed: by the group that names it, or the one that names its class."""
-    for group in groups:
-        for target in group.get("targets") or ():
-            if target.startswith("re:") and re.match(target[3:], module) or target in (module, module.split(".")[-1]):
-                return group.get("weights") or {}
+    """How a module's weights were packed: by the group that names it, has a pattern for it, or names its class."""
+    targets = [(target, group) for group in groups for target in group.get("targets") or ()]
+    for target, group in sorted(targets, key=lambda each: each[0].startswith("re:")):
+        if target.startswith("re:") and re.match(target[3:], module) or target in (module, module.split(".")[-1]):
+            return group.get("weights") or {}
     named = [group for group in groups if any(target == "Linear" for target in group.get("targets") or ())]
     chosen = named or (groups if len(groups) == 1 else [])
     if not chosen:

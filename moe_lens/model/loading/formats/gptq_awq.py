@@ -78,9 +78,21 @@ def _less_zeros(numbers: Tensor, zeros: Tensor, parts: Parts, group: int) -> Ten
     scale, n_in = parts["scale"].float().mT, numbers.shape[1]
     order = parts.get("order")
     if order is None or not order.numel():
-        width = group if group > 0 else n_in
-        order = torch.arange(n_in, device=numbers.device) // width
+        order = torch.arange(n_in, device=numbers.device) // _width(n_in, scale.shape[1], group)
     if int(order.max()) >= scale.shape[1]:
         raise ValueError(f"{n_in} columns are of {int(order.max()) + 1} groups, and there are {scale.shape[1]} scales")
     order = order.long()
     return (numbers - zeros[:, order]).float() * scale[:, order]
+
+
+def _width(columns: int, groups: int, said: int) -> int:
+    """Columns of a group: as many as config.json says, or, of a layer with other groups, a power of two.
+
+    Raises:
+        ValueError: there are not as many groups as that gives.
+    """
+    said = said if said > 0 else columns
+    for width in (said, columns, *(2**power for power in range(2, columns.bit_length()))):
+        if -(-columns // width) == groups:
+            return width
+    raise ValueError(f"{columns} columns in groups of {said} need {-(-columns // said)} scales, and there are {groups}")
