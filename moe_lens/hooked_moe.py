@@ -308,9 +308,12 @@ class HookedMoE(Summary, GeneratingBridge):
             x: the experts' input, as in `mlp.hook_in`.
             experts: ids, n for each token; or a mask of all experts [n_experts], for the same n at every token.
 
+        Returns:
+            Of each token and expert; of no tokens, as a sample of a batch may hold, nothing.
+
         Raises:
             HookError: the layer is dense.
-            InputError: an id out of range, something that is neither ids nor a mask, or nothing to compute.
+            InputError: an id out of range, something that is neither ids nor a mask, or no expert.
         """
         if layer not in self.moe_layers:
             raise HookError(f"layer {layer} has no experts; MoE layers are {list(self.moe_layers)}")
@@ -327,7 +330,7 @@ class HookedMoE(Summary, GeneratingBridge):
             )
         if x.shape[-1] != self.cfg.d_model:
             raise InputError(f"x is {x.shape[-1]} wide; expected {self.cfg.d_model}, what mlp.hook_in holds")
-        if not experts.numel():
+        if not experts.shape[-1]:
             raise InputError(f"no expert is asked for at {tuple(x.shape[:-1])} tokens; expected one at least")
         self._check_places()
         moe, module = self._moe(layer), self._experts(layer)
@@ -336,6 +339,8 @@ class HookedMoE(Summary, GeneratingBridge):
         rows = x[..., None, :].expand(*experts.shape, x.shape[-1]).reshape(-1, x.shape[-1])
         with module.on_device():
             matrix, _ = module.second()
+            if not len(rows):
+                return x.new_zeros(*experts.shape, matrix.shape[-1], dtype=matrix.dtype)
             rows = rows.to(matrix.device, matrix.dtype)
             silent = LayerHooks(layer, linear_branch=module.has_gate, shared=False)
             flat = experts.reshape(-1, 1).to(rows.device)

@@ -227,7 +227,8 @@ def test_all_experts_on_a_sample():
     sample[:, ::2] = True
     stats = OutputSimilarityStats(model.moe_layers, model.n_experts)
     with torch.no_grad():
-        model.run_with_hooks(tokens, fwd_hooks=stats.hooks(model, sample, chunk=5))
+        for some in (sample, torch.zeros_like(sample)):  # a batch may hold no token of a sample
+            model.run_with_hooks(tokens, fwd_hooks=stats.hooks(model, some, chunk=5))
         wanted = (names.MLP_IN, names.EXPERT_INDICES, names.EXPERT_OUT)
         only = [names.mlp(name, layer) for layer in model.moe_layers for name in wanted]
         _, cache = model.run_with_cache(tokens, names_filter=only)
