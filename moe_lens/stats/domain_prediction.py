@@ -183,17 +183,21 @@ def predict_domain(
             sources of different domains are different documents.
 
     Raises:
-        InputError: Fewer than two domains, samples that do not fit one another, or a domain of a single source: then
-            the domain cannot be told from the document.
+        InputError: Fewer than two domains, samples that do not fit one another, or a domain of fewer than three sources
+            in as many passages as the smallest sample has: its classifiers could not be trained, chosen and tried on
+            different ones.
     """
     if len(samples) < 2:
         raise InputError(f"got the domains {list(samples)}; expected at least two to tell apart")
     shapes = {(s.layers, s.n_experts, s.tokens.shape[1]) for s in samples.values()}
     if len(shapes) > 1:
         raise InputError(f"the samples differ in layers, experts or length: {sorted(shapes)}")
-    if few := too_few_sources({name: s.source for name, s in samples.items()}, parallel):
-        raise InputError(f"domains with too few sources (three are needed to keep them apart): {few}")
     each = min(len(s.source) for s in samples.values())
+    if few := too_few_sources({name: s.source[:each] for name, s in samples.items()}, parallel):
+        raise InputError(
+            f"domains with too few sources (three are needed to keep them apart) in the {each} passages that the "
+            f"smallest sample has: {few}"
+        )
     domain = torch.arange(len(samples)).repeat_interleave(each)
     source = tuple(one for s in samples.values() for one in s.source[:each])
     assigned = torch.cat([s.assigned[:each] for s in samples.values()]).flatten(1)

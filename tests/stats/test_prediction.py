@@ -1,5 +1,6 @@
 """Telling the domain: found where it is there, from the side where it is, and never through the document."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -132,5 +133,12 @@ def test_what_cannot_be_told_apart_is_refused():
         predict_domain({"a": one})
     with pytest.raises(InputError, match="too few sources .*'b': 2"):
         predict_domain({"a": one, "b": sample(generator, sources=2)})
+    other = sample(generator, sources=3)
+    cut = replace(other, source=(*["s0"] * 11, "s1"))  # as many passages as `other` has, of two sources
+    long = replace(one, source=(*cut.source, *one.source[12:]))
+    for of in (cut, long):
+        with pytest.raises(InputError, match=r"too few sources .* in the 12 passages .*'b': 2"):
+            predict_domain({"a": other, "b": of})
+    assert predict_domain({"a": other, "b": replace(one, source=other.source + one.source[12:])}).source
     with pytest.raises(InputError, match="fill a row of 16"):
         PassageSample(LAYERS, EXPERTS, TOP_K, length=16).result()
