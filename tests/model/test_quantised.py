@@ -272,6 +272,20 @@ def test_loading_packs_as_packing_does_and_what_is_saved_comes_back(stored: Path
     assert deviation(found, by_hand) <= 1e-5 * float(by_hand.abs().max())
 
 
+def test_what_is_read_together_with_experts_and_is_none_of_them_stays(tmp_path: Path) -> None:
+    """The checkpoint of an Ernie 4.5 VL numbers the vision's experts behind the text's."""
+    plain, packed = build("ernie4_5_vl_moe"), build("ernie4_5_vl_moe")
+    plain.save_pretrained(tmp_path)
+    quantise(packed, "int8")
+    model = HookedMoE.from_pretrained(tmp_path, quantize="int8")
+    assert torch.equal(logits(model), logits(HookedMoE.from_hf(packed)))
+    state = plain.state_dict()
+    vision = {name: value for name, value in model.original_model.named_parameters() if "vision_moe.experts" in name}
+    assert vision and not any("text_moe.experts" in name for name, _ in model.original_model.named_parameters())
+    for name, value in vision.items():
+        assert torch.equal(value, state[name.replace("._original_component", "")]), name
+
+
 def test_a_packed_model_changes_its_dtype_by_every_word_for_it(stored: Path) -> None:
     one, other = (HookedMoE.from_pretrained(stored, quantize="nf4") for _ in range(2))
     assert torch.equal(logits(one.to(torch.bfloat16)), logits(other.bfloat16()))

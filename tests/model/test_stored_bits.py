@@ -171,6 +171,19 @@ def test_experts_that_cannot_stay_are_refused_by_name(model_type: str, tmp_path:
     HookedMoE.from_pretrained(tmp_path)
 
 
+def test_no_detour_is_taken_around_weights_that_are_packed(tmp_path: Path) -> None:
+    """Jamba has one for layers whose weight cannot be read; it adds and subtracts a bias, and rounds between."""
+    build_in_fp8(tmp_path, "jamba")
+    plain = HookedMoE.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    kept = HookedMoE.from_pretrained(tmp_path, dtype=torch.bfloat16, quantize="stored")
+    assert any("dt_proj" in name for name, _ in packed_in(kept.original_model))
+    with torch.no_grad():
+        expected = plain(tokens())
+        assert torch.equal(kept(tokens()), expected)
+        vars(kept.original_model.config)["_is_quantized"] = True
+        assert not torch.equal(kept(tokens()), expected), "negative control: the detour"
+
+
 def test_experts_that_are_not_all_stored_alike_are_refused(tmp_path: Path) -> None:
     stored = build_in_fp8(tmp_path, "mixtral", num_hidden_layers=1)
     name = next(name for name in stored if name.endswith("experts.3.w1.weight"))

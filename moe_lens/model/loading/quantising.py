@@ -76,6 +76,13 @@ class Packer(HfQuantizer):
             for name, place in self.places.items():
                 place.pack(model.get_parameter(name).detach(), self.quantization_config.scheme)
 
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        """Let transformers take no detour around weights that cannot be read (Jamba's rounds): packed ones can."""
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                vars(module.config).pop("_is_quantized", None)
+        return model
+
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:  # noqa: ARG002
         """Whether a parameter is one of those that are packed."""
         return param_name in self.places
@@ -129,7 +136,7 @@ class _Pack:
             weight = value[0] if isinstance(value, list) else value
             if isinstance(weight, StoredBits):
                 self.places[name].put(KeptMatrices(weight, self.config.method))
-            elif self.config.scheme == "stored":
+            elif self.config.scheme == "stored" or name not in self.places:  # Ernie's experts of images
                 left[name] = weight
                 continue
             else:
