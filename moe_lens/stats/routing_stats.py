@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_lens.argument_checks import Within
 from moe_lens.checked import Natural, Positive, Seed
 from moe_lens.errors import InputError
-from moe_lens.resampling import Interval, bootstrap, bootstrap_all, halves
+from moe_lens.resampling import Interval, bootstrap, bootstrap_all, halves, jackknife_interval
 from moe_lens.stats import load_evenness
 from moe_lens.stats.accumulator import Accumulator, Result
 from moe_lens.stats.routed_batch import RoutedBatch
@@ -165,11 +165,18 @@ class RoutingResult(Result):
         """A row per layer and each of `LAYER_MEASURES`: value, its 95 % interval over sources, tokens, sources.
 
         Value and interval of `router_entropy` and `margin` are missing where the routing did not hold affinities or
-        logits; intervals are where there are fewer than `MIN_SOURCES` sources.
+        logits; intervals are where there are fewer than `MIN_SOURCES` sources. Chance makes loads uneven: the interval
+        of `gini` and of `load_entropy` is a jackknife's, of the value less this bias, and may lie beside the value.
         """
         values = self._layer_measures(torch.ones(1, len(self.sources), dtype=torch.float64))[0]
         ends = bootstrap_all(self._layer_measures, self.tokens)
         low, high = (torch.full_like(values, torch.nan),) * 2 if ends is None else ends
+        if ends is not None:
+            without = self._layer_measures(1 - torch.eye(len(self.sources), dtype=torch.float64))
+            strata = torch.zeros(len(self.sources), dtype=torch.long)
+            some = [list(LAYER_MEASURES).index(name) for name in ("gini", "load_entropy")]
+            whole, parts = values[:, some], without[..., some]
+            low[:, some], high[:, some] = jackknife_interval(whole, parts, strata, self.tokens, corrected=True)
         index = pd.MultiIndex.from_product([self.layers, LAYER_MEASURES], names=["layer", "measure"])
         columns = {name: table.flatten().numpy() for name, table in (("value", values), ("low", low), ("high", high))}
         return pd.DataFrame(columns, index=index).reset_index().assign(tokens=self.n_tokens, sources=len(self.sources))

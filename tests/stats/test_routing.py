@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moe_lens.errors import InputError
 from moe_lens.routing import Routing
-from moe_lens.stats import LAYER_MEASURES, RoutedBatch, RoutingResult, RoutingStats, bootstrap, halves
+from moe_lens.stats import LAYER_MEASURES, RoutedBatch, RoutingResult, RoutingStats, bootstrap, halves, load_evenness
 from tests.stats.routed import random_batch, routed
 
 LAYERS, EXPERTS, TOP_K = (1, 3), 5, 2
@@ -60,6 +60,28 @@ def test_by_hand():
     assert measures.loc["gini", "value"] == pytest.approx(0.5, abs=1e-12)
     assert measures.loc[["router_entropy", "margin"], "value"].isna().all()  # no logits, so nobody knows
     assert measures["low"].isna().all()  # a single source
+
+
+def test_intervals_of_evenness_hold_the_true_one_though_chance_makes_loads_uneven():
+    """Of ten texts, the plug-in values are .02 and .03 off, to one side: so are their resamples."""
+    generator = torch.Generator().manual_seed(0)
+    n, experts, tokens = 10, 64, 360
+    true = (0.7 * torch.randn(experts, generator=generator)).softmax(-1).double()
+    held = {"gini": 0, "load_entropy": 0}
+    truth = {"gini": float(load_evenness.gini(true)), "load_entropy": float(load_evenness.entropy(true))}
+    for _ in range(40):
+        drawn = torch.multinomial(true, n * tokens, replacement=True, generator=generator).view(n, tokens)
+        counts = torch.nn.functional.one_hot(drawn, experts).sum(1)[:, None]
+        size, none = torch.full((n,), tokens), torch.zeros(n, 1, 2)
+        names = tuple(f"s{number}" for number in range(n))
+        result = RoutingResult((0,), 1, names, size, counts, counts, counts.double(), none.double(), none.long())
+        rows: Any = result.per_layer().set_index("measure")
+        for name in held:
+            row = rows.loc[name]
+            held[name] += row["low"] <= truth[name] <= row["high"]
+            even = 0.0 if name == "gini" else math.log(experts)
+            assert not row["low"] <= even <= row["high"], "the control: the load is not even"
+    assert all(35 <= times for times in held.values())  # of 40: .95, less 1.8 standard deviations
 
 
 def test_uniform_routing_needs_half_of_the_experts():
