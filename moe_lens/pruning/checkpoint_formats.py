@@ -1,5 +1,6 @@
 """How checkpoints name routers and experts, and what a family's config can say; anything else is refused."""
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from typing import Any
 
 from moe_lens.errors import UnsupportedModelError
 from moe_lens.model.loading.depth import PREDICTING
+from moe_lens.model.loading.formats.view import packing_of
 
 _EXPERT = re.compile(
     r"(?P<layer>.*\.layers\.(?P<n>\d+)\.(?:mlp|block_sparse_moe))\.experts\.(?P<expert>\d+)\.(?P<rest>.+)"
@@ -17,6 +19,8 @@ _ROUTER = re.compile(
 )
 
 
+_NUMBERED = re.compile(r'"[^"]*\bexperts\\*\.\(?\d[^"]*"')
+"""A name, or a pattern of names, of single experts."""
 _LAYER = re.compile(r"(?:model\.)?layers\.(?P<n>\d+)\.")
 _MTP = re.compile(r"(?:model\.)?mtp\.")
 
@@ -120,6 +124,19 @@ def normalizes(config: Any, top_k: int) -> bool:
     if top_k == 1 and not format.normalizes_one:
         return False
     return bool(getattr(config, "norm_topk_prob", False)) if format.normalizes is None else format.normalizes
+
+
+def refuse_numbered(raw: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose `quantization_config` names single experts, which would have other numbers.
+
+    Raises:
+        UnsupportedModelError: it does; the message says which name is the first.
+    """
+    if found := _NUMBERED.search(json.dumps(packing_of(raw))):
+        raise UnsupportedModelError(
+            f"quantization_config names single experts ({found[0]}), and those that stay get other numbers. Load the "
+            "model and export it: export(HookedMoE.from_pretrained(…), plan, folder) writes it unpacked"
+        )
 
 
 def smaller_config(raw: Mapping[str, Any], n_experts: int, top_k: int) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from moe_lens.pruning.checkpoint_formats import (
     parse_expert,
     parse_router,
     parse_rows,
+    refuse_numbered,
     smaller_config,
     split_prediction,
 )
@@ -87,7 +88,7 @@ def export(
 
     Raises:
         UnsupportedModelError: the family, or a plan that its config cannot express: layers that keep different numbers
-            of experts, or groups of experts that do.
+            of experts, or groups of experts that do; or a packed checkpoint whose config names single experts.
         InputError: the plan is for another model, the folder is not empty, or there is no room for the model.
         CheckpointError: the checkpoint is not whole.
     """
@@ -104,6 +105,7 @@ def export(
         if stored:
             plan.check({**plan.model, **sizes})
         expressible(raw, plan)
+        refuse_numbered(raw)
         checkpoint, ahead = _without_prediction(Checkpoint.locate(source, hub_), raw)
         _holds(checkpoint, plan)
         if stored:
@@ -256,9 +258,12 @@ def disk_needed(model: str | Path, plan: Plan, folder: str | Path) -> int:
     Raises:
         InputError: there is no room for it.
         CheckpointError: the checkpoint is not whole.
+        UnsupportedModelError: see `refuse_numbered`.
     """
     source = resolve_name(str(model))
-    own, _ = _without_prediction(Checkpoint.locate(source, {}), read_config(source, {})[1])
+    raw = read_config(source, {})[1]
+    refuse_numbered(raw)
+    own, _ = _without_prediction(Checkpoint.locate(source, {}), raw)
     return _room(own, plan, Path(folder))
 
 

@@ -264,6 +264,31 @@ def test_checkpoints_without_the_plan_s_experts_and_other_families_are_refused(h
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("said", "refused"),
+    [
+        ({"ignore": ["lm_head", "model.layers.1.mlp.experts.5.up_proj"]}, "model.layers.1.mlp.experts.5.up_proj"),
+        ({"dynamic": {r"-:.*\.experts\.5\..*": {}}}, r".*experts.*5.*"),
+        ({"targets": ["re:.*experts.(3|5).down_proj"]}, r"re:.*experts"),
+        ({"ignore": ["re:.*mlp.gate$"], "targets": [r"re:.*mlp\.experts\.\d+\.(gate|up)_proj", "experts.*"]}, None),
+    ],
+)
+def test_a_packed_checkpoint_that_names_single_experts_is_refused(hooked, tmp_path, said, refused):
+    """They would have other numbers."""
+    build("olmoe").save_pretrained(tmp_path / "whole")
+    file = tmp_path / "whole" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": said}))
+    hooked.cfg.model_name = "whole"
+    plan = make_plan(hooked, kept_of(hooked), 2)
+    for ask in (disk_needed, lambda *told: export(told[0], plan, told[2])):
+        if refused is None:
+            ask(tmp_path / "whole", plan, tmp_path / "out")
+            continue
+        with pytest.raises(UnsupportedModelError, match=rf"names single experts \(.*{refused}.*writes it unpacked"):
+            ask(tmp_path / "whole", plan, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
 def test_a_broken_checkpoint_or_a_full_disk_leaves_nothing_behind(hooked, tmp_path, monkeypatch):
     hooked.cfg.model_name = "whole"
     plan = make_plan(hooked, kept_of(hooked), 2)
