@@ -106,6 +106,16 @@ def int8_rows(rows: int, columns: int, seed: int) -> Stored:
     return stored, (weight * scale).astype(np.float32)
 
 
+def int8_groups(rows: int, columns: int, seed: int) -> Stored:
+    weight, scale = random(seed).integers(-127, 128, (rows, columns)), scales(rows, columns // 16, seed=seed) / 64
+    zero = random(seed + 2).integers(-8, 8, scale.shape)
+    of = random(seed + 3).permutation(np.arange(columns) // 16)
+    stored = {"weight": weight.astype(np.int8), "weight_scale": scale, "weight_g_idx": of.astype(np.int32)}
+    stored["weight_zero_point"] = zero.astype(np.int8)
+    numbers = ((weight - zero[:, of]) * scale[:, of]).astype(np.float32)
+    return {name: torch.from_numpy(value) for name, value in stored.items()}, numbers
+
+
 def words4(rows: int, columns: int, seed: int, *, zeros: bool = False, order: bool = False, group: int = 16) -> Stored:
     group = group if group > 0 else columns
     number, groups = random(seed).integers(-8, 8, (rows, columns)), math.ceil(columns / group)
@@ -233,6 +243,9 @@ WAYS: dict[str, tuple[dict[str, Any], Callable[[int, int, int], Stored]]] = {
     ),
     "compressed-tensors float-quantized": (compressed("float-quantized", num_bits=8, strategy="channel"), fp8_rows),
     "compressed-tensors int-quantized": (compressed("int-quantized", num_bits=8, strategy="channel"), int8_rows),
+    "compressed-tensors int-quantized, in another order": (
+        compressed("int-quantized", num_bits=8, group_size=16, actorder="group"), int8_groups,
+    ),
     "compressed-tensors pack-quantized": (compressed("pack-quantized", num_bits=4, group_size=16), words4),
     "compressed-tensors pack-quantized, one group": (
         compressed("pack-quantized", num_bits=4, strategy="channel", group_size=-1),
@@ -408,6 +421,8 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
         seen({"quant_method": "awq", "version": "GEMV"}, a__weight=weight)
     with pytest.raises(UnsupportedModelError, match=r"GPTQ in the layout marlin"):
         seen({**GPTQ, "checkpoint_format": "marlin"}, a__weight=weight)
+    with pytest.raises(UnsupportedModelError, match=r"a\.qweight is in words of I16; only I32 is read"):
+        seen({**GPTQ, "pack_dtype": "int16"}, a__qweight=torch.ones(4, 4, dtype=torch.int16))
     with pytest.raises(UnsupportedModelError, match=r"packed by quanto \(tensors that only its own.*Read are awq, "):
         seen({"quant_method": "quanto"}, a__weight=weight)
 

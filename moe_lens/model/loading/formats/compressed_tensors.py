@@ -97,10 +97,8 @@ def _one(name: str, stored: StoredTensor, parts: dict[str, StoredTensor], how: M
 
 
 def _with_zero(block: tuple[int, int], parts: Parts) -> Tensor:
-    numbers = parts["weight"].float()
-    if "zero" in parts:
-        numbers = numbers - arithmetic.scaled(torch.ones_like(numbers), parts["zero"], block)
-    return arithmetic.scaled(numbers, arithmetic.scales(parts["scale"]), block)
+    zero = parts["zero"].float() if "zero" in parts else None
+    return _less_zeros(parts["weight"].float(), zero, arithmetic.scales(parts["scale"]), block, parts.get("order"))
 
 
 def _float4(width: int, parts: Parts) -> Tensor:
@@ -116,11 +114,19 @@ def _words(bits: int, shape: tuple[int, int], group: int, parts: Parts) -> Tenso
     half, scale = 2 ** (bits - 1), parts["scale"].float()
     numbers = arithmetic.bit_stream(parts["packed"], bits, columns).float() - half
     block = (1, group if group > 0 else columns)
+    zero = None
     if "zero" in parts:
         zero = (arithmetic.bit_stream(parts["zero"].mT, bits, rows).mT - half).float()
-    else:
-        zero = torch.zeros_like(scale)
-    if "order" in parts and int(parts["order"].min()) >= 0:
-        order = parts["order"].long()
-        return (numbers - zero[:, order]) * scale[:, order]
-    return arithmetic.scaled(numbers - arithmetic.scaled(torch.ones_like(numbers), zero, block), scale, block)
+    return _less_zeros(numbers, zero, scale, block, parts.get("order"))
+
+
+def _less_zeros(
+    numbers: Tensor, zero: Tensor | None, scale: Tensor, block: tuple[int, int], order: Tensor | None
+) -> Tensor:
+    """(number − zero) × scale, each of a number's block, or of the group that `order` has for its column."""
+    if order is not None and int(order.min()) >= 0:
+        of = order.long()
+        return (numbers if zero is None else numbers - zero[:, of]) * scale[:, of]
+    if zero is not None:
+        numbers = numbers - arithmetic.scaled(torch.ones_like(numbers), zero, block)
+    return arithmetic.scaled(numbers, scale, block)

@@ -39,6 +39,8 @@ def _quantised_rows(
         module = stored_name.removesuffix(".qweight")
         if module == stored_name:
             continue
+        if stored.dtype in ("I8", "I16", "I64"):
+            raise UnsupportedModelError(f"{stored.file}: {stored_name} is in words of {stored.dtype}; only I32 is read")
         parts = beside(
             tensors, module, {"weight": ".qweight", "zeros": ".qzeros", "scale": ".scales", "order": ".g_idx"}
         )

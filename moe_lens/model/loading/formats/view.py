@@ -44,7 +44,7 @@ FORMATS = {
         "FP8 with a scale for each block (the last blocks may be smaller, as in DeepSeek-V3), for each row, or for the "
         "whole matrix; also with other matrices in 4 bits, in blocks of 32",
     ),
-    "gptq": Format(gptq, "2, 3, 4 and 8 bits, groups in any order, gptq and gptq_v2; marlin is refused"),
+    "gptq": Format(gptq, "2, 3, 4 and 8 bits in words of 32, groups in any order, gptq and gptq_v2; marlin is refused"),
     "modelopt": Format(modelopt, "FP8 with one scale, MXFP8, NVFP4"),
     "modelopt_fp4": Format(modelopt, "NVFP4"),
     "mxfp4": Format(mxfp4, "experts in 4 bits in blocks of 32, as gpt-oss's"),
