@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lens.checked import Positive, Seed
@@ -57,6 +57,13 @@ def sign_test(differences: Float[Tensor, "unit *shape"], draws: Positive = 1000,
     p_values = max_t(t, greatest)
     smallest = max(1 / (1 + draws), 2.0 ** (1 - n))
     return SignTest(mean.view(shape), t.view(shape), p_values.view(shape), smallest)
+
+
+def beyond_rounding(
+    value: Float[Tensor, "*axes"], summed: Float[Tensor, "*#axes"] | Int[Tensor, "*#axes"]
+) -> Float[Tensor, "*axes"]:
+    """0 for what is only the rounding of what was summed up: where no unit differs, that has no error beside it."""
+    return torch.where(value.abs() > 1e-12 * summed, value, 0.0)
 
 
 def _studentised(

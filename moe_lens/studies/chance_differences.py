@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe_lens.checked import Positive, Seed, checked
+from moe_lens.stats.sign_flip_test import beyond_rounding
 from moe_lens.stats.source_permutation import LEAST_EXPECTED
 from moe_lens.studies.comparable import Means
 
@@ -38,7 +39,7 @@ def paired(one: Means, other: Means, draws: Positive, seed: Seed) -> Differences
     """
     mean = (one.above + other.above).sum(0) / (one.below + other.below).sum(0)
     told = (other.above - mean * other.below) - (one.above - mean * one.below)
-    told = _beyond_rounding(told, one.above.abs() + other.above.abs() + mean.abs() * (one.below + other.below))
+    told = beyond_rounding(told, one.above.abs() + other.above.abs() + mean.abs() * (one.below + other.below))
     n = len(told)
     signs = 2.0 * torch.randint(2, (draws, n), generator=torch.Generator().manual_seed(seed)).double() - 1
     mean = torch.cat([torch.ones(1, n, dtype=torch.float64), signs]) @ told / n
@@ -61,7 +62,7 @@ def unpaired(one: Means, other: Means, draws: Positive, seed: Seed) -> Differenc
     side = torch.cat([-1 / size[0].expand(first, -1), 1 / size[1].expand(n - first, -1)])
     deviations = _deviations(above, below)
     spread = side * deviations.spread
-    difference = _beyond_rounding((side * above).sum(0), (side * above).abs().sum(0))
+    difference = beyond_rounding((side * above).sum(0), (side * above).abs().sum(0))
     t = _studentised(difference, spread.square().sum(0).sqrt() * deviations.scale)
     order = torch.rand(draws, n, generator=torch.Generator().manual_seed(seed)).argsort(-1)
     chance = torch.empty(draws, above.shape[1], dtype=torch.float64)
@@ -77,11 +78,6 @@ def unpaired(one: Means, other: Means, draws: Positive, seed: Seed) -> Differenc
     share = torch.cat([one.times, other.times]).sum(0) / size.sum(0)
     rare = torch.minimum(share, 1 - share) * size.amin(0) < LEAST_EXPECTED
     return Differences(t.masked_fill(rare, torch.nan), by_chance.masked_fill(rare, 0.0))
-
-
-def _beyond_rounding(value: Float[Tensor, "*axes"], summed: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
-    """0 for what is only the rounding of what was summed up: where no source differs, that has no error beside it."""
-    return torch.where(value.abs() > 1e-12 * summed, value, 0.0)
 
 
 def _studentised(
@@ -124,7 +120,7 @@ def _with(
     weight = below * inverse
     total = (weight * below).sum(0)
     expected = (weight * above).sum(0) / total * below
-    residual = _beyond_rounding(above - expected, above.abs() + expected.abs())
+    residual = beyond_rounding(above - expected, above.abs() + expected.abs())
     scale = ((residual.square() * inverse).sum(0) / (n - 1)).sqrt()
     logarithms = torch.where(there, variance, 1.0).log().sum(0)
     likelihood = -(logarithms / 2 + (n - 1) * scale.log() + total.log() / 2)

@@ -25,6 +25,7 @@ from moe_lens.data import Corpus, Domain, Passage, Reading, TokenBatch
 from moe_lens.errors import InputError, UnfitError
 from moe_lens.stats import Result
 from moe_lens.stats.parallel_sources import balanced_halves
+from moe_lens.stats.sign_flip_test import beyond_rounding
 from moe_lens.studies.contrast_results import (
     MATCHED,
     OPPOSITE,
@@ -218,7 +219,8 @@ class ContrastStudy(Study):
         """Experts [layer, n_experts] that are steered in one half of the units: of A, of B, and matched with either."""
         n = self.experts or max(1, min(top_k // 2, (found.differences.shape[-1] - top_k) // 2))
         other = torch.tensor([halves[unit] != half for unit in found.sources])
-        scores = (found.differences[other].sum(0) / found.pairs[other].sum()).float()
+        pairs = found.pairs[other].sum()
+        scores = (beyond_rounding(found.differences[other].sum(0), pairs) / pairs).float()
         of_a, of_b = pick(scores, n), pick(-scores, n)
         key = hashlib.sha256(f"{self.seed} {half}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))

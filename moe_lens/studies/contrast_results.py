@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens.stats import Accumulator, Result, bootstrap_all
-from moe_lens.stats.sign_flip_test import sign_test
+from moe_lens.stats.sign_flip_test import beyond_rounding, sign_test
 from moe_lens.stats.sums import BySource
 
 PICKED, OPPOSITE, MATCHED = "picked", "opposite", "matched"
@@ -122,9 +122,9 @@ class ContrastStats(Accumulator[ContrastResult]):
         """The sums so far."""
         sums, counts = self._sums.stacked(), self._counts.stacked()
         pairs, shared = counts.unbind(1)
-        return ContrastResult(
-            self.layers, self._counts.sources, pairs, sums[:, 0], shared, sums[:, 1], sums[:, 2:].clone()
-        )
+        both = (pairs, sums[:, 0]), (shared, sums[:, 1])
+        differences, same = (beyond_rounding(values, n[:, None, None]) for n, values in both)
+        return ContrastResult(self.layers, self._counts.sources, pairs, differences, shared, same, sums[:, 2:].clone())
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from moe_lens.data.windows import windows_of
 from moe_lens.errors import InputError
 from moe_lens.studies import Pair, contrast_prompts, read_pairs
 from moe_lens.studies.contrast import ContrastStudy
-from moe_lens.studies.contrast_results import ContrastResult
+from moe_lens.studies.contrast_results import ContrastResult, ContrastStats
 from moe_lens.studies.prompt_pairs import encode, outcome_tokens, shared_weights
 from tests.planted import LAYER, PLANTED, WORDS, planted_model
 from tests.studies.tiny import domain, tiny_model
@@ -160,6 +160,21 @@ def test_tokens_that_both_have_weigh_the_same_in_both() -> None:
     assert in_a.tolist() == [0.25, 0.5, 0.25, 0]
     assert in_b.tolist() == [0.25, 0.5, 0, 0.25]
     assert not shared_weights(torch.tensor([1]), torch.tensor([2]))[2]
+
+
+def test_what_only_rounds_differently_at_common_tokens_is_no_difference() -> None:
+    """Expert 0 is always chosen at a token that is once in A and seven times in B; expert 1, a little more in A."""
+    *weights, _ = shared_weights(torch.tensor([5]), torch.tensor([5] * 7))
+    rounding = float(weights[0].sum() - weights[1].sum())
+    assert 0 < abs(rounding) < 1e-15, "in float64"
+    stats = ContrastStats([0], 2)
+    for unit in range(12):
+        same = torch.tensor([[[rounding, 1e-6 + 1e-8 * unit]]], dtype=torch.float64)
+        stats.update(same, same, torch.ones(1, dtype=torch.bool), torch.zeros(1, 2, 1, 2), [str(unit)])
+    found: Any = stats.result().experts(100, 0).set_index("expert")
+    for prefix in ("", "same_"):
+        assert found.loc[0, f"{prefix}t"] == 0 and found.loc[0, f"{prefix}p_value"] == 1
+        assert found.loc[1, f"{prefix}p_value"] < 0.05, "the control: little, but in every unit"
 
 
 def test_the_pairs_that_ship_can_be_read_and_answers_are_single_tokens() -> None:
