@@ -14,8 +14,9 @@ from tests.families import CONFIGS
 from tests.matrix import configs
 from tests.wrapped import wrapped
 
-WHOLE = ["granitemoe", "glm4_moe", "llama4_text", "longcat_flash", "qwen3_next"]
-"""Families whose attention has no hooks of heads: multipliers, dense layers, weighed inputs, identities, hybrids."""
+WHOLE = ["granitemoe", "glm4_moe", "llama4_text", "longcat_flash", "nemotron_h", "qwen3_next"]
+"""Families whose attention has no hooks of heads: multipliers, dense layers, weighed inputs, identities, layers that
+are attention or an MLP, hybrids."""
 
 
 @cache
@@ -43,6 +44,15 @@ def test_neurons_take_the_residual_apart(family: str) -> None:
         right = kept["resid_mid", 2] if mlp_input else kept["resid_post", (end or last) - 1]
         assert close(stack.sum(0), right) and len(labels) == len(stack) == len(set(labels))
     assert f"L{model.moe_layers[-1]}R0N0" in kept.get_full_resid_decomposition(return_labels=True)[1]
+
+
+def test_a_layer_that_is_attention_has_no_neurons_and_no_norm_of_an_mlp() -> None:
+    model, kept = run("nemotron_h")
+    with pytest.raises(HookError, match="layer 0 of this nemotron_h has no MLP, and so no neurons"):
+        kept.get_neuron_results(0)
+    with pytest.raises(HookError, match=r"does not hold 'blocks\.2\.ln1\.hook_scale'.* did you mean 'blocks\.2\.ln2"):
+        kept.stack_neuron_results(2, apply_ln=True, project_output_onto=torch.ones(model.cfg.d_model))
+    assert not model.accumulated_bias(3).any(), "of a family without biases"
 
 
 @pytest.mark.parametrize("family", ["deepseek", "gpt_oss", "qwen2_moe"])

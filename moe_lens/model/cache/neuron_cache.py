@@ -42,13 +42,15 @@ class NeuronCache(SumCache):
             first; [batch, pos, neuron] for one direction, [batch, pos, neuron, out] for several.
 
         Raises:
-            HookError: activations, indices or weights were not cached, or the output of the family's experts is not a
-                sum over neurons.
+            HookError: activations, indices or weights were not cached, the output of the family's experts is not a
+                sum over neurons, or the layer has no MLP.
         """
         layer = self._layer(layer)
         where, neurons = self._where(pos_slice), as_slice(neuron_slice)
         if layer not in self.model.moe_layers:
-            mlp = self.model.blocks[layer].mlp
+            mlp = self.model.blocks[layer]._modules.get("mlp")
+            if mlp is None:
+                raise HookError(f"layer {layer} of this {self.model.family.model_type} has no MLP, and so no neurons")
             scale, onto = getattr(mlp, "multiplier", 1.0), project_output_onto
             with at_hand(mlp):
                 onto = None if onto is None else onto.to(mlp.W_out)
@@ -126,6 +128,7 @@ class NeuronCache(SumCache):
         onto = onto[:, None] if onto.ndim == 1 else onto
         if not apply_ln:
             return Reader(onto=onto)
+        scale = self._get_cached_ln_scale(end, mlp_input, where)
         # Norm, then projection: (x ⊙ gain / scale) · P = x · (gain ⊙ P) / scale, so that nothing wide is made.
         block = None if end == self.model.cfg.n_layers else self.model.blocks[end]
         self.model._check_places()
@@ -133,7 +136,7 @@ class NeuronCache(SumCache):
         onto = gain(norm).to(onto)[:, None] * onto
         if self._uses_ln_centering(end):
             onto = onto - onto.mean(0)
-        return Reader(onto=onto, scale=self._get_cached_ln_scale(end, mlp_input, where))
+        return Reader(onto=onto, scale=scale)
 
     def _of_layer(self, layer: int, where: Slice, neurons: Slice, read: "Reader") -> Iterator[tuple[list[str], Tensor]]:
         """Labels and components of one layer, [component, *tokens, out]."""

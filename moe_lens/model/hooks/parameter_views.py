@@ -125,8 +125,9 @@ class ParameterViews(HookTable):
     def _accumulated_bias(self, layer: int, mlp_input: bool, include_mlp_biases: bool) -> Tensor:
         """The same of those parts of layers that TransformerLens takes apart."""
         blocks: Any = self.blocks
-        dense = [block.mlp for at, block in enumerate(blocks) if include_mlp_biases and at not in self.moe_layers]
-        with at_hand(*(block._modules.get("attn") for block in blocks), *dense):
+        dense = [block for at, block in enumerate(blocks) if include_mlp_biases and at not in self.moe_layers]
+        parts = [(block, "attn") for block in blocks] + [(block, "mlp") for block in dense]
+        with at_hand(*(block._modules.get(part) for block, part in parts)):
             return super().accumulated_bias(layer, mlp_input, include_mlp_biases)
 
     def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
