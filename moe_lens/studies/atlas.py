@@ -80,7 +80,7 @@ class Atlas(Study):
     passes: ClassVar[tuple[str, ...]] = ("choice", "outputs", "effects", "costliest")
 
     def check(self, model: Any) -> None:
-        """Refuse narrow experts, a router that has no choice, texts without a token, and knockout_tokens of 0."""
+        """Refuse narrow experts, a router that has no choice, empty and overlong texts, and knockout_tokens of 0."""
         require_stream_width(model, "what they write")
         if model.top_k == model.n_experts:
             raise UnfitError(f"this model always chooses all its {model.n_experts} experts: no choice is left to show")
@@ -89,6 +89,10 @@ class Atlas(Study):
         for text in self.texts:
             if model.tokenizer is None or len(model.own_ids(text)[1]) < 1:
                 raise InputError(f"the text {text!r} holds no token")
+            if (length := sum(map(len, model.own_ids(text)))) > model.cfg.n_ctx:
+                raise InputError(
+                    f"the text {text[:60]!r}… has {length} tokens; the model's context is {model.cfg.n_ctx}"
+                )
 
     def begin(self, model: Any, name: str) -> Gathered:
         """Empty counts and sums."""
