@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moe_lens.errors import UnsupportedModelError
 from moe_lens.model.experts.offloaded_experts import numbers_of
 from moe_lens.model.experts.packed import ReadOnly
+from moe_lens.model.experts.quantised import library
 from moe_lens.model.hooks.bypassed import replaced
 from moe_lens.model.tl_compat import GeneralizedComponent
 
@@ -30,13 +31,12 @@ def weight_of(module: Any, name: str = "weight") -> Any:
     weight = numbers_of(module, name)
     if type(weight).__name__ not in ("Params4bit", "Int8Params"):
         return weight
-    from bitsandbytes import matmul_4bit  # noqa: PLC0415  # takes a second
-    from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # noqa: PLC0415
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # noqa: PLC0415  # takes a second
 
     state: Any = getattr(weight, "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):  # an order that nothing of bitsandbytes but its product reads
         unit = torch.eye(state.shape[-1], dtype=state.dtype)
-        return matmul_4bit(unit, weight, quant_state=state).detach().T.as_subclass(ReadOnly)
+        return library().gemv_4bit(unit, weight, state=state).detach().T.as_subclass(ReadOnly)
     return dequantize_bnb_weight(weight, getattr(module, "state", None)).detach().as_subclass(ReadOnly)
 
 
