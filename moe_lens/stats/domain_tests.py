@@ -41,7 +41,9 @@ class DomainComparison(Result):
     differences: Float[Tensor, "domain layer n_experts"]
     """Specialisation minus its mean over the other domains."""
     statistics: Float[Tensor, "domain layer n_experts"]
-    """Differences in standard deviations; 0 where fewer than 10 tokens are expected in some domain: not tested."""
+    """Differences in standard deviations; 0 where fewer than 10 tokens are expected in some domain: not tested.
+
+    Nor is any expert where one source holds nearly all of a domain's text: `source_permutation.LEAST_SOURCES`."""
     p_values: Float[Tensor, "domain layer n_experts"]
     """Of the absolute statistic, against the greatest one over all domains, layers and experts: corrected for all."""
     npmi: Float[Tensor, "domain layer n_experts"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import false_discovery_control
 
-from benchmarks.domain_tests import SCENARIOS, rates
+from benchmarks.domain_tests import SCENARIOS, draw, rates
 from moe_lens.errors import InputError
 from moe_lens.stats import DomainComparison, RoutingResult, RoutingStats, compare_domains
 from moe_lens.stats.domain_pairs import information
@@ -135,6 +135,16 @@ def test_experts_that_hardly_occur_are_not_tested():
     assert found.differences[0, 0, 2] == pytest.approx(0.1) and found.statistics[0, 0, 0] != 0
 
 
+@pytest.mark.parametrize(
+    ("largest", "tested"), [(1000, False), (400, True)]
+)  # of a domain's sources; nine others of 20
+def test_nothing_is_tested_where_one_source_is_nearly_all_of_a_domain(largest: int, tested: bool):
+    sizes = [[largest, *[20] * 9], [60] * 12]
+    found = compare_domains(draw(torch.Generator().manual_seed(1), lambda _: sizes, 1.5), permutations=99)
+    assert bool(found.statistics.any()) is tested and bool((found.p_values < 1).any()) is tested
+    assert found.differences.any() and found.mi_p_values.isfinite().all()
+
+
 def test_null_is_what_mutual_information_is_where_there_is_none():
     generator = torch.Generator().manual_seed(2)
     found = [compare_domains({n: domain(generator, 12) for n in "abc"}, permutations=60) for _ in range(20)]
@@ -251,8 +261,8 @@ def test_intervals_of_divergences_cover_the_truth():
     covered, nearer, plain = [], [], []
     draws = [{n: scattered(generator, p) for n, p in zip("abc", loads, strict=True)} for _ in range(40)]
     found = compare_domains(draws[0], permutations=1)
-    for draw in draws:
-        found = compare_domains(draw, permutations=1)
+    for each in draws:
+        found = compare_domains(each, permutations=1)
         table = found.per_pair()
         covered += [low <= value <= high for low, high, value in zip(table["low"], table["high"], truth, strict=True)]
         plain.append(found.jsd[0] - truth)
