@@ -17,11 +17,11 @@ from transformers import Cache
 
 from moe_lens.errors import HookError, UnsupportedModelError
 from moe_lens.model.experts.offloaded_experts import at_hand
-from moe_lens.model.hooks.absent_parameters import NamedParameters
 from moe_lens.model.hooks.bypassed import refuse_replaced, refuse_torch_hooks
 from moe_lens.model.hooks.head_views import name_conversion, view_as_others
 from moe_lens.model.hooks.latent_cache import check_keys_are_stored, latents_of
 from moe_lens.model.hooks.layer_hooks import call_hook
+from moe_lens.model.hooks.named_parameters import NamedParameters
 from moe_lens.model.hooks.readable_weight import refuse_own_forward, weight_of
 from moe_lens.model.hooks.scaling import ExactForward, unscaled
 from moe_lens.model.tl_compat import GeneralizedComponent

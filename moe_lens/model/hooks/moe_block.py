@@ -14,11 +14,11 @@ from moe_lens.errors import UnsupportedModelError
 from moe_lens.model.experts.expert_weights_view import Experts
 from moe_lens.model.experts.nonstandard_experts import BLOCKS, block_forward, experts_of
 from moe_lens.model.families.table import Family
-from moe_lens.model.hooks.absent_parameters import NamedParameters
 from moe_lens.model.hooks.bypassed import refuse_exchanged, refuse_replaced, refuse_torch_hooks
 from moe_lens.model.hooks.components import FlatTokens, combined, method_of
 from moe_lens.model.hooks.expert_kernel import experts_forward
 from moe_lens.model.hooks.layer_hooks import LayerHooks
+from moe_lens.model.hooks.named_parameters import NamedParameters
 from moe_lens.model.hooks.router import route
 from moe_lens.model.hooks.router_modes import rule_of
 from moe_lens.model.hooks.torch_hooks import hooks_of_torch, unchanged

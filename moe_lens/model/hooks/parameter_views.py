@@ -11,9 +11,9 @@ from moe_lens.errors import AbsentParameterError, UnsupportedModelError
 from moe_lens.model.experts.layer_parameters import LayerParameters
 from moe_lens.model.experts.offloaded_experts import at_hand, numbers_of
 from moe_lens.model.experts.packed import Matrices, ReadOnly
-from moe_lens.model.hooks.absent_parameters import absent
 from moe_lens.model.hooks.components import LayerPart
 from moe_lens.model.hooks.hook_table import HookTable
+from moe_lens.model.hooks.named_parameters import absent
 
 _SWITCHED_ON = {
     "use_attn_result": "hook_result",

@@ -1,4 +1,4 @@
-"""Parameters that TransformerLens reads of attention and MLPs by name, where a model's parts have none of that form."""
+"""Parameters that TransformerLens reads of attention and MLPs by name, and the error where a part has none of that form."""
 
 from functools import partial
 from typing import Any
