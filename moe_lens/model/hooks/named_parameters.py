@@ -1,4 +1,4 @@
-"""Parameters that TransformerLens reads of attention and MLPs by name, and the error where a part has none of that form."""
+"""Parameters that TransformerLens reads of attention and MLPs by name, and the error where a part has none."""
 
 from functools import partial
 from typing import Any
