@@ -117,6 +117,8 @@ def test_gemma4_s_layers_inside_are_the_blocks_in_all_but_names(gemma: HookedMoE
     assert block.note == 1
     del layer.note
     assert not hasattr(block, "note")
+    assert not any(part.training for part in model.original_model.modules())
+    assert layers.train() is layers and model.blocks.training and block.training and not model.original_model.training
     layers.add_module("0", layers[1])
     assert model.blocks[0] is model.blocks[1]
 

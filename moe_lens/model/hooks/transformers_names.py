@@ -94,6 +94,15 @@ class LayersByTheirNames(nn.ModuleList):
     def _modules(self, modules: dict[str, Any]) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         self.__dict__["blocks"]._modules = {name: block_of(module) for name, module in modules.items()}
 
+    @property
+    def training(self) -> bool:
+        """That of the list of blocks."""
+        return self.__dict__["blocks"].training
+
+    @training.setter
+    def training(self, mode: bool) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.__dict__["blocks"].training = mode
+
     def __getattr__(self, name: str) -> Any:
         return _seen(getattr(self.__dict__["blocks"], name))
 
