@@ -107,13 +107,14 @@ def shards(
 
 
 def _groups(windows: Iterable[Window], size: int) -> Iterator[tuple[Window, ...]]:
+    """Groups of so many tokens, each when the next window or the end was met: what lies between them was met, too."""
     group: list[Window] = []
     tokens = 0
     for window in windows:
-        group.append(window)
-        tokens += len(window.ids)
         if tokens >= size:
             yield tuple(group)
             group, tokens = [], 0
+        group.append(window)
+        tokens += len(window.ids)
     if group:
         yield tuple(group)

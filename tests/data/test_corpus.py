@@ -67,6 +67,20 @@ def test_processes_read_together_what_one_reads(tokens, streamed, world_size):
     assert seen(resumed) == seen(alone[2:])
 
 
+@pytest.mark.parametrize("streamed", [True, False])
+def test_what_is_too_short_is_counted_wherever_it_stands_and_however_large_shards_are(streamed):
+    made = [{"text": text, "source": f"{i}"} for i, text in enumerate(["a", "abcdefgh", "b", "abcdefgh", "c", "d"])]
+    texts = from_generator("d", lambda: made)
+    if not streamed:
+        texts = Domain("d", tuple(Passage(row["text"], row["source"], f"f:{i}") for i, row in enumerate(made)))
+    for size, n in ((9, 2), (18, 1), (1000, 1)):  # a window is 9 tokens: the last shard is full, or it is not
+        found = list(shards(texts, Encoder(), Reading(tokens=None, context=16, shard_tokens=size)))
+        assert [len(shard.windows) for shard in found] == [2 // n] * n
+        assert sum(shard.short for shard in found) == 4
+        later = list(shards(texts, Encoder(), Reading(tokens=None, context=16, shard_tokens=size), start=1))
+        assert [shard.short for shard in later] == [shard.short for shard in found[1:]]
+
+
 def test_a_generator_without_end_is_read_no_further_than_needed():
     made = 0
 
