@@ -212,6 +212,11 @@ def bnb4(rows: int, columns: int, seed: int, *, nested: bool = True) -> Stored:
     return {name: torch.from_numpy(value) for name, value in stored.items()}, numbers
 
 
+def bnb4_in_bfloat16(rows: int, columns: int, seed: int) -> Stored:
+    stored, numbers = bnb4(rows, columns, seed)
+    return {**stored, "weight": stored["weight"].view(-1, 2).view(torch.bfloat16)}, numbers
+
+
 def bnb8(rows: int, columns: int, seed: int) -> Stored:
     weight, largest = random(seed).integers(-127, 128, (rows, columns)), scales(rows, seed=seed)
     stored = {"weight": weight.astype(np.int8), "SCB": largest, "weight_format": np.array(0, np.uint8)}
@@ -263,6 +268,9 @@ WAYS: dict[str, tuple[dict[str, Any], Callable[[int, int, int], Stored]]] = {
     "compressed-tensors mxfp4-pack-quantized": (compressed("mxfp4-pack-quantized", num_bits=4), mxfp4_pack),
     "bitsandbytes 4 bits": ({**BNB, "load_in_4bit": True}, lambda *at: bnb4(*at, nested=False)),
     "bitsandbytes 4 bits, scales packed too": ({**BNB, "load_in_4bit": True}, bnb4),
+    "bitsandbytes 4 bits, in numbers of another kind": (
+        {**BNB, "load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"}, bnb4_in_bfloat16,
+    ),
     "bitsandbytes 8 bits": ({**BNB, "load_in_8bit": True}, bnb8),
     "gptq 4 bits": (GPTQ, gptq),
     "gptq 8 bits, in another order": ({**GPTQ, "bits": 8}, lambda *at: gptq(*at, bits=8, order=True)),
@@ -565,3 +573,16 @@ def test_a_matrix_in_other_bits_than_the_rest_is_read_as_its_own_name_says(tmp_p
     for bits, words in ((8, 16), (2, 4)):
         with pytest.raises(CheckpointError, match=rf"64 numbers of {bits} bits take {words} words, and there are 8"):
             read(["l.4"], 4, bits)
+
+
+@pytest.mark.parametrize("form", [(2, 1, 48), (2, 48, 1)])
+def test_llama_4_s_experts_in_fbgemm_fp8_have_a_scale_for_each_output(form: tuple[int, ...], tmp_path: Path) -> None:
+    """As many inputs as outputs, so that a scale for each input would fit, too."""
+    weight = floats8((96, 48), 0).view(2, 48, 48)
+    scale = torch.from_numpy(scales(2, 48, seed=0))
+    stored = {"experts.down_proj": weight, "experts.down_proj_scale": scale.view(form)}
+    save_file(stored, tmp_path / "model.safetensors")
+    view = unpacked(Checkpoint.locate(str(tmp_path), {}), {"quant_method": "fbgemm_fp8"}, torch.float32)
+    found = view.tensors["experts.down_proj"].read(OpenFiles())
+    assert torch.equal(found, weight.float() * scale[:, None, :])
+    assert not torch.equal(found, weight.float() * scale[:, :, None])

@@ -7,10 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moe_lens.errors import CheckpointError
-from moe_lens.model.loading.checkpoint import OpenFiles
+from moe_lens.model.loading.checkpoint import OpenFiles, StoredTensor
 from moe_lens.model.loading.formats import arithmetic
 from moe_lens.model.loading.formats.packed_tensor import Found, Parts, Tensors, beside, lacks, made_of
 
@@ -22,21 +23,30 @@ def bitsandbytes(tensors: Tensors, said: Mapping[str, Any]) -> Found:  # noqa: A
     files = OpenFiles()
     for name, stored in tensors.items():
         rows = name.removesuffix("weight") + "SCB"
-        if stored.dtype == "I8" and name.endswith("weight"):
+        states = [end for end in ("nf4", "fp4") if f"{name}.quant_state.bitsandbytes__{end}" in tensors]
+        if states:
+            state = tensors[f"{name}.quant_state.bitsandbytes__{states[0]}"]
+            how = _json_of(state.file, state.read(files))
+            packed = _Bytes(stored.file, stored.name, (stored.nbytes,), "U8")
+            parts = {"weight": packed, **beside(tensors, name, _FOUR_BITS)}
+            if absent := {"absmax", "quant_map"} - parts.keys():
+                raise lacks(stored, " and ".join(sorted(absent)))
+            in_bytes = "absmax" if "nested_absmax" in parts else ""
+            yield made_of(name, parts, tuple(how["shape"]), partial(_four_bits, how), (state, stored), in_bytes)
+        elif stored.dtype == "I8" and name.endswith("weight"):
             if rows not in tensors:
                 raise lacks(stored, "SCB")
             layout = tensors.get(f"{name}_format")
             parts = {"weight": stored, "scale": tensors[rows], **({"format": layout} if layout else {})}
             yield made_of(name, parts, stored.shape, _int8_rows)
-        states = [end for end in ("nf4", "fp4") if f"{name}.quant_state.bitsandbytes__{end}" in tensors]
-        if stored.dtype == "U8" and states:
-            state = tensors[f"{name}.quant_state.bitsandbytes__{states[0]}"]
-            how = _json_of(state.file, state.read(files))
-            parts = {"weight": stored, **beside(tensors, name, _FOUR_BITS)}
-            if absent := {"absmax", "quant_map"} - parts.keys():
-                raise lacks(stored, " and ".join(sorted(absent)))
-            in_bytes = "absmax" if "nested_absmax" in parts else ""
-            yield made_of(name, parts, tuple(how["shape"]), partial(_four_bits, how), (state,), in_bytes)
+
+
+class _Bytes(StoredTensor):
+    """The bytes of a tensor, stored as numbers of any kind (`bnb_4bit_quant_storage`)."""
+
+    def read(self, files: OpenFiles) -> Tensor:
+        """In a row."""
+        return super().read(files).flatten().view(torch.uint8)
 
 
 def _json_of(file: Path, stored: Tensor) -> dict[str, Any]:

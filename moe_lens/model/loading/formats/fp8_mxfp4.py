@@ -14,8 +14,11 @@ from moe_lens.model.loading.formats.packed_tensor import FP8, Found, Parts, Tens
 
 
 def fp8(tensors: Tensors, said: Mapping[str, Any]) -> Found:
-    """A scale for each block, of the size that the config says, for each row, or for all; DeepSeek-V4's 4 bits too."""
-    block = said.get("weight_block_size")
+    """A scale for each block, of the size that the config says, for each row, or for all; DeepSeek-V4's 4 bits too.
+
+    In fbgemm_fp8, experts (Llama 4's) are [expert, in, out], with a scale for each output.
+    """
+    block, turned = said.get("weight_block_size"), said.get("quant_method") == "fbgemm_fp8"
     for name, stored in tensors.items():
         endings = (f"{name}_scale_inv", f"{name}_scale", re.sub(r"weight$", "scale", name))
         scale = next((tensors[scale] for scale in endings if scale != name and scale in tensors), None)
@@ -28,7 +31,8 @@ def fp8(tensors: Tensors, said: Mapping[str, Any]) -> Found:
         if halves:
             shape, size = (*experts, rows, 2 * columns), (1, 32)
         else:
-            shape, size = stored.shape, _block(scale, (rows, columns), block)
+            shape = stored.shape
+            size = (rows, 1) if turned and experts else _block(scale, (rows, columns), block)
         unpack = partial(_floats, size, halves)
         yield made_of(name, {"weight": stored, "scale": scale}, shape, unpack, in_bytes="scale")
 

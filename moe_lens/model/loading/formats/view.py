@@ -38,7 +38,7 @@ FORMATS = {
         "float-, int-, naive-, mxfp8- and pack-quantized, nvfp4- and mxfp4-pack-quantized; marlin, sparse and "
         "rotated matrices are refused",
     ),
-    "fbgemm_fp8": Format(fp8, "FP8 with a scale for each row"),
+    "fbgemm_fp8": Format(fp8, "FP8 with a scale for each row; Llama 4's experts with one for each output"),
     "fp8": Format(
         fp8,
         "FP8 with a scale for each block (the last blocks may be smaller, as in DeepSeek-V3), for each row, or for the "
