@@ -41,7 +41,7 @@ class StudyFolder:
         self._lock = FileLock(self.unfinished / ".lock")  # the system releases it, however this process ends
 
     def finished(self) -> bool:
-        """Whether the folder holds the result of this very plan.
+        """Whether the folder holds the result of this very plan; its progress, if a killed run left that, is dropped.
 
         Raises:
             InputError: It holds something else.
@@ -50,6 +50,12 @@ class StudyFolder:
             return False
         manifest = read_manifest(self.path)
         self._same(manifest["plan"], self.path, f"holds the result of another study ({manifest['plan']['study']})")
+        with suppress(InputError):  # there is none
+            if read_object(self.unfinished / PLAN, "the beginning of a study") == {
+                "format": FORMAT,
+                **manifest["plan"],
+            }:
+                self._drop()
         return True
 
     def begin(self, space: int = SPACE) -> None:
@@ -120,8 +126,18 @@ class StudyFolder:
 
     def discard(self) -> None:
         """Drop what was done."""
-        shutil.rmtree(self.unfinished, ignore_errors=True)
+        self._drop()
         unmake(self._made)
+
+    def _drop(self) -> None:
+        """The plan comes last: what is left if this is killed is known by it."""
+        with suppress(OSError):
+            for path in self.unfinished.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.name != PLAN:
+                    path.unlink()
+        shutil.rmtree(self.unfinished, ignore_errors=True)
 
     def there(self) -> None:
         """Make sure that the progress so far is still there.
@@ -180,7 +196,7 @@ class StudyFolder:
         except OSError as error:
             reason = error.strerror or str(error)
             raise InputError(f"{self.path}: could not be written ({reason}); {self.unfinished} is kept") from None
-        shutil.rmtree(self.unfinished, ignore_errors=True)
+        self._drop()
 
     def scratch(self) -> Path:
         """An empty folder for the files of the result."""

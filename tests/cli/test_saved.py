@@ -213,6 +213,34 @@ def test_a_folder_is_filled_by_one_run_at_a_time(saved, tmp_path, monkeypatch):
     second.begin()  # however the other has ended
 
 
+@pytest.mark.parametrize("removed", range(3))  # of progress, and the lock
+def test_what_a_run_leaves_that_is_killed_once_its_result_is_there_is_dropped(saved, tmp_path, monkeypatch, removed):
+    plan = json.loads((saved / "routing" / MANIFEST).read_text(encoding="utf-8"))["plan"]
+    left, unlink, gone = tmp_path / "out.unfinished", Path.unlink, []
+
+    def killed(path: Path) -> None:
+        if path.parent == left and (tmp_path / "out").exists():
+            if len(gone) == removed:
+                os._exit(9)
+            gone.append(path)
+        unlink(path)
+
+    if not (process := os.fork()):
+        monkeypatch.setattr(Path, "unlink", killed)
+        folder = StudyFolder(tmp_path / "out", plan)
+        folder.begin()
+        for name in ("0-first", "1-second"):
+            folder.save(name, {"state": torch.ones(1)}, {})
+        folder.finish(folder.scratch(), {})
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9 and (left / "plan.json").exists()
+    shutil.copytree(tmp_path / "out", tmp_path / "other")
+    shutil.copytree(left, other := tmp_path / "other.unfinished")
+    (other / "plan.json").write_text((left / "plan.json").read_text().replace('"seed": 0', '"seed": 1'))
+    assert StudyFolder(tmp_path / "out", plan).finished() and not left.exists()
+    assert StudyFolder(tmp_path / "other", plan).finished() and other.exists(), "the control: other work"
+
+
 def test_two_runs_at_once_lose_nothing(tmp_path):
     """The same study into the same folder, begun by a second run while the first one is reading."""
     model, out, said = tiny_model(), tmp_path / "out", []
