@@ -164,6 +164,12 @@ def test_nemotron_h_adds_what_its_experts_give_only_where_they_have_no_space_of_
     assert family_of(config("nemotron_h")).adds_as_computed
 
 
+def test_an_expert_without_a_second_branch_says_so(latent: Case) -> None:
+    one = names.expert("hook_pre_linear", latent.layer, 2)
+    with pytest.raises(HookError, match=r"have a single branch\. There is .*hook_pre, .*hook_post, .*hook_out$"):
+        latent.model.run_with_cache(latent.tokens, names_filter=one)
+
+
 def test_what_needs_outputs_as_wide_as_the_stream_is_refused_where_they_are_not(latent: Case) -> None:
     model, layer = latent.model, latent.layer
     narrower = "experts of this nemotron_h compute in a narrower space"

@@ -253,6 +253,9 @@ class HookTable(RefusedMethods):
             made = self.expert_hooks(one[0], one[1])
             if name in made:
                 return made[name]
+            identity = one[1] >= self.n_experts - self.n_identity_experts
+            why = "an identity expert has no neurons" if identity else "experts of this family have a single branch"
+            raise HookError(f"hook {name!r} does not exist: {why}. There is {', '.join(made)}")
         if (found := names.parse_mlp(name)) is not None and found[0] not in self.moe_layers:
             raise HookError(f"{name}: layer {found[0]} has no experts; MoE layers are {list(self.moe_layers)}")
         instead = instead_of(name, self._all_hooks, self.moe_layers, self.family.note)
