@@ -14,6 +14,7 @@ from moe_lens.studies.findings import (
     Findings,
     across,
     left_out,
+    number,
     repeated_texts,
     told,
     too_few,
@@ -325,12 +326,13 @@ def _attribution_fidelity(tables: Tables, model: Facts) -> Iterator[str]:  # noq
         row = _where(rows, method=method).iloc[0]
         agreement = value(row, "spearman", ("spearman_low", "spearman_high"))
         yield f"{method} attribution and knock-outs: Spearman {agreement} over {row['pairs']} experts (fidelity)"
-    cheap = [f"{name} {_where(rows, method=name)['spearman'].iloc[0]:.3g}" for name in ("frequency", "norm")]
+    cheap = [f"{name} {number(_where(rows, method=name)['spearman'].iloc[0])}" for name in ("frequency", "norm")]
     yield f"  an expert's {' and '.join(cheap)}, which ask for no attribution at all"
-    again = tables["rerouting"]
+    share = tables["rerouting"]["share"]
+    least, most = (number(of, ".0%") for of in (share.min(), share.max()))
     yield (
-        f"later layers that choose again make {again['share'].min():.0%} to {again['share'].max():.0%} of the size of "
-        "a knock-out's effect, over layers (rerouting)"
+        f"later layers that choose again make {least} to {most} of the size of a knock-out's effect, over layers "
+        "(rerouting)"
     )
 
 

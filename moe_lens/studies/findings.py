@@ -62,9 +62,16 @@ def too_short(read: Mapping[str, int], asked: int | None) -> tuple[str, ...]:
 
 def value(row: Any, name: str, ends: tuple[str, str] = ("low", "high"), form: str = ".3g") -> str:
     """A number of a row with its interval: `1.53 [1.4, 1.67]`."""
+    if row[name] != row[name]:
+        return number(row[name])
     low, high = (row[end] for end in ends)
     span = "no interval" if low != low or low is None else f"{low:{form}}, {high:{form}}"
-    return f"{row[name]:{form}} [{span}]"
+    return f"{number(row[name], form)} [{span}]"
+
+
+def number(of: float, form: str = ".3g") -> str:
+    """A number, or that there is none."""
+    return "not measured" if of != of else f"{of:{form}}"
 
 
 def across(rows: Any, name: str, ends: tuple[str, str] = ("low", "high"), form: str = ".3g") -> str:

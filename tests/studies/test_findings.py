@@ -286,3 +286,7 @@ def test_checkpoints_and_fidelity_end_with_their_numbers_and_nulls():
     for line, method in zip(lines, ("direct", "gradient", "integrated"), strict=False):
         assert line.startswith(method) and f"Spearman {rows['spearman'][method]:.3g} [" in line
     assert f"frequency {rows['spearman']['frequency']:.3g}" in lines[3] and "rerouting" in lines[4]
+
+    always = tiny_model(n_routed_experts=4, num_experts_per_tok=4)
+    said = str(run(AttributionFidelity(steps=1), always, texts[0], reading=SMALL).findings())
+    assert "frequency not measured and norm " in said and "nan" not in said  # all are chosen alike

@@ -22,8 +22,8 @@ def tiny_hf(**changes: Any) -> Any:
     return build("deepseek", vocab_size=4096, bos_token_id=0, eos_token_id=1, pad_token_id=1, **changes)
 
 
-def tiny_model() -> HookedMoE:
-    return HookedMoE.from_hf(tiny_hf(), load_tokenizer(str(TOKENIZER))).requires_grad_(False)
+def tiny_model(**changes: Any) -> HookedMoE:
+    return HookedMoE.from_hf(tiny_hf(**changes), load_tokenizer(str(TOKENIZER))).requires_grad_(False)
 
 
 def save_checkpoint(folder: Path) -> None:
