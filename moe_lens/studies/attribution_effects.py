@@ -71,7 +71,8 @@ class EffectResult(Result):
 
         Columns: layer (missing for all layers together), method, reference, pairs; spearman, pearson, in [−1, 1], and
         top10, the share of the ten pairs of greatest effect that are among the method's ten greatest; each with the
-        ends of its 95 % interval, resampling sources (missing below ten sources); sources.
+        ends of its 95 % interval, resampling sources (missing below ten sources); sources. Agreement is that on as much
+        text; its interval does not cover that of unlimited text, where noise neither lowers nor raises it.
         """
         rows = []
         for layer in (None, *self.layers):
