@@ -76,6 +76,21 @@ def test_one_expert_is_read_alone(pair):
     assert weights.settled() - read == found.numel() * found.element_size()
 
 
+def test_what_is_read_on_disk_is_in_the_dtype_that_passes_compute_in(tmp_path):
+    build("deepseek").save_pretrained(tmp_path)
+    ids, read = tokens(2, 9), list[list[Any]]()
+    ways: tuple[dict[str, Any], ...] = ({}, {"device_map": ALL})
+    for where in ways:
+        model: Any = HookedMoE.from_pretrained(tmp_path, **where).to(torch.bfloat16)
+        layer, (_, cache) = model.moe_layers[-1], model.run_with_cache(ids)
+        views = [model.W_router[layer], model.W_in[layer, 3], model.W_out[layer, [5, 1]], model.ln_final.w]
+        views += [model.W_Q, model.blocks[1].attn.W_O, model.W_U, model.embed.W_E, model.blocks[0].mlp.W_in]
+        read.append([*views, cache.logit_attrs(cache.decompose_resid(), 3)])
+    for mine, theirs in zip(*read, strict=True):
+        assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
+    assert read[0][0].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("flag", ["attn_result", "split_qkv_input", "attn_in"])
 def test_heads_are_computed_by_weights_that_are_on_disk(pair, flag):
     found: list[Any] = []
@@ -197,7 +212,7 @@ def test_heads_neurons_and_parameters_by_name_are_those_in_memory(pair):
 
 WRITES = {
     "experts.down_proj": lambda model: model.original_model.model.layers[2].mlp.experts.down_proj[:].zero_(),
-    "model.norm.w": lambda model: model.ln_final.w.mul_(2),
+    "model.norm.w": lambda model: model.ln_final.weight.mul_(2),
     "layers.0.mlp": lambda model: model.original_model.model.layers[0].mlp.up_proj.weight.mul_(2),
     "q_proj.weight": lambda model: model.blocks[2].attn.q.weight.mul_(2),
     "1.input_layernorm.weight": lambda model: setattr(

@@ -200,6 +200,24 @@ def test_parameters_of_attention_by_heads_are_the_models_own(model_type: str) ->
     assert torch.allclose(model.QK.AB, q @ k.mT, atol=1e-5) and torch.allclose(model.OV.AB, v @ o, atol=1e-5)
 
 
+@pytest.mark.parametrize("model_type", ["mixtral", "phimoe", "glm4_moe"])
+def test_parameters_that_are_exchanged_are_those_that_are_read(model_type: str) -> None:
+    model, other = (HookedMoE.from_hf(tiny(model_type, seed=seed), check=False) for seed in (0, 1))
+    assert not torch.equal(model.W_E, other.W_E), "a control"
+    other.ln_final.w.data.mul_(3)
+    model.load_state_dict(other.state_dict(), assign=True)
+    mine, theirs = model.get_params(), other.get_params()
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    for path in ("ln_final", "blocks.1.ln1"):
+        norms: Any = [of.get_submodule(path) for of in (model, other)]
+        for name in ("w", "b") if hasattr(norms[0].original_component, "bias") else ("w",):
+            found, right = (getattr(norm, name) for norm in norms)
+            assert torch.equal(found, right) and found is getattr(
+                norms[0].original_component, {"w": "weight"}.get(name, "bias")
+            )
+    assert hasattr(model.ln_final, "b") == (model_type == "phimoe")
+
+
 @pytest.mark.typed
 @pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3", "dbrx", "qwen3_next", "axk1", "nemotron_h"])
 def test_parameters_that_are_not_divided_into_heads_are_named_in_a_line(model_type: str) -> None:

@@ -34,9 +34,10 @@ def device_of(module: Any, name: str = "weight") -> torch.device:
 
 def numbers_of(module: Any, name: str = "weight") -> Any:
     """A module's parameter (None if it has none), or a read-only copy of one, read from where it is kept."""
+    parameter = getattr(module, name)
     if not is_elsewhere(module, name):
-        return getattr(module, name)
-    return module._hf_hook.weights_map[name].to(device_of(module, name)).as_subclass(ReadOnly)
+        return parameter
+    return module._hf_hook.weights_map[name].to(device_of(module, name), parameter.dtype).as_subclass(ReadOnly)
 
 
 def every_parameter(module: nn.Module) -> Iterator[Tensor]:
@@ -176,4 +177,4 @@ class StoredMatrices:
             found = source.some(f"{weights.prefix}{self.name}", numbers)
         else:
             found = self.cut(weights[self.name])[numbers]
-        return found.to(self.device)
+        return found.to(self.device, self.dtype)

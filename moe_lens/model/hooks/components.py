@@ -16,7 +16,7 @@ from transformer_lens.hook_points import HookPoint
 from transformers import Cache
 
 from moe_lens.errors import HookError, UnsupportedModelError
-from moe_lens.model.experts.offloaded_experts import at_hand
+from moe_lens.model.experts.offloaded_experts import at_hand, numbers_of
 from moe_lens.model.hooks.bypassed import refuse_replaced, refuse_torch_hooks
 from moe_lens.model.hooks.head_views import name_conversion, view_as_others
 from moe_lens.model.hooks.latent_cache import check_keys_are_stored, latents_of
@@ -154,6 +154,18 @@ class Norm(GeneralizedComponent):
     """`hook_resid_mid` of the block, on the norm before its MLP."""
     summed_point: HookPoint | None = None
     """`mlp.hook_out` of a MoE block that this norm ends."""
+    property_aliases: ClassVar[dict[str, str]] = {}  # pyright: ignore[reportIncompatibleVariableOverride]
+    """None: they would be the parameters that there are when a model is wrapped."""
+
+    @property
+    def w(self) -> Tensor:
+        """The gain, as it is stored."""
+        return numbers_of(self.original_component)
+
+    @property
+    def b(self) -> Tensor:
+        """The bias, of a norm that has one."""
+        return numbers_of(self.original_component, "bias")
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:  # noqa: ARG002
         """Normalise, firing hooks on the way."""
