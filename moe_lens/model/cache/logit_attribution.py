@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_lens import names
 from moe_lens.checked import FromEnd, Natural
@@ -60,9 +60,9 @@ class AttributionCache(HookCache):
             self._check_tokens(cut[None] if alone else cut, scale.shape[:-1], has_batch_dim)
         given = residual_stack
         if final and recompute_ln:
-            weight = numbers_of(self.model.ln_final.original_component)
-            if torch.finfo(given.dtype).bits > torch.finfo(weight.dtype).bits:
-                given = given.to(weight.dtype)  # torch's own norms take no wider input than their weights
+            dtype = gain(self.model.ln_final).dtype
+            if torch.finfo(given.dtype).bits > torch.finfo(dtype).bits:
+                given = given.to(dtype)  # torch's own norms take no wider input than their weights
         scaled = super().apply_ln_to_stack(given, layer, mlp_input, where, items, has_batch_dim, recompute_ln)
         if final and recompute_ln:
             return scaled.to(torch.promote_types(scaled.dtype, residual_stack.dtype))  # by the norm itself, with gain
@@ -169,7 +169,9 @@ class AttributionCache(HookCache):
 
 
 def gain(norm: Any) -> Float[Tensor, " d_model"]:
-    """What a norm multiplies by."""
+    """What a norm multiplies by: by 1 where its owner has put an Identity in its place."""
+    if isinstance(norm.original_component, nn.Identity):
+        return torch.ones(norm.config.d_model, dtype=norm.config.dtype)
     weight = numbers_of(norm.original_component).detach()
     return 1 + weight if norm.uses_weight_offset else weight
 
