@@ -100,7 +100,7 @@ def test_the_parameters_of_what_is_exchanged_are_those_of_its_place_before_the_n
     assert torch.equal(model.W_O[2].reshape(weight.T.shape), weight.T)
     layers[2].input_layernorm = nn.Identity()
     assert (model.run_with_cache(tokens())[1]["blocks.2.ln1.hook_scale"] == 1).all()
-    model.original_model.model.norm = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+    model.original_model.model.norm = nn.Identity()
     logits, cache = model.run_with_cache(tokens())
     parts, _ = cache.get_full_resid_decomposition(-1, return_labels=True)
     assert torch.allclose(cache.logit_attrs(parts, 3).sum(0), logits[..., 3], atol=1e-4)  # float32, sums of parts
