@@ -30,6 +30,7 @@ from moe_lens.stats.parallel_sources import parallel_key
 from moe_lens.storage import written_whole
 from moe_lens.studies import chance_differences as chance
 from moe_lens.studies.comparable import COMPARED, Means
+from moe_lens.studies.routing import NULLS
 from moe_lens.studies.study_result import StudyResult
 
 RESAMPLES = 2000
@@ -146,7 +147,7 @@ def compare(
     """Compare what two studies measured alike: the same domains, layers, experts, variants.
 
     Experts are compared by number, which means something only where one model was made from the other and has as many;
-    where one has fewer, as after pruning, single experts are left out.
+    where one has fewer, as after pruning, single experts are left out. Nulls are not compared.
 
     Args:
         first: What is subtracted.
@@ -195,16 +196,17 @@ def compare(
     for one, other in couples:
         domain = one if one == other else f"{other} minus {one}"
         alike = _texts(first, one) == _texts(second, other)
-        alone[1].extend(name for name in second.results[other] if name not in first.results[one])
-        alone[0].extend(name for name in first.results[one] if name not in second.results[other])
-        for name, result in first.results[one].items():
+        here, others = _measured(first, one), _measured(second, other)
+        alone[1].extend(name for name in others if name not in here)
+        alone[0].extend(name for name in here if name not in others)
+        for name, result in here.items():
             for kind, means in COMPARED:
-                there = second.results[other].get(name)
+                there = others.get(name)
                 if isinstance(result, kind) and isinstance(there, kind):
                     for sides in zip(means(result), means(there), strict=True):
                         a, b = map(_without_experts, sides) if renumbered else sides
-                        for values, index, others in zip(alone, (a.index, b.index), (b.index, a.index), strict=True):
-                            values += [" of ".join(value) for value in index[~index.isin(others)]]
+                        for values, index, like in zip(alone, (a.index, b.index), (b.index, a.index), strict=True):
+                            values += [" of ".join(value) for value in index[~index.isin(like)]]
                         frame, null = _differences(*_matched(a, b, key, alike), seed)
                         greatest = torch.maximum(greatest, null)
                         rows.append(frame.assign(domain=domain))
@@ -253,8 +255,8 @@ _BEYOND = {
     "pruning": "perplexities of smaller models",
 }
 """Studies of which routing alone is compared, and what is not."""
-_HOW_ONLY = {"reading": ("shard_tokens",), "settings": ("seed",)}
-"""What changes how a study works or what its controls draw, and not what is measured or read."""
+_HOW_ONLY = {"reading": ("shard_tokens",), "settings": ("seed", "nulls")}
+"""What changes how a study works or what its controls are and draw, and not what is measured or read."""
 _COLUMNS = ("domain", "quantity", "of", "difference", "low", "high", "p_adjusted", "paired", "sources", "dropped")
 
 
@@ -270,6 +272,11 @@ def _named(first: StudyResult, second: StudyResult, domains: tuple[str, str] | N
 def _without_experts(means: Means) -> Means:
     """Those of layers and models alone."""
     return means.at(means.index[~means.index.get_level_values("of").str.contains(r"\bexpert \d")])
+
+
+def _measured(study: StudyResult, domain: str) -> dict[str, Any]:
+    """Results of the model, without the nulls beside it: the first word of a name is the routing."""
+    return {name: result for name, result in study.results[domain].items() if name.split(" ")[0] not in NULLS}
 
 
 def _texts(study: StudyResult, domain: str) -> dict[str, Any]:

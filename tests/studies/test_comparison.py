@@ -13,7 +13,7 @@ from moe_lens.errors import InputError
 from moe_lens.stats import RoutingResult
 from moe_lens.stats.multiple_tests import max_t
 from moe_lens.stats.parallel_sources import LANGUAGE
-from moe_lens.studies import StudyResult, compare
+from moe_lens.studies import NULLS, StudyResult, compare
 from moe_lens.studies.chance_differences import paired, unpaired
 from moe_lens.studies.comparable import Means
 from moe_lens.studies.variant_losses import WHOLE, VariantLosses
@@ -205,6 +205,22 @@ def test_two_domains_of_one_study(tmp_path):
         compare(made, domains=("prose", "code"), names=("low", "x"))
 
 
+def test_nulls_measured_beside_the_model_change_nothing():
+    """Each difference is told once and counted once, and whether there are nulls is no difference."""
+    generator = torch.Generator().manual_seed(5)
+    taste = torch.randn(EXPERTS, generator=generator)
+    plain = study(prose=counted(generator, 12, taste), code=counted(generator, 12, taste.roll(3)))
+    beside: dict[str, Any] = {
+        name: {**of, **{f"{null} routing": counted(generator, 12, 0 * taste) for null in NULLS}}
+        for name, of in plain.results.items()
+    }
+    both = replace(plain, results=beside)
+    alone, found = (compare(of, domains=("prose", "code")) for of in (plain, both))
+    pd.testing.assert_frame_equal(found.table, alone.table)
+    assert min(alone.table["p_adjusted"]) <= 0.05, "the control: the model's own are found"
+    assert compare(plain, both, domains=("prose", "code")).left_out == ()
+
+
 @pytest.mark.typed
 def test_parallel_sources_of_two_domains_are_paired():
     """As sources of equal names are; intervals are narrower where both sides share what their documents do."""
@@ -323,6 +339,7 @@ def test_what_one_side_alone_has_is_said_and_what_they_were_asked_otherwise():
         ("model", {"hooks": ["x"]}, "hooks None in a and 1 in b"),
         ("reading", {"seed": 1}, "seed 0 in a and 1 in b"),
         ("settings", {"seed": 1}, None),  # of controls
+        ("settings", {"nulls": True}, None),
         ("domains", [{"name": "de", "digest": "1"}, {"name": "fr", "digest": "9"}], "other texts as fr"),
         ("domains", [{"name": "de", "digest": "1"}, {"name": "fr", "digest": "2"}], None),
     ],
