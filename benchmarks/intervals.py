@@ -7,6 +7,10 @@ Three quantities, each a ratio of sums over sources: the share of an expert that
 that 2 % choose (normal logits by source, standard deviation 0.7 and 1.2), and a mean loss (by source 3 ± 0.5 nats, by
 token ± 2). Coverage is the share of draws in which the interval holds the true value, beside that of plain percentiles;
 width is the ratio of their median widths.
+
+And how often those of the evenness of a layer's load do: 64 experts, top-6, sources of equal sizes, logits of experts
+that are normal, and by source shift normally; beside the coverage of the bootstrap, which `experts_50` and `experts_80`
+would have.
 """
 
 import argparse
@@ -14,8 +18,21 @@ import argparse
 import torch
 from torch import Tensor
 
-from moe_lens.stats import bootstrap_all
+from moe_lens.stats import RoutingResult, bootstrap_all, load_evenness
 
+EVENNESS = {
+    "gini": load_evenness.gini,
+    "load_entropy": load_evenness.entropy,
+    "imbalance": load_evenness.imbalance,
+    "experts_50": lambda load: load_evenness.experts_covering(load, 0.5).double(),
+    "experts_80": lambda load: load_evenness.experts_covering(load, 0.8).double(),
+}
+LOADS = [
+    (n, tokens, *spread)
+    for n, tokens in ((10, 60), (10, 200), (30, 200), (12, 1000))
+    for spread in ((0.1, 0.0), (0.3, 0.3), (0.7, 0.3))
+]
+"""Sources, tokens of each, deviation of the logits of experts, and of their shift by source."""
 KINDS = ("share 10 %", "share 2 %", "loss")
 
 
@@ -57,8 +74,38 @@ def coverage(kind: str, n: int, unequal: float, draws: int, seed: int) -> tuple[
     return share[0], share[1], float(medians[0] / medians[1])
 
 
+def evenness(n: int, tokens: int, spread: float, by_source: float, draws: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Share of intervals that hold the true value of each of `EVENNESS`, and of those of the bootstrap."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = spread * torch.randn(64, generator=generator, dtype=torch.float64)
+
+    def shares(sources: int) -> Tensor:
+        shift = torch.randn(sources, 64, generator=generator, dtype=torch.float64)
+        return (6 * (logits + by_source * shift).softmax(-1)).clamp(max=1)
+
+    truth = measured(shares(100_000).mean(0))
+    held = torch.zeros(2, draws, len(EVENNESS))
+    names, size, none = tuple(map(str, range(n))), torch.full((n,), tokens), torch.zeros(n, 1, 2)
+    for i in range(draws):
+        counts = torch.binomial(torch.full((n, 64), float(tokens)).double(), shares(n), generator=generator)
+        of = counts.long()[:, None]
+        rows = RoutingResult((0,), 6, names, size, of, of, counts[:, None], none.double(), none.long()).per_layer()
+        ours = torch.tensor(rows.set_index("measure").loc[list(EVENNESS), ["low", "high"]].to_numpy()).T
+        resampled = bootstrap_all(lambda times, counts=counts: measured(times @ counts), size, seed=i)
+        assert resampled is not None
+        for j, (low, high) in enumerate((ours, resampled)):
+            held[j, i] = ((low <= truth) & (truth <= high)).float()
+            held[j, i, low.isnan()] = torch.nan
+    return held[0].mean(0), held[1].mean(0)
+
+
+def measured(load: Tensor) -> Tensor:
+    """Each of `EVENNESS`, in the last axis."""
+    return torch.stack([measure(load) for measure in EVENNESS.values()], -1)
+
+
 def main() -> None:
-    """Print a row for each quantity, number of sources and inequality."""
+    """Print a row for each quantity, number of sources and inequality; and for each of `LOADS`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
@@ -71,6 +118,10 @@ def main() -> None:
                 sizes = "unequal" if unequal else "equal"
                 row = f"{kind:11s} {n} sources of {sizes:8s} coverage {ours:.3f}, percentiles {plain:.3f}"
                 print(f"{row}, width × {wider:.2f}", flush=True)
+    for n, tokens, spread, by_source in LOADS:
+        covered = zip(EVENNESS, *evenness(n, tokens, spread, by_source, args.draws, args.seed), strict=True)
+        said = ", ".join(f"{name} {ours:.3f} (bootstrap {plain:.3f})" for name, ours, plain in covered)
+        print(f"{n} sources of {tokens}, deviations {spread} and {by_source}: {said}", flush=True)
 
 
 if __name__ == "__main__":

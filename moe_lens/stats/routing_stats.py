@@ -28,6 +28,11 @@ LAYER_MEASURES = {
     "margin": "router logit of rank k minus that of rank k + 1, mean over tokens: 0 is a tie",
 }
 """What is measured of a layer, and what each is."""
+_JACKKNIFED = {"gini": True, "load_entropy": True, "imbalance": False}
+"""Measures that resampling would bias, and whether the bias of chance is taken out: of a maximum it is small beside the
+jackknife's interval, and taking it out would make coverage worse."""
+_COUNTS = ("experts_50", "experts_80")
+"""Whole numbers that chance makes smaller: neither way gives intervals that can be trusted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,18 +170,25 @@ class RoutingResult(Result):
         """A row per layer and each of `LAYER_MEASURES`: value, its 95 % interval over sources, tokens, sources.
 
         Value and interval of `router_entropy` and `margin` are missing where the routing did not hold affinities or
-        logits; intervals are where there are fewer than `MIN_SOURCES` sources. Chance makes loads uneven: the interval
-        of `gini` and of `load_entropy` is a jackknife's, of the value less this bias, and may lie beside the value.
+        logits; intervals are where there are fewer than `MIN_SOURCES` sources, and of `experts_50` and `experts_80`.
+        Chance makes loads uneven: the intervals of `gini` and of `load_entropy` are a jackknife's, of the value less
+        this bias, and may lie beside the value; that of `imbalance` is one of the value.
         """
         values = self._layer_measures(torch.ones(1, len(self.sources), dtype=torch.float64))[0]
         ends = bootstrap_all(self._layer_measures, self.tokens)
-        low, high = (torch.full_like(values, torch.nan),) * 2 if ends is None else ends
         if ends is not None:
             without = self._layer_measures(1 - torch.eye(len(self.sources), dtype=torch.float64))
             strata = torch.zeros(len(self.sources), dtype=torch.long)
-            some = [list(LAYER_MEASURES).index(name) for name in ("gini", "load_entropy")]
-            whole, parts = values[:, some], without[..., some]
-            low[:, some], high[:, some] = jackknife_interval(whole, parts, strata, self.tokens, corrected=True)
+            for at, name in enumerate(LAYER_MEASURES):
+                if name in _JACKKNIFED:
+                    ends[..., at] = torch.stack(
+                        jackknife_interval(
+                            values[:, at], without[..., at], strata, self.tokens, corrected=_JACKKNIFED[name]
+                        )
+                    )
+                elif name in _COUNTS:
+                    ends[..., at] = torch.nan
+        low, high = (torch.full_like(values, torch.nan),) * 2 if ends is None else ends
         index = pd.MultiIndex.from_product([self.layers, LAYER_MEASURES], names=["layer", "measure"])
         columns = {name: table.flatten().numpy() for name, table in (("value", values), ("low", low), ("high", high))}
         return pd.DataFrame(columns, index=index).reset_index().assign(tokens=self.n_tokens, sources=len(self.sources))

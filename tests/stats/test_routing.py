@@ -63,25 +63,33 @@ def test_by_hand():
 
 
 def test_intervals_of_evenness_hold_the_true_one_though_chance_makes_loads_uneven():
-    """Of ten texts, the plug-in values are .02 and .03 off, to one side: so are their resamples."""
+    """Of ten texts, the plug-in values are off to one side: so are their resamples. Counts of experts have none."""
     generator = torch.Generator().manual_seed(0)
     n, experts, tokens = 10, 64, 360
-    true = (0.7 * torch.randn(experts, generator=generator)).softmax(-1).double()
-    held = {"gini": 0, "load_entropy": 0}
-    truth = {"gini": float(load_evenness.gini(true)), "load_entropy": float(load_evenness.entropy(true))}
-    for _ in range(40):
+    true = (0.3 * torch.randn(experts, generator=generator)).softmax(-1).double()
+    truth = {
+        "gini": float(load_evenness.gini(true)),
+        "load_entropy": float(load_evenness.entropy(true)),
+        "imbalance": float(load_evenness.imbalance(true)),
+    }
+    even = {"gini": 0, "load_entropy": math.log(experts), "imbalance": 1}
+    held, resampled = dict.fromkeys(truth, 0), 0
+    for _ in range(20):
         drawn = torch.multinomial(true, n * tokens, replacement=True, generator=generator).view(n, tokens)
         counts = torch.nn.functional.one_hot(drawn, experts).sum(1)[:, None]
         size, none = torch.full((n,), tokens), torch.zeros(n, 1, 2)
         names = tuple(f"s{number}" for number in range(n))
         result = RoutingResult((0,), 1, names, size, counts, counts, counts.double(), none.double(), none.long())
         rows: Any = result.per_layer().set_index("measure")
+        assert rows.loc[["experts_50", "experts_80"], ["low", "high"]].isna().all(axis=None)
         for name in held:
             row = rows.loc[name]
             held[name] += row["low"] <= truth[name] <= row["high"]
-            even = 0.0 if name == "gini" else math.log(experts)
-            assert not row["low"] <= even <= row["high"], "the control: the load is not even"
-    assert all(times >= 35 for times in held.values())  # of 40: .95, less 1.8 standard deviations
+            assert not row["low"] <= even[name] <= row["high"], "the control: the load is not even"
+        plain = bootstrap(lambda times, of=counts: load_evenness.gini(times @ of[:, 0].double()), size)
+        resampled += plain is not None and plain.low <= truth["gini"] <= plain.high
+    assert all(times >= 17 for times in held.values())  # of 20: .95, less 2 standard deviations
+    assert resampled < 15, "the control: resamples of the plug-in value"
 
 
 def test_uniform_routing_needs_half_of_the_experts():
@@ -210,6 +218,7 @@ def test_intervals_of_layer_measures_bracket_their_values():
     assert set(table["measure"]) == set(LAYER_MEASURES) and len(table) == 2 * len(LAYER_MEASURES)
     means = table[table["measure"].isin(["router_entropy", "margin"])]
     assert (means["low"] < means["value"]).all() and (means["value"] < means["high"]).all()
+    table = table[~table["measure"].isin(["experts_50", "experts_80"])]
     assert (table["low"] <= table["high"]).all() and set(table["sources"]) == {12}
 
 
