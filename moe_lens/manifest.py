@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from moe_lens.json_files import check_file, read_json
 MANIFEST = "manifest.json"
 FORMAT = 4
 """Of manifests, progress, tables and results: raised by one whenever what is written changes, so that this is said."""
+_VERDICTS = re.compile(r"verdicts(?:-(\d+))?\.json").fullmatch
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -38,6 +40,17 @@ def studies_in(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     inside = [] if (folder / MANIFEST).exists() else sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
     return inside or [folder]
+
+
+def model_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a study's manifest says of its model, but for the name, or the place, that it was opened under."""
+    return {name: value for name, value in manifest["plan"]["model"].items() if name != "name"}
+
+
+def verdict_files(folder: str | Path) -> list[Path]:
+    """The verdicts of a report's page, in the order of its models."""
+    named = [(path, _VERDICTS(path.name)) for path in Path(folder).glob("verdicts*.json")]
+    return [path for _, path in sorted((int(match[1] or 1), path) for path, match in named if match)]
 
 
 def read_object(path: Path, what: str) -> dict[str, Any]:

@@ -11,12 +11,11 @@ import typer
 from moe_lens.cli.app import app
 from moe_lens.cli.model_loading import quiet
 from moe_lens.errors import InputError, near_miss
-from moe_lens.manifest import read_manifest, read_object, seal, studies_in
+from moe_lens.manifest import read_manifest, read_object, seal, studies_in, verdict_files
 
 if TYPE_CHECKING:
     import pandas as pd
 
-VERDICTS = "verdicts.json"
 WIDE = 240
 """Characters of a line where no terminal says how many there are."""
 _TEXT = 24
@@ -42,39 +41,41 @@ def show(
 
     Two models: moe-lens show moe-lens-report-a moe-lens-report-b
     """
-    reports = [folder for folder in folders if (folder / VERDICTS).exists()]
+    reports = [folder for folder in folders if verdict_files(folder)]
     quiet()
-    from moe_lens.studies.verdicts import side_by_side
-
     console = _console()
     if len(reports) > 1 and len(reports) == len(folders):
         if table:
             raise InputError("--table is about one study, and several reports show their verdicts; give one folder")
-        for each in reports:
-            studies_in(each)
-        _print(console, "verdicts", side_by_side([_verdicts(report) for report in reports]), len(reports) * 100)
+        _show_verdicts(console, [verdicts for report in reports for verdicts in _verdicts(report)])
         return
     for folder in folders:
-        for each in [folder] if folder in reports and not table else studies_in(folder):
-            _show(console, each, table, rows)
+        if folder in reports and not table:
+            _show_report(console, folder)
+        else:
+            _show_studies(console, folder, table or [], rows)
 
 
 def findings_in(folder: Path) -> str:
     """What a folder's result says: a study's findings, or the verdicts of a report."""
     from moe_lens.studies import Collected, StudyResult
 
-    if (folder / VERDICTS).exists():
-        return _verdict_findings(folder)
+    if verdict_files(folder):
+        return "\n".join(_verdict_findings(folder, found) for found in _verdicts(folder))
     (inside,) = studies_in(folder)[:1]
     if read_manifest(inside)["plan"]["study"] == "collect":
         return str(Collected.load(inside).findings())
     return str(StudyResult.load(inside).findings())
 
 
-def _verdicts(folder: Path) -> dict[str, Any]:
+def _verdicts(folder: Path) -> list[dict[str, Any]]:
+    """Of each model of a report's page."""
+    return [_read_verdicts(path) for path in verdict_files(folder)]
+
+
+def _read_verdicts(path: Path) -> dict[str, Any]:
     from moe_lens.studies.verdicts import FORMAT
 
-    path = folder / VERDICTS
     found = read_object(path, "the verdicts of a report")
     sealed = found.pop("seal", None)
     if (version := found.get("format")) not in range(1, FORMAT + 1):
@@ -94,10 +95,9 @@ def _are_verdicts(found: Mapping[str, Any]) -> bool:
     return all(isinstance(one, str) for one in (*texts, *said))
 
 
-def _verdict_findings(folder: Path) -> str:
+def _verdict_findings(folder: Path, found: Mapping[str, Any]) -> str:
     from moe_lens.studies.findings import Findings
 
-    found = _verdicts(folder)
     answers: dict[str, list[str]] = {}
     for row in found["verdicts"]:
         answers.setdefault(str(row["inference"]).partition(":")[0], []).append(row["key"])
@@ -107,29 +107,47 @@ def _verdict_findings(folder: Path) -> str:
     return str(Findings(tuple(said), (), then, about))
 
 
-def _show(console: Any, folder: Path, wanted: list[str] | None, rows: int) -> None:
-    from rich.text import Text
-
-    from moe_lens.studies import Collected, StudyResult
+def _show_verdicts(console: Any, verdicts: list[dict[str, Any]]) -> None:
     from moe_lens.studies.verdicts import side_by_side
 
-    if (folder / VERDICTS).exists() and not wanted:
-        console.print(Text(visible(findings_in(folder))))
-        _print(console, "verdicts", side_by_side([_verdicts(folder)]), 100)
-        console.print(Text("studies: " + ", ".join(str(each) for each in studies_in(folder))))
-        return
+    _print(console, "verdicts", side_by_side(verdicts), len(verdicts) * 100)
+
+
+def _show_report(console: Any, folder: Path) -> None:
+    from rich.text import Text
+
+    console.print(Text(visible(findings_in(folder))))
+    _show_verdicts(console, _verdicts(folder))
+    if (inside := studies_in(folder)) != [folder]:
+        console.print(Text("studies: " + ", ".join(map(str, inside))))
+
+
+def _show_studies(console: Any, folder: Path, wanted: list[str], rows: int) -> None:
+    """A study, or all of a report's: the tables that are wanted of those that have one of them."""
+    from rich.text import Text
+
+    read = [_tables_of(each) for each in studies_in(folder)]
+    there = list(dict.fromkeys(name for tables, _ in read for name in tables))
+    for name in wanted:
+        if name not in there:
+            raise InputError(f"{folder}: has no table {name!r}; there are {', '.join(there)}{near_miss(name, there)}")
+    for tables, said in read:
+        shown = [name for name in wanted or tables if name in tables]
+        if shown:
+            console.print(Text(visible(said)))
+        for name in shown:
+            _print(console, name, tables[name], rows)
+
+
+def _tables_of(folder: Path) -> tuple[dict[str, "pd.DataFrame"], str]:
+    """Of a study, with its findings."""
+    from moe_lens.studies import Collected, StudyResult
+
     if read_manifest(folder)["plan"]["study"] == "collect":
         collected = Collected.load(folder)
-        tables, said = {"documents": collected.documents()}, str(collected.findings())
-    else:
-        result = StudyResult.load(folder)
-        tables, said = dict(result.tables), str(result.findings())
-    for name in wanted or ():
-        if name not in tables:
-            raise InputError(f"{folder}: has no table {name!r}; there are {', '.join(tables)}{near_miss(name, tables)}")
-    console.print(Text(visible(said)))
-    for name in wanted or tables:
-        _print(console, name, tables[name], rows)
+        return {"documents": collected.documents()}, str(collected.findings())
+    result = StudyResult.load(folder)
+    return dict(result.tables), str(result.findings())
 
 
 def _print(console: Any, name: str, frame: "pd.DataFrame", rows: int) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 from markupsafe import Markup
 
+from moe_lens.manifest import model_of, verdict_files
 from moe_lens.report.rendering import rendered, table_html
 from moe_lens.report.report_files import PAGE, REPORT, check_place
-from moe_lens.report.section import Section, Studies
+from moe_lens.report.section import Section, Studies, facts
 from moe_lens.report.sections import SECTIONS
 from moe_lens.report.verdict_section import served_by, verdicts_of
 from moe_lens.storage import written_whole
@@ -30,7 +31,8 @@ class _Model:
 def write_page(folders: Iterable[str | Path], out: str | Path) -> Path:
     """Write `report.html`, which needs no network, and `verdicts.json` from saved studies; the path of the page.
 
-    Of several models each has verdicts of its own, `verdicts-2.json` and so on in the order of the page.
+    Of several models each has verdicts of its own, `verdicts-2.json` and so on in the order of the page. Those of an
+    earlier page are removed.
 
     Args:
         folders: Of the studies, of any kinds and models.
@@ -45,10 +47,11 @@ def write_page(folders: Iterable[str | Path], out: str | Path) -> Path:
     content = page_of(results)
     with written_whole(page) as temporary:
         temporary.write_text(content, encoding="utf-8")
-    for number, studies in enumerate(by_model(results), start=1):
-        found = verdicts_of(studies)
-        if found is not None:
-            found.save(page.with_name("verdicts.json" if number == 1 else f"verdicts-{number}.json"))
+    judged = [found for studies in by_model(results) if (found := verdicts_of(studies)) is not None]
+    for old in verdict_files(page.parent)[len(judged) :]:
+        old.unlink()
+    for number, found in enumerate(judged, start=1):
+        found.save(page.with_name("verdicts.json" if number == 1 else f"verdicts-{number}.json"))
     return page
 
 
@@ -80,17 +83,13 @@ def by_model(results: Iterable[StudyResult]) -> Iterator[Studies]:
     """Results of one model go together, each kind of study once; what is left over is shown after them."""
     groups: list[dict[str, StudyResult]] = []
     for result in results:
-        model = _model(result)
-        fits = (g for g in groups if _model(next(iter(g.values()))) == model and result.study not in g)
+        model = model_of(result.manifest)
+        fits = (g for g in groups if model_of(next(iter(g.values())).manifest) == model and result.study not in g)
         group = next(fits, None)
         if group is None:
             groups.append(group := {})
         group[result.study] = result
     yield from groups
-
-
-def _model(result: StudyResult) -> dict[str, Any]:
-    return result.manifest["plan"]["model"]
 
 
 def _shown(number: int, studies: Studies) -> _Model:
@@ -101,4 +100,4 @@ def _shown(number: int, studies: Studies) -> _Model:
         for one in made
         if one is not None
     )
-    return _Model(_model(next(iter(studies.values()))), studies, sections)
+    return _Model(facts(next(iter(studies.values()))), studies, sections)

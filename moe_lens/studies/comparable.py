@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_lens.stats import MEASURES, Result, RoutingResult, SimilarityResult
 from moe_lens.stats.sparse_probes import KINDS, ProbeResult
 from moe_lens.studies.checkpoint_overlap import PAIRS, RUNS, Overlap
-from moe_lens.studies.contrast_results import OPPOSITE, PICKED, ContrastResult, SteerResult
+from moe_lens.studies.contrast_results import MATCHED, OPPOSITE, PICKED, ContrastResult, SteerResult
 from moe_lens.studies.lens import QUANTITIES, LensTotals
 from moe_lens.studies.variant_losses import WHOLE, Variant, VariantLosses
 
@@ -91,8 +91,10 @@ def _routing(result: Result) -> list[Means]:
 
 
 def _losses(result: Result) -> list[Means]:
+    """Of variants that are the same in every study, which coalitions that were drawn for one are not."""
     assert isinstance(result, VariantLosses)
-    of = _names(result.variants)
+    same = [at for at, (what, _, _) in enumerate(result.variants) if not what.endswith(f" {MATCHED}")]
+    of = [_names(result.variants)[at] for at in same]
     n = len(of)
     sums = {
         "perplexity": (result.nats, result.tokens),
@@ -101,7 +103,13 @@ def _losses(result: Result) -> list[Means]:
         "geometric ratio": (result.log_ratios()[1], result.rows),
     }
     return [
-        Means(_index([name] * n, of), result.sources, above, below.double()[:, None].expand(-1, n), exponential=True)
+        Means(
+            _index([name] * n, of),
+            result.sources,
+            above[:, same],
+            below.double()[:, None].expand(-1, n),
+            exponential=True,
+        )
         for name, (above, below) in sums.items()
     ]
 

@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 
 from moe_lens.errors import InputError, near_miss
-from moe_lens.manifest import seal
+from moe_lens.manifest import model_of, seal
 from moe_lens.reprs import Summary
 from moe_lens.storage import written_whole
 from moe_lens.studies.frames import where
@@ -188,7 +188,8 @@ def judge(studies: Mapping[str, StudyResult], thresholds: Mapping[str, float] | 
     plans = [study.manifest["plan"] for study in studies.values()]
     if not plans:
         raise InputError("got no study; expected a model's studies by name, such as {'routing': StudyResult.load(…)}")
-    if any(plan["model"] != plans[0]["model"] or plan["domains"] != plans[0]["domains"] for plan in plans):
+    read = [(model_of(study.manifest), study.manifest["plan"]["domains"]) for study in studies.values()]
+    if any(each != read[0] for each in read):
         raise InputError("the studies are of different models or texts; verdicts are about one model and its texts")
     used = {name: replace(at, value=(thresholds or {}).get(name, at.value)) for name, at in THRESHOLDS.items()}
     about: dict[str, Any] = {

@@ -14,13 +14,14 @@ from moe_lens import viz
 from moe_lens.cli import main
 from moe_lens.data import Reading
 from moe_lens.errors import InputError
+from moe_lens.manifest import verdict_files
 from moe_lens.model.loading.tokenizer import load_tokenizer
 from moe_lens.report import run
 from moe_lens.report.paper_quotes import QUOTED
 from moe_lens.report.report_files import REPORT, SMALLER, check_place
-from moe_lens.report.report_page import page_of
+from moe_lens.report.report_page import by_model, page_of, write_page
 from moe_lens.report.verdict_words import TIMES
-from moe_lens.studies import NULLS, Localisation, PruningStudy, RoutingStudy, SingleExpertStudy, StudyResult
+from moe_lens.studies import NULLS, Localisation, PruningStudy, RoutingStudy, SingleExpertStudy, StudyResult, judge
 from tests.browser import browser
 from tests.families import build
 from tests.planted import planted_domains, planted_model
@@ -205,7 +206,8 @@ def two_models(made: Path) -> str:
     other = []
     for name in ("routing", "single-expert", "lens"):
         result = StudyResult.load(made / name)
-        plan = {**result.manifest["plan"], "model": {**result.manifest["plan"]["model"], "name": "another"}}
+        model = {**result.manifest["plan"]["model"], "name": "another", "fingerprint": "another"}
+        plan = {**result.manifest["plan"], "model": model}
         other.append(replace(result, manifest={**result.manifest, "plan": plan}))
     return page_of([StudyResult.load(made / "routing"), *other])
 
@@ -221,6 +223,34 @@ def test_sections_of_a_second_model_are_linked_within_it(made):
         "verdicts-2",
         "lens-2",
     } <= linked <= there and "lens" not in linked
+
+
+def test_a_page_has_its_own_verdicts_and_show_prints_those_of_every_model(made, tmp_path, capsys):
+    page, studies = tmp_path / "page", [made / "routing", made / "lens"]
+    write_page(studies, page)
+    found = judge({folder.name: StudyResult.load(folder) for folder in studies})
+    replace(found, model="another").save(page / "verdicts-2.json")
+    assert main(["show", str(page)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("verdicts on the paper's claims, of") == 2 and "another on" in shown and "studies:" not in shown
+    write_page(studies, page)
+    assert [path.name for path in verdict_files(page)] == ["verdicts.json"], "of the earlier page nothing is left"
+
+
+def test_show_prints_a_table_of_the_studies_that_have_it(made, capsys):
+    assert main(["show", str(made), "--table", "lens", "--rows", "1"]) == 0
+    assert "lens: " in capsys.readouterr().out
+    assert main(["show", str(made), "--table", "lense"]) == 2
+    assert re.search(r"has no table 'lense'; there are .*did you mean 'lens'", capsys.readouterr().err)
+
+
+def test_a_model_that_was_opened_by_two_names_is_one(made):
+    first, second = (StudyResult.load(made / name) for name in ("routing", "lens"))
+    plan = second.manifest["plan"]
+    moved = {**second.manifest, "plan": {**plan, "model": {**plan["model"], "name": "elsewhere"}}}
+    second = replace(second, manifest=moved)
+    assert [list(group) for group in by_model([first, second])] == [["routing", "lens"]]
+    assert judge({"routing": first, "lens": second}).model == first.manifest["plan"]["model"]["name"]
 
 
 def test_dependence_on_the_domain_is_shown_pair_by_pair_with_its_families(made):
