@@ -338,7 +338,7 @@ def test_a_changed_threshold_is_flagged_and_ours_are_shown_at_other_distances(pl
     with pytest.raises(InputError, match="got no study"):
         judge({})
     other = made(truth=True)
-    other["lens"].manifest["plan"]["model"]["name"] = "another"
+    other["lens"].manifest["plan"]["model"]["fingerprint"] = "another"
     with pytest.raises(InputError, match="different models or texts"):
         judge({"routing": planted["routing"], "lens": other["lens"]})
 
