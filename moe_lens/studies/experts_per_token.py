@@ -18,6 +18,7 @@ from moe_lens import names
 from moe_lens.checked import Natural, Seed
 from moe_lens.data import TokenBatch
 from moe_lens.errors import InputError
+from moe_lens.model.families.expert_groups import Groups
 from moe_lens.stats import Accumulator, Result, bootstrap_all
 from moe_lens.stats.sums import BySource
 from moe_lens.studies.forward_passes import Hooks, drawn_by_place, losses, predicted
@@ -35,7 +36,7 @@ class ExpertsPerToken(Study):
 
     k: tuple[Natural, ...] | None = None
     """Numbers that are the same for all; 1, 2, 4, … and all, and half, one and a half times and twice the model's own,
-    if not given. The model's own is always run."""
+    if not given. The model's own is always run. All are those of the groups that a router leaves to a token."""
     mass: tuple[float, ...] = (0.15, 0.3, 0.5)
     threshold: tuple[float, ...] = ()
     entropy: tuple[float, ...] = ()
@@ -49,9 +50,10 @@ class ExpertsPerToken(Study):
         """The numbers that are the same for all, ascending; the model's own is not among them."""
         if self.k is not None:
             return sorted(set(self.k) - {model.top_k})
-        powers = {2**n for n in range(model.n_experts.bit_length())}
-        near = {max(1, model.top_k // 2), 3 * model.top_k // 2, 2 * model.top_k, model.n_experts}
-        return sorted({k for k in powers | near if k <= model.n_experts} - {model.top_k})
+        most = _most(model)
+        powers = {2**n for n in range(most.bit_length())}
+        near = {max(1, model.top_k // 2), 3 * model.top_k // 2, 2 * model.top_k, most}
+        return sorted({k for k in powers | near if k <= most} - {model.top_k})
 
     def rules(self) -> list[tuple[str, float]]:
         """The rules by which tokens have numbers of their own."""
@@ -61,6 +63,8 @@ class ExpertsPerToken(Study):
         """Refuse numbers that the model cannot use; a family that cannot use others says so."""
         for k in (model.top_k, *self.numbers(model)):
             model.use_experts(k)
+            if k > _most(model):
+                raise InputError(f"k is {k}; the groups that the router leaves to a token hold {_most(model)} experts")
         for rule, value in self.rules():
             model.use_experts(**{rule: value})
 
@@ -106,6 +110,12 @@ class ExpertsPerToken(Study):
             "numbers": by_domain({domain: table(*pair) for domain, pair in pairs.items()}),
             "layers": by_domain({domain: used.to_frame() for domain, (_, used) in pairs.items()}),
         }
+
+
+def _most(model: Any) -> int:
+    """Among how many experts a token may choose."""
+    groups = Groups.of_model(model)
+    return model.n_experts if groups is None else groups.within(model.n_experts)
 
 
 def label(rule: str, value: float, shuffled: bool) -> str:

@@ -7,6 +7,7 @@ import torch
 
 from moe_lens.errors import InputError
 from moe_lens.model.families.expert_groups import Groups
+from moe_lens.model.families.table import FAMILIES
 from moe_lens.pruning import Plan, Scores, plan
 from moe_lens.selection import Selection
 
@@ -216,3 +217,5 @@ def test_as_many_of_each_group_are_enough_where_it_is_ranked_and_a_token_finds_i
     assert groups.fit(8, 4) and groups.fit(9, 4), "two of each"
     assert not groups.fit(8, 5), "two groups have four"
     assert not groups.fit(4, 2), "a group is ranked by two"
+    for family, name in (("deepseek_v3", "n_group"), ("kimi_linear", "num_expert_group")):
+        assert Groups.of(FAMILIES[family], {name: 4, "topk_group": 2}) == groups

@@ -10,10 +10,12 @@ from torch.nn.functional import cross_entropy
 from moe_lens import HookedMoE, names
 from moe_lens.data import Reading, batch_windows, shards
 from moe_lens.errors import InputError
+from moe_lens.model.loading.tokenizer import load_tokenizer
 from moe_lens.studies import ExpertsPerToken, StudyResult, compare, run
 from moe_lens.studies.experts_per_token import Used, label, parts, shuffle_numbers, table
 from moe_lens.studies.variant_losses import WHOLE, VariantLosses
-from tests.studies.tiny import domain, tiny_model
+from tests.families import build
+from tests.studies.tiny import TOKENIZER, domain, tiny_model
 
 READING = Reading(tokens=None, context=24, shard_tokens=10**6)
 STUDY = ExpertsPerToken(k=(1, 6), mass=(0.5,), entropy=(0.4,))
@@ -128,3 +130,20 @@ def test_what_is_run_if_nothing_is_said(model: HookedMoE) -> None:
         run(ExpertsPerToken(k=(9,)), model, [domain("d")])
     with pytest.raises(InputError, match="mass is 2.0"):
         run(ExpertsPerToken(mass=(2.0,)), model, [domain("d")])
+
+
+def test_numbers_are_those_of_the_groups_that_the_router_leaves_to_a_token() -> None:
+    """Two of four groups of two experts: the default runs, where all eight would be refused."""
+
+    def of(chosen: int) -> HookedMoE:
+        hf = build("deepseek_v3", vocab_size=4096, bos_token_id=0, eos_token_id=1, pad_token_id=1, topk_group=chosen)
+        return HookedMoE.from_hf(hf, load_tokenizer(str(TOKENIZER))).requires_grad_(False)
+
+    model, everywhere = of(2), of(4)
+    study = ExpertsPerToken(mass=())
+    found = run(study, model, [domain("d", n=2, sources=2)], reading=READING).tables["numbers"]
+    assert set(found["value"]) == {1, 2, 3, 4}
+    with pytest.raises(InputError, match="k is 5; the groups that the router leaves to a token hold 4 experts"):
+        run(ExpertsPerToken(k=(5,)), model, [domain("d")])
+    ExpertsPerToken(k=(5,)).check(everywhere)
+    assert study.numbers(everywhere) == [1, 2, 4, 6, 8], "the control: all groups"

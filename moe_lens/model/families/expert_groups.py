@@ -32,13 +32,17 @@ class Groups:
         """
         if not family.groups or config.get("topk_method") == "greedy":
             return None  # greedy has no groups, whatever is said of them
-        number = config.get("n_group") or 1
+        number = config.get("n_group") or config.get("num_expert_group") or 1  # as Kimi Linear calls it
         return cls(number, min(config.get("topk_group") or number, number), family.groups)
 
     @classmethod
     def of_model(cls, model: Any) -> "Groups | None":
         """Those of a `HookedMoE`; None where its router has none."""
         return cls.of(model.family, vars(model.original_model.config.get_text_config()))
+
+    def within(self, n_experts: Positive) -> int:
+        """Among how many of a layer's experts a token may choose."""
+        return n_experts // self.number * self.chosen
 
     def fit(self, count: int, top_k: int) -> bool:
         """Whether so many experts, as many in each group, are enough for every token."""
