@@ -70,7 +70,7 @@ def least_width(figure: "Figure", pixels: int) -> None:
 
 
 def styled(figure: "Figure", **layout: Any) -> "Figure":
-    """The common look."""
+    """The common look. Names on an axis are names, also where they look like dates ("2021-01")."""
     figure.update_layout(
         template="plotly_white",
         font={"family": FONT, "size": 12, "color": INK},
@@ -83,4 +83,10 @@ def styled(figure: "Figure", **layout: Any) -> "Figure":
     figure.update_annotations(font_size=12)
     figure.update_xaxes(gridcolor=GRID, zeroline=False)
     figure.update_yaxes(gridcolor=GRID, zeroline=False)
+    traces: Any = figure.data
+    for trace in traces:
+        for axis in ("x", "y"):
+            if trace[axis] is not None and any(isinstance(value, str) for value in trace[axis]):
+                number = (trace[f"{axis}axis"] or axis)[1:]
+                figure.layout[f"{axis}axis{number}"].type = "category"
     return figure

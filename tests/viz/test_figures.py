@@ -51,6 +51,15 @@ def test_the_figure_of_an_ablation_has_the_numbers_of_its_table(saved):
         assert list(trace.y) == pytest.approx(list(table[table["coalition"] == kind]["added"]), nan_ok=True)
 
 
+def test_domains_called_like_dates_are_names(saved):
+    """Plotly would make a calendar of the axis, and leave out what is no date."""
+    result = StudyResult.load(saved / "ablation")
+    tables = {"ablation": result.tables["ablation"].replace({"domain": {"a": "2021-01", "b_%": "web"}})}
+    drawn: Any = replace(result, tables=tables).figure()
+    assert set(drawn.data[0].x) == {"2021-01", "web"} and drawn.layout.xaxis.type == "category"
+    assert drawn.layout.yaxis.type is None, "the control: numbers stay numbers"
+
+
 def test_figures_of_many_layers_and_experts_stay_legible(saved):
     """As many as Qwen3-30B has: 48 layers, 128 experts."""
     few = StudyResult.load(saved / "routing")
