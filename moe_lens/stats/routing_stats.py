@@ -1,5 +1,6 @@
 """Which experts tokens are sent to, and how decidedly (section 3 of "MoE Lens", arXiv 2603.05806)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Self
@@ -28,9 +29,6 @@ LAYER_MEASURES = {
     "margin": "router logit of rank k minus that of rank k + 1, mean over tokens: 0 is a tie",
 }
 """What is measured of a layer, and what each is."""
-_JACKKNIFED = {"gini": True, "load_entropy": True, "imbalance": False}
-"""Measures that resampling would bias, and whether the bias of chance is taken out: of a maximum it is small beside the
-jackknife's interval, and taking it out would make coverage worse."""
 _COUNTS = ("experts_50", "experts_80")
 """Whole numbers that chance makes smaller: neither way gives intervals that can be trusted."""
 
@@ -110,7 +108,8 @@ class RoutingResult(Result):
         """Whether the expert's interval leaves out k / N, the share under uniform routing; None with too few sources.
 
         This is a statement about concentration alone: in a trained model nearly every expert differs from k / N, in
-        any domain. Whether load *depends* on the domain is what `compare_domains` tests.
+        any domain. Whether load *depends* on the domain is what `compare_domains` tests. An expert that no token
+        chose, whose interval is a point, counts as concentrated, however few tokens there are.
         """
         ends = self.intervals()
         return None if ends is None else (ends[0] > self.baseline) | (ends[1] < self.baseline)
@@ -178,14 +177,15 @@ class RoutingResult(Result):
         ends = bootstrap_all(self._layer_measures, self.tokens)
         if ends is not None:
             without = self._layer_measures(1 - torch.eye(len(self.sources), dtype=torch.float64))
-            strata = torch.zeros(len(self.sources), dtype=torch.long)
+            strata, n = torch.zeros(len(self.sources), dtype=torch.long), self.n_experts
+            limits = {"gini": (0, 1 - 1 / n), "load_entropy": (0, math.log(n)), "imbalance": (1, n)}
             for at, name in enumerate(LAYER_MEASURES):
-                if name in _JACKKNIFED:
-                    ends[..., at] = torch.stack(
-                        jackknife_interval(
-                            values[:, at], without[..., at], strata, self.tokens, corrected=_JACKKNIFED[name]
-                        )
+                if name in limits:
+                    # of a maximum the bias is small beside the interval; without it coverage would be worse
+                    found = jackknife_interval(
+                        values[:, at], without[..., at], strata, self.tokens, corrected=name != "imbalance"
                     )
+                    ends[..., at] = torch.stack(found).clamp(*limits[name])
                 elif name in _COUNTS:
                     ends[..., at] = torch.nan
         low, high = (torch.full_like(values, torch.nan),) * 2 if ends is None else ends

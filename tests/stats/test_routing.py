@@ -92,6 +92,18 @@ def test_intervals_of_evenness_hold_the_true_one_though_chance_makes_loads_uneve
     assert resampled < 15, "the control: resamples of the plug-in value"
 
 
+def test_intervals_of_evenness_stay_within_what_it_can_be():
+    """Of an even load, of which the jackknife alone would give entropies above ln E."""
+    counts = torch.randint(20, 41, (12, 1, 8), generator=torch.Generator().manual_seed(0))
+    size, none = counts.sum((1, 2)), torch.zeros(12, 1, 2)
+    names = tuple(f"s{number}" for number in range(12))
+    result = RoutingResult((0,), 1, names, size, counts, counts, counts.double(), none.double(), none.long())
+    rows: Any = result.per_layer().set_index("measure")
+    assert rows.loc["load_entropy", "high"] == math.log(8) > rows.loc["load_entropy", "low"]
+    assert 0 <= rows.loc["gini", "low"] < rows.loc["gini", "high"] <= 7 / 8
+    assert 1 <= rows.loc["imbalance", "low"] < rows.loc["imbalance", "high"] <= 8
+
+
 def test_uniform_routing_needs_half_of_the_experts():
     batch = routed(torch.arange(64).view(1, 1, 16, 4), n_experts=64)
     result = RoutingStats([0], 64, 4).update(batch).result()
