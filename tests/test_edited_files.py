@@ -108,7 +108,7 @@ def double(name: str, dim: int = 0) -> Any:
         (SCORES, put("layers", [1, 2, 3]), "expected 2 domains × 3 layers"),
         (SCORES, put("domains", 7), "not iterable"),
         (SCORES, put("model", "m"), "model is 'm'"),
-        (SCORES, fill("values", float("nan")), "values hold NaN"),
+        (SCORES, fill("values", float("nan")), "values hold NaN or infinity"),
         (SCORES, lambda h, t: t.pop("values"), "lacks 'values'"),
         (PLAN, lambda h, t: h.pop("method"), "lacks 'method'"),
         (PLAN, put("top_k", -2), "top_k is"),

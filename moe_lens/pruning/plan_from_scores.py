@@ -68,7 +68,8 @@ def plan(
         )
         if budget == "global":
             relative = ranked / values.clamp(min=0).sum(-1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
-            rest = relative.masked_fill(stay, -torch.inf).flatten()
+            lowest = torch.finfo(values.dtype).min  # what stays comes after all others, however low they are
+            rest = relative.clamp(min=lowest).masked_fill(stay, -torch.inf).flatten()
             more = count * n_layers - int(stay.sum())
             stay.view(-1)[rest.argsort(dim=-1, descending=True, stable=True)[:more]] = True
     lost = [(layer, e) for layer, e in protected if not stay[scores.layers.index(layer), e]]

@@ -66,8 +66,8 @@ class Scores(Summary):
         check_sizes(self.model, self.layers, shape[-1])
         if not 1 <= self.top_k <= shape[-1]:
             raise InputError(f"top_k is {self.top_k}; expected 1 to {shape[-1]}, the number of experts")
-        if self.values.isnan().any():
-            raise InputError("values hold NaN, and experts cannot be ranked by it")
+        if not self.values.isfinite().all():
+            raise InputError("values hold NaN or infinity, and experts cannot be ranked by it")
 
     def of(self, domain: str | None = None) -> Float[Tensor, "layer n_experts"]:
         """Scores in one domain, or the mean over domains, each counting the same.

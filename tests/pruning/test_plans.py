@@ -61,6 +61,18 @@ def test_a_global_budget_takes_the_best_of_all_layers():
     assert [len(of) for of in least.kept] == [2, 2]
 
 
+def test_a_layer_of_negative_scores_takes_its_part_of_a_global_budget():
+    """Divided by nothing these are infinite, as those that stay are; and infinite scores are refused."""
+    values = torch.rand(1, 3, 8, generator=torch.Generator().manual_seed(0)).double()
+    wide = replace(scores(), model={"n_experts": 8}, layers=(0, 1, 2), domains=("a",), tokens=(1,), values=values)
+    for lower in (0, 5):  # none is the control
+        values[0, 1] -= lower
+        assert sum(map(len, plan(wide, 7, budget="global").kept)) == 21
+    values[0, 1, 0] = torch.inf
+    with pytest.raises(InputError, match="values hold NaN or infinity"):
+        replace(wide, values=values)
+
+
 @pytest.mark.typed
 def test_protected_experts_stay_where_a_plan_becomes_uniform(tmp_path):
     worst = [(layer, int(row.argmin())) for layer, row in zip(scores().layers, scores().of(), strict=True)]
