@@ -241,7 +241,7 @@ def frontier(
         methods: How experts are chosen to stay; see `METHODS`.
         keep: How many: shares of the experts or numbers a layer.
         merged: Methods whose plans are also measured with pruned experts merged instead of dropped.
-        specialists: The method by which, besides, models for a single domain are made.
+        specialists: The method by which, besides, models for a single domain are made; merged, too, if `merged` has it.
         top_k: Numbers of active experts that are measured with all experts kept.
         pruned_top_k: Active experts of every model with fewer experts: as many as of the whole model if not given.
         seed: Of the method `"random"`, which draws the same experts for both halves.
@@ -312,5 +312,8 @@ def _plans(
     for domain, count in product([tokens.domain for tokens in seen] if specialists else [], keep):
         assert specialists is not None
         special = even(specialists, count, domain)
-        made[Point(specialists, domain, "dropped", len(special.kept[0]), special.top_k)] = special
+        point = Point(specialists, domain, "dropped", len(special.kept[0]), special.top_k)
+        made[point] = special
+        if specialists in merged:
+            made[point._replace(treatment="merged")] = merge(special, model, seen, on_batch=on_batch)
     return made

@@ -12,7 +12,7 @@ from moe_lens import HookedMoE
 from moe_lens.data import Domain, Passage
 from moe_lens.errors import InputError
 from moe_lens.model.loading.pretrained import resolve_name
-from moe_lens.pruning import Frontier, Point, frontier, halved, plan, prune_job, score
+from moe_lens.pruning import Frontier, Point, frontier, halved, merge, plan, prune_job, score
 from moe_lens.pruning.frontier import ALL
 from moe_lens.pruning.speed import SPEED
 from moe_lens.report.pruning_page import _page as page_of
@@ -46,18 +46,25 @@ def test_every_smaller_model_is_judged_where_it_was_not_calibrated(model, found)
         Point("frequency", ALL, "merged", 4, 3),
         Point("random", ALL, "dropped", 4, 3),
         Point("frequency", "a", "dropped", 4, 3),
+        Point("frequency", "a", "merged", 4, 3),
         Point("frequency", "b", "dropped", 4, 3),
+        Point("frequency", "b", "merged", 4, 3),
         Point("all experts", ALL, "dropped", 8, 1),
     ]
-    expected, apart = [], []
+    expected, apart, merged = [], [], []
     for seen, unseen in ((first, second), (second, first)):
-        with plan(score(model, seen, "frequency"), 0.5, domain="b").preview(model):
+        special = plan(score(model, seen, "frequency"), 0.5, domain="b")
+        with special.preview(model):
             expected.append(nats(model, unseen[0], []))
             apart.append(nats(model, seen[0], []))
+        with merge(special, model, seen).preview(model):
+            merged.append(nats(model, unseen[0], []))
     result = made.of(Point("frequency", "b", "dropped", 4, 3), "a")
     # rows end in padding alike, so that both halves hold as many tokens
     assert result.loss == pytest.approx(sum(expected) / 2, abs=1e-5)
     assert abs(sum(expected) - sum(apart)) > 1e-3
+    specialist = made.of(Point("frequency", "b", "merged", 4, 3), "a").loss  # float32, as the models are
+    assert specialist == pytest.approx(sum(merged) / 2, abs=1e-5) and abs(specialist - result.loss) > 1e-3
     whole = made.of(made.points[0], "a")
     assert whole.loss == pytest.approx((nats(model, first[0], []) + nats(model, second[0], [])) / 2, abs=1e-5)
     assert set(result.sources) == {source for half in (first, second) for source in half[0].sources}
@@ -113,7 +120,7 @@ def test_texts_that_several_sources_have_are_said_in_the_findings(tmp_path):
 def test_tables_pair_each_model_with_the_whole_one(found, tmp_path):
     _, made = found
     frame = made.to_frame()
-    assert len(frame) == 7 * 2
+    assert len(frame) == 9 * 2
     assert (frame[frame["share"] == 1].query("top_k == 3")["ratio"] == 1).all()
     row = frame[(frame["method"] == "random") & (frame["domain"] == "b")].iloc[0]
     whole = frame[(frame["share"] == 1) & (frame["top_k"] == 3) & (frame["domain"] == "b")].iloc[0]
