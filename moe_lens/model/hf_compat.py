@@ -52,6 +52,7 @@ TOUCHPOINTS = (
     "transformers.modeling_utils:PreTrainedModel._skip_keys_device_placement",
     "transformers.configuration_utils:PreTrainedConfig._attn_implementation",
     "transformers.configuration_utils:PreTrainedConfig._experts_implementation",
+    "transformers.quantizers.base:_assign_is_quantized._is_quantized=",
     "transformers.models.auto.modeling_auto:MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "transformers.models.auto.modeling_auto:MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
     "transformers.models.auto.tokenization_auto:get_tokenizer_config",

@@ -64,7 +64,7 @@ TOUCHPOINTS = (
             "BlockBridge._start_at_layer_idx=",
             "BlockBridge._stop_at_layer_idx=",
             "BlockBridge._teardown_capture_hooks",
-            "EmbeddingBridge",
+            "EmbeddingBridge._output_contribution_scale=",
             "LinearBridge",
             "MoEBridge._router_hook_aliases=",
             "MoEBridge._sparse_required=",
@@ -76,7 +76,13 @@ TOUCHPOINTS = (
     ),
     *(
         f"{_COMPONENTS}.base:GeneralizedComponent.{name}"
-        for name in ("original_component", "set_original_component", "_hook_registry=", "hook_aliases=", "submodules=")
+        for name in (
+            "original_component",
+            "set_original_component",
+            "_hook_registry=",
+            "_hook_scaled_output",
+            "hook_aliases=",
+        )
     ),
     f"{_COMPONENTS}.attention:AttentionBridge._apply_attn_dropout",
     f"{_COMPONENTS}.attention:AttentionBridge._masked_softmax",

@@ -127,3 +127,70 @@ def test_weights_that_bitsandbytes_has_packed_are_read_as_numbers(how: dict[str,
     model.set_use_attn_result(True)
     with pytest.raises(UnsupportedModelError, match=r"use_attn_result.* want numbers"):
         model.run_with_cache(tokens())
+
+
+class HalfTable(nn.Module):
+    """A table that takes half the room, and a number behind it."""
+
+    def __init__(self, table: nn.Embedding):
+        super().__init__()
+        self.weight = nn.Parameter(table.weight.detach().half())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return 1.001 * nn.functional.embedding(ids, self.weight).float()
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "glm4_moe"])
+def test_what_an_embedding_gives_stays_as_it_is(model_type: str) -> None:
+    """TransformerLens would cast it to the table's dtype."""
+    hf: Any = build(model_type)
+    hf.model.embed_tokens = HalfTable(hf.model.embed_tokens)
+    right = hf(tokens()).logits
+    model: Any = HookedMoE.from_hf(hf)
+    logits, cache = model.run_with_cache(tokens(), names_filter="hook_embed")
+    assert torch.equal(logits, right) and cache["hook_embed"].dtype == torch.float32
+    with pytest.raises(UnsupportedModelError, match=r"HalfTable\.forward .*: W_E is a table"):
+        model.W_E  # noqa: B018
+    hf = build(model_type)
+    hf.model.embed_tokens = nn.Sequential(hf.model.embed_tokens)
+    with pytest.raises(UnsupportedModelError, match="the embedding is a Sequential, which has no weight"):
+        HookedMoE.from_hf(hf)
+
+
+def in_8_bits(linear: nn.Linear) -> nn.Module:
+    made = pytest.importorskip("transformers.integrations.gemma_quant").QuantizedLinear(
+        linear.in_features, linear.out_features, num_bits=8
+    )
+    scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+    made.weight = nn.Parameter((linear.weight / scale).round().to(torch.int8), requires_grad=False)
+    made.weight_scale.data = scale
+    return made
+
+
+def in_float8(linear: nn.Linear) -> nn.Module:
+    packing = pytest.importorskip("transformers.integrations.compressed_tensors")
+    if not hasattr(packing, "CompressedTensorsFP8Linear"):
+        pytest.skip("this transformers has no such layer")
+    made = packing.CompressedTensorsFP8Linear(linear.in_features, linear.out_features)
+    scale = linear.weight.detach().abs().amax(1) / 448
+    made.weight = nn.Parameter((linear.weight / scale[:, None]).to(torch.float8_e4m3fn), requires_grad=False)
+    made.weight_scale.data = scale[None]
+    return made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "made"), [("lm_head", in_8_bits), ("o_proj", in_float8), ("q_proj", in_float8)])
+def test_layers_that_transformers_has_packed_are_not_read_without_their_scales(name: str, made: Any) -> None:
+    hf = build("mixtral")
+    exchange(hf, name, made)
+    right = hf(tokens()).logits
+    model: Any = HookedMoE.from_hf(hf)
+    assert torch.equal(model(tokens()), right)
+    with pytest.raises(UnsupportedModelError, match=r"computes by more than its weight.*HookedMoE\.from_pretrained"):
+        getattr(model, OF[name])
+    if name == "lm_head":
+        _, cache = model.run_with_cache(tokens())
+        assert (LogitLens(model).unembed(cache["resid_post", -1]) - right).abs().max() <= 1e-5
+    if name == "o_proj":
+        with pytest.raises(UnsupportedModelError, match="packed in float8, and there are hooks inside attention"):
+            model.run_with_cache(tokens())

@@ -97,6 +97,12 @@ def build_adapter(model: PreTrainedModel, name: str) -> tuple[ArchitectureAdapte
             f"layers of this {family.model_type} give a token different numbers of experts, {sorted(top_ks)}; "
             "expected the same number in every layer that has experts"
         )
+    embedding = model.get_input_embeddings()
+    if not isinstance(getattr(embedding, "weight", None), torch.Tensor):
+        raise UnsupportedModelError(
+            f"the embedding is a {type(embedding).__name__}, which has no weight; expected a table (nn.Embedding): put "
+            "what it adds into the table, or write a subclass of nn.Embedding"
+        )
     parameter = next(model.parameters())
     if family.layout is not None:
         cfg = build_bridge_config_from_hf(model.config, type(model).__name__, name, parameter.dtype)

@@ -22,18 +22,10 @@ def refuse_replaced(module: nn.Module) -> None:
         )
 
 
-def replaced(module: nn.Module, *known: str) -> str | None:
-    """What somebody has put in the place of a module's forward, on the module or on its class; None for nothing.
-
-    Args:
-        module: The module.
-        known: Packages, beside torch and transformers, whose forwards are nobody's own.
-    """
-    forward = getattr(module, "_old_forward", module.forward)  # where accelerate has put its own around it
-    function: Any = getattr(forward, "__func__", getattr(forward, "func", forward))  # a method; a partial of ours
-    while _computes(function, known) and hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
-    if _computes(function, known):
+def replaced(module: nn.Module) -> str | None:
+    """What somebody has put in the place of a module's forward, on the module or on its class; None for nothing."""
+    function = forward_of(module)
+    if _computes(function):
         return None
     code = getattr(function, "__code__", None)
     name, own = type(function).__name__ if code is None else code.co_qualname, f"{type(module).__name__}.forward"
@@ -70,6 +62,15 @@ def refuse_exchanged(module: nn.Module, wrapped: nn.Module) -> None:
         )
 
 
+def forward_of(module: nn.Module) -> Any:
+    """The function that a module computes with, without what accelerate or a decorator has put around it."""
+    forward = getattr(module, "_old_forward", module.forward)
+    function: Any = getattr(forward, "__func__", getattr(forward, "func", forward))  # a method; a partial of ours
+    while _computes(function) and hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function
+
+
 class Ending(GeneralizedComponent):
     """A component whose pass ends: one that a replaced forward sends back into its own wrapper is refused."""
 
@@ -100,7 +101,7 @@ class Ending(GeneralizedComponent):
                     ) from error
 
 
-def _computes(function: Any, known: tuple[str, ...] = ()) -> bool:
+def _computes(function: Any) -> bool:
     """Whether it is written where experts are known, or checks shapes; `functools.wraps` copies no global names."""
     names = getattr(function, "__globals__", {})
-    return names.get("__name__", "").partition(".")[0] in ("transformers", "moe_lens", "torch", "jaxtyping", *known)
+    return names.get("__name__", "").partition(".")[0] in ("transformers", "moe_lens", "torch", "jaxtyping")

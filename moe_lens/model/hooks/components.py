@@ -275,6 +275,13 @@ class Attention(NamedParameters):
     def reconstructed(self, *args: Any, past: Any, **kwargs: Any) -> Any:
         """What TransformerLens's attention gives, with its hooks, over a key-value cache or None."""
         kwargs.pop("cache", None)
+        last: Any = self._modules.get("o")
+        if last is not None and getattr(getattr(last, "weight", None), "dtype", None) == torch.float8_e4m3fn:
+            raise UnsupportedModelError(
+                "attention's output matrix is packed in float8, and there are hooks inside attention, which "
+                "TransformerLens computes again for them, in that dtype: load the folder with "
+                "HookedMoE.from_pretrained, or leave these hooks out: run_with_cache(…, names_filter=…)"
+            )
         with at_hand(*self._multiplied_by_weight()):
             return super().forward(*args, **{**kwargs, "past_key_values": past})
 

@@ -163,4 +163,10 @@ def _own(found: Tensor, module: Any) -> Tensor:
 
 def _parameter(module: nn.Module, path: str) -> Tensor:
     owner, _, name = path.rpartition(".")
-    return numbers_of(module.get_submodule(owner), name)
+    found = numbers_of(module.get_submodule(owner), name)
+    if found.element_size() == 1:
+        kind = type(module.get_submodule(owner)).__name__
+        raise UnsupportedModelError(
+            f"W_router: a {kind} has its numbers packed; load the folder with HookedMoE.from_pretrained"
+        )
+    return found

@@ -188,4 +188,5 @@ def output_place(model: Any) -> tuple[torch.device, torch.dtype]:
     if not hasattr(head, "weight"):  # somebody's own, around a linear layer
         parameter = next(head.parameters())
         return parameter.device, parameter.dtype
-    return device_of(head), head.weight.dtype
+    packed = head.weight.element_size() == 1  # in 8 bits, of floats too
+    return device_of(head), model.dtype if packed else head.weight.dtype
