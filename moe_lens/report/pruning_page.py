@@ -44,7 +44,9 @@ def _page(made: Pruned, size: pd.DataFrame, speed: pd.DataFrame) -> str:
     specialised = {point[3] for point in made.frontier.points if point[1] != ALL}
     figures: dict[str, Any] = {"frontier": as_html(viz.frontier(made.frontier)), "specialists": None}
     if kept in specialised:
-        figures["specialists"] = as_html(viz.specialists(made.frontier, kept))
+        figures["specialists"] = as_html(
+            viz.specialists(made.frontier, kept, treatment="merged" if made.settings.merged else "dropped")
+        )
     body = rendered(
         "pruning.html.jinja",
         settings=made.settings,

@@ -1,6 +1,6 @@
 """Figures of smaller models."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from moe_lens.checked import Positive
 from moe_lens.pruning.frontier import ALL, Frontier
@@ -109,18 +109,19 @@ def frontier(result: Frontier) -> "Figure":
     return figure
 
 
-def specialists(result: Frontier, kept: Positive) -> "Figure":
+def specialists(result: Frontier, kept: Positive, *, treatment: Literal["dropped", "merged"] = "dropped") -> "Figure":
     """What models for one domain cost in all of them: rows calibrated on, columns measured in, perplexity ÷ whole.
 
     Args:
         result: What `pruning.frontier(…, specialists=…)` gave.
         kept: How many experts each layer keeps: one of the numbers that were measured.
+        treatment: What became of the others; merged where that was measured.
     """
     import plotly.graph_objects as go
 
     frame: Any = result.to_frame()
     method = next(point[0] for point in result.points if point[1] != ALL)
-    rows = frame[(frame["method"] == method) & (frame["kept"] == kept) & (frame["treatment"] == "dropped")]
+    rows = frame[(frame["method"] == method) & (frame["kept"] == kept) & (frame["treatment"] == treatment)]
     order = [ALL, *result.domains]
     table = rows.pivot(index="calibrated", columns="domain", values="ratio").reindex(
         index=[name for name in order if name in set(rows["calibrated"])], columns=list(result.domains)

@@ -177,11 +177,13 @@ def test_the_figures_hold_the_numbers_of_the_table(found):
     shown = figure.data[4].y
     expected = frame[(frame["method"] == "random") & (frame["domain"] == "a")]["ratio"].iloc[0]
     assert list(shown) == [expected, 1.0]
-    special_figure: Any = viz.specialists(made, 4)
-    heat = special_figure.data[0]
-    assert list(heat.y) == [ALL, "a", "b"] and list(heat.x) == ["a", "b"]
-    special = frame[(frame["calibrated"] == "a") & (frame["domain"] == "b")]["ratio"].iloc[0]
-    assert heat.z[1][1] == special
+    ratios = frame[(frame["calibrated"] == "a") & (frame["domain"] == "b")].set_index("treatment")["ratio"]
+    assert ratios["dropped"] != ratios["merged"]
+    for treatment in ("dropped", "merged"):
+        special_figure: Any = viz.specialists(made, 4, treatment=treatment)
+        heat = special_figure.data[0]
+        assert list(heat.y) == [ALL, "a", "b"] and list(heat.x) == ["a", "b"]
+        assert heat.z[1][1] == ratios[treatment]
 
 
 def test_the_whole_model_is_unchanged_afterwards(model, found):
