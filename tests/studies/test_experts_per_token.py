@@ -132,6 +132,7 @@ def test_what_is_run_if_nothing_is_said(model: HookedMoE) -> None:
         run(ExpertsPerToken(mass=(2.0,)), model, [domain("d")])
 
 
+@pytest.mark.typed
 def test_numbers_are_those_of_the_groups_that_the_router_leaves_to_a_token() -> None:
     """Two of four groups of two experts: the default runs, where all eight would be refused."""
 
