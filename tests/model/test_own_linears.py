@@ -194,3 +194,29 @@ def test_layers_that_transformers_has_packed_are_not_read_without_their_scales(n
     if name == "o_proj":
         with pytest.raises(UnsupportedModelError, match="packed in float8, and there are hooks inside attention"):
             model.run_with_cache(tokens())
+
+
+@torch.no_grad()
+def test_rows_of_a_packed_router_are_not_read_without_their_scales() -> None:
+    hf: Any = build("gemma4_text")
+    layer = max(at for at, layer in enumerate(hf.model.layers) if hasattr(layer, "router"))
+    right = HookedMoE.from_hf(build("gemma4_text")).W_router[layer]
+    assert torch.equal(right, hf.model.layers[layer].router.proj.weight), "a control"
+    hf.model.layers[layer].router.proj = in_8_bits(hf.model.layers[layer].router.proj)
+    model: Any = HookedMoE.from_hf(hf, check=False)
+    with pytest.raises(UnsupportedModelError, match="W_router: a QuantizedLinear has its numbers packed"):
+        model.W_router[layer]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["granitemoe", "mixtral"])
+def test_hooks_of_the_embedding_show_and_edit_what_enters_the_stream(model_type: str) -> None:
+    """Also where the model multiplies by a factor after it."""
+    model: Any = HookedMoE.from_hf(build(model_type))
+    seen = {name: model.run_with_cache(tokens())[1][name] for name in ("hook_embed", "blocks.0.hook_resid_pre")}
+    assert torch.allclose(*seen.values(), atol=0, rtol=1e-6)
+    factor = (seen["hook_embed"] / model.W_E[tokens()]).median()
+    assert (factor > 2) == (model_type == "granitemoe"), "a control"
+    with model.hooks(fwd_hooks=[("hook_embed", lambda value, hook: value + 1)]):
+        _, cache = model.run_with_cache(tokens(), names_filter="blocks.0.hook_resid_pre")
+    assert torch.allclose(cache["blocks.0.hook_resid_pre"], seen["hook_embed"] + 1, atol=1e-5)

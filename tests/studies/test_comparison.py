@@ -15,7 +15,7 @@ from moe_lens.stats.multiple_tests import max_t
 from moe_lens.stats.parallel_sources import LANGUAGE
 from moe_lens.studies import NULLS, StudyResult, compare
 from moe_lens.studies.chance_differences import paired, unpaired
-from moe_lens.studies.comparable import Means
+from moe_lens.studies.comparable import COMPARED, Means
 from moe_lens.studies.variant_losses import WHOLE, VariantLosses
 
 F64 = 1e-12
@@ -353,3 +353,14 @@ def test_other_precision_hooks_and_texts_are_said(key, value, said):
     changed = {**plan, key: value if isinstance(value, list) else {**plan[key], **value}}
     found = compare(replace(made, manifest={"plan": plan}), replace(made, manifest={"plan": changed}), names=("a", "b"))
     assert found.asked_otherwise == said and ("may be part" in found.found()) == (said is not None)
+
+
+def test_losses_of_coalitions_that_were_drawn_for_one_study_are_not_compared() -> None:
+    n, sources = 4, ("a", "b")
+    variants = ((WHOLE, None, 0), ("forbid picked", None, 0), ("forbid matched", None, 2), ("push matched", None, 3))
+    nats, tokens = torch.arange(2.0 * n).view(2, n).double(), torch.tensor([3, 4])
+    losses = VariantLosses(variants, sources, nats, tokens, nats, tokens)
+    (means,) = (of for kind, of in COMPARED if kind is VariantLosses)
+    for found in means(losses):
+        assert list(found.index.get_level_values("of")) == [WHOLE, "forbid picked"]
+    assert torch.equal(means(losses)[0].above, nats[:, :2])
