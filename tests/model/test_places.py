@@ -103,9 +103,8 @@ def test_the_parameters_of_what_is_exchanged_are_those_of_its_place_before_the_n
     model.original_model.model.norm = nn.Identity()
     logits, cache = model.run_with_cache(tokens())
     parts, _ = cache.get_full_resid_decomposition(-1, return_labels=True)
-    assert torch.allclose(
-        cache.logit_attrs(parts, 3).sum(0), logits[..., 3], atol=1e-5, rtol=0
-    )  # float32, sums of parts of about 3
+    summed = cache.logit_attrs(parts, 3).sum(0)
+    assert torch.allclose(summed, logits[..., 3], atol=1e-5, rtol=0)  # float32, sums of parts of about 3
     stack = cache["resid_post", -1][None]
     for again in (False, True):
         assert torch.equal(cache.apply_ln_to_stack(stack, recompute_ln=again), stack)

@@ -135,10 +135,9 @@ def test_experts_that_hardly_occur_are_not_tested():
     assert found.differences[0, 0, 2] == pytest.approx(0.1) and found.statistics[0, 0, 0] != 0
 
 
-@pytest.mark.parametrize(
-    ("largest", "tested"), [(1000, False), (400, True)]
-)  # of a domain's sources; nine others of 20
+@pytest.mark.parametrize(("largest", "tested"), [(1000, False), (400, True)])
 def test_nothing_is_tested_where_one_source_is_nearly_all_of_a_domain(largest: int, tested: bool):
+    """Beside nine others of 20 tokens."""
     sizes = [[largest, *[20] * 9], [60] * 12]
     found = compare_domains(draw(torch.Generator().manual_seed(1), lambda _: sizes, 1.5), permutations=99)
     assert bool(found.statistics.any()) is tested and bool((found.p_values < 1).any()) is tested

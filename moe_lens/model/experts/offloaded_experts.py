@@ -88,7 +88,7 @@ def check_unwritten(model: nn.Module) -> None:
 def _put_away(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
     """Modules with parameters that accelerate puts away after each pass, with their names.
 
-    And what a wrapper calls by another name (`ln_final.w`): still the placeholder that was there when it was made.
+    And what a wrapper calls by another name (`mlp.b_out`): still the placeholder that was there when it was made.
     """
     places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
     if "disk" not in places and not ("cpu" in places and len(places) > 1):

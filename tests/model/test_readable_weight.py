@@ -1,4 +1,4 @@
-"""Linear layers of somebody's own: a model with them runs, and what is read of their weights alone is refused."""
+"""Linear layers and embeddings that are packed, or somebody's own: models with them run, and no part is the whole."""
 
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,8 @@ def test_weights_that_bitsandbytes_has_packed_are_read_as_numbers(how: dict[str,
     for name in ("W_Q", "W_K", "W_V", "W_O"):
         found, right = getattr(model, name), getattr(exact, name)
         assert found.shape == right.shape and not torch.equal(found, right)
-        assert (found - right).abs().max() <= (0.2 if "load_in_4bit" in how else 0.01) * right.abs().max()
+        half_a_step = 0.16 if "load_in_4bit" in how else 0.004  # of nf4 at its widest, and of 8 bits: of the largest
+        assert (found - right).abs().max() <= half_a_step * right.abs().max()
         assert torch.equal(getattr(model.blocks[1].attn, name), found[1])
     _, cache = model.run_with_cache(tokens())
     heads = torch.einsum("bphd,hdm->bpm", cache["z", 1], model.W_O[1].float())
@@ -216,6 +217,5 @@ def test_hooks_of_the_embedding_show_and_edit_what_enters_the_stream(model_type:
     assert (factor > 2) == (model_type == "granitemoe"), "a control"
     with model.hooks(fwd_hooks=[("hook_embed", lambda value, hook: value + 1)]):
         _, cache = model.run_with_cache(tokens(), names_filter="blocks.0.hook_resid_pre")
-    assert torch.allclose(
-        cache["blocks.0.hook_resid_pre"], seen["hook_embed"] + 1, atol=1e-5, rtol=0
-    )  # float32, of about 12
+    edited = cache["blocks.0.hook_resid_pre"]
+    assert torch.allclose(edited, seen["hook_embed"] + 1, atol=1e-5, rtol=0)  # float32, of about 12
