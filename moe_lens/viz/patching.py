@@ -79,7 +79,7 @@ def trace_map(result: TraceResult) -> "Figure":
     whole = sum(heights) + GAP * (len(shown) - 1)
     figure = make_subplots(
         rows=len(shown), cols=1, subplot_titles=[PANELS[name] for name in shown],
-        row_heights=heights, vertical_spacing=GAP / whole,
+        row_heights=heights, vertical_spacing=min(1.0, GAP / whole),
     )  # fmt: skip
     largest = 0.0
     for row, name in enumerate(shown, start=1):
@@ -93,7 +93,7 @@ def trace_map(result: TraceResult) -> "Figure":
         cells: Any = _heatmap(mean, columns, "layer", x, "effect", coloraxis="coloraxis", y=rows)
         cells.customdata = np.stack([low, high], -1)
         cells.hovertemplate = (
-            f"layer %{{y}}, {x} %{{x}}<br>%{{z:.3f}} [%{{customdata[0]:.3f}}, %{{customdata[1]:.3f}}]<extra></extra>"
+            f"layer %{{y}}, {x} %{{text}}<br>%{{z:.3f}} [%{{customdata[0]:.3f}}, %{{customdata[1]:.3f}}]<extra></extra>"
         )
         figure.add_trace(cells, row=row, col=1)
         _plain_axes(figure, columns, x, row=row, col=1)
@@ -116,8 +116,10 @@ def _heatmap(
 ) -> Any:
     import plotly.graph_objects as go
 
-    hover = f"{row_name} %{{y}}, {column_name} %{{x}}<br>{what} %{{z:.3f}}<extra></extra>"
-    return go.Heatmap(z=values, x=list(range(len(columns))), xgap=1, ygap=1, hovertemplate=hover, **options)
+    hover = f"{row_name} %{{y}}, {column_name} %{{text}}<br>{what} %{{z:.3f}}<extra></extra>"
+    names = [list(columns)] * len(values)  # not x: of a column without a tick that is its place, not its name
+    at = list(range(len(columns)))
+    return go.Heatmap(z=values, x=at, text=names, xgap=1, ygap=1, hovertemplate=hover, **options)
 
 
 def _labels(axis: str, at: Sequence[int], tokens: Sequence[str], starred: Sequence[int] = ()) -> list[str]:

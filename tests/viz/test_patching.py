@@ -1,5 +1,6 @@
 """Figures of patching and tracing show the results' numbers, under the right layers, experts and tokens."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,13 @@ def patched(**axes: tuple[int, ...]) -> PatchResult:
     return PatchResult(
         values=values, axes=axes, site="expert_weighted", metric="LogProb", direction="denoising", routing="free",
         clean=1.0, corrupted=0.2, n=1, tokens=("a", NASTY, " c", "d"),
+    )  # fmt: skip
+
+
+def traced(sites: dict[str, SiteEffects]) -> TraceResult:
+    return TraceResult(
+        sites=sites, clean=0.9, corrupted=torch.rand(10, dtype=torch.float64), score="probability",
+        tokens=("a", NASTY, "c"), subject=(1,), at=(1,), noise_std=1.0, seed=0, routing="free", level=0.95,
     )  # fmt: skip
 
 
@@ -59,11 +67,7 @@ def test_a_trace_has_a_panel_for_each_site():
         "resid": SiteEffects(torch.rand(10, 2, 3, dtype=torch.float64), {"layer": (0, 1), "pos": (0, 1, 2)}),
         "expert": SiteEffects(torch.rand(10, 1, 5, dtype=torch.float64), {"layer": (1,), "expert": tuple(range(5))}),
     }
-    result = TraceResult(
-        sites=sites, clean=0.9, corrupted=torch.rand(10, dtype=torch.float64), score="probability",
-        tokens=("a", NASTY, "c"), subject=(1,), at=(1,), noise_std=1.0, seed=0, routing="free", level=0.95,
-    )  # fmt: skip
-    figure: Any = trace_map(result)
+    figure: Any = trace_map(traced(sites))
     assert [annotation.text for annotation in figure.layout.annotations] == ["residual stream", "single experts"]
     for cells, effects in zip(figure.data, sites.values(), strict=True):
         assert np.array_equal(np.asarray(cells.z), effects.mean.numpy())
@@ -80,3 +84,26 @@ def test_names_of_columns_do_not_crowd():
     for columns in (24, 64, 128):
         figure: Any = patch_map(patched(layer=(1, 2), expert=tuple(range(columns))))
         assert 20 <= len(figure.layout.xaxis.ticktext) <= 40
+
+
+def hovered(figure: Any, cells: Any, row: int, column: int) -> str:
+    """What plotly shows of a cell: for x the name of its tick, and of a column without one its place."""
+    ticks = dict(zip(figure.layout.xaxis.tickvals, figure.layout.xaxis.ticktext, strict=True))
+    shown = {"x": str(ticks.get(column, column)), "y": cells.y[row]}
+    if cells.text is not None:
+        shown["text"] = cells.text[row][column]
+    return re.sub(r"%{(\w+)}", lambda found: shown[found[1]], cells.hovertemplate.split("<br>")[0])
+
+
+def test_hovering_names_every_column_that_was_patched():
+    figure: Any = patch_map(patched(layer=(1, 2), expert=tuple(range(10, 64))))
+    (cells,) = figure.data
+    assert len(figure.layout.xaxis.ticktext) < 54  # control: some columns have no tick
+    assert [hovered(figure, cells, 1, i) for i in range(54)] == [f"layer 2, expert {i + 10}" for i in range(54)]
+
+
+def test_hovering_names_every_column_that_was_traced():
+    experts = SiteEffects(torch.rand(10, 1, 54, dtype=torch.float64), {"layer": (1,), "expert": tuple(range(10, 64))})
+    figure: Any = trace_map(traced({"expert": experts}))
+    (cells,) = figure.data
+    assert [hovered(figure, cells, 0, i) for i in range(54)] == [f"layer 1, expert {i + 10}" for i in range(54)]
