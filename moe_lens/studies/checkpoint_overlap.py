@@ -5,7 +5,7 @@ And is it their routers that differ, or what these read? Each is also run with t
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import pandas as pd
@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens.checked import Natural, Positive
-from moe_lens.data import TokenBatch
+from moe_lens.data import Reading, TokenBatch
 from moe_lens.errors import InputError
 from moe_lens.interventions.router_swap import swapped_routers
 from moe_lens.resampling import bootstrap_all
@@ -61,6 +61,10 @@ class Checkpoints(Study):
             raise InputError("the tokenizers of the two checkpoints read texts differently; expected the same tokens")
         with swapped_routers(model, self.other):
             pass
+
+    def read_as(self, reading: Reading) -> Reading:
+        """Windows within the context of the other checkpoint, too."""
+        return replace(reading, context=min(reading.context, int(self.other.cfg.n_ctx)))
 
     def begin(self, model: Any, name: str) -> Gathered:  # noqa: ARG002
         """Empty sums."""

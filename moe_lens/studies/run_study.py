@@ -67,9 +67,9 @@ def run(
     Raises:
         InputError: The texts, the settings or the folder cannot be worked with.
     """
-    reading = Reading() if reading is None else reading
     domains = as_domains(domains)
     study.check(model)
+    reading = study.read_as(Reading() if reading is None else reading)
     if reading.packed:
         check_packing(model)
     domains = pinned(domains)

@@ -47,6 +47,10 @@ class Study(ABC):
     def check(self, model: Any) -> None:
         """Refuse what cannot be done with this model; raises `InputError`."""
 
+    def read_as(self, reading: Reading) -> Reading:
+        """How texts are read where this was asked for: windows that are no longer than the study can take."""
+        return reading
+
     def load(self, model: Any, name: str, reading: Reading, domains: Positive) -> Load | None:  # noqa: ARG002
         """What a pass over one of the domains asks of a model; None if that is not known before it is made.
 

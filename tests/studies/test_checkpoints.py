@@ -47,6 +47,13 @@ def test_a_checkpoint_is_itself_and_routers_that_are_the_same_change_nothing(mak
     assert (losses[["added", "low", "high"]] == 0).all(axis=None) and (overlap["by_load"] < 1).all()
 
 
+def test_windows_are_within_the_context_of_both():
+    """In both orders the same tokens are read, as if the shorter context had been asked for."""
+    long, short = tiny_model(), tiny_model(max_position_embeddings=8)
+    orders = [tables(*order)[0]["tokens"] for order in ((long, short), (short, long), (long, long))]
+    assert orders[0].equals(orders[1]) and not orders[0].equals(orders[2])  # control: alone it reads longer ones
+
+
 def test_negative_control_a_copy_with_other_routers_differs_by_them_and_by_nothing_else():
     model = tiny_model()
     overlap, losses = tables(model, perturbed(tiny_model(), "gate.weight"))
