@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -216,6 +217,31 @@ def test_parameters_that_are_exchanged_are_those_that_are_read(model_type: str) 
                 norms[0].original_component, {"w": "weight"}.get(name, "bias")
             )
     assert hasattr(model.ln_final, "b") == (model_type == "phimoe")
+
+
+@pytest.mark.typed
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_parameters_of_dense_mlps_and_shared_experts_are_those_of_the_moment(on_disk: bool, tmp_path: Path) -> None:
+    whole, other = (HookedMoE.from_hf(tiny("deepseek_v2", mlp_bias=True, seed=seed), check=False) for seed in (0, 1))
+    whole.save_pretrained(tmp_path / "model")
+    if on_disk:
+        disk = {"model": "disk", "lm_head": "disk"}
+        model = HookedMoE.from_pretrained(tmp_path / "model", device_map=disk, offload_folder=str(tmp_path / "off"))
+    else:
+        model = HookedMoE.from_hf(tiny("deepseek_v2", mlp_bias=True, seed=1), check=False)
+        model.load_state_dict(whole.state_dict(), assign=True)
+    for path in ("blocks.0.mlp", "blocks.1.mlp.shared_experts"):
+        parts: list[Any] = [of.get_submodule(path) for of in (model, whole, other)]
+        mine, right, wrong = parts
+        for name, part in (("gate", "gate_proj"), ("in", "up_proj"), ("out", "down_proj")):
+            linear = right.original_component.get_submodule(part)
+            assert torch.equal(getattr(mine, f"b_{name}"), linear.bias)
+            assert torch.equal(getattr(mine, f"W_{name}"), linear.weight.T)
+            assert not torch.equal(getattr(wrong, f"b_{name}"), linear.bias), "a control"
+    none: Any = HookedMoE.from_hf(tiny("deepseek_v2"), check=False)
+    assert none.blocks[0].mlp.b_in is None, "as in TransformerLens"
+    with pytest.raises(AbsentParameterError, match="^b_in: "):
+        none.blocks[1].mlp.b_in  # noqa: B018
 
 
 @pytest.mark.typed

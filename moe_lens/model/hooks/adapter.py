@@ -149,8 +149,9 @@ def _mend(adapter: ArchitectureAdapter, family: Family) -> None:
     blocks = mapping["blocks"]
     attention = [c for c in blocks.submodules.values() if isinstance(c, AttentionBridge)]
     within = [component for part in attention for component in part.submodules.values()]  # norms of queries and keys
-    dense = blocks.submodules["mlp"].submodules.values()
-    for component in (*mapping.values(), *blocks.submodules.values(), *within, *dense):
+    mlps = [blocks.submodules["mlp"], *blocks.submodules["mlp"].submodules.values()]
+    linear = [component for part in mlps for component in part.submodules.values()]
+    for component in (*mapping.values(), *blocks.submodules.values(), *within, *linear):
         if isinstance(component, NormalizationBridge):
             adapt(component, Norm)
         elif isinstance(component, AttentionBridge):

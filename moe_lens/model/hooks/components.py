@@ -133,7 +133,7 @@ class LayerPart(NamedParameters):
         return unscaled(seen, out, factor) if edited else out
 
 
-class FlatTokens(GeneralizedComponent):
+class FlatTokens(NamedParameters):
     """A part that transformers gives tokens without their batch axis; its hooks show them by batch and position."""
 
     layout: tuple[int, int] | None = None

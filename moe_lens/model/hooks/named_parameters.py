@@ -1,6 +1,7 @@
 """Parameters that TransformerLens reads of attention and MLPs by name, and the error where a part has none."""
 
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 from moe_lens.errors import AbsentParameterError
@@ -44,5 +45,13 @@ def _read(name: str, part: NamedParameters) -> Any:
         return getattr(super(NamedParameters, part), name)
 
 
-for _name in (*OF_ATTENTION, *(name for name in OF_MLP if name.startswith("W"))):
-    setattr(NamedParameters, _name, property(partial(_read, _name)))
+def _bias_of_mlp(name: str, part: NamedParameters) -> Any:
+    """As it is now: TransformerLens would keep the parameter that there is when a model is wrapped."""
+    if name not in part.property_aliases:
+        raise absent(name, part.original_component)
+    with reading():
+        return attrgetter(part.property_aliases[name])(part)
+
+
+for _name in (*OF_ATTENTION, *OF_MLP):
+    setattr(NamedParameters, _name, property(partial(_bias_of_mlp if _name in OF_MLP[3:] else _read, _name)))
