@@ -226,7 +226,8 @@ def _by_expert(cache: Any, labels: list[str], values: Tensor) -> tuple[list[str]
             chosen = rearrange(routing.indices, "... rank -> rank ...")[..., None]
             ranks = values[i : i + len(chosen)]
             moved = ranks.new_zeros(n_experts, *ranks.shape[1:])
-            parts.append(moved.scatter_(0, chosen.expand_as(ranks).to(ranks.device), ranks))
+            into = chosen.clamp(min=0).expand_as(ranks)  # slots without an expert add nothing to the first
+            parts.append(moved.scatter_add_(0, into.to(ranks.device), ranks))
             found += [f"{before}_expert_{expert}" for expert in range(n_experts)]
     return found, torch.cat(parts)
 

@@ -134,8 +134,9 @@ def _inputs(model: Any, layer: int, directions: Tensor, texts: Iterable[Any], ba
         read = read.double()
         total += read.sum(0)
         tokens += len(read)
-        counts += torch.bincount(chosen.flatten(), minlength=n_experts)
-        sums.index_add_(0, chosen.flatten(), read.repeat_interleave(chosen.shape[-1], dim=0))
+        used = chosen >= 0  # a token may have fewer experts than slots
+        counts += torch.bincount(chosen[used], minlength=n_experts)
+        sums.index_add_(0, chosen[used], read.repeat_interleave(used.sum(-1), dim=0))
     if not tokens:
         raise InputError("the corpus holds no token")
     means = sums / counts[:, None] - total / tokens  # NaN where no token came

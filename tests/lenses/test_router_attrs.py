@@ -84,6 +84,22 @@ def test_experts_are_ranks_under_the_names_of_those_who_had_them(model):
     assert not any("rank" in label for label in experts.labels)
 
 
+def test_slots_that_a_token_does_not_use_are_nobodys(model):
+    with model.use_experts(mass=0.5, most=3):
+        cache = cached(model, 2)
+    ranks, experts = router_attrs(cache, 2), router_attrs(cache, 2, by="expert")
+    chosen = cache.routing(1).indices
+    empty = chosen < 0
+    assert empty.any() and not empty.all()
+    at = empty.nonzero()[0][:2].tolist()
+    sums = [[label.startswith("1_") and "shared" not in label for label in of.labels] for of in (ranks, experts)]
+    right, found = (of.values[torch.tensor(rows)].sum(0) for of, rows in zip((ranks, experts), sums, strict=True))
+    torch.testing.assert_close(found, right, atol=1e-6, rtol=0)
+    mine = set(chosen[tuple(at)].tolist()) - {-1}
+    idle = [e for e in range(8) if e not in mine]
+    assert not any(experts.values[(experts.labels.index(f"1_expert_{e}"), *at)].any() for e in idle)
+
+
 def test_centred_parts_decide_the_same_softmax(model):
     attrs = router_attrs(cached(model, 2), 2)
     centred = attrs.centred()

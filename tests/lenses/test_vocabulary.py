@@ -188,6 +188,19 @@ def test_geometry_is_what_loops_say(model, cache, monkeypatch):
     assert found.random == 32**-0.5
 
 
+def test_an_expert_s_inputs_are_those_of_tokens_that_use_it(model):
+    with model.use_experts(mass=0.5, most=3):
+        found = router_geometry(model, LAYER, TOKENS, batch=2).inputs
+        _, cache = model.run_with_cache(TOKENS)
+    read, chosen = cache[f"blocks.{LAYER}.mlp.hook_in"], cache["expert_indices", LAYER]
+    assert found is not None and (chosen < 0).any()
+    rows = model.W_router[LAYER] - model.W_router[LAYER].mean(0)
+    for expert in range(8):
+        mean = read[(chosen == expert).any(-1)].mean(0) - read.flatten(0, 1).mean(0)
+        right = cosine_similarity(rows, mean, dim=-1)
+        torch.testing.assert_close(found[:, expert], right, atol=1e-5, rtol=0)
+
+
 @torch.no_grad()
 @pytest.mark.typed
 @pytest.mark.parametrize("model_type", ["gpt_oss", "inkling_text", "laguna", "mixtral"])

@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +167,16 @@ def test_an_ellipsis_is_all_experts_and_none_is_no_expert() -> None:
     assert model.W_in[2, ...].data_ptr() == model.W_in[2].data_ptr() and len(model.W_in[2, ...]) == model.n_experts
     with pytest.raises(InputError, match=r"W_in\[2, expert\]: got None; expected a whole number"):
         model.W_in[2, None]
+
+
+@pytest.mark.parametrize("copied", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_a_view_of_parameters_is_not_taken_from_its_model(copied: Callable[[Any], Any]) -> None:
+    model = HookedMoE.from_hf(build("mixtral"))
+    with pytest.raises(InputError, match=r"^W_in is a view [^
+]*W_in\[layer\]\.clone\(\)[^
+]*$"):
+        copied(model.W_in)
+    copied(model.W_in[2].detach())
 
 
 OF_HEADS = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")

@@ -78,6 +78,13 @@ class LayerParameters:
             return view[list(several) if several.mask is not None else [int(number) for number in experts]]
         return view[one_id(what, experts, len(view))]
 
+    def __reduce_ex__(self, _: Any) -> Any:
+        """A view without its model would be none."""
+        raise InputError(
+            f"{self.name} is a view of a model's parameters, and is neither pickled nor copied; take "
+            f"{self.name}[layer].clone(), or model.state_dict()"
+        )
+
     def __repr__(self) -> str:
         """Name and layers."""
         return f"{self.name}[{', '.join(map(str, self._views))}]"
