@@ -62,8 +62,8 @@ def collect(
 
     Raises:
         InputError: No such hook, too little space on the disk, a folder with something else in it (such as what was
-            collected under other hooks, or none), one that vanished during the work, or a number that `dtype` is too
-            narrow for.
+            collected under other hooks, or none), one that vanished during the work, a number that `dtype` is too
+            narrow for, or tokens with different numbers of experts.
     """
     reading = Reading() if reading is None else reading
     out = Path(out)
@@ -147,6 +147,10 @@ class _Collector:
             kept: dict[str, Tensor] = {}
             experts: Experts = {}
             forward(self.model, batch, [*routing_hooks(self.model, layers), *_keep(self.points, batch, kept, experts)])
+            if any(bool((routing.indices < 0).any()) for routing in layers.values()):
+                raise InputError(
+                    "tokens have different numbers of experts, as in `use_experts(mass=…)`: a shard has as many of each"
+                )
             routing = {
                 name: torch.stack([batch.unpack(getattr(layers[at], name)).cpu() for at in self.model.moe_layers], 2)
                 for name in ("indices", "weights")

@@ -247,6 +247,14 @@ def test_what_was_begun_without_hooks_is_not_gone_on_with_under_them(model, tmp_
     assert not all(torch.equal(one["weights"], other["weights"]) for one, other in zip(clean.shards(), whole.shards()))  # noqa: B905
 
 
+def test_tokens_with_different_numbers_of_experts_are_refused(model, tmp_path):
+    with model.use_experts(2):
+        assert next(iter(collect(model, domain("d"), tmp_path / "two").shards()))["indices"].shape[-1] == 2
+    with model.use_experts(mass=0.5), pytest.raises(InputError, match="^tokens have different numbers of experts"):
+        collect(model, domain("d"), tmp_path / "any")
+    assert not (tmp_path / "any").exists()
+
+
 def test_what_is_given_by_mistake_is_said(model, tmp_path):
     wrong: list[tuple[Any, Any, str]] = [
         (model, {"tokens": 64}, "reading is {'tokens': 64}; expected a Reading, or None"),
