@@ -1,17 +1,18 @@
 """The study `experts_per_token`: what any number of experts costs, the same for all tokens or as the router says.
 
 Numbers that differ between tokens are held against two things of the same compute: the same numbers shuffled over
-the tokens of each window, and a number that is the same for all. Budgets of experts are from Alloc-MoE (arXiv
+the tokens of each window, and a number that is the same for all, for which the two whole numbers next to it are run
+when it is known. Budgets of experts are from Alloc-MoE (arXiv
 2604.08133).
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens import names
@@ -19,13 +20,15 @@ from moe_lens.checked import Natural, Seed
 from moe_lens.data import TokenBatch
 from moe_lens.errors import InputError
 from moe_lens.model.families.expert_groups import Groups
-from moe_lens.stats import Accumulator, Result, bootstrap_all
-from moe_lens.stats.sums import BySource
+from moe_lens.stats import LossResult, LossStats, Result, bootstrap_all
+from moe_lens.studies.experts_used import Used, UsedStats, label, parts
 from moe_lens.studies.forward_passes import Hooks, drawn_by_place, losses, predicted
 from moe_lens.studies.frames import by_domain
-from moe_lens.studies.study import Gathered, Study
+from moe_lens.studies.study import Earlier, Gathered, Study
 from moe_lens.studies.variant_losses import WHOLE, Variant, VariantLosses, VariantStats
 
+_FIXED = "fixed{}"
+"""The loss of as many experts for all tokens as a variant has on average, by the variant's place."""
 ADAPTIVE = ("mass", "threshold", "entropy")
 """Rules by which tokens have numbers of their own, as `use_experts` has them."""
 
@@ -44,7 +47,11 @@ class ExpertsPerToken(Study):
     """Of the numbers that are shuffled over the tokens of a window."""
 
     name: ClassVar[str] = "experts_per_token"
-    passes: ClassVar[tuple[str, ...]] = ("experts",)
+    passes: ClassVar[tuple[str, ...]] = ("experts", "fixed")
+
+    def chosen_passes(self) -> tuple[str, ...]:
+        """The second one where there is a rule to hold something against."""
+        return self.passes if self.rules() else self.passes[:1]
 
     def numbers(self, model: Any) -> list[int]:
         """The numbers that are the same for all, ascending; the model's own is not among them."""
@@ -75,13 +82,27 @@ class ExpertsPerToken(Study):
         ]
         return [(WHOLE, None, model.top_k), *(("k", None, k) for k in self.numbers(model)), *adaptive]
 
-    def begin(self, model: Any, name: str) -> Gathered:  # noqa: ARG002
+    def begin(self, model: Any, name: str) -> Gathered:
         """Nothing yet."""
         variants = self.variants(model)
+        if name == "fixed":
+            return {_FIXED.format(at): LossStats() for at, variant in enumerate(variants) if parts(variant)[0] != "k"}
         return {"losses": VariantStats(variants), "experts": UsedStats(variants, model.moe_layers)}
 
-    def step(self, model: Any, name: str, batch: TokenBatch, into: Gathered, prepared: Any) -> None:  # noqa: ARG002
-        """Run every variant."""
+    def prepare(self, model: Any, name: str, domain: str, earlier: Earlier) -> list[float] | None:  # noqa: ARG002
+        """The mean number of experts of every variant, where numbers that are the same for all are held against it."""
+        return earlier[domain]["experts"]["experts"].result().mean().mean(-1).tolist() if name == "fixed" else None
+
+    def step(self, model: Any, name: str, batch: TokenBatch, into: Gathered, prepared: Any) -> None:
+        """Run every variant, or the whole numbers that their means are between."""
+        if name == "fixed":
+            means = {each: prepared[at] for at in range(len(prepared)) if (each := _FIXED.format(at)) in into}
+            ends = {end for mean in means.values() for end in (math.floor(mean), math.ceil(mean))}
+            nats = {k: losses(model, batch, model.use_experts(k).fwd_hooks) for k in sorted(ends)}
+            for each, mean in means.items():
+                between = torch.lerp(nats[math.floor(mean)].double(), nats[math.ceil(mean)].double(), mean % 1)
+                into[each].update(between, predicted(batch), batch.sources)
+            return
         adaptive = [model.use_experts(**{rule: value}).fwd_hooks for rule, value in self.rules()]
         runs: list[Hooks] = [[], *(model.use_experts(k).fwd_hooks for k in self.numbers(model))]
         for hooks in adaptive:
@@ -95,8 +116,10 @@ class ExpertsPerToken(Study):
         into["experts"].update(torch.stack(used), batch.counted, batch.sources)
 
     def results(self, earlier: Mapping[str, Gathered]) -> dict[str, Result]:
-        """Losses and numbers of experts."""
-        return {name: earlier["experts"][name].result() for name in ("losses", "experts")}
+        """Losses and numbers of experts; and for each rule the loss at its mean number, the same for all."""
+        found: dict[str, Result] = {name: earlier["experts"][name].result() for name in ("losses", "experts")}
+        fixed = earlier.get("fixed", {})
+        return found | {name: each.result() for name, each in fixed.items() if isinstance(each, LossStats)}
 
     def tables(
         self,
@@ -104,11 +127,11 @@ class ExpertsPerToken(Study):
         results: Mapping[str, Mapping[str, Result]],
     ) -> dict[str, pd.DataFrame]:
         """`numbers` (a row for each number or rule) and `layers` (mean number of experts in each layer)."""
-        both = {domain: (of["losses"], of["experts"]) for domain, of in results.items()}
-        pairs = {d: (a, b) for d, (a, b) in both.items() if isinstance(a, VariantLosses) and isinstance(b, Used)}
+        losses: Any = {domain: of["losses"] for domain, of in results.items()}
+        used: Any = {domain: of["experts"] for domain, of in results.items()}
         return {
-            "numbers": by_domain({domain: table(*pair) for domain, pair in pairs.items()}),
-            "layers": by_domain({domain: used.to_frame() for domain, (_, used) in pairs.items()}),
+            "numbers": by_domain({domain: table(losses[domain], used[domain], of) for domain, of in results.items()}),
+            "layers": by_domain({domain: each.to_frame() for domain, each in used.items()}),
         }
 
 
@@ -116,20 +139,6 @@ def _most(model: Any) -> int:
     """Among how many experts a token may choose."""
     groups = Groups.of_model(model)
     return model.n_experts if groups is None else groups.within(model.n_experts)
-
-
-def label(rule: str, value: float, shuffled: bool) -> str:
-    """The name of a variant."""
-    return f"{rule} {repr(float(value)).removesuffix('.0')}{' shuffled' if shuffled else ''}"
-
-
-def parts(variant: Variant) -> tuple[str, float, bool]:
-    """The rule, its value, and whether the numbers were shuffled over tokens."""
-    rule, _, k = variant
-    if rule in (WHOLE, "k"):
-        return "k", float(k), False
-    rule, value, *shuffled = rule.split()
-    return rule, float(value), bool(shuffled)
 
 
 def shuffle_numbers(model: Any, batch: TokenBatch, seed: int) -> Hooks:
@@ -164,82 +173,26 @@ def _watch(model: Any, batch: TokenBatch, seen: dict[int, Tensor]) -> Hooks:
     ]
 
 
-@dataclass(frozen=True, eq=False)
-class Used(Result):
-    """How many experts tokens used."""
-
-    variants: tuple[Variant, ...]
-    layers: tuple[int, ...]
-    sources: tuple[str, ...]
-    experts: Int[Tensor, "source variant layer"]
-    """Summed over tokens."""
-    tokens: Int[Tensor, " source"]
-
-    def mean(self) -> Float[Tensor, "variant layer"]:
-        """Experts of a token."""
-        return self.experts.sum(0).double() / self.tokens.sum()
-
-    def to_frame(self) -> pd.DataFrame:
-        """A row per rule, value and layer: rule, value, shuffled, layer, experts (mean of a token)."""
-        index = pd.MultiIndex.from_product([self.variants, self.layers], names=["variant", "layer"])
-        frame = pd.DataFrame({"experts": self.mean().flatten().numpy()}, index=index).reset_index()
-        rows = pd.DataFrame([parts(variant) for variant in frame.pop("variant")], columns=["rule", "value", "shuffled"])
-        return pd.concat([rows, frame], axis=1)
-
-
-class UsedStats(Accumulator[Used]):
-    """Sums numbers of experts, by source."""
-
-    def __init__(self, variants: Sequence[Variant], layers: Sequence[int]):
-        self.variants, self.layers = tuple(variants), tuple(layers)
-        self._experts, self._tokens = BySource(), BySource()
-        about = {"variants": self.variants, "layers": self.layers}
-        super().__init__(about, {"experts": self._experts, "tokens": self._tokens})
-
-    def update(
-        self,
-        experts: Int[Tensor, "variant batch pos layer"],
-        counted: Bool[Tensor, "batch pos"],
-        sources: Sequence[str],
-    ) -> Self:
-        """Count a batch."""
-        self._experts.add((experts * counted[..., None]).sum(2).movedim(0, 1), sources)
-        self._tokens.add(counted.sum(-1), sources)
-        return self
-
-    def result(self) -> Used:
-        """The sums so far."""
-        if not self._tokens.sources:
-            raise InputError("no tokens were counted; is there any text?")
-        tokens = self._tokens.stacked()
-        return Used(self.variants, self.layers, self._tokens.sources, self._experts.stacked(), tokens)
-
-
-def table(nats: VariantLosses, used: Used) -> pd.DataFrame:
+def table(nats: VariantLosses, used: Used, fixed: Mapping[str, Result]) -> pd.DataFrame:
     """A row for each number or rule.
 
     Columns: rule (k, mass, threshold, entropy), value, shuffled (whether the numbers were shuffled over tokens), own
     (the model's own number), experts (mean of a token and layer: compute), those of VariantLosses.to_frame (loss,
-    perplexity, ratio to the model's own number, paired by source, …), and gain: nats a token that it saves against a
-    number that is the same for all, at the same mean number of experts, between the two nearest that were run; paired
-    by source, with a 95 % interval (gain_low, gain_high); missing where no smaller or no greater number was run.
+    perplexity, ratio to the model's own number, paired by source, …), and, of rules, gain: nats a token that it saves
+    against a number that is the same for all, at the same mean number of experts, between the two whole numbers next to
+    it; paired by source, with a 95 % interval (gain_low, gain_high).
     """
     frame = nats.to_frame().drop(columns=["treatment", "layer", "k"])
-    mean = used.mean().mean(-1)
     rows = pd.DataFrame([parts(variant) for variant in nats.variants], columns=["rule", "value", "shuffled"])
     rows["own"] = [variant[0] == WHOLE for variant in nats.variants]
-    rows["experts"] = mean.numpy()
+    rows["experts"] = used.mean().mean(-1).numpy()
     gain = torch.full((3, len(nats.variants)), torch.nan, dtype=torch.float64)
-    static = [at for at, rule in enumerate(rows["rule"]) if rule == "k"]
     tokens = nats.tokens.double()
-    for at, rule in enumerate(rows["rule"]):
-        below = [one for one in static if mean[one] <= mean[at]]
-        above = [one for one in static if mean[one] >= mean[at]]
-        if rule == "k" or not below or not above:
+    for at in range(len(nats.variants)):
+        if not isinstance(same := fixed.get(_FIXED.format(at)), LossResult):
             continue
-        low, high = max(below, key=lambda one: float(mean[one])), min(above, key=lambda one: float(mean[one]))
-        part = 0.0 if low == high else float((mean[at] - mean[low]) / (mean[high] - mean[low]))
-        saved = (1 - part) * nats.nats[:, low] + part * nats.nats[:, high] - nats.nats[:, at]
+        assert same.sources == nats.sources and torch.equal(same.tokens, nats.tokens)
+        saved = same.nats - nats.nats[:, at]
         gain[0, at] = saved.sum() / tokens.sum()
         ends = bootstrap_all(lambda times, saved=saved: (times @ saved) / (times @ tokens), tokens)
         if ends is not None:

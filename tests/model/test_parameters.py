@@ -172,9 +172,7 @@ def test_an_ellipsis_is_all_experts_and_none_is_no_expert() -> None:
 @pytest.mark.parametrize("copied", [pickle.dumps, copy.copy, copy.deepcopy])
 def test_a_view_of_parameters_is_not_taken_from_its_model(copied: Callable[[Any], Any]) -> None:
     model = HookedMoE.from_hf(build("mixtral"))
-    with pytest.raises(InputError, match=r"^W_in is a view [^
-]*W_in\[layer\]\.clone\(\)[^
-]*$"):
+    with pytest.raises(InputError, match=r"^W_in is a view .*W_in\[layer\]\.clone\(\)"):
         copied(model.W_in)
     copied(model.W_in[2].detach())
 

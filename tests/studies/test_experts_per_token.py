@@ -11,8 +11,10 @@ from moe_lens import HookedMoE, names
 from moe_lens.data import Reading, batch_windows, shards
 from moe_lens.errors import InputError
 from moe_lens.model.loading.tokenizer import load_tokenizer
+from moe_lens.stats import LossResult
 from moe_lens.studies import ExpertsPerToken, StudyResult, compare, run
-from moe_lens.studies.experts_per_token import Used, label, parts, shuffle_numbers, table
+from moe_lens.studies.experts_per_token import shuffle_numbers, table
+from moe_lens.studies.experts_used import Used, label, parts
 from moe_lens.studies.variant_losses import WHOLE, VariantLosses
 from tests.families import build
 from tests.studies.tiny import TOKENIZER, domain, tiny_model
@@ -94,21 +96,21 @@ def test_shuffled_numbers_are_the_same_numbers_at_other_tokens(model: HookedMoE,
     assert torch.equal(own[~batch.counted], shuffled[~batch.counted])
 
 
-def made(saved: float, seed: int = 0) -> tuple[VariantLosses, Used]:
+def made(saved: float, seed: int = 0) -> tuple[VariantLosses, Used, dict[str, LossResult]]:
     """20 sources of 50 tokens; a rule of 3 experts on average that saves some nats a token, and more where it helps."""
     generator = torch.Generator().manual_seed(seed)
-    variants = ((WHOLE, None, 4), ("k", None, 2), (label("mass", 0.5, False), None, 0))
+    variants = ((WHOLE, None, 4), (label("mass", 0.5, False), None, 0))
     tokens = torch.full((20,), 50)
     base = 200 + 10 * torch.randn(20, generator=generator, dtype=torch.float64)
     noise = torch.randn(20, generator=generator, dtype=torch.float64)
-    two = base + 20 + noise
-    mixed = (base + two) / 2 - 50 * saved + torch.randn(20, generator=generator, dtype=torch.float64)
-    nats = torch.stack([base, two, mixed], 1)
+    three = base + 10 + noise
+    mixed = three - 50 * saved + torch.randn(20, generator=generator, dtype=torch.float64)
+    nats = torch.stack([base, mixed], 1)
     sources = tuple(f"s{i:02d}" for i in range(20))
     ones = torch.ones(20, dtype=torch.long)
-    experts = torch.tensor([4, 2, 3])[None, :, None] * tokens[:, None, None]
     losses = VariantLosses(variants, sources, nats, tokens, nats / 50, ones)
-    return losses, Used(variants, (0,), sources, experts, tokens)
+    used = Used(variants, (0,), sources, torch.tensor([4, 3])[None, :, None] * tokens[:, None, None], tokens)
+    return losses, used, {"fixed1": LossResult(sources, three, tokens, three / 50, ones)}
 
 
 def test_a_rule_gains_what_was_planted_and_nothing_where_nothing_was() -> None:
@@ -118,10 +120,25 @@ def test_a_rule_gains_what_was_planted_and_nothing_where_nothing_was() -> None:
     assert low > 0
     _, low, high = table(*made(0.0))[columns].iloc[-1].tolist()
     assert low < 0 < high
-    assert all(map(math.isnan, table(*made(0.05))["gain"].tolist()[:2]))
-    losses, used = made(0.05)
-    beyond = Used(used.variants, (0,), used.sources, used.experts + torch.tensor([0, 0, 100])[:, None], used.tokens)
-    assert all(map(math.isnan, table(losses, beyond)["gain"].tolist())), "no greater number was run"
+    assert math.isnan(table(*made(0.05))["gain"].tolist()[0])
+
+
+def test_a_gain_is_over_the_two_whole_numbers_beside_the_mean_whichever_were_asked_for(model: HookedMoE) -> None:
+    texts = [domain("d", n=10, sources=10), domain("e", n=4, sources=4)]
+    far, near = (
+        run(ExpertsPerToken(k=k, mass=(0.5,)), model, texts, reading=READING).tables["numbers"].to_dict("records")
+        for k in ((1, 8), tuple(range(1, 9)))
+    )
+    rules, others = ([row for row in rows if row["rule"] != "k"] for rows in (far, near))
+    assert [row["gain"] for row in rules] == [row["gain"] for row in others] and len(rules) == 4
+    loss = {(row["domain"], row["value"]): row["loss"] for row in near if row["rule"] == "k"}
+    for row in rules:
+        name, (low, part) = row["domain"], divmod(row["experts"], 1)
+        assert 0.05 < part < 0.95, "not whole"
+        right = (1 - part) * loss[name, low] + part * loss[name, low + 1]
+        assert row["gain"] == pytest.approx(right - row["loss"], abs=1e-6)
+        part = (row["experts"] - 1) / 7
+        assert abs((1 - part) * loss[name, 1] + part * loss[name, 8] - right) > 1e-3, "a control: a line from 1 to 8"
 
 
 def test_what_is_run_if_nothing_is_said(model: HookedMoE) -> None:
