@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int, Real
+from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
 from moe_lens.checked import Positive, Seed
 from moe_lens.errors import InputError, a_kind, several
 
 MIN_SOURCES = 10
-"""Below this many sources no interval is given: so few say too little of how much sources differ."""
+"""Below this many sources no interval is given: so few say too little of how much sources differ. Those count that have
+any text; of a ratio, any of its denominator."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,14 @@ def bootstrap(
         statistic: From how often each source was drawn (a row of whole numbers that sum to how many there are) to its
             value. Sums over sources weighted by these numbers make any ratio of sums, paired where both sides use one
             row.
-        sizes: Of each source, in tokens or whatever its weight in the statistic is.
+        sizes: Of each source, in tokens or whatever its weight in the statistic is; 0 where it has none.
         level: Of confidence, in (0, 1).
         resamples: How many times all sources are drawn.
         seed: Of the draws.
 
     Returns:
-        The interval, or None below `MIN_SOURCES` sources. Resamples in which the value is not finite are left out; None
-        if it never is.
+        The interval, or None where fewer than `MIN_SOURCES` sources have any size. Resamples in which the value is not
+        finite are left out; None if it never is.
 
     Raises:
         InputError: The level is not in (0, 1), or the statistic does not give one value for each resample.
@@ -64,26 +65,32 @@ def bootstrap(
 
 def bootstrap_all(
     statistic: Callable[[Float[Tensor, "resample source"]], Float[Tensor, "resample *shape"]],
-    sizes: Real[Tensor, "source *#shape"],
-    *,
+    *sizes: Real[Tensor, "source *#shape"],
     level: float = 0.95,
     resamples: Positive = 2000,
     seed: Seed = 0,
 ) -> Float[Tensor, "2 *shape"] | None:
-    """`bootstrap` of many values at once, all from the same draws: lower and upper ends, NaN if never finite.
+    """`bootstrap` of many values at once, all from the same draws: lower and upper ends, NaN where there are none.
 
     Sizes of one dimension are those of all values. Where values are ratios with denominators of their own, such as the
-    tokens that have a label, these are the sizes: few sources may hold most of them.
+    tokens that have a label, these are the sizes: few sources may hold most of them. Where a value is made of several
+    ratios, it has several denominators; the one that fewest sources hold decides.
     """
     if not 0 < level < 1:
         raise InputError(f"level is {level}; expected a share in (0, 1), such as 0.95")
-    if len(sizes) < MIN_SOURCES:
+    known = torch.stack([enough(of) for of in sizes]).all(0)
+    if not bool(known.any()):
         return None
-    values: object = statistic(times_drawn(len(sizes), resamples, seed))
+    values: object = statistic(times_drawn(len(sizes[0]), resamples, seed))
     if not isinstance(values, Tensor) or values.shape[:1] != (resamples,):
         came = f"a tensor {list(values.shape)}" if isinstance(values, Tensor) else a_kind(values)
         raise InputError(f"the statistic gave {came}; expected a tensor with a value for each of {resamples} resamples")
-    return ends_of(values, tail(sizes, level))
+    return ends_of(values, torch.stack([tail(of, level) for of in sizes]).amin(0)).masked_fill(~known, torch.nan)
+
+
+def enough(sizes: Real[Tensor, "source *value"]) -> Bool[Tensor, "*value"]:
+    """Whether at least `MIN_SOURCES` sources have any size."""
+    return (sizes > 0).sum(0) >= MIN_SOURCES
 
 
 def ends_of(values: Float[Tensor, "resample *shape"], beyond: Float[Tensor, "*#shape"]) -> Float[Tensor, "2 *shape"]:
@@ -150,7 +157,8 @@ def jackknife_interval(
     Args:
         values: Of all sources.
         without: Of all but one.
-        strata: Such as the source's domain; below `MIN_SOURCES` in any of them, or in a domain, there is no interval.
+        strata: Such as the source's domain; below `MIN_SOURCES` with text in any of them, or in a domain, there is no
+            interval.
         sizes: Of each source, in tokens; where a source has text in several domains, in each of them.
         corrected: Whether the interval is that of the value less its bias, as the jackknife of sources of unequal sizes
             estimates it (Busing, Meijer and van der Leeden 1999, Statistics and Computing 9).
@@ -158,9 +166,10 @@ def jackknife_interval(
     """
     from scipy.special import stdtrit
 
-    n = strata.unique(return_counts=True)[1]
+    some = (sizes > 0).reshape(len(sizes), -1)
+    n = ((strata == strata.unique()[:, None]) & some.any(1)).sum(1)
     # Of domains that share sources, and so are one stratum, one may have fewer by itself.
-    in_each = (sizes > 0).sum(0) if sizes.ndim > 1 else n
+    in_each = some.sum(0)
     if not len(n) or int(torch.cat([n, in_each[in_each > 0]]).min()) < MIN_SOURCES:
         return torch.full_like(values, torch.nan), torch.full_like(values, torch.nan)
     variance, freedom = jackknife_variance(without, strata, sizes)

@@ -9,7 +9,7 @@ Domains whose sources differ more from one another than those of others are not 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from math import comb
+from math import comb, log
 
 import pandas as pd
 import torch
@@ -117,8 +117,8 @@ class DomainComparison(Result):
         low, high = self._interval(self.mi, self.mi_without, all_units, all_domains)
         columns = {
             "mi": self.mi,
-            "low": low.clamp(min=0),
-            "high": high.clamp(min=0),
+            "low": low.clamp(0, log(len(self.domains))),
+            "high": high.clamp(0, log(len(self.domains))),
             "null": self.mi_null,
             "excess": self.mi - self.mi_null,
             "p_value": self.mi_p_values,
@@ -138,7 +138,7 @@ class DomainComparison(Result):
             self._interval(self.jsd[:, i], self.jsd_without[..., i], units, [self.domains.index(d) for d in pair])
             for i, (units, pair) in enumerate(zip(self.pair_units, self.pairs, strict=True))
         ]
-        low, high = (torch.stack(of, -1).clamp(min=0) for of in zip(*ends, strict=True))
+        low, high = (torch.stack(of, -1).clamp(0, log(2)) for of in zip(*ends, strict=True))
         columns = {
             "jsd": self.jsd,
             "low": low,

@@ -55,8 +55,8 @@ class ChoiceExplanation(Result):
         # of all experts of a layer together, every token counts alike
         return [value, *self._ends(ratio, value, below if below.ndim == 3 else self.tokens)]
 
-    def _ends(self, statistic: Callable[[Tensor], Tensor], value: Tensor, sizes: Tensor) -> list[Tensor]:
-        ends = bootstrap_all(statistic, sizes, resamples=RESAMPLES)
+    def _ends(self, statistic: Callable[[Tensor], Tensor], value: Tensor, *sizes: Tensor) -> list[Tensor]:
+        ends = bootstrap_all(statistic, *sizes, resamples=RESAMPLES)
         return [torch.full_like(value, torch.nan)] * 2 if ends is None else list(ends)
 
     def _explained(self, subset: str, less: str | None, experts: bool) -> list[Tensor]:
@@ -83,7 +83,8 @@ class ChoiceExplanation(Result):
             ]
             return parts[0] + parts[1] - others_mean
 
-        return [value, *self._ends(linear, value, chosen)]
+        # linear in sums, it could leave what an area can be
+        return [value, *(end.clamp(0, 1) for end in self._ends(linear, value, chosen, others))]
 
     def to_frame(self) -> pd.DataFrame:
         """A row per layer, expert and feature ("all": every feature together), on sources held out.

@@ -174,7 +174,8 @@ class RoutingResult(Result):
         this bias, and may lie beside the value; that of `imbalance` is one of the value.
         """
         values = self._layer_measures(torch.ones(1, len(self.sources), dtype=torch.float64))[0]
-        ends = bootstrap_all(self._layer_measures, self.tokens)
+        tokens = self.tokens[:, None, None].expand(-1, len(self.layers), len(LAYER_MEASURES) - self.measured.shape[-1])
+        ends = bootstrap_all(self._layer_measures, torch.cat([tokens, self.measured], -1))
         if ends is not None:
             without = self._layer_measures(1 - torch.eye(len(self.sources), dtype=torch.float64))
             strata, n = torch.zeros(len(self.sources), dtype=torch.long), self.n_experts

@@ -164,12 +164,10 @@ class ProbeResult(Result):
             return value[..., 0, :] - value[..., 1, :]
 
         once = torch.ones(1, len(n), dtype=torch.float64)
-        without, labelled = n[:, :, 0].unbind(-1)
-        # of the two shares, the one of fewer tokens varies more
-        size = torch.where(labelled.sum(0) < without.sum(0), labelled, without)[:, None, None, :, None]
+        sizes = n[:, None, None, :, 0, None].unbind(-1)
         value, more = accuracy(once)[0], beyond(once)[0]
         ends = [
-            torch.full((2, *of.shape), torch.nan) if (found := bootstrap_all(statistic, size)) is None else found
+            torch.full((2, *of.shape), torch.nan) if (found := bootstrap_all(statistic, *sizes)) is None else found
             for statistic, of in ((lambda times: accuracy(times)[..., 0, :], more), (beyond, more))
         ]
         own = said[..., 0, :, :].sum(0)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moe_lens.resampling import MIN_SOURCES, bootstrap_all, times_drawn
+from moe_lens.resampling import bootstrap_all, enough, times_drawn
 from moe_lens.stats import (
     ImportanceResult,
     PairResult,
@@ -233,7 +233,7 @@ def first_in_resamples(routing: Mapping[str, RoutingResult], *, seed: int) -> Fl
     """
     first = next(iter(routing.values()))
     shape = len(routing), *first.specialisation.shape
-    if any(len(of.sources) < MIN_SOURCES for of in routing.values()):
+    if not all(bool(enough(of.tokens)) for of in routing.values()):
         return torch.full(shape, torch.nan, dtype=torch.float64)
     times = [times_drawn(len(of.sources), RESAMPLES, seed + i) for i, of in enumerate(routing.values())]
     found = torch.zeros(shape, dtype=torch.float64)

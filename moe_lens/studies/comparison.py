@@ -23,7 +23,7 @@ from torch import Tensor
 from moe_lens.checked import Seed
 from moe_lens.errors import InputError, near_miss
 from moe_lens.reprs import Summary
-from moe_lens.resampling import ends_of, tail, times_drawn
+from moe_lens.resampling import ends_of, enough, tail, times_drawn
 from moe_lens.stats import MIN_SOURCES
 from moe_lens.stats.multiple_tests import max_t
 from moe_lens.stats.parallel_sources import parallel_key
@@ -316,12 +316,14 @@ def _differences(
         ones = [torch.ones(1, len(side.sources), dtype=torch.float64) for side in (here, there)]
         values = here.of(ones[0])[0], there.of(ones[1])[0]
         low = high = t = torch.full_like(values[0], torch.nan)
-        if fewest >= MIN_SOURCES:
+        known = enough(here.below) & enough(there.below)
+        if known.any():
             spread = there.of(drawn[1]) - here.of(drawn[0])
             beyond = torch.minimum(*(tail(side.below, LEVEL) for side in (here, there)))
-            low, high = ends_of(spread, beyond)
+            low, high = ends_of(spread, beyond).masked_fill(~known, torch.nan)
             t, by_chance = (chance.paired if paired else chance.unpaired)(here, there, RESAMPLES, seed)
-            greatest = torch.maximum(greatest, by_chance.abs().amax(1))
+            t = t.masked_fill(~known, torch.nan)
+            greatest = torch.maximum(greatest, by_chance[:, known].abs().amax(1))
         columns = {
             "first": values[0],
             "second": values[1],

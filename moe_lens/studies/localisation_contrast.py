@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moe_lens.resampling import ends_of, jackknife_variance, tail, tail_of
-from moe_lens.stats import MIN_SOURCES
+from moe_lens.resampling import ends_of, enough, jackknife_variance, tail, tail_of
 from moe_lens.stats.parallel_sources import blocks_left_out, resampled_blocks
 from moe_lens.studies.held_against import over_each
 from moe_lens.studies.localisation_effects import CoalitionEffects
@@ -198,7 +197,8 @@ class Contrasts:
 
     def _interval(self, values: Float[Tensor, " all_and_resample"], beyond: Float[Tensor, ""]) -> tuple[float, float]:
         """Ends over the resamples, which follow the value of all sources; missing with too few sources somewhere."""
-        if min(len(of.sources) for of in self.effects.values()) < MIN_SOURCES or not bool(values.isfinite().any()):
+        known = all(bool(enough(of.predicted)) for of in self.effects.values())
+        if not known or not bool(values.isfinite().any()):
             return float("nan"), float("nan")
         low, high = ends_of(values[1:], beyond).tolist()
         return low, high

@@ -96,10 +96,11 @@ def top_expert_is_the_ensemble(read: Read) -> Iterator[Bound]:
     yield read.bound(what, left(top), sizes, threshold="KL left", control=True)
     less = _less(left(top), left(active))
     yield read.bound("KL ratio − a random active expert's", less, sizes, threshold="nothing", control=True)
+    at = totals.sums.index(top.label), list(QUANTITIES).index("agrees_where_it_matters")
     yield read.bound(
         "agreement where u alone differs from the ensemble",
         lambda times: matters(times).nanmean(-1),
-        sizes,
+        totals.tokens[:, layers, *at].sum(1),
         above=True,
         threshold="agreement where it matters",
         control=True,

@@ -1,6 +1,7 @@
 """Domain tests: calibrated where domains are alike, finding what was planted, and right in every number."""
 
 from dataclasses import replace
+from math import log
 from typing import Any
 
 import numpy as np
@@ -294,6 +295,22 @@ def test_intervals_of_divergences_cover_the_truth_where_one_source_holds_nearly_
                 hit = bool(table["low"][0] <= truth <= table["high"][0])
                 held, equal = (held + hit, equal) if n == 0 else (held, equal + hit)
         assert held >= 27 and equal <= 25
+
+
+def test_intervals_of_divergences_stay_within_what_they_can_be():
+    """Two domains with hardly an expert in common, one source of which has some."""
+    counts = torch.tensor([[[20, 0]]] * 11 + [[[4, 16]]])
+    nothing, names = torch.zeros(12, 1, 2), tuple(map(str, range(12)))
+    a, b = (
+        RoutingResult((0,), 1, names, of.sum((1, 2)), of, of, of.double(), nothing, nothing.long())
+        for of in (counts, counts.flip(2))
+    )
+    found = compare_domains({"a": a, "b": b}, permutations=1)
+    table: Any
+    for table in (found.per_pair(), found.per_layer()):
+        assert table["low"][0] < table["high"][0] == pytest.approx(log(2), abs=F64)
+    alike: Any = compare_domains({"a": a, "b": a}, permutations=1).per_pair()
+    assert alike["low"][0] == 0 <= alike["high"][0]
 
 
 def scattered(generator: torch.Generator, load: torch.Tensor, sizes: torch.Tensor | None = None) -> RoutingResult:

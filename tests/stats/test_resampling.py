@@ -74,6 +74,33 @@ def test_no_interval_below_ten_sources():
     assert bootstrap(mean_of(values), EVEN(MIN_SOURCES)) is not None
 
 
+@pytest.mark.typed
+def test_sources_that_hold_nothing_of_a_ratios_denominator_do_not_count():
+    generator = torch.Generator().manual_seed(0)
+    counts = 40.0 * (torch.arange(20)[:, None] < torch.tensor([1, 4, MIN_SOURCES - 1, MIN_SOURCES, 20])).double()
+    hits = torch.binomial(
+        counts, torch.rand(20, 1, generator=generator).expand(counts.shape).double(), generator=generator
+    )
+
+    def share(times: torch.Tensor) -> torch.Tensor:
+        return (times @ hits) / (times @ counts)
+
+    known = torch.tensor([False, False, False, True, True])
+    together = bootstrap_all(share, counts)
+    assert together is not None and torch.equal(together.isfinite(), known.expand(2, 5))
+    # with the size of other text for the denominator, a source alone would decide both ends
+    point = bootstrap_all(share, EVEN(20))
+    assert point is not None and point[0, 0] == point[1, 0]
+    for column, sizes in enumerate(counts.mT):
+        alone = bootstrap(lambda times, at=column: share(times)[:, at], sizes)
+        assert (alone is not None) == bool(known[column])
+    assert bootstrap_all(share, counts[:, 0]) is None
+    # of a value's two denominators, the one that fewer sources hold decides
+    both = bootstrap_all(share, counts[:, [4, 4, 4, 4, 0]], counts)
+    assert both is not None and both.isfinite().all(0).tolist() == [False, False, False, True, False]
+    assert torch.equal(both[:, 3], together[:, 3])
+
+
 def test_tails_make_up_for_few_sources():
     # Φ(−√(n / (n − 1)) t), t of a table of Student's distribution: 2.262 with 9 degrees of freedom, 2.045 with 29
     for n, t in ((10, 2.262), (30, 2.045)):
@@ -165,7 +192,7 @@ def test_the_jackknife_of_equal_sources_is_the_interval_of_a_mean_and_unequal_on
     effects = torch.randn(10, 3, generator=generator, dtype=torch.float64)
     for sizes, freedom in (
         (7 * EVEN(10), 9),
-        (torch.tensor([1.0] * 5 + [0.0] * 5), 4),
+        (torch.tensor([3.0] * 5 + [1.0] * 5), 7),
         (BOOKS, 10_800**2 / 5008e4 - 1),
     ):
         value, without = ratios(effects, sizes)
@@ -183,7 +210,8 @@ def test_the_jackknife_of_equal_sources_is_the_interval_of_a_mean_and_unequal_on
     assert torch.equal(torch.stack(ends[0]), torch.stack(ends[1]))
     shared = torch.stack([EVEN(12), torch.cat([EVEN(8), torch.zeros(4)])], 1)
     of, but_one = ratios(torch.randn(12, 3, generator=generator, dtype=torch.float64), EVEN(12))
-    for sizes, known in ((shared, False), (shared[:, :1], True), (shared * torch.tensor([1, 0]), True)):
+    few = shared[:, 1]  # of a domain of twelve sources, eight have text
+    for sizes, known in ((shared, False), (few, False), (shared[:, 0], True), (shared * torch.tensor([1, 0]), True)):
         low, high = jackknife_interval(of, but_one, torch.zeros(12, dtype=torch.long), sizes)
         assert (low < high).all() if known else low.isnan().all()  # one of two domains that share sources has eight
 

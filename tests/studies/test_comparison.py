@@ -278,6 +278,22 @@ def test_few_sources_have_no_intervals_and_that_is_said():
     assert compare(*only).found().endswith("no intervals: fewer than ten sources in d (4)")
 
 
+@pytest.mark.parametrize("held", [9, 10])
+def test_what_few_of_many_sources_hold_has_no_interval(held):
+    """Router entropies are known in some sources; shares in all."""
+    generator = torch.Generator().manual_seed(3)
+    of = counted(generator, 20, torch.randn(EXPERTS, generator=generator))
+    known = (torch.arange(20) < held)[:, None, None] * of.tokens[:, None, None].expand(-1, 1, 2)
+    two = [
+        replace(of, measured=known, sums=known * torch.rand(20, 1, 2, generator=generator).double()) for _ in range(2)
+    ]
+    table = compare(*(study(name, d=of) for name, of in zip("mn", two, strict=True))).table.set_index("quantity")
+    ends: Any = table[["low", "high", "p_adjusted"]].notna().all(axis=1)
+    assert ends["share"].all() and (ends[["router_entropy", "margin"]] == (held == 10)).all()
+    layers: Any = two[0].per_layer().set_index("measure")[["low", "high"]].notna().all(axis=1)
+    assert layers["gini"] and (layers[["router_entropy", "margin"]] == (held == 10)).all()
+
+
 def test_texts_that_were_opened_otherwise_are_said():
     def opened(name: str, *tokens: str, known: bool = True) -> StudyResult:
         one = study(name, fr=counted(torch.Generator().manual_seed(0), 10, torch.zeros(EXPERTS)))

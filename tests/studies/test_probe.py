@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -352,3 +353,8 @@ def test_intervals_are_those_of_the_sources_that_have_the_label():
     assert own is not None and every is not None and (own[1] - own[0]) > 1.3 * (every[1] - every[0])
     row: Any = found.to_frame().iloc[0]
     assert (row["low"], row["high"]) == pytest.approx(own.tolist()) and row["labelled"] == 334 and row["tokens"] == 6000
+    for kind in (0, 1):  # nine sources that have the label, or have tokens without it, are too few
+        lies = tokens.clone()
+        lies[9:, ..., kind] = 0
+        few: Any = replace(found, tokens=lies).to_frame().iloc[0]
+        assert few[["low", "high", "beyond_low", "beyond_high"]].isna().all() and few["accuracy"] > 0
