@@ -3,10 +3,14 @@
 import json
 import math
 from collections.abc import Iterator, Mapping
+from decimal import ROUND_05UP, Context
 from typing import Any
 
 ESCAPED = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 """What could end a script, begin markup, or be a line break to older parsers of scripts."""
+
+DIGITS = Context(prec=6, rounding=ROUND_05UP)
+"""Of numbers. The last one is never a 5 or 0 that stands for more: rounded to fewer, they are as if rounded once."""
 
 
 def script(name: str, value: Any) -> str:
@@ -19,13 +23,13 @@ def _json(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: numbers of four digits, nothing in place of what is missing or infinite."""
+    """What JSON can hold: numbers of six digits, nothing in place of what is missing or infinite."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, float):
-        return float(f"{value:.4g}") if math.isfinite(value) else None
+        return float(DIGITS.create_decimal(str(value))) if math.isfinite(value) else None
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()  # halves of a character have no encoding
     return value

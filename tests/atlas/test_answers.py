@@ -10,6 +10,7 @@ import pytest
 
 from moe_lens.atlas import write_atlas
 from moe_lens.atlas.pages import plain_text, without_folders
+from moe_lens.atlas.script_files import script
 from moe_lens.errors import InputError
 from tests.atlas.shown import given, show, text
 from tests.planted import LAYER, PLANTED, planted_atlas
@@ -209,6 +210,16 @@ def test_numbers_have_their_digits_whatever_their_size(page, folder):
     assert page.ask("[number(.0003407), number(.0332), number(.9999), number(1234.5)]") == [
         "0.000341", "0.0332", "1", "1,230"
     ]  # fmt: skip
+
+
+def test_numbers_that_a_page_rounds_again_are_as_if_rounded_once(page, folder):
+    show(page, folder, "#about")
+    values = [1.0146, 1.01499999, 0.04044996, 0.40449999999, 1.015, 2.125, -1.0149996, 0.0, 7.0]
+    written = json.loads(script("x", values).removeprefix('atlas.put("x", ').removesuffix(");\n"))
+    asked = "{}.map((value) => [number(value), number(value, 2), milli(value)])"
+    assert page.ask(asked.format(written)) == page.ask(asked.format(values))
+    twice = [float(f"{value:.6g}") for value in values]
+    assert page.ask(asked.format(twice)) != page.ask(asked.format(values))  # control: 1.01499999 became 1.015
 
 
 def test_numbers_below_0_have_a_minus(page, folder):
