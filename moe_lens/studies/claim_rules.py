@@ -25,7 +25,7 @@ R = TypeVar("R", bound=Result)
 
 
 class NotRun(Exception):
-    """Something that a rule needs was not run."""
+    """Something that a rule needs was not run, or texts do not allow it."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Rule:
                     found.append(bound)  # noqa: PERF402  # those before something that was not run are kept
             except NotRun as error:
                 missing = str(error)
-            if not found:
-                return replace(verdict, missing=missing)
             domains.append(OfDomain(name, sources[name], tuple(found), missing))
+        if not any(of.bounds for of in domains):
+            return replace(verdict, missing=domains[0].missing)
         return replace(verdict, domains=tuple(domains))

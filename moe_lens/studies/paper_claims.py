@@ -263,6 +263,8 @@ def _ratio(losses: VariantLosses, treatment: str, k: int) -> Statistic:
 
 
 def _half(sources: tuple[str, ...], seed: int) -> Int[Tensor, " source"]:
+    if len(sources) < 2:
+        raise NotRun("all text is of one source, and nothing can be picked on others")
     found = halves(sources, seed)
     return torch.tensor([found[source] for source in sources])
 
@@ -272,9 +274,7 @@ def _picked(result: RoutingResult, seed: int) -> Int[Tensor, " source"]:
     half = _half(result.sources, seed)
     picked = torch.zeros(len(half), dtype=torch.long)
     for mine in (0, 1):
-        there = half != mine
-        if bool(there.any()):
-            picked[half == mine] = result.assignments[there].sum(0).flatten().argmax()
+        picked[half == mine] = result.assignments[half != mine].sum(0).flatten().argmax()
     return picked
 
 

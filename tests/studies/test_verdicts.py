@@ -11,6 +11,7 @@ from torch import Tensor
 from moe_lens import HookedMoE, PartialSum
 from moe_lens.data import Reading
 from moe_lens.errors import InputError
+from moe_lens.report.verdict_words import shown
 from moe_lens.stats import MEASURES, Result, RoutingResult, SimilarityResult
 from moe_lens.studies import (
     LensStudy,
@@ -312,6 +313,27 @@ def test_few_sources_decide_nothing(planted):
     found = judge({"single_expert": replace(planted["single_expert"], results={"a": few})})
     assert answers(found)["4"] == ("undecided", "undecided")
     assert found.per_domain().query("claim == '4'")["low"].isna().to_list() == [True, True]
+
+
+def test_nothing_is_picked_on_other_sources_where_there_are_none(planted):
+    def cut(result: Any) -> Any:
+        """All text from the first source."""
+        by_source = ("sources", "tokens", "assignments", "top1", "weights", "sums", "measured")
+        return replace(result, **{name: getattr(result, name)[:1] for name in by_source if hasattr(result, name)})
+
+    studies = {"routing": planted["routing"], "single_expert": planted["single_expert"]}
+    mixed, alone = dict[str, StudyResult](), dict[str, StudyResult]()
+    for study, of in studies.items():
+        one = {name: value if name == "losses" else cut(value) for name, value in of.results["a"].items()}
+        mixed[study] = replace(of, results={"a": one, "b": of.results["b"]})
+        alone[study] = replace(of, results={"a": one})
+    rows = {row.key: row for row in judge(alone).rows}
+    assert all(rows[key].missing.startswith("all text is of one source") for key in ("1a", "3"))
+    assert set(judge(alone).per_domain()["claim"]) == {"1b", "4"}  # which pick nothing
+    frame, whole = (judge(of).per_domain().set_index("domain") for of in (mixed, studies))
+    assert set(frame.loc["a", "claim"]) == {"1b", "4"} and frame.loc["b"].equals(whole.loc["b"])  # control: b
+    (row,) = (row for row in judge(mixed).rows if row.key == "3")
+    assert row.number() == "mixed (1 of 2 hold, 0 contradicted)" and shown(row).matrix[0][1][0] is None
 
 
 def test_a_changed_threshold_is_flagged_and_ours_are_shown_at_other_distances(planted, tmp_path):
