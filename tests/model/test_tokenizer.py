@@ -342,6 +342,16 @@ def test_bos_opens_a_text_where_there_is_one_and_studies_read_as_the_tokenizer_d
     assert model.to_tokens(TEXT).tolist() == [plain]
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_the_tokenizer_decides_on_bos_in_every_family(family: str) -> None:
+    """TransformerLens has BOS off for Qwen, whose own tokenizers have none."""
+    model = HookedMoE.from_hf(build(family, vocab_size=320), in_memory([BOS], bos_token=BOS), check=False)
+    own = sum(model.own_ids(TEXT), [])
+    assert model.to_tokens(TEXT).tolist() == [own] == [model.tokenizer(TEXT).input_ids]
+    model.tokenizer = in_memory(eos_token=EOS)  # negative control: none
+    assert model.to_tokens(TEXT).tolist() == [own[1:]]
+
+
 def test_what_a_tokenizer_marks_as_special_is_no_text_whatever_its_role() -> None:
     """As in the chat format of gpt-oss, whose special tokens are in no role; an added token that is none is text."""
     tokenizer = in_memory()

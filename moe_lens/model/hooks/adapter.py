@@ -121,6 +121,7 @@ def build_adapter(model: PreTrainedModel, name: str) -> tuple[ArchitectureAdapte
     # Some adapters force eager attention for every run; here it is chosen when somebody listens to it.
     if attention is not None and model.config._attn_implementation != attention:
         model.set_attn_implementation(attention)
+    adapter.cfg.default_prepend_bos = True  # some adapters say no; here the tokenizer decides in every family
     _mend(adapter, family)
     _mend_all(adapter)
     return adapter, family
