@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import comb
 from typing import Self
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from moe_lens.errors import InputError
 from moe_lens.stats.routing_stats import RoutingResult
-from moe_lens.stats.source_permutation import Deviations
+from moe_lens.stats.source_permutation import Deviations, divisions
 
 CHUNK = 2**20
 """Numbers that are held at a time while labels are permuted."""
@@ -120,18 +119,19 @@ class PairTest:
             distinct = 2 ** (n[0] - 1)
         else:
             order = torch.rand(permutations, sum(n), generator=generator).argsort(-1)
-            distinct = comb(sum(n), n[0]) // (2 if n[0] == n[1] else 1)
+            distinct = divisions(n)
         deviations = Deviations.of(rows.counts, rows.tokens, rows.domain)
         parts = order.split(max(1, CHUNK // rows.counts.numel()))
         shares = (deviations.shares()[None], *map(deviations.reassigned, parts))
         jsd = torch.cat([information(normalised(part)) for part in shares])
+        smallest = 1 / min(permutations + 1, distinct)
         return cls(
             jsd=jsd[0],
             null=jsd[1:].mean(0),
-            p_values=(jsd >= jsd[0] - 1e-12).double().mean(0),
+            p_values=(jsd >= jsd[0] - 1e-12).double().mean(0).clamp(min=smallest),
             without=information(rows.without_units()),
             sources=(n[0], n[1]),
-            smallest_p=max(1 / (permutations + 1), 1 / distinct),
+            smallest_p=smallest,
         )
 
 

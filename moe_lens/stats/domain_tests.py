@@ -23,7 +23,7 @@ from moe_lens.stats.accumulator import Result
 from moe_lens.stats.domain_pairs import CHUNK, PairTest, Rows, information, normalised
 from moe_lens.stats.multiple_tests import enough_draws, holm, max_t, most_significant
 from moe_lens.stats.routing_stats import RoutingResult
-from moe_lens.stats.source_permutation import Deviations
+from moe_lens.stats.source_permutation import Deviations, divisions
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class DomainComparison(Result):
     n_sources: tuple[Natural, ...]
     """Of each domain."""
     permutations: Positive
-    """How often labels were permuted; no p-value can be below 1 / (permutations + 1)."""
+    """How often labels were permuted; no p-value can be below 1 / (permutations + 1), nor below `smallest_p`."""
     shares: Float[Tensor, "domain layer n_experts"]
     """Specialisation N_{E,D} / N_D."""
     differences: Float[Tensor, "domain layer n_experts"]
@@ -86,8 +86,8 @@ class DomainComparison(Result):
 
     @property
     def smallest_p(self) -> float:
-        """The smallest p-value that so many permutations can give of experts, and of mutual information."""
-        return 1 / (self.permutations + 1)
+        """The smallest p-value that so many permutations of so many sources can give of experts, and of information."""
+        return 1 / min(self.permutations + 1, divisions(self.n_sources))
 
     def to_frame(self) -> pd.DataFrame:
         """A row per domain, layer and expert: share, difference, statistic, p_value, smallest_p, npmi."""
@@ -257,7 +257,9 @@ def compare_domains(
         mi.append(information(normalised(shares)))
     observed = deviations.shares()
     statistics = standardised(observed[None])[0]
-    p_values = max_t(statistics, torch.cat(greatest)[1:])
+    n_sources = tuple(len(result.sources) for result in results.values())
+    smallest = 1 / min(permutations + 1, divisions(n_sources))
+    p_values = max_t(statistics, torch.cat(greatest)[1:]).clamp(min=smallest)
     mi = torch.cat(mi)
 
     units = rows if parallel is None else Rows.of(results, parallel)
@@ -277,7 +279,7 @@ def compare_domains(
     return DomainComparison(
         domains=domains,
         layers=first.layers,
-        n_sources=tuple(len(result.sources) for result in results.values()),
+        n_sources=n_sources,
         permutations=permutations,
         shares=observed,
         differences=_differences(observed[None])[0],
@@ -286,7 +288,7 @@ def compare_domains(
         npmi=npmi(observed / first.top_k),
         mi=mi[0],
         mi_null=mi[1:].mean(0),
-        mi_p_values=(mi >= mi[0] - 1e-12).double().mean(0),
+        mi_p_values=(mi >= mi[0] - 1e-12).double().mean(0).clamp(min=smallest),
         jsd=jsd,
         jsd_null=torch.stack([test.null for test in tests], -1),
         jsd_p_values=torch.stack([test.p_values for test in tests], -1),

@@ -8,7 +8,10 @@ exchangeable before they are permuted). Where all sources have one size this is,
 labels, and the test is exact. `benchmarks/domain_tests.py` shows how well it does where they have not.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import factorial, prod
 from typing import Self
 
 import torch
@@ -106,9 +109,22 @@ class Deviations:
         return _summed(self.member, self.counts)
 
     def reassigned(self, order: Int[Tensor, "some source"]) -> Float[Tensor, "some domain layer n_experts"]:
-        """Shares if each source deviated as much as the one that `order` puts in its place; may be a little below 0."""
+        """Shares if each source deviated as much as the one that `order` puts in its place; may be a little below 0.
+
+        Those observed where domains keep their sources, or only change names: with few sources, such orders are many.
+        """
         deviations = self.standard.index_select(0, order.flatten()).view(*order.shape, *self.spread.shape[1:])
-        return self.share + _summed(self.member, deviations.mul_(self.spread))
+        found = self.share + _summed(self.member, deviations.mul_(self.spread))
+        labels, first = self.member.argmax(0), (self.member > 0).int().argmax(1)
+        given = labels[order]
+        found[(given == given[:, first[labels]]).all(-1)] = self.shares()
+        return found
+
+
+def divisions(sizes: Sequence[int]) -> int:
+    """How many ways there are of dividing sources into sets of these sizes, whatever the sets are called."""
+    named = factorial(sum(sizes)) // prod(map(factorial, sizes))
+    return named // prod(map(factorial, Counter(sizes).values()))
 
 
 def _summed(

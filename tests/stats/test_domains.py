@@ -16,7 +16,7 @@ from moe_lens.stats import DomainComparison, RoutingResult, RoutingStats, compar
 from moe_lens.stats.domain_pairs import information
 from moe_lens.stats.domain_tests import npmi
 from moe_lens.stats.multiple_tests import benjamini_hochberg, holm, most_significant
-from moe_lens.stats.source_permutation import Deviations
+from moe_lens.stats.source_permutation import Deviations, divisions
 from tests.stats.routed import routed
 
 F64 = 1e-12
@@ -91,6 +91,29 @@ def test_with_sources_of_one_size_labels_are_permuted():
     # A control: with one of another size something else is dealt, which differs by more than rounding.
     tokens[0], counts[0] = 3000, 100 * counts[0]
     assert not torch.allclose(Deviations.of(counts, tokens, labels).reassigned(order), expected, rtol=0, atol=1e-3)
+
+
+def test_a_division_is_one_however_its_sources_are_ordered_and_its_domains_called():
+    generator = torch.Generator().manual_seed(8)
+    results, labels = [domain(generator, 3), domain(generator, 3)], torch.tensor([0, 0, 0, 1, 1, 1])
+    size = torch.tensor([1, 2, 3, 9, 8, 7]).double()
+    counts = torch.cat([result.assignments.double() for result in results]) * size[:, None, None]
+    found = Deviations.of(counts, 30 * size, labels)
+    same, other = torch.tensor([[0, 1, 2, 3, 4, 5], [2, 0, 1, 3, 5, 4], [4, 3, 5, 2, 1, 0]]), torch.arange(6).roll(1)
+    assert torch.equal(found.reassigned(same), found.shares().expand(3, -1, -1, -1))
+    assert not torch.allclose(found.reassigned(other[None])[0], found.shares(), rtol=0, atol=1e-3)  # control
+    assert divisions([3, 3]) == 10 and divisions([2, 3]) == 10 and divisions([2, 2, 2, 1]) == 630 // 6
+
+
+def test_few_sources_of_unlike_sizes_find_nothing_where_nothing_can_be_found():
+    """Two sources against two can be divided in three ways; found were differences in .3 of such draws, p = .01."""
+    generator, sizes = torch.Generator().manual_seed(0), [[200] * 2, [300] * 2]
+    drawn = [compare_domains(draw(generator, lambda g: sizes), permutations=99) for _ in range(12)]  # noqa: ARG005
+    for found in drawn:
+        p_values = [found.p_values.min(), found.mi_p_values.min(), found.jsd_p_values.min()]
+        assert min(p_values) >= found.smallest_p == found.jsd_smallest_p == pytest.approx(1 / 3)
+    frames = drawn[0].to_frame(), drawn[0].per_layer(), drawn[0].per_pair()
+    assert all(set(frame["smallest_p"]) == {drawn[0].smallest_p} for frame in frames)
 
 
 def test_errors_are_those_of_shares():
