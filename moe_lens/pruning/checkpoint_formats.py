@@ -11,17 +11,17 @@ from moe_lens.model.loading.depth import PREDICTING
 from moe_lens.model.loading.formats.view import packing_of
 
 _EXPERT = re.compile(
-    r"(?P<layer>.*\.layers\.(?P<n>\d+)\.(?:mlp|block_sparse_moe))\.experts\.(?P<expert>\d+)\.(?P<rest>.+)"
+    r"(?P<layer>(?:.*\.)?layers\.(?P<n>\d+)\.(?:mlp|block_sparse_moe))\.experts\.(?P<expert>\d+)\.(?P<rest>.+)"
 )
-_PACKED = re.compile(r".*\.layers\.(?P<n>\d+)\.mlp\.experts\.(?:gate_up_proj|down_proj)(?:_bias|_blocks|_scales)?")
+_PACKED = re.compile(r"(?:.*\.)?layers\.(?P<n>\d+)\.mlp\.experts\.(?:gate_up_proj|down_proj)(?:_bias|_blocks|_scales)?")
 _ROUTER = re.compile(
-    r".*\.layers\.(?P<n>\d+)\.(?:mlp|block_sparse_moe)\.(?:gate|router)\.(?:weight|bias|e_score_correction_bias)"
+    r"(?:.*\.)?layers\.(?P<n>\d+)\.(?:mlp|block_sparse_moe)\.(?:gate|router)\.(?:weight|bias|e_score_correction_bias)"
 )
 
 
 _NUMBERED = re.compile(r'"[^"]*\bexperts\\*\.\(?\d[^"]*"')
 """A name, or a pattern of names, of single experts."""
-_LAYER = re.compile(r"(?:model\.)?layers\.(?P<n>\d+)\.")
+_LAYER = re.compile(r"(?P<layer>(?:model\.)?layers\.(?P<n>\d+))\.")
 _MTP = re.compile(r"(?:model\.)?mtp\.")
 
 
@@ -92,16 +92,14 @@ _ACTIVE = ("experts_per_token",)
 """Further names that configs have for the number of experts a token uses: gpt-oss's says it twice."""
 
 
-def split_prediction(names: Iterable[str], n_layers: int) -> tuple[set[str], set[str]]:
-    """The names of stored tensors: those of the model, and those of layers that predict several tokens ahead.
+def prediction(names: Iterable[str], n_layers: int) -> dict[str, str]:
+    """The stored tensors of layers that predict several tokens ahead, and what those layers are called.
 
-    transformers does not load the latter: they stand behind the last of `n_layers` layers, or under `mtp`.
+    transformers does not load them: they stand behind the last of `n_layers` layers, or under `mtp`.
     """
-    every = set(names)
-    numbered = {name: found for name in every if (found := _LAYER.match(name))}
-    ahead = {name for name, found in numbered.items() if int(found["n"]) >= n_layers}
-    ahead |= {name for name in every if _MTP.match(name)}
-    return every - ahead, ahead
+    numbered = {name: found for name in names if (found := _LAYER.match(name))}
+    ahead = {name: found["layer"] for name, found in numbered.items() if int(found["n"]) >= n_layers}
+    return ahead | {name: "mtp" for name in names if _MTP.match(name)}
 
 
 def format_of(model_type: str) -> Format:
@@ -147,7 +145,7 @@ def smaller_config(raw: Mapping[str, Any], n_experts: int, top_k: int) -> dict[s
     active = ["num_experts_per_tok", *(name for name in _ACTIVE if name in raw)]
     predicting = [name for name in PREDICTING if name in raw]
     changed = {**raw, **dict.fromkeys(counts, n_experts), **dict.fromkeys(active, top_k)}
-    changed |= dict.fromkeys(predicting, 0)  # `split_prediction` drops the layers
+    changed |= dict.fromkeys(predicting, 0)  # the layers are left out: see `prediction`
     # The original repository's own code knows nothing of fewer experts, and is not copied.
     changed.pop("auto_map", None)
     return changed

@@ -6,14 +6,15 @@ Files are read tensor by tensor and written shard by shard: no more than a shard
 import json
 import shutil
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,15 +24,16 @@ from moe_lens.model.cache.identity import ROUTERS, identity, router_facts
 from moe_lens.model.families.expert_groups import Groups
 from moe_lens.model.families.table import FAMILIES
 from moe_lens.model.loading.checkpoint import Checkpoint, OpenFiles, read_config
+from moe_lens.model.loading.key_mapping import without_wrappers
 from moe_lens.model.loading.pretrained import resolve_name
 from moe_lens.pruning.checkpoint_formats import (
     format_of,
     parse_expert,
     parse_router,
     parse_rows,
+    prediction,
     refuse_numbered,
     smaller_config,
-    split_prediction,
 )
 from moe_lens.pruning.merging import StoredMerges
 from moe_lens.pruning.model_card import model_card
@@ -106,7 +108,7 @@ def export(
             plan.check({**plan.model, **sizes})
         expressible(raw, plan)
         refuse_numbered(raw)
-        checkpoint, ahead = _without_prediction(Checkpoint.locate(source, hub_), raw)
+        checkpoint, ahead = _located(source, hub_, raw)
         _holds(checkpoint, plan)
         if stored:
             plan.check({**sizes, ROUTERS: _router_facts(checkpoint)})
@@ -132,13 +134,12 @@ def export(
     return target
 
 
-def _without_prediction(checkpoint: Checkpoint, raw: Mapping[str, Any]) -> tuple[Checkpoint, list[str]]:
-    """A checkpoint without the layers that predict several tokens ahead, and what those are called."""
-    own, ahead = split_prediction(checkpoint.tensors, int(raw["num_hidden_layers"]))
-    layers = sorted({".".join(name.split(".")[:3]) if ".layers." in f".{name}" else "mtp" for name in ahead})
-    return replace(
-        checkpoint, tensors={name: checkpoint.tensors[name] for name in checkpoint.tensors if name in own}
-    ), layers
+def _located(source: str, hub: Mapping[str, Any], raw: Mapping[str, Any]) -> tuple[Checkpoint, list[str]]:
+    """A checkpoint under the model's own names, without the layers that predict several tokens ahead; and those."""
+    checkpoint = without_wrappers(Checkpoint.locate(source, hub))
+    ahead = prediction(checkpoint.tensors, int(raw["num_hidden_layers"]))
+    own = {name: stored for name, stored in checkpoint.tensors.items() if name not in ahead}
+    return replace(checkpoint, tensors=own), sorted(set(ahead.values()))
 
 
 def _router_facts(checkpoint: Checkpoint) -> list[float]:
@@ -263,8 +264,7 @@ def disk_needed(model: str | Path, plan: Plan, folder: str | Path) -> int:
     source = resolve_name(str(model))
     raw = read_config(source, {})[1]
     refuse_numbered(raw)
-    own, _ = _without_prediction(Checkpoint.locate(source, {}), raw)
-    return _room(own, plan, Path(folder))
+    return _room(_located(source, {}, raw)[0], plan, Path(folder))
 
 
 def _room(checkpoint: Checkpoint, plan: Plan, target: Path) -> int:
@@ -293,14 +293,14 @@ def _write_shards(checkpoint: Checkpoint, plan: Plan, folder: Path) -> None:
             tensors.clear()
 
     for file in files:
-        with safe_open(file, framework="pt") as handle:
-            for name in sorted(by_file[file]):
-                if (kept := _smaller(name, handle, plan, merges)) is None:
-                    continue
-                if sum(value.nbytes for value in tensors.values()) + kept[1].nbytes > _SHARD:
-                    flush()
-                tensors[kept[0]] = kept[1]
-                total += kept[1].nbytes
+        handles = OpenFiles()
+        for name in sorted(by_file[file]):
+            if (kept := _smaller(name, partial(checkpoint.tensors[name].read, handles), plan, merges)) is None:
+                continue
+            if sum(value.nbytes for value in tensors.values()) + kept[1].nbytes > _SHARD:
+                flush()
+            tensors[kept[0]] = kept[1]
+            total += kept[1].nbytes
         flush()
     for number, (path, tensor_names) in enumerate(written, start=1):
         name = "model.safetensors" if len(written) == 1 else f"model-{number:05}-of-{len(written):05}.safetensors"
@@ -311,21 +311,23 @@ def _write_shards(checkpoint: Checkpoint, plan: Plan, folder: Path) -> None:
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _smaller(name: str, handle: Any, plan: Plan, merges: StoredMerges | None) -> tuple[str, Tensor] | None:
+def _smaller(
+    name: str, read: Callable[[], Tensor], plan: Plan, merges: StoredMerges | None
+) -> tuple[str, Tensor] | None:
     """A tensor's name and value in the smaller model; None if it goes."""
     if (one := parse_expert(name)) is not None:
         kept = plan.of(one.layer)
         if one.expert not in kept:
             return None
-        value = merges(one) if merges else handle.get_tensor(name)
+        value = merges(one) if merges else read()
         return one.named(kept.index(one.expert)), value
     if (layer := parse_rows(name)) is not None:
         if merges and ".experts." in name:
             raise UnsupportedModelError(
                 f"{name} holds all experts in one tensor; merging works on one tensor an expert"
             )
-        return name, handle.get_tensor(name)[torch.tensor(plan.of(layer))]
-    return name, handle.get_tensor(name)
+        return name, read()[torch.tensor(plan.of(layer))]
+    return name, read()
 
 
 def _copy_rest(source: Path, folder: Path) -> None:

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
 from torch import Tensor
 
 from moe_lens import names
@@ -19,7 +18,7 @@ from moe_lens.checked import AnyModel
 from moe_lens.data import Tokens
 from moe_lens.errors import InputError, UnsupportedModelError
 from moe_lens.model.cache.identity import identity
-from moe_lens.model.loading.checkpoint import Checkpoint
+from moe_lens.model.loading.checkpoint import Checkpoint, OpenFiles
 from moe_lens.pruning.checkpoint_formats import ExpertTensor
 from moe_lens.pruning.plans import Plan
 from moe_lens.pruning.weight_matching import averaged, members
@@ -119,6 +118,5 @@ class StoredMerges:
         stored = self.checkpoint.tensors[name]
         if not rest.endswith(".weight") or stored.dtype not in ("F64", "F32", "F16", "BF16") or len(stored.shape) != 2:
             raise UnsupportedModelError(f"{name} ({stored.dtype}) cannot be averaged; drop experts instead of merging")
-        with safe_open(stored.file, framework="pt") as handle:
-            value = handle.get_tensor(name)
+        value = stored.read(OpenFiles())
         return value.T if rest.startswith(_OUTWARD) else value

@@ -16,6 +16,7 @@ from moe_lens.errors import CheckpointError, InputError, UnsupportedModelError
 from moe_lens.model.loading.tokenizer import load_tokenizer
 from moe_lens.pruning import Plan, export, plan
 from moe_lens.pruning.export import disk_needed, folder_size
+from moe_lens.pruning.merging import grouped
 from moe_lens.pruning.prune_job import PruneSettings, prune
 from tests.families import CONFIGS, build, tokens
 from tests.pruning.smaller import by_hand, make_plan, whole
@@ -101,6 +102,29 @@ def test_a_checkpoint_on_disk_is_pruned_shard_by_shard(tmp_path):
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in stored.values())
     both = [AutoModelForCausalLM.from_pretrained(tmp_path / name)(tokens()).logits for name in ("streamed", "loaded")]
     assert torch.equal(*both)
+
+
+@pytest.mark.parametrize("merges", [False, True])
+@pytest.mark.parametrize(("before", "off"), [("_orig_mod.", ""), ("module.", ""), ("", "model.")])
+def test_names_that_loading_knows_are_pruned_and_written_so_that_transformers_knows_them(before, off, merges, tmp_path):
+    """As saved from torch.compile, from DataParallel, and from the base class; transformers reads the last by itself."""
+    build("qwen3_moe").save_pretrained(tmp_path / "own")
+    hooked = HookedMoE.from_pretrained(tmp_path / "own", check=False)
+    plan = make_plan(hooked, kept_of(hooked), 2)
+    if merges:
+        plan = grouped(plan, torch.eye(8).expand(len(plan.layers), 8, 8), torch.ones(len(plan.layers), 8))
+    other = shutil.copytree(tmp_path / "own", tmp_path / "other" / "own")
+    stored = load_file(tmp_path / "own" / "model.safetensors")
+    stored |= {"model.layers.9.mlp.gate.weight": torch.ones(2)}  # of a layer that predicts several tokens ahead
+    stored = {before + key.removeprefix(off): value for key, value in stored.items()}
+    save_file(stored, other / "model.safetensors", {"format": "pt"})
+    loader: Any = AutoModelForCausalLM
+    with pytest.warns(UserWarning, match=rf"layers {'' if off else 'model.'}layers\.9 of the checkpoint predict"):
+        export(str(other), plan, tmp_path / "out")
+    export(str(tmp_path / "own"), plan, tmp_path / "wanted")
+    loaded, info = loader.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(loaded(tokens()).logits, loader.from_pretrained(tmp_path / "wanted")(tokens()).logits)
 
 
 def test_a_single_large_file_is_written_as_several(tmp_path, monkeypatch):
