@@ -9,6 +9,7 @@ from typing import Any
 from moe_lens.errors import UnsupportedModelError
 from moe_lens.model.loading.depth import PREDICTING
 from moe_lens.model.loading.formats.view import packing_of
+from moe_lens.model.loading.quantising import METHOD
 
 _EXPERT = re.compile(
     r"(?P<layer>(?:.*\.)?layers\.(?P<n>\d+)\.(?:mlp|block_sparse_moe))\.experts\.(?P<expert>\d+)\.(?P<rest>.+)"
@@ -124,13 +125,19 @@ def normalizes(config: Any, top_k: int) -> bool:
     return bool(getattr(config, "norm_topk_prob", False)) if format.normalizes is None else format.normalizes
 
 
-def refuse_numbered(raw: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose `quantization_config` names single experts, which would have other numbers.
+def refuse_packing(raw: Mapping[str, Any]) -> None:
+    """Refuse experts whose packing cannot be kept: what `quantize` packed, and names of single experts.
 
     Raises:
-        UnsupportedModelError: it does; the message says which name is the first.
+        UnsupportedModelError: names the scheme; or a name in `quantization_config`, as experts get other numbers.
     """
-    if found := _NUMBERED.search(json.dumps(packing_of(raw))):
+    said = packing_of(raw)
+    if said is not None and said.get("quant_method") == METHOD:
+        raise UnsupportedModelError(
+            f"experts packed by quantize={said.get('scheme')!r} are not exported. The plan is for the checkpoint that "
+            'they were loaded from, too: export("its name or folder", plan, folder) prunes that'
+        )
+    if found := _NUMBERED.search(json.dumps(said)):
         raise UnsupportedModelError(
             f"quantization_config names single experts ({found[0]}), and those that stay get other numbers. Load the "
             "model and export it: export(HookedMoE.from_pretrained(…), plan, folder) writes it unpacked"

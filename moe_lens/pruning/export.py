@@ -32,7 +32,7 @@ from moe_lens.pruning.checkpoint_formats import (
     parse_router,
     parse_rows,
     prediction,
-    refuse_numbered,
+    refuse_packing,
     smaller_config,
 )
 from moe_lens.pruning.merging import StoredMerges
@@ -90,7 +90,7 @@ def export(
 
     Raises:
         UnsupportedModelError: the family, or a plan that its config cannot express: layers that keep different numbers
-            of experts, or groups of experts that do; or a packed checkpoint whose config names single experts.
+            of experts, or groups of experts that do; or packed experts (see `refuse_packing`).
         InputError: the plan is for another model, the folder is not empty, or there is no room for the model.
         CheckpointError: the checkpoint is not whole.
     """
@@ -107,7 +107,7 @@ def export(
         if stored:
             plan.check({**plan.model, **sizes})
         expressible(raw, plan)
-        refuse_numbered(raw)
+        refuse_packing(raw)
         checkpoint, ahead = _located(source, hub_, raw)
         _holds(checkpoint, plan)
         if stored:
@@ -169,6 +169,7 @@ def _source(model: Any, target: Path, hub: dict[str, Any]) -> Generator[tuple[st
     if hub:
         raise InputError(f"got {sorted(hub)}, which say where a checkpoint comes from, for a model that is loaded")
     format_of(model.original_model.config.model_type)
+    refuse_packing(model.original_model.config.to_dict())
     parent = target.absolute().parent
     try:
         with folder_made(parent), scratch_folder(parent, f".{target.name}.") as whole:
@@ -259,11 +260,11 @@ def disk_needed(model: str | Path, plan: Plan, folder: str | Path) -> int:
     Raises:
         InputError: there is no room for it.
         CheckpointError: the checkpoint is not whole.
-        UnsupportedModelError: see `refuse_numbered`.
+        UnsupportedModelError: see `refuse_packing`.
     """
     source = resolve_name(str(model))
     raw = read_config(source, {})[1]
-    refuse_numbered(raw)
+    refuse_packing(raw)
     return _room(_located(source, {}, raw)[0], plan, Path(folder))
 
 

@@ -107,7 +107,7 @@ def test_a_checkpoint_on_disk_is_pruned_shard_by_shard(tmp_path):
 @pytest.mark.parametrize("merges", [False, True])
 @pytest.mark.parametrize(("before", "off"), [("_orig_mod.", ""), ("module.", ""), ("", "model.")])
 def test_names_that_loading_knows_are_pruned_and_written_so_that_transformers_knows_them(before, off, merges, tmp_path):
-    """As saved from torch.compile, from DataParallel, and from the base class; transformers reads the last by itself."""
+    """As saved from torch.compile, from DataParallel, and from the base class; transformers reads the last itself."""
     build("qwen3_moe").save_pretrained(tmp_path / "own")
     hooked = HookedMoE.from_pretrained(tmp_path / "own", check=False)
     plan = make_plan(hooked, kept_of(hooked), 2)
@@ -311,6 +311,19 @@ def test_a_packed_checkpoint_that_names_single_experts_is_refused(hooked, tmp_pa
         with pytest.raises(UnsupportedModelError, match=rf"names single experts \(.*{refused}.*writes it unpacked"):
             ask(tmp_path / "whole", plan, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_model_that_was_packed_is_refused_and_what_it_was_packed_from_is_pruned(saved, tmp_path):
+    build("olmoe").save_pretrained(tmp_path / "packed")
+    hooked = HookedMoE.from_pretrained(tmp_path / "packed", quantize="int8", check=False)
+    plan = make_plan(hooked, kept_of(hooked), 2)
+    if saved:
+        hooked.save_pretrained(tmp_path / "saved" / "packed")
+    with pytest.raises(UnsupportedModelError, match=r"packed by quantize='int8' .* prunes that"):
+        export(str(tmp_path / "saved" / "packed") if saved else hooked, plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert export(str(tmp_path / "packed"), plan, tmp_path / "out").exists()
 
 
 def test_a_broken_checkpoint_or_a_full_disk_leaves_nothing_behind(hooked, tmp_path, monkeypatch):
