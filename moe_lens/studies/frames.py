@@ -36,7 +36,7 @@ def latex(frame: pd.DataFrame, columns: Sequence[str] | None = None, digits: int
         equal: Only rows that hold this value, or one of several, by column.
 
     Raises:
-        InputError: There is no such column, or no row that holds a value.
+        InputError: There is no such column, or no row that holds a value; or rows are to hold one in a column of lists.
     """
     known = list(frame.columns)
     for name in (*(columns or ()), *equal):
@@ -44,6 +44,8 @@ def latex(frame: pd.DataFrame, columns: Sequence[str] | None = None, digits: int
             raise InputError(f"there is no column {name!r}; there are {', '.join(known)}{near_miss(name, known)}")
     rows: Any = frame.reset_index(drop=True)
     for name, value in equal.items():
+        if not rows[name].map(pd.api.types.is_scalar).all():
+            raise InputError(f"{name} is a list in each row; choose rows by another column")
         several = value if isinstance(value, list | tuple | set | range) else [value]
         rows = rows[rows.index.isin({at for each in several for at in _holding(rows, name, each).index})]
     ends = _ends(known)
@@ -81,6 +83,8 @@ def _ends(columns: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 def _cells(rows: pd.DataFrame, name: str, ends: tuple[str, str] | None, digits: int) -> list[str]:
     def said(value: Any) -> str:
+        if not pd.api.types.is_scalar(value):
+            return ", ".join(map(said, value))
         if pd.isna(value):
             return ""
         if not isinstance(value, float):

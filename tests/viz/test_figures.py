@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -133,6 +134,15 @@ def test_latex_has_numbers_with_their_intervals_and_escapes_names():
     assert latex(frame, ["x", "low"]).splitlines()[4] == r"$1$ & $0.125$ \\", "without its number"
     twice = pd.concat([frame, frame.assign(layer=2)])
     assert latex(twice, layer=[1, 2], domain="b_%").splitlines()[4:6] == latex(twice, domain="b_%").splitlines()[4:6]
+
+
+@pytest.mark.parametrize("kind", [list, np.array])  # as they are made, and as parquet gives them back
+def test_latex_prints_lists_in_a_cell_and_does_not_choose_by_them(kind):
+    frame = pd.DataFrame({"experts": [kind([3]), kind([1, 2])], "weights": [kind([0.12345]), kind([])], "n": [7, 8]})
+    assert latex(frame).splitlines()[4:6] == [r"3 & $0.123$ & 7 \\", r"1, 2 &  & 8 \\"]
+    assert latex(frame, n=8).splitlines()[4] == r"1, 2 &  & 8 \\"
+    with pytest.raises(InputError, match="^experts is a list in each row; choose rows by another column$"):
+        latex(frame, experts=3)
 
 
 def test_latex_prints_tokens_as_they_are():
