@@ -15,6 +15,7 @@ from transformers import (
     DeepseekV3Config,
     FineGrainedFP8Config,
     GptOssConfig,
+    JetMoeConfig,
     LlamaConfig,
     MixtralConfig,
     OlmoeConfig,
@@ -216,7 +217,7 @@ def test_a_config_tells_the_sizes_that_the_model_has(model_type: str) -> None:
     info = config_info(config(model_type))
     hf = build(model_type)
     assert info.parameters == sum(parameter.numel() for parameter in hf.parameters())
-    stacked = (".mlp.input_linear.", ".mlp.output_linear.") if model_type == "jetmoe" else (".experts.",)
+    stacked = (".input_linear.", ".output_linear.") if model_type == "jetmoe" else (".experts.",)
     packed = {
         name: p
         for name, p in hf.named_parameters()
@@ -236,7 +237,8 @@ def test_a_config_tells_the_sizes_that_the_model_has(model_type: str) -> None:
 
 
 # Fields as the models' own config.json has them; thousand millions of parameters, as their authors round them. Those of
-# Qwen3 (3.3) and gpt-oss (3.6) leave the input embedding (0.3 and 0.6) out of what is active, those of DeepSeek say 37.
+# Qwen3 (3.3), gpt-oss (3.6) and JetMoE (2.2) leave the input embedding (0.3, 0.6, 0.1) out of what is active, those of
+# DeepSeek say 37.
 KNOWN: dict[str, tuple[PreTrainedConfig, float, float]] = {
     "Mixtral-8x7B": (MixtralConfig(), 46.7, 12.9),
     "DeepSeek-V3": (DeepseekV3Config(), 671.0, 37.6),
@@ -253,6 +255,7 @@ KNOWN: dict[str, tuple[PreTrainedConfig, float, float]] = {
         30.5,
         3.4,
     ),
+    "jetmoe-8b": (JetMoeConfig(num_hidden_layers=24), 8.5, 2.3),
     "gpt-oss-20b": (GptOssConfig(num_hidden_layers=24, num_local_experts=32), 20.9, 4.2),
 }
 

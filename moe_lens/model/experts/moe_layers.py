@@ -32,3 +32,9 @@ def experts_by_layer(model: PreTrainedModel, family: Family) -> dict[int, Expert
     """
     blocks = moe_blocks(model, family).items()
     return {at: experts for at, moe in blocks if (experts := experts_of(moe, family)) is not None}
+
+
+def attention_experts(model: PreTrainedModel, family: Family) -> list[Experts]:
+    """The routed experts of attention, which JetMoE has and which have no hooks."""
+    held = (getattr(getattr(layer, "self_attention", None), "experts", None) for layer in decoder_layers(model, family))
+    return [experts for moe in held if (experts := experts_of(moe, family)) is not None]

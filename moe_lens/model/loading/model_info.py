@@ -20,7 +20,7 @@ from transformers import (
 
 from moe_lens.errors import CheckpointError, InputError, MoELensError, UnsupportedModelError, one_line
 from moe_lens.model.experts.expert_weights_view import top_k_of
-from moe_lens.model.experts.moe_layers import decoder_layers, experts_by_layer, moe_blocks
+from moe_lens.model.experts.moe_layers import attention_experts, decoder_layers, experts_by_layer, moe_blocks
 from moe_lens.model.families.table import check_release, family_of
 from moe_lens.model.loading.checkpoint import read_config
 from moe_lens.model.loading.device_map import Size, gibibytes, plan_memory, slow_dtype
@@ -190,7 +190,7 @@ def config_info(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     said: Any = config.dtype or text.dtype or torch.bfloat16
     dtype = getattr(torch, said) if isinstance(said, str) else said
-    sizes = [of_layer.sizes() for of_layer in found.values()]
+    sizes = [of_layer.sizes() for of_layer in (*found.values(), *attention_experts(model, family))]
     idle = sum(every - one * min(top_k, experts.n_matrices) for every, one in sizes)
     inner = bool(family.layout and family.layout.inner)
     for at, experts_of_text in found.items() if inner else ():  # no token of text uses the others
