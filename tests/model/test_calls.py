@@ -397,6 +397,21 @@ def test_masks_of_queries_and_keys_mean_what_they_say(listened: bool) -> None:
     assert not torch.allclose(everything, case.logits, atol=APART), "negative control: the mask is used"
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_next", "lfm2_moe", "jamba"])
+def test_masks_of_queries_and_keys_are_refused_where_they_do_not_reach_all_layers(model_type: str) -> None:
+    plain, tokens = configs.build(model_type), configs.tokens(2, 10)
+    model, real = HookedMoE.from_hf(plain, check=False), torch.ones_like(tokens, dtype=torch.bool)
+    real[1, :3] = False
+    reach = torch.ones(10, 10, dtype=torch.bool).tril()[None, None] & real[:, None, None]
+    places = {"position_ids": (real.long().cumsum(-1) - 1).clamp(min=0)}
+    with pytest.raises(InputError, match=f"^layers of {model_type} read .* expected attention_mask"):
+        model(tokens, attention_mask=reach, **places)
+    alone = model(tokens[1:, 3:])[0]
+    assert torch.allclose(model(tokens, attention_mask=real)[1, 3:], alone, atol=1e-3)  # float32, logits up to 8
+    leaked = plain(tokens, attention_mask=reach, **places).logits[1, 3:]
+    assert (leaked - alone).abs().max() > 1, "negative control: transformers itself lets padding in"
+
+
 @pytest.mark.typed
 def test_eager_attention_reads_booleans_as_a_mask() -> None:
     """transformers' own adds True as 1 to the scores there."""

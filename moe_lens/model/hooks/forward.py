@@ -315,7 +315,7 @@ class ExpertBridge(InputReader):
         config = self._hf_config.get_text_config()
         check_held(past, config, len(given.values))
         check_mask(given := behind(past, config, given), past)
-        check_family(self.family, given, n_held(past))
+        check_family(self.family, config, given, n_held(past))
         stop = kwargs.get("stop_at_layer")
         first, last = layer_limits(len(self.blocks), kwargs.get("start_at_layer"), stop)
         if residual:

@@ -12,7 +12,7 @@ from transformer_lens.utilities import Slice
 from moe_lens.argument_checks import ReadByItself
 from moe_lens.errors import InputError, a_kind
 from moe_lens.model.families.family import Family
-from moe_lens.model.hooks.key_value_padding import n_held
+from moe_lens.model.hooks.key_value_padding import keeps_state, n_held
 from moe_lens.model.hooks.model_input import ModelInput
 
 NamesFilter = Annotated[str | Sequence[str] | Callable[[str], bool] | None, ReadByItself()]
@@ -236,17 +236,24 @@ def check_mask(given: ModelInput, past: Any) -> None:
         )
 
 
-def check_family(family: Family, given: ModelInput, before: int) -> None:
+def check_family(family: Family, config: Any, given: ModelInput, before: int) -> None:
     """Nothing, where transformers computes what is meant.
 
     Args:
         family: What is particular to the model.
+        config: Of transformers, of its text model.
         given: What is read.
         before: Tokens in the key-value cache.
 
     Raises:
-        InputError: Several tokens behind a cache, or padding in front, in a family where it does not.
+        InputError: Several tokens behind a cache, a mask of queries and keys, or padding in front, where it does not.
     """
+    mask = given.attention_mask
+    if mask is not None and mask.dim() == 4 and keeps_state(config):
+        raise InputError(
+            f"layers of {family.model_type} read a text into a state, which a mask [batch, heads, query, key] does not "
+            "reach: padding would leak into every token; expected attention_mask [batch, pos], 0 at padding"
+        )
     if family.one_by_one and before and given.values.shape[1] > 1:
         raise InputError(
             f"{family.model_type} goes on with a key-value cache one token at a time: transformers would read these "

@@ -181,6 +181,11 @@ def _kinds(layers: Any) -> list[str]:
     return [" and ".join(["keys and values"] * keys + ["a state"] * state) for keys, state in kept]
 
 
+def keeps_state(config: Any) -> bool:
+    """Whether layers read a text into a state (recurrent, linear attention, convolution), of a text model's config."""
+    return any("state" in kind for kind in _kinds(DynamicCache(config=config).layers))
+
+
 def _is_filled(layer: Any) -> bool:
     states: dict[int, bool] = getattr(layer, "has_previous_state", {})
     return bool(any(states.values()) or (hasattr(layer, "get_seq_length") and layer.get_seq_length()))
@@ -189,7 +194,7 @@ def _is_filled(layer: Any) -> bool:
 def _counts_columns(config: Any, total: int) -> str:
     """Why a model reads a text otherwise when padding stands inside of it, whatever the mask; "" if it does not."""
     layers: Any = DynamicCache(config=config).layers
-    if any("state" in kind for kind in _kinds(layers)):
+    if keeps_state(config):
         return "this model has read it into a state that no mask can clear"
     windows = [layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)]
     return (
