@@ -10,7 +10,7 @@ width is the ratio of their median widths.
 
 And how often those of the evenness of a layer's load do: 64 experts, top-6, sources of equal sizes, logits of experts
 that are normal, and by source shift normally; beside the coverage of the bootstrap, which `experts_50` and `experts_80`
-would have.
+would have. The last number is that of verdict 1b: how many experts take half, the last in part, mean over 27 layers.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import argparse
 import torch
 from torch import Tensor
 
+from moe_lens.resampling import jackknife_interval
 from moe_lens.stats import RoutingResult, bootstrap_all, load_evenness
 
 EVENNESS = {
@@ -31,7 +32,7 @@ LOADS = [
     (n, tokens, *spread)
     for n, tokens in ((10, 60), (10, 200), (30, 200), (12, 1000))
     for spread in ((0.0, 0.0), (0.1, 0.0), (0.3, 0.3), (0.7, 0.3))
-]
+] + [(15, 137, 0.3, 0.8)]
 """Sources, tokens of each, deviation of the logits of experts, and of their shift by source."""
 KINDS = ("share 10 %", "share 2 %", "loss")
 
@@ -99,6 +100,29 @@ def evenness(n: int, tokens: int, spread: float, by_source: float, draws: int, s
     return held[0].mean(0), held[1].mean(0)
 
 
+def half(n: int, tokens: int, spread: float, by_source: float, draws: int, seed: int, layers: int = 27) -> Tensor:
+    """Share of intervals that hold the true mean over layers of the experts for half, as in verdict 1b; mean error."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = spread * torch.randn(layers, 64, generator=generator, dtype=torch.float64)
+
+    def shares(sources: int) -> Tensor:
+        shift = torch.randn(sources, layers, 64, generator=generator, dtype=torch.float64)
+        return (6 * (logits + by_source * shift).softmax(-1)).clamp(max=1)
+
+    def mean(load: Tensor) -> Tensor:
+        return load_evenness.experts_covering_in_part(load, 0.5).mean(-1)
+
+    truth = float(mean(torch.stack([shares(1000).sum(0) for _ in range(20)]).sum(0)))
+    found: list[tuple[bool, float]] = []
+    one, sizes = torch.zeros(n, dtype=torch.long), torch.full((n,), tokens)
+    for _ in range(draws):
+        counts = torch.binomial(torch.full((n, layers, 64), float(tokens)).double(), shares(n), generator=generator)
+        total = counts.sum(0)
+        low, high = jackknife_interval(mean(total), mean(total - counts), one, sizes, corrected=True)
+        found.append((bool(low <= truth <= high), float((low + high) / 2 - truth)))
+    return torch.tensor(found).mean(0)
+
+
 def measured(load: Tensor) -> Tensor:
     """Each of `EVENNESS`, in the last axis."""
     return torch.stack([measure(load) for measure in EVENNESS.values()], -1)
@@ -121,6 +145,8 @@ def main() -> None:
     for n, tokens, spread, by_source in LOADS:
         covered = zip(EVENNESS, *evenness(n, tokens, spread, by_source, args.draws, args.seed), strict=True)
         said = ", ".join(f"{name} {ours:.3f} (bootstrap {plain:.3f})" for name, ours, plain in covered)
+        held, error = half(n, tokens, spread, by_source, args.draws, args.seed).tolist()
+        said += f", half in part {held:.3f}, off by {error:.2f} experts"
         print(f"{n} sources of {tokens}, deviations {spread} and {by_source}: {said}", flush=True)
 
 

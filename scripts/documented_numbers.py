@@ -209,7 +209,6 @@ def headlines(studies: dict[str, StudyResult], bounds: Bounds) -> Iterator[str]:
     yield f"in {wholly} of them the whole interval lies above half"
     yield f"A random router gives {over['random_router']} such pairs"
     yield f"routing by the token alone {over['token_unigram']}"
-    yield f"The busiest {percents(bounds.values('1b', 0))} % of a layer's experts receive half"
     frame = rows_where(studies["single_expert"].tables["perplexity"], layer=None)
     top, three, random = (
         rows_where(frame, treatment=treatment, k=k)["ratio"]
@@ -238,6 +237,7 @@ def concentration(study: StudyResult) -> Iterator[str]:
     mean = half.pivot_table(index="domain", columns="routing", values="value") / n
     random, token, uniform = (percents(mean[null]) for null in ("random_router", "token_unigram", "uniform"))
     uniform = uniform.split(" to ")[-1]
+    yield f"The busiest {percents(mean['model'])} % of a layer's experts receive half"
     yield f"(with a random router {random} %, by the token alone {token} %, with uniform routing {uniform} %)"
     yield second_layer(half)
 

@@ -30,3 +30,14 @@ def experts_covering(load: Real[Tensor, "*batch n_experts"], share: float) -> In
     x = load.double().sort(-1, descending=True).values
     enough = x.cumsum(-1) >= share * x.sum(-1, keepdim=True) - 1e-9
     return enough.int().argmax(-1) + 1
+
+
+def experts_covering_in_part(load: Real[Tensor, "*batch n_experts"], share: float) -> Float[Tensor, "*batch"]:
+    """How many experts take `share` of the load, the least used of them counted by what it is needed for, in (0, n].
+
+    Unlike `experts_covering`, which is this rounded up, it changes with the load without jumps: its error can be told.
+    """
+    x = load.double().sort(-1, descending=True).values
+    rest = share * x.sum(-1, keepdim=True) - x.cumsum(-1)
+    at = (rest <= 1e-9).int().argmax(-1, keepdim=True)
+    return (at + 1 + (rest / x).gather(-1, at)).squeeze(-1)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Real
 from torch import Tensor
 
+from moe_lens.resampling import jackknife_interval
 from moe_lens.stats import Result, bootstrap
 from moe_lens.studies.study_result import StudyResult
 from moe_lens.studies.verdict_answers import Bound, OfDomain, Threshold, Verdict
@@ -68,12 +69,23 @@ class Read:
         threshold: str,
         above: bool = False,
         control: bool = False,
+        biased: bool = False,
     ) -> Bound:
-        """A quantity with its interval; the claim says that it is below the threshold, or above."""
-        value = statistic(torch.ones(1, len(sizes), dtype=torch.float64))
-        interval = bootstrap(statistic, sizes, level=self.level, resamples=RESAMPLES)
-        low, high = (None, None) if interval is None else (interval.low, interval.high)
-        return Bound(what, float(value[0]), low, high, above, self.thresholds[threshold], control)
+        """A quantity with its interval; the claim says that it is below the threshold, or above.
+
+        Of one that chance biases, both are the jackknife's, less this bias.
+        """
+        value = statistic(torch.ones(1, len(sizes), dtype=torch.float64))[0]
+        if biased:
+            one = torch.zeros(len(sizes), dtype=torch.long)
+            without = statistic(1 - torch.eye(len(sizes), dtype=torch.float64))
+            ends = jackknife_interval(value, without, one, sizes, corrected=True, level=self.level)
+            value = value if ends[0].isnan() else (ends[0] + ends[1]) / 2
+            low, high = (None if end.isnan() else float(end) for end in ends)
+        else:
+            interval = bootstrap(statistic, sizes, level=self.level, resamples=RESAMPLES)
+            low, high = (None, None) if interval is None else (interval.low, interval.high)
+        return Bound(what, float(value), low, high, above, self.thresholds[threshold], control)
 
     def beaten(self, what: str, share: float) -> Bound:
         """The share of random controls that are beaten: nearly all of them, nearly none, or undecided."""

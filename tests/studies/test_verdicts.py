@@ -12,7 +12,7 @@ from moe_lens import HookedMoE, PartialSum
 from moe_lens.data import Reading
 from moe_lens.errors import InputError
 from moe_lens.report.verdict_words import shown
-from moe_lens.stats import MEASURES, Result, RoutingResult, SimilarityResult
+from moe_lens.stats import MEASURES, Result, RoutingResult, SimilarityResult, bootstrap, load_evenness
 from moe_lens.studies import (
     LensStudy,
     Localisation,
@@ -313,6 +313,55 @@ def test_few_sources_decide_nothing(planted):
     found = judge({"single_expert": replace(planted["single_expert"], results={"a": few})})
     assert answers(found)["4"] == ("undecided", "undecided")
     assert found.per_domain().query("claim == '4'")["low"].isna().to_list() == [True, True]
+
+
+def of_loads(generator: torch.Generator, by_source: float) -> RoutingResult:
+    """15 sources of 137 tokens, 27 layers of 64 experts, six for each token; loads that sources shift by so much."""
+    shape, shift = (15, 27, 64), torch.randn(15, 27, 64, generator=generator, dtype=torch.float64)
+    logits = 0.3 * torch.randn(27, 64, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    shares = (6 * (logits + by_source * shift).softmax(-1)).clamp(max=1)
+    counts = torch.binomial(torch.full(shape, 137.0).double(), shares, generator=generator).long()
+    nothing, sources = torch.zeros(15, 27, 2), tuple(f"s{i:02d}" for i in range(15))
+    tokens = torch.full((15,), 137)
+    return RoutingResult(tuple(range(27)), 6, sources, tokens, counts, counts, counts.double(), nothing, nothing.long())
+
+
+@pytest.mark.typed
+def test_experts_for_half_are_told_without_what_chance_adds(planted):
+    """It makes loads uneven, and each resample does so once more: the bootstrap's interval is all below the truth."""
+    generator, held, resampled = torch.Generator().manual_seed(1), 0, 0
+    logits = 0.3 * torch.randn(27, 64, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    many = logits + 0.3 * torch.randn(20_000, 27, 64, generator=generator, dtype=torch.float64)
+    load = (6 * many.softmax(-1)).clamp(max=1).mean(0)
+    truth = float(load_evenness.experts_covering_in_part(load, 0.5).mean()) / 64
+    for _ in range(20):
+        own = of_loads(generator, 0.3)
+        study = replace(planted["routing"], results={"a": {"model routing": own, "random_router routing": own}})
+        half, less = next(row for row in judge({"routing": study}).rows if row.key == "1b").domains[0].bounds
+        assert half.low is not None and half.high is not None and half.low < half.value < half.high
+        assert (less.value, less.low, less.high) == pytest.approx((0, 0, 0), abs=1e-12)
+        held += half.low <= truth <= half.high
+        counts = own.assignments.double()
+        ends = bootstrap(lambda times, of=counts: covering(torch.einsum("rs,sle->rle", times, of)), own.tokens)
+        assert ends is not None
+        resampled += ends.low <= truth <= ends.high
+    assert held >= 16, "of 20, at .95: at the true .90 fewer come once in 25 times"
+    assert resampled == 0, "a control"
+
+
+def covering(load: Tensor) -> Tensor:
+    """Mean over layers, as a share of all experts."""
+    return load_evenness.experts_covering_in_part(load, 0.5).mean(-1) / load.shape[-1]
+
+
+def test_experts_that_count_in_part_are_whole_ones_rounded_up():
+    load = torch.randint(1, 50, (200, 16), generator=torch.Generator().manual_seed(0))
+    for share in (0.3, 0.5, 1.0):
+        part = load_evenness.experts_covering_in_part(load, share)
+        assert torch.equal((part - 1e-9).ceil().long(), load_evenness.experts_covering(load, share).long())
+    even = load_evenness.experts_covering_in_part(torch.ones(8), 0.3)
+    assert float(even) == pytest.approx(2.4) and load_evenness.experts_covering(torch.ones(8), 0.3) == 3
+    assert float(load_evenness.experts_covering_in_part(torch.tensor([5.0, 0, 0, 0]), 0.5)) == 0.5
 
 
 def test_nothing_is_picked_on_other_sources_where_there_are_none(planted):
