@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from moe_lens.errors import MoELensError, UnsupportedModelError
 from moe_lens.hooked_moe import HookedMoE
-from moe_lens.model.loading.state_dict import StateError
+from moe_lens.model.loading.state_dict import StateError, WholeState
 from tests.matrix.configs import build, tokens
 
 FAMILIES = ["deepseek", "gpt_oss", "qwen3_next", "granitemoehybrid"]
@@ -168,19 +168,34 @@ def test_it_goes_through_a_file_and_holds_what_an_optimiser_changed(tmp_path: Pa
     assert torch.equal(logits(other), after)
 
 
-def test_averages_of_weights_are_models_of_their_own() -> None:
-    model, other = wrapped("deepseek"), wrapped("deepseek", seed=1)
+REORDERED = ["deepseek_v4", "qwen3_vl_moe"]
+"""Whose components are in another order than transformers' parameters."""
+
+
+@pytest.mark.typed
+@pytest.mark.parametrize("model_type", ["deepseek", *REORDERED])
+def test_a_module_around_the_model_has_its_parameters_in_the_same_order(model_type: str) -> None:
+    model = wrapped(model_type)
+    own, around = ([id(p) for p in each.parameters()] for each in (model, nn.ModuleList([model])))
+    assert around == own
+    walked = [id(p) for _, m in super(WholeState, model).named_modules() for p in m.parameters(recurse=False)]
+    assert (walked == own) == (model_type not in REORDERED)  # negative control
+
+
+@pytest.mark.parametrize("model_type", ["deepseek", "deepseek_v4"])
+def test_averages_of_weights_are_models_of_their_own(model_type: str) -> None:
+    model, other = wrapped(model_type), wrapped(model_type, seed=1)
     before = logits(model)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
     for each in (model, other):
         average.update_parameters(each)
     assert torch.equal(logits(model), before), "the copy shares nothing with it"
-    states = [each.state_dict() for each in (model, other, average.module)]
-    assert all(torch.allclose(c, (a + b) / 2, atol=1e-6) for a, b, c in zip(*(s.values() for s in states), strict=True))
-    third = wrapped("deepseek", seed=2)
+    states = [dict(each.named_parameters()).values() for each in (model, other, average.module)]
+    assert all(torch.allclose(c, (a + b) / 2, atol=1e-6) for a, b, c in zip(*states, strict=True))  # float32
+    third = wrapped(model_type, seed=2)
     third.load_state_dict(average.module.state_dict())
     assert torch.equal(logits(third), logits(average))
-    again = AveragedModel(wrapped("deepseek", seed=3))
+    again = AveragedModel(wrapped(model_type, seed=3))
     again.load_state_dict(average.state_dict())
     assert torch.equal(logits(again), logits(third))
     copied_model: Any = again.module

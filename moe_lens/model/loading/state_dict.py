@@ -1,7 +1,7 @@
 """The parameters of a wrapped model by the names that they have in transformers: all of them, and each once."""
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from typing import Any, Self
 
 import torch
@@ -159,6 +159,24 @@ class WholeState(TransformerBridge):
         names = {id(value): name for name, value in self._own().items()}
         for parameter in self.parameters(recurse):
             yield f"{prefix}.{names[id(parameter)]}" if prefix else names[id(parameter)], parameter
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Generator[tuple[str, nn.Module]]:
+        """As torch's, but those that hold parameters follow one another as in the transformers model.
+
+        So a module around this one, as `torch.optim.swa_utils.AveragedModel`, has the parameters in this one's order.
+
+        Args:
+            memo: of torch's `named_modules`.
+            prefix: put before every name.
+            remove_duplicate: of torch's `named_modules`.
+        """
+        found = list(super().named_modules(memo, prefix, remove_duplicate))
+        order = {id(parameter): at for at, parameter in enumerate(self.parameters())}
+        held = [[order[id(p)] for p in module._parameters.values() if id(p) in order] for _, module in found]
+        ordered = (found[at] for at in sorted(range(len(found)), key=lambda at: min(held[at], default=-1)) if held[at])
+        yield from (next(ordered) if own else pair for own, pair in zip(held, found, strict=True))
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As torch's, to a device, a dtype, or both; packed and offloaded weights change the dtype they compute in.
