@@ -72,7 +72,7 @@ def _one_expert(result: StudyResult) -> dict[str, Any]:
     for treatment, k in set(zip(frame["treatment"], frame["k"], strict=True)):
         ratio = rows_where(frame, treatment=treatment, k=k)["ratio"]
         cost[treatment, k] = ranged(100 * (ratio - 1), "+.0f", " %") if k else ranged(ratio, ".2f")
-    mean = result.tables["similarity"].pivot_table(index="domain", columns="measure", values="mean")
+    mean = result.tables["similarity"].pivot_table(index="domain", columns="measure", values="mean", dropna=False)
     digits = {"top": ".3f", "random": ".3f", "none": ".3f", "rest_top": ".2f", "rest_random": ".2f"}
     cosines = {measure: ranged(mean[measure], form) for measure, form in digits.items()}
     greatest = rows_where(result.tables["similarity"], measure="top").groupby("domain")["mean"].max()
@@ -80,6 +80,7 @@ def _one_expert(result: StudyResult) -> dict[str, Any]:
         "cost": cost,
         **cosines,
         "greatest": ranged(greatest, ".3f"),
+        "several": facts(result)["top_k"] > 1,
         "unexplained": ranged(100 * mean["unexplained"], ".0f", " %"),
     }
 

@@ -88,7 +88,7 @@ def ensemble(studies: Studies) -> Section | None:
     result = studies.get("single_expert")
     if result is None:
         return None
-    means = result.tables["similarity"].pivot_table(index="measure", columns="domain", values="mean")
+    means = result.tables["similarity"].pivot_table(index="measure", columns="domain", values="mean", dropna=False)
     return section(
         "ensemble",
         "One expert against the ensemble",

@@ -45,7 +45,11 @@ MEASURES = {
     "error_last": "‖S − a_last‖ / ‖u + S‖",
     "error_independent": "√(Σ_{r>0}‖a_r‖² / (‖u‖² + Σ‖a_r‖²)): 'error_top' if all directions were independent",
 }
-"""Measures of one token and layer, and what each is. Cosines lie in [−1, 1], errors from 0; means are over tokens."""
+"""Measures of one token and layer, and what each is. Cosines lie in [−1, 1], errors from 0; means are over tokens.
+
+Those against the others (`rest_`) are missing where a token has one active expert."""
+
+_OF_OTHERS = torch.tensor([name.startswith("rest_") for name in MEASURES])
 
 
 def measure(
@@ -67,6 +71,8 @@ def measure(
     with_resid = cosine_similarity(resid[:, None] + parts, full, dim=-1)
     alone = cosine_similarity(parts, total[:, None], dim=-1)
     rest = cosine_similarity(parts, total[:, None] - parts, dim=-1)
+    if parts.shape[-2] == 1:
+        rest = torch.full_like(rest, torch.nan)  # there are no others
     sizes, size = parts.square().sum(-1), resid.square().sum(-1)
     whole = full.square().sum((1, 2))
     errors = _root_ratio((total[:, None] - parts).square().sum(-1), whole[:, None].expand(sizes.shape))
@@ -182,7 +188,7 @@ class SimilarityStats(Accumulator[SimilarityResult]):
             kept = counted[row]
             at = centre.layers.index(layer)
             values = measure(u[row, kept], a[row, kept], centre.resid[at], centre.weighted[at])
-            if not values.isfinite().all():
+            if not (values.isfinite() | (_OF_OTHERS & (a.shape[-2] == 1))).all():
                 raise InputError(f"layer {layer}: activations are not finite")
             self._sums[i].add(values.double().sum(0)[None], [source])
         self._tokens[i].add(counted.sum(-1), sources)

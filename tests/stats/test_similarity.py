@@ -68,6 +68,22 @@ def test_all_zero_is_not_a_number_that_is_missing():
     assert measure(torch.zeros(2, D), torch.zeros(2, K, D), torch.zeros(D), torch.zeros(K, D)).isfinite().all()
 
 
+def test_one_active_expert_has_no_others():
+    def of(top_k: int, resid: torch.Tensor) -> Any:
+        stats, parts = SimilarityStats([0]), torch.randn(1, 5, top_k, D)
+        means = Means(
+            (0,), torch.zeros(1, D), torch.zeros(1, top_k, D), torch.zeros(1, 5, D), torch.ones(1, 5).long(), 1
+        )
+        stats.update(0, resid, parts, torch.ones(1, 5).bool(), ["s"], [means])
+        return stats.result().to_frame().set_index("measure")["mean"]
+
+    one, two = (of(top_k, torch.randn(1, 5, D)) for top_k in (1, 2))
+    rest = [name for name in MEASURES if name.startswith("rest_")]
+    assert one[rest].isna().all() and one.drop(rest).notna().all() and two.notna().all()  # control: 2
+    with pytest.raises(InputError, match="not finite"):
+        of(1, torch.full((1, 5, D), torch.nan))
+
+
 def test_a_dominant_residual_makes_any_expert_look_like_the_ensemble():
     """The trap itself: unrelated vectors beside a large u, and only the controls tell."""
     u, a = 30 * torch.randn(200, 256), torch.randn(200, K, 256)

@@ -7,6 +7,8 @@ from torch.nn.functional import cross_entropy
 from moe_lens import HookedMoE, names
 from moe_lens.data import Reading, batch_windows, shards
 from moe_lens.errors import InputError
+from moe_lens.report.findings_section import findings
+from moe_lens.report.sections import ensemble
 from moe_lens.stats import halves
 from moe_lens.studies import SingleExpertStudy, run
 from moe_lens.studies.single_expert_study import random_places
@@ -159,3 +161,11 @@ def test_settings_that_cannot_be_are_refused(model):
         InputError, match="treatment 'shouted'; expected some of dropped, renormalised, random, replaced"
     ):
         run(SingleExpertStudy(treatments=("shouted",)), model, texts)
+
+
+def test_a_page_of_one_active_expert_says_nothing_of_others():
+    texts = [domain("d", n=4, sources=4)]
+    found = {k: run(SingleExpertStudy(), tiny_model(num_experts_per_tok=k), texts, reading=READING) for k in (1, 2)}
+    for k, study in found.items():
+        said, table = (str(of({"single_expert": study})) for of in (findings, ensemble))
+        assert ("with the sum of the others" in said) == (k > 1) and "rest_top" in table

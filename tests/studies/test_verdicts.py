@@ -385,6 +385,22 @@ def test_nothing_is_picked_on_other_sources_where_there_are_none(planted):
     assert row.number() == "mixed (1 of 2 hold, 0 contradicted)" and shown(row).matrix[0][1][0] is None
 
 
+def test_what_needs_other_active_experts_is_undecided_where_there_is_one(planted):
+    def alone(study: StudyResult) -> StudyResult:
+        plan = study.manifest["plan"]
+        return replace(study, manifest={**study.manifest, "plan": {**plan, "model": {**plan["model"], "top_k": 1}}})
+
+    studies = {name: planted[name] for name in ("lens", "single_expert")}
+    rows = {row.key: row for row in judge({name: alone(study) for name, study in studies.items()}).rows}
+    said = "a token has one active expert, and there are no others"
+    assert {of.missing for key in ("2", "3") for of in rows[key].domains} == {rows["4"].missing} == {said}
+    for key, control in (("2", "KL ratio − a random active expert's"), ("3", "cos(a₀, S − a₀)")):
+        assert (rows[key].number(), rows[key].inference()) == ("holds", "undecided")
+        (whole,) = (row for row in judge(studies).rows if row.key == key)
+        there, missing = ({bound.what for of in row.domains for bound in of.bounds} for row in (whole, rows[key]))
+        assert there - missing == {control} and whole.inference() == "holds"  # negative control: two
+
+
 def test_a_changed_threshold_is_flagged_and_ours_are_shown_at_other_distances(planted, tmp_path):
     usual = judge(planted)
     assert usual.changed() == ()
