@@ -19,9 +19,11 @@ from tests.plain_moe import Installed
 GATED = ("hook_mlp_in", "attn.hook_result", "_input", "attn_in")
 """Endings of TransformerLens's hooks that stay silent until a `set_use_…` switches them on."""
 
-INNER = re.compile(r"attn\.hook_(?!in$|out$)")
+INNER = re.compile(r"attn\.(hook_(?!in$|out$)|kv_b_proj\.)")
 """Hook points of the attention module itself (scores, pattern, rotated and normed queries and keys, latents, cosines,
 and queries, keys and values of DeepSeek-V2 and V3): listening to one selects TransformerLens's eager attention."""
+INNER_OF_HEADS = re.compile(rf"{INNER.pattern}|attn\.[qk]_norm\.")
+"""The same in Qwen3, whose norms of queries and keys are of each head."""
 
 
 def plain_transformers(name: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -46,7 +48,8 @@ class Case:
         points = {name: point.name or name for name, point in self.model.hook_dict.items()}
         self.fire = {name for name in points if not name.endswith(GATED)}
         """Hook names, canonical or not, that fire."""
-        self.exact = {name for name in self.fire if not INNER.search(points[name])}
+        inner = INNER_OF_HEADS if name == "qwen3_moe" else INNER
+        self.exact = {name for name in self.fire if not inner.search(points[name])}
         """Those that can be listened to without selecting eager attention."""
         self.found = self.state()
         self.weights = [tensor.clone() for tensor in self.tensors()]

@@ -16,7 +16,7 @@ from moe_lens.hooked_moe import HookedMoE
 from moe_lens.model.hooks.expert_kernel import experts_forward
 from moe_lens.model.hooks.layer_hooks import LayerHooks
 from tests.families import CONFIGS, build, tokens
-from tests.wrapped import deviation, listening, untouched, wrapped
+from tests.wrapped import as_hook, deviation, listening, untouched, wrapped
 
 FP32 = 1e-5  # relative to the largest value: what float32 sums in another order differ by
 
@@ -198,6 +198,25 @@ def test_attention_s_insides_select_eager_attention_which_rounds_differently(fam
         logits, cache = case.model.run_with_cache(case.tokens)
     close(logits, case.logits)
     assert {name for name in cache.keys() if names.parse_expert(name) is None} == case.fire, "every hook fires"  # noqa: SIM118
+
+
+@families
+def test_a_hook_sees_the_same_axes_whatever_else_is_heard(family: str) -> None:
+    """And an edit is the same one, alone or beside a cache of everything."""
+    case = wrapped(family)
+    with torch.no_grad():
+        _, every = case.model.run_with_cache(case.tokens)
+        names_ = [name for name in every if name.startswith("blocks.1.attn.") and every[name].is_floating_point()]
+        for name in names_:
+            alone = case.model.run_with_cache(case.tokens, names_filter=name)[1][name]
+            assert alone.shape == every[name].shape, name
+            close(alone, every[name])
+        mute = as_hook(lambda value: value.index_fill(2, torch.tensor([1]), 0))
+        for name in (name for name in names_ if name.endswith(("q_norm.hook_out", "kv_b_proj.hook_out"))):
+            with case.model.hooks([(name, mute)]):
+                edited = case.model(case.tokens)
+                close(case.model.run_with_cache(case.tokens)[0], edited)
+            assert deviation(edited, case.logits) > 1e-3, name
 
 
 # --- law 2: the parts make the whole ---

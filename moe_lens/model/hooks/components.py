@@ -230,9 +230,21 @@ class Attention(NamedParameters):
         view_as_others(self)
 
     def _reconstructs(self) -> bool:
-        inner = (p for n, p in self._modules.items() if isinstance(p, HookPoint) and n not in ("hook_in", "hook_out"))
+        inner = [part for name, part in self._modules.items() if name not in ("hook_in", "hook_out")]
+        inner = [each for part in inner for each in (part.children() if self._has_axes_of_its_own(part) else (part,))]
+        inner = [part for part in inner if isinstance(part, HookPoint)]
         flags = ("use_split_qkv_input", "use_attn_in", "use_attn_result")
         return any(p.has_hooks() for p in inner) or any(getattr(self.config, flag, False) for flag in flags)
+
+    def _has_axes_of_its_own(self, part: Any) -> bool:
+        """Whether a part sees its activations in another order of axes, or number, where TransformerLens computes.
+
+        So it is always TransformerLens that computes where there are hooks on it.
+        """
+        if isinstance(part, Norm):  # of each head alone
+            weight: Any = getattr(part.original_component, "weight", None)
+            return weight is not None and weight.shape[-1] == getattr(self.original_component, "head_dim", None)
+        return getattr(part, "name", None) == "kv_b_proj"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Attend, firing hooks on the way."""
