@@ -229,6 +229,18 @@ def test_generation_refuses_what_it_does_not_do(model: HookedMoE, word: str, mat
         model.generate("The old", **GREEDY, freq_penalty=5.0)
 
 
+def test_penalties_do_not_count_padding_as_text(model: HookedMoE) -> None:
+    """TransformerLens's sampling gets the padded ids; transformers' own gives each prompt what it gives it alone."""
+    texts, how = ["The old", "The old man looked at the sea"], {**GREEDY, "repetition_penalty": 0.1}
+    for words in (how, {"freq_penalty": 0.5, "verbose": False}):
+        for generate in (model.generate, model.generate_stream):
+            with pytest.raises(InputError, match="would count the padding in front of shorter prompts as text"):
+                generate(texts, **words)
+    alone = [model.generate(text, **how) for text in texts]  # nothing is padded there
+    assert model.hf_generate(texts, 4, do_sample=False, repetition_penalty=0.1) == alone
+    assert alone != model.generate(texts, **GREEDY), "negative control: penalties count"
+
+
 def test_a_text_ends_where_the_generation_config_says(model: HookedMoE) -> None:
     """Chats end in several tokens, of which config.json and the tokenizer name one."""
     config: Any = model.original_model.generation_config

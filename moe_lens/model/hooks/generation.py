@@ -141,9 +141,16 @@ class GeneratingBridge(CachedRuns):
         if (ends := self._ends(what, words)) is not None:
             words["eos_token_id"] = ends[0] if len(ends) == 1 else ends
         given = self._prompt(words)
-        if given.tokens is None and given.mask is not None and not bool(given.mask.all()):
-            # TransformerLens tells the pass of a later token nothing of the padding in front of embeddings.
-            raise InputError(f"{what} takes embeddings without padding; hf_generate takes them with it")
+        if given.mask is not None and not bool(given.mask.all()):
+            if given.tokens is None:
+                # TransformerLens tells the pass of a later token nothing of the padding in front of embeddings.
+                raise InputError(f"{what} takes embeddings without padding; hf_generate takes them with it")
+            for penalty, none in (("repetition_penalty", 1), ("freq_penalty", 0)):
+                if words.get(penalty, none) != none:
+                    raise InputError(
+                        f"{what}: {penalty} would count the padding in front of shorter prompts as text; give prompts "
+                        "one by one, or use hf_generate, whose repetition_penalty leaves padding out"
+                    )
         if given.attention_mask is not None:
             words["attention_mask"] = given.attention_mask
         if given.was_text and words.get("return_type", "input") == "input":
