@@ -4,6 +4,7 @@ from typing import Any
 
 from moe_lens.report.section import Section, Studies, facts, rows_where, section
 from moe_lens.stats.information_given_token import LEAST_SHARED, LEVEL
+from moe_lens.stats.multiple_tests import smallest_holm
 from moe_lens.studies import NULLS, StudyResult
 
 COMPARED = ("model", "random_router", "token_unigram")
@@ -42,6 +43,7 @@ def _pairs(result: StudyResult, routings: list[str]) -> list[dict[str, Any]]:
             {
                 **of_pair,
                 "best": own.nlargest(1, "jsd").to_dict("records")[0],
+                "told": (smallest_holm(own) or 0) <= LEVEL,
                 "found": int((own["p_holm"] <= LEVEL).sum()),
                 "layers": len(own),
                 "excess": {r: float(rows_where(table, routing=r, **of_pair)["excess"].mean()) for r in routings},
@@ -77,7 +79,7 @@ def _family(rows: Any, what: str, correction: str) -> dict[str, Any]:
     smallest = None
     if "smallest_p" in rows:  # tables of an earlier version may lack it
         alone = float(rows["smallest_p"].min())
-        smallest = min(1.0, alone * len(rows)) if correction == "Holm" else alone
+        smallest = smallest_holm(rows) if correction == "Holm" else alone
     return {"what": what, "correction": correction, "tests": len(rows), "smallest": smallest}
 
 

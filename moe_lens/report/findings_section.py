@@ -6,6 +6,7 @@ from moe_lens.partial_sum import PartialSum
 from moe_lens.report.domains_section import COMPARED
 from moe_lens.report.rendering import ranged
 from moe_lens.report.section import Section, Studies, facts, rows_where, section
+from moe_lens.stats.multiple_tests import smallest_holm
 from moe_lens.studies import NULLS, PruningStudy, StudyResult
 from moe_lens.studies.matched_coalitions import PICKED, RANDOM
 
@@ -63,7 +64,8 @@ def _dependence(result: StudyResult) -> dict[str, Any] | None:
             "told": len(told),
         }
     model = rows_where(layers, routing="model")
-    return {"of": found, "layers": len(model), "tests": len(rows_where(given, routing="model"))}
+    can_tell = (smallest_holm(model) or 0) <= 0.05
+    return {"of": found, "layers": len(model), "tests": len(rows_where(given, routing="model")), "can_tell": can_tell}
 
 
 def _one_expert(result: StudyResult) -> dict[str, Any]:

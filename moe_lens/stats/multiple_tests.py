@@ -1,5 +1,7 @@
 """Many tests at once: what is still found when all of them are counted."""
 
+from typing import Any
+
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -19,6 +21,14 @@ def holm(p_values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     adjusted = torch.full_like(flat, torch.nan)
     adjusted[order[:n]] = steps.cummax(0).values.clamp(max=1) if n else steps
     return adjusted.view(p_values.shape)
+
+
+def smallest_holm(tests: Any) -> float | None:
+    """The smallest p-value after Holm's correction that tests, a row each, can reach; None if `smallest_p` is missing.
+
+    Tables that an earlier version saved may lack it.
+    """
+    return min(1.0, float(tests["smallest_p"].min()) * len(tests)) if "smallest_p" in tests else None
 
 
 def enough_draws(n_tests: int) -> int:

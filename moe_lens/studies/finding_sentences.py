@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from moe_lens.stats.multiple_tests import smallest_holm
 from moe_lens.studies.findings import (
     MARGINS,
     Findings,
@@ -75,9 +76,8 @@ def _routing(tables: Tables, model: Facts) -> Iterator[str]:
         rows = _where(tables["domain_layers"], routing="model")
         most = rows.loc[rows["mi"].idxmax()]
         yield (
-            f"domains are routed differently in {(rows['p_holm'] <= 0.05).sum()} of {len(rows)} layers; most in layer "
-            f"{most['layer']}: mutual information {value(most, 'mi')} nats, {most['null']:.3g} with sources shuffled "
-            "(domain_layers)"
+            f"{_different(rows)}; most in layer {most['layer']}: mutual information {value(most, 'mi')} nats, "
+            f"{most['null']:.3g} with sources shuffled (domain_layers)"
         )
         if "domain_nearer" in tables:
             yield f"nearest by experts used, mean over layers: {_nearest(tables['domain_nearer'])} (domain_nearer)"
@@ -89,6 +89,12 @@ def _routing(tables: Tables, model: Facts) -> Iterator[str]:
     half = -(-int(model["experts"]) // 2)
     taken = across(rows, "value")
     yield f"half of a layer's assignments go to {taken} of {model['experts']} experts; uniform {half} (layers)"
+
+
+def _different(rows: Any) -> str:
+    if (smallest_holm(rows) or 0) > 0.05:
+        return "whether domains are routed differently cannot be told from so few sources"
+    return f"domains are routed differently in {(rows['p_holm'] <= 0.05).sum()} of {len(rows)} layers"
 
 
 def _nearest(table: Any) -> str:

@@ -16,6 +16,8 @@ from moe_lens.cli.show import findings_in
 from moe_lens.data import Domain, batch_windows, from_generator, shards
 from moe_lens.errors import near_miss
 from moe_lens.manifest import seal
+from moe_lens.report.domains_section import domains
+from moe_lens.report.findings_section import findings
 from moe_lens.report.report_page import page_of
 from moe_lens.studies import Checkpoints, Collected, RoutingStudy, SingleExpertStudy, StudyResult, collect, run
 from moe_lens.studies.attribution_fidelity import AttributionFidelity
@@ -266,6 +268,19 @@ def test_a_single_source_has_no_share_that_was_picked_on_others():
     result = run(RoutingStudy(), tiny_model(), texts, reading=SMALL)
     said = str(result.findings())
     assert "most specialised: expert" in said and "cross-fitted" not in said
+
+
+@pytest.mark.parametrize("sources", [2, 12])
+def test_what_so_few_sources_cannot_tell_is_not_said_to_be_the_same(sources: int):
+    texts = [domain(name, n=12, sources=sources, seed=seed) for seed, name in enumerate("ab")]
+    result = run(RoutingStudy(), tiny_model(), texts, reading=SMALL)
+    page = "".join(str(part({"routing": result})) for part in (findings, domains))
+    line = next(line for line in result.findings().lines if "domain_layers" in line)
+    few = sources == 2  # control: with 12 it can be told
+    assert line.startswith("whether domains are routed differently cannot be told from so few sources; most in") == few
+    assert line.startswith("domains are routed differently in") != few
+    assert ("<td>cannot be told</td>" in page) == ("With so few sources it cannot be told" in page) == few
+    assert ("Experts depend on the domain in" in page) != few
 
 
 def test_checkpoints_and_fidelity_end_with_their_numbers_and_nulls():
