@@ -5,7 +5,8 @@ python -m benchmarks.calibrate_given_token [--draws 320] [--permutations 199] [-
 Two domains of 20 sources each, or 10, of 200 tokens on average; each token chooses the 6 best of 64 experts. Tokens
 follow Zipf's law. Under "unigram" each token of the vocabulary has experts of its own, and half of the tokens have
 other ranks in the second domain; "+ sources": so, sources are of very unequal sizes, and each shifts the logits of all
-experts by normal draws (standard deviation .3); "effect": so, and each domain shifts them, too (.15). Shares of draws
+experts by normal draws (standard deviation .3); "book": so, but one source of the first domain has 4,000 tokens and its
+others 100, those of the second 200; "effect": as "+ sources", and each domain shifts them, too (.15). Shares of draws
 with p ≤ .05, of draws whose 95 % interval holds 0, the mean excess, and the share of the text that could be tested.
 """
 
@@ -29,12 +30,15 @@ class Scenario:
     domain: float = 0.0
     unequal: bool = False
     """Sources of the first domain are long, of the second short, and both of very different sizes."""
+    book: bool = False
+    """Beside one source of 4,000 tokens the others of the first domain have 100."""
 
 
 SCENARIOS = {
     "uniform": Scenario(),
     "unigram": Scenario(token=1.0),
     "unigram + sources": Scenario(token=1.0, source=0.3, unequal=True),
+    "book": Scenario(token=1.0, source=0.3, book=True),
     "effect": Scenario(token=1.0, source=0.3, domain=0.15, unequal=True),
 }
 
@@ -56,6 +60,8 @@ def draw(rng: np.random.Generator, vocabulary: int, sources: int, how: Scenario)
             n = 200
             if how.unequal:
                 n = int(np.clip(rng.lognormal(np.log(n * (0.4 if d else 1.5)), 0.9), 20, 4000))
+            if how.book and not d:
+                n = 100 if source else 4000
             token = rng.choice(vocabulary, n, p=weights / weights.sum())
             own = shift + how.source * rng.normal(size=EXPERTS)
             # the smallest of exponential draws with these rates: the largest of the logits with Gumbel noise

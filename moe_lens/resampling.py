@@ -166,7 +166,7 @@ def jackknife_interval(
     """
     from scipy.special import stdtrit
 
-    some = (sizes > 0).reshape(len(sizes), -1)
+    some = sizes[:, None].flatten(1) > 0
     n = ((strata == strata.unique()[:, None]) & some.any(1)).sum(1)
     # Of domains that share sources, and so are one stratum, one may have fewer by itself.
     in_each = some.sum(0)

@@ -1,9 +1,14 @@
 """The distance of two domains' routing of the same tokens, from products of different sources: the sums behind it.
 
 Of a token x, C_a and C_b are the domains' counts by expert, c_s those of a source, n_s how often it holds the token,
-N_a and N_b the domains' sums, M = N_a + N_b, p = (C_a + C_b) / M. With r_s = c_s − n_s p,
+N_a and N_b the domains' sums, and p the mean of c_s / n_s over the S sources that hold it: were it that of all tokens,
+a long source would draw it to itself, and all others would seem to differ from it alike. With r_s = c_s − n_s p,
 
     ‖p_a − p_b‖² ≈ Σ_{s≠t in a} ⟨r_s, r_t⟩ / (N_a² − Σ n²) + the same of b − 2 ⟨Σ_a r, Σ_b r⟩ / (N_a N_b).
+
+As p is made of the sources, ⟨r_s, r_t⟩ is too small by n_t V_s / (S n_s) + n_s V_t / (S n_t) − n_s n_t Var p, V_s the
+variance of c_s, which ‖r_s‖² tells; to this products are corrected. Then the sum is 0 on average where the domains are
+alike, whatever the sizes of sources and however much they differ.
 
 Everything is made of products of counts, which are sparse: residuals, which are not, are never stored.
 """
@@ -75,11 +80,6 @@ class Units:
         """Of all domains."""
         return len(self.domain_of)
 
-    @property
-    def tokens(self) -> Float[Tensor, " source"]:
-        """Of each source."""
-        return torch.from_numpy(np.bincount(self.source, self.size, self.n_sources))
-
     def counts(self, layer: int) -> Any:
         """Sparse counts, [unit, expert], of the layer in this place."""
         from scipy.sparse import csr_array
@@ -144,6 +144,16 @@ class PairOfDomains:
         """Of tokens: harmonic means of their counts."""
         return 2 * self.sums[0] * self.sums[1] / self.sums.sum(0)
 
+    @cached_property
+    def holders(self) -> Array:
+        """Of tokens: how many sources hold it."""
+        return np.bincount(self.token, minlength=self.sums.shape[1])
+
+    @property
+    def tokens(self) -> Float[Tensor, " source"]:
+        """Kept, of each source."""
+        return torch.from_numpy(np.bincount(self.source, self.size, self.units.n_sources))
+
     def measure(self, counts: Any, signs: Array) -> tuple[float, Array, Array]:
         """The distance; what it is without each source; and what it is under each row of signs.
 
@@ -156,13 +166,19 @@ class PairOfDomains:
         n_tokens, token, size, second = self.sums.shape[1], self.token, self.size, self.second
         of = np.zeros((2, n_tokens, self.units.n_experts))
         np.add.at(of, (second[row], token[row], column), value)
-        # of each unit: ⟨c_s, C_a⟩, ⟨c_s, C_b⟩, ‖c_s‖² and ⟨c_s, p⟩
+        # of each unit: ⟨c_s, C_a⟩, ⟨c_s, C_b⟩, ‖c_s‖² and ⟨c_s, p⟩, less V_s / (S n_s)
         with_domain = np.stack([np.bincount(row, value * of[d, token[row], column], len(token)) for d in (0, 1)])
         square = np.bincount(row, value**2, len(token))
-        total = self.sums.sum(0)
-        with_mean = with_domain.sum(0) / total[token]
+        share = np.zeros(of.shape[1:])
+        each, others = self.holders[token], self.holders - 1
+        np.add.at(share, (token[row], column), value / (size * each)[row])
+        mean_square = np.square(share).sum(1)
+        with_mean = np.bincount(row, value * share[token[row], column], len(token))
+        residual = square - 2 * size * with_mean + size**2 * mean_square[token]
+        of_mean = np.bincount(token, residual / size**2, n_tokens) / (self.holders * others)  # its variance
+        with_mean -= (residual - size**2 * of_mean[token]) / (size * (each - 2))
         inner = np.einsum("ate,bte->abt", of, of)  # ⟨C_a, C_b⟩, [2, 2, token]
-        mean = inner.sum(1) / total  # ⟨C_a, p⟩
+        mean = np.stack([np.bincount(token, with_mean * (second == d), n_tokens) for d in (0, 1)])  # ⟨C_a, p⟩
         within = np.stack(
             [
                 inner[d, d]
@@ -193,22 +209,18 @@ class PairOfDomains:
         lighter = np.bincount(self.source, new_weight - self.weights[token], self.units.n_sources)
         with np.errstate(divide="ignore", invalid="ignore"):
             without = (weighted + change) / (weight + lighter)
-        null = self._null(row, column, value, with_mean, inner.sum((0, 1)) / total**2, signs)
+        null = self._null(row, column, value, with_mean, mean_square - of_mean, signs)
         return weighted / weight, without, null
 
-    def _null(
-        self, row: Array, column: Array, value: Array, with_mean: Array, mean_square: Array, signs: Array
-    ) -> Array:
-        """The distance with signs: Σ_{s≠t} ε_s ε_t K_st, K_st = Σ_x w_x ⟨r_s, r_t⟩ / ±… of corrected residuals.
+    def _null(self, row: Array, column: Array, value: Array, with_mean: Array, constant: Array, signs: Array) -> Array:
+        """The distance with signs: Σ_{s≠t} ε_s ε_t K_st, K_st = Σ_x w_x ⟨r_s, r_t⟩ / ±… of corrected products.
 
-        ⟨r_s, r_t⟩ is too small by n_s n_t Σ p (1 − p) / (M − 1) where tokens are independent, as p is drawn to both.
+        Residuals are too short by √(1 − 1 / S), as p is made of them.
         """
         from scipy.sparse import csr_array, hstack
 
         n_sources, n_tokens = self.units.n_sources, self.sums.shape[1]
-        total = self.sums.sum(0)
-        constant = mean_square + (self.units.top_k - mean_square) / (total - 1)
-        leverage = 1 / np.sqrt(1 - self.size / total[self.token])
+        leverage = 1 / np.sqrt(1 - 1 / self.holders[self.token])
 
         def by_source(values: Array, columns: Array, width: int, rows: Array) -> Any:
             return csr_array((values, (self.source[rows], columns)), shape=(n_sources, width))

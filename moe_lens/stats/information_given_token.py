@@ -8,10 +8,9 @@ takes tokens of one source for independent. Measured here is, of two domains a a
 p(e | x, d) the share of the occurrences of token x in domain d that choose expert e, w_x the harmonic mean of the
 token's counts in both. Squares are estimated from products of *different* sources only, so that neither the noise of
 few occurrences nor what a source's tokens share adds anything: it is 0 on average where nothing depends on the domain,
-and may be negative. The null gives each source one random sign, by which all its residuals from the token's share in
-both domains are multiplied (a wild bootstrap: Wu 1986, Annals of Statistics 14; by cluster: Cameron, Gelbach and Miller
-2008, Review of Economics and Statistics 90). A source that holds much of a token draws that share to itself; residuals
-are corrected for this leverage.
+and may be negative. The null gives each source one random sign, by which all its residuals from the token's share, the
+mean over sources, are multiplied (a wild bootstrap: Wu 1986, Annals of Statistics 14; by cluster: Cameron, Gelbach and
+Miller 2008, Review of Economics and Statistics 90). See `moe_lens.stats.conditional_distance`.
 """
 
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lens.checked import Natural, Positive, Seed
@@ -55,7 +54,7 @@ class ConditionalInformation(Result):
     excess: Float[Tensor, " layer"]
     """The distance, mean over pairs of domains; NaN where no token could be tested."""
     low: Float[Tensor, " layer"]
-    """End of its 95 % interval over sources; NaN below ten of them."""
+    """End of its 95 % interval over sources; NaN below ten of a domain that hold a token which could be tested."""
     high: Float[Tensor, " layer"]
     p_values: Float[Tensor, " layer"]
     """One-sided, of each layer alone; 1 where no token could be tested."""
@@ -160,10 +159,12 @@ def conditional_information(
         for j, pair in enumerate(pairs):
             if pair.testable:
                 excess[i, j], without[i, j], null[i, j] = pair.measure(counts, signs)
-    low, high = _intervals(excess, without, units, couples)
+    tokens = torch.stack([pair.tokens for pair in pairs])
+    ends = [_interval(excess[:, j], without[:, j], units.domain_of, tokens[j]) for j in range(len(pairs))]
+    low, high = (torch.stack(of, 1) for of in zip(*ends, strict=True))
     tested = [pair.testable for pair in pairs]
     mean, mean_without = _mean(excess, tested), _mean(np.where(np.isnan(without), excess[..., None], without), tested)
-    mean_low, mean_high = jackknife_interval(_tensor(mean), _tensor(mean_without).mT, units.domain_of, units.tokens)
+    mean_low, mean_high = _interval(mean, mean_without, units.domain_of, tokens.sum(0))
     return ConditionalInformation(
         domains=domains,
         layers=first.layers,
@@ -186,16 +187,12 @@ def _mean(values: np.ndarray, tested: list[bool]) -> np.ndarray:
     return values[:, tested].mean(1) if any(tested) else np.full((len(values), *values.shape[2:]), np.nan)
 
 
-def _intervals(
-    excess: np.ndarray, without: np.ndarray, units: Units, couples: list[tuple[int, int]]
-) -> tuple[Float[Tensor, "layer pair"], Float[Tensor, "layer pair"]]:
-    ends = []
-    for j, couple in enumerate(couples):
-        of_pair = torch.isin(units.domain_of, torch.tensor(couple))
-        left = _tensor(without[:, j])[:, of_pair].mT
-        ends.append(jackknife_interval(_tensor(excess[:, j]), left, units.domain_of[of_pair], units.tokens[of_pair]))
-    low, high = zip(*ends, strict=True)
-    return torch.stack(low, 1), torch.stack(high, 1)
+def _interval(
+    excess: np.ndarray, without: np.ndarray, domain_of: Int[Tensor, " source"], tokens: Float[Tensor, " source"]
+) -> tuple[Float[Tensor, " layer"], Float[Tensor, " layer"]]:
+    """Over the sources that hold what was tested."""
+    held = tokens > 0
+    return jackknife_interval(_tensor(excess), _tensor(without).mT[held], domain_of[held], tokens[held])
 
 
 def _p_values(null: np.ndarray, observed: np.ndarray) -> Float[Tensor, "*cell"]:
