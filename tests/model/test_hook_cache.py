@@ -34,6 +34,22 @@ def test_either_name_finds_what_is_stored_under_one(stored: str):
         assert (short, 3) not in kept and (short, None) not in kept and 5 not in kept
 
 
+def test_what_hooks_filed_under_their_own_names_is_found():
+    """As the demo of attribution patching fills a dictionary: `cache[hook.name] = activation`."""
+    case, filed = wrapped("mixtral"), dict[str, torch.Tensor]()
+    ends = ("hook_embed", "hook_resid_pre", "hook_resid_post", "hook_z", "hook_q", "hook_attn_out", "hook_mlp_out")
+    wanted: Any = lambda name: name.endswith(ends)  # noqa: E731
+    with torch.no_grad(), case.model.hooks([(wanted, lambda value, hook: filed.update({hook.name: value}))]):
+        case.model(case.tokens)
+    kept, (_, right) = MoECache(filed, case.model), case.model.run_with_cache(case.tokens, names_filter=wanted)
+    names_ = [("resid_pre", 2), ("z", 2), ("q", 1), ("attn_out", 2), "hook_embed", "blocks.0.hook_resid_post"]
+    assert "blocks.2.hook_resid_pre" not in filed and "blocks.2.hook_in" in filed  # control: the other name
+    assert all(key in kept and torch.equal(kept[key], right[key]) for key in names_)
+    assert torch.equal(kept.decompose_resid(), right.decompose_resid())
+    del filed["blocks.2.hook_in"]
+    assert ("resid_pre", 2) not in kept
+
+
 def test_gradients_go_by_either_name():
     case = wrapped("deepseek", torch.float64)
     stored = names.mlp(names.EXPERT_OUT, 1)

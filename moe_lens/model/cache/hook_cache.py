@@ -119,9 +119,10 @@ class HookCache(Summary, ActivationCache):
             name = get_act_name(short, *rest)
         if name in self.cache_dict:
             return name
-        suffix = _GRAD if name.endswith(_GRAD) else ""
-        other = names.alias(name.removesuffix(_GRAD))
-        return other + suffix if other is not None and other + suffix in self.cache_dict else name
+        suffix, bare = _GRAD if name.endswith(_GRAD) else "", name.removesuffix(_GRAD)
+        point = (getattr(self.model, "hook_dict", None) or {}).get(bare)  # which a hook knows by its first name
+        others = [other + suffix for other in (names.alias(bare), getattr(point, "name", None)) if other]
+        return next((other for other in others if other in self.cache_dict), name)
 
     def _why_missing(self, missing: list[str]) -> str:
         for name in missing:
