@@ -72,7 +72,7 @@ def table(bounds: Bounds) -> Iterator[str]:
     yield f"{percents(half)} % of the experts receive half"
     yield f"fewer than with a random router, by {percents([-value for value in fewer])} points"
     yield f"At double the distance of † (E/4): {rows['1b'].number(FACTORS[2])}"
-    agrees, left, beyond, matters = (bounds.values("2", at) for at in range(4))
+    agrees, left, matters, beyond = (bounds.values("2", at) for at in range(4))
     active = [one - other for one, other in zip(left, beyond, strict=True)]
     yield f"agreement {span(agrees)}, and {span(matters)} where u alone and the ensemble differ"
     yield f"KL ratio {span(left)}, against {span(active)} for a random active expert"

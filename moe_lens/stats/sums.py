@@ -176,7 +176,7 @@ class Counts(Aggregate):
     def all_reduce(self) -> None:
         """Add the counts of every other process."""
         found = gather(self.compact())
-        self._keys, self._counts = _summed([pair[0] for pair in found], [pair[1] for pair in found])
+        self._keys, self._counts = summed([pair[0] for pair in found], [pair[1] for pair in found])
 
     def _wait(self, keys: Tensor, counts: Tensor) -> None:
         self._waiting.append((keys, counts))
@@ -187,7 +187,7 @@ class Counts(Aggregate):
         """The keys seen, ascending, and how often each was."""
         if self._waiting:
             keys, counts = zip((self._keys, self._counts), *self._waiting, strict=True)
-            self._keys, self._counts = _summed(keys, counts)
+            self._keys, self._counts = summed(keys, counts)
             self._waiting = []
         return self._keys, self._counts
 
@@ -204,7 +204,8 @@ class Counts(Aggregate):
         )
 
 
-def _summed(keys: Sequence[Tensor], counts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def summed(keys: Sequence[Tensor], counts: Sequence[Tensor]) -> tuple[Int[Tensor, " key"], Int[Tensor, " key"]]:
+    """Keys, ascending, each once, and their counts, added."""
     unique, place = torch.cat(list(keys)).unique(return_inverse=True)
     return unique, torch.zeros_like(unique).index_add_(0, place, torch.cat(list(counts)))
 

@@ -1,8 +1,8 @@
 """Which experts a token of the vocabulary is sent to (OLMoE, arXiv 2409.02060, "Vocabulary specialization")."""
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Literal, Self, get_args
 
 import pandas as pd
@@ -15,9 +15,11 @@ from moe_lens.errors import InputError
 from moe_lens.stats.accumulator import Accumulator, Result
 from moe_lens.stats.routed_batch import RoutedBatch
 from moe_lens.stats.routing_stats import check_sizes
-from moe_lens.stats.sums import Counts, Total
+from moe_lens.stats.sums import Counts, Total, summed
 
 By = Literal["input", "next", "predicted"]
+
+_PLACES = 2**24
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,8 +132,8 @@ class VocabularyStats(Accumulator[VocabularyResult]):
         d_vocab: Size of the vocabulary.
         by: The token that is read ("input"), that truly follows ("next": the last one of a row has none), or that the
             model holds most likely to follow ("predicted").
-        groups: Sources are divided into so many groups by a hash of their name, and counted apart: what
-            `conditional_information` permutes. Memory grows with it.
+        groups: So many sources are counted apart, which is what `conditional_information` permutes; more are divided
+            into so many groups by a hash of their names. Memory grows with it.
     """
 
     def __init__(
@@ -151,6 +153,7 @@ class VocabularyStats(Accumulator[VocabularyResult]):
         self.layers, self.n_experts, self.top_k = tuple(layers), n_experts, top_k
         self.d_vocab, self.groups = d_vocab, groups
         self.by: By = by
+        self._places: dict[str, int] = {}
         self._assigned, self._top1, self._tokens = Counts(), Counts(), Total()
         super().__init__(
             {
@@ -188,7 +191,10 @@ class VocabularyStats(Accumulator[VocabularyResult]):
         if not 0 <= int(found.min()) <= int(found.max()) < self.d_vocab:
             low, high = int(found.min()), int(found.max())
             raise InputError(f"tokens from {low} to {high}; expected ids from 0 to {self.d_vocab - 1}")
-        group = torch.tensor([zlib.crc32(source.encode()) % self.groups for source in batch.sources])
+        self._places |= {source: _place(source, self.groups) for source in batch.sources if source not in self._places}
+        group = torch.tensor([self._places[source] for source in batch.sources])
+        if len(self._places) > self.groups:
+            group %= self.groups
         rows = group.to(mask.device)[mask.nonzero()[:, 0]] * self.d_vocab + found
         layer = torch.arange(len(self.layers), device=mask.device)[:, None]
         cell = (rows * len(self.layers) + layer)[..., None] * self.n_experts  # [layer, token, 1]
@@ -202,8 +208,7 @@ class VocabularyStats(Accumulator[VocabularyResult]):
         """The counts so far."""
         if not self._tokens.seen:
             raise InputError("no tokens were counted; update with a batch that holds text first")
-        keys, assigned = self._assigned.compact()
-        first, counts = self._top1.compact()
+        (keys, assigned), (first, counts) = (self._grouped(*of.compact()) for of in (self._assigned, self._top1))
         top1 = torch.zeros_like(assigned)
         top1[torch.searchsorted(keys, first)] = counts  # whoever is first is chosen
         return VocabularyResult(
@@ -218,3 +223,16 @@ class VocabularyStats(Accumulator[VocabularyResult]):
             assigned=assigned,
             top1=top1,
         )
+
+    def _grouped(self, keys: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Counts by group: sources numbered from 0 where there are enough groups, else places folded onto them."""
+        cells = self.d_vocab * len(self.layers) * self.n_experts
+        places, at = (keys // cells).unique(return_inverse=True)
+        group = at if len(places) <= self.groups <= int(places[0]) else places[at] % self.groups
+        return summed([group * cells + keys % cells], [counts])
+
+
+def _place(source: str, groups: int) -> int:
+    """Of a source among so many that hardly any two share one; those below the number of groups are for groups."""
+    number = int.from_bytes(blake2b(source.encode(), digest_size=8).digest(), "little")
+    return groups + number % (_PLACES - groups)

@@ -1,6 +1,7 @@
 """Vocabulary counts against plain loops; information about the domain beyond the token; routing that means nothing."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,46 @@ def counted(batches: list[RoutedBatch], groups: int = 64) -> VocabularyResult:
     for batch in batches:
         stats.update(batch)
     return stats.result()
+
+
+def named(batches: list[RoutedBatch], name: str) -> list[RoutedBatch]:
+    return [replace(batch, sources=(name.format(i),)) for i, batch in enumerate(batches)]
+
+
+@pytest.mark.parametrize("name", ["{:02d}.txt", "book{}.txt", "{}"])
+def test_sources_are_as_many_as_there_are_whatever_they_are_called(name):
+    """Numbered names are alike; a checksum puts ten of them into six of 64 places."""
+    generator = torch.Generator().manual_seed(3)
+    of = {domain: texts(generator, domain, shift, sources=10) for domain, shift in (("a", 0), ("b", 1))}
+    plain, found = (
+        conditional_information({domain: counted(make(batches)) for domain, batches in of.items()}, permutations=200)
+        for make in (list, partial(named, name=name))
+    )
+    assert found.n_sources == plain.n_sources == (10, 10)
+    for what in ("excess", "low", "high", "shared"):
+        torch.testing.assert_close(getattr(found, what), getattr(plain, what), atol=F64, rtol=0, equal_nan=True)
+    assert not found.low.isnan().any(), "intervals, of ten sources"
+
+
+@pytest.mark.typed
+def test_more_sources_than_groups_are_folded_onto_them_however_they_came():
+    """Merged parts, of which some had too many sources and some had not, are the whole."""
+    batches = named(texts(torch.Generator().manual_seed(4), "a", 0, sources=9), "{}.txt")
+    whole = counted(batches, groups=4)
+    group = whole.cells()[0]
+    assert 1 < len(group.unique()) <= 4 and int(group.max()) < 4
+    for parts in (batches[:2], batches[2:]), (batches[:7], batches[7:]), (batches[4:], batches[:4]):
+        first, second = (VocabularyStats(LAYERS, EXPERTS, TOP_K, VOCABULARY, groups=4) for _ in parts)
+        for stats, some in ((first, parts[0]), (second, parts[1])):
+            for batch in some:
+                stats.update(batch)
+        merged = first.merge(second).result()
+        assert torch.equal(merged.keys, whole.keys) and torch.equal(merged.assigned, whole.assigned)
+        assert torch.equal(merged.top1, whole.top1)
+    alone = counted(batches, groups=1)
+    assert torch.equal(alone.keys, whole.keys.remainder(VOCABULARY * len(LAYERS) * EXPERTS).unique())
+    few = counted(batches[:4], groups=4)
+    assert few.cells()[0].unique().tolist() == [0, 1, 2, 3], "a control: they fit"
 
 
 def test_distance_given_the_token_against_plain_loops():
