@@ -128,15 +128,22 @@ def test_hooks_on_keys_that_only_read_see_new_tokens_and_let_the_cache_go_on(fam
 
 
 @pytest.mark.parametrize("family", LATENT)
-def test_keys_have_gradients_while_a_cache_is_filled(family: str) -> None:
-    case, found = wrapped(family), {}
-    hooks = [
-        (f"blocks.1.attn.{name}", lambda grad, hook: found.update({hook.name: grad})) for name in ("hook_k", "hook_v")
-    ]
-    with case.model.hooks(bwd_hooks=hooks):
-        case.model(case.tokens, return_type="loss", use_cache=True).backward()
-    case.model.zero_grad()
-    assert len(found) == 2 and all(grad.abs().max() > 0 for grad in found.values())
+@pytest.mark.parametrize("names_", [("hook_k", "hook_v"), ("hook_rot_k",), ("hook_kv_latent",)])
+def test_keys_have_gradients_while_a_cache_is_filled(family: str, names_: tuple[str, ...]) -> None:
+    case, found = wrapped(family), []
+    for use_cache in (True, False):
+        grads: dict[str, Tensor] = {}
+        hooks = [
+            (f"blocks.1.attn.{name}", lambda grad, hook, grads=grads: grads.update({hook.name: grad}))
+            for name in names_
+        ]
+        with case.model.hooks(bwd_hooks=hooks):
+            case.model(case.tokens, return_type="loss", use_cache=use_cache).backward()
+        case.model.zero_grad()
+        assert len(grads) == len(names_) and all(grad.abs().max() > 0 for grad in grads.values())
+        found.append(grads)
+    for name, grad in found[0].items():
+        torch.testing.assert_close(grad, found[1][name], atol=1e-6, rtol=1e-4)  # float32
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "mixtral"])

@@ -273,7 +273,7 @@ class Attention(NamedParameters):
             kwargs["attention_mask"] = _mask_of_unfilled(component, past, args, kwargs)
             if not latent:
                 return self.reconstructed(*args, past=past, **kwargs)
-            points = (self.hook_k, self.hook_v, self.kv_b_proj.hook_in, self.kv_b_proj.hook_out)
+            points = (self.hook_k, self.hook_v, self.hook_rot_k, self.kv_b_proj.hook_in, self.kv_b_proj.hook_out)
             listens = any(point.has_hooks() for point in points)
             with latents_of(component, self.hook_rot_k, past, listens) as view:
                 return self.reconstructed(*args, past=view, **kwargs)
