@@ -323,6 +323,7 @@ class HookedMoE(Summary, GeneratingBridge):
             experts = torch.tensor(chosen, device=x.device).expand(*x.shape[:-1], -1)
         elif experts.is_floating_point() or experts.is_complex():
             raise InputError(f"experts are {experts.dtype}; expected whole numbers, or a mask of {self.n_experts}")
+        experts = experts.long()  # torch reads bytes as a mask
         wrong = (experts < 0) | (experts >= self.n_experts)
         if wrong.any():
             raise InputError(

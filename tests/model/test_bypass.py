@@ -216,6 +216,18 @@ def test_an_unselected_expert_reads_what_the_top_one_reads() -> None:
     close(kept.partial_sum(layer, which).values, out)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32])
+def test_ids_of_any_width_are_ids(dtype: torch.dtype) -> None:
+    """torch reads bytes as a mask; eight tokens with one id each of eight experts fit one. gpt-oss's have biases."""
+    model = model_of("gpt_oss")
+    layer = model.moe_layers[0]
+    x = cached(model)[names.mlp(names.MLP_IN, layer)].flatten(0, 1)[: model.n_experts]
+    chosen = torch.arange(model.n_experts).roll(3)[:, None]
+    right = model.expert_outputs(layer, x, chosen)
+    assert torch.equal(model.expert_outputs(layer, x, chosen.to(dtype)), right)
+    assert not torch.equal(right, model.expert_outputs(layer, x, chosen.roll(1, 0))), "a control"
+
+
 def partial_sum_of(drawn: Any) -> Any:
     from moe_lens import PartialSum
 

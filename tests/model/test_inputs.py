@@ -263,6 +263,19 @@ def test_a_text_ends_where_the_generation_config_says(model: HookedMoE) -> None:
         config.eos_token_id = before
 
 
+def test_texts_that_end_first_are_not_filled_up_with_what_ended_them(model: HookedMoE) -> None:
+    texts = ["The old man looked at the sea and", "Der Hund lief durch den Wald und"]
+    comma = model.to_single_token(",")
+    words: dict[str, Any] = {**GREEDY, "max_new_tokens": 20}
+    alone = [model.generate(text, **words, eos_token_id=comma) for text in texts]
+    assert alone[0].endswith(",") and len(alone[0]) < len(model.generate(texts[0], **words)), "a control: it ends there"
+    for end in (comma, [comma]):
+        assert model.generate(texts, **words, eos_token_id=end) == alone
+    *_, streamed = model.generate_stream(model.to_tokens(texts), **words, eos_token_id=comma)
+    assert int((streamed[0] == comma).sum()) == 1
+    assert model.hf_generate(texts, 20, do_sample=False, eos_token_id=comma) == alone
+
+
 def test_stop_strings_need_no_tokenizer_named(model: HookedMoE) -> None:
     words: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
     text = "The old man looked at the sea and thought of the fish."

@@ -409,7 +409,11 @@ def test_what_transformers_computes_otherwise_behind_a_cache_or_padding_is_refus
     control = hf(front, attention_mask=mask, position_ids=places).logits[:, 3:]
     assert deviation(control, right) > 1e-2, "transformers can do it by now: take the refusal away"
     model = HookedMoE.from_hf(hf, check=False)
-    for call in (lambda: model(ROWS, padding_side="left"), lambda: model(front, attention_mask=mask)):
+    for call in (
+        lambda: model(ROWS, padding_side="left"),
+        lambda: model(front, attention_mask=mask),
+        lambda: model.hf_generate(front, 2, attention_mask=mask),
+    ):
         with pytest.raises(InputError, match="padding in front of a text.*padding_side='right'"):
             call()
     assert deviation(model(ROWS, padding_side="right")[1:, :4], right) <= 1e-4

@@ -19,6 +19,7 @@ from moe_lens.model.hf_compat import cache_word
 from moe_lens.model.hooks.arguments import further_words, named, refuse_unknown
 from moe_lens.model.hooks.cache_names import CACHE, PAST
 from moe_lens.model.hooks.forward import OF_INPUT, forget_tokens, tell_tokens
+from moe_lens.model.hooks.forward_checks import check_family
 from moe_lens.model.hooks.generation_words import words_for_transformers
 from moe_lens.model.hooks.hook_scope import GenerationClaim, ModuleHooks
 from moe_lens.model.hooks.key_value_padding import note_prompts
@@ -93,7 +94,7 @@ class GeneratingBridge(CachedRuns):
             kwargs: of transformers' `generate`; `return_type`.
 
         Raises:
-            InputError: a prompt that cannot be read.
+            InputError: a prompt that cannot be read, or padding in front of one in a family that would read it.
             ValueError: transformers', for an argument that it does not have.
         """
         words = _bound(TransformerBridge.hf_generate, input, args, kwargs)
@@ -108,6 +109,8 @@ class GeneratingBridge(CachedRuns):
             words.pop(PAST, None)
         else:
             words[cache_word(type(self.original_model).forward)] = words.pop(PAST)
+        config: Any = self.original_model.config
+        check_family(self.family, config.get_text_config(), given, 0)
         words = words_for_transformers(self.original_model, self.tokenizer, given.values, words)
         self._ensure_generation_supported("hf_generate")
         self._check_model()
@@ -139,7 +142,7 @@ class GeneratingBridge(CachedRuns):
         _check_returned(what, words.get("return_type", "input"))
         _check_sampling(what, words)
         if (ends := self._ends(what, words)) is not None:
-            words["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+            words["eos_token_id"] = ends  # of a single number TransformerLens fills up with it the texts that end first
         given = self._prompt(words)
         if given.mask is not None and not bool(given.mask.all()):
             if given.tokens is None:
