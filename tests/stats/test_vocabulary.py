@@ -145,12 +145,9 @@ def test_more_sources_than_groups_are_folded_onto_them_however_they_came():
     every: dict[str, Any] = {"sources": [batch.sources[0] for batch in batches], "n_experts": EXPERTS, "layers": LAYERS}
     every["tokens"] = torch.cat([batch.require_tokens() for batch in batches])
     at_once = routed(torch.cat([batch.routing.indices for batch in batches], 1), **every)
-    for again in ([], [batches[0]], batches[:2]):  # folded from the beginning; and what came by itself
-        of = VocabularyStats(LAYERS, EXPERTS, TOP_K, VOCABULARY, groups=4).update(at_once)
-        other = VocabularyStats(LAYERS, EXPERTS, TOP_K, VOCABULARY, groups=4)
-        for batch in again:
-            other.update(batch)
-        assert torch.equal(of.merge(other).result().keys, whole.keys)
+    folded, own = (VocabularyStats(LAYERS, EXPERTS, TOP_K, VOCABULARY, groups=8) for _ in range(2))
+    keys = folded.update(at_once).result().keys  # nine sources at once, which leave some of the eight groups empty
+    assert torch.equal(folded.merge(own.update(batches[0])).result().keys, keys), "also of the one that came by itself"
     alone = counted(batches, groups=1)
     assert torch.equal(alone.keys, whole.keys.remainder(VOCABULARY * len(LAYERS) * EXPERTS).unique())
     few = counted(batches[:4], groups=4)
