@@ -86,7 +86,7 @@ def windows_of(
     for start, window in pieces(text, context, opening):
         own = window[len(opening) :]
         counted = sum(token not in special for token in own)
-        if len(own) >= 2 and counted:  # a single left-over token predicts nothing
+        if len(window) >= 2 and counted:  # nothing predicts a single left-over token, unless BOS does
             first = written and start == 0
             yield Window(tuple(window), passage.source, number, before + start, counted, len(opening), first, digest)
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from moe_lens.data import Domain, Passage, tokenize
@@ -41,6 +41,8 @@ words = st.text("abcdefgh", min_size=2, max_size=30)
 
 
 @given(st.lists(st.tuples(words, st.sampled_from("xyz")), min_size=1, max_size=12), st.booleans(), st.integers(4, 40))
+@example([("abcd", "x")], True, 4)
+@example([("abcde", "x")], False, 4)
 def test_with_room_every_letter_is_there_once(texts, bos, context):
     tokens = tokenize(domain(*texts), Letters(bos), n_tokens=10**6, context=context, batch_tokens=64)
     seen: Counter[str] = Counter()
@@ -53,11 +55,8 @@ def test_with_room_every_letter_is_there_once(texts, bos, context):
             assert (batch.tokens[:, 0] == BOS).all()
         seen += Counter(chr(i) for i in batch.tokens[batch.counted].tolist())
     whole = Counter("".join(text for text, _ in texts))
-    room = context - bos
-    lost = Counter(
-        "".join(text[-1] for text, _ in texts if len(text) % room == 1)
-    )  # a window of one letter predicts nothing
-    assert seen == whole - lost
+    alone = Counter() if bos else Counter(text[-1] for text, _ in texts if len(text) % context == 1)
+    assert seen == whole - alone, "a letter alone in the last window has nothing before it, unless BOS opens it"
     assert tokens.n_tokens == seen.total()
 
 

@@ -36,8 +36,7 @@ def cut(model: HookedMoE, texts: Domain, context: int) -> list[torch.Tensor]:
         body = ids[1:]
         for start in range(0, len(body), context - 1):
             window = body[start : start + context - 1]
-            if len(window) > 1:
-                rows.append(torch.tensor([[ids[0], *window]]))
+            rows.append(torch.tensor([[ids[0], *window]]))
     return rows
 
 
