@@ -38,12 +38,12 @@ def table_html(table: pd.DataFrame) -> Markup:
     return Markup(shown.to_html(index=False, border=0, na_rep="–", float_format=lambda value: f"{value:.4g}"))
 
 
-def ranged(values: Any, shown: str, unit: str = "", before: str = "") -> str:
+def ranged(values: Any, shown: str, unit: str = "") -> str:
     """The least and the greatest of some numbers, or the one that all are; what is missing is left out."""
     known = [float(value) for value in values if value == value]
     if not known:
         return "–"
-    low, high = (before + format(value, shown) for value in (min(known), max(known)))
+    low, high = (format(value, shown) for value in (min(known), max(known)))
     return f"{low}{unit}" if low == high else f"{low} to {high}{unit}"
 
 

@@ -14,7 +14,6 @@ class Form:
 
     digits: int
     unit: str = ""
-    before: str = ""
     sign: str = ""
     scale: float = 1.0
     less: float = 0.0
@@ -22,11 +21,11 @@ class Form:
 
     def range(self, values: Sequence[float]) -> str:
         """The least and the greatest, or the one that all are."""
-        return ranged([self._scaled(v) for v in values], f"{self.sign}.{self.digits}f", self.unit, self.before)
+        return ranged([self._scaled(v) for v in values], f"{self.sign}.{self.digits}f", self.unit)
 
     def one(self, value: float) -> str:
         """A single value, with a digit more."""
-        return f"{self.before}{self._plain(value)}{self.unit}"
+        return f"{self._plain(value)}{self.unit}"
 
     def ends(self, low: float, high: float) -> str:
         """An interval, without the unit of the value that it stands under."""
@@ -34,7 +33,7 @@ class Form:
 
     def limit(self, value: float) -> str:
         """A threshold, with as many digits as it has."""
-        return f"{self.before}{self._scaled(value):{self.sign}.4g}{self.unit}"
+        return f"{self._scaled(value):{self.sign}.4g}{self.unit}"
 
     def _plain(self, value: float) -> str:
         return f"{self._scaled(value):{self.sign}.{self.digits + 1}f}"
@@ -46,7 +45,6 @@ class Form:
 PERCENT = Form(0, "\u00a0%", scale=100.0)
 POINTS = Form(0, " points", scale=100.0)
 CHANGE = Form(0, "\u00a0%", sign="+", scale=100.0, less=1.0)
-TIMES = Form(0, before="×\u00a0")
 TWO, THREE = Form(2), Form(3)
 
 
@@ -94,7 +92,7 @@ WORDS: tuple[tuple[str, Words], ...] = (
     (_RATIO, Words("perplexity, k = 1", CHANGE)),
     (
         "perplexity ratio − a random active expert's",
-        Words("perplexity ratio − a random active expert's", TWO, "one random active expert", _RATIO, TIMES),
+        Words("perplexity ratio − a random active expert's", TWO, "one random active expert", _RATIO, CHANGE),
     ),
     ("perplexity, pruned ÷ whole", Words("perplexity without the experts that the domain chooses least", CHANGE)),
     (r"share of (\d+) random plans beaten", Words(r"\1 random plans of this size, worse", PERCENT)),

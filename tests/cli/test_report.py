@@ -20,7 +20,7 @@ from moe_lens.report import run
 from moe_lens.report.paper_quotes import QUOTED
 from moe_lens.report.report_files import REPORT, SMALLER, check_place
 from moe_lens.report.report_page import by_model, page_of, write_page
-from moe_lens.report.verdict_words import TIMES
+from moe_lens.report.verdict_words import CHANGE
 from moe_lens.studies import NULLS, Localisation, PruningStudy, RoutingStudy, SingleExpertStudy, StudyResult, judge
 from tests.browser import browser
 from tests.families import build
@@ -169,7 +169,7 @@ def test_the_page_begins_with_the_verdicts_and_each_leads_to_its_section_and_bac
     rows = dict(zip(QUOTED, sections["verdicts"].split("<tr><td>")[1:8], strict=True))
     ratio = StudyResult.load(made / "single-expert").tables["perplexity"].query("k == 1 and treatment == 'random'")
     ratios = ratio["ratio"].tolist()
-    shown = f"one random active expert: <b>{TIMES.range(ratios)}</b>"
+    shown = f"one random active expert: <b>{CHANGE.range(ratios)}</b>"
     assert shown in rows["4"] and "claimed more than ours" in rows["4"] and "claimed ≤\u00a0+5\u00a0%" in rows["4"]
     for name in ("a random router", "by the token alone", "†"):
         assert f"<dt>{name}</dt>" in sections["verdicts"]

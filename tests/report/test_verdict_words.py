@@ -23,7 +23,7 @@ def test_a_row_says_values_the_control_itself_and_what_decides():
     row = shown(Verdict("4", "claim", "", True, (of("a", 1.04, -9.96), of("b", 1.5, -20.5))))
     assert row.number == (Line("perplexity, k = 1", "+4 to +50\u00a0%", "claimed ≤\u00a0+5\u00a0%"),)
     # what one random expert gives, not its difference from ours
-    assert row.control == (Line("one random active expert", "×\u00a011 to ×\u00a022", "claimed more than ours"),)
+    assert row.control == (Line("one random active expert", "+1000 to +2100\u00a0%", "claimed more than ours"),)
     assert row.reasons == ("perplexity, k = 1: undecided in a; contradicted in b",)
     (_, (first, second)), (difference, _) = row.matrix
     assert first == Cell("+4.0\u00a0%", "[+2.0, +6.0]", "undecided")
@@ -32,6 +32,8 @@ def test_a_row_says_values_the_control_itself_and_what_decides():
         difference.label == "perplexity ratio − a random active expert's" and difference.claimed == "claimed <\u00a00"
     )
     assert (row.half, row.double) == ("", "")  # no †
+    near = shown(Verdict("4", "claim", "", True, (of("a", 1.04, -0.36),)))
+    assert near.control[0].values == "+40\u00a0%"  # in the unit of ours: no whole multiple
 
 
 def test_where_all_holds_there_is_no_reason_and_what_was_not_run_is_one():
