@@ -87,9 +87,14 @@ class Read:
             low, high = (None, None) if interval is None else (interval.low, interval.high)
         return Bound(what, float(value), low, high, above, self.thresholds[threshold], control)
 
-    def beaten(self, what: str, share: float) -> Bound:
-        """The share of random controls that are beaten: nearly all of them, nearly none, or undecided."""
-        return Bound(what, share, None, None, True, self.thresholds["controls beaten"], control=True, counted=True)
+    def beaten(self, what: str, share: float, beside: Bound) -> Bound:
+        """The share of random controls that are beaten: nearly all of them, nearly none, or undecided.
+
+        It decides nothing where `beside`, the quantity that controls are compared by, has too few sources for an
+        interval.
+        """
+        at, counted = self.thresholds["controls beaten"], beside.low is not None
+        return Bound(what, share, None, None, True, at, control=True, counted=counted)
 
 
 @dataclass(frozen=True)

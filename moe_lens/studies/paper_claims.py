@@ -168,11 +168,12 @@ def pruning_is_free(read: Read) -> Iterator[Bound]:
     what = "perplexity, pruned ÷ whole"
     shares = [kind for kind in (HALF, DOUBLE) if kind in effects.kinds]
     others = tuple(bound(kind, f"{what}, {kind} the share") for kind in shares)
-    yield replace(bound(PICKED, what), others=others)
+    own_ratio = replace(bound(PICKED, what), others=others)
+    yield own_ratio
     found = ratios(torch.ones(1, len(added), dtype=torch.float64))[0]
     picked = float(found[effects.kinds.index(PICKED)])
     random = found[[kind == RANDOM for kind in effects.kinds]]
-    yield read.beaten(f"share of {len(random)} random plans beaten", beaten(-random, -picked))
+    yield read.beaten(f"share of {len(random)} random plans beaten", beaten(-random, -picked), own_ratio)
 
 
 def knowledge_is_localised(read: Read) -> Iterator[Bound]:
@@ -183,8 +184,9 @@ def knowledge_is_localised(read: Read) -> Iterator[Bound]:
         raise NotRun("no matched coalition was found")
     low, high = (None if row[end] != row[end] else row[end] for end in ("low", "high"))
     what = "contrast (Δ own − Δ others), picked − matched"
-    yield Bound(what, row["estimate"], low, high, True, read.thresholds["nothing"], control=True)
-    yield read.beaten(f"share of {row['controls']} matched coalitions beaten", row["beaten"])
+    beyond = Bound(what, row["estimate"], low, high, True, read.thresholds["nothing"], control=True)
+    yield beyond
+    yield read.beaten(f"share of {row['controls']} matched coalitions beaten", row["beaten"], beyond)
 
 
 RULES: tuple[Rule, ...] = (

@@ -68,10 +68,11 @@ class Bound:
     others: "tuple[Bound, ...]" = ()
     """What is measured instead at half and at double the distance, where a † is part of the measurement."""
     counted: bool = False
-    """Whether it is a share of random controls, counted, ties by half. It holds where it reaches the threshold, .95;
-    it contradicts where as many of the controls do better, where the share is .05 at most: the control's difference is
-    then wholly on the other side. Between the two, what was picked may be a control like others; as an interval with 0
-    in it, that decides nothing. Of 40 controls like what was picked, each of the two happens in 7 of 100 cases."""
+    """Whether it is a share of random controls, counted over ten sources or more, ties by half. It holds where
+    it reaches the threshold, .95; it contradicts where as many of the controls do better, where the share is
+    .05 at most: the control's difference is then wholly on the other side. Between the two, what was picked may
+    be a control like others; as an interval with 0 in it, that decides nothing. Of 40 controls like what was
+    picked, each of the two happens in 7 of 100 cases."""
 
     def answer(self, factor: float = 1.0) -> Answer:
         """On which side of the threshold, at so many times its distance, the interval lies."""

@@ -26,6 +26,7 @@ from moe_lens.studies import (
 )
 from moe_lens.studies.frames import where
 from moe_lens.studies.lens import QUANTITIES, LensTotals
+from moe_lens.studies.localisation_effects import CoalitionEffects
 from moe_lens.studies.variant_losses import VariantLosses
 from moe_lens.studies.verdict_answers import Bound, OfDomain, Threshold, over_domains, together
 from tests.planted import LAYER, PLANTED, planted_domains, planted_model
@@ -383,6 +384,20 @@ def test_nothing_is_picked_on_other_sources_where_there_are_none(planted):
     assert set(frame.loc["a", "claim"]) == {"1b", "4"} and frame.loc["b"].equals(whole.loc["b"])  # control: b
     (row,) = (row for row in judge(mixed).rows if row.key == "3")
     assert row.number() == "mixed (1 of 2 hold, 0 contradicted)" and shown(row).matrix[0][1][0] is None
+
+
+@pytest.mark.parametrize(("sources", "answer"), [(9, "undecided"), (10, "contradicted")])
+def test_a_share_of_controls_decides_nothing_below_ten_sources(planted, sources, answer):
+    """All 20 random plans are better than what was picked."""
+    nats, tokens = torch.full((sources,), 60.0), torch.full((sources,), 20)
+    added = torch.tensor([0.5, *[0.1] * 20]).expand(sources, 1, 1, -1)
+    kinds, names = ("picked", *["random"] * 20), tuple(map(str, range(sources)))
+    read_without = tokens[:, None, None, None].expand(-1, 1, 1, 21)
+    effects = CoalitionEffects(("prune",), kinds, names, nats, tokens, added, read_without)
+    study = StudyResult(planted["routing"].manifest, {}, {"a": {"pruned": effects}})
+    (row,) = (row for row in judge({"pruning": study}).rows if row.key == "5")
+    of = {bound.what: (bound.value, bound.answer()) for bound in row.domains[0].bounds}
+    assert of["share of 20 random plans beaten"] == (0.0, answer) and row.inference() == answer
 
 
 def test_what_needs_other_active_experts_is_undecided_where_there_is_one(planted):
