@@ -152,7 +152,7 @@ class PairOfDomains:
     @property
     def tokens(self) -> Float[Tensor, " source"]:
         """Kept, of each source."""
-        return torch.from_numpy(np.bincount(self.source, self.size, self.units.n_sources))
+        return torch.from_numpy(np.bincount(self.source, self.size, self.units.n_sources)).double()  # int64 of nothing
 
     def measure(self, counts: Any, signs: Array) -> tuple[float, Array, Array]:
         """The distance; what it is without each source; and what it is under each row of signs.

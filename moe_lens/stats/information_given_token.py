@@ -58,6 +58,8 @@ class ConditionalInformation(Result):
     high: Float[Tensor, " layer"]
     p_values: Float[Tensor, " layer"]
     """One-sided, of each layer alone; 1 where no token could be tested."""
+    smallest_p: float
+    """None of `p_values` can be below it: signs are drawn so often, and few sources have few of them."""
     shared: Float[Tensor, " pair"]
     """Share of the text of the pair, in [0, 1], whose token is in at least two sources of both domains."""
     pair_excess: Float[Tensor, "layer pair"]
@@ -66,16 +68,13 @@ class ConditionalInformation(Result):
     pair_high: Float[Tensor, "layer pair"]
     pair_p_values: Float[Tensor, "layer pair"]
     """One-sided, of each layer and pair alone."""
+    pair_smallest_p: Float[Tensor, " pair"]
+    """None of `pair_p_values` can be below it."""
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
         """Every two domains once."""
         return tuple(combinations(self.domains, 2))
-
-    @property
-    def smallest_p(self) -> float:
-        """The smallest p-value that can be reached: signs are drawn so often, and few sources have few of them."""
-        return max(1 / (self.permutations + 1), 0.5 ** (min(sum(two) for two in combinations(self.n_sources, 2)) - 1))
 
     def to_frame(self) -> pd.DataFrame:
         """A row per layer: excess, low, high, p_value, p_holm (over layers), shared, smallest_p, finding.
@@ -95,7 +94,7 @@ class ConditionalInformation(Result):
         for place, name in enumerate(("layer", "domain", "other")):
             values = [(layer, *pair)[place] for layer in self.layers for pair in self.pairs]
             frame.insert(place, name, values)
-        return frame.assign(smallest_p=self.smallest_p)
+        return frame.assign(smallest_p=self.pair_smallest_p.expand(self.pair_excess.shape).flatten().numpy())
 
 
 def _frame(
@@ -165,6 +164,7 @@ def conditional_information(
     tested = [pair.testable for pair in pairs]
     mean, mean_without = _mean(excess, tested), _mean(np.where(np.isnan(without), excess[..., None], without), tested)
     mean_low, mean_high = _interval(mean, mean_without, units.domain_of, tokens.sum(0))
+    smallest, pair_smallest = _smallest_p(tokens.sum(0), permutations), _smallest_p(tokens, permutations)
     return ConditionalInformation(
         domains=domains,
         layers=first.layers,
@@ -173,12 +173,14 @@ def conditional_information(
         excess=_tensor(mean),
         low=mean_low,
         high=mean_high,
-        p_values=_p_values(null[:, tested].sum(1), np.nansum(excess, 1)),
+        p_values=_p_values(null[:, tested].sum(1), np.nansum(excess, 1)).maximum(smallest),
+        smallest_p=float(smallest),
         shared=_tensor([pair.shared for pair in pairs]),
         pair_excess=_tensor(excess),
         pair_low=low,
         pair_high=high,
-        pair_p_values=_p_values(null, excess),
+        pair_p_values=_p_values(null, excess).maximum(pair_smallest),
+        pair_smallest_p=pair_smallest,
     )
 
 
@@ -193,6 +195,12 @@ def _interval(
     """Over the sources that hold what was tested."""
     held = tokens > 0
     return jackknife_interval(_tensor(excess), _tensor(without).mT[held], domain_of[held], tokens[held])
+
+
+def _smallest_p(tokens: Float[Tensor, "*pair source"], permutations: int) -> Float[Tensor, "*pair"]:
+    """That so many draws can reach, and the signs of sources that hold what was tested, of which all may be turned."""
+    turned = (tokens > 0).sum(-1).sub(1).clamp(min=0)
+    return (0.5 ** turned.double()).clamp(min=1 / (permutations + 1))
 
 
 def _p_values(null: np.ndarray, observed: np.ndarray) -> Float[Tensor, "*cell"]:

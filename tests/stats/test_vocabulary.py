@@ -293,8 +293,21 @@ def test_tokens_of_one_domain_say_nothing():
     common.append(text(1, [2, 3], "s1"))
     tested = conditional_information({"a": counted(first), "b": counted(common)}, permutations=99)
     assert tested.shared.tolist() == [16 / 24] and tested.excess.tolist() == [4, 4]
-    assert tested.smallest_p == 1 / 8 and (tested.p_values >= 1 / 8 - 0.1).all()
+    assert tested.smallest_p == 1 / 8 and (tested.p_values >= 1 / 8).all()
     assert set(tested.to_frame()["finding"]) == {"not rejected"} and tested.low.isnan().all()
+    # signs count of the sources that hold what is tested, of each pair and, of the mean over pairs, of all of them
+    alone = text(3, [0, 1], "s2")
+    mine, others = counted([*first, alone]), counted([text(1, [2, 3], f"s{i}") for i in range(4)])
+    three = {"a": mine, "b": counted(second), "c": others}
+    most = conditional_information(three, permutations=999)
+    assert most.n_sources == (3, 2, 4) and most.pair_smallest_p.tolist() == [1, 1 / 32, 1]
+    assert most.smallest_p == 1 / 32 and most.p_values.ge(1 / 32).all()
+    assert most.per_pair()["smallest_p"].tolist() == [1, 1 / 32, 1] * 2
+    more = conditional_information({**three, "b": counted(common)}, permutations=999)
+    assert more.pair_smallest_p.tolist() == [1 / 8, 1 / 32, 1 / 32] and more.smallest_p == 1 / 128
+    assert (more.pair_p_values >= more.pair_smallest_p).all() and more.p_values.ge(1 / 128).all()
+    few = conditional_information(three, permutations=9)  # and so many are drawn
+    assert few.pair_smallest_p.tolist() == [1, 0.1, 1] and few.smallest_p == 0.1
     with pytest.raises(InputError, match="one group"):
         conditional_information({"a": counted(first, 1), "b": counted(second, 1)})
     with pytest.raises(InputError, match="in different ways"):
