@@ -296,6 +296,8 @@ def _explain(tables: Tables, model: Facts) -> Iterator[str]:  # noqa: ARG001
     yield f"share of a choice that the token explains on held-out texts: {across(token, 'explained', ends)} (layers)"
     for feature in ("previous", "position", "domain"):
         rows, ends = _where(layers, feature=feature), ("gain_low", "gain_high")
+        if not len(rows):
+            continue  # of one domain, the domain is no feature
         shuffled = rows["gain_shuffled"]
         yield (
             f"  {feature} adds to that {across(rows, 'gain', ends)}{told(rows, 'gain', MARGINS['explained'], ends)}; "

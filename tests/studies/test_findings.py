@@ -208,6 +208,9 @@ def test_sources_count_together_where_intervals_are_over_all_of_them():
     found = findings_of(manifest, {"layers": layers})
     assert not found.warnings and "0.5 [0.4, 0.6] (layer 1)" in found.lines[0]
     assert findings_of({**manifest, "read": read[:1]}, {"layers": layers}).warnings  # negative control
+    assert len(found.lines) == 1, "features that were not asked about are not spoken of"
+    named = findings_of(manifest, {"layers": pd.concat([layers, layers.assign(feature="domain")])})
+    assert len(named.lines) == 2 and "domain adds to that 0.1 [0, 0.2]" in named.lines[1]
 
 
 @pytest.mark.parametrize(("asked", "short"), [(None, ""), (30, ""), (31, "a (30)"), (51, "a (30), b (50)")])
