@@ -213,6 +213,16 @@ def test_sources_count_together_where_intervals_are_over_all_of_them():
     assert len(named.lines) == 2 and "domain adds to that 0.1 [0, 0.2]" in named.lines[1]
 
 
+def test_the_headline_of_fewer_experts_is_there_where_they_were_left_out_in_all_layers(saved):
+    result = StudyResult.load(saved / "single")
+    each = result.tables["perplexity"].assign(layer=1)  # as of `--layers each`
+    for perplexity, there in ((result.tables["perplexity"], True), (each, False)):
+        tables = {**result.tables, "perplexity": perplexity}
+        page = findings({"single_expert": StudyResult(result.manifest, tables, result.results)})
+        assert page is not None and ("Fewer experts" in page.body) == there
+        assert "One expert against the ensemble" in page.body
+
+
 @pytest.mark.parametrize(("asked", "short"), [(None, ""), (30, ""), (31, "a (30)"), (51, "a (30), b (50)")])
 def test_fewer_tokens_than_were_asked_for_are_said(asked, short):
     read = [{"name": "a", "sources": 16, "tokens": 30}, {"name": "b", "sources": 16, "tokens": 50}]
