@@ -128,7 +128,10 @@ class DomainPrediction(Result):
         return float((getattr(self, name) == self.domain).double().mean())
 
     def interval(self, *names: str) -> Interval | None:
-        """95 % interval over sources of the accuracy of one name, or of the first's minus the second's, paired."""
+        """95 % interval over sources of the accuracy of one name, or of the first's minus the second's, paired.
+
+        Of these trained classifiers: what other training texts would change is not in it, and it is too narrow.
+        """
         correct = torch.stack([(getattr(self, name) == self.domain).double() for name in names])
         value = correct[0] if len(names) == 1 else correct[0] - correct[1]
         counts = torch.bincount(self.unit).double()
