@@ -46,8 +46,8 @@ class Naive:
     def __init__(self, model: Any, base: Tensor, source: Tensor):
         self.model, self.base = model, base
         with torch.no_grad():
-            _, self.there = model.run_with_cache(source, names_filter=lambda name: "attn.hook_" not in name)
-            logits, self.here = model.run_with_cache(base, names_filter=lambda name: "attn.hook_" not in name)
+            _, self.there = model.run_with_cache(source, names_filter=lambda name: ".attn." not in name)
+            logits, self.here = model.run_with_cache(base, names_filter=lambda name: ".attn." not in name)
         self.value, self.scale = METRIC(logits).item(), logits.abs().max().item()
 
     def run(self, hooks: list[Any], frozen_from: int | None = None) -> float:

@@ -169,6 +169,7 @@ def test_an_ellipsis_is_all_experts_and_none_is_no_expert() -> None:
         model.W_in[2, None]
 
 
+@pytest.mark.typed
 @pytest.mark.parametrize("copied", [pickle.dumps, copy.copy, copy.deepcopy])
 def test_a_view_of_parameters_is_not_taken_from_its_model(copied: Callable[[Any], Any]) -> None:
     model = HookedMoE.from_hf(build("mixtral"))
