@@ -76,9 +76,15 @@ TOUCHPOINTS = (
     ),
     *(
         f"{_COMPONENTS}.base:GeneralizedComponent.{name}"
-        for name in ("original_component", "set_original_component", "_hook_registry=", "hook_aliases=", "submodules=")
+        for name in (
+            "original_component",
+            "set_original_component",
+            "_hook_registry=",
+            "_hook_scaled_output",
+            "hook_aliases=",
+            "submodules=",
+        )
     ),
-    f"{_COMPONENTS}.base:GeneralizedComponent._hook_scaled_output",
     f"{_COMPONENTS}.attention:AttentionBridge._apply_attn_dropout",
     f"{_COMPONENTS}.attention:AttentionBridge._masked_softmax",
     f"{_COMPONENTS}.attention:AttentionBridge._setup_qkv_hook_reshaping",

@@ -94,7 +94,7 @@ def test_slots_that_a_token_does_not_use_are_nobodys(model):
     at = empty.nonzero()[0][:2].tolist()
     sums = [[label.startswith("1_") and "shared" not in label for label in of.labels] for of in (ranks, experts)]
     right, found = (of.values[torch.tensor(rows)].sum(0) for of, rows in zip((ranks, experts), sums, strict=True))
-    torch.testing.assert_close(found, right, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found, right, atol=1e-6, rtol=0)  # float32: the same parts added in another order
     mine = set(chosen[tuple(at)].tolist()) - {-1}
     idle = [e for e in range(8) if e not in mine]
     assert not any(experts.values[(experts.labels.index(f"1_expert_{e}"), *at)].any() for e in idle)

@@ -407,7 +407,8 @@ def test_masks_of_queries_and_keys_are_refused_where_they_do_not_reach_all_layer
     with pytest.raises(InputError, match=f"^layers of {model_type} read .* expected attention_mask"):
         model(tokens, attention_mask=reach, **places)
     alone = model(tokens[1:, 3:])[0]
-    assert torch.allclose(model(tokens, attention_mask=real)[1, 3:], alone, atol=1e-3)  # float32, logits up to 8
+    rounded = 1e-4  # float32, logits up to 6: chunks of linear attention begin elsewhere, which makes up to 2e-5
+    assert (model(tokens, attention_mask=real)[1, 3:] - alone).abs().max() <= rounded
     leaked = plain(tokens, attention_mask=reach, **places).logits[1, 3:]
     assert (leaked - alone).abs().max() > 1, "negative control: transformers itself lets padding in"
 
